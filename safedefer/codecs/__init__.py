@@ -1,0 +1,1 @@
+"""Argument codecs: values to JSON and back."""

@@ -1,0 +1,98 @@
+"""The ledger: which tasks run now and which have ended, so that no task runs twice knowingly.
+
+A ledger entry is named by the pair (``aud``, ``jti``) and keeps the SHA-256 digest of the task's
+token, its state, and who runs it until when. A task that ended in any way does not run again, until
+its ``exp`` is past and the token itself is refused.
+
+Ledgers carry opaque values: nothing here can decode, import or run a task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Admission(StrEnum):
+    """What the ledger says of a task that wants to run."""
+
+    RUN = "run"
+    """It may run; the entry is now ours until the lease ends."""
+    DUPLICATE = "duplicate"
+    """It succeeded, failed or was cancelled already."""
+    RUNNING = "running"
+    """Somebody else runs it, and that lease is alive."""
+    CONFLICT = "conflict"
+    """The id is known with another digest: not the same task."""
+
+
+class EndState(StrEnum):
+    """How one run leaves the entry."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    RETRY = "retry"
+    """Not ended: the run is over, and the task may run again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """One permission to run a task. ``owner`` fences it: a later run has another owner."""
+
+    audience: str
+    task_id: str
+    digest: bytes
+    """SHA-256 of the task's token; of the stored token where the task is oversize."""
+    owner: str
+    """A random text that names this run."""
+    expires: int
+    """The token's ``exp``, in seconds since the epoch: the entry is kept until then plus leeway."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord:
+    """What is remembered of one attempt, for dead letters and for whoever asks what went wrong."""
+
+    task_id: str
+    audience: str
+    started: float
+    """Seconds since the epoch."""
+    ended: float
+    outcome: str
+    """The ``Safedefer-Outcome`` of the attempt, such as ``succeeded`` or ``retry``."""
+    status: int | None
+    """The HTTP status; None where no response came."""
+    reason: str | None = None
+    """A slug: the error's, or ``exception``."""
+    exception_type: str | None = None
+    traceback: str | None = None
+    """Redacted: frames and the exception's type and text, never local values."""
+
+
+class Ledger(Protocol):
+    """Where runs are admitted and their ends are remembered. Every method is thread-safe."""
+
+    def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
+        """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
+        ...
+
+    def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
+        """Prolong the run; False if it is no longer ours."""
+        ...
+
+    def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
+        """Store the end of a run and its record in one transaction; False if it is no longer ours.
+
+        The record is stored in either case.
+        """
+        ...
+
+    def record(self, record: AttemptRecord) -> None:
+        """Store an attempt that never came to run (a rejected token, a lost connection)."""
+        ...
+
+    def prune(self, *, now: float) -> int:
+        """Forget ended entries whose ``expires`` is over an hour past; returns how many."""
+        ...

@@ -1,0 +1,1 @@
+"""Queues: where tokens wait. A queue carries opaque bytes and decodes nothing."""

@@ -1,0 +1,261 @@
+"""What a queue is: the seam between ``defer()`` and the dispatcher.
+
+Queues carry opaque bytes. Everything beside the token in a ``QueuedTask`` is a hint for routing and
+for people who look: the token says it again, signed, and only the token is believed.
+
+Times are seconds since the epoch (``float``) and come in as arguments. Every method is synchronous
+and thread-safe; the dispatcher calls them in threads. Any method may raise ``QueueUnavailable``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from safedefer.blobs import Blob, BlobStore
+    from safedefer.ledger import AttemptRecord, Ledger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can do. A gap is refused at ``defer()`` with an error, never passed over."""
+
+    names: bool = True
+    eta: bool = True
+    headers: bool = True
+    retry_options: bool = True
+    targets: bool = True
+    oversize: bool = True
+    batch_atomic: bool = True
+    """``enqueue_many`` takes all or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedTask:
+    """A token and the hints that a queue needs to hand it on."""
+
+    id: str
+    """The token's ``jti``."""
+    queue: str
+    token: bytes
+    """What is POSTed: the task's token, or the signed pointer of an oversize task."""
+    audience: str
+    """The token's ``aud``: with ``id`` it names the ledger entry."""
+    url: str
+    target: str
+    eta: float
+    created: float
+    expires: int
+    """The token's ``exp``."""
+    name: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    retry_options: Mapping[str, float] = field(default_factory=dict)
+    """The task's own ``TaskRetryOptions``, those that were given; empty: the queue's."""
+    digest: bytes = b""
+    """SHA-256 of the token, of the stored one where the task is oversize: the ledger's digest."""
+    blob: Blob | None = None
+    """To be stored in the same transaction. None in what ``lease`` returns."""
+    blob_id: str | None = None
+    callable_name: str = ""
+    """For people who look: ``shop.tasks:send_receipt``. Empty if unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A claim on a task until a time. ``owner`` fences it: only the newest owner can settle."""
+
+    task: QueuedTask
+    owner: str
+    until: float
+    attempts: int = 0
+    """Charged attempts before this one; this one is ``attempts + 1``."""
+    retries: int = 0
+    """Deliveries before this one, charged or not (``X-AppEngine-TaskRetryCount``)."""
+    executions: int = 0
+    """Attempts that were answered, not with a 5xx (``X-AppEngine-TaskExecutionCount``)."""
+    first_attempt: float | None = None
+    """When the first charged attempt began; ``task_age_limit`` counts from ``task.eta``."""
+    rejections: int = 0
+    """Answers ``rejected`` or ``refused`` so far, and when the first of them came."""
+    first_rejection: float | None = None
+    previous_response: int | None = None
+    retry_reason: str | None = None
+
+
+class Verdict(StrEnum):
+    """How a delivery leaves the task in the queue."""
+
+    DONE = "done"
+    """Ended: the row goes, its name becomes a tombstone, its blob is deleted."""
+    RETRY = "retry"
+    """Due again at ``Settlement.at``."""
+    DEAD = "dead"
+    """Not tried again: moved to the dead letters, its name becomes a tombstone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What the dispatcher says of one delivery."""
+
+    verdict: Verdict
+    at: float | None = None
+    """RETRY: when the task is due again."""
+    charged: bool = True
+    """Whether the delivery counts as an attempt."""
+    executed: bool = False
+    """Whether it counts for ``X-AppEngine-TaskExecutionCount``."""
+    rejected: bool = False
+    """Whether it counts towards the limit of rejections."""
+    status: int | None = None
+    reason: str | None = None
+    """A slug; the reason of the dead letter, or of the retry."""
+    record: AttemptRecord | None = None
+    """An attempt that the handler could not record itself: there was no response."""
+
+
+class TaskState(StrEnum):
+    """Where a task stands, for people who look."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    CANCELLED = "cancelled"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskView:
+    """One task as the queue knows it. A dead letter keeps its original token for ever."""
+
+    id: str
+    queue: str
+    state: TaskState
+    name: str | None
+    callable_name: str
+    url: str
+    target: str
+    audience: str
+    headers: Mapping[str, str]
+    eta: float
+    created: float
+    expires: int
+    attempts: int
+    token: bytes
+    """The task's own token: the stored one where the task is oversize."""
+    reason: str | None = None
+    ended: float | None = None
+    retry_options: Mapping[str, float] = field(default_factory=dict)
+    records: Sequence[AttemptRecord] = ()
+    """Oldest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueStats:
+    """Counts of one queue. ``oldest`` is the smallest eta that waits (seconds since the epoch)."""
+
+    queue: str
+    waiting: int
+    running: int
+    dead: int
+    oldest: float | None
+
+
+class Queue(Protocol):
+    """Takes tasks. What was enqueued when ``enqueue`` returns survives a crash."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the engine can do."""
+        ...
+
+    def enqueue(self, task: QueuedTask, /) -> None:
+        """Store a task, with its blob, in one transaction.
+
+        Raises ``TaskAlreadyExistsError`` while a task of its name lives in its queue, and
+        ``TombstonedTaskError`` for the tombstone window after it ended.
+        """
+        ...
+
+    def enqueue_many(self, tasks: Sequence[QueuedTask], /) -> None:
+        """Store all tasks or none, in one transaction."""
+        ...
+
+    def cancel(self, task_id: str, *, now: float) -> bool:
+        """End a waiting task unrun, in the ledger too; False if it does not wait."""
+        ...
+
+    def stats(self, *, now: float) -> Sequence[QueueStats]:
+        """Counts of every queue that has a task, sorted by name."""
+        ...
+
+    def close(self) -> None:
+        """Finish what was accepted and let go of the storage."""
+        ...
+
+
+class PullQueue(Queue, Protocol):
+    """A queue that a dispatcher empties."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger in the same storage."""
+        ...
+
+    @property
+    def blobs(self) -> BlobStore:
+        """The blobs in the same storage."""
+        ...
+
+    def lease(
+        self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
+    ) -> Sequence[Lease]:
+        """Claim up to ``limit`` due tasks (of ``queues``, or of all) for ``seconds``, oldest eta first.
+
+        A task whose lease ran out is due again. If its run had begun by the ledger, that delivery
+        counts as a charged attempt: the process died while it ran.
+        """
+        ...
+
+    def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
+        """Prolong a lease. Raises ``LeaseLost``."""
+        ...
+
+    def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
+        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""
+        ...
+
+    def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
+        """Settle several in one transaction; False stands for a lost lease."""
+        ...
+
+    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
+        """When the next task or lease falls due; None if nothing waits."""
+        ...
+
+    def wait(self, timeout: float) -> bool:
+        """Block until a task is enqueued (by any process) or ``timeout`` seconds pass.
+
+        True if something may have changed. A change since the last ``lease`` or ``wait`` counts.
+        """
+        ...
+
+    def wake(self) -> None:
+        """End a ``wait`` of this process early."""
+        ...
+
+    def tasks(
+        self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List tasks, newest first; without ``states``: waiting, running and dead."""
+        ...
+
+    def find(self, task_id: str) -> TaskView | None:
+        """One task in whatever state, with the records of its attempts."""
+        ...
+
+    def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:
+        """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
+        ...

@@ -1,0 +1,1 @@
+"""aiohttp: the handler that receives tasks."""
