@@ -1,0 +1,249 @@
+"""Claims: the signed facts about a task, as pydantic models, and their one JSON spelling.
+
+The payload of a token is one JSON object (RFC 7519, section 4). It is parsed by jiter, the parser
+inside pydantic, with duplicate members refused at every depth, and validated by strict models:
+unknown members, null for an absent claim, floats for integers and strings for numbers are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Final, Literal, Self
+
+import jiter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
+
+from safedefer.errors import InvalidClaims, InvalidTaskRetryOptionsError
+from safedefer.refs import CallableRef
+
+#: The version of the claims that this library writes and reads.
+VERSION: Final = 1
+#: Clocks of two machines may differ by this many seconds (RFC 7519, sections 4.1.4 and 4.1.5).
+LEEWAY: Final = 10
+#: A task expires this many seconds after its eta, unless its ``task_age_limit`` is longer.
+LIFETIME: Final = 31 * 86_400
+#: No task lives longer than this many seconds after its eta.
+MAX_LIFETIME: Final = 92 * 86_400
+
+TaskId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{16,64}$")]
+TaskName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,500}$")]
+AudiencePart = Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]{1,100}$")]
+Audience = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9.-]{1,100}:[A-Za-z0-9.-]{1,100}:[A-Za-z0-9.-]{1,100}:/[!-~]{0,2047}$"),
+]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}$")]
+HeaderValue = Annotated[str, Field(pattern=r"^[\t -~]{0,4096}$")]
+TraceParent = Annotated[str, Field(pattern=r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# The last second of the year 9999; what no datetime can say is no time.
+NumericDate = Annotated[int, Field(ge=0, le=253_402_300_799)]
+
+_STRICT: Final = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds that are checked before the work is done, on both ends."""
+
+    token_bytes: int = 1_048_576
+    """Length of a token, in bytes."""
+    depth: int = 64
+    """How deep values may nest."""
+    items: int = 100_000
+    """How many values a task's arguments may hold, at all depths together."""
+    int_digits: int = 4_300
+    """Decimal digits of an integer."""
+
+
+class Call(CallableRef):
+    """The ``call`` claim: a reference, and the typed value of the object that it is bound to."""
+
+    bound: Any = Field(default=None, description="A typed value; absent where the kind needs none.")
+
+    @property
+    def has_bound(self) -> bool:
+        """Whether ``bound`` is present."""
+        return "bound" in self.model_fields_set
+
+    @property
+    def ref(self) -> CallableRef:
+        """The reference alone."""
+        return CallableRef.model_construct(
+            kind=self.kind, module=self.module, qualname=self.qualname, member=self.member
+        )
+
+
+class BlobPointer(BaseModel):
+    """The ``blob`` claim: where the token of an oversize task is, and what it must be."""
+
+    model_config = _STRICT
+
+    id: TaskId
+    sha256: Sha256
+    length: Annotated[int, Field(ge=1)]
+
+
+class Claims(BaseModel):
+    """The payload of a task token: either ``call``, ``args`` and ``kwargs``, or ``blob``."""
+
+    model_config = _STRICT
+
+    v: Literal[1]
+    jti: TaskId
+    iat: NumericDate
+    nbf: NumericDate
+    exp: NumericDate
+    aud: Audience
+    cty: Literal["typed", "pickle"]
+    name: TaskName | None = None
+    call: Call | None = None
+    args: list[Any] | None = None
+    kwargs: dict[str, Any] | None = None
+    blob: BlobPointer | None = None
+    retry_of: TaskId | None = None
+    headers: dict[HeaderName, HeaderValue] | None = None
+    trace: TraceParent | None = None
+
+    @property
+    def audience(self) -> tuple[str, str, str, str]:
+        """Environment, queue, target and URL path."""
+        environment, queue, target, url = self.aud.split(":", 3)
+        return environment, queue, target, url
+
+    def to_json(self) -> bytes:
+        """Return the payload: compact JSON, absent claims left out."""
+        document = {name: value for name, value in self.__dict__.items() if value is not None}
+        if self.call is not None:
+            document["call"] = _call_json(self.call)
+        if self.blob is not None:
+            document["blob"] = self.blob.__dict__
+        return to_json(document)
+
+    @classmethod
+    def from_json(cls, payload: bytes) -> Self:
+        """Parse and validate a payload whose signature was verified.
+
+        Raises:
+            InvalidClaims: It is not strict JSON, has a duplicate, unknown, missing or null member,
+                or a member of another type or shape. The message names members, never values.
+        """
+        try:
+            raw = jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True)
+        except ValueError as error:
+            raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from error
+        if type(raw) is not dict or None in raw.values():
+            raise InvalidClaims("the payload is not an object without nulls; leave absent claims out")
+        call = raw.get("call")
+        if type(call) is dict and None in call.values():
+            raise InvalidClaims("the call has a null member; leave absent members out")
+        try:
+            claims = cls.model_validate(raw)
+        except ValidationError as error:
+            raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from error
+        claims._check_shape()
+        return claims
+
+    def _check_shape(self) -> None:
+        """Check what spans several claims.
+
+        Raises:
+            InvalidClaims: Times are out of order or too far apart, or call and blob are not alternatives.
+        """
+        calls = (self.call is not None) + (self.args is not None) + (self.kwargs is not None)
+        if calls != (0 if self.blob is not None else 3):
+            raise InvalidClaims("claims need either call, args and kwargs, or blob alone")
+        if self.call is not None:
+            _check_call(self.call)
+        if self.exp < self.nbf or self.exp > self.nbf + MAX_LIFETIME:
+            raise InvalidClaims("exp must lie between nbf and 92 days after it")
+
+
+_NEEDS_MEMBER: Final = frozenset({"method", "classmethod", "builtin_method"})
+_NEEDS_BOUND: Final = frozenset({"instance", "method", "builtin_method"})
+
+
+def _check_call(call: Call) -> None:
+    if (call.member is not None) != (call.kind in _NEEDS_MEMBER):
+        raise InvalidClaims("call.member goes with methods, class methods and built-in methods, and only with them")
+    if call.has_bound != (call.kind in _NEEDS_BOUND):
+        raise InvalidClaims("call.bound goes with instances, methods and built-in methods, and only with them")
+
+
+def _call_json(call: Call) -> dict[str, Any]:
+    document: dict[str, Any] = {"kind": call.kind, "module": call.module, "qualname": call.qualname}
+    if call.member is not None:
+        document["member"] = call.member
+    if call.has_bound:
+        document["bound"] = call.bound
+    return document
+
+
+def _summary(error: ValidationError) -> str:
+    """Name what is wrong by place and kind; the input is not quoted, an unknown member's name neither."""
+    found = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False)[:3]:
+        place = ".".join(str(part) for part in item["loc"][:1]) if item["type"] != "extra_forbidden" else "a member"
+        found.append(f"{place} ({item['type']})")
+    return ", ".join(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRetryOptions:
+    """When a failed task is tried again, and when it no longer is (App Engine ``TaskRetryOptions``).
+
+    None stands for "not given": the queue's own value, then the default, is used.
+
+    Raises:
+        InvalidTaskRetryOptionsError: A value is negative, not a number, or the two backoffs contradict.
+    """
+
+    min_backoff_seconds: float | None = None
+    """Seconds before the first retry; 0.1 by default."""
+    max_backoff_seconds: float | None = None
+    """Seconds before any retry at most; 3,600 by default."""
+    task_age_limit: float | None = None
+    """Seconds from the task's eta; with a retry limit too, both must be exceeded."""
+    max_doublings: int | None = None
+    """How often the interval doubles before it grows linearly; 16 by default."""
+    task_retry_limit: int | None = None
+    """Retries after the first attempt; 0 is none."""
+
+    def __post_init__(self) -> None:
+        """Check every value, and the values against each other."""
+        for field in fields(self):
+            _check_number(field.name, getattr(self, field.name), whole=field.name in _WHOLE)
+        low, high = self.min_backoff_seconds, self.max_backoff_seconds
+        if low is not None and high is not None and low > high:
+            raise InvalidTaskRetryOptionsError("min_backoff_seconds is above max_backoff_seconds; swap them")
+
+    def given(self) -> dict[str, float]:
+        """Return the values that were given, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    @classmethod
+    def from_given(cls, values: Mapping[str, float]) -> Self:
+        """Build from what ``given`` returned.
+
+        Raises:
+            InvalidTaskRetryOptionsError: A name is unknown or a value wrong.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise InvalidTaskRetryOptionsError("retry options have an unknown name; use those of TaskRetryOptions")
+        return cls(**values)  # type: ignore[arg-type]  # whole numbers are checked in __post_init__
+
+
+_WHOLE: Final = frozenset({"max_doublings", "task_retry_limit"})
+
+
+def _check_number(name: str, value: object, *, whole: bool) -> None:
+    if value is None:
+        return
+    right = type(value) is int or (not whole and type(value) is float and math.isfinite(value))
+    if not right or value < 0:  # type: ignore[operator]  # a number, by the line above
+        kind = "a whole number" if whole else "a finite number of seconds"
+        raise InvalidTaskRetryOptionsError(f"{name} must be {kind}, 0 or more")

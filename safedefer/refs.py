@@ -1,0 +1,514 @@
+"""References to callables: the name of what a task calls, proved both ways.
+
+The documented categories (App Engine ``deferred``) may travel: functions and classes at the top
+level of a module, objects of such classes that implement ``__call__``, their instance methods and
+class methods, built-in functions and built-in methods. Nested functions and classes, lambdas and
+static methods may not, nor may anything else that happens to be callable.
+
+The one rule behind the categories: **a reference is right when looking it up again gives back the
+very same object and classifies it as the same kind.** ``CallableRef.of`` proves it where the task
+is made, ``CallableRef.resolve`` proves it again where the task runs.
+
+Look-ups read ``__dict__`` of modules and, along the MRO, of classes. No property, descriptor,
+``__getattr__`` or metaclass of the user's runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from abc import ABCMeta
+from collections.abc import Callable
+from enum import Enum, EnumType, StrEnum
+from functools import partial
+from importlib import import_module
+from types import BuiltinFunctionType, FunctionType, MethodType, MethodWrapperType, ModuleType
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeAlias, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from safedefer.errors import NotDeferrable, UnresolvableCallable
+
+# Identifiers are ASCII: Python folds others by NFKC, so two texts would name one thing.
+_IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
+# pydantic's engine anchors `$` at the very end of the text; Python's own `$` would let "os\n" pass.
+ModuleName = Annotated[str, Field(pattern=rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*$", max_length=255)]
+Qualname = Annotated[str, Field(pattern=rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*$", max_length=255)]
+MemberName = Annotated[str, Field(pattern=rf"^(_?[A-Za-z][A-Za-z0-9_]*|_[0-9][A-Za-z0-9_]*|_)$", max_length=255)]
+
+_DOTTED = re.compile(rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*")
+_MEMBER = re.compile(rf"(?!__){_IDENTIFIER}")
+
+#: Classes of these metaclasses may be deferred: what they do when called or looked at is known.
+METACLASSES: Final[frozenset[type]] = frozenset({type, ABCMeta, EnumType, type(BaseModel)})
+
+#: Modules that are another file in every process.
+_MAIN_MODULES: Final = frozenset({"__main__", "__mp_main__"})
+
+_TYPE_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
+_TYPE_DICT: Final = cast("Any", type.__dict__["__dict__"]).__get__
+_TYPE_QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
+_MODULE_DICT: Final = cast("Any", ModuleType.__dict__["__dict__"]).__get__
+
+
+class _Unbound(Enum):
+    UNBOUND = "unbound"
+
+
+#: Stands for "no object": the callable is not a method or an instance.
+UNBOUND: Final = _Unbound.UNBOUND
+
+AnyCallable: TypeAlias = Callable[..., object]
+
+
+class Kind(StrEnum):
+    """The categories of callables that may be deferred (App Engine ``deferred``, module doc)."""
+
+    FUNCTION = "function"
+    CLASS = "class"
+    INSTANCE = "instance"
+    METHOD = "method"
+    CLASSMETHOD = "classmethod"
+    BUILTIN = "builtin"
+    BUILTIN_METHOD = "builtin_method"
+
+
+class CallableRef(BaseModel):
+    """The name of a callable: enough to find it again, never the callable itself.
+
+    ``module`` and ``qualname`` name a function or a class; ``member`` names a method of that class.
+    The object of a method or instance is not part of the name: it travels as a typed value.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    kind: Literal["function", "class", "instance", "method", "classmethod", "builtin", "builtin_method"]
+    module: ModuleName
+    qualname: Qualname
+    member: MemberName | None = None
+
+    def __str__(self) -> str:
+        """Return ``module:qualname`` or ``module:qualname.member``: the form that policies use."""
+        return f"{self.module}:{self.qualname}" + (f".{self.member}" if self.member is not None else "")
+
+    @classmethod
+    def of(cls, obj: object, *, metaclasses: frozenset[type] = METACLASSES) -> CallableRef:
+        """Name a callable, and prove that the name leads back to it.
+
+        Args:
+            obj: The callable.
+            metaclasses: Metaclasses that a class may have.
+
+        Returns:
+            The reference.
+
+        Raises:
+            NotDeferrable: It is none of the documented kinds, or its name leads elsewhere. The
+                message says what to do; ``reason`` is a stable slug.
+        """
+        return _classify(obj, metaclasses)
+
+    def resolve(self, bound: object = UNBOUND, *, metaclasses: frozenset[type] = METACLASSES) -> AnyCallable:
+        """Find the callable again, and prove that it is what the reference says.
+
+        Imports the module. Whether that may happen is the policy's to say, and it is asked first.
+
+        Args:
+            bound: The decoded object of an ``instance``, ``method`` or ``builtin_method``.
+            metaclasses: Metaclasses that a class may have.
+
+        Returns:
+            The callable, bound where the kind is a method's.
+
+        Raises:
+            UnresolvableCallable: It is missing, or is something else now.
+        """
+        try:
+            found = self._bind(bound)
+            proved = found is not None and _classify(found, metaclasses) == self
+        except NotDeferrable as error:
+            raise UnresolvableCallable(f"{self} cannot be called: {error}") from error
+        if found is None or not proved:
+            raise UnresolvableCallable(
+                f"{self} does not lead back to a {self.kind} of that name; "
+                "deploy the code that the task was made for, or map the old name with Policy(moved=...)"
+            )
+        return found
+
+    def _bind(self, bound: object) -> AnyCallable | None:
+        owner = find(self.module, self.qualname)
+        match self.kind:
+            case "function" | "class" | "builtin":
+                return cast("AnyCallable", owner) if self.member is None and bound is UNBOUND else None
+            case "instance":
+                same = self.member is None and type(bound) is owner
+                return cast("AnyCallable", bound) if same else None
+            case "classmethod":
+                return _bind_classmethod(owner, self.member) if bound is UNBOUND else None
+            case "method":
+                return _bind_method(owner, self.member, bound) if type(bound) is owner else None
+            case "builtin_method":
+                return _bind_builtin(owner, self.member, bound)
+
+
+def bound_object(obj: object) -> object:
+    """Return the object that a callable is bound to and that must travel with it, else ``UNBOUND``."""
+    kind = type(obj)
+    if kind is MethodType:
+        owner = cast("MethodType", obj).__self__
+        return UNBOUND if _is_class(owner) else owner
+    if kind is BuiltinFunctionType:
+        owner = cast("Any", obj).__self__
+        return UNBOUND if owner is None or type(owner) is ModuleType else owner
+    return UNBOUND if kind is FunctionType or _is_class(obj) else obj
+
+
+def find(module: str, qualname: str) -> object:
+    """Import ``module`` and look ``qualname`` up in it, reading ``__dict__`` only.
+
+    Raises:
+        UnresolvableCallable: There is no such module or name, or the module fails to import.
+    """
+    # fullmatch, and before import: import_module("os\0") returns a working `os` on current CPythons.
+    if _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
+        raise UnresolvableCallable("module and qualified name must be dotted ASCII identifiers; defer a named object")
+    loaded = sys.modules.get(module)
+    if loaded is None:
+        loaded = _import(module)
+    if not issubclass(type(loaded), ModuleType):
+        raise UnresolvableCallable(f"{module} is not a module here; do not replace modules that tasks live in")
+    first, *rest = qualname.split(".")
+    found: object = _MODULE_DICT(loaded).get(first, UNBOUND)
+    for part in rest:
+        found = _TYPE_DICT(found).get(part, UNBOUND) if _is_class(found) else UNBOUND
+    if found is UNBOUND:
+        raise UnresolvableCallable(
+            f"{module}:{qualname} does not exist; deploy it again, or map the old name with Policy(moved=...)"
+        )
+    return found
+
+
+def find_member(owner: type, member: str) -> tuple[type, object]:
+    """Return the class of ``owner``'s MRO that defines ``member``, and the raw attribute there.
+
+    Raises:
+        UnresolvableCallable: No class of the MRO defines it.
+    """
+    for cls in _TYPE_MRO(owner):
+        namespace = _TYPE_DICT(cls)
+        if member in namespace:
+            return cls, namespace[member]
+    raise UnresolvableCallable(f"{class_path(owner)} has no member {member}; deploy the code that has it")
+
+
+def class_path(cls: type) -> str:
+    """Return ``module:qualname`` as the class itself says it, reading no metaclass code."""
+    module = _TYPE_DICT(cls).get("__module__")
+    if not isinstance(module, str):
+        # Static types of C keep the module inside tp_name; only type's own getter knows it.
+        module = cast("Any", type.__dict__["__module__"]).__get__(cls)
+    return f"{module}:{_TYPE_QUALNAME(cls)}"
+
+
+def check_class(cls: type, *, metaclasses: frozenset[type] = METACLASSES, nested: bool = False) -> tuple[str, str]:
+    """Prove that a class is found again by its name.
+
+    Args:
+        cls: The class.
+        metaclasses: Metaclasses that it may have.
+        nested: Whether a class inside a class will do (as a value it does, as a task it does not).
+
+    Returns:
+        Its module and qualified name.
+
+    Raises:
+        NotDeferrable: It is not found, or is something else.
+    """
+    module, _, qualname = class_path(cls).partition(":")
+    if "<locals>" in qualname:
+        _refuse("nested-class", f"{qualname} is defined inside a function", "move it to the top level of a module")
+    if "." in qualname and not nested:
+        _refuse("nested-class", f"{qualname} is a nested class", "move it to the top level of a module")
+    if type(cls) not in metaclasses:
+        _refuse(
+            "metaclass",
+            f"{qualname} has the metaclass {type(cls).__qualname__}",
+            "name it in Policy(metaclasses=[...]) if calling its classes is safe, or defer a function",
+        )
+    _prove(cls, module, qualname)
+    return module, qualname
+
+
+# --- Classification -------------------------------------------------------------------------------
+
+
+def _classify(obj: object, metaclasses: frozenset[type]) -> CallableRef:
+    kind = type(obj)
+    if kind is FunctionType:
+        return _function(cast("FunctionType", obj))
+    if kind is MethodType:
+        return _method(cast("MethodType", obj), metaclasses)
+    if kind is BuiltinFunctionType:
+        return _builtin(obj, metaclasses)
+    if _is_class(obj):
+        module, qualname = check_class(cast("type", obj), metaclasses=metaclasses)
+        return _ref("class", module, qualname)
+    return _instance(obj, metaclasses)
+
+
+def _function(func: FunctionType) -> CallableRef:
+    _check_code(func)
+    qualname = func.__qualname__
+    if "<locals>" in qualname:
+        _refuse("nested-function", "a nested function cannot be found by name", "move it to the top level of a module")
+    if "." in qualname:
+        _refuse_unbound(func, qualname)
+    _prove(func, func.__module__, qualname)
+    return _ref("function", func.__module__, qualname)
+
+
+def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
+    func, owner = cast("object", method.__func__), method.__self__
+    if type(func) is not FunctionType:
+        _refuse("unsupported", "the method wraps something that is not a Python function", "defer a plain method")
+    func = cast("FunctionType", func)
+    is_class = _is_class(owner)
+    cls = owner if is_class else type(owner)
+    member = func.__name__
+    _check_member(member)
+    _check_code(func)
+    module, qualname = check_class(cls, metaclasses=metaclasses)
+    definer, raw = _static_member(cls, member)
+    if is_class:
+        if type(raw) is not classmethod or raw.__func__ is not func:
+            _refuse(
+                "overridden",
+                f"{qualname}.{member} is not this class method",
+                "defer the class method through the class that it is bound to, not through super() or a metaclass",
+            )
+    elif raw is not func:
+        _refuse_member(qualname, member, raw)
+    _check_home(func, definer, member)
+    return _ref("classmethod" if is_class else "method", module, qualname, member)
+
+
+def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
+    owner: object = cast("Any", obj).__self__
+    name: str = cast("Any", obj).__name__
+    if owner is None or type(owner) is ModuleType:
+        return _builtin_function(obj, cast("ModuleType | None", owner), name)
+    _check_member(name)
+    is_class = _is_class(owner)
+    cls = cast("type", owner) if is_class else type(owner)
+    module, qualname = check_class(cls, metaclasses=metaclasses)
+    _, raw = _static_member(cls, name)
+    if type(raw) is staticmethod or not _same_builtin(_bind_raw(raw, owner, cls), obj):
+        _refuse_member(qualname, name, raw)
+    return _ref("builtin_method", module, qualname, name)
+
+
+def _builtin_function(obj: object, home: ModuleType | None, name: str) -> CallableRef:
+    modules = [_MODULE_DICT(home).get("__name__")] if home is not None else []
+    for module in (*modules, cast("Any", obj).__module__):
+        if isinstance(module, str) and _finds(obj, module, name):
+            return _ref("builtin", module, name)
+    if "." in cast("Any", obj).__qualname__:  # such as str.maketrans
+        _refuse("static-method", f"the built-in {name} is a static method", "defer a function that calls it")
+    _refuse("not-found", f"the built-in {name} is not found by its name", "defer a function that calls it")
+
+
+def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
+    cls = type(obj)
+    qualname = _TYPE_QUALNAME(cls)
+    if cls is partial:
+        _refuse("partial", "functools.partial objects are not carried", "pass the arguments to defer() instead")
+    if cls is staticmethod or cls is classmethod:
+        _refuse("descriptor", f"a raw {qualname} object cannot be called by name", "defer it through its class")
+    if cls is MethodWrapperType:
+        _refuse("dunder", "special methods are not carried", "defer a function that uses the operator")
+    call = next((_TYPE_DICT(c)["__call__"] for c in _TYPE_MRO(cls) if "__call__" in _TYPE_DICT(c)), None)
+    if call is None:
+        _refuse("not-callable", f"an object of {qualname} is not callable", "pass a function and its arguments")
+    if type(call) is not FunctionType:
+        _refuse(
+            "unsupported",
+            f"an object of {qualname} is callable, but not through a __call__ written in Python",
+            "defer a function at the top level of a module",
+        )
+    _check_code(call)
+    module, qualname = check_class(cls, metaclasses=metaclasses)
+    return _ref("instance", module, qualname)
+
+
+# --- Proofs ---------------------------------------------------------------------------------------
+
+
+def _prove(obj: object, module: object, qualname: str) -> None:
+    """Refuse unless looking ``module:qualname`` up gives ``obj`` itself."""
+    if not isinstance(module, str) or _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
+        _refuse("name", f"{qualname!a} in {module!a} is not an ASCII name", "give module and object ASCII names")
+    if module in _MAIN_MODULES:
+        home = _main_file()
+        _refuse(
+            "main-module",
+            f"{qualname} lives in {module}, and the process that runs the task has another {module}",
+            f"move it to a module that can be imported{home}",
+        )
+    if not _finds(obj, module, qualname):
+        _refuse(
+            "not-found",
+            f"looking up {module}:{qualname} gives something else",
+            "defer the object under the name and in the module where it is defined",
+        )
+
+
+def _finds(obj: object, module: str, qualname: str) -> bool:
+    try:
+        return find(module, qualname) is obj
+    except UnresolvableCallable:
+        return False
+
+
+def _static_member(cls: type, member: str) -> tuple[type, object]:
+    try:
+        return find_member(cls, member)
+    except UnresolvableCallable:
+        _refuse(
+            "not-found",
+            f"{_TYPE_QUALNAME(cls)} has no member of the method's own name, {member}",
+            "define the method in the class under its own name (decorators need functools.wraps)",
+        )
+
+
+def _check_code(func: FunctionType) -> None:
+    flags = func.__code__.co_flags
+    if func.__code__.co_name == "<lambda>" or func.__name__ == "<lambda>":
+        _refuse("lambda", "a lambda cannot be found by name", "write it as a function at the top level of a module")
+    if flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        _refuse("generator", "calling a generator function runs nothing", "defer a function that exhausts it")
+
+
+def _check_member(member: str) -> None:
+    if member.startswith("__") and member.endswith("__"):
+        _refuse("dunder", f"{member} is a special method", "defer the object itself, or a function")
+    if _MEMBER.fullmatch(member) is None:
+        _refuse("name", f"{member!a} is name-mangled or not ASCII", "give the method one leading underscore at most")
+
+
+def _check_home(func: FunctionType, definer: type, member: str) -> None:
+    """Refuse a function that only hangs on the class: it has a name of its own elsewhere."""
+    home = f"{func.__module__}:{func.__qualname__}"
+    if home != f"{class_path(definer)}.{member}":
+        _refuse(
+            "foreign-member",
+            f"{member} is {func.__qualname__} of {func.__module__}, hung on a class",
+            "defer that function, or define the method in the class",
+        )
+
+
+def _refuse_unbound(func: FunctionType, qualname: str) -> NoReturn:
+    owner, _, name = qualname.rpartition(".")
+    try:
+        raw = find(func.__module__, owner)
+        static = _is_class(raw) and type(find_member(cast("type", raw), name)[1]) is staticmethod
+    except (UnresolvableCallable, TypeError):
+        static = False
+    if static:
+        _refuse("static-method", f"{qualname} is a static method", "make it a function at the top level of a module")
+    _refuse(
+        "unbound-method", f"{qualname} is a method without its object", "defer the method of an object: obj.method"
+    )
+
+
+def _refuse_member(qualname: str, member: str, raw: object) -> NoReturn:
+    if type(raw) is staticmethod:
+        _refuse("static-method", f"{qualname}.{member} is a static method", "make it a function at the top level")
+    _refuse(
+        "overridden",
+        f"{qualname}.{member} is something else than this method",
+        "defer the method through the object's own class, not through super()",
+    )
+
+
+# --- Look-ups of members --------------------------------------------------------------------------
+
+
+def _bind_classmethod(owner: object, member: str | None) -> AnyCallable | None:
+    if not _is_class(owner) or member is None:
+        return None
+    _, raw = find_member(cast("type", owner), member)
+    if type(raw) is not classmethod or type(raw.__func__) is not FunctionType:
+        return None
+    return MethodType(raw.__func__, owner)
+
+
+def _bind_method(owner: object, member: str | None, bound: object) -> AnyCallable | None:
+    if not _is_class(owner) or member is None:
+        return None
+    _, raw = find_member(cast("type", owner), member)
+    return MethodType(raw, bound) if type(raw) is FunctionType else None
+
+
+def _bind_builtin(owner: object, member: str | None, bound: object) -> AnyCallable | None:
+    if not _is_class(owner) or member is None or bound is UNBOUND:
+        return None
+    cls = cast("type", owner)
+    if bound is not cls and type(bound) is not cls:
+        return None
+    _, raw = find_member(cls, member)
+    return _bind_raw(raw, bound, cls)
+
+
+def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
+    """Bind a method descriptor of C to its object; the descriptor's own code is CPython's."""
+    if type(raw) is _METHOD_DESCRIPTOR and bound is not cls:
+        found: object = raw.__get__(bound, cls)
+    elif type(raw) is _CLASSMETHOD_DESCRIPTOR and bound is cls:
+        found = raw.__get__(None, cls)
+    else:
+        return None
+    return cast("AnyCallable", found) if type(found) is BuiltinFunctionType else None
+
+
+def _same_builtin(left: object, right: object) -> bool:
+    """Compare two bound built-in methods: same C function, same object (``==`` compares both)."""
+    return left is not None and cast("Any", left).__self__ is cast("Any", right).__self__ and left == right
+
+
+_METHOD_DESCRIPTOR: Final[Any] = type(str.upper)
+_CLASSMETHOD_DESCRIPTOR: Final[Any] = type(dict.__dict__["fromkeys"])
+
+
+# --- Small parts ----------------------------------------------------------------------------------
+
+
+def _is_class(obj: object) -> bool:
+    # issubclass of the type, not isinstance of the object: isinstance reads obj.__class__, user code.
+    return issubclass(type(obj), type)
+
+
+def _import(module: str) -> object:
+    try:
+        return import_module(module)
+    except Exception as error:
+        raise UnresolvableCallable(
+            f"the module {module} cannot be imported ({type(error).__name__}); deploy it, or mend its import"
+        ) from error
+
+
+def _main_file() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = getattr(spec, "name", None)
+    return f", such as a new module beside {name}" if name else ", such as tasks.py, and import it from there"
+
+
+def _ref(kind: str, module: str, qualname: str, member: str | None = None) -> CallableRef:
+    # Every part was matched above, so validation again would only cost time.
+    return CallableRef.model_construct(
+        _fields_set={"kind", "module", "qualname", "member"}, kind=kind, module=module, qualname=qualname, member=member
+    )
+
+
+def _refuse(reason: str, problem: str, remedy: str) -> NoReturn:
+    raise NotDeferrable(f"{problem}; {remedy}", reason=reason)
