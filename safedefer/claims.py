@@ -62,7 +62,7 @@ class Limits:
 class Call(CallableRef):
     """The ``call`` claim: a reference, and the typed value of the object that it is bound to."""
 
-    bound: Any = Field(default=None, description="A typed value; absent where the kind needs none.")
+    bound: Any = Field(default=None, repr=False, description="A typed value; absent where the kind needs none.")
 
     @property
     def has_bound(self) -> bool:
@@ -101,11 +101,12 @@ class Claims(BaseModel):
     cty: Literal["typed", "pickle"]
     name: TaskName | None = None
     call: Call | None = None
-    args: list[Any] | None = None
-    kwargs: dict[str, Any] | None = None
+    # Arguments are not for logs: their repr is left out.
+    args: list[Any] | None = Field(default=None, repr=False)
+    kwargs: dict[str, Any] | None = Field(default=None, repr=False)
     blob: BlobPointer | None = None
     retry_of: TaskId | None = None
-    headers: dict[HeaderName, HeaderValue] | None = None
+    headers: dict[HeaderName, HeaderValue] | None = Field(default=None, repr=False)
     trace: TraceParent | None = None
 
     @property
@@ -144,10 +145,10 @@ class Claims(BaseModel):
             claims = cls.model_validate(raw)
         except ValidationError as error:
             raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from error
-        claims._check_shape()
+        claims.check_shape()
         return claims
 
-    def _check_shape(self) -> None:
+    def check_shape(self) -> None:
         """Check what spans several claims.
 
         Raises:

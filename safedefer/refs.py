@@ -35,7 +35,7 @@ _IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
 # pydantic's engine anchors `$` at the very end of the text; Python's own `$` would let "os\n" pass.
 ModuleName = Annotated[str, Field(pattern=rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*$", max_length=255)]
 Qualname = Annotated[str, Field(pattern=rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*$", max_length=255)]
-MemberName = Annotated[str, Field(pattern=rf"^(_?[A-Za-z][A-Za-z0-9_]*|_[0-9][A-Za-z0-9_]*|_)$", max_length=255)]
+MemberName = Annotated[str, Field(pattern=r"^(_?[A-Za-z][A-Za-z0-9_]*|_[0-9][A-Za-z0-9_]*|_)$", max_length=255)]
 
 _DOTTED = re.compile(rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*")
 _MEMBER = re.compile(rf"(?!__){_IDENTIFIER}")
@@ -49,7 +49,7 @@ _MAIN_MODULES: Final = frozenset({"__main__", "__mp_main__"})
 _TYPE_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
 _TYPE_DICT: Final = cast("Any", type.__dict__["__dict__"]).__get__
 _TYPE_QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
-_MODULE_DICT: Final = cast("Any", ModuleType.__dict__["__dict__"]).__get__
+_MODULE_DICT: Final = cast("Any", vars(ModuleType)["__dict__"]).__get__
 
 
 class _Unbound(Enum):
@@ -173,7 +173,7 @@ def find(module: str, qualname: str) -> object:
     # fullmatch, and before import: import_module("os\0") returns a working `os` on current CPythons.
     if _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
         raise UnresolvableCallable("module and qualified name must be dotted ASCII identifiers; defer a named object")
-    loaded = sys.modules.get(module)
+    loaded: object = sys.modules.get(module)
     if loaded is None:
         loaded = _import(module)
     if not issubclass(type(loaded), ModuleType):
@@ -200,6 +200,11 @@ def find_member(owner: type, member: str) -> tuple[type, object]:
         if member in namespace:
             return cls, namespace[member]
     raise UnresolvableCallable(f"{class_path(owner)} has no member {member}; deploy the code that has it")
+
+
+def mro(cls: type) -> tuple[type, ...]:
+    """Return the MRO as the interpreter uses it, reading no metaclass code."""
+    return cast("tuple[type, ...]", _TYPE_MRO(cls))
 
 
 def class_path(cls: type) -> str:
@@ -269,12 +274,12 @@ def _function(func: FunctionType) -> CallableRef:
 
 
 def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
-    func, owner = cast("object", method.__func__), method.__self__
+    owner: object = method.__self__
+    func: object = method.__func__
     if type(func) is not FunctionType:
         _refuse("unsupported", "the method wraps something that is not a Python function", "defer a plain method")
-    func = cast("FunctionType", func)
     is_class = _is_class(owner)
-    cls = owner if is_class else type(owner)
+    cls = cast("type", owner) if is_class else type(owner)
     member = func.__name__
     _check_member(member)
     _check_code(func)
@@ -297,7 +302,7 @@ def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     owner: object = cast("Any", obj).__self__
     name: str = cast("Any", obj).__name__
     if owner is None or type(owner) is ModuleType:
-        return _builtin_function(obj, cast("ModuleType | None", owner), name)
+        return _builtin_function(obj, owner, name)
     _check_member(name)
     is_class = _is_class(owner)
     cls = cast("type", owner) if is_class else type(owner)
@@ -310,12 +315,12 @@ def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
 
 def _builtin_function(obj: object, home: ModuleType | None, name: str) -> CallableRef:
     modules = [_MODULE_DICT(home).get("__name__")] if home is not None else []
-    for module in (*modules, cast("Any", obj).__module__):
-        if isinstance(module, str) and _finds(obj, module, name):
-            return _ref("builtin", module, name)
+    found = [m for m in (*modules, cast("Any", obj).__module__) if isinstance(m, str) and _finds(obj, m, name)]
+    if found:
+        return _ref("builtin", found[0], name)
     if "." in cast("Any", obj).__qualname__:  # such as str.maketrans
         _refuse("static-method", f"the built-in {name} is a static method", "defer a function that calls it")
-    _refuse("not-found", f"the built-in {name} is not found by its name", "defer a function that calls it")
+    return _refuse("not-found", f"the built-in {name} is not found by its name", "defer a function that calls it")
 
 
 def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
@@ -463,9 +468,9 @@ def _bind_builtin(owner: object, member: str | None, bound: object) -> AnyCallab
 def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
     """Bind a method descriptor of C to its object; the descriptor's own code is CPython's."""
     if type(raw) is _METHOD_DESCRIPTOR and bound is not cls:
-        found: object = raw.__get__(bound, cls)
+        found: object = cast("Any", raw).__get__(bound, cls)
     elif type(raw) is _CLASSMETHOD_DESCRIPTOR and bound is cls:
-        found = raw.__get__(None, cls)
+        found = cast("Any", raw).__get__(None, cls)
     else:
         return None
     return cast("AnyCallable", found) if type(found) is BuiltinFunctionType else None

@@ -1,0 +1,510 @@
+"""Policy: what may run. Immutable, and required: without one nothing runs.
+
+====================  ============================================================================
+pattern               allows
+====================  ============================================================================
+``pkg.mod``           the module's own top-level functions and classes, their objects and methods
+``pkg.*``             the package and all below it, ``__main__`` modules excepted
+``mod:qualname``      exactly that object; a class with its own members and its objects
+``deferrable=True``   also what was decorated ``@deferrable`` in a module that is imported already
+====================  ============================================================================
+
+The rules, in the order in which they are asked:
+
+1. By name, before anything is imported. Built-ins, the standard library and gadgets need an exact
+   pattern, or the table of harmless built-in methods.
+2. The reference is resolved and proved (``refs``).
+3. By identity. An exact pattern admits the object that it named when the policy was built. A member
+   is admitted only if the class of the MRO that defines it is: an inherited one from elsewhere
+   needs a pattern of its own, ``mod:Class.member``.
+
+The same policy is asked in ``defer()``, so that a mistake shows at the sender.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from types import FunctionType, MappingProxyType
+from typing import Any, Final, NoReturn, Protocol, TypeVar, cast, final
+
+from safedefer.errors import (
+    CapabilityExceeded,
+    ConfigurationError,
+    NotDeferrable,
+    PolicyViolation,
+    UnresolvableCallable,
+)
+from safedefer.gadgets import GADGETS, HARMLESS_METHODS, HARMLESS_TYPES, is_gadget, is_standard_library
+from safedefer.refs import (
+    METACLASSES,
+    UNBOUND,
+    CallableRef,
+    check_class,
+    class_path,
+    find,
+    find_member,
+    mro,
+)
+
+_T = TypeVar("_T")
+
+_NAME = r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
+_MODULE = re.compile(_NAME)
+_PACKAGE = re.compile(rf"({_NAME})\.\*")
+_EXACT = re.compile(rf"({_NAME}):({_NAME})")
+_CACHE_SIZE: Final = 4096
+
+#: Marked objects by identity. The object is kept, so that its id is never another's.
+_MARKED: Final[dict[int, object]] = {}
+
+_HARMLESS_NAMES: Final = {class_path(cls): cls for cls in HARMLESS_TYPES}
+_HARMLESS_OWNERS: Final = {class_path(cls): methods for cls, methods in HARMLESS_METHODS.items()}
+
+
+def deferrable(obj: _T) -> _T:
+    """Mark a function or class, so that ``Policy(deferrable=True)`` admits it.
+
+    The mark is on this object alone: subclasses and wrappers do not inherit it.
+
+    Raises:
+        ConfigurationError: It is neither; built-ins need an exact pattern.
+    """
+    if type(obj) is not FunctionType and not issubclass(type(obj), type):
+        raise ConfigurationError(
+            f"@deferrable marks functions and classes, not {type(obj).__qualname__}; use an exact pattern 'module:name'"
+        )
+    _MARKED[id(obj)] = obj
+    return obj
+
+
+class Gate(Protocol):
+    """What is asked before a class or a callable is named or loaded. Whoever asks imports nothing itself."""
+
+    def check(self, ref: CallableRef) -> CallableRef:
+        """Admit a reference by its names; imports nothing. Raises ``PolicyViolation`` or ``CapabilityExceeded``."""
+        ...
+
+    def class_name(self, cls: type) -> str:
+        """Name a class as ``module:qualname``, proved and admitted. Raises ``NotDeferrable``."""
+        ...
+
+    def load_class(self, name: str) -> type:
+        """Find an admitted class. Raises a ``RejectedTask``: not admitted, or not that class."""
+        ...
+
+    def callable_ref(self, obj: object) -> CallableRef:
+        """Name a callable, proved and admitted. Raises ``NotDeferrable``."""
+        ...
+
+    def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
+        """Find an admitted callable. Raises a ``RejectedTask``: not admitted, or not that callable."""
+        ...
+
+
+@final
+class Policy:
+    """Which references may run.
+
+    Args:
+        patterns: ``pkg.mod``, ``pkg.*`` or ``mod:qualname``. None: nothing may run.
+        deferrable: Whether ``@deferrable`` marks count.
+        moved: Old names to new ones, ``{"old.mod:f": "new.mod:f"}``: queued tasks of renamed things
+            keep running. One step; both names must be admitted.
+        metaclasses: Further metaclasses that classes may have, or ``mod:qualname`` of them.
+
+    Raises:
+        ConfigurationError: A pattern is malformed, names nothing, or names the standard library as a whole.
+    """
+
+    __slots__ = ("_checked", "_deferrable", "_exact", "_metaclasses", "_modules", "_moved", "_packages", "_patterns")
+
+    _patterns: tuple[str, ...]
+    _modules: frozenset[str]
+    _packages: tuple[str, ...]
+    _exact: Mapping[str, object]
+    _deferrable: bool
+    _moved: Mapping[str, str]
+    _metaclasses: frozenset[type]
+    _checked: dict[CallableRef, CallableRef]
+
+    def __init__(
+        self,
+        *patterns: str,
+        deferrable: bool = False,
+        moved: Mapping[str, str] | None = None,
+        metaclasses: Iterable[type | str] = (),
+    ) -> None:
+        moved = dict(moved or {})
+        _check_moved(moved)
+        modules, packages, exact = set(), [], {}
+        for pattern in patterns:
+            _check_pattern(pattern)
+            if match := _EXACT.fullmatch(pattern):
+                exact.update(_exact_object(match[1], match[2], gone=pattern in moved))
+            elif match := _PACKAGE.fullmatch(pattern):
+                packages.append(match[1])
+            else:
+                modules.add(pattern)
+        self._set("_patterns", tuple(patterns))
+        self._set("_modules", frozenset(modules))
+        self._set("_packages", tuple(packages))
+        self._set("_exact", MappingProxyType(exact))
+        self._set("_deferrable", deferrable)
+        self._set("_moved", MappingProxyType(moved))
+        self._set("_metaclasses", METACLASSES | {_metaclass(item) for item in metaclasses})
+        self._set("_checked", {})
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError("a Policy is immutable; make another one")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError("a Policy is immutable; make another one")
+
+    def __repr__(self) -> str:
+        """Show the patterns."""
+        marks = ", deferrable=True" if self._deferrable else ""
+        return f"Policy({', '.join(map(repr, self._patterns))}{marks})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Policy is not pickled; build it where it is used")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns, as given."""
+        return self._patterns
+
+    def restricted(self, patterns: Iterable[str]) -> Gate:
+        """Return the gate that admits what both this policy and the ``patterns`` of a key admit."""
+        inner = Policy(*patterns, moved=self._moved, metaclasses=self._metaclasses - METACLASSES)
+        return _Restricted(self, inner)
+
+    def load(self) -> None:
+        """Import the modules that are named exactly: called once when a handler starts.
+
+        Raises:
+            ConfigurationError: A module cannot be imported.
+        """
+        gone = {name.partition(":")[0] for name in self._moved}
+        for module in sorted(self._modules):
+            try:
+                import_module(module)
+            except ImportError as error:
+                if module in gone and isinstance(error, ModuleNotFoundError):
+                    continue
+                raise ConfigurationError(
+                    f"the policy names the module {module}, which cannot be imported: {error}; correct the pattern"
+                ) from error
+
+    # --- By name: nothing is imported ---
+
+    def check(self, ref: CallableRef) -> CallableRef:
+        """Admit a reference by its names alone, and follow ``moved``. Imports nothing.
+
+        Returns:
+            The reference to resolve.
+
+        Raises:
+            PolicyViolation: No pattern admits it.
+        """
+        known = self._checked.get(ref)
+        if known is not None:
+            return known
+        self._check_names(ref)
+        moved = self._follow(ref)
+        if moved is not ref:
+            self._check_names(moved)
+        if not self._deferrable and len(self._checked) < _CACHE_SIZE:
+            self._checked[ref] = moved
+        return moved
+
+    def _check_names(self, ref: CallableRef) -> None:
+        module, qualname, member = ref.module, ref.qualname, ref.member
+        if str(ref) in self._exact:
+            return
+        if is_gadget(module, qualname) or (member is not None and is_gadget(module, f"{qualname}.{member}")):
+            if f"{module}:{qualname}" not in self._exact or f"{module}:{qualname}.{member}" in GADGETS:
+                _deny(ref, "it is a known gadget, a way to run whatever it is handed, and needs an exact pattern")
+        elif ref.kind == "builtin":
+            _deny(ref, "a built-in needs an exact pattern")
+        elif ref.kind == "builtin_method" and self._patterns and member in _HARMLESS_OWNERS.get(f"{module}:{qualname}", ()):
+            return
+        if not self._admits(module, qualname):
+            _deny(ref, "no pattern admits it")
+
+    def _admits(self, module: str, qualname: str) -> bool:
+        """Whether a function or class is admitted by its name."""
+        if f"{module}:{qualname}" in self._exact:
+            return True
+        if is_standard_library(module) or is_gadget(module, qualname):
+            return False
+        if module in self._modules or self._in_package(module):
+            return True
+        outer = qualname.rpartition(".")[0]
+        return (outer != "" and self._admits(module, outer)) or self._is_marked(module, qualname)
+
+    def _in_package(self, module: str) -> bool:
+        inside = any(module == package or module.startswith(f"{package}.") for package in self._packages)
+        return inside and "__main__" not in module.split(".")
+
+    def _is_marked(self, module: str, qualname: str) -> bool:
+        # Only what is imported already counts: a mark must not cause an import.
+        if not self._deferrable or module not in sys.modules:
+            return False
+        try:
+            return self._has_mark(find(module, qualname))
+        except UnresolvableCallable:
+            return False
+
+    def _has_mark(self, obj: object) -> bool:
+        return self._deferrable and _MARKED.get(id(obj)) is obj
+
+    def _follow(self, ref: CallableRef) -> CallableRef:
+        target = self._moved.get(str(ref))
+        if target is not None and ref.member is not None:
+            target, _, member = target.rpartition(".")
+        else:
+            member = ref.member or ""
+            target = target or self._moved.get(f"{ref.module}:{ref.qualname}")
+        if target is None:
+            return ref
+        module, _, qualname = target.partition(":")
+        return CallableRef(kind=ref.kind, module=module, qualname=qualname, member=member or None)
+
+    # --- By identity: after the look-up ---
+
+    def _check_object(self, ref: CallableRef) -> None:
+        """Admit what a reference leads to, which ``refs`` has proved.
+
+        Raises:
+            PolicyViolation: An exact pattern named another object, or an inherited member comes from elsewhere.
+        """
+        owner = find(ref.module, ref.qualname)
+        name = f"{ref.module}:{ref.qualname}"
+        if name in self._exact and self._exact[name] is not owner:
+            _deny(ref, "it is not the object that the exact pattern named when the policy was built")
+        if ref.kind in {"function", "builtin"}:
+            return
+        cls = cast("type", owner)
+        if ref.kind == "class":
+            self._check_bases(ref, cls)
+        else:
+            self._check_member(ref, cls, "__call__" if ref.kind == "instance" else cast("str", ref.member))
+
+    def _check_bases(self, ref: CallableRef, cls: type) -> None:
+        """Refuse to call a class that inherits its construction from a gadget, such as ``subprocess.Popen``."""
+        for base in mro(cls)[1:]:
+            module, _, qualname = class_path(base).partition(":")
+            if is_gadget(module, qualname) and f"{module}:{qualname}" not in self._exact and base not in _PLAIN_BASES:
+                _deny(ref, "it inherits from a known gadget, which needs an exact pattern")
+
+    def _check_member(self, ref: CallableRef, cls: type, member: str) -> None:
+        definer, raw = find_member(cls, member)
+        exact = self._exact.get(f"{class_path(cls)}.{member}", self._exact.get(f"{class_path(definer)}.{member}"))
+        if exact is raw:
+            return
+        if exact is not None:
+            _deny(ref, "the member is not the one that the exact pattern named when the policy was built")
+        if member in HARMLESS_METHODS.get(definer, ()):
+            return
+        module, _, qualname = class_path(definer).partition(":")
+        if is_gadget(module, f"{qualname}.{member}") or not self._admits(module, qualname):
+            function = raw.__func__ if type(raw) is classmethod else raw
+            if not self._has_mark(function):
+                _deny(ref, f"it is inherited from {module}:{qualname}, which needs a pattern of its own")
+
+    # --- Gate: what codecs and the execution ask ---
+
+    def class_name(self, cls: type) -> str:
+        """Name a class that is part of an argument. See ``Gate.class_name``."""
+        module, qualname = check_class(cls, metaclasses=self._metaclasses, nested=True)
+        name = f"{module}:{qualname}"
+        if cls not in HARMLESS_TYPES:
+            if not self._admits(module, qualname):
+                _not_admitted(f"the class {name}", name)
+            self._check_exact_class(name, cls, NotDeferrable)
+        return name
+
+    def load_class(self, name: str) -> type:
+        """Find a class that is part of an argument. See ``Gate.load_class``."""
+        if (harmless := _HARMLESS_NAMES.get(name)) is not None:
+            return harmless
+        for step in (name, self._moved.get(name)):
+            if step is None:
+                break
+            name = step
+            if _EXACT.fullmatch(name) is None or not self._admits(*name.split(":")):
+                raise PolicyViolation(
+                    f"the class {_shown(name)} inside the arguments is not admitted; add a pattern for it to the policy"
+                )
+        cls = find(*name.split(":"))
+        try:
+            if not issubclass(type(cls), type) or ":".join(
+                check_class(cast("type", cls), metaclasses=self._metaclasses, nested=True)
+            ) != name:
+                raise UnresolvableCallable(f"{name} is not a class of that name; deploy the code that defines it")
+        except NotDeferrable as error:
+            raise UnresolvableCallable(f"{name} cannot be used: {error}") from error
+        self._check_exact_class(name, cast("type", cls), PolicyViolation)
+        return cast("type", cls)
+
+    def _check_exact_class(self, name: str, cls: type, error: type[NotDeferrable | PolicyViolation]) -> None:
+        if self._exact.get(name, cls) is not cls:
+            raise error(f"{name} is not the class that the exact pattern named when the policy was built; restart")
+
+    def callable_ref(self, obj: object) -> CallableRef:
+        """Name a callable. See ``Gate.callable_ref``."""
+        ref = CallableRef.of(obj, metaclasses=self._metaclasses)
+        try:
+            self.check(ref)
+            self._check_object(ref)
+        except PolicyViolation as error:
+            raise NotDeferrable(str(error), reason="policy") from error
+        return ref
+
+    def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
+        """Find a callable. See ``Gate.load_callable``."""
+        ref = self.check(ref)
+        if bound is not UNBOUND and ref.kind == "builtin_method" and issubclass(type(bound), type):
+            # A class method of C is bound to the class itself, which may have moved.
+            bound = find(ref.module, ref.qualname) if class_path(cast("type", bound)) == str(ref) else bound
+        found = ref.resolve(bound, metaclasses=self._metaclasses)
+        self._check_object(ref)
+        return found
+
+
+@final
+class _Restricted:
+    """A policy within the patterns of the key that signed: the key's refusal is ``CapabilityExceeded``."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, outer: Policy, inner: Policy) -> None:
+        self._outer = outer
+        self._inner = inner
+
+    def check(self, ref: CallableRef) -> CallableRef:
+        """Admit a reference by its names. Raises ``PolicyViolation`` or ``CapabilityExceeded``."""
+        self._within(self._inner.check, ref)
+        return self._outer.check(ref)
+
+    def class_name(self, cls: type) -> str:
+        """See ``Gate.class_name``."""
+        self._inner.class_name(cls)
+        return self._outer.class_name(cls)
+
+    def load_class(self, name: str) -> type:
+        """See ``Gate.load_class``."""
+        self._within(self._inner.load_class, name)
+        return self._outer.load_class(name)
+
+    def callable_ref(self, obj: object) -> CallableRef:
+        """See ``Gate.callable_ref``."""
+        self._inner.callable_ref(obj)
+        return self._outer.callable_ref(obj)
+
+    def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
+        """See ``Gate.load_callable``."""
+        self._within(self._inner.load_callable, ref, bound)
+        return self._outer.load_callable(ref, bound)
+
+    @staticmethod
+    def _within(ask: Callable[..., object], *args: object) -> None:
+        try:
+            ask(*args)
+        except PolicyViolation as error:
+            raise CapabilityExceeded("the key that signed this may not name it; sign with another key") from error
+
+
+# --- Patterns -------------------------------------------------------------------------------------
+
+# Bases that construct nothing dangerous, though as callees they would be gadgets.
+_PLAIN_BASES: Final = frozenset({object, type})
+
+
+def _check_pattern(pattern: object) -> None:
+    if not isinstance(pattern, str) or not any(shape.fullmatch(pattern) for shape in (_MODULE, _PACKAGE, _EXACT)):
+        raise ConfigurationError(
+            f"{pattern!a} is not a pattern; write 'pkg.mod', 'pkg.*' or 'mod:qualname', one argument each"
+        )
+    module = pattern.removesuffix(".*")
+    if ":" in pattern:
+        return
+    if is_standard_library(module):
+        raise ConfigurationError(
+            f"{pattern!r} would admit a part of the standard library; name the callables exactly: '{module}:name'"
+        )
+    if module.split(".")[-1] in {"__main__", "__mp_main__"}:
+        raise ConfigurationError(f"{pattern!r} is another module in every process; move the tasks to one of their own")
+
+
+def _check_moved(moved: Mapping[str, str]) -> None:
+    for old, new in moved.items():
+        if _EXACT.fullmatch(old) is None or _EXACT.fullmatch(new) is None:
+            raise ConfigurationError("moved maps 'old.mod:name' to 'new.mod:name'; write both with a colon")
+        if new in moved:
+            raise ConfigurationError(f"moved takes one step, and {new} moves again; map {old} to the last name")
+
+
+def _exact_object(module: str, qualname: str, *, gone: bool) -> dict[str, object]:
+    """Resolve an exact pattern: the canonical name of the object, and the object itself."""
+    try:
+        found = find(module, qualname)
+    except UnresolvableCallable as error:
+        if gone:  # the old name of something that moved
+            return {f"{module}:{qualname}": UNBOUND}
+        raise ConfigurationError(
+            f"the pattern {module}:{qualname} names nothing: {error}; "
+            "correct it, and build the policy after the module is imported"
+        ) from error
+    return {_canonical(module, qualname, found): found}
+
+
+def _canonical(module: str, qualname: str, found: object) -> str:
+    """Return the name that the wire carries: ``operator:add`` says that it is ``_operator:add``."""
+    if issubclass(type(found), type):
+        return class_path(cast("type", found))
+    owner, _, member = qualname.rpartition(".")
+    if owner:
+        return f"{class_path(cast('type', find(module, owner)))}.{member}"
+    try:
+        ref = CallableRef.of(found)
+    except NotDeferrable as error:
+        raise ConfigurationError(f"the pattern {module}:{qualname} names what cannot be deferred: {error}") from error
+    if ref.kind not in {"function", "builtin"}:
+        raise ConfigurationError(f"the pattern {module}:{qualname} names an object or its method; name {ref} instead")
+    return str(ref)
+
+
+def _metaclass(item: type | str) -> type:
+    found = item
+    if isinstance(item, str):
+        match = _EXACT.fullmatch(item)
+        if match is None:
+            raise ConfigurationError("metaclasses are named 'mod:qualname', or are the classes themselves")
+        try:
+            found = cast("Any", find(match[1], match[2]))
+        except UnresolvableCallable as error:
+            raise ConfigurationError(f"the metaclass {item} cannot be found: {error}") from error
+    if not isinstance(found, type) or not issubclass(found, type):
+        raise ConfigurationError(f"{item!a} is not a metaclass; name a subclass of type")
+    return found
+
+
+def _deny(ref: CallableRef, why: str) -> NoReturn:
+    raise PolicyViolation(f"{ref} may not run: {why}; add '{ref}' or its module to the policy if it should")
+
+
+def _not_admitted(what: str, name: str) -> NoReturn:
+    raise NotDeferrable(f"{what} is not admitted; add '{name}' or its module to the policy", reason="policy")
+
+
+def _shown(name: str) -> str:
+    return name if _EXACT.fullmatch(name) is not None else "of an unreadable name"
+
+

@@ -1,0 +1,202 @@
+"""Signing and verifying tasks.
+
+``Verifier.verify`` is the one function that turns unverified bytes into a verified task. It reads in
+the order in which it checks:
+
+1. shape and size;
+2. the key, by its ``kid``;
+3. the MAC, over the raw bytes. From here on every byte was written by a holder of our key;
+4. the claims;
+5. the audience and the time, and what the key may sign;
+6. the policy, by name. Nothing was imported, and no argument decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final, final
+
+from safedefer.claims import LEEWAY, Claims, Limits
+from safedefer.errors import (
+    CapabilityExceeded,
+    ExpiredTask,
+    InvalidClaims,
+    NotYetValid,
+    PolicyViolation,
+    TaskTooLargeError,
+    UnknownQueueError,
+    WrongAudience,
+)
+from safedefer.keys import Key, Keyring
+from safedefer.policy import Gate, Policy
+from safedefer.task import VerifiedPointer, VerifiedTask
+from safedefer.token import Token
+
+#: What a pointer and the stored token that it points to have in common.
+_SHARED: Final = ("jti", "aud", "nbf", "exp", "name")
+
+
+@final
+class Signer:
+    """Signs claims with the active key, within what that key may sign.
+
+    Args:
+        keyring: The keys.
+        policy: What may be deferred.
+        limits: Bounds; ``token_bytes`` is checked here.
+    """
+
+    def __init__(self, keyring: Keyring, policy: Policy, *, limits: Limits) -> None:
+        self._keyring = keyring
+        self._limits = limits
+        self.gate: Gate = _gate(policy, keyring.active)
+        """What codecs ask: the policy within the limits of the active key."""
+
+    def sign(self, claims: Claims) -> bytes:
+        """Return the token of some claims.
+
+        Raises:
+            TaskTooLargeError: The token is over the limit.
+            UnknownQueueError: The active key may not sign for the queue.
+        """
+        key = self._keyring.active
+        queue = claims.audience[1]
+        if key.queues is not None and queue not in key.queues:
+            raise UnknownQueueError(f"key {key.kid} may not sign for the queue {queue!a}; use another queue or key")
+        token = self._keyring.sign(claims.to_json())
+        if len(token) > self._limits.token_bytes:
+            raise TaskTooLargeError(
+                f"the task is {len(token)} bytes signed, over the limit of {self._limits.token_bytes}; "
+                "store the data and pass its id",
+                size=len(token),
+                limit=self._limits.token_bytes,
+            )
+        return token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serves:
+    """What a handler answers to. ``None`` is "any": no list was configured."""
+
+    environment: str
+    queues: Collection[str] | None = None
+    targets: Collection[str] | None = None
+
+
+@final
+class Verifier:
+    """Turns bytes into verified tasks.
+
+    Args:
+        keyring: The keys.
+        policy: What may run.
+        serves: The environment, queues and targets that this handler answers to.
+        allow_pickle: Whether pickled arguments are let through to the pickle codec.
+        limits: Bounds; ``token_bytes`` is checked here.
+    """
+
+    def __init__(
+        self, keyring: Keyring, policy: Policy, *, serves: Serves, allow_pickle: bool = False, limits: Limits
+    ) -> None:
+        self._keyring = keyring
+        self._serves = serves
+        self._allow_pickle = allow_pickle
+        self._limits = limits
+        self._gates: dict[str, Gate] = {key.kid: _gate(policy, key) for key in keyring.keys}
+
+    def verify(
+        self, data: bytes, *, url: str | Collection[str], now: float, queue: str | None = None, expired: bool = False
+    ) -> VerifiedTask | VerifiedPointer:
+        """Verify a token.
+
+        Args:
+            data: The raw bytes.
+            url: The path on which they came, or the paths that would do.
+            now: Seconds since the epoch.
+            queue: The queue that a request header names, if one does; it must agree.
+            expired: Whether a task whose time is over passes: dead letters are re-signed, not run.
+
+        Returns:
+            The task, or the pointer to it.
+
+        Raises:
+            RejectedTask: One of its subclasses, by the first check that fails.
+        """
+        token = Token.parse(data, max_bytes=self._limits.token_bytes)
+        authenticated = self._keyring.verify(token)
+        claims = Claims.from_json(authenticated.payload)
+        self._check_audience(claims, url, queue)
+        self._check_key(claims, authenticated.key)
+        if not expired:
+            _check_time(claims, now)
+        kid = authenticated.key.kid
+        if claims.blob is not None:
+            return VerifiedPointer(claims=claims, blob=claims.blob, kid=kid)
+        if claims.call is None:
+            raise InvalidClaims("a task without a call; send what serialize() returned")
+        ref = claims.call.ref
+        gate = self._gates[kid]
+        gate.check(ref)
+        return VerifiedTask(
+            claims=claims,
+            call=claims.call,
+            ref=ref,
+            gate=gate,
+            kid=kid,
+            digest=sha256(data).digest(),
+            text=authenticated.payload,
+        )
+
+    def verify_stored(
+        self, pointer: VerifiedPointer, data: bytes, *, url: str | Collection[str], now: float, expired: bool = False
+    ) -> VerifiedTask:
+        """Verify the stored token that a pointer names: length and hash first, then as any token.
+
+        Raises:
+            InvalidClaims: It is not the token that the pointer names, or is a pointer itself.
+            RejectedTask: As ``verify``.
+        """
+        # Both are public to whoever writes the store, so a plain comparison gives nothing away.
+        if len(data) != pointer.blob.length or sha256(data).hexdigest() != pointer.blob.sha256:
+            raise InvalidClaims("the stored token is not the one that was pointed to; restore the blob from a backup")
+        task = self.verify(data, url=url, now=now, expired=expired)
+        if not isinstance(task, VerifiedTask):
+            raise InvalidClaims("a stored token points to another one; store the task itself")
+        if any(getattr(task.claims, name) != getattr(pointer.claims, name) for name in _SHARED):
+            raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
+        return task
+
+    def _check_audience(self, claims: Claims, url: str | Collection[str], queue: str | None) -> None:
+        environment, named, target, path = claims.audience
+        serves = self._serves
+        if (
+            environment != serves.environment
+            or (serves.queues is not None and named not in serves.queues)
+            or (serves.targets is not None and target not in serves.targets)
+            or (path != url if isinstance(url, str) else path not in url)
+            or (queue is not None and queue != named)
+        ):
+            raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
+
+    def _check_key(self, claims: Claims, key: Key) -> None:
+        if key.queues is not None and claims.audience[1] not in key.queues:
+            raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
+        if claims.cty == "pickle":
+            if not key.pickle:
+                raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
+            if not self._allow_pickle:
+                raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
+
+
+def _check_time(claims: Claims, now: float) -> None:
+    ahead = max(claims.nbf, claims.iat) - now
+    if ahead > LEEWAY:
+        raise NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead - LEEWAY) + 1)
+    if now > claims.exp + LEEWAY:
+        raise ExpiredTask("the task's time is over; re-run it from the dead letters if it is still wanted")
+
+
+def _gate(policy: Policy, key: Key) -> Gate:
+    return policy if key.patterns is None else policy.restricted(key.patterns)

@@ -1,0 +1,71 @@
+"""Tasks on either side of the signature: what ``defer()`` returned, and what a handler may run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from safedefer.claims import BlobPointer, Call, Claims, TaskRetryOptions
+from safedefer.policy import Gate
+
+if TYPE_CHECKING:
+    from safedefer.refs import CallableRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One call to make later, as ``defer()`` accepted it (App Engine ``taskqueue.Task``)."""
+
+    id: str
+    """The task's id: the token's ``jti``."""
+    name: str | None
+    queue_name: str
+    url: str
+    target: str
+    headers: Mapping[str, str]
+    """The request headers that the dispatcher will send, without those of the attempt."""
+    payload: bytes = field(repr=False)
+    """What will be POSTed: the signed token, or the signed pointer to it."""
+    eta: datetime
+    """When the task is due, aware, in UTC."""
+    retry_options: TaskRetryOptions | None
+    was_enqueued: bool
+    """False for a transactional task whose transaction has not been committed yet."""
+
+    @property
+    def size(self) -> int:
+        """Length of the payload, in bytes."""
+        return len(self.payload)
+
+    @property
+    def eta_posix(self) -> float:
+        """The eta in seconds since the epoch (App Engine ``Task.eta_posix``)."""
+        return self.eta.timestamp()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedPointer:
+    """A verified claim that the task is a stored token. Only ``Verifier`` makes one."""
+
+    claims: Claims
+    blob: BlobPointer
+    kid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifiedTask:
+    """A task that a holder of one of our keys signed for us, now, within the policy. Only ``Verifier`` makes one."""
+
+    claims: Claims
+    call: Call
+    ref: CallableRef
+    """The reference of ``call``."""
+    gate: Gate
+    """The policy, within the limits of the key that signed."""
+    kid: str
+    digest: bytes
+    """SHA-256 of the token."""
+    text: bytes = field(repr=False)
+    """The payload as it was signed."""

@@ -1,0 +1,83 @@
+"""Framing: a compact JWS (RFC 7515, section 7.1) as three segments. Knows no keys and parses no JSON.
+
+Base64url is canonical here: no padding, no character outside the alphabet, no stray bits in the last
+character. A decoder that ignores those bits gives one signature many spellings.
+"""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64encode
+from binascii import a2b_base64
+from dataclasses import dataclass
+from typing import Final, Self
+
+from safedefer.errors import MalformedToken
+
+#: A MAC of HS256 is 32 bytes, in base64url always this many characters.
+MAC_CHARS: Final = 43
+#: Headers are three short members; longer ones are nobody's.
+_MAX_HEADER: Final = 512
+
+_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
+#: By length modulo 4, the characters that may end a segment: those whose unused bits are zero.
+_LAST: Final = {0: frozenset(_ALPHABET), 2: frozenset(_ALPHABET[::16]), 3: frozenset(_ALPHABET[::4])}
+
+
+def encode_segment(data: bytes) -> bytes:
+    """Return canonical base64url (RFC 4648, section 5, without padding)."""
+    return urlsafe_b64encode(data).rstrip(b"=")
+
+
+def decode_segment(segment: bytes) -> bytes:
+    """Return the bytes of a canonical segment.
+
+    Raises:
+        MalformedToken: It is not canonical base64url.
+    """
+    if not is_canonical(segment):
+        raise MalformedToken("not canonical base64url; encode without padding and with zero unused bits")
+    return a2b_base64(segment.translate(_STANDARD) + b"=" * (-len(segment) % 4))
+
+
+def is_canonical(segment: bytes) -> bool:
+    """Whether re-encoding what the segment decodes to would give back the same text."""
+    if segment.translate(None, _ALPHABET):
+        return False
+    return not segment or segment[-1] in _LAST.get(len(segment) % 4, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """The segments of a token of which nothing is known yet but its shape."""
+
+    header: bytes
+    """The encoded header, to be looked up among those of the keyring."""
+    payload: bytes
+    """The encoded payload: ``Keyring.verify`` decodes it when the MAC has matched."""
+    mac: bytes
+    """The encoded MAC."""
+
+    @property
+    def signing_input(self) -> bytes:
+        """What the MAC is of (RFC 7515, section 5.1)."""
+        return self.header + b"." + self.payload
+
+    @classmethod
+    def parse(cls, data: bytes, *, max_bytes: int) -> Self:
+        """Split a token into its segments.
+
+        Raises:
+            MalformedToken: It is over ``max_bytes``, or not three canonical base64url segments.
+        """
+        if len(data) > max_bytes:
+            raise MalformedToken("the token is over the size limit; pass an id instead of the data")
+        segments = data.split(b".", 3)
+        if len(segments) != 3:  # noqa: PLR2004  # header, payload, MAC
+            raise MalformedToken("a token is three segments joined by dots; send what serialize() returned")
+        header, payload, mac = segments
+        if len(header) > _MAX_HEADER or not payload or len(mac) != MAC_CHARS:
+            raise MalformedToken("a segment of the token has an impossible length; send what serialize() returned")
+        if not (is_canonical(header) and is_canonical(payload) and is_canonical(mac)):
+            raise MalformedToken("a segment of the token is not canonical base64url; send what serialize() returned")
+        return cls(header, payload, mac)
