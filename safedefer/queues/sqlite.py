@@ -1,0 +1,288 @@
+"""The SQLite queue: one file, whose every acknowledged task survives a crash and a power cut."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from safedefer.errors import ConfigurationError, LeaseLost
+from safedefer.queues import sqlite_operations as operations
+from safedefer.queues.base import Capabilities, Lease, QueuedTask, QueueStats, Settlement, TaskState, TaskView
+from safedefer.queues.sqlite_connection import SQL, Handle, register_fork
+from safedefer.queues.sqlite_ledger import SQLiteBlobs, SQLiteLedger
+from safedefer.queues.sqlite_ledger import prune as prune_ledger
+from safedefer.queues.sqlite_rows import attempt_record, task_view
+from safedefer.queues.sqlite_watch import Watch
+from safedefer.queues.sqlite_writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import apsw
+
+_PRUNE_EVERY: Final = 60.0
+_PRUNED_AT_ONCE: Final = 500
+_DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
+
+_VIEWS: Final = {
+    TaskState.WAITING: ("view_tasks", "owner IS NULL"),
+    TaskState.RUNNING: ("view_tasks", "owner IS NOT NULL"),
+    TaskState.DEAD: ("view_dead", "TRUE"),
+    TaskState.SUCCEEDED: ("view_ended", "state = 'succeeded'"),
+    TaskState.CANCELLED: ("view_ended", "state = 'cancelled'"),
+}
+
+
+class SQLiteQueue:
+    """A ``PullQueue`` in a SQLite file, for any number of threads and processes of one machine.
+
+    ``path`` is the file, created with mode 0600 when first used. ``tombstone_seconds`` is how long
+    the name of an ended task is not free (App Engine: 9 days). ``history_seconds`` is how long
+    ``find`` and ``tasks`` know what succeeded or was cancelled. ``busy_timeout`` is the seconds to
+    wait for the lock of another process. Nothing is opened before the first call.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tombstone_seconds: float = 9 * 86400,
+        history_seconds: float = 7 * 86400,
+        busy_timeout: float = 30.0,
+    ) -> None:
+        text = os.fspath(path)
+        if not text or text == ":memory:" or "\0" in text:
+            raise ConfigurationError(f"{text!r} is not the path of a file; for a queue without one use memory://")
+        self._path = os.path.realpath(text)
+        self._tombstone_seconds = tombstone_seconds
+        self._history_seconds = history_seconds
+        self._next_prune = float("-inf")
+        self._writer = Writer(self._path, busy_timeout=busy_timeout)
+        self._reader = Handle(self._path, busy_timeout=busy_timeout)
+        register_fork(self._reader)
+        self._watch = Watch(self._path, busy_timeout=busy_timeout)
+        self._ledger = SQLiteLedger(self._writer)
+        self._blobs = SQLiteBlobs(self._writer, self._reader)
+        self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch)
+
+    def __repr__(self) -> str:
+        """Show the path."""
+        return f"{type(self).__name__}({self._path!r})"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Everything."""
+        return Capabilities()
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the file."""
+        return self._path
+
+    @property
+    def ledger(self) -> SQLiteLedger:
+        """The ledger in the same file."""
+        return self._ledger
+
+    @property
+    def blobs(self) -> SQLiteBlobs:
+        """The blobs in the same file."""
+        return self._blobs
+
+    def close(self) -> None:
+        """Finish what was accepted and close the file. Later calls raise ``QueueUnavailable``."""
+        self._finalizer()
+
+    # --- Giving tasks -----------------------------------------------------------------------------
+
+    def enqueue(self, task: QueuedTask, /) -> None:
+        """Store a task, with its blob, in one transaction.
+
+        Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``.
+        """
+        self.enqueue_many((task,))
+
+    def enqueue_many(self, tasks: Sequence[QueuedTask], /) -> None:
+        """Store all tasks or none, in one transaction; raises what ``enqueue`` raises."""
+        self._watch.advance(self._writer.run(lambda connection: _enqueue_all(connection, tasks)))
+
+    def enqueue_on(self, connection: apsw.Connection, tasks: Sequence[QueuedTask], /) -> None:
+        """Store tasks in the transaction of an apsw connection to the queue's own file.
+
+        They are enqueued if and only if that transaction commits. Raises what ``enqueue`` raises,
+        ``ConfigurationError`` for a connection to another file, and apsw's errors as they are.
+        """
+        if os.path.realpath(connection.filename) != self._path:
+            raise ConfigurationError(f"the connection's file is not the queue's; connect to {self._path}")
+        with connection:
+            for task in tasks:
+                operations.enqueue(connection, task)
+
+    def cancel(self, task_id: str, *, now: float) -> bool:
+        """End a waiting task unrun, in the ledger too; False if it does not wait."""
+        seconds = self._tombstone_seconds
+        return self._writer.run(
+            lambda connection: operations.cancel(connection, task_id, now=now, tombstone_seconds=seconds)
+        )
+
+    def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:  # noqa: ARG002 - the seam has it
+        """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
+
+        def action(connection: apsw.Connection) -> tuple[bool, int]:
+            return operations.replace_dead(connection, task_id, task), operations.newest_seq(connection)
+
+        replaced, newest = self._writer.run(action)
+        self._watch.advance(newest)
+        return replaced
+
+    # --- Taking tasks -----------------------------------------------------------------------------
+
+    def lease(
+        self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
+    ) -> Sequence[Lease]:
+        """Claim up to ``limit`` due tasks for ``seconds``, the one that fell due first before the others."""
+
+        def action(connection: apsw.Connection) -> tuple[list[Lease], int]:
+            found = operations.lease(connection, owner=owner, limit=limit, seconds=seconds, now=now, queues=queues)
+            return found, operations.newest_seq(connection)
+
+        leases, newest = self._writer.run(action)
+        self._watch.seen(newest)
+        if now >= self._next_prune:
+            # Nobody waits for it: what is not forgotten now is forgotten later.
+            self._next_prune = now + _PRUNE_EVERY
+            self._writer.submit(lambda connection: self._prune(connection, now))
+        return leases
+
+    def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
+        """Prolong a lease. Raises ``LeaseLost``."""
+        until = now + seconds
+        values = {"id": lease.task.id, "owner": lease.owner, "until": until}
+
+        def action(connection: apsw.Connection) -> bool:
+            connection.execute(SQL["task_extend"], values)
+            return connection.changes() > 0
+
+        if not self._writer.run(action):
+            raise _lost(lease)
+        return replace(lease, until=until)
+
+    def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
+        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""
+        if not self.settle_many(((lease, settlement),), now=now)[0]:
+            raise _lost(lease)
+
+    def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
+        """Settle several in one transaction; False stands for a lost lease."""
+        seconds = self._tombstone_seconds
+        return self._writer.run(
+            lambda connection: [
+                operations.settle(connection, lease, settlement, now=now, tombstone_seconds=seconds)
+                for lease, settlement in settlements
+            ]
+        )
+
+    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:  # noqa: ARG002 - the seam has it
+        """When the next task or lease falls due, maybe in the past; None if there is none."""
+        with self._reader.use() as connection:
+            if queues is None:
+                due: float | None = connection.execute(SQL["next_due_of_all"]).get
+                return due
+            found = (connection.execute(SQL["next_due_of_queue"], (queue,)).get for queue in queues)
+            return min((due for due in found if due is not None), default=None)
+
+    def wait(self, timeout: float) -> bool:
+        """Block until a task is enqueued (by any process) or ``timeout`` seconds pass.
+
+        True if there may be a task that no ``lease`` or ``wait`` has seen yet, or after ``wake``.
+        """
+        return self._watch.wait(timeout)
+
+    def wake(self) -> None:
+        """End a ``wait`` of this process early."""
+        self._watch.wake()
+
+    def prune(self, *, now: float) -> int:
+        """Forget what is too old: tombstones, history, stray records, ledger entries; returns how many.
+
+        Does a bounded amount in one call. ``lease`` has it done about once a minute.
+        """
+        return self._writer.run(lambda connection: self._prune(connection, now))
+
+    def _prune(self, connection: apsw.Connection, now: float) -> int:
+        removed = operations.prune(connection, now=now, history_seconds=self._history_seconds, limit=_PRUNED_AT_ONCE)
+        return removed + prune_ledger(connection, now=now, limit=_PRUNED_AT_ONCE)
+
+    # --- Looking ----------------------------------------------------------------------------------
+
+    def stats(self, *, now: float) -> Sequence[QueueStats]:
+        """Counts of every queue that has a task or a dead letter, sorted by name."""
+        with self._reader.use() as connection, connection:
+            tasks = _counts(connection.execute(SQL["stats_tasks"]))
+            running = _counts(connection.execute(SQL["stats_running"], {"now": now}))
+            dead = _counts(connection.execute(SQL["stats_dead"]))
+            queues = sorted({*tasks, *dead})
+            oldest = [connection.execute(SQL["stats_oldest"], {"queue": name, "now": now}).get for name in queues]
+        return [
+            QueueStats(
+                queue=queue,
+                waiting=tasks.get(queue, 0) - running.get(queue, 0),
+                running=running.get(queue, 0),
+                dead=dead.get(queue, 0),
+                oldest=due,
+            )
+            for queue, due in zip(queues, oldest, strict=True)
+        ]
+
+    def tasks(
+        self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List tasks, newest first, without records; without ``states``: waiting, running and dead."""
+        found: list[TaskView] = []
+        with self._reader.use() as connection, connection:
+            for state in dict.fromkeys(states or _DEFAULT_STATES):
+                view, condition = _VIEWS[state]
+                of_queue = "" if queue is None else " AND queue = :queue"
+                found += map(
+                    task_view,
+                    connection.execute(
+                        f"{SQL[view]} WHERE {condition}{of_queue} ORDER BY seq DESC LIMIT :limit",
+                        {"queue": queue, "limit": limit},
+                    ),
+                )
+        found.sort(key=lambda task: task.created, reverse=True)
+        return found[:limit]
+
+    def find(self, task_id: str) -> TaskView | None:
+        """One task in whatever state, with the records of its attempts; ended ones without a token."""
+        values = {"id": task_id}
+        rows: list[tuple[Any, ...]] = []
+        with self._reader.use() as connection, connection:
+            for view in ("view_tasks", "view_dead", "view_ended"):
+                rows = connection.execute(f"{SQL[view]} WHERE id = :id", values).fetchall()
+                if rows:
+                    break
+            records = [attempt_record(row) for row in connection.execute(SQL["attempts_of"], values)]
+        return task_view(rows[0], records) if rows else None
+
+
+def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask]) -> int:
+    for task in tasks:
+        operations.enqueue(connection, task)
+    return operations.newest_seq(connection)
+
+
+def _counts(rows: Iterable[tuple[Any, ...]]) -> dict[str, int]:
+    return {queue: count for queue, count in rows}  # noqa: C416 - dict() would not do: a row has any length
+
+
+def _lost(lease: Lease) -> LeaseLost:
+    return LeaseLost(f"the task {lease.task.id} is no longer ours; leave it to the dispatcher that has it now")
+
+
+def _close(writer: Writer, reader: Handle, watch: Watch) -> None:
+    writer.close()
+    reader.close()
+    watch.close()

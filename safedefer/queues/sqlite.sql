@@ -1,0 +1,367 @@
+-- Every statement of the SQLite engine, by name. Times are seconds since the epoch.
+--
+-- The tables have a prefix because an application may keep its own tables in the same file, so that
+-- a task and the change it belongs to commit together.
+
+-- name: schema_table
+CREATE TABLE IF NOT EXISTS safedefer_schema (version INTEGER NOT NULL) STRICT;
+
+-- name: schema_version
+SELECT max(version) FROM safedefer_schema;
+
+-- name: schema_has_table
+SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'safedefer_schema';
+
+-- name: schema_set_version
+INSERT INTO safedefer_schema (version) VALUES (:version);
+
+-- name: migration_1
+-- `due` is when a row may be leased: the eta, the time of the retry, or the end of the lease.
+-- `seq` is never used twice: waiting dispatchers watch its maximum, and it breaks ties of `due`.
+-- The token is the last column, so that reading the others never touches its overflow pages.
+CREATE TABLE safedefer_tasks (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    queue TEXT NOT NULL,
+    name TEXT,
+    callable_name TEXT NOT NULL,
+    url TEXT NOT NULL,
+    target TEXT NOT NULL,
+    audience TEXT NOT NULL,
+    headers TEXT NOT NULL,
+    retry_options TEXT NOT NULL,
+    eta REAL NOT NULL,
+    created REAL NOT NULL,
+    expires INTEGER NOT NULL,
+    digest BLOB NOT NULL,
+    blob_id TEXT,
+    due REAL NOT NULL,
+    owner TEXT,
+    leased_at REAL,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    deliveries INTEGER NOT NULL DEFAULT 0,
+    executions INTEGER NOT NULL DEFAULT 0,
+    first_attempt REAL,
+    rejections INTEGER NOT NULL DEFAULT 0,
+    first_rejection REAL,
+    previous_response INTEGER,
+    retry_reason TEXT,
+    leased INTEGER NOT NULL GENERATED ALWAYS AS (owner IS NOT NULL) VIRTUAL,
+    token BLOB NOT NULL
+) STRICT;
+CREATE INDEX safedefer_tasks_due ON safedefer_tasks (due);
+CREATE INDEX safedefer_tasks_queue ON safedefer_tasks (queue, due, leased);
+CREATE INDEX safedefer_tasks_leased ON safedefer_tasks (queue, due) WHERE owner IS NOT NULL;
+
+-- A blob goes with its task, whatever ends the task: there are no orphans.
+CREATE TABLE safedefer_blobs (
+    id TEXT NOT NULL PRIMARY KEY,
+    task INTEGER NOT NULL REFERENCES safedefer_tasks (seq) ON DELETE CASCADE,
+    data BLOB NOT NULL
+) STRICT;
+CREATE INDEX safedefer_blobs_task ON safedefer_blobs (task);
+
+-- `until` is NULL while the task of this name lives, then the end of its tombstone.
+CREATE TABLE safedefer_names (
+    queue TEXT NOT NULL,
+    name TEXT NOT NULL,
+    until REAL,
+    PRIMARY KEY (queue, name)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX safedefer_names_until ON safedefer_names (until) WHERE until IS NOT NULL;
+
+CREATE TABLE safedefer_dead (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    queue TEXT NOT NULL,
+    name TEXT,
+    callable_name TEXT NOT NULL,
+    url TEXT NOT NULL,
+    target TEXT NOT NULL,
+    audience TEXT NOT NULL,
+    headers TEXT NOT NULL,
+    retry_options TEXT NOT NULL,
+    eta REAL NOT NULL,
+    created REAL NOT NULL,
+    expires INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    reason TEXT,
+    ended REAL NOT NULL,
+    token BLOB NOT NULL
+) STRICT;
+CREATE INDEX safedefer_dead_queue ON safedefer_dead (queue);
+
+-- What succeeded or was cancelled of late, without its token: for people who look.
+CREATE TABLE safedefer_ended (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    queue TEXT NOT NULL,
+    name TEXT,
+    callable_name TEXT NOT NULL,
+    url TEXT NOT NULL,
+    target TEXT NOT NULL,
+    audience TEXT NOT NULL,
+    eta REAL NOT NULL,
+    created REAL NOT NULL,
+    expires INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('succeeded', 'cancelled')),
+    reason TEXT,
+    ended REAL NOT NULL
+) STRICT;
+CREATE INDEX safedefer_ended_ended ON safedefer_ended (ended);
+CREATE INDEX safedefer_ended_state ON safedefer_ended (state);
+
+-- `uncharged` is 1 from the begin of a run until its delivery is settled, or charged because the
+-- lease ran out: so a run is charged once, and a delivery that never ran is not.
+CREATE TABLE safedefer_ledger (
+    audience TEXT NOT NULL,
+    task_id TEXT NOT NULL,
+    digest BLOB NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('running', 'retry', 'succeeded', 'failed', 'cancelled')),
+    owner TEXT,
+    until REAL NOT NULL DEFAULT 0,
+    expires INTEGER NOT NULL,
+    uncharged INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (audience, task_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX safedefer_ledger_expires ON safedefer_ledger (expires);
+
+-- The records of a task go with what is left of it. A stray one belongs to no task that is known here,
+-- and goes by its age.
+CREATE TABLE safedefer_attempts (
+    seq INTEGER PRIMARY KEY,
+    task_id TEXT NOT NULL,
+    audience TEXT NOT NULL,
+    started REAL NOT NULL,
+    ended REAL NOT NULL,
+    outcome TEXT NOT NULL,
+    status INTEGER,
+    reason TEXT,
+    exception_type TEXT,
+    traceback TEXT,
+    stray INTEGER NOT NULL
+) STRICT;
+CREATE INDEX safedefer_attempts_task ON safedefer_attempts (task_id);
+CREATE INDEX safedefer_attempts_stray ON safedefer_attempts (ended) WHERE stray;
+
+-- name: newest_seq
+SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'safedefer_tasks'), 0);
+
+-- name: id_taken
+SELECT 'waiting' FROM safedefer_tasks WHERE id = :id
+UNION ALL SELECT 'dead' FROM safedefer_dead WHERE id = :id
+UNION ALL SELECT 'ended' FROM safedefer_ended WHERE id = :id
+LIMIT 1;
+
+-- name: blob_taken
+SELECT 1 FROM safedefer_blobs WHERE id = :blob_id;
+
+-- name: name_until
+SELECT until FROM safedefer_names WHERE queue = :queue AND name = :name;
+
+-- name: name_take
+INSERT INTO safedefer_names (queue, name, until) VALUES (:queue, :name, NULL)
+ON CONFLICT (queue, name) DO UPDATE SET until = NULL;
+
+-- name: name_bury
+UPDATE safedefer_names SET until = :until WHERE queue = :queue AND name = :name;
+
+-- name: task_insert
+INSERT INTO safedefer_tasks (
+    id, queue, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, digest, blob_id, due, token
+) VALUES (
+    :id, :queue, :name, :callable_name, :url, :target, :audience, :headers, :retry_options,
+    :eta, :created, :expires, :digest, :blob_id, :eta, :token
+);
+
+-- name: blob_insert
+INSERT INTO safedefer_blobs (id, task, data) VALUES (:blob_id, :seq, :data);
+
+-- name: due_of_all
+SELECT due, seq FROM safedefer_tasks WHERE due <= :now ORDER BY due, seq LIMIT :limit;
+
+-- name: due_of_queue
+SELECT due, seq FROM safedefer_tasks WHERE queue = :queue AND due <= :now ORDER BY due, seq LIMIT :limit;
+
+-- name: task_by_seq
+SELECT seq, id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created,
+    expires, digest, blob_id, due, owner, leased_at, attempts, deliveries, executions, first_attempt,
+    rejections, first_rejection, previous_response, retry_reason, token
+FROM safedefer_tasks WHERE seq = :seq;
+
+-- name: task_lease
+UPDATE safedefer_tasks
+SET owner = :owner, leased_at = :now, due = :until, deliveries = deliveries + 1,
+    attempts = :attempts, first_attempt = :first_attempt, retry_reason = :retry_reason,
+    previous_response = :previous_response
+WHERE seq = :seq;
+
+-- name: task_extend
+UPDATE safedefer_tasks SET due = :until WHERE id = :id AND owner = :owner;
+
+-- name: task_standing
+SELECT seq, queue, name, audience, expires, digest, owner, due, leased_at
+FROM safedefer_tasks WHERE id = :id;
+
+-- name: task_retry
+UPDATE safedefer_tasks
+SET owner = NULL, leased_at = NULL, due = :at,
+    attempts = attempts + :charged,
+    first_attempt = CASE WHEN :charged THEN coalesce(first_attempt, leased_at) ELSE first_attempt END,
+    executions = executions + :executed,
+    rejections = rejections + :rejected,
+    first_rejection = CASE WHEN :rejected THEN coalesce(first_rejection, :now) ELSE first_rejection END,
+    previous_response = :status,
+    retry_reason = :reason
+WHERE seq = :seq;
+
+-- name: task_to_dead
+INSERT INTO safedefer_dead (
+    id, queue, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, attempts, reason, ended, token
+)
+SELECT id, queue, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, attempts + :charged, :reason, :now,
+    coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq), token)
+FROM safedefer_tasks WHERE seq = :seq;
+
+-- name: task_to_ended
+INSERT INTO safedefer_ended (
+    id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, reason, ended
+)
+SELECT id, queue, name, callable_name, url, target, audience, eta, created, expires,
+    attempts + :charged, :state, :reason, :now
+FROM safedefer_tasks WHERE seq = :seq;
+
+-- name: task_delete
+DELETE FROM safedefer_tasks WHERE seq = :seq;
+
+-- name: next_due_of_all
+SELECT min(due) FROM safedefer_tasks;
+
+-- name: next_due_of_queue
+SELECT min(due) FROM safedefer_tasks WHERE queue = :queue;
+
+-- name: stats_tasks
+SELECT queue, count(*) FROM safedefer_tasks GROUP BY queue;
+
+-- name: stats_running
+SELECT queue, count(*) FROM safedefer_tasks WHERE owner IS NOT NULL AND due > :now GROUP BY queue;
+
+-- name: stats_dead
+SELECT queue, count(*) FROM safedefer_dead GROUP BY queue;
+
+-- name: stats_oldest
+SELECT due FROM safedefer_tasks WHERE queue = :queue AND (leased = 0 OR due <= :now) ORDER BY due LIMIT 1;
+
+-- name: view_tasks
+SELECT id, queue, iif(leased, 'running', 'waiting'), name, callable_name, url, target, audience, headers,
+    retry_options, eta, created, expires, attempts, retry_reason, NULL,
+    coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq), token)
+FROM safedefer_tasks
+
+-- name: view_dead
+SELECT id, queue, 'dead', name, callable_name, url, target, audience, headers,
+    retry_options, eta, created, expires, attempts, reason, ended, token
+FROM safedefer_dead
+
+-- name: view_ended
+SELECT id, queue, state, name, callable_name, url, target, audience, '{}',
+    '{}', eta, created, expires, attempts, reason, ended, x''
+FROM safedefer_ended
+
+-- name: dead_delete
+DELETE FROM safedefer_dead WHERE id = :id;
+
+-- name: attempt_insert
+INSERT INTO safedefer_attempts (
+    task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
+) VALUES (
+    :task_id, :audience, :started, :ended, :outcome, :status, :reason, :exception_type, :traceback,
+    NOT (
+        EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = :task_id)
+        OR EXISTS (SELECT 1 FROM safedefer_dead WHERE id = :task_id)
+        OR EXISTS (SELECT 1 FROM safedefer_ended WHERE id = :task_id)
+    )
+);
+
+-- name: attempts_trim
+DELETE FROM safedefer_attempts WHERE task_id = :task_id AND seq <= (
+    SELECT seq FROM safedefer_attempts WHERE task_id = :task_id ORDER BY seq DESC LIMIT 1 OFFSET :keep
+);
+
+-- name: attempts_of
+SELECT task_id, audience, started, ended, outcome, status, reason, exception_type, traceback
+FROM safedefer_attempts WHERE task_id = :id ORDER BY seq;
+
+-- name: attempts_last_reason
+SELECT reason FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 1;
+
+-- name: ledger_find
+SELECT digest, state, owner, until, uncharged FROM safedefer_ledger
+WHERE audience = :audience AND task_id = :task_id;
+
+-- name: ledger_begin
+INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, until, expires, uncharged)
+VALUES (:audience, :task_id, :digest, 'running', :owner, :until, :expires, 1)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = 1;
+
+-- name: ledger_extend
+UPDATE safedefer_ledger SET until = :until
+WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
+
+-- name: ledger_finish
+UPDATE safedefer_ledger SET state = :state, owner = NULL, until = 0
+WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
+
+-- name: ledger_charged
+UPDATE safedefer_ledger SET uncharged = 0 WHERE audience = :audience AND task_id = :task_id AND uncharged = 1;
+
+-- name: ledger_end
+INSERT INTO safedefer_ledger (audience, task_id, digest, state, expires)
+VALUES (:audience, :task_id, :digest, :state, :expires)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = excluded.state, owner = NULL, until = 0, uncharged = 0
+WHERE state IN ('running', 'retry');
+
+-- name: ledger_prune
+DELETE FROM safedefer_ledger WHERE (audience, task_id) IN (
+    SELECT audience, task_id FROM safedefer_ledger
+    WHERE expires < :before AND NOT (state = 'running' AND until > :now) LIMIT :limit
+);
+
+-- name: names_prune
+DELETE FROM safedefer_names WHERE (queue, name) IN (
+    SELECT queue, name FROM safedefer_names WHERE until IS NOT NULL AND until <= :now LIMIT :limit
+);
+
+-- name: attempts_of_ended_prune
+-- Runs right before ended_prune, and so sees the same rows.
+DELETE FROM safedefer_attempts WHERE task_id IN (
+    SELECT id FROM safedefer_ended WHERE ended < :before ORDER BY ended, seq LIMIT :limit
+);
+
+-- name: ended_prune
+DELETE FROM safedefer_ended WHERE seq IN (
+    SELECT seq FROM safedefer_ended WHERE ended < :before ORDER BY ended, seq LIMIT :limit
+);
+
+-- name: attempts_stray_prune
+DELETE FROM safedefer_attempts WHERE seq IN (
+    SELECT seq FROM safedefer_attempts WHERE stray AND ended < :before LIMIT :limit
+);
+
+-- name: attempts_become_stray
+UPDATE safedefer_attempts SET stray = 1 WHERE task_id = :id;
+
+-- name: blob_get
+SELECT data FROM safedefer_blobs WHERE id = :id;
+
+-- name: blob_delete
+DELETE FROM safedefer_blobs WHERE id = :id;
+
+-- name: blobs_collect
+DELETE FROM safedefer_blobs WHERE task NOT IN (SELECT seq FROM safedefer_tasks);

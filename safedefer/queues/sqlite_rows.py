@@ -1,0 +1,177 @@
+"""Rows of the SQLite engine to the values of the seam, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safedefer.ledger import AttemptRecord
+from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import apsw
+
+
+class TaskRow(NamedTuple):
+    """One row of ``task_by_seq``."""
+
+    seq: int
+    id: str
+    queue: str
+    name: str | None
+    callable_name: str
+    url: str
+    target: str
+    audience: str
+    headers: str
+    retry_options: str
+    eta: float
+    created: float
+    expires: int
+    digest: bytes
+    blob_id: str | None
+    due: float
+    owner: str | None
+    leased_at: float | None
+    attempts: int
+    deliveries: int
+    executions: int
+    first_attempt: float | None
+    rejections: int
+    first_rejection: float | None
+    previous_response: int | None
+    retry_reason: str | None
+    token: bytes
+
+
+class Standing(NamedTuple):
+    """One row of ``task_standing``: what decides how a task can be settled."""
+
+    seq: int
+    queue: str
+    name: str | None
+    audience: str
+    expires: int
+    digest: bytes
+    owner: str | None
+    due: float
+    leased_at: float | None
+
+
+class LedgerRow(NamedTuple):
+    """One row of ``ledger_find``."""
+
+    digest: bytes
+    state: str
+    owner: str | None
+    until: float
+    uncharged: int
+
+
+def task_digest(task: QueuedTask) -> bytes:
+    """Return the ledger's digest of a task, computed where the task does not say it."""
+    return task.digest or hashlib.sha256(task.blob.data if task.blob else task.token).digest()
+
+
+def task_values(task: QueuedTask) -> dict[str, Any]:
+    """Return the bindings of ``task_insert``."""
+    return {
+        "id": task.id,
+        "queue": task.queue,
+        "name": task.name,
+        "callable_name": task.callable_name,
+        "url": task.url,
+        "target": task.target,
+        "audience": task.audience,
+        "headers": json.dumps(dict(task.headers)),
+        "retry_options": json.dumps(dict(task.retry_options)),
+        "eta": task.eta,
+        "created": task.created,
+        "expires": task.expires,
+        "digest": task_digest(task),
+        "blob_id": task.blob.id if task.blob else task.blob_id,
+        "token": task.token,
+    }
+
+
+def queued_task(row: TaskRow) -> QueuedTask:
+    """Return the task of a row, without its blob."""
+    return QueuedTask(
+        id=row.id,
+        queue=row.queue,
+        token=row.token,
+        audience=row.audience,
+        url=row.url,
+        target=row.target,
+        eta=row.eta,
+        created=row.created,
+        expires=row.expires,
+        name=row.name,
+        headers=json.loads(row.headers),
+        retry_options=json.loads(row.retry_options),
+        digest=row.digest,
+        blob_id=row.blob_id,
+        callable_name=row.callable_name,
+    )
+
+
+def leased_task(row: TaskRow, *, owner: str, until: float) -> Lease:
+    """Return the new lease of a row, whose counters are those before this delivery."""
+    return Lease(
+        task=queued_task(row),
+        owner=owner,
+        until=until,
+        attempts=row.attempts,
+        retries=row.deliveries,
+        executions=row.executions,
+        first_attempt=row.first_attempt,
+        rejections=row.rejections,
+        first_rejection=row.first_rejection,
+        previous_response=row.previous_response,
+        retry_reason=row.retry_reason,
+    )
+
+
+def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> TaskView:
+    """Return what a row of ``view_tasks``, ``view_dead`` or ``view_ended`` shows."""
+    (task_id, queue, state, name, callable_name, url, target, audience) = row[:8]
+    (headers, retry_options, eta, created, expires, attempts, reason, ended, token) = row[8:]
+    return TaskView(
+        id=task_id,
+        queue=queue,
+        state=TaskState(state),
+        name=name,
+        callable_name=callable_name,
+        url=url,
+        target=target,
+        audience=audience,
+        headers=json.loads(headers),
+        eta=eta,
+        created=created,
+        expires=expires,
+        attempts=attempts,
+        token=token,
+        reason=reason,
+        ended=ended,
+        retry_options=json.loads(retry_options),
+        records=records,
+    )
+
+
+def record_values(record: AttemptRecord) -> dict[str, Any]:
+    """Return the bindings of ``attempt_insert``."""
+    return {name: getattr(record, name) for name in AttemptRecord.__slots__}
+
+
+def attempt_record(row: tuple[Any, ...]) -> AttemptRecord:
+    """Return the record of a row of ``attempts_of``."""
+    return AttemptRecord(**dict(zip(AttemptRecord.__slots__, row, strict=True)))
+
+
+def first_row(cursor: apsw.Cursor) -> tuple[Any, ...] | None:
+    """Return the first row of a result, and finish the statement."""
+    rows = cursor.fetchall()
+    return rows[0] if rows else None

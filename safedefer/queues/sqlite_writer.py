@@ -1,0 +1,175 @@
+"""The one writer: concurrent operations share a transaction, and so one fsync (group commit).
+
+Each operation runs in a savepoint, so that one which fails does not spoil the others. Nobody is told
+of success before COMMIT has returned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import apsw
+
+from safedefer.errors import QueueUnavailable
+from safedefer.queues.sqlite_connection import Handle, register_fork, unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+_BATCH: Final = 256
+"""The most operations in one transaction: bounds how long another process waits for the lock."""
+
+_Operation = tuple["Callable[[apsw.Connection], Any]", "Future[Any]"]
+
+
+class Writer:
+    """Runs operations on one connection, in one thread that is started when there is work."""
+
+    def __init__(self, path: str, *, busy_timeout: float) -> None:
+        self._handle = Handle(path, busy_timeout=busy_timeout)
+        self._begin()
+        register_fork(self)
+
+    def _begin(self) -> None:
+        self._changed = threading.Condition()
+        self._pending: deque[_Operation] = deque()
+        self._thread: threading.Thread | None = None
+        self._pausing = False
+        self._closed = False
+
+    def run(self, action: Callable[[apsw.Connection], T]) -> T:
+        """Run ``action`` in a transaction, and return its result once that is committed.
+
+        Raises what ``action`` raised, its changes undone, or ``QueueUnavailable``.
+        """
+        return self.submit(action).result()
+
+    def submit(self, action: Callable[[apsw.Connection], T]) -> Future[T]:
+        """Have ``action`` run, and return at once; the future is completed after the commit."""
+        future: Future[T] = Future()
+        with self._changed:
+            if self._closed:
+                raise QueueUnavailable("the queue is closed; open a new one")
+            self._pending.append((action, future))
+            if self._thread is None:
+                self._start()
+            else:
+                self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Finish what was submitted, then close the connection. Later operations are refused."""
+        with self._changed:
+            self._closed = True
+        self._rest()
+
+    def _start(self) -> None:
+        if not self._pausing:
+            # A daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
+            self._thread = threading.Thread(target=self._work, name="safedefer-writer", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            _Batch(self._handle, batch).run()
+        if self._closed:
+            # Here and not in close(): the garbage collector may call that one within this thread.
+            self._handle.close()
+
+    def _next_batch(self) -> list[_Operation]:
+        with self._changed:
+            while not self._pending and not self._pausing and not self._closed:
+                self._changed.wait()
+            if self._pausing:
+                return []
+            return [self._pending.popleft() for _ in range(min(_BATCH, len(self._pending)))]
+
+    def _rest(self) -> None:
+        with self._changed:
+            thread, self._thread = self._thread, None
+            self._changed.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def before_fork(self) -> None:
+        """End the thread after its batch: the child has no copy of it."""
+        with self._changed:
+            self._pausing = True
+        self._rest()
+        self._handle.before_fork()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on with what is pending."""
+        self._handle.after_fork_in_parent()
+        with self._changed:
+            self._pausing = False
+            if self._pending:
+                self._start()
+
+    def after_fork_in_child(self) -> None:
+        """Begin with nothing: what is pending is the parent's."""
+        self._handle.after_fork_in_child()
+        closed = self._closed
+        self._begin()
+        self._closed = closed
+
+
+class _Batch:
+    """Some operations in one transaction."""
+
+    def __init__(self, handle: Handle, operations: list[_Operation]) -> None:
+        self._handle = handle
+        self._operations = operations
+        self._outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
+
+    def run(self) -> None:
+        """Run, commit, and complete every future. Never raises."""
+        try:
+            with self._handle.use() as connection:
+                self._transact(connection)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, callers wait for an answer
+            for _, future in self._operations:
+                future.set_exception(self._failure(error))
+            return
+        for future, result, failure in self._outcomes:
+            if failure is None:
+                future.set_result(result)
+            else:
+                future.set_exception(failure)
+
+    def _failure(self, error: BaseException) -> QueueUnavailable:
+        # One exception for each caller: a traceback belongs to one thread.
+        failure = QueueUnavailable(str(error) if isinstance(error, QueueUnavailable) else f"the write failed: {error}")
+        failure.__cause__ = error.__cause__ or error
+        return failure
+
+    def _transact(self, connection: apsw.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for action, future in self._operations:
+                self._outcomes.append((future, *self._attempt(connection, action)))
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _attempt(
+        self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
+    ) -> tuple[Any, BaseException | None]:
+        connection.execute("SAVEPOINT operation")
+        try:
+            result = action(connection)
+        except Exception as error:
+            if not connection.in_transaction:
+                raise  # Some errors (disk full, I/O) end the whole transaction.
+            connection.execute("ROLLBACK TO operation")
+            connection.execute("RELEASE operation")
+            return None, unavailable(self._handle.path, error) if isinstance(error, apsw.Error) else error
+        connection.execute("RELEASE operation")
+        return result, None
