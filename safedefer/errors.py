@@ -14,6 +14,7 @@ stable: logs, dead letters and the test vectors use it.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -105,10 +106,25 @@ class UnknownQueueError(DeferError):
 # --- In the handler, before any user code ---------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskIdentity:
+    """Which task it was, as far as a verified signature says."""
+
+    task_id: str
+    audience: str
+    kid: str
+    callable_name: str = ""
+
+
 class RejectedTask(Error):
-    """The token was refused. ``authentic`` (bool): a holder of one of our keys wrote it."""
+    """The token was refused.
+
+    ``authentic`` (bool): a holder of one of our keys wrote it. ``identity``: which task it was, once
+    the signature and the claims have been read; None before.
+    """
 
     authentic: ClassVar[bool] = False
+    identity: TaskIdentity | None = None
 
 
 class MalformedToken(RejectedTask):

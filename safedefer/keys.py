@@ -235,7 +235,9 @@ class Keyring:
             jwks = _Jwks.model_validate_json(text)
         except ValidationError as error:
             places = ", ".join(".".join(map(str, item["loc"])) or "the text" for item in error.errors()[:3])
-            raise ConfigurationError(f"the key file is not a JWK Set of oct keys (wrong: {places}); {_MAKE_ONE}") from None
+            raise ConfigurationError(
+                f"the key file is not a JWK Set of oct keys (wrong: {places}); {_MAKE_ONE}"
+            ) from None
         keys = [
             Key(
                 jwk.kid,
@@ -289,7 +291,9 @@ def _decode_secret(kid: str, text: str) -> bytes:
         return decode_segment(text.encode())
     except MalformedToken:
         # `from None`: the chain would show the secret's text to whoever prints a traceback with locals.
-        raise ConfigurationError(f"the secret of key {kid[:64]!a} is not base64url without padding; {_MAKE_ONE}") from None
+        raise ConfigurationError(
+            f"the secret of key {kid[:64]!a} is not base64url without padding; {_MAKE_ONE}"
+        ) from None
 
 
 def _check_secret(kid: str, secret: bytes) -> None:

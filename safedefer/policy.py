@@ -232,7 +232,11 @@ class Policy:
                 _deny(ref, "it is a known gadget, a way to run whatever it is handed, and needs an exact pattern")
         elif ref.kind == "builtin":
             _deny(ref, "a built-in needs an exact pattern")
-        elif ref.kind == "builtin_method" and self._patterns and member in _HARMLESS_OWNERS.get(f"{module}:{qualname}", ()):
+        elif (
+            ref.kind == "builtin_method"
+            and self._patterns
+            and member in _HARMLESS_OWNERS.get(f"{module}:{qualname}", ())
+        ):
             return
         if not self._admits(module, qualname):
             _deny(ref, "no pattern admits it")
@@ -344,9 +348,10 @@ class Policy:
                 )
         cls = find(*name.split(":"))
         try:
-            if not issubclass(type(cls), type) or ":".join(
-                check_class(cast("type", cls), metaclasses=self._metaclasses, nested=True)
-            ) != name:
+            if (
+                not issubclass(type(cls), type)
+                or ":".join(check_class(cast("type", cls), metaclasses=self._metaclasses, nested=True)) != name
+            ):
                 raise UnresolvableCallable(f"{name} is not a class of that name; deploy the code that defines it")
         except NotDeferrable as error:
             raise UnresolvableCallable(f"{name} cannot be used: {error}") from error
@@ -506,5 +511,3 @@ def _not_admitted(what: str, name: str) -> NoReturn:
 
 def _shown(name: str) -> str:
     return name if _EXACT.fullmatch(name) is not None else "of an unreadable name"
-
-

@@ -421,9 +421,7 @@ def _refuse_unbound(func: FunctionType, qualname: str) -> NoReturn:
         static = False
     if static:
         _refuse("static-method", f"{qualname} is a static method", "make it a function at the top level of a module")
-    _refuse(
-        "unbound-method", f"{qualname} is a method without its object", "defer the method of an object: obj.method"
-    )
+    _refuse("unbound-method", f"{qualname} is a method without its object", "defer the method of an object: obj.method")
 
 
 def _refuse_member(qualname: str, member: str, raw: object) -> NoReturn:

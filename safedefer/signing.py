@@ -25,6 +25,8 @@ from safedefer.errors import (
     InvalidClaims,
     NotYetValid,
     PolicyViolation,
+    RejectedTask,
+    TaskIdentity,
     TaskTooLargeError,
     UnknownQueueError,
     WrongAudience,
@@ -127,24 +129,34 @@ class Verifier:
         token = Token.parse(data, max_bytes=self._limits.token_bytes)
         authenticated = self._keyring.verify(token)
         claims = Claims.from_json(authenticated.payload)
-        self._check_audience(claims, url, queue)
-        self._check_key(claims, authenticated.key)
-        if not expired:
-            _check_time(claims, now)
-        kid = authenticated.key.kid
-        if claims.blob is not None:
-            return VerifiedPointer(claims=claims, blob=claims.blob, kid=kid)
-        if claims.call is None:
-            raise InvalidClaims("a task without a call; send what serialize() returned")
-        ref = claims.call.ref
-        gate = self._gates[kid]
-        gate.check(ref)
+        call = claims.call
+        identity = TaskIdentity(
+            task_id=claims.jti,
+            audience=claims.aud,
+            kid=authenticated.key.kid,
+            callable_name="" if call is None else str(call),
+        )
+        try:
+            self._check_audience(claims, url, queue)
+            self._check_key(claims, authenticated.key)
+            if not expired:
+                _check_time(claims, now)
+            if claims.blob is not None:
+                return VerifiedPointer(claims=claims, blob=claims.blob, identity=identity)
+            if call is None:
+                raise InvalidClaims("a task without a call; send what serialize() returned")
+            gate = self._gates[authenticated.key.kid]
+            ref = call.ref
+            gate.check(ref)
+        except RejectedTask as error:
+            error.identity = identity
+            raise
         return VerifiedTask(
             claims=claims,
-            call=claims.call,
+            call=call,
             ref=ref,
             gate=gate,
-            kid=kid,
+            identity=identity,
             digest=sha256(data).digest(),
             text=authenticated.payload,
         )

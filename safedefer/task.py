@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from safedefer.claims import BlobPointer, Call, Claims, TaskRetryOptions
+from safedefer.errors import TaskIdentity
 from safedefer.policy import Gate
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class VerifiedPointer:
 
     claims: Claims
     blob: BlobPointer
-    kid: str
+    identity: TaskIdentity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class VerifiedTask:
     """The reference of ``call``."""
     gate: Gate
     """The policy, within the limits of the key that signed."""
-    kid: str
+    identity: TaskIdentity
     digest: bytes
     """SHA-256 of the token."""
     text: bytes = field(repr=False)

@@ -1,0 +1,404 @@
+"""Delivery: the whole handler without a framework. Headers and body in; status, headers and body out.
+
+Every way in ends here: the aiohttp handler, in-process delivery by the dispatcher, and whoever calls
+``App.handle`` from another framework. Nothing runs that was not verified in this call.
+
+The answers are those of App Engine's push queues, made exact (status, ``Safedefer-Outcome``):
+
+======================================================  ======  ===============
+returned                                                200     ``succeeded``
+ledger: ended already                                   200     ``duplicate``
+ledger: running elsewhere                               409     ``running``
+``SingularTaskFailure``                                 408     ``retry``
+any other exception                                     500     ``retry``
+``PermanentTaskFailure``, expired, arguments undecodable  200   ``failed``
+unresolvable, refused by policy, claims unknown         500     ``rejected``
+too early                                               503     ``early``
+not authentic                                           403     ``refused``
+not POST, too large, wrong type or any encoding         405, 413, 415  ``refused``
+at capacity, shutting down                              503     ``busy``
+======================================================  ======  ===============
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, NamedTuple, TypeVar
+
+from safedefer.blobs import BlobStore
+from safedefer.errors import (
+    ExpiredTask,
+    InvalidArguments,
+    InvalidClaims,
+    NotYetValid,
+    QueueUnavailable,
+    RejectedTask,
+    ReplayedTask,
+    TaskIdentity,
+)
+from safedefer.events import Observer, RequestRefused, TaskHandled, notify
+from safedefer.execution import Codec, Interrupted, Outcome, Result, TaskContext, Validate, execute
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, Ledger
+from safedefer.signing import Verifier
+from safedefer.task import VerifiedPointer, VerifiedTask
+
+_T = TypeVar("_T")
+
+#: How a token is POSTed (RFC 7515, section 9.2.1), and how App Engine's library did.
+CONTENT_TYPES: Final = frozenset({"application/jose", "application/octet-stream"})
+OUTCOME_HEADER: Final = "Safedefer-Outcome"
+QUEUE_HEADER: Final = "X-AppEngine-QueueName"
+RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
+
+_REFUSED_BODY: Final = b"refused\n"
+_MAX_RECORDED: Final = 16_384
+# Anything shaped like a token, in a traceback, is a token of somebody.
+_TOKEN: Final = re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_CONTROL: Final = re.compile(r"[^\t\n -~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class Response(NamedTuple):
+    """What a handler answers."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryOptions:
+    """How a handler runs tasks."""
+
+    max_bytes: int = 1_048_576
+    """The largest body, in bytes."""
+    concurrency: int = 16
+    """How many tasks run at once; one more is answered ``busy``."""
+    lease_seconds: float = 60.0
+    """How long the ledger believes that a silent run is alive; a live one prolongs it."""
+    validate: Validate = None
+    """``"annotations"``: arguments are checked against the callable's annotations before the call."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One request on its way through."""
+
+    started: float
+    attempt: int
+    task: VerifiedTask | None = None
+    pointer: VerifiedPointer | None = None
+    execution: Execution | None = None
+    identity: TaskIdentity | None = None
+
+
+class Delivery:
+    """Verifies, asks the ledger, runs, records, answers.
+
+    Args:
+        verifier: Turns bytes into verified tasks.
+        codecs: By ``cty``.
+        ledger: Where runs are admitted; called in a thread.
+        blobs: Where oversize tokens are; called in a thread.
+        clock: Seconds since the epoch.
+        observer: Told of every answer.
+        options: How tasks are run.
+    """
+
+    def __init__(
+        self,
+        *,
+        verifier: Verifier,
+        codecs: Mapping[str, Codec],
+        ledger: Callable[[], Ledger],
+        blobs: Callable[[], BlobStore],
+        clock: Callable[[], float],
+        observer: Observer,
+        options: DeliveryOptions,
+    ) -> None:
+        self._verifier = verifier
+        self._codecs = codecs
+        self._ledger = ledger
+        self._blobs = blobs
+        self._clock = clock
+        self._observer = observer
+        self._options = options
+        self._running = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._executor: Executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="safedefer-task")
+        # Storage has threads of its own: a task that blocks must not keep its neighbour's end from being written.
+        self._storage: Executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="safedefer-ledger")
+
+    @property
+    def running(self) -> int:
+        """How many tasks run now."""
+        return self._running
+
+    def drain(self) -> None:
+        """Answer ``busy`` from now on; what runs goes on."""
+        self._draining = True
+
+    async def drained(self, seconds: float) -> bool:
+        """Wait up to ``seconds`` until nothing runs; whether that is so."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self._running:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
+        """Refuse what can be refused before the body is read; None if nothing speaks against it."""
+        if method != "POST":
+            return self._refuse(405, "method-not-allowed", {"Allow": "POST"})
+        if _header(headers, "Content-Encoding") is not None:
+            return self._refuse(415, "content-encoding")
+        kind = (_header(headers, "Content-Type") or "").partition(";")[0].strip().lower()
+        if kind not in CONTENT_TYPES:
+            return self._refuse(415, "content-type")
+        if length is not None and length > self._options.max_bytes:
+            return self.too_large()
+        if self._draining or self._running >= self._options.concurrency:
+            return Response(503, {OUTCOME_HEADER: "busy", "Retry-After": "1"}, b"busy\n")
+        return None
+
+    def too_large(self) -> Response:
+        """Return the answer to a body over the limit."""
+        return self._refuse(413, "too-large")
+
+    async def handle(
+        self, headers: Mapping[str, str], body: bytes, *, url: str | Collection[str], method: str = "POST"
+    ) -> Response:
+        """Handle one request.
+
+        Args:
+            headers: The request's headers; names in any case.
+            body: The raw body.
+            url: The path that it came on, which the token must name.
+            method: The request's method.
+
+        Returns:
+            The answer. Nothing is raised but the cancellation of the caller.
+        """
+        early = self.check_request(method, headers, len(body))
+        if early is not None:
+            return early
+        self._running += 1
+        try:
+            return await self._handle(headers, body, url)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def _handle(self, headers: Mapping[str, str], body: bytes, url: str | Collection[str]) -> Response:
+        run = _Run(started=self._clock(), attempt=_count(_header(headers, RETRY_HEADER)) + 1)
+        try:
+            verified = self._verifier.verify(body, url=url, now=run.started, queue=_header(headers, QUEUE_HEADER))
+            run.identity = verified.identity
+            run.task = await self._fetch(run, verified, url) if isinstance(verified, VerifiedPointer) else verified
+            if run.task is None:
+                return await self._missing_blob(run)
+            run.execution = _execution(run)
+            admission = await self._admit(run.execution)
+            if admission is not Admission.RUN:
+                return self._not_admitted(run, admission)
+            return await self._run(run, run.task, run.execution, headers)
+        except RejectedTask as error:
+            return await self._rejected(run, error)
+        except QueueUnavailable:
+            return self._answer(run, 503, "busy", "queue-unavailable", {"Retry-After": "1"})
+
+    # --- Before the run ---
+
+    async def _fetch(self, run: _Run, pointer: VerifiedPointer, url: str | Collection[str]) -> VerifiedTask | None:
+        run.pointer = pointer
+        data = await self._in_thread(partial(self._blobs().get, pointer.blob.id))
+        if data is None:
+            return None
+        return self._verifier.verify_stored(pointer, data, url=url, now=run.started)
+
+    async def _missing_blob(self, run: _Run) -> Response:
+        # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.
+        run.execution = _execution(run)
+        admission = await self._admit(run.execution)
+        if admission is not Admission.RUN:
+            return self._not_admitted(run, admission)
+        return await self._rejected(run, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
+
+    async def _admit(self, execution: Execution) -> Admission:
+        begin = partial(self._ledger().begin, execution, now=self._clock(), lease=self._options.lease_seconds)
+        return await self._in_thread(begin)
+
+    def _not_admitted(self, run: _Run, admission: Admission) -> Response:
+        if admission is Admission.DUPLICATE:
+            return self._answer(run, 200, "duplicate", None)
+        if admission is Admission.RUNNING:
+            return self._answer(run, 409, "running", None)
+        return self._refuse(403, ReplayedTask.slug)
+
+    # --- The run and its end ---
+
+    async def _run(self, run: _Run, task: VerifiedTask, execution: Execution, headers: Mapping[str, str]) -> Response:
+        claims = task.claims
+        context = TaskContext(
+            id=claims.jti,
+            name=claims.name,
+            queue_name=claims.audience[1],
+            url=claims.audience[3],
+            headers=claims.headers or {},
+            retry_count=_count(_header(headers, RETRY_HEADER)),
+            trace=claims.trace,
+        )
+        keeper = asyncio.create_task(self._keep(execution))
+        try:
+            outcome = await execute(
+                task, self._codecs, context, executor=self._executor, validate=self._options.validate
+            )
+        except Interrupted:
+            # The process ends, and the coroutine with it: the task may run again, and at once. A thread goes on
+            # after a cancellation: then the ledger keeps the run until its lease is over.
+            await asyncio.shield(self._finish(run, execution, Outcome(result=Result.RETRY, reason="cancelled"), None))
+            raise
+        finally:
+            keeper.cancel()
+        status, outcome_name = _STATUS[outcome.result]
+        if outcome.reason == "singular-task-failure":
+            status = 408
+        # What ran is written down before the answer goes out, even if the caller hangs up meanwhile.
+        await asyncio.shield(self._finish(run, execution, outcome, status))
+        if outcome.reason in _UNAUTHENTIC_REASONS:
+            return self._refuse(403, outcome.reason)
+        return self._answer(run, status, outcome_name, outcome.reason)
+
+    async def _keep(self, execution: Execution) -> None:
+        """Prolong the run in the ledger while it lasts."""
+        while True:
+            await asyncio.sleep(self._options.lease_seconds / 3)
+            try:
+                extend = partial(self._ledger().extend, execution, now=self._clock(), lease=self._options.lease_seconds)
+                await self._in_thread(extend)
+            except QueueUnavailable:  # tried again at the next turn
+                continue
+
+    async def _finish(self, run: _Run, execution: Execution, outcome: Outcome, status: int | None) -> None:
+        record = self._record(run, _STATUS[outcome.result][1], status, outcome.reason, outcome.error)
+        await self._in_thread(partial(self._ledger().finish, execution, _END[outcome.result], record))
+
+    async def _rejected(self, run: _Run, error: RejectedTask) -> Response:
+        if not error.authentic:
+            return self._refuse(403, error.slug)
+        run.identity = error.identity or run.identity
+        if isinstance(error, NotYetValid):
+            return self._answer(run, 503, "early", error.slug, {"Retry-After": str(error.retry_after)})
+        failed = isinstance(error, ExpiredTask | InvalidArguments)
+        status, outcome = (200, "failed") if failed else (500, "rejected")
+        if run.execution is not None:
+            end = EndState.FAILED if failed else EndState.RETRY
+            record = self._record(run, outcome, status, error.slug, error)
+            await self._in_thread(partial(self._ledger().finish, run.execution, end, record))
+        elif error.identity is not None:
+            record = self._record(run, outcome, status, error.slug, error)
+            await self._in_thread(partial(self._ledger().record, record))
+        return self._answer(run, status, outcome, error.slug)
+
+    def _record(
+        self, run: _Run, outcome: str, status: int | None, reason: str | None, error: BaseException | None
+    ) -> AttemptRecord:
+        assert run.identity is not None
+        return AttemptRecord(
+            task_id=run.identity.task_id,
+            audience=run.identity.audience,
+            started=run.started,
+            ended=self._clock(),
+            outcome=outcome,
+            status=status,
+            reason=reason,
+            exception_type=None if error is None else f"{type(error).__module__}.{type(error).__qualname__}",
+            traceback=None if error is None else redacted_traceback(error),
+        )
+
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._storage, call)
+
+    # --- Answers ---
+
+    def _answer(
+        self, run: _Run, status: int, outcome: str, reason: str | None, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        if run.identity is not None:
+            event = TaskHandled(
+                task_id=run.identity.task_id,
+                queue=run.identity.audience.split(":")[1],
+                callable=run.identity.callable_name,
+                kid=run.identity.kid,
+                outcome=outcome,
+                status=status,
+                reason=reason,
+                attempt=run.attempt,
+                seconds=self._clock() - run.started,
+            )
+            notify(self._observer, event)
+        return Response(status, {OUTCOME_HEADER: outcome, **(headers or {})}, f"{outcome}\n".encode())
+
+    def _refuse(self, status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
+        notify(self._observer, RequestRefused(status=status, reason=reason))
+        return Response(status, {OUTCOME_HEADER: "refused", **(headers or {})}, _REFUSED_BODY)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._storage.shutdown(wait=True)
+
+
+_STATUS: Final = {
+    Result.SUCCEEDED: (200, "succeeded"),
+    Result.RETRY: (500, "retry"),
+    Result.FAILED: (200, "failed"),
+    Result.REJECTED: (500, "rejected"),
+}
+_END: Final = {
+    Result.SUCCEEDED: EndState.SUCCEEDED,
+    Result.RETRY: EndState.RETRY,
+    Result.FAILED: EndState.FAILED,
+    Result.REJECTED: EndState.RETRY,
+}
+#: Found while the arguments were decoded, yet answered like any token that is not for us.
+_UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})
+
+
+def redacted_traceback(error: BaseException) -> str:
+    """Return frames, type and text of an exception; tokens in it are blanked, control characters replaced."""
+    text = "".join(traceback.format_exception(error))
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _TOKEN.sub("[token]", text))
+    return text if len(text) <= _MAX_RECORDED else f"[...]\n{text[-_MAX_RECORDED:]}"
+
+
+def _execution(run: _Run) -> Execution:
+    if run.pointer is not None:
+        claims, digest = run.pointer.claims, bytes.fromhex(run.pointer.blob.sha256)
+    else:
+        assert run.task is not None
+        claims, digest = run.task.claims, run.task.digest
+    return Execution(
+        audience=claims.aud, task_id=claims.jti, digest=digest, owner=secrets.token_urlsafe(12), expires=claims.exp
+    )
+
+
+def _header(headers: Mapping[str, str], name: str) -> str | None:
+    """Look a header up whatever its case; of a repeated one, all values joined, which then agree with nothing."""
+    found = [value for key, value in headers.items() if key.lower() == name.lower()]
+    return ", ".join(found) if found else None
+
+
+def _count(text: str | None) -> int:
+    return int(text) if text is not None and re.fullmatch("[0-9]{1,9}", text) else 0

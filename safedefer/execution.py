@@ -1,0 +1,305 @@
+"""Execution: a verified task becomes an outcome.
+
+The order is import, decode, bind, call. Coroutine functions are awaited on the loop, other callables
+run in a thread, and an awaitable that any of them returns is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from types import FunctionType, MethodType
+from typing import Any, Final, Literal, Protocol, cast, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from safedefer.codecs.walk import CallData
+from safedefer.errors import (
+    ExpiredTask,
+    InvalidArguments,
+    PermanentTaskFailure,
+    RejectedTask,
+    SingularTaskFailure,
+    UnresolvableCallable,
+)
+from safedefer.policy import Gate
+from safedefer.refs import UNBOUND
+from safedefer.task import VerifiedTask
+
+Validate = Literal["annotations"] | None
+
+
+class Result(StrEnum):
+    """The outcomes of a run, as ``Safedefer-Outcome`` spells them."""
+
+    SUCCEEDED = "succeeded"
+    RETRY = "retry"
+    FAILED = "failed"
+    REJECTED = "rejected"
+
+
+class Interrupted(asyncio.CancelledError):
+    """The caller was cancelled while a coroutine ran: it has ended. (A thread would go on.)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a run ended. ``error`` is what was raised, for the record of the attempt only."""
+
+    result: Result
+    reason: str | None = None
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskContext:
+    """What a running task may know of itself: ``safedefer.current_task()``."""
+
+    id: str
+    name: str | None
+    queue_name: str
+    url: str
+    headers: Mapping[str, str]
+    """The task's own headers, as they were signed."""
+    retry_count: int = 0
+    """Deliveries before this one (``X-AppEngine-TaskRetryCount``); a hint, it is not signed."""
+    trace: str | None = None
+
+
+_current: Final[ContextVar[TaskContext | None]] = ContextVar("safedefer_task", default=None)
+
+
+def current_task() -> TaskContext | None:
+    """Return the context of the task that runs here, or None outside one."""
+    return _current.get()
+
+
+class Codec(Protocol):
+    """Turns the arguments of a call into JSON and back."""
+
+    def encode(self, call: CallData, gate: Gate) -> CallData:
+        """Return JSON trees. Raises ``UnencodableArgument``."""
+        ...
+
+    def decode(self, call: CallData, gate: Gate, *, text: bytes) -> CallData:
+        """Return the values. Raises a ``RejectedTask``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A callable and its arguments, ready to be called."""
+
+    target: Callable[..., object]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> object:
+        """Call it."""
+        return self.target(*self.args, **self.kwargs)
+
+
+def prepare(task: VerifiedTask, codecs: Mapping[str, Codec], *, validate: Validate = None) -> Prepared:
+    """Import, decode and bind.
+
+    Raises:
+        UnresolvableCallable: The callable is not there, or takes other arguments.
+        InvalidArguments: The arguments do not decode, or not to what the annotations say.
+        PolicyViolation: The policy does not admit what was found, or a class inside the arguments.
+        CapabilityExceeded: The key that signed may not name it.
+    """
+    codec = codecs.get(task.claims.cty)
+    if codec is None:
+        raise UnresolvableCallable(f"no codec for {task.claims.cty} arguments; configure the handler as the sender")
+    bound = task.call.bound if task.call.has_bound else UNBOUND
+    target = task.gate.load_callable(task.ref) if bound is UNBOUND else None
+    call = CallData(bound=bound, args=task.claims.args or [], kwargs=task.claims.kwargs or {})
+    values = codec.decode(call, task.gate, text=task.text)
+    if target is None:
+        target = task.gate.load_callable(task.ref, values.bound)
+    prepared = Prepared(target, tuple(values.args), dict(values.kwargs))
+    try:
+        check_binds(target, prepared.args, prepared.kwargs)
+    except TypeError as error:
+        raise UnresolvableCallable(f"{task.ref} takes other arguments now: {error}; deploy both ends alike") from error
+    if validate is not None:
+        _check_annotations(prepared)
+    return prepared
+
+
+async def execute(
+    task: VerifiedTask,
+    codecs: Mapping[str, Codec],
+    context: TaskContext,
+    *,
+    executor: Executor | None = None,
+    validate: Validate = None,
+) -> Outcome:
+    """Run a task and say how it ended.
+
+    Raises:
+        asyncio.CancelledError: The caller was cancelled; ``Interrupted`` if nothing of the task runs on.
+    """
+    loop = asyncio.get_running_loop()
+    token = _current.set(context)
+    in_thread = True
+    try:
+        # Imports, decoding of large arguments and __setstate__ of admitted classes may block: not on the loop.
+        step = await loop.run_in_executor(executor, copy_context().run, _begin, task, codecs, validate)
+        in_thread = False
+        if step.error is not None:
+            return _outcome(step.error, started=step.started)
+        result = step.coroutine_function() if step.coroutine_function is not None else step.result
+        if inspect.isawaitable(result):
+            await result
+    except BaseException as error:  # a task's SystemExit must not end the handler
+        current = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
+            if in_thread:
+                raise
+            raise Interrupted from error
+        return _outcome(error, started=True)
+    finally:
+        _current.reset(token)
+    return Outcome(result=Result.SUCCEEDED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What the thread has done: called a plain callable, prepared a coroutine function, or failed."""
+
+    started: bool = False
+    result: object = None
+    coroutine_function: Prepared | None = None
+    error: BaseException | None = None
+
+
+def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate) -> _Step:
+    # Errors are returned, not raised: a future cannot carry a StopIteration.
+    try:
+        prepared = prepare(task, codecs, validate=validate)
+    except BaseException as error:  # noqa: BLE001  # a module that exits when imported, say
+        return _Step(error=error)
+    if is_async(prepared.target):
+        return _Step(coroutine_function=prepared, started=True)
+    try:
+        return _Step(result=prepared(), started=True)
+    except BaseException as error:  # noqa: BLE001  # a task's SystemExit must not end the handler
+        return _Step(error=error, started=True)
+
+
+def _outcome(error: BaseException, *, started: bool) -> Outcome:
+    if isinstance(error, PermanentTaskFailure):
+        return Outcome(result=Result.FAILED, reason=error.slug, error=error)
+    if isinstance(error, SingularTaskFailure):
+        return Outcome(result=Result.RETRY, reason=error.slug, error=error)
+    if started or not isinstance(error, RejectedTask):
+        return Outcome(result=Result.RETRY, reason="exception", error=error)
+    result = Result.FAILED if isinstance(error, InvalidArguments | ExpiredTask) else Result.REJECTED
+    return Outcome(result=result, reason=error.slug, error=error)
+
+
+def is_async(target: object) -> bool:
+    """Whether calling it makes a coroutine: a coroutine function, or an object with an async ``__call__``."""
+    if inspect.iscoroutinefunction(target):
+        return True
+    kind = type(target)
+    plain = kind is FunctionType or kind is MethodType or issubclass(kind, type)
+    return not plain and inspect.iscoroutinefunction(getattr(kind, "__call__", None))  # noqa: B004  # not a test of callability
+
+
+@lru_cache(maxsize=1024)
+def _signature(target: Callable[..., object]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except ValueError:  # some built-ins have none
+        return None
+
+
+def _signature_of(target: Callable[..., object]) -> tuple[inspect.Signature | None, tuple[object, ...]]:
+    """Return a signature, and what stands before the user's arguments in it. Functions alone are cached."""
+    kind = type(target)
+    if kind is FunctionType or issubclass(kind, type):
+        return _signature(target), ()
+    if kind is MethodType:
+        function = cast("MethodType", target).__func__
+        return _signature(cast("Callable[..., object]", function)), (None,)
+    if kind in _BUILTIN_KINDS:
+        return _signature_uncached(target), ()
+    return _signature(cast("Any", kind).__call__), (None,)
+
+
+def _signature_uncached(target: Callable[..., object]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(target)
+    except ValueError:
+        return None
+
+
+_BUILTIN_KINDS: Final = frozenset({type(len)})
+
+
+def check_binds(target: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check that a callable takes these arguments, without calling it.
+
+    Raises:
+        TypeError: It does not; the message is Python's own.
+    """
+    signature, before = _signature_of(target)
+    if signature is not None:
+        signature.bind(*before, *args, **kwargs)
+
+
+def _check_annotations(prepared: Prepared) -> None:
+    signature, before = _signature_of(prepared.target)
+    if signature is None:
+        return
+    bound = signature.bind(*before, *prepared.args, **prepared.kwargs)
+    hints = _hints(prepared.target)
+    for name, value in bound.arguments.items():
+        adapter = hints.get(name)
+        if adapter is None:
+            continue
+        kind = signature.parameters[name].kind
+        values = value if kind is inspect.Parameter.VAR_POSITIONAL else (value,)
+        values = tuple(value.values()) if kind is inspect.Parameter.VAR_KEYWORD else values
+        for item in values:
+            try:
+                adapter.validate_python(item, strict=True)
+            except ValidationError as error:
+                what = error.errors(include_input=False, include_url=False)[0]["type"]
+                raise InvalidArguments(
+                    f"the argument {name} is not what its annotation says ({what}); send the annotated type",
+                    path=f"$.kwargs.{name}",
+                ) from None
+
+
+def _hints(target: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+    kind = type(target)
+    if kind is MethodType:
+        return _function_hints(cast("MethodType", target).__func__)
+    if kind is FunctionType:
+        return _function_hints(target)
+    return _function_hints(cast("Any", target).__init__ if issubclass(kind, type) else cast("Any", kind).__call__)
+
+
+@lru_cache(maxsize=1024)
+def _function_hints(function: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+    adapters = {}
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # annotations for type checkers only, or a C function
+        return {}
+    for name, hint in hints.items():
+        try:
+            adapters[name] = TypeAdapter(hint)
+        except PydanticUserError:  # a type that takes no part in validation
+            adapters[name] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    return adapters
