@@ -83,7 +83,7 @@ class MemoryQueue:
         self._state = _State()
         self._numbers = itertools.count(1)
         self._newest = self._seen = 0
-        self._woken = False
+        self._wakes = self._wakes_seen = 0
         self._closed = False
         self._next_prune = float("-inf")
         self._ledger = MemoryLedger(self._changed)
@@ -336,19 +336,18 @@ class MemoryQueue:
         """
         deadline = time.monotonic() + timeout
         with self._changed:
-            seen = self._seen
-            while not self._woken and self._newest <= seen:
+            seen = (self._seen, self._wakes_seen)
+            while self._newest <= seen[0] and self._wakes <= seen[1]:
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return False
-            self._woken = False
-            self._seen = self._newest
+            self._seen, self._wakes_seen = self._newest, self._wakes
             return True
 
     def wake(self) -> None:
         """End a ``wait`` early."""
         with self._changed:
-            self._woken = True
+            self._wakes += 1
             self._changed.notify_all()
 
     def prune(self, *, now: float) -> int:

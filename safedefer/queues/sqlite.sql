@@ -46,11 +46,10 @@ CREATE TABLE safedefer_tasks (
     first_rejection REAL,
     previous_response INTEGER,
     retry_reason TEXT,
-    leased INTEGER NOT NULL GENERATED ALWAYS AS (owner IS NOT NULL) VIRTUAL,
     token BLOB NOT NULL
 ) STRICT;
 CREATE INDEX safedefer_tasks_due ON safedefer_tasks (due);
-CREATE INDEX safedefer_tasks_queue ON safedefer_tasks (queue, due, leased);
+CREATE INDEX safedefer_tasks_queue ON safedefer_tasks (queue, due);
 CREATE INDEX safedefer_tasks_leased ON safedefer_tasks (queue, due) WHERE owner IS NOT NULL;
 
 -- A blob goes with its task, whatever ends the task: there are no orphans.
@@ -254,10 +253,10 @@ SELECT queue, count(*) FROM safedefer_tasks WHERE owner IS NOT NULL AND due > :n
 SELECT queue, count(*) FROM safedefer_dead GROUP BY queue;
 
 -- name: stats_oldest
-SELECT due FROM safedefer_tasks WHERE queue = :queue AND (leased = 0 OR due <= :now) ORDER BY due LIMIT 1;
+SELECT due FROM safedefer_tasks WHERE queue = :queue AND (owner IS NULL OR due <= :now) ORDER BY due LIMIT 1;
 
 -- name: view_tasks
-SELECT id, queue, iif(leased, 'running', 'waiting'), name, callable_name, url, target, audience, headers,
+SELECT id, queue, iif(owner IS NULL, 'waiting', 'running'), name, callable_name, url, target, audience, headers,
     retry_options, eta, created, expires, attempts, retry_reason, NULL,
     coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq), token)
 FROM safedefer_tasks

@@ -32,15 +32,14 @@ class Watch:
     def __init__(self, path: str, *, busy_timeout: float) -> None:
         self._log_path = f"{path}-wal"
         self._handle = Handle(path, busy_timeout=busy_timeout)
-        self._seen = 0
         self._forget()
         register_fork(self)
 
     def _forget(self) -> None:
         self._lock = threading.RLock()
         self._bells: set[threading.Lock] = set()
-        self._woken = False
-        self._newest = 0
+        self._wakes = self._wakes_seen = 0
+        self._newest = self._seen = 0
         self._log: tuple[int, int, int] | None = None
         self._version: int | None = None
         self._alert_until = 0.0
@@ -62,7 +61,7 @@ class Watch:
     def wake(self) -> None:
         """End the waits of this process; if there is none, the next one."""
         with self._lock:
-            self._woken = True
+            self._wakes += 1
             self._ring()
 
     def wait(self, timeout: float) -> bool:
@@ -71,30 +70,22 @@ class Watch:
         bell = threading.Lock()
         bell.acquire()
         with self._lock:
-            seen = self._seen
+            seen = (self._seen, self._wakes_seen)
             self._bells.add(bell)
         try:
             while True:
                 self._look(time.monotonic())
                 with self._lock:
-                    if self._woken or self._newest > seen:
-                        self._woken = False
-                        self._seen = max(self._seen, self._newest)
+                    if self._newest > seen[0] or self._wakes > seen[1]:
+                        self._seen, self._wakes_seen = self._newest, self._wakes
                         return True
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
-                if bell.acquire(timeout=min(left, INTERVAL)):
-                    return self._answer(seen)
+                bell.acquire(timeout=min(left, INTERVAL))
         finally:
             with self._lock:
                 self._bells.discard(bell)
-
-    def _answer(self, seen: int) -> bool:
-        with self._lock:
-            self._woken = False
-            self._seen = max(self._seen, self._newest, seen)
-            return True
 
     def close(self) -> None:
         """Close the connection."""

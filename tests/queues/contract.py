@@ -1,0 +1,765 @@
+"""The contract of a pull queue, its ledger and its blobs: every implementation runs all of it.
+
+A test class inherits ``QueueContract`` and has a fixture ``queue`` that gives an empty queue whose
+tombstones last ``TOMBSTONE`` seconds and whose history lasts ``HISTORY`` seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from safedefer.blobs import Blob
+from safedefer.errors import LeaseLost, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues.base import Lease, PullQueue, QueuedTask, QueueStats, Settlement, TaskState, Verdict
+
+TOMBSTONE = 1000.0
+HISTORY = 5000.0
+LATER = 4000.0
+EXPIRES = 1_000_000
+
+_numbers = itertools.count(1)
+
+DONE = Settlement(verdict=Verdict.DONE)
+DEAD = Settlement(verdict=Verdict.DEAD, reason="permanent-task-failure")
+
+
+def make_task(**changes: object) -> QueuedTask:
+    """Return a task with an id of its own, due at 100."""
+    number = next(_numbers)
+    values: dict[str, object] = {
+        "id": f"{number:032x}",
+        "queue": "default",
+        "token": f"token-{number}".encode(),
+        "audience": "test:default:default:/_ah/queue/deferred",
+        "url": "/_ah/queue/deferred",
+        "target": "default",
+        "eta": 100.0,
+        "created": 100.0,
+        "expires": EXPIRES,
+        "digest": hashlib.sha256(f"token-{number}".encode()).digest(),
+        "callable_name": "shop.tasks:send_receipt",
+    }
+    return QueuedTask(**{**values, **changes})
+
+
+def oversize_task(**changes: object) -> QueuedTask:
+    """Return a pointer whose token is stored as a blob."""
+    number = next(_numbers)
+    data = f"a large token {number}".encode() * 1000
+    digest = hashlib.sha256(data).digest()
+    return make_task(token=b"pointer", blob=Blob(f"blob-{number:016x}", data), digest=digest, **changes)
+
+
+def execution_of(task: QueuedTask, owner: str = "run-1", **changes: object) -> Execution:
+    values: dict[str, object] = {
+        "audience": task.audience,
+        "task_id": task.id,
+        "digest": task.digest,
+        "owner": owner,
+        "expires": task.expires,
+    }
+    return Execution(**{**values, **changes})
+
+
+def record_of(task: QueuedTask, outcome: str = "succeeded", **changes: object) -> AttemptRecord:
+    values: dict[str, object] = {
+        "task_id": task.id,
+        "audience": task.audience,
+        "started": 100.0,
+        "ended": 101.0,
+        "outcome": outcome,
+        "status": 200,
+    }
+    return AttemptRecord(**{**values, **changes})
+
+
+def take(queue: PullQueue, *, now: float = 100.0, limit: int = 1000, seconds: float = 60.0, **more: object) -> list[Lease]:
+    return list(queue.lease(owner="dispatcher", limit=limit, seconds=seconds, now=now, **more))
+
+
+def take_one(queue: PullQueue, *, now: float = 100.0, seconds: float = 60.0) -> Lease:
+    (lease,) = take(queue, now=now, seconds=seconds)
+    return lease
+
+
+def ids(leases: list[Lease]) -> list[str]:
+    return [lease.task.id for lease in leases]
+
+
+class QueueContract:
+    # --- Enqueue and lease --------------------------------------------------------------------
+
+    def test_a_task_is_leased_as_it_was_enqueued(self, queue):
+        task = make_task(
+            name="receipt-42",
+            headers={"X-Shop": "é", "b": "2"},
+            retry_options={"task_retry_limit": 3, "min_backoff_seconds": 0.5},
+            token=bytes(range(256)),
+            target="backend",
+            eta=99.123456,
+            created=98.5,
+        )
+        queue.enqueue(task)
+        lease = take_one(queue)
+        assert lease.task == task
+        assert lease == Lease(task=task, owner=lease.owner, until=160.0)
+
+    def test_a_task_is_due_at_its_eta_and_not_before(self, queue):
+        queue.enqueue(make_task(eta=200.0))
+        assert take(queue, now=199.999) == []
+        assert len(take(queue, now=200.0)) == 1
+
+    def test_what_fell_due_first_is_leased_first_and_then_what_came_first(self, queue):
+        tasks = [make_task(eta=eta) for eta in (50.0, 40.0, 50.0, 30.0, 40.0)]
+        queue.enqueue_many(tasks)
+        expected = [tasks[index].id for index in (3, 1, 4, 0, 2)]
+        assert ids(take(queue, limit=2)) + ids(take(queue, limit=2)) + ids(take(queue, limit=2)) == expected
+
+    def test_a_retry_takes_its_place_by_the_time_of_the_retry(self, queue):
+        first, second = make_task(eta=10.0), make_task(eta=60.0)
+        queue.enqueue_many([first, second])
+        queue.settle(take(queue, now=20.0)[0], Settlement(verdict=Verdict.RETRY, at=70.0), now=20.0)
+        assert ids(take(queue)) == [second.id, first.id]
+
+    def test_a_leased_task_is_not_leased_again(self, queue):
+        queue.enqueue(make_task())
+        assert len(take(queue)) == 1
+        assert take(queue, now=159.9) == []
+
+    @pytest.mark.parametrize("limit", [0, -1])
+    def test_a_limit_below_one_leases_nothing(self, queue, limit):
+        queue.enqueue(make_task())
+        assert take(queue, limit=limit) == []
+
+    def test_a_lease_takes_only_the_queues_that_it_names(self, queue):
+        mail, video, default = make_task(queue="mail", eta=3.0), make_task(queue="video", eta=1.0), make_task(eta=2.0)
+        queue.enqueue_many([mail, video, default])
+        assert take(queue, queues=[]) == []
+        assert take(queue, queues=["nothing"]) == []
+        assert ids(take(queue, queues=["mail", "video", "mail"], limit=1)) == [video.id]
+        assert ids(take(queue, queues=["mail", "video"])) == [mail.id]
+        assert ids(take(queue)) == [default.id]
+
+    def test_every_lease_has_an_owner_of_its_own(self, queue):
+        queue.enqueue_many([make_task() for _ in range(10)])
+        leases = take(queue)
+        assert len({lease.owner for lease in leases}) == 10
+        assert all(lease.owner.startswith("dispatcher") for lease in leases)
+
+    def test_a_batch_is_stored_whole_or_not_at_all(self, queue):
+        taken = make_task(name="taken")
+        queue.enqueue(taken)
+        batch = [make_task(), oversize_task(), make_task(name="taken")]
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.enqueue_many(batch)
+        assert ids(take(queue)) == [taken.id]
+        assert queue.blobs.get(batch[1].blob.id) is None
+
+    def test_a_name_twice_in_one_batch_is_refused(self, queue):
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.enqueue_many([make_task(name="n"), make_task(name="n")])
+        assert take(queue) == []
+
+    def test_an_empty_batch_is_nothing(self, queue):
+        queue.enqueue_many([])
+        assert queue.next_due(now=0.0) is None
+
+    def test_a_task_id_is_accepted_once(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.enqueue(replace(task, queue="mail"))
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.enqueue_many([(again := make_task()), again])
+        assert ids(take(queue)) == [task.id]
+
+    @pytest.mark.parametrize(
+        ("settlement", "error"), [(DONE, TombstonedTaskError), (DEAD, TaskAlreadyExistsError)], ids=["done", "dead"]
+    )
+    def test_a_task_that_ended_is_not_enqueued_again(self, queue, settlement, error):
+        task = make_task()
+        queue.enqueue(task)
+        queue.settle(take_one(queue), settlement, now=101.0)
+        with pytest.raises(error):
+            queue.enqueue(task)
+        assert take(queue) == []
+
+    # --- Names --------------------------------------------------------------------------------
+
+    def test_a_name_is_taken_while_its_task_waits_and_runs(self, queue):
+        queue.enqueue(make_task(name="n"))
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.enqueue(make_task(name="n"))
+        take_one(queue)
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.enqueue(make_task(name="n", created=99999.0))
+
+    @pytest.mark.parametrize("end", ["done", "dead", "cancel"])
+    def test_a_name_is_a_tombstone_after_its_task_ended_and_then_free(self, queue, end):
+        task = make_task(name="n")
+        queue.enqueue(task)
+        if end == "cancel":
+            assert queue.cancel(task.id, now=500.0)
+        else:
+            queue.settle(take_one(queue), DONE if end == "done" else DEAD, now=500.0)
+        with pytest.raises(TombstonedTaskError):
+            queue.enqueue(make_task(name="n", created=500.0))
+        with pytest.raises(TombstonedTaskError):
+            queue.enqueue(make_task(name="n", created=500.0 + TOMBSTONE - 0.001))
+        free = make_task(name="n", created=500.0 + TOMBSTONE)
+        queue.enqueue(free)
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.enqueue(make_task(name="n", created=9999.0))
+        assert ids(take(queue)) == [free.id]
+
+    def test_names_are_per_queue(self, queue):
+        queue.enqueue_many([make_task(name="n"), make_task(name="n", queue="mail"), make_task(name="N")])
+        assert len(take(queue)) == 3
+
+    # --- Settle -------------------------------------------------------------------------------
+
+    def test_a_done_task_is_gone_and_the_ledger_knows(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        queue.settle(take_one(queue), DONE, now=110.0)
+        assert take(queue, now=LATER) == []
+        assert queue.next_due(now=110.0) is None
+        assert queue.ledger.begin(execution_of(task), now=111.0, lease=60.0) is Admission.DUPLICATE
+        view = queue.find(task.id)
+        assert (view.state, view.ended, view.attempts, view.token) == (TaskState.SUCCEEDED, 110.0, 1, b"")
+
+    def test_a_retry_is_due_again_with_its_counters(self, queue):
+        queue.enqueue(make_task())
+        lease = take_one(queue)
+        queue.settle(
+            lease, Settlement(verdict=Verdict.RETRY, at=200.0, executed=True, status=408, reason="exception"), now=105.0
+        )
+        assert take(queue, now=199.9) == []
+        again = take_one(queue, now=210.0)
+        assert again == Lease(
+            task=lease.task,
+            owner=again.owner,
+            until=270.0,
+            attempts=1,
+            retries=1,
+            executions=1,
+            first_attempt=100.0,
+            previous_response=408,
+            retry_reason="exception",
+        )
+
+    def test_an_uncharged_retry_counts_as_a_delivery_only(self, queue):
+        queue.enqueue(make_task())
+        queue.settle(take_one(queue), Settlement(verdict=Verdict.RETRY, charged=False, status=503), now=105.0)
+        again = take_one(queue, now=105.0)
+        assert (again.attempts, again.retries, again.executions, again.first_attempt) == (0, 1, 0, None)
+        queue.settle(again, Settlement(verdict=Verdict.RETRY), now=106.0)
+        third = take_one(queue, now=107.0)
+        assert (third.attempts, third.retries, third.first_attempt) == (1, 2, 105.0)
+        queue.settle(third, Settlement(verdict=Verdict.RETRY), now=108.0)
+        assert take_one(queue, now=109.0).first_attempt == 105.0
+
+    def test_rejections_are_counted_from_the_first(self, queue):
+        queue.enqueue(make_task())
+        for now in (110.0, 120.0):
+            queue.settle(take_one(queue, now=now), Settlement(verdict=Verdict.RETRY, rejected=True), now=now + 1)
+        lease = take_one(queue, now=130.0)
+        assert (lease.rejections, lease.first_rejection) == (2, 111.0)
+
+    def test_a_dead_letter_keeps_everything(self, queue):
+        task = make_task(name="n", headers={"a": "b"}, retry_options={"task_retry_limit": 2.0})
+        queue.enqueue(task)
+        queue.settle(take_one(queue), Settlement(verdict=Verdict.RETRY), now=101.0)
+        record = record_of(task, "failed", reason="exception", exception_type="ValueError", traceback="…")
+        queue.settle(
+            take_one(queue, now=102.0), Settlement(verdict=Verdict.DEAD, reason="gave-up", record=record), now=103.0
+        )
+        view = queue.find(task.id)
+        assert (view.state, view.reason, view.attempts, view.ended) == (TaskState.DEAD, "gave-up", 2, 103.0)
+        assert (view.token, view.audience, view.headers) == (task.token, task.audience, {"a": "b"})
+        assert view.retry_options == {"task_retry_limit": 2.0}
+        assert (view.eta, view.created, view.expires) == (task.eta, task.created, task.expires)
+        assert (view.name, view.queue, view.url, view.target) == ("n", "default", task.url, task.target)
+        assert view.callable_name == task.callable_name
+        assert list(view.records) == [record]
+        assert queue.ledger.begin(execution_of(task), now=104.0, lease=60.0) is Admission.DUPLICATE
+        assert take(queue, now=LATER) == []
+
+    def test_a_lost_lease_settles_nothing(self, queue):
+        task = make_task(name="n")
+        queue.enqueue(task)
+        old = take_one(queue)
+        new = take_one(queue, now=160.0)
+        for verdict in Verdict:
+            with pytest.raises(LeaseLost):
+                queue.settle(old, Settlement(verdict=verdict, record=record_of(task)), now=161.0)
+        with pytest.raises(LeaseLost):
+            queue.extend(old, seconds=999.0, now=161.0)
+        view = queue.find(task.id)
+        assert (view.state, view.attempts, list(view.records)) == (TaskState.RUNNING, 0, [])
+        assert queue.next_due(now=161.0) == 220.0
+        queue.settle(new, DONE, now=162.0)
+        with pytest.raises(LeaseLost):
+            queue.settle(new, DONE, now=163.0)
+
+    def test_a_lease_that_ran_out_settles_while_nobody_else_has_the_task(self, queue):
+        queue.enqueue(make_task())
+        queue.settle(take_one(queue), DONE, now=9999.0)
+        assert take(queue, now=LATER) == []
+
+    def test_several_are_settled_at_once_and_the_lost_ones_told(self, queue):
+        queue.enqueue_many([make_task(), make_task(), make_task()])
+        first, second, third = take(queue)
+        queue.settle(second, DONE, now=101.0)
+        retry = Settlement(verdict=Verdict.RETRY, at=300.0)
+        assert list(queue.settle_many([(first, DONE), (second, DONE), (third, retry)], now=102.0)) == [True, False, True]
+        assert queue.find(first.task.id).state is TaskState.SUCCEEDED
+        assert queue.next_due(now=103.0) == 300.0
+
+    def test_extending_keeps_the_task(self, queue):
+        queue.enqueue(make_task())
+        lease = take_one(queue)
+        longer = queue.extend(lease, seconds=60.0, now=150.0)
+        assert longer == replace(lease, until=210.0)
+        assert take(queue, now=209.9) == []
+        queue.settle(lease, DONE, now=209.9)
+
+    # --- Leases that run out ------------------------------------------------------------------
+
+    def test_a_lease_that_ran_out_before_the_run_began_is_not_charged(self, queue):
+        queue.enqueue(make_task())
+        take_one(queue)
+        again = take_one(queue, now=160.0)
+        assert (again.attempts, again.retries, again.first_attempt) == (0, 1, None)
+
+    def test_a_lease_that_ran_out_after_the_run_began_is_charged_once(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        take_one(queue)
+        assert queue.ledger.begin(execution_of(task), now=101.0, lease=30.0) is Admission.RUN
+        second = take_one(queue, now=160.0)
+        assert (second.attempts, second.retries, second.first_attempt) == (1, 1, 100.0)
+        third = take_one(queue, now=220.0)
+        assert (third.attempts, third.retries, third.first_attempt) == (1, 2, 100.0)
+        assert queue.ledger.begin(execution_of(task, "run-2"), now=221.0, lease=30.0) is Admission.RUN
+        fourth = take_one(queue, now=280.0)
+        assert (fourth.attempts, fourth.retries, fourth.first_attempt) == (2, 3, 100.0)
+        assert [record.reason for record in queue.find(task.id).records] == ["lease-expired", "lease-expired"]
+
+    def test_a_run_that_ended_while_its_dispatcher_died_is_charged(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        take_one(queue)
+        run = execution_of(task)
+        queue.ledger.begin(run, now=101.0, lease=30.0)
+        queue.ledger.finish(run, EndState.RETRY, record_of(task, "retry"))
+        assert take_one(queue, now=160.0).attempts == 1
+        assert [record.outcome for record in queue.find(task.id).records] == ["retry"]
+
+    def test_a_settled_delivery_is_not_charged_twice(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        lease = take_one(queue)
+        run = execution_of(task)
+        queue.ledger.begin(run, now=101.0, lease=30.0)
+        queue.ledger.finish(run, EndState.RETRY, record_of(task, "retry"))
+        queue.settle(lease, Settlement(verdict=Verdict.RETRY), now=102.0)
+        take_one(queue, now=103.0)
+        assert take_one(queue, now=163.0).attempts == 1
+
+    def test_a_failed_run_whose_dispatcher_died_becomes_a_dead_letter(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        take_one(queue)
+        run = execution_of(task)
+        queue.ledger.begin(run, now=101.0, lease=30.0)
+        queue.ledger.finish(run, EndState.FAILED, record_of(task, "failed", reason="permanent-task-failure"))
+        # The next delivery is answered "duplicate", which says no more than that the task ended.
+        queue.settle(take_one(queue, now=160.0), Settlement(verdict=Verdict.DONE, charged=False), now=161.0)
+        view = queue.find(task.id)
+        assert (view.state, view.reason, view.token) == (TaskState.DEAD, "permanent-task-failure", task.token)
+
+    def test_a_task_that_succeeded_by_the_ledger_is_not_a_dead_letter(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        lease = take_one(queue)
+        run = execution_of(task)
+        queue.ledger.begin(run, now=101.0, lease=30.0)
+        queue.ledger.finish(run, EndState.SUCCEEDED, record_of(task))
+        queue.settle(lease, DEAD, now=102.0)
+        assert queue.find(task.id).state is TaskState.SUCCEEDED
+
+    # --- Cancel -------------------------------------------------------------------------------
+
+    def test_a_cancelled_task_does_not_run(self, queue):
+        task = oversize_task()
+        queue.enqueue(task)
+        assert queue.cancel(task.id, now=100.0) is True
+        assert queue.cancel(task.id, now=100.0) is False
+        assert take(queue, now=LATER) == []
+        assert queue.ledger.begin(execution_of(task), now=101.0, lease=60.0) is Admission.DUPLICATE
+        assert queue.blobs.get(task.blob.id) is None
+        view = queue.find(task.id)
+        assert (view.state, view.ended, view.attempts) == (TaskState.CANCELLED, 100.0, 0)
+
+    def test_only_a_waiting_task_is_cancelled(self, queue):
+        task = make_task()
+        assert queue.cancel(task.id, now=100.0) is False
+        queue.enqueue(task)
+        lease = take_one(queue)
+        assert queue.cancel(task.id, now=159.9) is False
+        queue.settle(lease, DONE, now=159.9)
+        assert queue.cancel(task.id, now=160.0) is False
+        assert queue.find(task.id).state is TaskState.SUCCEEDED
+
+    def test_a_task_whose_lease_ran_out_is_cancelled_unless_it_runs(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        lease = take_one(queue)
+        run = execution_of(task)
+        queue.ledger.begin(run, now=150.0, lease=60.0)
+        assert queue.cancel(task.id, now=160.0) is False
+        assert queue.cancel(task.id, now=210.0) is True
+        assert queue.ledger.finish(run, EndState.SUCCEEDED, record_of(task)) is False
+        with pytest.raises(LeaseLost):
+            queue.settle(lease, DONE, now=211.0)
+
+    # --- Oversize -----------------------------------------------------------------------------
+
+    def test_a_blob_is_stored_with_its_task(self, queue):
+        task = oversize_task()
+        queue.enqueue(task)
+        lease = take_one(queue)
+        assert lease.task == replace(task, blob=None, blob_id=task.blob.id)
+        assert queue.blobs.get(task.blob.id) == task.blob.data
+        assert queue.find(task.id).token == task.blob.data
+
+    @pytest.mark.parametrize("settlement", [DONE, DEAD], ids=["done", "dead"])
+    def test_a_blob_goes_when_its_task_ends(self, queue, settlement):
+        task = oversize_task()
+        queue.enqueue(task)
+        queue.settle(take_one(queue), Settlement(verdict=Verdict.RETRY), now=101.0)
+        assert queue.blobs.get(task.blob.id) == task.blob.data
+        queue.settle(take_one(queue, now=102.0), settlement, now=103.0)
+        assert queue.blobs.get(task.blob.id) is None
+
+    def test_a_dead_letter_keeps_the_stored_token(self, queue):
+        task = oversize_task()
+        queue.enqueue(task)
+        queue.settle(take_one(queue), DEAD, now=101.0)
+        assert queue.find(task.id).token == task.blob.data
+        assert queue.tasks(states=[TaskState.DEAD])[0].token == task.blob.data
+
+    def test_a_dead_letter_whose_blob_is_gone_keeps_the_pointer(self, queue):
+        task = oversize_task()
+        queue.enqueue(task)
+        queue.blobs.delete(task.blob.id)
+        queue.blobs.delete(task.blob.id)
+        queue.settle(take_one(queue), DEAD, now=101.0)
+        assert queue.find(task.id).token == b"pointer"
+
+    def test_a_blob_belongs_to_one_task(self, queue):
+        task = oversize_task()
+        queue.enqueue(task)
+        other = make_task(blob=Blob(task.blob.id, b"other"))
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.enqueue(other)
+        assert queue.blobs.get(task.blob.id) == task.blob.data
+        assert queue.find(other.id) is None
+
+    def test_collecting_leaves_the_blobs_of_waiting_tasks(self, queue):
+        task = oversize_task()
+        queue.enqueue(task)
+        assert queue.blobs.collect(now=999.0) == 0
+        assert queue.blobs.get(task.blob.id) == task.blob.data
+        assert queue.blobs.get("nothing-of-this-name") is None
+
+    # --- Looking ------------------------------------------------------------------------------
+
+    def test_next_due_is_the_first_eta_retry_or_end_of_a_lease(self, queue):
+        assert queue.next_due(now=0.0) is None
+        queue.enqueue_many([make_task(eta=100.0), make_task(eta=300.0, queue="mail")])
+        assert queue.next_due(now=0.0) == 100.0
+        assert queue.next_due(now=0.0, queues=["mail"]) == 300.0
+        assert queue.next_due(now=0.0, queues=["mail", "default"]) == 100.0
+        assert queue.next_due(now=0.0, queues=[]) is None
+        take_one(queue)
+        assert queue.next_due(now=100.0) == 160.0
+
+    def test_stats_count_by_queue(self, queue):
+        assert list(queue.stats(now=100.0)) == []
+        queue.enqueue_many([make_task(eta=100.0 + n) for n in range(4)])
+        queue.enqueue_many([make_task(queue="a", eta=500.0), make_task(queue="z", eta=90.0)])
+        dead, running = take(queue, now=100.0, limit=2)
+        assert (dead.task.queue, running.task.queue) == ("z", "default")
+        queue.settle(dead, DEAD, now=101.0)
+        assert list(queue.stats(now=159.0)) == [
+            QueueStats(queue="a", waiting=1, running=0, dead=0, oldest=500.0),
+            QueueStats(queue="default", waiting=3, running=1, dead=0, oldest=101.0),
+            QueueStats(queue="z", waiting=0, running=0, dead=1, oldest=None),
+        ]
+        assert queue.stats(now=160.0)[1] == QueueStats(queue="default", waiting=4, running=0, dead=0, oldest=101.0)
+
+    def test_tasks_are_listed_by_state_newest_first(self, queue):
+        tasks = [make_task(created=float(n), eta=float(n), queue="mail" if n % 2 else "default") for n in range(6)]
+        queue.enqueue_many(tasks)
+        leases = take(queue, limit=4)
+        queue.settle(leases[0], DONE, now=101.0)
+        queue.settle(leases[1], DEAD, now=102.0)
+        queue.cancel(tasks[5].id, now=103.0)
+
+        def listed(**filters: object) -> list[int]:
+            return [int(view.created) for view in queue.tasks(**filters)]
+
+        assert listed() == [4, 3, 2, 1]
+        assert listed(limit=2) == [4, 3]
+        assert listed(queue="mail") == [3, 1]
+        assert listed(states=[TaskState.WAITING]) == [4]
+        assert listed(states=[TaskState.RUNNING]) == [3, 2]
+        assert listed(states=[TaskState.DEAD]) == [1]
+        assert listed(states=[TaskState.SUCCEEDED]) == [0]
+        assert listed(states=[TaskState.CANCELLED]) == [5]
+        assert listed(states=list(TaskState)) == [5, 4, 3, 2, 1, 0]
+        assert queue.find("0" * 31 + "x") is None
+
+    def test_only_the_newest_hundred_records_of_a_task_are_kept(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        for number in range(105):
+            queue.ledger.record(record_of(task, "retry", started=float(number)))
+        assert [record.started for record in queue.find(task.id).records] == [float(n) for n in range(5, 105)]
+
+    # --- Dead letters again -------------------------------------------------------------------
+
+    def test_a_dead_letter_is_replaced_by_a_new_task(self, queue):
+        dead = make_task()
+        queue.enqueue(dead)
+        queue.settle(take_one(queue), DEAD, now=101.0)
+        again = oversize_task()
+        assert queue.replace_dead(dead.id, again, now=102.0) is True
+        assert queue.find(dead.id) is None
+        assert ids(take(queue)) == [again.id]
+        assert queue.blobs.get(again.blob.id) == again.blob.data
+        assert queue.replace_dead(dead.id, make_task(), now=103.0) is False
+
+    def test_a_dead_letter_stays_when_its_replacement_is_refused(self, queue):
+        dead, named = make_task(), make_task(name="n")
+        queue.enqueue(dead)
+        queue.settle(take_one(queue), DEAD, now=101.0)
+        queue.enqueue(named)
+        with pytest.raises(TaskAlreadyExistsError):
+            queue.replace_dead(dead.id, make_task(name="n"), now=102.0)
+        assert queue.find(dead.id).state is TaskState.DEAD
+        assert queue.replace_dead(named.id, make_task(), now=103.0) is False
+
+    # --- Ledger -------------------------------------------------------------------------------
+
+    def test_a_task_runs_in_one_place_at_a_time(self, queue):
+        task, ledger = make_task(), queue.ledger
+        first, second = execution_of(task, "run-1"), execution_of(task, "run-2")
+        assert ledger.begin(first, now=100.0, lease=60.0) is Admission.RUN
+        assert ledger.begin(second, now=159.9, lease=60.0) is Admission.RUNNING
+        assert ledger.extend(second, now=159.9, lease=60.0) is False
+        assert ledger.extend(first, now=159.9, lease=60.0) is True
+        assert ledger.begin(second, now=219.8, lease=60.0) is Admission.RUNNING
+        assert ledger.begin(second, now=220.0, lease=60.0) is Admission.RUN
+        assert ledger.extend(first, now=221.0, lease=60.0) is False
+        assert ledger.finish(first, EndState.SUCCEEDED, record_of(task)) is False
+        assert ledger.begin(first, now=222.0, lease=60.0) is Admission.RUNNING
+        assert ledger.finish(second, EndState.SUCCEEDED, record_of(task)) is True
+        assert ledger.begin(first, now=223.0, lease=60.0) is Admission.DUPLICATE
+        assert ledger.finish(second, EndState.FAILED, record_of(task)) is False
+        assert ledger.extend(second, now=223.0, lease=60.0) is False
+
+    @pytest.mark.parametrize("state", [EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED])
+    def test_a_run_that_ended_is_a_duplicate(self, queue, state):
+        task = make_task()
+        run = execution_of(task)
+        queue.ledger.begin(run, now=100.0, lease=60.0)
+        assert queue.ledger.finish(run, state, record_of(task)) is True
+        assert queue.ledger.begin(execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.DUPLICATE
+
+    def test_a_run_that_is_to_be_retried_may_begin_again(self, queue):
+        task = make_task()
+        run = execution_of(task)
+        queue.ledger.begin(run, now=100.0, lease=60.0)
+        assert queue.ledger.finish(run, EndState.RETRY, record_of(task, "retry")) is True
+        assert queue.ledger.extend(run, now=101.0, lease=60.0) is False
+        assert queue.ledger.begin(execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.RUN
+
+    @pytest.mark.parametrize("state", [None, EndState.RETRY, EndState.SUCCEEDED])
+    def test_the_same_id_with_another_digest_is_a_conflict(self, queue, state):
+        task = make_task()
+        run = execution_of(task)
+        queue.ledger.begin(run, now=100.0, lease=60.0)
+        if state is not None:
+            queue.ledger.finish(run, state, record_of(task))
+        other = execution_of(task, "run-2", digest=b"another")
+        assert queue.ledger.begin(other, now=9999.0, lease=60.0) is Admission.CONFLICT
+
+    def test_entries_are_per_audience(self, queue):
+        task = make_task()
+        queue.ledger.begin(execution_of(task), now=100.0, lease=60.0)
+        other = execution_of(task, "run-2", audience="prod:default:default:/x", digest=b"another")
+        assert queue.ledger.begin(other, now=100.0, lease=60.0) is Admission.RUN
+
+    def test_the_record_of_a_run_is_kept_although_the_run_is_lost(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        assert queue.ledger.finish(execution_of(task), EndState.SUCCEEDED, record_of(task)) is False
+        assert list(queue.find(task.id).records) == [record_of(task)]
+
+    def test_records_are_kept_in_order(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        records = [record_of(task, "retry", started=float(n), status=None, reason=f"r{n}") for n in range(5)]
+        for record in records:
+            queue.ledger.record(record)
+        assert list(queue.find(task.id).records) == records
+        assert list(queue.tasks()[0].records) == []
+
+    def test_the_ledger_forgets_an_hour_after_expiry(self, queue):
+        old, late, running = make_task(expires=1000), make_task(expires=1001), make_task(expires=1000)
+        for task in (old, late):
+            run = execution_of(task)
+            queue.ledger.begin(run, now=100.0, lease=60.0)
+            queue.ledger.finish(run, EndState.SUCCEEDED, record_of(task))
+        queue.ledger.begin(execution_of(running), now=4600.0, lease=60.0)
+        assert queue.ledger.prune(now=4600.0) == 0
+        assert queue.ledger.prune(now=4600.5) == 1
+        assert queue.ledger.begin(execution_of(old), now=4601.0, lease=60.0) is Admission.RUN
+        assert queue.ledger.begin(execution_of(late), now=4601.0, lease=60.0) is Admission.DUPLICATE
+        assert queue.ledger.begin(execution_of(running, "run-2"), now=4601.0, lease=60.0) is Admission.RUNNING
+
+    # --- Forgetting ---------------------------------------------------------------------------
+
+    def test_history_is_forgotten_by_age_and_dead_letters_are_not(self, queue):
+        done, dead, waiting = make_task(name="n"), make_task(), make_task(eta=1e6)
+        queue.enqueue_many([done, dead, waiting])
+        for task in (done, dead, waiting):
+            queue.ledger.record(record_of(task, "retry"))
+        first, second = take(queue)
+        queue.settle_many([(first, DONE), (second, DEAD)], now=100.0)
+        queue.prune(now=100.0 + HISTORY)
+        assert queue.find(done.id).state is TaskState.SUCCEEDED
+        assert queue.prune(now=100.5 + HISTORY) > 0
+        assert queue.find(done.id) is None
+        assert len(queue.find(dead.id).records) == 1
+        assert len(queue.find(waiting.id).records) == 1
+        assert queue.prune(now=100.5 + HISTORY) == 0
+        # The ledger still knows it, for as long as its token is valid.
+        assert queue.ledger.begin(execution_of(done), now=101.0 + HISTORY, lease=60.0) is Admission.DUPLICATE
+
+    def test_leasing_forgets_what_is_old(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        queue.settle(take_one(queue), DONE, now=100.0)
+        take(queue, now=200.0 + HISTORY)
+        queue.cancel("nothing-of-this-id", now=0.0)  # Comes after what the lease has set going.
+        assert queue.find(task.id) is None
+
+    # --- Waiting and threads ------------------------------------------------------------------
+
+    def test_wait_returns_at_once_for_a_task_that_nobody_has_seen(self, queue):
+        queue.enqueue(make_task())
+        assert queue.wait(5.0) is True
+        assert queue.wait(0.03) is False
+
+    def test_wait_is_over_when_the_time_is(self, queue):
+        take(queue)
+        started = time.monotonic()
+        assert queue.wait(0.05) is False
+        assert 0.045 <= time.monotonic() - started < 1.0
+
+    def test_a_lease_has_seen_what_was_there(self, queue):
+        queue.enqueue_many([make_task(), make_task()])
+        take(queue, limit=1)
+        assert queue.wait(0.03) is False
+
+    def test_the_dispatchers_own_writes_end_no_wait(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        lease = take_one(queue)
+        queue.ledger.begin(execution_of(task), now=100.0, lease=60.0)
+        queue.extend(lease, seconds=60.0, now=100.0)
+        queue.settle(lease, Settlement(verdict=Verdict.RETRY, at=500.0), now=100.0)
+        assert queue.wait(0.05) is False
+
+    @pytest.mark.parametrize("how", ["enqueue", "enqueue_many", "replace_dead", "wake"])
+    def test_wait_ends_for_a_new_task_and_for_wake(self, queue, how):
+        dead = make_task()
+        queue.enqueue(dead)
+        queue.settle(take_one(queue), DEAD, now=100.0)
+        actions = {
+            "enqueue": lambda: queue.enqueue(make_task()),
+            "enqueue_many": lambda: queue.enqueue_many([make_task(), make_task()]),
+            "replace_dead": lambda: queue.replace_dead(dead.id, make_task(), now=101.0),
+            "wake": queue.wake,
+        }
+        with ThreadPoolExecutor(2) as pool:
+            waits = [pool.submit(queue.wait, 30.0), pool.submit(queue.wait, 30.0)]
+            time.sleep(0.05)
+            assert not any(wait.done() for wait in waits)
+            actions[how]()
+            assert [wait.result(5.0) for wait in waits] == [True, True]
+
+    def test_a_wake_that_comes_before_the_wait_is_not_lost(self, queue):
+        queue.wake()
+        assert queue.wait(5.0) is True
+        assert queue.wait(0.03) is False
+
+    def test_threads_lease_every_task_once(self, queue):
+        tasks = [make_task() for _ in range(200)]
+        barrier = threading.Barrier(8)
+
+        def give(part: list[QueuedTask]) -> list[str]:
+            barrier.wait()
+            for task in part:
+                queue.enqueue(task)
+            return []
+
+        def work() -> list[str]:
+            barrier.wait()
+            mine: list[str] = []
+            deadline = time.monotonic() + 20.0
+            while time.monotonic() < deadline and len(queue.tasks(states=[TaskState.SUCCEEDED], limit=200)) < 200:
+                leases = take(queue, limit=7)
+                mine += ids(leases)
+                assert all(queue.settle_many([(lease, DONE) for lease in leases], now=101.0))
+            return mine
+
+        with ThreadPoolExecutor(8) as pool:
+            runs = [pool.submit(give, tasks[n::4]) for n in range(4)] + [pool.submit(work) for _ in range(4)]
+            leased = [task_id for run in runs for task_id in run.result()]
+        assert sorted(leased) == sorted(task.id for task in tasks)
+
+    def test_threads_that_want_one_name_get_it_once(self, queue):
+        barrier = threading.Barrier(8)
+
+        def give() -> bool:
+            barrier.wait()
+            try:
+                queue.enqueue(make_task(name="n"))
+            except TaskAlreadyExistsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            results = [run.result() for run in [pool.submit(give) for _ in range(8)]]
+        assert results.count(True) == 1
+        assert len(take(queue)) == 1
+
+    def test_a_closed_queue_takes_nothing(self, queue):
+        queue.enqueue(make_task())
+        queue.close()
+        queue.close()
+        with pytest.raises(QueueUnavailable, match="open a new one"):
+            queue.enqueue(make_task())

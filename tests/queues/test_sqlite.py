@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import apsw
+import apsw.ext
+import pytest
+
+from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
+from safedefer.queues import open_queue
+from safedefer.queues.memory import MemoryQueue
+from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.queues.sqlite_connection import MIGRATIONS, SQL
+from tests.queues.contract import DONE, HISTORY, TOMBSTONE, QueueContract, ids, make_task, oversize_task, take, take_one
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture
+def queue(path):
+    queue = SQLiteQueue(path, tombstone_seconds=TOMBSTONE, history_seconds=HISTORY)
+    yield queue
+    queue.close()
+
+
+class TestSQLiteQueue(QueueContract):
+    @pytest.fixture
+    def queue(self, queue):
+        yield queue
+        queue.close()
+        # Whatever a test of the contract did, the file is whole and no blob is left without its task.
+        connection = apsw.Connection(queue.path)
+        assert connection.pragma("integrity_check") == "ok"
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        connection.close()
+
+
+# --- The file -----------------------------------------------------------------------------------
+
+
+def test_nothing_is_opened_before_the_first_call(path):
+    SQLiteQueue(path).close()
+    assert not path.exists()
+
+
+def test_the_file_and_its_log_are_private(queue, path):
+    previous = os.umask(0)
+    try:
+        queue.enqueue(make_task())
+    finally:
+        os.umask(previous)
+    for name in ("tasks.db", "tasks.db-wal", "tasks.db-shm"):
+        assert stat.S_IMODE((path.parent / name).stat().st_mode) == 0o600, name
+
+
+def test_every_commit_reaches_the_disk(queue, path):
+    queue.enqueue(make_task())
+    with queue._writer._handle.use() as connection:
+        assert connection.pragma("journal_mode") == "wal"
+        assert connection.pragma("synchronous") == 2
+        assert connection.pragma("foreign_keys") == 1
+
+
+def test_tasks_survive_closing(queue, path):
+    task = oversize_task()
+    queue.enqueue(task)
+    queue.close()
+    again = SQLiteQueue(path)
+    assert again.blobs.get(task.blob.id) == task.blob.data
+    assert ids(take(again)) == [task.id]
+    again.close()
+
+
+def test_two_queues_of_one_process_share_the_file(queue, path):
+    other = SQLiteQueue(path)
+    task = make_task()
+    queue.enqueue(task)
+    assert other.wait(5.0) is True
+    assert ids(take(other)) == [task.id]
+    assert take(queue) == []
+    other.close()
+
+
+def test_a_closed_queue_does_not_open_the_file_again(queue):
+    queue.enqueue(make_task())
+    queue.close()
+    for call in (
+        lambda: queue.find("x"),
+        lambda: queue.stats(now=0.0),
+        lambda: queue.wait(0.0),
+        lambda: take(queue),
+        lambda: queue.blobs.get("x"),
+    ):
+        with pytest.raises(QueueUnavailable, match="open a new one"):
+            call()
+
+
+def test_a_queue_that_nobody_refers_to_is_closed(path):
+    queue = SQLiteQueue(path)
+    queue.enqueue(make_task())
+    (writer,) = [thread for thread in threading.enumerate() if thread.name == "safedefer-writer"]
+    del queue
+    writer.join(5.0)
+    assert not writer.is_alive()
+    assert not (path.parent / "tasks.db-wal").exists()
+
+
+def test_a_process_that_forgets_to_close_ends_and_has_stored_its_task(path):
+    program = (
+        "import sys; from safedefer.queues.sqlite import SQLiteQueue; from tests.queues.contract import make_task\n"
+        "queue = SQLiteQueue(sys.argv[1]); queue.enqueue(make_task()); print('stored')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=30, check=True)
+    assert (done.stdout, done.stderr) == ("stored\n", "")
+    queue = SQLiteQueue(path)
+    assert len(take(queue)) == 1
+    queue.close()
+
+
+# --- The schema ---------------------------------------------------------------------------------
+
+
+def test_a_file_of_a_newer_version_is_refused_and_left_alone(queue, path):
+    queue.enqueue(make_task())
+    queue.close()
+    connection = apsw.Connection(str(path))
+    connection.execute("INSERT INTO safedefer_schema (version) VALUES (?)", (len(MIGRATIONS) + 1,))
+    newer = SQLiteQueue(path)
+    with pytest.raises(QueueUnavailable, match="upgrade safedefer"):
+        take(newer)
+    with pytest.raises(QueueUnavailable, match="upgrade safedefer"):
+        newer.stats(now=0.0)
+    assert connection.execute("SELECT count(*) FROM safedefer_tasks").get == 1
+    newer.close()
+    connection.close()
+
+
+def test_many_threads_may_open_a_new_file_at_once(path):
+    queues = [SQLiteQueue(path) for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda queue: queue.enqueue(make_task()), queues))
+    assert len(take(queues[0])) == 6
+    for queue in queues:
+        queue.close()
+
+
+def test_an_applications_own_tables_may_live_in_the_file(queue, path):
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE tasks (id); CREATE TABLE orders (id); PRAGMA user_version = 77")
+    queue.enqueue(make_task())
+    assert len(take(queue)) == 1
+    assert connection.pragma("user_version") == 77
+    connection.close()
+
+
+def test_every_statement_is_one_that_sqlite_understands(queue, path):
+    queue.enqueue(make_task())
+    connection = apsw.Connection(str(path))
+    for name, statement in SQL.items():
+        if not name.startswith(("migration", "schema_table")):
+            connection.execute(f"EXPLAIN {statement}", dict.fromkeys(_parameters(connection, statement))).fetchall()
+    connection.close()
+
+
+def _parameters(connection: apsw.Connection, statement: str) -> list[str]:
+    names = apsw.ext.query_info(connection, statement).bindings_names
+    return [name or "" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("due_of_all", "safedefer_tasks_due"),
+        ("due_of_queue", "safedefer_tasks_queue"),
+        ("next_due_of_all", "safedefer_tasks_due"),
+        ("next_due_of_queue", "safedefer_tasks_queue"),
+        ("stats_tasks", "safedefer_tasks_queue"),
+        ("stats_running", "safedefer_tasks_leased"),
+        ("stats_oldest", "safedefer_tasks_queue"),
+        ("names_prune", "safedefer_names_until"),
+        ("ended_prune", "safedefer_ended_ended"),
+        ("attempts_of_ended_prune", "safedefer_attempts_task"),
+        ("attempts_stray_prune", "safedefer_attempts_stray"),
+        ("ledger_prune", "safedefer_ledger_expires"),
+    ],
+)
+def test_what_runs_often_uses_an_index_and_sorts_nothing(queue, path, name, index):
+    queue.enqueue(make_task())
+    connection = apsw.Connection(str(path))
+    values = {"now": 0, "queue": "", "limit": 1, "before": 0}
+    plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {SQL[name]}", values))
+    connection.close()
+    assert index in plan
+    assert "TEMP B-TREE" not in plan
+    assert "SCAN safedefer_tasks " not in plan.replace("SCAN safedefer_tasks USING", "")
+
+
+# --- Group commit -------------------------------------------------------------------------------
+
+
+def test_threads_share_commits_and_one_failure_spoils_no_other(queue, path):
+    queue.enqueue(make_task(name="taken"))
+    watcher = apsw.Connection(str(path))
+    commits = 0
+
+    def count() -> None:
+        nonlocal commits
+        before = watcher.execute("PRAGMA data_version").get
+        while not done.is_set():
+            now = watcher.execute("PRAGMA data_version").get
+            commits += now != before
+            before = now
+
+    done = threading.Event()
+    blocker = apsw.Connection(str(path))
+    blocker.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(21) as pool:
+        # The first holds up the writer at its BEGIN; the others gather behind it.
+        first = pool.submit(queue.enqueue, make_task())
+        _until(lambda: not queue._writer._pending and first.running())
+        good = [pool.submit(queue.enqueue, make_task()) for _ in range(10)]
+        bad = [pool.submit(queue.enqueue, make_task(name="taken")) for _ in range(9)]
+        _until(lambda: len(queue._writer._pending) == 19)
+        counter = threading.Thread(target=count)
+        counter.start()
+        blocker.execute("COMMIT")
+        assert first.result(10.0) is None
+        assert [run.result(10.0) for run in good] == [None] * 10
+        for run in bad:
+            with pytest.raises(TaskAlreadyExistsError):
+                run.result(10.0)
+        done.set()
+        counter.join()
+    assert len(take(queue)) == 12
+    assert commits <= 2
+    blocker.close()
+    watcher.close()
+
+
+def _until(condition) -> None:
+    deadline = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# --- When storage fails -------------------------------------------------------------------------
+
+
+def test_a_lock_that_is_held_too_long_is_unavailable_and_passes(path):
+    queue = SQLiteQueue(path, busy_timeout=0.05)
+    task = make_task()
+    queue.enqueue(task)
+    other = apsw.Connection(str(path))
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(QueueUnavailable, match="long transaction") as caught:
+        queue.enqueue(make_task())
+    assert isinstance(caught.value.__cause__, apsw.BusyError)
+    assert queue.find(task.id) is not None
+    other.execute("ROLLBACK")
+    queue.enqueue(make_task())
+    assert len(take(queue)) == 2
+    other.close()
+    queue.close()
+
+
+def test_a_full_disk_acknowledges_nothing_and_the_queue_works_again_after_it(queue):
+    queue.enqueue(make_task())
+    with queue._writer._handle.use() as connection:
+        connection.execute(f"PRAGMA max_page_count = {connection.pragma('page_count') + 8}")
+    small = make_task()
+    with pytest.raises(QueueUnavailable, match="free some space") as caught:
+        queue.enqueue_many([small, make_task(token=b"x" * 200_000)])
+    assert isinstance(caught.value.__cause__, apsw.FullError)
+    assert queue.find(small.id) is None
+    queue.enqueue(small)
+    with queue._writer._handle.use() as connection:
+        connection.execute("PRAGMA max_page_count = 100000")
+    queue.enqueue(make_task(token=b"x" * 200_000))
+    assert len(take(queue)) == 3
+
+
+def test_a_full_device_fails_the_commit_for_everybody_and_passes(path):
+    program = (
+        "import resource, signal, sys\n"
+        "from safedefer.errors import QueueUnavailable\n"
+        "from safedefer.queues.sqlite import SQLiteQueue\n"
+        "from tests.queues.contract import make_task, take\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "queue = SQLiteQueue(sys.argv[1]); queue.enqueue(make_task())\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))\n"
+        "try: queue.enqueue(make_task(token=b'x' * 600_000))\n"
+        "except QueueUnavailable as error: print(type(error.__cause__).__name__)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "queue.enqueue(make_task(token=b'x' * 600_000)); print(len(take(queue)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=30, check=True)
+    error, count = done.stdout.split()
+    assert error in {"FullError", "IOError"}
+    assert (count, done.stderr) == ("2", "")
+
+
+@pytest.mark.parametrize("size", [100, 100_000])
+def test_a_file_that_is_no_database_is_refused_and_left_alone(path, size):
+    data = b"certainly not a database" * size
+    path.write_bytes(data)
+    queue = SQLiteQueue(path)
+    with pytest.raises(QueueUnavailable, match="not a SQLite database"):
+        queue.enqueue(make_task())
+    queue.close()
+    assert path.read_bytes() == data
+
+
+def test_a_directory_that_does_not_exist_is_unavailable(tmp_path):
+    queue = SQLiteQueue(tmp_path / "nowhere" / "tasks.db")
+    with pytest.raises(QueueUnavailable, match="nowhere"):
+        queue.enqueue(make_task())
+    (tmp_path / "nowhere").mkdir()
+    queue.enqueue(make_task())
+    assert len(take(queue)) == 1
+    queue.close()
+
+
+def test_a_damaged_file_is_unavailable(queue, path):
+    queue.enqueue_many([make_task(token=b"x" * 5000) for _ in range(50)])
+    queue.close()
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (path.stat().st_size - 4096))
+    damaged = SQLiteQueue(path)
+    with pytest.raises(QueueUnavailable, match="restore it from a backup"):
+        take(damaged)
+    damaged.close()
+
+
+def test_a_file_that_was_deleted_while_open_takes_nothing_more(queue, path):
+    queue.enqueue(make_task())
+    path.unlink()
+    with pytest.raises(QueueUnavailable, match="moved, deleted or replaced"):
+        queue.enqueue(make_task())
+
+
+def test_what_an_operation_raises_is_undone(queue):
+    def action(connection: apsw.Connection) -> None:
+        connection.execute("DELETE FROM safedefer_tasks")
+        raise ZeroDivisionError
+
+    queue.enqueue(make_task())
+    with pytest.raises(ZeroDivisionError):
+        queue._writer.run(action)
+    assert len(take(queue)) == 1
+
+
+# --- In the user's transaction --------------------------------------------------------------------
+
+
+def test_a_task_in_the_users_transaction_is_there_if_it_commits(queue, path):
+    queue.enqueue(first := make_task())
+    take_one(queue)
+    connection = apsw.Connection(str(path))
+    connection.set_busy_timeout(5000)
+    connection.execute("BEGIN IMMEDIATE; CREATE TABLE orders (id)")
+    task = oversize_task()
+    queue.enqueue_on(connection, [task])
+    assert queue.find(task.id) is None
+    connection.execute("ROLLBACK")
+    assert queue.wait(0.05) is False
+    connection.execute("BEGIN IMMEDIATE")
+    queue.enqueue_on(connection, [task])
+    with pytest.raises(TaskAlreadyExistsError):
+        queue.enqueue_on(connection, [make_task(), first])
+    connection.execute("COMMIT")
+    assert queue.wait(5.0) is True
+    assert ids(take(queue)) == [task.id]
+    connection.close()
+
+
+def test_a_connection_to_another_file_is_refused(queue, tmp_path):
+    connection = apsw.Connection(str(tmp_path / "other.db"))
+    with pytest.raises(ConfigurationError, match="not the queue's"):
+        queue.enqueue_on(connection, [make_task()])
+    connection.close()
+
+
+# --- Speed that must not depend on what waits ---------------------------------------------------
+
+
+def test_leasing_reads_no_more_pages_when_much_waits(queue):
+    def pages() -> int:
+        with queue._writer._handle.use() as connection:
+            connection.execute("PRAGMA shrink_memory").fetchall()  # Begins with an empty cache.
+            before = connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS)[0]
+        (lease,) = take(queue, limit=1)
+        queue.settle(lease, DONE, now=101.0)
+        with queue._writer._handle.use() as connection:
+            return connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS)[0] - before
+
+    queue.enqueue_many([make_task() for _ in range(10)])
+    few = pages()
+    for _ in range(10):
+        queue.enqueue_many([make_task(eta=100.0 + n % 7, token=b"x" * 300) for n in range(1000)])
+    assert pages() <= few + 25
+
+
+# --- URLs ---------------------------------------------------------------------------------------
+
+
+def test_urls_name_queues(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(open_queue("memory://"), MemoryQueue)
+    relative, absolute = open_queue("sqlite:///a%20b.db"), open_queue(f"sqlite:///{tmp_path}/sub.db")
+    assert relative.path == str(tmp_path.resolve() / "a b.db")
+    assert absolute.path == str(tmp_path.resolve() / "sub.db")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "tasks.db",
+        "mysql://host/db",
+        "postgresql://user:secret@host/db",
+        "sqlite://tasks.db",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite:///tasks.db?mode=ro",
+        "sqlite:///a#b",
+        "memory://shared",
+    ],
+)
+def test_other_urls_are_refused_with_what_exists(url):
+    with pytest.raises(ConfigurationError, match="memory://") as caught:
+        open_queue(url)
+    assert "secret" not in str(caught.value)
