@@ -1,3 +1,87 @@
-"""safedefer: call a Python function later, without pickle and without a registry."""
+"""safedefer: call a Python function later, without pickle and without a registry.
+
+    from safedefer import deferred
+
+    deferred.defer(send_receipt, order.id, _countdown=60)
+
+``defer`` and its companions are in ``safedefer.deferred``, with App Engine's names; ``App`` is the
+typed form. Everything here is public; nothing else is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safedefer import deferred, errors
+from safedefer.app import App, Deferral
+from safedefer.claims import DEFAULT_URL, Limits, Options, TaskRetryOptions
+from safedefer.codecs.registry import register_type
+from safedefer.deferred import (
+    configure,
+    defer,
+    defer_async,
+    invoke_member,
+    run,
+    run_async,
+    run_from_datastore,
+    serialize,
+    set_log_level,
+)
+from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
+from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
+from safedefer.execution import TaskContext, current_task
+from safedefer.keys import Key, Keyring, KeyState
+from safedefer.policy import Policy, deferrable
+from safedefer.refs import CallableRef
+from safedefer.signing import Serves, Signer, Verifier
+from safedefer.task import Task, VerifiedPointer, VerifiedTask
+
+if TYPE_CHECKING:
+    from safedefer.deferred import TaskHandler
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_URL",
+    "App",
+    "CallableRef",
+    "Deferral",
+    "Error",
+    "Key",
+    "KeyState",
+    "Keyring",
+    "Limits",
+    "Options",
+    "PermanentTaskFailure",
+    "Policy",
+    "Serves",
+    "Signer",
+    "SingularTaskFailure",
+    "Task",
+    "TaskContext",
+    "TaskHandler",
+    "TaskRetryOptions",
+    "VerifiedPointer",
+    "VerifiedTask",
+    "Verifier",
+    "configure",
+    "current_task",
+    "defer",
+    "defer_async",
+    "deferrable",
+    "deferred",
+    "errors",
+    "invoke_member",
+    "register_type",
+    "run",
+    "run_async",
+    "run_from_datastore",
+    "serialize",
+    "set_log_level",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TaskHandler":  # imports aiohttp, so only when asked for
+        return deferred.TaskHandler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

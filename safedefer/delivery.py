@@ -26,7 +26,7 @@ import asyncio
 import re
 import secrets
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +137,11 @@ class Delivery:
         self._storage: Executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="safedefer-ledger")
 
     @property
+    def max_bytes(self) -> int:
+        """The largest body, in bytes."""
+        return self._options.max_bytes
+
+    @property
     def running(self) -> int:
         """How many tasks run now."""
         return self._running
@@ -176,7 +181,7 @@ class Delivery:
         return self._refuse(413, "too-large")
 
     async def handle(
-        self, headers: Mapping[str, str], body: bytes, *, url: str | Collection[str], method: str = "POST"
+        self, headers: Mapping[str, str], body: bytes, *, url: str | Container[str], method: str = "POST"
     ) -> Response:
         """Handle one request.
 
@@ -200,7 +205,7 @@ class Delivery:
             if not self._running:
                 self._idle.set()
 
-    async def _handle(self, headers: Mapping[str, str], body: bytes, url: str | Collection[str]) -> Response:
+    async def _handle(self, headers: Mapping[str, str], body: bytes, url: str | Container[str]) -> Response:
         run = _Run(started=self._clock(), attempt=_count(_header(headers, RETRY_HEADER)) + 1)
         try:
             verified = self._verifier.verify(body, url=url, now=run.started, queue=_header(headers, QUEUE_HEADER))
@@ -220,7 +225,7 @@ class Delivery:
 
     # --- Before the run ---
 
-    async def _fetch(self, run: _Run, pointer: VerifiedPointer, url: str | Collection[str]) -> VerifiedTask | None:
+    async def _fetch(self, run: _Run, pointer: VerifiedPointer, url: str | Container[str]) -> VerifiedTask | None:
         run.pointer = pointer
         data = await self._in_thread(partial(self._blobs().get, pointer.blob.id))
         if data is None:

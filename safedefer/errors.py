@@ -17,6 +17,45 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+__all__ = [
+    "BadSignature",
+    "BadTransactionStateError",
+    "CapabilityExceeded",
+    "ConfigurationError",
+    "DeferError",
+    "Error",
+    "ExpiredTask",
+    "InvalidArguments",
+    "InvalidClaims",
+    "InvalidEtaError",
+    "InvalidTaskError",
+    "InvalidTaskNameError",
+    "InvalidTaskRetryOptionsError",
+    "InvalidUrlError",
+    "LeaseLost",
+    "MalformedToken",
+    "MissingExtra",
+    "NotDeferrable",
+    "NotYetValid",
+    "PermanentTaskFailure",
+    "PolicyViolation",
+    "QueueError",
+    "QueueUnavailable",
+    "RejectedTask",
+    "ReplayedTask",
+    "RevokedKey",
+    "SingularTaskFailure",
+    "TaskAlreadyExistsError",
+    "TaskTooLargeError",
+    "TombstonedTaskError",
+    "UnencodableArgument",
+    "UnknownKey",
+    "UnknownQueueError",
+    "UnresolvableCallable",
+    "WeakKey",
+    "WrongAudience",
+]
+
 
 class Error(Exception):
     """Base class for exceptions in this library (App Engine: ``deferred.Error``)."""

@@ -13,7 +13,7 @@ the order in which it checks:
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, final
@@ -109,7 +109,7 @@ class Verifier:
         self._gates: dict[str, Gate] = {key.kid: _gate(policy, key) for key in keyring.keys}
 
     def verify(
-        self, data: bytes, *, url: str | Collection[str], now: float, queue: str | None = None, expired: bool = False
+        self, data: bytes, *, url: str | Container[str], now: float, queue: str | None = None, expired: bool = False
     ) -> VerifiedTask | VerifiedPointer:
         """Verify a token.
 
@@ -162,7 +162,7 @@ class Verifier:
         )
 
     def verify_stored(
-        self, pointer: VerifiedPointer, data: bytes, *, url: str | Collection[str], now: float, expired: bool = False
+        self, pointer: VerifiedPointer, data: bytes, *, url: str | Container[str], now: float, expired: bool = False
     ) -> VerifiedTask:
         """Verify the stored token that a pointer names: length and hash first, then as any token.
 
@@ -180,7 +180,7 @@ class Verifier:
             raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
         return task
 
-    def _check_audience(self, claims: Claims, url: str | Collection[str], queue: str | None) -> None:
+    def _check_audience(self, claims: Claims, url: str | Container[str], queue: str | None) -> None:
         environment, named, target, path = claims.audience
         serves = self._serves
         if (

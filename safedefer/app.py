@@ -1,0 +1,645 @@
+"""The application: keys, policy, codecs, a queue and a handler, put together.
+
+``App`` is the composition root. It does nothing when it is made but check its configuration; the
+queue is opened when it is first used, in the process that uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import secrets
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
+
+from safedefer.blobs import Blob
+from safedefer.claims import (
+    DEFAULT_QUEUE,
+    DEFAULT_TARGET,
+    DEFAULT_URL,
+    LIFETIME,
+    MAX_LIFETIME,
+    VERSION,
+    Call,
+    Claims,
+    Limits,
+    Options,
+    TaskRetryOptions,
+)
+from safedefer.codecs.pickled import PickledCodec
+from safedefer.codecs.typed import TypedCodec
+from safedefer.codecs.walk import CallData
+from safedefer.delivery import Delivery, DeliveryOptions, Response
+from safedefer.errors import (
+    BadTransactionStateError,
+    ConfigurationError,
+    InvalidTaskError,
+    NotDeferrable,
+    PermanentTaskFailure,
+    RejectedTask,
+    TaskTooLargeError,
+    UnknownQueueError,
+)
+from safedefer.events import LogObserver, Observer, TaskEnqueued, notify
+from safedefer.execution import Codec, Validate, check_binds, is_async, prepare
+from safedefer.keys import Keyring
+from safedefer.policy import Policy
+from safedefer.queues import open_queue
+from safedefer.queues.base import PullQueue, QueuedTask, TaskState
+from safedefer.refs import UNBOUND, bound_object
+from safedefer.settings import Settings
+from safedefer.signing import Serves, Signer, Verifier
+from safedefer.task import Task, VerifiedPointer, VerifiedTask
+
+if TYPE_CHECKING:
+    from aiohttp.web import AbstractRouteDef
+
+_P = ParamSpec("_P")
+
+#: One call of ``defer_many``: the callable, its positional and its keyword arguments.
+CallTuple: TypeAlias = tuple[Callable[..., object], Sequence[object], Mapping[str, object]]
+
+_QUEUE_URLS: Final = "/_ah/queue/"
+
+
+class App:
+    """What defers and handles the tasks of one application.
+
+    Args:
+        keyring: The keys; the active one signs.
+        policy: What may be deferred and run.
+        queue: A queue's URL (``sqlite:///tasks.db``, ``memory://``) or a queue.
+        environment: ``prod``, ``staging``, ...: tasks of one do not run in another.
+        url: The path that tasks are posted to by default.
+        prefix: A path in front of the handler's, which tokens do not name.
+        queues: The names of the queues there are; None is any name.
+        targets: Addresses of handlers by the name that ``target`` gives them; None is any name, one handler.
+        allow_pickle: Whether arguments may travel as pickles where a call and its key say so too.
+        by_value_pickles_run_code: Whether functions may travel by value inside pickles: whoever has
+            a key that may sign pickles then runs any code.
+        validate: ``"annotations"`` checks arguments against the callable's annotations in the handler.
+        concurrency: How many tasks run at once in this process.
+        inline_limit: Tokens above this many bytes are stored as blobs (App Engine: about 10 kilobytes).
+        limits: Bounds of tokens and arguments.
+        observer: Told what happens; logs by default.
+        clock: Seconds since the epoch.
+
+    Raises:
+        ConfigurationError: An argument is wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        keyring: Keyring,
+        policy: Policy,
+        queue: str | PullQueue = "sqlite:///safedefer.db",
+        environment: str = "default",
+        url: str = DEFAULT_URL,
+        prefix: str = "",
+        queues: Iterable[str] | None = None,
+        targets: Mapping[str, str] | None = None,
+        allow_pickle: bool = False,
+        by_value_pickles_run_code: bool = False,
+        validate: Validate = None,
+        concurrency: int = 16,
+        inline_limit: int = 10 * 1024,
+        limits: Limits | None = None,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not isinstance(keyring, Keyring) or not isinstance(policy, Policy):
+            raise ConfigurationError(
+                "an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`"
+            )
+        _check_names(environment, url, queues, targets)
+        self.environment = environment
+        self.url = url
+        self.prefix = prefix.rstrip("/")
+        self.queues = None if queues is None else frozenset({*queues, DEFAULT_QUEUE})
+        self.targets = None if targets is None else dict(targets)
+        self.policy = policy
+        self.observer: Observer = LogObserver() if observer is None else observer
+        self._clock = clock
+        self._inline_limit = inline_limit
+        limits = limits or Limits()
+        served = None if targets is None else frozenset({*targets, DEFAULT_TARGET})
+        self._signer = Signer(keyring, policy, limits=limits)
+        self._verifier = Verifier(
+            keyring,
+            policy,
+            serves=Serves(environment=environment, queues=self.queues, targets=served),
+            allow_pickle=allow_pickle,
+            limits=limits,
+        )
+        self._codecs: dict[str, Codec] = {"typed": TypedCodec(limits=limits)}
+        if allow_pickle:
+            self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
+        self._queue: PullQueue | str = queue
+        self._lock = Lock()
+        self._delivery: Delivery | None = None
+        self._delivery_options = DeliveryOptions(
+            max_bytes=limits.token_bytes, concurrency=concurrency, validate=validate
+        )
+
+    @classmethod
+    def from_settings(cls, settings: Settings | None = None) -> App:
+        """Build from ``SAFEDEFER_*`` in the environment.
+
+        Raises:
+            ConfigurationError: Keys or policy are missing, or a setting is wrong.
+        """
+        settings = settings or Settings.load()
+        return cls(
+            keyring=settings.keyring(),
+            policy=settings.load_policy(),
+            queue=settings.queue,
+            environment=settings.environment,
+            url=settings.url,
+            prefix=settings.prefix,
+            queues=settings.queues,
+            targets=settings.targets,
+            allow_pickle=settings.allow_pickle,
+            concurrency=settings.concurrency,
+            inline_limit=settings.inline_limit,
+        )
+
+    # --- Deferring ---
+
+    def defer(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
+        """Call ``obj(*args, **kwargs)`` later, as soon as possible, on the default queue.
+
+        When it returns, the task is stored and survives a crash of this process.
+
+        Args:
+            obj: A function or class at the top level of a module, an object of such a class with
+                ``__call__``, one of its instance or class methods, a built-in function or method.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments, all of them: options are given with ``options``.
+
+        Returns:
+            The task.
+
+        Raises:
+            NotDeferrable: The callable is of another category, or the policy does not admit it.
+            TypeError: It does not take these arguments.
+            UnencodableArgument: A value cannot arrive exactly as it is; ``path`` says which.
+            TaskTooLargeError: The token is over the limit.
+            QueueUnavailable: The task was not stored.
+        """
+        return self.defer_with(Options(), obj, args, kwargs)
+
+    async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
+        """Do what ``defer`` does, without blocking the event loop."""
+        return await asyncio.to_thread(self.defer_with, Options(), obj, args, kwargs)
+
+    def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
+        """Defer several calls in one transaction: all are stored, or none."""
+        return self.defer_many_with(Options(), calls)
+
+    def options(
+        self,
+        *,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        headers: Mapping[str, str] | None = None,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        retry_options: TaskRetryOptions | None = None,
+        target: str | None = None,
+        transactional: bool = False,
+        url: str | None = DEFAULT_URL,
+        pickle: bool = False,
+    ) -> Deferral:
+        """Return a front of ``defer`` with options; see ``Options`` for their meaning.
+
+        Raises:
+            InvalidTaskError: An option is wrong.
+        """
+        chosen = Options(
+            countdown=countdown,
+            eta=eta,
+            headers=headers or {},
+            name=name,
+            queue=queue,
+            retry_options=retry_options,
+            target=target,
+            transactional=transactional,
+            url=url,
+            pickle=pickle,
+        )
+        return Deferral(self, chosen)
+
+    def defer_with(
+        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Task:
+        """Defer one call with an ``Options`` object: what every other form of ``defer`` comes to."""
+        task, queued = self._build(options, obj, args, kwargs)
+        self.queue.enqueue(queued)
+        self._tell(queued)
+        return task
+
+    def defer_many_with(self, options: Options, calls: Iterable[CallTuple]) -> list[Task]:
+        """Defer several calls with an ``Options`` object, in one transaction."""
+        built = [self._build(options, obj, args, kwargs) for obj, args, kwargs in calls]
+        if options.name is not None and len(built) > 1:
+            raise InvalidTaskError("several tasks cannot have one name; defer them one by one, or without a name")
+        if built:
+            self.queue.enqueue_many([queued for _, queued in built])
+        for _, queued in built:
+            self._tell(queued)
+        return [task for task, _ in built]
+
+    def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
+        """Return the signed token of a call, for the default queue and URL; enqueues nothing."""
+        return self._sign(self._claims(Options(), obj, args, kwargs, self._clock()))
+
+    def _build(
+        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Task, QueuedTask]:
+        if options.transactional:
+            raise BadTransactionStateError("transactional=True needs a transaction; use it inside one, or leave it out")
+        self._check_destination(options)
+        now = self._clock()
+        claims = self._claims(options, obj, args, kwargs, now)
+        return self._package(claims, options, now)
+
+    def _package(self, claims: Claims, options: Options, now: float) -> tuple[Task, QueuedTask]:
+        """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize."""
+        payload = token = self._sign(claims)
+        digest = sha256(token)
+        blob = None
+        if len(token) > self._inline_limit:
+            blob = Blob(_random_id(), token)
+            pointer = {"id": blob.id, "sha256": digest.hexdigest(), "length": len(token)}
+            shared = {name: getattr(claims, name) for name in _POINTER_CLAIMS}
+            payload = self._sign(Claims.model_validate({**_present(shared), "v": VERSION, "blob": pointer}))
+        eta = options.due(now)
+        _, queue, target, url = claims.audience
+        headers = {**options.headers, **({"traceparent": claims.trace} if claims.trace is not None else {})}
+        queued = QueuedTask(
+            id=claims.jti,
+            queue=queue,
+            token=payload,
+            audience=claims.aud,
+            url=url,
+            target=target,
+            eta=eta,
+            created=now,
+            expires=claims.exp,
+            name=claims.name,
+            headers=headers,
+            retry_options={} if options.retry_options is None else options.retry_options.given(),
+            digest=digest.digest(),
+            blob=blob,
+            blob_id=None if blob is None else blob.id,
+            callable_name="" if claims.call is None else str(claims.call),
+        )
+        task = Task(
+            id=claims.jti,
+            name=claims.name,
+            queue_name=queue,
+            url=url,
+            target=target,
+            headers=headers,
+            payload=payload,
+            eta=datetime.fromtimestamp(eta, UTC),
+            retry_options=options.retry_options,
+            was_enqueued=True,
+        )
+        return task, queued
+
+    def _claims(
+        self,
+        options: Options,
+        obj: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        now: float,
+    ) -> Claims:
+        gate = self._signer.gate
+        ref = gate.callable_ref(obj)
+        check_binds(obj, tuple(args), kwargs)
+        cty = "pickle" if options.pickle else "typed"
+        codec = self._codecs.get(cty)
+        if codec is None:
+            raise NotDeferrable("pickled arguments are off; make the App with allow_pickle=True", reason="pickle-off")
+        data = codec.encode(CallData(bound_object(obj), tuple(args), dict(kwargs)), gate)
+        named: dict[str, Any] = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname}
+        if ref.member is not None:
+            named["member"] = ref.member
+        if data.bound is not UNBOUND:
+            named["bound"] = data.bound
+        # Built from checked parts: validating them again would only cost time.
+        call = Call.model_construct(None, **named)
+        eta = options.due(now)
+        url = self.url if options.url == DEFAULT_URL else options.path
+        return Claims.model_construct(
+            v=VERSION,
+            jti=new_task_id(now),
+            iat=int(now),
+            nbf=int(eta),
+            exp=int(eta) + _lifetime(options.retry_options),
+            aud=f"{self.environment}:{options.queue}:{options.target or DEFAULT_TARGET}:{url}",
+            cty=cty,
+            name=options.name,
+            call=call,
+            args=list(data.args),
+            kwargs=data.kwargs,
+            headers=dict(options.headers) or None,
+        )
+
+    def _sign(self, claims: Claims) -> bytes:
+        try:
+            return self._signer.sign(claims)
+        except RecursionError:  # the codec's limits are below this, unless they were raised
+            raise TaskTooLargeError("the arguments nest too deeply; pass an id instead of the data") from None
+
+    def _check_destination(self, options: Options) -> None:
+        if self.queues is not None and options.queue not in self.queues:
+            raise UnknownQueueError(
+                f"there is no queue {options.queue}; declare it, or use one of {_list(self.queues)}"
+            )
+        known = self.targets is None or options.target in {None, DEFAULT_TARGET, *self.targets}
+        if not known:
+            raise InvalidTaskError(
+                f"there is no target {options.target}; set SAFEDEFER_TARGETS, or use one of {_list(self.targets or ())}"
+            )
+
+    def _tell(self, queued: QueuedTask) -> None:
+        notify(
+            self.observer,
+            TaskEnqueued(task_id=queued.id, queue=queued.queue, callable=queued.callable_name, size=len(queued.token)),
+        )
+
+    # --- Handling ---
+
+    async def handle(
+        self, headers: Mapping[str, str], body: bytes, *, path: str | None = None, method: str = "POST"
+    ) -> Response:
+        """Handle one request: the whole handler, without a framework.
+
+        Args:
+            headers: The request's headers.
+            body: The raw body.
+            path: The path that the request came on, which the token must name; None accepts the
+                application's own URL and those of its queues.
+            method: The request's method.
+
+        Returns:
+            ``(status, headers, body)``. Nothing is raised.
+        """
+        return await self.delivery.handle(headers, body, url=self.accepts(path), method=method)
+
+    def accepts(self, path: str | None) -> str | Container[str]:
+        """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
+        if path is None:
+            return _OwnUrls(self.url)
+        return path.removeprefix(self.prefix) if path.startswith(f"{self.prefix}/") else path
+
+    @property
+    def delivery(self) -> Delivery:
+        """The handler behind ``handle``; the policy's modules are imported when it is first asked for."""
+        with self._lock:
+            if self._delivery is None:
+                self.policy.load()
+                self._delivery = Delivery(
+                    verifier=self._verifier,
+                    codecs=self._codecs,
+                    ledger=lambda: self.queue.ledger,
+                    blobs=lambda: self.queue.blobs,
+                    clock=self._clock,
+                    observer=self.observer,
+                    options=self._delivery_options,
+                )
+            return self._delivery
+
+    def routes(self) -> list[AbstractRouteDef]:
+        """Return the aiohttp routes of the handler: ``web_app.add_routes(app.routes())``."""
+        # Here and not at the top: importing safedefer must not import aiohttp.
+        from safedefer.web.handler import routes  # noqa: PLC0415
+
+        return routes(self)
+
+    def verify(self, data: bytes, *, expired: bool = False) -> VerifiedTask | VerifiedPointer:
+        """Verify a token, whichever of this application's URLs and queues it is for; runs nothing.
+
+        Raises:
+            RejectedTask: One of its subclasses.
+        """
+        return self._verifier.verify(data, url=_OwnUrls(None), now=self._clock(), expired=expired)
+
+    def run(self, data: bytes) -> object:
+        """Verify a token, call what it says, and return the result. Asks no ledger: the handler does.
+
+        Raises:
+            RejectedTask: The token is refused. Whatever the callable raises passes through.
+            RuntimeError: An event loop runs in this thread; use ``run_async``.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            raise RuntimeError("run() blocks and an event loop runs here; await run_async() instead")
+        result = prepare(self._runnable(data), self._codecs)()
+        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+    async def run_async(self, data: bytes) -> object:
+        """Do what ``run`` does inside a running loop: plain callables run in a thread."""
+        prepared = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
+        result = prepared() if is_async(prepared.target) else await asyncio.to_thread(prepared)
+        return await _awaited(result) if inspect.isawaitable(result) else result
+
+    def run_from_datastore(self, key: str) -> object:
+        """Run the oversize task whose stored token has the id ``key``, and delete it unless it must be retried.
+
+        Raises:
+            PermanentTaskFailure: There is no such blob (as the original). Else as ``run``.
+        """
+        data = self.queue.blobs.get(key)
+        if data is None:
+            raise PermanentTaskFailure("there is no stored task of this key; it has ended, or was never enqueued")
+        try:
+            result = self.run(data)
+        except PermanentTaskFailure:
+            self.queue.blobs.delete(key)
+            raise
+        self.queue.blobs.delete(key)
+        return result
+
+    def _runnable(self, data: bytes) -> VerifiedTask:
+        self.policy.load()
+        verified = self._verifier.verify(data, url=_OwnUrls(self.url), now=self._clock())
+        return self._follow(verified)
+
+    def _follow(self, verified: VerifiedTask | VerifiedPointer, *, expired: bool = False) -> VerifiedTask:
+        if isinstance(verified, VerifiedTask):
+            return verified
+        data = self.queue.blobs.get(verified.blob.id)
+        if data is None:
+            raise PermanentTaskFailure("the stored token is gone; the task has ended, or the blob was lost")
+        return self._verifier.verify_stored(
+            verified, data, url=verified.claims.audience[3], now=self._clock(), expired=expired
+        )
+
+    # --- Looking after tasks ---
+
+    @property
+    def queue(self) -> PullQueue:
+        """The queue, opened when it is first used."""
+        with self._lock:
+            if isinstance(self._queue, str):
+                self._queue = open_queue(self._queue)
+            return self._queue
+
+    def cancel(self, task_id: str) -> bool:
+        """End a waiting task unrun; False if it does not wait (any more)."""
+        return self.queue.cancel(task_id, now=self._clock())
+
+    def retry(self, task_id: str) -> Task | None:
+        """Re-run a dead letter as a new task, which names it in ``retry_of``; None if there is none.
+
+        Only what verifies now is signed again, expiry aside: by a key that is not revoked, within that
+        key's limits, and under the policy, arguments included.
+
+        Raises:
+            RejectedTask: The dead letter does not verify now; it stays where it is.
+        """
+        view = self.queue.find(task_id)
+        if view is None or view.state is not TaskState.DEAD:
+            return None
+        self.policy.load()
+        task = self._verifier.verify(view.token, url=view.url, now=self._clock(), expired=True)
+        if not isinstance(task, VerifiedTask):
+            raise _unstored()
+        # Decoded under the limits of the key that signed: signing again must not widen what it could name.
+        prepare(task, self._codecs)
+        now = self._clock()
+        retry_options = TaskRetryOptions.from_given(view.retry_options) if view.retry_options else None
+        renewed = task.claims.model_copy(
+            update={
+                "jti": new_task_id(now),
+                "iat": int(now),
+                "nbf": int(now),
+                "exp": int(now) + _lifetime(retry_options),
+                "name": None,
+                "retry_of": task_id,
+            }
+        )
+        options = Options(headers=view.headers, retry_options=retry_options)
+        again, queued = self._package(renewed, options, now)
+        return again if self.queue.replace_dead(task_id, queued, now=now) else None
+
+    def set_log_level(self, level: int) -> None:
+        """Set the level that a normal run is logged at (App Engine ``set_log_level``)."""
+        if isinstance(self.observer, LogObserver):
+            self.observer.level = level
+        else:
+            logging.getLogger("safedefer").setLevel(level)
+
+    def close(self) -> None:
+        """Finish what was accepted, and let go of the queue and the threads."""
+        with self._lock:
+            if self._delivery is not None:
+                self._delivery.close()
+                self._delivery = None
+            if not isinstance(self._queue, str):
+                self._queue.close()
+
+
+class Deferral:
+    """``defer`` with options: what ``app.options(...)`` returns. Reusable."""
+
+    def __init__(self, app: App, options: Options) -> None:
+        self._app = app
+        self._options = options
+
+    def defer(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
+        """Do what ``App.defer`` does, with these options.
+
+        Raises:
+            TaskAlreadyExistsError: A task of this name lives in the queue.
+            TombstonedTaskError: A task of this name ended there not long ago.
+            UnknownQueueError: There is no such queue.
+            DeferError: As ``App.defer``.
+        """
+        return self._app.defer_with(self._options, obj, args, kwargs)
+
+    async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
+        """Do what ``defer`` does, without blocking the event loop."""
+        return await asyncio.to_thread(self._app.defer_with, self._options, obj, args, kwargs)
+
+    def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
+        """Defer several calls with these options, in one transaction: all are stored, or none."""
+        return self._app.defer_many_with(self._options, calls)
+
+
+class _OwnUrls(Container[str]):
+    """The application's URL and those of its queues; None: any path."""
+
+    def __init__(self, url: str | None) -> None:
+        self._url = url
+
+    def __contains__(self, path: object) -> bool:
+        return (
+            self._url is None
+            or path == self._url
+            or (isinstance(path, str) and path.startswith(_QUEUE_URLS) and "/" not in path[len(_QUEUE_URLS) :])
+        )
+
+
+_POINTER_CLAIMS: Final = ("jti", "iat", "nbf", "exp", "aud", "cty", "name")
+
+
+def new_task_id(now: float) -> str:
+    """Return a UUID of version 7 in hex (RFC 9562, section 5.7): ids sort by time."""
+    milliseconds = int(now * 1000) & (2**48 - 1)
+    noise = int.from_bytes(secrets.token_bytes(10))
+    high = (milliseconds << 16) | 0x7000 | (noise >> 68 & 0xFFF)
+    low = 1 << 63 | (noise & (2**62 - 1))
+    return f"{high:016x}{low:016x}"
+
+
+def _random_id() -> str:
+    return secrets.token_hex(16)
+
+
+def _lifetime(options: TaskRetryOptions | None) -> int:
+    age = None if options is None else options.task_age_limit
+    return LIFETIME if age is None else min(max(LIFETIME, int(age)), MAX_LIFETIME)
+
+
+def _present(values: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "(none)"
+
+
+def _unstored() -> RejectedTask:
+    return RejectedTask("the dead letter holds a pointer whose stored token is gone; restore the blobs")
+
+
+async def _awaited(result: Any) -> object:
+    return await result
+
+
+def _check_names(environment: str, url: str, queues: Iterable[str] | None, targets: Mapping[str, str] | None) -> None:
+    if isinstance(queues, str):
+        raise ConfigurationError("queues is a list of names, not one text")
+    try:
+        Options(queue=environment, url=url)
+        for name in (*(queues or ()), *(targets or ())):
+            Options(queue=name)
+    except InvalidTaskError as error:
+        raise ConfigurationError(f"an environment, queue, target or URL of the App is impossible: {error}") from error
+    for address in (targets or {}).values():
+        if not address.startswith(("http://", "https://")):
+            raise ConfigurationError("the address of a target begins with http:// or https://")

@@ -1,0 +1,261 @@
+"""App Engine's ``deferred`` library: the same names, without unpickling anything.
+
+    from safedefer import deferred
+
+    def do_something_later(key, amount):
+        ...
+
+    # Use default URL and queue name, no task name, execute ASAP.
+    deferred.defer(do_something_later, my_key, 20)
+
+    # Providing non-default task queue arguments
+    deferred.defer(do_something_later, my_key, 20, _queue="foo", _countdown=60)
+
+The functions here use one application: the one given to ``configure``, else one that is built from
+``SAFEDEFER_*`` in the environment when it is first needed.
+
+These callables can be tasks: functions and classes at the top level of a module, objects of such
+classes that implement ``__call__``, their instance methods and class methods, built-in functions and
+built-in methods. These can not: nested functions and closures, nested classes and their objects,
+lambdas, static methods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final
+
+from safedefer.app import App
+from safedefer.claims import DEFAULT_QUEUE, DEFAULT_URL, Options, TaskRetryOptions
+from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
+from safedefer.task import Task
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    class TaskHandler(web.View):
+        """A view that processes deferred invocations; made by ``web.handler.task_view``."""
+
+        async def post(self) -> web.Response:
+            """Default behavior for POST requests to deferred handler."""
+            ...
+
+
+__all__ = [
+    "Error",
+    "PermanentTaskFailure",
+    "SingularTaskFailure",
+    "TaskHandler",
+    "configure",
+    "current_app",
+    "defer",
+    "defer_async",
+    "invoke_member",
+    "run",
+    "run_async",
+    "run_from_datastore",
+    "serialize",
+    "set_log_level",
+]
+
+_OPTIONS: Final = (
+    "_countdown", "_eta", "_headers", "_name", "_pickle", "_queue", "_retry_options", "_target", "_transactional", "_url",
+)  # fmt: skip
+
+
+class _Current:
+    def __init__(self) -> None:
+        self.app: App | None = None
+        self.lock = Lock()
+
+
+_current: Final = _Current()
+
+
+def configure(app: App | None) -> None:
+    """Set the application that the functions of this module use; None forgets it."""
+    with _current.lock:
+        _current.app = app
+
+
+def current_app() -> App:
+    """Return the application in use; built from ``SAFEDEFER_*`` if none was configured.
+
+    Raises:
+        ConfigurationError: There is none, and the environment lacks keys or policy.
+    """
+    with _current.lock:
+        if _current.app is None:
+            _current.app = App.from_settings()
+        return _current.app
+
+
+def defer(
+    obj: Callable[..., object],
+    /,
+    *args: Any,
+    _countdown: float | None = None,
+    _eta: datetime | None = None,
+    _headers: Mapping[str, str] | None = None,
+    _name: str | None = None,
+    _queue: str = DEFAULT_QUEUE,
+    _retry_options: TaskRetryOptions | None = None,
+    _target: str | None = None,
+    _transactional: bool = False,
+    _url: str | None = DEFAULT_URL,
+    _pickle: bool = False,
+    **kwargs: Any,
+) -> Task:
+    """Defer a callable for execution later (App Engine ``deferred.defer``).
+
+    The default URL of ``/_ah/queue/deferred`` is used unless another is given; ``_url=None`` is the
+    default URL of the queue.
+
+    Args:
+        obj: The callable to execute; see the module docstring for restrictions.
+        args: Positional arguments to call it with.
+        _countdown: Seconds from now.
+        _eta: When, an aware datetime; not together with ``_countdown``.
+        _headers: Further headers of the request that delivers the task.
+        _name: A name that no other task of the queue has, or had in the last days.
+        _queue: The queue's name.
+        _retry_options: When it is tried again.
+        _target: Which handler.
+        _transactional: Enqueue if, and only if, the current transaction commits.
+        _url: The path that the task is posted to.
+        _pickle: Carry the arguments as a pickle; both ends and the key must allow it.
+        kwargs: Any other keyword arguments are passed through to the callable.
+
+    Returns:
+        The task, enqueued.
+
+    Raises:
+        TypeError: An unknown ``_option``, or arguments that the callable does not take.
+        DeferError: One of its subclasses says what is wrong; see ``App.defer``.
+    """
+    _check_unknown(kwargs)
+    options = Options(
+        countdown=_countdown,
+        eta=_eta,
+        headers=_headers or {},
+        name=_name,
+        queue=_queue,
+        retry_options=_retry_options,
+        target=_target,
+        transactional=_transactional,
+        url=_url,
+        pickle=_pickle,
+    )
+    return current_app().defer_with(options, obj, args, kwargs)
+
+
+async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> Task:
+    """Do what ``defer`` does, with the same options, without blocking the event loop."""
+    return await asyncio.to_thread(defer, obj, *args, **kwargs)
+
+
+def serialize(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
+    """Serialize a callable into a format recognized by the deferred executor: a signed token.
+
+    Args:
+        obj: The callable; see the module docstring for restrictions.
+        args: Positional arguments to call it with.
+        kwargs: Keyword arguments to call it with.
+
+    Returns:
+        The token, for the default queue and URL.
+
+    Raises:
+        DeferError: As ``defer``.
+    """
+    return current_app().serialize(obj, *args, **kwargs)
+
+
+def run(data: bytes) -> object:
+    """Verify and execute a task (App Engine: "unpickles and executes a task").
+
+    Args:
+        data: A token.
+
+    Returns:
+        The return value of the function invocation.
+
+    Raises:
+        RejectedTask: The token is refused. What the callable raises passes through.
+        RuntimeError: An event loop runs here; use ``run_async``.
+    """
+    return current_app().run(data)
+
+
+async def run_async(data: bytes) -> object:
+    """Do what ``run`` does inside a running event loop."""
+    return await current_app().run_async(data)
+
+
+def run_from_datastore(key: str) -> object:
+    """Retrieve an oversize task from the blobs and execute it.
+
+    Args:
+        key: The id of its blob.
+
+    Returns:
+        The return value of the function invocation.
+
+    Raises:
+        PermanentTaskFailure: There is no such blob. Else as ``run``.
+    """
+    return current_app().run_from_datastore(key)
+
+
+def invoke_member(obj: object, membername: str, /, *args: Any, **kwargs: Any) -> object:
+    """Retrieve a member of an object, then call it with the provided arguments.
+
+    A plain helper for the caller's own use. No token can name it: safedefer's own functions are never tasks.
+
+    Args:
+        obj: The object to operate on.
+        membername: The name of the member to retrieve from ``obj``.
+        args: Positional arguments to pass to the method.
+        kwargs: Keyword arguments to pass to the method.
+
+    Returns:
+        The return value of the method invocation.
+
+    Raises:
+        AttributeError: There is no such member. What the method raises passes through.
+    """
+    result: object = getattr(obj, membername)(*args, **kwargs)
+    return result
+
+
+def set_log_level(log_level: int) -> None:
+    """Set the log level deferred will log to in normal circumstances.
+
+    Args:
+        log_level: One of logging's levels, e.g. ``logging.DEBUG``, ``logging.INFO``.
+    """
+    current_app().set_log_level(log_level)
+
+
+def _check_unknown(kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name.startswith("_"):
+            near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.0)[0]
+            raise TypeError(
+                f"defer() has no option {name!a}; did you mean {near}? "
+                "A keyword of your own that begins with _ is passed with app.options(...).defer(...)"
+            )
+
+
+def __getattr__(name: str) -> Any:
+    # Made when asked for: importing safedefer must not import aiohttp.
+    if name != "TaskHandler":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from safedefer.web.handler import task_view  # noqa: PLC0415
+
+    view = globals()["TaskHandler"] = task_view(current_app)
+    return view

@@ -1,0 +1,102 @@
+"""Settings from the environment, with the prefix ``SAFEDEFER_``. The one place that reads key files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final, Self
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from safedefer.claims import DEFAULT_URL
+from safedefer.errors import ConfigurationError
+from safedefer.keys import Keyring
+from safedefer.policy import Policy
+
+_INLINE_LIMIT: Final = 10 * 1024
+
+
+def _words(value: object) -> object:
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def _pairs(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    pairs = [word.partition("=") for word in value.replace(",", " ").split()]
+    if any(not name or not address for name, _, address in pairs):
+        raise ValueError("write name=http://address[,name=http://address]")
+    return {name: address for name, _, address in pairs}
+
+
+class Settings(BaseSettings):
+    """What ``App.from_settings`` needs. Lists are separated by commas or spaces."""
+
+    model_config = SettingsConfigDict(env_prefix="SAFEDEFER_", extra="ignore", hide_input_in_errors=True, frozen=True)
+
+    keys: SecretStr | None = Field(default=None, description="kid:base64url[,kid:base64url]; the first one signs.")
+    keys_file: Path | None = Field(default=None, description="A JWK Set instead of KEYS.")
+    policy: Annotated[list[str] | None, NoDecode, BeforeValidator(_words)] = Field(
+        default=None, description="Patterns: pkg.mod, pkg.*, mod:name."
+    )
+    deferrable: bool = Field(default=False, description="Whether @deferrable marks count.")
+    queue: str = Field(default="sqlite:///safedefer.db", description="The queue's URL.")
+    environment: str = Field(default="default", description="prod, staging, ...: part of every token's audience.")
+    url: str = Field(default=DEFAULT_URL, description="The path that tasks are posted to.")
+    prefix: str = Field(default="", description="A path prefix in front of the handler, which tokens do not name.")
+    queues: Annotated[list[str] | None, NoDecode, BeforeValidator(_words)] = Field(
+        default=None, description="The queues there are; not given: any."
+    )
+    targets: Annotated[dict[str, str] | None, NoDecode, BeforeValidator(_pairs)] = Field(
+        default=None, description="name=http://address of other handlers; not given: any name, one handler."
+    )
+    allow_pickle: bool = Field(default=False, description="Whether pickled arguments may be sent and run.")
+    concurrency: int = Field(default=16, ge=1, le=10_000, description="Tasks that run at once.")
+    inline_limit: int = Field(default=_INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")
+
+    @classmethod
+    def load(cls) -> Self:
+        """Read the environment.
+
+        Raises:
+            ConfigurationError: A variable is wrong; the message names it, not its value.
+        """
+        try:
+            return cls()
+        except ValidationError as error:
+            found = "; ".join(
+                f"SAFEDEFER_{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors()
+            )
+            raise ConfigurationError(f"the environment is wrong: {found}; correct it") from None
+
+    def keyring(self) -> Keyring:
+        """Load the keys.
+
+        Raises:
+            ConfigurationError: There are none, or two sources of them, or they are malformed or weak.
+        """
+        if (self.keys is None) == (self.keys_file is None):
+            raise ConfigurationError(
+                "set either SAFEDEFER_KEYS or SAFEDEFER_KEYS_FILE; `safedefer keys new` makes a key to put there"
+            )
+        if self.keys is not None:
+            return Keyring.from_text(self.keys.get_secret_value())
+        assert self.keys_file is not None
+        try:
+            text = self.keys_file.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(f"SAFEDEFER_KEYS_FILE cannot be read: {error.strerror}; check its path") from error
+        return Keyring.from_jwks(text)
+
+    def load_policy(self) -> Policy:
+        """Build the policy.
+
+        Raises:
+            ConfigurationError: There is none, or a pattern is wrong.
+        """
+        if not self.policy and not self.deferrable:
+            raise ConfigurationError(
+                "no policy, so nothing may run; set SAFEDEFER_POLICY to the modules of your tasks, such as "
+                "'shop.tasks,shop.jobs.*' (`safedefer keys new` prints the other setting that is needed)"
+            )
+        return Policy(*(self.policy or ()), deferrable=self.deferrable)

@@ -1,0 +1,114 @@
+"""The aiohttp handler: reads the raw body within limits, and hands it to ``App.handle``.
+
+``app.routes()`` serves the application's URL and those of its queues; ``TaskHandler`` is a view for
+another URL, as App Engine's was. Both answer with exactly what ``App.handle`` returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Container
+from typing import Final, Protocol
+
+from aiohttp import web
+
+from safedefer.delivery import Delivery, Response
+
+#: A body that takes longer than this many seconds is nobody's: tokens are a megabyte at most.
+BODY_TIMEOUT: Final = 30.0
+
+_TIMED_OUT: Final = Response(408, {"Safedefer-Outcome": "refused", "Connection": "close"}, b"refused\n")
+
+
+class Handles(Protocol):
+    """What is served: an ``App``."""
+
+    @property
+    def url(self) -> str:
+        """The path that tasks are posted to by default."""
+        ...
+
+    @property
+    def prefix(self) -> str:
+        """A path in front of it."""
+        ...
+
+    @property
+    def delivery(self) -> Delivery:
+        """The handler without a framework."""
+        ...
+
+    def accepts(self, path: str | None) -> str | Container[str]:
+        """Return the paths that a token may name which came on ``path``."""
+        ...
+
+
+def routes(app: Handles) -> list[web.AbstractRouteDef]:
+    """Make the routes of an application: its URL, and ``/_ah/queue/<queue>`` for the queues' own."""
+    handler = handler_for(app)
+    paths = dict.fromkeys([app.url, "/_ah/queue/{queue:[A-Za-z0-9.-]{1,100}}"])
+    # Every method, so that the answer to a wrong one is ours.
+    return [web.route("*", f"{app.prefix}{path}", handler) for path in paths]
+
+
+def handler_for(app: Handles) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """Make an aiohttp handler for a URL of your own, such as ``web.post("/tasks", handler_for(app))``."""
+
+    async def handle(request: web.Request) -> web.Response:
+        return await respond(app, request)
+
+    return handle
+
+
+async def respond(app: Handles, request: web.Request) -> web.Response:
+    """Answer a request as ``App.handle`` would."""
+    delivery = app.delivery
+    answer = delivery.check_request(request.method, request.headers, request.content_length)
+    if answer is None:
+        try:
+            body = await asyncio.wait_for(_read(request, delivery.max_bytes), BODY_TIMEOUT)
+        except TimeoutError:
+            answer = _TIMED_OUT
+        else:
+            answer = (
+                delivery.too_large()
+                if body is None
+                else await delivery.handle(
+                    request.headers, body, url=app.accepts(request.rel_url.raw_path), method=request.method
+                )
+            )
+    response = web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+    if answer.status in _UNREAD:
+        response.force_close()  # the rest of the body is not wanted
+    return response
+
+
+_UNREAD: Final = frozenset({405, 408, 413, 415})
+
+
+async def _read(request: web.Request, limit: int) -> bytes | None:
+    """Read the raw body; None if it is over the limit. A chunked body without length stops there too."""
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            return None
+    return bytes(body)
+
+
+def task_view(current_app: Callable[[], Handles]) -> type[web.View]:
+    """Make the view class ``deferred.TaskHandler``, which serves the application in use."""
+
+    class TaskHandler(web.View):
+        """A view that processes deferred invocations (App Engine ``deferred.TaskHandler``).
+
+        It serves the application of ``safedefer.configure``::
+
+            web_app.router.add_view("/_ah/queue/deferred", deferred.TaskHandler)
+        """
+
+        async def post(self) -> web.Response:
+            """Verify and execute the task in the body."""
+            return await respond(current_app(), self.request)
+
+    return TaskHandler

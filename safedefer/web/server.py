@@ -1,0 +1,46 @@
+"""A small server around the handler, for ``safedefer serve`` and ``safedefer run``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from aiohttp import web
+
+from safedefer.web.handler import Handles, routes
+
+#: Seconds that an idle connection is kept; dispatchers come back at once or not at all.
+_KEEPALIVE: Final = 75.0
+
+
+@asynccontextmanager
+async def serving(app: Handles, host: str, port: int) -> AsyncIterator[str]:
+    """Serve the handler's routes while the context lasts.
+
+    Args:
+        app: The application.
+        host: The address to listen on.
+        port: The port; 0 takes a free one.
+
+    Yields:
+        The URL that it listens on.
+
+    Raises:
+        OSError: The address cannot be bound.
+    """
+    web_app = web.Application(client_max_size=app.delivery.max_bytes)
+    web_app.add_routes(routes(app))
+    # auto_decompress: a body with an encoding is refused unread, and nothing may inflate it before that.
+    runner = web.AppRunner(
+        web_app, auto_decompress=False, access_log=None, keepalive_timeout=_KEEPALIVE, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        await site.start()
+        address, bound = runner.addresses[0][:2]
+        shown = f"[{address}]" if ":" in address else address
+        yield f"http://{shown}:{bound}"
+    finally:
+        await runner.cleanup()
