@@ -1,0 +1,367 @@
+"""The pickle codec: an opt-in for arguments that nothing else carries. The only user of pickle.
+
+Unpickling runs what the pickle says, so this is off unless the app allows it, the key that signed may
+sign pickles, and the call asks for it. Even then the pickle is not trusted:
+
+1. its opcodes are scanned first: only what Python 3.11's own pickler writes, nothing after the end;
+2. names are found by the policy alone, exactly, and a fixed table of harmless standard types;
+3. only classes and that table may be called while unpickling, and nothing that is a class, a module
+   or a function may be changed.
+
+``by_value_runs_code`` lifts 2 and 3: functions may then travel by value, so whoever may sign pickles
+runs any code in the handler.
+
+On the wire all values are in one pickle, so that sharing holds: ``args`` is
+``[base64 of the pickle, "3.11", cloudpickle's version]``, ``kwargs`` is ``{}``, and ``bound``, if the
+call has one, is ``{"$pickle": 0}``. The pickle is of ``((bound,) or (), args, kwargs)``.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+import pickletools
+import re
+import sys
+from binascii import Error as Base64Error
+from binascii import a2b_base64, b2a_base64
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from pathlib import PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, Final, cast
+from uuid import UUID, SafeUUID
+from zoneinfo import ZoneInfo
+
+import cloudpickle
+
+from safedefer.claims import Limits
+from safedefer.codecs.statics import derives
+from safedefer.codecs.tags_exceptions import BUILTIN_EXCEPTIONS
+from safedefer.codecs.walk import CallData
+from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
+from safedefer.gadgets import HARMLESS_TYPES
+from safedefer.policy import Gate
+from safedefer.refs import UNBOUND, CallableRef
+
+_PROTOCOL: Final = 5
+_PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
+_BOUND: Final = {"$pickle": 0}
+
+# What the standard library's own pickles call or name, and what none of it can be misused for.
+_HARMLESS: Final[dict[tuple[str, str], Any]] = {
+    ("copyreg", "_reconstructor"): copyreg._reconstructor,  # type: ignore[attr-defined] # noqa: SLF001
+    ("zoneinfo", "ZoneInfo._unpickle"): ZoneInfo._unpickle,  # type: ignore[attr-defined] # noqa: SLF001
+    ("builtins", "Ellipsis"): ...,
+    ("builtins", "object"): object,
+    **{
+        (cls.__module__, cls.__qualname__): cls
+        for cls in (
+            *(Counter, OrderedDict, defaultdict, deque),
+            *(date, datetime, time, timedelta, timezone),
+            *(Decimal, Fraction, UUID, SafeUUID),
+            *(PosixPath, PurePosixPath, PureWindowsPath, WindowsPath),
+            *(IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network),
+            *HARMLESS_TYPES,
+            *BUILTIN_EXCEPTIONS,
+        )
+        if cls is not type(None)
+    },
+}
+
+# Every opcode that protocol 5 writes without out-of-band buffers, extensions and persistent ids.
+_OPCODES: Final = frozenset(
+    "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT SHORT_BINUNICODE BINUNICODE "
+    "BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 "
+    "TUPLE3 EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET MARK POP POP_MARK MEMOIZE BINGET LONG_BINGET "
+    "STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD".split()
+)
+# An opcode for a value and one to remember it, and the ends of containers.
+_OPCODES_PER_ITEM: Final = 4
+# These put their operands into the object below them.
+_FILLING: Final = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MODULE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+class PickledCodec:
+    """Carries values as a pickle whose names go through the policy.
+
+    Args:
+        limits: ``token_bytes`` bounds the pickle, ``items`` its opcodes, ``depth`` its nesting.
+        by_value_runs_code: Whether functions may travel by value. Whoever may sign pickles then runs
+            any code.
+    """
+
+    content_type: Final = "pickle"
+
+    def __init__(self, *, limits: Limits = Limits(), by_value_runs_code: bool = False) -> None:  # noqa: B008 - frozen
+        self._limits = limits
+        self._by_value = by_value_runs_code
+
+    def encode(self, call: CallData, gate: Gate) -> CallData:
+        """Return the call as one pickle.
+
+        Raises:
+            UnencodableArgument: It cannot be pickled, or names what the gate does not admit.
+        """
+        bound = () if call.bound is UNBOUND else (call.bound,)
+        out = io.BytesIO()
+        pickler = _ByValue(out, _PROTOCOL) if self._by_value else _ByReference(out, gate)
+        try:
+            pickler.dump((bound, tuple(call.args), dict(call.kwargs)))
+            data = out.getvalue()
+            _scan(data, self._limits)
+        except _Refused as error:
+            raise UnencodableArgument(f"$: {error}; pass an id, or less at once") from error
+        except Exception as error:
+            raise UnencodableArgument(f"$ cannot be pickled: {error}; pass an id, or register the type") from error
+        text = b2a_base64(data, newline=False).decode("ascii")
+        return CallData(UNBOUND if not bound else dict(_BOUND), [text, _PYTHON, cloudpickle.__version__], {})
+
+    def decode(self, call: CallData, gate: Gate, *, text: bytes) -> CallData:  # noqa: ARG002 - codecs are called alike
+        """Return the values of a pickle.
+
+        Raises:
+            InvalidArguments: It is malformed, over a limit, or does what a pickle here may not.
+            UnresolvableCallable: Another version of Python or cloudpickle wrote it.
+            RejectedTask: The gate does not admit or find what it names.
+        """
+        data = self._open(call)
+        try:
+            _scan(data, self._limits)
+            reader = pickle.Unpickler(io.BytesIO(data)) if self._by_value else _Reader(data, gate)
+            values = reader.load()
+        except RejectedTask:
+            raise
+        except _Refused as error:
+            raise InvalidArguments(f"$: {error}; do not sign pickles that are not of this library") from error
+        except Exception as error:
+            raise InvalidArguments("$: the pickle cannot be loaded; deploy the code that the task was made for") from error
+        if type(values) is not tuple or list(map(type, values)) != [tuple, tuple, dict]:
+            raise InvalidArguments("$: the pickle holds no call; do not sign pickles that are not of this library")
+        bound, args, kwargs = values
+        if len(bound) != (call.bound is not UNBOUND) or not all(type(name) is str for name in kwargs):
+            raise InvalidArguments("$: the pickle holds another call; do not sign pickles that are not of this library")
+        return CallData(bound[0] if bound else UNBOUND, args, kwargs)
+
+    def _open(self, call: CallData) -> bytes:
+        if len(call.args) != 3 or not all(type(each) is str for each in call.args) or call.kwargs:  # noqa: PLR2004
+            raise InvalidArguments("$: pickled arguments are [base64, Python, cloudpickle]; see schema/README.md")
+        if call.bound is not UNBOUND and not (
+            type(call.bound) is dict and call.bound == _BOUND and type(call.bound["$pickle"]) is int
+        ):
+            raise InvalidArguments('$.bound: beside pickled arguments it is {"$pickle": 0}; see schema/README.md', path="$.bound")
+        text, python, cloud = call.args
+        if (python, cloud) != (_PYTHON, cloudpickle.__version__):
+            raise UnresolvableCallable(
+                f"the arguments were pickled by another Python or cloudpickle than {_PYTHON} and "
+                f"{cloudpickle.__version__}; run both ends on the same versions"
+            )
+        try:
+            data = a2b_base64(text, strict_mode=True)
+        except (Base64Error, ValueError):
+            raise InvalidArguments("$: the pickle is not canonical base64; see schema/README.md") from None
+        if b2a_base64(data, newline=False).decode("ascii") != text:
+            raise InvalidArguments("$: the pickle is not canonical base64; see schema/README.md")
+        return data
+
+
+class _Refused(Exception):
+    """The pickle does what it may not."""
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+class _ByReference(cloudpickle.Pickler):  # type: ignore[misc, name-defined, unused-ignore]
+    """Writes functions and classes by name only, and only those that the gate admits."""
+
+    def __init__(self, file: io.BytesIO, gate: Gate) -> None:
+        super().__init__(file, _PROTOCOL)
+        self._gate = gate
+
+    def reducer_override(self, obj: object) -> Any:
+        """Ask the gate about every function and class, also those that reducers name."""
+        kind = type(obj)
+        if any(obj is known for known in _HARMLESS.values()):
+            return NotImplemented
+        if derives(kind, type):
+            self._gate.class_name(cast("type", obj))
+            self._gate.callable_ref(obj)
+        elif kind is FunctionType or kind is BuiltinFunctionType:
+            self._gate.callable_ref(obj)
+        return NotImplemented
+
+
+class _ByValue(cloudpickle.Pickler):  # type: ignore[misc, name-defined, unused-ignore]
+    """Writes what cannot be found by name by value: its code travels."""
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def _scan(data: bytes, limits: Limits) -> None:
+    """Read the opcodes without running them.
+
+    Raises:
+        _Refused: One is not of this library's pickles, there are too many, they nest too deep, or
+            bytes follow the last.
+    """
+    if len(data) > limits.token_bytes:
+        raise _Refused(f"the pickle is longer than {limits.token_bytes} bytes")
+    count = end = 0
+    stack, marks, memo = [0], [0], 0
+    try:
+        for op, arg, position in pickletools.genops(data):
+            count += 1
+            end = cast("int", position) + 1
+            if op.name not in _OPCODES:
+                raise _Refused(f"the pickle uses the opcode {op.name}")
+            if count > limits.items * _OPCODES_PER_ITEM:
+                raise _Refused(f"the pickle holds more than {limits.items} values")
+            memo += op.name == "MEMOIZE"
+            if op.name in {"BINGET", "LONG_BINGET"} and cast("int", arg) >= memo:
+                raise _Refused("the pickle reads a memo entry that it never wrote")
+            _step(op, stack, marks)
+            if stack[-1] > limits.depth:
+                raise _Refused(f"the pickle nests deeper than {limits.depth}")
+    except (ValueError, IndexError) as error:
+        raise _Refused("the pickle is cut short or malformed") from error
+    if end != len(data):
+        raise _Refused("bytes follow the pickle's end")
+
+
+def _step(op: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
+    """Apply an opcode to a stack of depths. Raises ``IndexError`` for one that reads below the bottom."""
+    name = op.name
+    if name == "MARK":
+        marks.append(len(stack))
+        return
+    needs = len(op.stack_before)
+    if pickletools.markobject in op.stack_before:
+        start = marks.pop() if len(marks) > 1 else 0
+        if start == 0:
+            raise IndexError(name)
+        below = op.stack_before.index(pickletools.markobject)
+        taken = stack[start:]
+        base = stack[start - below] if below else 0
+        del stack[start - below :]
+    else:
+        if needs > len(stack) - marks[-1]:
+            raise IndexError(name)
+        taken = stack[len(stack) - needs + (name in _FILLING) :] if needs else []
+        base = stack[len(stack) - needs] if needs and name in _FILLING else 0
+        if needs:
+            del stack[len(stack) - needs :]
+    inner = 1 + max(taken, default=0)
+    for _ in op.stack_after:
+        stack.append(max(base, inner) if name in _FILLING else inner)
+
+
+class _Reader(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-ignore] # noqa: SLF001
+    """Python's own unpickler in Python: the one in C cannot be asked before it calls or changes something."""
+
+    dispatch: Final = dict(pickle._Unpickler.dispatch)  # type: ignore[misc, attr-defined, unused-ignore] # noqa: SLF001
+
+    def __init__(self, data: bytes, gate: Gate) -> None:
+        super().__init__(io.BytesIO(data))
+        self._gate = gate
+        # Classes and harmless functions that were named, by id; kept by the memo and the gate's modules.
+        self._callees: dict[int, object] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Find what the policy admits under exactly this name.
+
+        Raises:
+            RejectedTask: It admits or finds nothing there.
+        """
+        found = _HARMLESS.get((module, name))
+        if found is None:
+            found = self._find(module, name)
+        if derives(type(found), type) or (module, name) in _HARMLESS:
+            self._callees[id(found)] = found
+        return found
+
+    def _find(self, module: str, name: str) -> object:
+        if type(module) is not str or type(name) is not str or _MODULE.fullmatch(module) is None or _NAME.fullmatch(name) is None:
+            raise _Refused("the pickle names something that is not at the top level of a module")
+        try:
+            self._gate.load_class(f"{module}:{name}")
+        except UnresolvableCallable:
+            return self._gate.load_callable(CallableRef(kind="function", module=module, qualname=name))
+        # A class here may be called: the gate is asked as if it were the task's own callable.
+        return self._gate.load_callable(CallableRef(kind="class", module=module, qualname=name))
+
+    def _check_callee(self, func: object) -> None:
+        if id(func) not in self._callees:
+            raise _Refused("the pickle calls what is neither a class nor known to be harmless")
+
+    def _check_target(self, target: object) -> None:
+        kind = type(target)
+        if derives(kind, type) or derives(kind, ModuleType) or kind in (FunctionType, BuiltinFunctionType, MethodType):
+            raise _Refused("the pickle changes a class, a module or a function")
+
+    def load_reduce(self) -> None:
+        """REDUCE: call with arguments."""
+        self._check_callee(self.stack[-2])
+        super().load_reduce()
+
+    def load_newobj(self) -> None:
+        """NEWOBJ: ``cls.__new__(cls, *args)``."""
+        self._check_callee(self.stack[-2])
+        super().load_newobj()
+
+    def load_newobj_ex(self) -> None:
+        """NEWOBJ_EX: ``cls.__new__(cls, *args, **kwargs)``."""
+        self._check_callee(self.stack[-3])
+        super().load_newobj_ex()
+
+    def load_build(self) -> None:
+        """BUILD: set the state of an object."""
+        self._check_target(self.stack[-2])
+        super().load_build()
+
+    def load_append(self) -> None:
+        """APPEND: to a list, or an object that is like one."""
+        self._check_target(self.stack[-2])
+        super().load_append()
+
+    def load_appends(self) -> None:
+        """APPENDS: to a list, or an object that is like one."""
+        self._check_target(self.metastack[-1][-1])
+        super().load_appends()
+
+    def load_setitem(self) -> None:
+        """SETITEM: of a dict, or an object that is like one."""
+        self._check_target(self.stack[-3])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        """SETITEMS: of a dict, or an object that is like one."""
+        self._check_target(self.metastack[-1][-1])
+        super().load_setitems()
+
+    def load_additems(self) -> None:
+        """ADDITEMS: to a set, or an object that is like one."""
+        self._check_target(self.metastack[-1][-1])
+        super().load_additems()
+
+
+_OVERRIDES: Final[dict[bytes, Callable[[_Reader], None]]] = {
+    pickle.REDUCE: _Reader.load_reduce,
+    pickle.NEWOBJ: _Reader.load_newobj,
+    pickle.NEWOBJ_EX: _Reader.load_newobj_ex,
+    pickle.BUILD: _Reader.load_build,
+    pickle.APPEND: _Reader.load_append,
+    pickle.APPENDS: _Reader.load_appends,
+    pickle.SETITEM: _Reader.load_setitem,
+    pickle.SETITEMS: _Reader.load_setitems,
+    pickle.ADDITEMS: _Reader.load_additems,
+}
+_Reader.dispatch.update({code[0]: load for code, load in _OVERRIDES.items()})

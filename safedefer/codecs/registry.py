@@ -1,0 +1,190 @@
+"""Types of third parties: how they register, and when they are found.
+
+Two ways in. ``register_type`` is for one class with a pair of functions. A ``ClassFamily`` is for a
+library that makes classes (attrs), whose objects are taken apart into attributes like a dataclass's.
+Distributions announce either through the entry-point group ``safedefer.types``: each entry point is
+a function that is called once with the registry, when a type or tag is met that nobody knows yet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from threading import RLock
+from typing import Any, Final, TypeVar
+
+from safedefer.codecs import attrs_types
+from safedefer.codecs.families import ClassFamily
+from safedefer.errors import ConfigurationError
+
+_T = TypeVar("_T")
+
+ENTRY_POINT_GROUP: Final = "safedefer.types"
+
+#: Tags of the wire format; nobody may register them.
+CORE_TAGS: Final[frozenset[str]] = frozenset(
+    [
+        "$tuple",
+        "$set",
+        "$frozenset",
+        "$dict",
+        "$bytes",
+        "$bytearray",
+        "$int",
+        "$float",
+        "$str",
+        "$complex",
+        "$datetime",
+        "$date",
+        "$time",
+        "$timedelta",
+        "$timezone",
+        "$zoneinfo",
+        "$decimal",
+        "$fraction",
+        "$uuid",
+        "$path",
+        "$ip",
+        "$range",
+        "$slice",
+        "$ellipsis",
+        "$enum",
+        "$namedtuple",
+        "$dataclass",
+        "$model",
+        "$object",
+        "$callable",
+        "$class",
+        "$pattern",
+        "$ordereddict",
+        "$defaultdict",
+        "$deque",
+        "$counter",
+        "$exception",
+        "$ref",
+    ]
+)
+
+_TAG: Final = re.compile(r"\$[a-z0-9_]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredType:
+    """One class with its pair of functions."""
+
+    cls: type
+    tag: str
+    encode: Callable[[Any], object]
+    decode: Callable[[Any], object]
+
+
+class TypeRegistry:
+    """The types that third parties registered. Safe to use from several threads."""
+
+    def __init__(self, *, discover: bool = False) -> None:
+        self._lock = RLock()
+        self._undiscovered = discover
+        # By id, and the class is kept: looking a class up by itself would run its metaclass's hash.
+        self._types: dict[int, RegisteredType] = {}
+        self._tags: dict[str, RegisteredType] = {}
+        self._families: dict[str, ClassFamily] = {}
+        #: Plans of classes that a policy admitted, by id of the class; ``plans`` owns their meaning.
+        self.plans: dict[int, Any] = {}
+
+    def register_type(
+        self, cls: type[_T], tag: str, encode: Callable[[_T], object], decode: Callable[[Any], _T]
+    ) -> None:
+        """Carry objects whose type is exactly ``cls`` as ``{tag: encode(obj)}``.
+
+        Args:
+            cls: The class. Subclasses are not meant.
+            tag: ``$`` and up to 64 of ``[a-z0-9_]``, such as ``$ndb_key``; the same at both ends.
+            encode: Returns any value that can be carried, from which ``decode`` makes an equal object.
+            decode: Returns an object whose type is exactly ``cls``. It gets what a holder of a key wrote.
+
+        Raises:
+            ConfigurationError: The tag is malformed or taken, or the class is registered already.
+        """
+        entry = RegisteredType(cls, tag, encode, decode)
+        with self._lock:
+            if entry in (self._tags.get(tag), self._types.get(id(cls))):
+                return
+            self._check_tag(tag)
+            if id(cls) in self._types:
+                raise ConfigurationError(f"{cls!r} is registered as {self._types[id(cls)].tag}; register it once")
+            self._types[id(cls)] = self._tags[tag] = entry
+
+    def register_family(self, family: ClassFamily) -> None:
+        """Carry objects of classes that a library makes.
+
+        Raises:
+            ConfigurationError: The tag is malformed or taken.
+        """
+        with self._lock:
+            if self._families.get(family.tag) == family:
+                return
+            self._check_tag(family.tag)
+            self._families[family.tag] = family
+
+    def _check_tag(self, tag: str) -> None:
+        if _TAG.fullmatch(tag) is None:
+            raise ConfigurationError(f"{tag!a} is not a tag; write '$' and 1 to 64 of a-z, 0-9 and _")
+        if tag in CORE_TAGS or tag in self._tags or tag in self._families:
+            raise ConfigurationError(f"the tag {tag} is taken; choose another")
+
+    def by_class(self, cls: type) -> RegisteredType | None:
+        """Return the entry of exactly this class."""
+        self.discover()
+        return self._types.get(id(cls))
+
+    def by_tag(self, tag: str) -> RegisteredType | ClassFamily | None:
+        """Return the entry of a tag."""
+        self.discover()
+        return self._tags.get(tag) or self._families.get(tag)
+
+    def family_of(self, cls: type) -> ClassFamily | None:
+        """Return the family that a class belongs to."""
+        self.discover()
+        return next((family for family in self._families.values() if family.matches(cls)), None)
+
+    def discover(self) -> None:
+        """Load the shipped adapters and the entry points, once.
+
+        Raises:
+            ConfigurationError: An entry point cannot be loaded, or registers what is taken.
+        """
+        if not self._undiscovered:
+            return
+        with self._lock:
+            if not self._undiscovered:  # another thread was first
+                return  # type: ignore[unreachable,unused-ignore]
+            self._undiscovered = False  # an entry point that uses the registry does not start over
+            try:
+                attrs_types.register(self)
+                for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+                    _load(point.name, point.load, self)
+            except ConfigurationError:
+                self._undiscovered = True
+                raise
+
+
+def _load(name: str, load: Callable[[], Callable[[TypeRegistry], object]], registry: TypeRegistry) -> None:
+    try:
+        load()(registry)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"the entry point {name} of {ENTRY_POINT_GROUP} failed: {error!r}; fix or uninstall its distribution"
+        ) from error
+
+
+#: The registry that codecs use unless they are given another.
+REGISTRY: Final = TypeRegistry(discover=True)
+
+
+def register_type(cls: type[_T], tag: str, encode: Callable[[_T], object], decode: Callable[[Any], _T]) -> None:
+    """Register a type in the default registry. See ``TypeRegistry.register_type``."""
+    REGISTRY.register_type(cls, tag, encode, decode)

@@ -1,0 +1,111 @@
+"""Looking at objects and classes without running any code of theirs.
+
+``isinstance`` reads ``v.__class__``, ``getattr`` runs properties and ``__getattr__``, and ``==`` and
+``hash`` run methods. Everything here reads what the interpreter itself keeps: the exact type, the MRO,
+the namespaces of classes, and the descriptors of C that reach an object's ``__dict__`` and slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType
+from typing import Any, Final, cast
+
+_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
+_NAMESPACE: Final = cast("Any", type.__dict__["__dict__"]).__get__
+_BASE: Final = cast("Any", type.__dict__["__base__"]).__get__
+_FLAGS: Final = cast("Any", type.__dict__["__flags__"]).__get__
+_SIZE: Final = cast("Any", type.__dict__["__basicsize__"]).__get__
+_QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
+
+# Include/object.h: made by a class statement or PyType_FromSpec; and never to be changed, so made in C.
+_HEAP: Final = 1 << 9
+_IMMUTABLE: Final = 1 << 8
+_POINTER: Final = tuple.__itemsize__
+
+MISSING: Final = object()
+
+
+def mro(cls: type) -> tuple[type, ...]:
+    """Return the MRO that the interpreter uses."""
+    return cast("tuple[type, ...]", _MRO(cls))
+
+
+def namespace(cls: type) -> dict[str, Any]:
+    """Return the class's own namespace (a read-only view, typed as the dict that it shows)."""
+    return cast("dict[str, Any]", _NAMESPACE(cls))
+
+
+def type_name(cls: type) -> str:
+    """Return ``module.qualname`` for messages; the module is left out for built-ins."""
+    module = namespace(cls).get("__module__")
+    name = cast("str", _QUALNAME(cls))
+    return f"{module}.{name}" if type(module) is str else name
+
+
+def derives(cls: type, base: type) -> bool:
+    """Say whether ``base`` is in the MRO of ``cls``: no ``__subclasscheck__`` runs."""
+    return any(each is base for each in mro(cls))
+
+
+def lookup(cls: type, name: str) -> tuple[type, Any] | None:
+    """Return the class of the MRO that defines ``name``, and the raw attribute; None if none does."""
+    for each in mro(cls):
+        own = namespace(each)
+        if name in own:
+            return each, own[name]
+    return None
+
+
+def made_in_python(cls: type) -> bool:
+    """Say whether a class statement made the class, so that its state is ``__dict__`` and slots only.
+
+    A class made in C may hide state behind them: then its objects are larger than these account for.
+    """
+    flags = _FLAGS(cls)
+    if not flags & _HEAP or flags & _IMMUTABLE:
+        return False
+    own = namespace(cls)
+    slots = sum(1 for value in own.values() if type(value) is MemberDescriptorType)
+    spare = sum(1 for name in ("__dict__", "__weakref__") if type(own.get(name)) is GetSetDescriptorType)
+    hidden = (_SIZE(cls) - _SIZE(_BASE(cls))) // _POINTER - slots
+    return bool(0 <= hidden <= spare)
+
+
+def solid_base(cls: type) -> type:
+    """Return the nearest base that was made in C: it decides the layout of the objects."""
+    base = cls
+    while made_in_python(base):
+        base = _BASE(base)
+    return base
+
+
+def dict_getter(cls: type) -> Callable[[object], Any] | None:
+    """Return what reads the ``__dict__`` of objects of the class; None if they have none.
+
+    Raises:
+        ValueError: The class hides it behind a property of its own.
+    """
+    found = lookup(cls, "__dict__")
+    if found is None:
+        return None
+    if type(found[1]) is not GetSetDescriptorType:
+        raise ValueError("the class hides its __dict__ behind an attribute of its own")
+    return cast("Callable[[object], Any]", found[1].__get__)
+
+
+def slots(cls: type, *, stop: type) -> Iterator[tuple[str, MemberDescriptorType, bool]]:
+    """Yield the slots of the classes below ``stop``, base first: name, descriptor, and whether it is shadowed."""
+    for each in reversed(mro(cls)):
+        if each is stop or not made_in_python(each):
+            continue
+        for name, value in namespace(each).items():
+            if type(value) is MemberDescriptorType:
+                visible = lookup(cls, name)
+                yield name, value, visible is None or visible[1] is not value
+
+
+def function(cls: type, name: str) -> FunctionType | None:
+    """Return the plain Python function that the class's MRO has under ``name``, if it is one."""
+    found = lookup(cls, name)
+    return found[1] if found is not None and type(found[1]) is FunctionType else None

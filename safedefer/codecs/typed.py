@@ -1,0 +1,158 @@
+"""The typed codec: the values of a call to trees of JSON and back, exactly or not at all.
+
+An argument arrives equal, of the same type and with the same sharing, or ``encode`` raises and names
+its path. Nothing is pickled, nothing is flattened, and no code runs but the hooks of classes that the
+policy admits. ``schema/README.md`` describes the format so that any language can write it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from safedefer.claims import Limits
+from safedefer.codecs import tags_containers, tags_exceptions, tags_objects, tags_scalars
+from safedefer.codecs.decoder import Decoder
+from safedefer.codecs.encoder import Encoder
+from safedefer.codecs.plain import is_plain, may_break_limits, may_hold_tags
+from safedefer.codecs.registry import REGISTRY, TypeRegistry
+from safedefer.codecs.walk import CallData, Json, Refusal
+from safedefer.errors import InvalidArguments, UnencodableArgument
+from safedefer.policy import Gate
+from safedefer.refs import UNBOUND
+
+__all__ = ["CallData", "TypedCodec"]
+
+_ENCODERS: Final[dict[type, Any]] = {
+    **tags_scalars.ENCODERS,
+    **tags_containers.ENCODERS,
+    **tags_exceptions.ENCODERS,
+    **tags_objects.ENCODERS,
+}
+_DECODERS: Final[dict[str, Any]] = {**tags_scalars.DECODERS, **tags_containers.DECODERS, **tags_objects.DECODERS}
+
+# The parser of the claims stops at 200 brackets, and the claims themselves take two.
+_MAX_BRACKETS: Final = 198
+_BRACKETS_PER_VALUE: Final = 3
+
+
+class TypedCodec:
+    """Carries values by the tags of the wire format.
+
+    Args:
+        limits: ``depth``, ``items`` and ``int_digits``, kept on both ends.
+        registry: Types of third parties.
+    """
+
+    content_type: Final = "typed"
+
+    def __init__(self, *, limits: Limits = Limits(), registry: TypeRegistry = REGISTRY) -> None:  # noqa: B008 - frozen
+        self._limits = limits
+        self._registry = registry
+
+    def encode(self, call: CallData, gate: Gate) -> CallData:
+        """Return the call as trees of JSON. Plain values are returned as they are, not copied.
+
+        Args:
+            call: The values; ``bound`` is ``UNBOUND`` if there is no object.
+            gate: Names the classes and callables among them.
+
+        Returns:
+            The trees: exact dict, list, str, int, float, bool and None; ``bound`` may stay ``UNBOUND``.
+
+        Raises:
+            UnencodableArgument: A value cannot arrive as it is. ``path`` names it.
+        """
+        args, kwargs = list(call.args), call.kwargs
+        top = [kwargs, *args] if call.bound is UNBOUND else [kwargs, call.bound, *args]
+        if is_plain(top, self._limits):
+            return CallData(call.bound, args, kwargs)
+        enc = Encoder(gate, self._limits, self._registry, _ENCODERS, tags_objects.encode_other)
+        at = ""
+        try:
+            bound = call.bound
+            if bound is not UNBOUND:
+                at = ".bound"
+                bound = enc.value(bound, 1)
+            at = ".args"
+            trees = enc.sequence(args, 1)
+            at = ".kwargs"
+            named = enc.attributes(kwargs.items(), 1)
+        except Refusal as refusal:
+            refusal.trail.append(at)
+            raise _unencodable(refusal) from (refusal.__cause__ or refusal)
+        except (RecursionError, RuntimeError) as error:
+            # The caller's stack was nearly full, or a value changed while it was read.
+            raise UnencodableArgument(
+                f"{'$' + at}: the values cannot be read now ({type(error).__name__}); "
+                "defer from a less deep call, and do not change values meanwhile",
+                path="$" + at,
+            ) from error
+        out = CallData(bound, trees, named)
+        if self._limits.depth * _BRACKETS_PER_VALUE > _MAX_BRACKETS:
+            _check_brackets([bound, trees, named])
+        return out
+
+    def decode(self, call: CallData, gate: Gate, *, text: bytes) -> CallData:
+        """Return the values of trees of JSON.
+
+        Args:
+            call: The trees as jiter parsed them, duplicate names refused; ``bound`` may be ``UNBOUND``.
+            gate: Finds the classes and callables that they name.
+            text: The JSON text that they were parsed from; it may hold more than them.
+
+        Returns:
+            The values. Plain trees are returned as they are.
+
+        Raises:
+            InvalidArguments: A tree is malformed, or over a limit. ``path`` names it.
+            RejectedTask: The gate does not admit or find what a tree names.
+        """
+        if not may_hold_tags(text):
+            if not may_break_limits(text, self._limits):
+                return call
+            top = [call.kwargs, *call.args] if call.bound is UNBOUND else [call.kwargs, call.bound, *call.args]
+            if is_plain(top, self._limits):
+                return call
+        dec = Decoder(gate, self._limits, self._registry, _DECODERS, tags_objects.decode_other)
+        at = ""
+        try:
+            bound = call.bound
+            if bound is not UNBOUND:
+                at = ".bound"
+                bound = dec.value(bound, 1)
+            args: list[Any] = []
+            kwargs: dict[str, Any] = {}
+            at = ".args"
+            dec.fill(args, call.args, 1)
+            at = ".kwargs"
+            dec.members(kwargs, call.kwargs, 1)
+        except Refusal as refusal:
+            refusal.trail.append(at)
+            raise InvalidArguments(f"{refusal.path}: {refusal.why}", path=refusal.path) from (
+                refusal.__cause__ or refusal
+            )
+        except RecursionError as error:
+            raise InvalidArguments(f"{'$' + at}: the stack is too deep here", path="$" + at) from error
+        return CallData(bound, args, kwargs)
+
+
+def _unencodable(refusal: Refusal) -> UnencodableArgument:
+    kind = f" ({refusal.kind})" if refusal.kind else ""
+    return UnencodableArgument(f"{refusal.path}{kind} cannot be carried: {refusal.why}", path=refusal.path)
+
+
+def _check_brackets(trees: list[Json]) -> None:
+    """Refuse what nests deeper than the parser of the claims reads.
+
+    Raises:
+        UnencodableArgument: It does.
+    """
+    level = trees
+    for _ in range(_MAX_BRACKETS):
+        inner = [each for each in level if type(each) is list or type(each) is dict]
+        if not inner:
+            return
+        level = [each for tree in inner for each in (tree.values() if type(tree) is dict else tree)]
+    raise UnencodableArgument(
+        f"$: the values nest deeper than {_MAX_BRACKETS} JSON brackets; pass flatter values, or an id", path="$"
+    )

@@ -1,0 +1,72 @@
+"""What encoding and decoding share: refusals that collect their path, limits, and shapes of JSON."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+Json: TypeAlias = Any
+"""A tree of exact dict, list, str, int, float, bool and None."""
+
+#: Integers that every JSON parser keeps (RFC 7493, section 2.2).
+SAFE_INT: Final = 2**53 - 1
+
+_ATTRIBUTE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class CallData:
+    """The values of one call.
+
+    ``bound`` is the object of a method or instance, else ``refs.UNBOUND``; ``args`` a sequence and
+    ``kwargs`` a dict with keys of str. Before encoding they hold values, after it trees of JSON.
+    """
+
+    bound: Any
+    args: Any
+    kwargs: Any
+
+
+class Refusal(Exception):
+    """A value cannot be carried.
+
+    ``why`` (str) ends with the remedy, ``trail`` (list[str]) is the path, innermost step first, and ``kind``
+    (str) names the type of a value that could not be encoded.
+    """
+
+    def __init__(self, why: str, *steps: str) -> None:
+        super().__init__(why)
+        self.why = why
+        self.trail: list[str] = list(steps)
+        self.kind = ""
+
+    @property
+    def path(self) -> str:
+        """The path of the value, such as ``$.args[0].items[3]``."""
+        return "$" + "".join(reversed(self.trail))
+
+
+def step(key: object) -> str:
+    """Return the step of a path that leads to a key: ``.name``, ``[3]``, or ``{}`` for what is neither."""
+    if type(key) is str and _ATTRIBUTE.fullmatch(key):
+        return f".{key}"
+    if type(key) is int and -SAFE_INT <= key <= SAFE_INT:
+        return f"[{key}]"
+    return "{}"
+
+
+def is_text(value: str) -> bool:
+    """Say whether the text has no lone surrogate, and so is itself in JSON (RFC 8259, section 8.2)."""
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_member_name(key: object) -> bool:
+    """Say whether the key may be the name of a member of a JSON object of values: not a tag, and text."""
+    return type(key) is str and key[:1] != "$" and is_text(key)
