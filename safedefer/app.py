@@ -84,6 +84,7 @@ class App:
             a key that may sign pickles then runs any code.
         validate: ``"annotations"`` checks arguments against the callable's annotations in the handler.
         concurrency: How many tasks run at once in this process.
+        lease_seconds: How long a silent handler is believed to be running a task; a live one prolongs it.
         inline_limit: Tokens above this many bytes are stored as blobs (App Engine: about 10 kilobytes).
         limits: Bounds of tokens and arguments.
         observer: Told what happens; logs by default.
@@ -108,6 +109,7 @@ class App:
         by_value_pickles_run_code: bool = False,
         validate: Validate = None,
         concurrency: int = 16,
+        lease_seconds: float = 60.0,
         inline_limit: int = 10 * 1024,
         limits: Limits | None = None,
         observer: Observer | None = None,
@@ -144,7 +146,7 @@ class App:
         self._lock = Lock()
         self._delivery: Delivery | None = None
         self._delivery_options = DeliveryOptions(
-            max_bytes=limits.token_bytes, concurrency=concurrency, validate=validate
+            max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds, validate=validate
         )
 
     @classmethod
@@ -166,6 +168,7 @@ class App:
             targets=settings.targets,
             allow_pickle=settings.allow_pickle,
             concurrency=settings.concurrency,
+            lease_seconds=settings.lease_seconds,
             inline_limit=settings.inline_limit,
         )
 

@@ -329,12 +329,13 @@ def inspect(*, app: str | None, token: str) -> None:
 @main.command()
 @click.option("--tasks", "limit", default=None, type=click.IntRange(min=1), help="At most this many files.")
 @click.option("--keep", is_flag=True, help="Keep the temporary folder.")
-def demo(*, limit: int | None, keep: bool) -> None:
+@click.option("--kill", is_flag=True, help="Kill both processes in the middle of the work.")
+def demo(*, limit: int | None, keep: bool, kill: bool) -> None:
     """Defer one task for every file of Python's standard library, and attack the handler."""
     # Here: nobody else needs the demonstration's modules.
     from safedefer.demo.show import run_demo  # noqa: PLC0415
 
-    sys.exit(run_demo(limit=limit, keep=keep))
+    sys.exit(run_demo(limit=limit, keep=keep, kill=kill))
 
 
 def _summary(view: TaskView) -> dict[str, Any]:

@@ -317,7 +317,7 @@ class Policy:
         if member in HARMLESS_METHODS.get(definer, ()):
             return
         module, _, qualname = class_path(definer).partition(":")
-        if is_gadget(module, f"{qualname}.{member}") or not self._admits(module, qualname):
+        if f"{module}:{qualname}.{member}" in GADGETS or not self._admits(module, qualname):
             function = raw.__func__ if type(raw) is classmethod else raw
             if not self._has_mark(function):
                 _deny(ref, f"it is inherited from {module}:{qualname}, which needs a pattern of its own")

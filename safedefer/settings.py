@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     )
     allow_pickle: bool = Field(default=False, description="Whether pickled arguments may be sent and run.")
     concurrency: int = Field(default=16, ge=1, le=10_000, description="Tasks that run at once.")
+    lease_seconds: float = Field(default=60.0, ge=1, description="How long a silent handler is believed to run a task.")
     inline_limit: int = Field(default=_INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")
 
     @classmethod

@@ -1,0 +1,1 @@
+"""The demonstration behind ``safedefer demo``: real work, and four attacks on it."""
