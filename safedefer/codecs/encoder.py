@@ -174,7 +174,7 @@ class Encoder:
         """
         for state in states:
             if id(state) in self._numbers:
-                raise Refusal("its state is shared with another value of the call, and would arrive as a copy")
+                raise Refusal("its state is another value of the call too, and would arrive as a copy; pass a copy")
             self._numbers[id(state)] = _STATE
             self._keep.append(state)
 

@@ -1,0 +1,207 @@
+"""Hypothesis strategies for everything that travels."""
+
+import re
+import uuid
+from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import timezone
+from pathlib import PurePosixPath, PureWindowsPath
+from zoneinfo import ZoneInfo
+
+from hypothesis import strategies as st
+
+from tests.zoo import values as zoo
+
+# --- Values ---------------------------------------------------------------------------------------
+
+ZONES = ("UTC", "Europe/Paris", "America/Argentina/Buenos_Aires", "Etc/GMT+5", "Asia/Kathmandu")
+
+#: Text of any code points, lone surrogates and tag-like beginnings included.
+texts = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=12),
+    st.sampled_from(["$", "$ref", "$tuple", "\ud800", "\udfff$", "", "a b", "\0", "é", "e\u0301", "__proto__"]),
+)
+integers = st.one_of(st.integers(), st.integers(-(2**200), 2**200), st.sampled_from([2**53 - 1, 2**53, -(2**53), 2**63]))
+offsets = st.timedeltas(min_value=-__import__("datetime").timedelta(hours=23), max_value=__import__("datetime").timedelta(hours=23))
+zones = st.one_of(
+    st.sampled_from(ZONES).map(ZoneInfo), offsets.map(timezone), st.builds(timezone, offsets, st.text(max_size=5))
+)
+datetimes = st.one_of(
+    st.datetimes(), st.builds(lambda d, z, f: d.replace(tzinfo=z, fold=f), st.datetimes(), zones, st.integers(0, 1))
+)
+times = st.builds(lambda t, z, f: t.replace(tzinfo=z, fold=f), st.times(), st.none() | zones, st.integers(0, 1))
+
+#: What has no parts that could be shared, and can be a set member or a key.
+hashable_scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    integers,
+    st.floats(),
+    texts,
+    st.binary(max_size=12),
+    st.complex_numbers(),
+    datetimes,
+    times,
+    st.dates(),
+    st.timedeltas(),
+    zones,
+    st.decimals().filter(lambda d: not d.is_snan()),
+    st.fractions(),
+    st.builds(lambda i, s: uuid.UUID(int=i, is_safe=s), st.integers(0, 2**128 - 1), st.sampled_from(uuid.SafeUUID)),
+    st.ip_addresses(),
+    st.text(max_size=8).map(PurePosixPath),
+    st.from_regex(re.compile(r"[A-Z]:\\[a-z]{0,3}(\\[a-z]{1,3}){0,2}"), fullmatch=True).map(PureWindowsPath),
+    st.builds(range, integers, integers, integers.filter(bool)),
+    st.just(...),
+    st.sampled_from([*zoo.Color, *zoo.Level, *zoo.Mode, *zoo.Perm, zoo.Perm(5), zoo.Perm(0), zoo.IntPerm(6), zoo.IntPerm(64)]),
+    st.sampled_from([zoo.Order, list, dict, zoo.Outer.Inner, zoo.top, print, zoo.Worker.build]),
+    st.sampled_from([re.compile("a+", re.IGNORECASE), re.compile(rb"\d")]),
+    texts.map(zoo.MyStr),
+    integers.map(zoo.MyInt),
+    st.binary(max_size=5).map(zoo.MyBytes),
+)
+scalars = st.one_of(hashable_scalars, st.binary(max_size=12).map(bytearray))
+hashables = st.recursive(
+    hashable_scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(tuple),
+        st.frozensets(inner, max_size=3),
+        st.builds(zoo.Point, inner, inner),
+        st.builds(zoo.Money, inner),
+        st.lists(inner, max_size=3).map(zoo.MyTuple),
+    ),
+    max_leaves=4,
+)
+names = st.from_regex(re.compile("[a-z_é][a-z0-9_]{0,6}"), fullmatch=True).filter(lambda n: not n.startswith("__"))
+
+
+def _object(cls, attributes):
+    obj = cls.__new__(cls)
+    vars(obj).update(attributes)
+    return obj
+
+
+def _exception(args, note):
+    error = ValueError(*args)
+    if note is not None:
+        error.note = note
+    return error
+
+
+def containers(inner):
+    """Every kind of container and object, around the values of another strategy."""
+    few = st.lists(inner, max_size=3)
+    pairs = st.lists(st.tuples(hashables, inner), max_size=3)
+    attributes = st.dictionaries(names, inner, max_size=3)
+    return st.one_of(
+        few,
+        st.dictionaries(texts, inner, max_size=3),
+        pairs.map(dict),
+        few.map(tuple),
+        st.sets(hashables, max_size=3),
+        st.frozensets(hashables, max_size=3),
+        pairs.map(OrderedDict),
+        st.builds(defaultdict, st.sampled_from([None, list, zoo.top]), pairs.map(dict)),
+        st.builds(deque, few, st.none() | st.integers(3, 9)),
+        pairs.map(lambda p: Counter(dict(p))),
+        st.builds(slice, inner, inner, inner),
+        st.builds(zoo.Point, inner, inner),
+        st.builds(zoo.Typed, texts, few),
+        st.builds(zoo.Order, inner, few),
+        st.builds(zoo.Money, inner),
+        st.builds(zoo.Slotted, inner, inner),
+        st.builds(zoo.SlottedMutable, inner),
+        st.builds(zoo.AttrsSlotted, inner, inner),
+        st.builds(zoo.AttrsDict, inner),
+        st.builds(zoo.NewArgs, inner, inner),
+        st.builds(zoo.TupleState, inner).map(_with_rest),
+        attributes.map(lambda a: _object(zoo.Node, a)),
+        attributes.map(lambda a: zoo.Model.model_construct(**a)),
+        st.builds(lambda v: zoo.FrozenModel.model_construct(when=v), inner),
+        few.map(zoo.MyList),
+        pairs.map(lambda p: zoo.MyDict(dict(p))),
+        few.map(zoo.MyTuple),
+        st.builds(_exception, few, st.none() | inner),
+    )
+
+
+def _with_rest(state):
+    state.rest = [1]
+    return state
+
+
+#: Every supported value, nested in every container.
+_recursive = st.recursive(scalars, containers, max_leaves=12)
+
+
+@st.composite
+def _values(draw):
+    """Only so that its repr is short: hypothesis warns of long ones."""
+    return draw(_recursive)
+
+
+values = _values()
+
+
+@st.composite
+def shared_values(draw):
+    """Values that share containers, also in cycles."""
+    pool = [draw(containers(scalars)) for _ in range(draw(st.integers(1, 4)))]
+    members = st.sampled_from(pool) | values
+    for _ in range(draw(st.integers(0, 6))):
+        target = draw(st.sampled_from(pool))
+        member = draw(members)
+        kind = type(target)
+        if kind in (list, zoo.MyList):
+            target.append(member)
+        elif kind in (dict, OrderedDict, defaultdict, Counter, zoo.MyDict):
+            dict.__setitem__(target, draw(texts), member) if kind is not OrderedDict else target.update(k=member)
+        elif kind in (zoo.Order, zoo.Node, zoo.AttrsDict, ValueError):
+            vars(target)[draw(names)] = member
+        elif kind is zoo.SlottedMutable:
+            target.b = member
+        elif kind is zoo.AttrsSlotted:
+            target.b = member
+        elif kind is zoo.Model:
+            vars(target)["items"] = member
+    return draw(st.lists(members, max_size=4)) + pool
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+json_scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8)
+)
+plain_trees = st.recursive(
+    json_scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=20,
+)
+tags = st.sampled_from(
+    "$tuple $set $frozenset $dict $bytes $bytearray $int $float $str $complex $datetime $date $time $timedelta "
+    "$timezone $zoneinfo $decimal $fraction $uuid $path $ip $range $slice $ellipsis $enum $namedtuple $dataclass "
+    "$model $object $callable $class $pattern $ordereddict $defaultdict $deque $counter $exception $ref $attrs $nope".split()
+)
+class_names = st.sampled_from(
+    [f"tests.zoo.values:{name}" for name in vars(zoo) if name[0].isupper()]
+    + ["builtins:ValueError", "builtins:OSError", "builtins:UnicodeDecodeError", "builtins:list", "os:system", "tests.zoo.values:top"]
+)
+payload_scalars = st.one_of(
+    json_scalars,
+    class_names,
+    st.integers(0, 5),
+    st.sampled_from(["YQ==", "nan", "2026-01-01", "2026-01-01T00:00:00", "UTC", "1.5", "RED", "12345678901234567890", "PosixPath"]),
+)
+parts = st.sampled_from(["class", "args", "kwargs", "items", "keys", "values", "value", "state", "setstate", "kind", "module", "a", "b"])
+#: Trees that are likely to be wrong in ways that matter.
+tagged_trees = st.recursive(
+    payload_scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.text(max_size=4) | parts, inner, max_size=4),
+        st.builds(lambda tag, payload: {tag: payload}, tags, inner),
+        st.builds(lambda tag, payload: {tag: payload}, tags, st.lists(inner, max_size=4)),
+        st.builds(lambda tag, name, rest: {tag: [name, *rest]}, tags, class_names, st.lists(inner, max_size=4)),
+        st.builds(lambda name, rest: {"$object": {"class": name, **rest}}, class_names, st.dictionaries(parts, inner, max_size=3)),
+    ),
+    max_leaves=15,
+)
