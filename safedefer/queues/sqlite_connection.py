@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -22,7 +23,7 @@ import apsw
 from safedefer.errors import QueueUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 def _load_statements(text: str) -> dict[str, str]:
@@ -50,6 +51,8 @@ _REMEDIES: Final[tuple[tuple[type[apsw.Error], str], ...]] = (
     (apsw.NoMemError, "there is no memory; give the process more"),
 )
 
+_EAGER_TRIES: Final = 200
+
 _creating = threading.Lock()
 
 
@@ -59,6 +62,14 @@ def unavailable(path: str, cause: BaseException) -> QueueUnavailable:
     error = QueueUnavailable(f"the queue's file {path} failed ({cause}): {remedy}")
     error.__cause__ = cause
     return error
+
+
+def forked(path: str) -> QueueUnavailable:
+    """Return the error of a process that was forked behind Python's back while the file was open."""
+    return QueueUnavailable(
+        f"the queue's file {path} was open when a program that is not Python forked this process; "
+        "use the queue only after the fork (uWSGI: lazy-apps)"
+    )
 
 
 def _create_file(path: str) -> None:
@@ -103,21 +114,52 @@ def open_connection(path: str, *, busy_timeout: float) -> apsw.Connection:
 
     Raises ``QueueUnavailable``.
     """
+    deadline = time.monotonic() + busy_timeout
+    while True:
+        try:
+            return _try_to_open(path, busy_timeout=busy_timeout)
+        except apsw.BusyError as error:
+            # Not every lock is waited for: of two that make the same new file a write-ahead-log one,
+            # SQLite turns one away at once, lest they wait for each other.
+            if time.monotonic() >= deadline:
+                raise unavailable(path, error) from error
+            time.sleep(0.005)
+        except (apsw.Error, OSError) as error:
+            raise unavailable(path, error) from error
+
+
+def _try_to_open(path: str, *, busy_timeout: float) -> apsw.Connection:
     connection: apsw.Connection | None = None
     try:
         with _creating:
             _create_file(path)
             connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
-            connection.set_busy_timeout(round(busy_timeout * 1000))
+            connection.set_busy_handler(_patience(busy_timeout))
             _configure(connection, path)
             _migrate(connection, path)
-    except (apsw.Error, OSError) as error:
-        _close_quietly(connection)
-        raise unavailable(path, error) from error
     except BaseException:
         _close_quietly(connection)
         raise
     return connection
+
+
+def _patience(seconds: float) -> Callable[[int], bool]:
+    """Return a busy handler that gives up after ``seconds``.
+
+    SQLite's own sleeps up to 100 ms between two tries, and so hardly ever gets a lock that a busier
+    process takes again within a millisecond.
+    """
+    deadline = 0.0
+
+    def wait(tries: int) -> bool:
+        nonlocal deadline
+        now = time.monotonic()
+        if tries == 0:
+            deadline = now + seconds
+        time.sleep(0.0005 if tries < _EAGER_TRIES else 0.005)
+        return now < deadline
+
+    return wait
 
 
 def _configure(connection: apsw.Connection, path: str) -> None:
@@ -175,10 +217,7 @@ class Handle:
             self._pid = os.getpid()
             self._inode = self._stat()
         elif self._pid != os.getpid():
-            raise QueueUnavailable(
-                f"the queue's file {self.path} was open when a program that is not Python forked this process; "
-                "use the queue only after the fork (uWSGI: lazy-apps)"
-            )
+            raise forked(self.path)
         elif self._inode != self._stat():
             # What is written now would be in no file that anybody can open again.
             raise QueueUnavailable(

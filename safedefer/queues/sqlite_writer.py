@@ -6,6 +6,7 @@ of success before COMMIT has returned.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from concurrent.futures import Future
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import apsw
 
 from safedefer.errors import QueueUnavailable
-from safedefer.queues.sqlite_connection import Handle, register_fork, unavailable
+from safedefer.queues.sqlite_connection import Handle, forked, register_fork, unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ class Writer:
         self._changed = threading.Condition()
         self._pending: deque[_Operation] = deque()
         self._thread: threading.Thread | None = None
+        self._pid = 0
         self._pausing = False
         self._closed = False
 
@@ -55,11 +57,12 @@ class Writer:
         with self._changed:
             if self._closed:
                 raise QueueUnavailable("the queue is closed; open a new one")
-            self._pending.append((action, future))
             if self._thread is None:
                 self._start()
-            else:
-                self._changed.notify()
+            elif self._pid != os.getpid():
+                raise forked(self._handle.path)
+            self._pending.append((action, future))
+            self._changed.notify()
         return future
 
     def close(self) -> None:
@@ -72,6 +75,7 @@ class Writer:
         if not self._pausing:
             # A daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
             self._thread = threading.Thread(target=self._work, name="safedefer-writer", daemon=True)
+            self._pid = os.getpid()
             self._thread.start()
 
     def _work(self) -> None:

@@ -81,7 +81,9 @@ def record_of(task: QueuedTask, outcome: str = "succeeded", **changes: object) -
     return AttemptRecord(**{**values, **changes})
 
 
-def take(queue: PullQueue, *, now: float = 100.0, limit: int = 1000, seconds: float = 60.0, **more: object) -> list[Lease]:
+def take(
+    queue: PullQueue, *, now: float = 100.0, limit: int = 1000, seconds: float = 60.0, **more: object
+) -> list[Lease]:
     return list(queue.lease(owner="dispatcher", limit=limit, seconds=seconds, now=now, **more))
 
 
@@ -320,7 +322,11 @@ class QueueContract:
         first, second, third = take(queue)
         queue.settle(second, DONE, now=101.0)
         retry = Settlement(verdict=Verdict.RETRY, at=300.0)
-        assert list(queue.settle_many([(first, DONE), (second, DONE), (third, retry)], now=102.0)) == [True, False, True]
+        assert list(queue.settle_many([(first, DONE), (second, DONE), (third, retry)], now=102.0)) == [
+            True,
+            False,
+            True,
+        ]
         assert queue.find(first.task.id).state is TaskState.SUCCEEDED
         assert queue.next_due(now=103.0) == 300.0
 

@@ -1,0 +1,320 @@
+"""Any sequence of operations leaves the SQLite queue as it leaves a plain model of it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import apsw
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.ledger import Admission, EndState
+from safedefer.queues.base import Lease, QueuedTask, QueueStats, Settlement, TaskState, Verdict
+from safedefer.queues.sqlite import SQLiteQueue
+from tests.queues.contract import execution_of, make_task, oversize_task, record_of
+
+TOMBSTONE = 50.0
+QUEUES = ("default", "mail")
+
+
+@dataclass
+class Model:
+    """One task: where it stands, and what the next lease must say of it."""
+
+    task: QueuedTask
+    order: int
+    due: float
+    state: TaskState = TaskState.WAITING
+    lease: Lease | None = None
+    leased_at: float = 0.0
+    attempts: int = 0
+    deliveries: int = 0
+    first_attempt: float | None = None
+    rejections: int = 0
+    ledger: str | None = None
+    run: str | None = None
+    run_until: float = 0.0
+    uncharged: bool = False
+    records: int = 0
+    lost: list[Lease] = field(default_factory=list)
+
+    @property
+    def lives(self) -> bool:
+        return self.state in (TaskState.WAITING, TaskState.RUNNING)
+
+
+class SQLiteQueueMachine(RuleBasedStateMachine):
+    @initialize()
+    def start(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name, "tasks.db")
+        self.open()
+        self.now = 100.0
+        self.models: dict[str, Model] = {}
+        self.names: dict[tuple[str, str], float | None] = {}
+        self.replaced: list[str] = []
+        self.runs = self.tasks_made = 0
+        # Something to work on, or most sequences would go by without a lease.
+        self.enqueue([("default", "n1", 0, False), ("mail", None, -5, True), ("default", None, 0, False)])
+
+    def open(self):
+        self.queue = SQLiteQueue(self.path, tombstone_seconds=TOMBSTONE)
+
+    def teardown(self):
+        if hasattr(self, "queue"):
+            self.queue.close()
+            connection = apsw.Connection(str(self.path))
+            assert connection.pragma("integrity_check") == "ok"
+            assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+            connection.close()
+            self.folder.cleanup()
+
+    def some(self, data, condition, label) -> Model:
+        return data.draw(st.sampled_from([model for model in self.models.values() if condition(model)]), label=label)
+
+    def has(self, condition) -> bool:
+        return any(condition(model) for model in self.models.values())
+
+    def name_error(self, task: QueuedTask):
+        until = self.names.get((task.queue, task.name), 0.0)
+        if task.name is None or (until is not None and until <= task.created):
+            return None
+        return TaskAlreadyExistsError if until is None else TombstonedTaskError
+
+    def added(self, task: QueuedTask):
+        stored = replace(task, blob=None, blob_id=task.blob.id if task.blob else None)
+        self.models[task.id] = Model(stored, self.tasks_made, task.eta)
+        self.tasks_made += 1
+        if task.name is not None:
+            self.names[task.queue, task.name] = None
+
+    def ended(self, model: Model, state: TaskState, ledger: str):
+        model.state, model.lease = state, None
+        if model.task.name is not None:
+            self.names[model.task.queue, model.task.name] = self.now + TOMBSTONE
+        if model.ledger in (None, "running", "retry"):
+            model.ledger, model.run = ledger, None
+
+    # --- Rules --------------------------------------------------------------------------------
+
+    tasks = st.tuples(
+        st.sampled_from(QUEUES), st.sampled_from([None, "n1", "n2"]), st.sampled_from([-20, 0, -1, 30]), st.booleans()
+    )
+
+    def make(self, drawn) -> QueuedTask:
+        queue, name, delay, oversize = drawn
+        make = oversize_task if oversize else make_task
+        return make(queue=queue, name=name, eta=self.now + delay, created=self.now)
+
+    @rule(batch=st.lists(tasks, min_size=1, max_size=3))
+    def enqueue_some(self, batch):
+        self.enqueue(batch)
+
+    def enqueue(self, batch):
+        made = [self.make(drawn) for drawn in batch]
+        named = [(task.queue, task.name) for task in made if task.name]
+        refused = next((error for task in made if (error := self.name_error(task))), None)
+        if refused is None and len(named) != len(set(named)):
+            refused = TaskAlreadyExistsError
+        try:
+            self.queue.enqueue_many(made)
+        except (TaskAlreadyExistsError, TombstonedTaskError):
+            assert refused is not None
+            return
+        assert refused is None
+        for task in made:
+            self.added(task)
+
+    @rule(
+        passed=st.sampled_from([5.0, 0.0, 20.0, 70.0]),
+        limit=st.sampled_from([3, 1]),
+        seconds=st.sampled_from([10.0, 30.0]),
+        queues=st.sampled_from([None, *QUEUES]),
+    )
+    def time_passes_and_a_dispatcher_leases(self, passed, limit, seconds, queues):
+        self.now += passed
+        due = [
+            model
+            for model in self.models.values()
+            if model.lives and model.due <= self.now and queues in (None, model.task.queue)
+        ]
+        due.sort(key=lambda model: (model.due, model.order))
+        only = None if queues is None else [queues]
+        leases = self.queue.lease(owner="d", limit=limit, seconds=seconds, now=self.now, queues=only)
+        assert [lease.task for lease in leases] == [model.task for model in due[:limit]]
+        for lease, model in zip(leases, due, strict=False):
+            if model.lease is not None:
+                model.lost.append(model.lease)
+                self.charge_lost_lease(model)
+            assert (lease.attempts, lease.retries) == (model.attempts, model.deliveries)
+            assert (lease.first_attempt, lease.rejections) == (model.first_attempt, model.rejections)
+            model.state, model.lease, model.leased_at = TaskState.RUNNING, lease, self.now
+            model.due = lease.until
+            model.deliveries += 1
+
+    def charge_lost_lease(self, model: Model):
+        if not model.uncharged:
+            return
+        model.uncharged = False
+        model.records += model.ledger == "running"
+        model.attempts += 1
+        model.first_attempt = model.leased_at if model.first_attempt is None else model.first_attempt
+
+    @precondition(lambda self: self.has(lambda model: model.lease))
+    @rule(
+        data=st.data(),
+        verdict=st.sampled_from([Verdict.RETRY, None, Verdict.DEAD, Verdict.DONE]),
+        wait=st.sampled_from([0, 5, 30]),
+        charged=st.booleans(),
+        rejected=st.booleans(),
+    )
+    def settle(self, data, verdict, wait, charged, rejected):
+        model = self.some(data, lambda model: model.lease, "settled")
+        if verdict is None:
+            model.lease = self.queue.extend(model.lease, seconds=wait, now=self.now)
+            model.due = self.now + wait
+            return
+        settlement = Settlement(verdict=verdict, at=self.now + wait, charged=charged, rejected=rejected, reason="why")
+        self.queue.settle(model.lease, settlement, now=self.now)
+        model.lost.append(model.lease)
+        model.attempts += charged
+        if verdict is Verdict.RETRY:
+            model.state, model.lease, model.due, model.uncharged = TaskState.WAITING, None, self.now + wait, False
+            model.rejections += rejected
+            if charged and model.first_attempt is None:
+                model.first_attempt = model.leased_at
+            return
+        said = "failed" if verdict is Verdict.DEAD else "succeeded"
+        known = model.ledger if model.ledger not in (None, "running", "retry") else said
+        self.ended(model, {"failed": TaskState.DEAD, "succeeded": TaskState.SUCCEEDED}[known], said)
+
+    @precondition(lambda self: self.has(lambda model: model.lost))
+    @rule(data=st.data(), verdict=st.sampled_from(Verdict))
+    def settle_stale(self, data, verdict):
+        model = self.some(data, lambda model: model.lost, "stale")
+        lease = data.draw(st.sampled_from(model.lost), label="lost lease")
+        settlement = Settlement(verdict=verdict, record=record_of(model.task))
+        assert list(self.queue.settle_many([(lease, settlement)], now=self.now)) == [False]
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data())
+    def cancel(self, data):
+        model = self.some(data, lambda model: True, "cancelled")
+        waits = model.state is TaskState.WAITING or (model.state is TaskState.RUNNING and model.due <= self.now)
+        runs = model.ledger == "running" and model.run_until > self.now
+        ended = model.ledger in ("succeeded", "failed")
+        assert self.queue.cancel(model.task.id, now=self.now) is (waits and not runs and not ended)
+        if waits and not runs and not ended:
+            if model.lease is not None:
+                model.lost.append(model.lease)
+            self.ended(model, TaskState.CANCELLED, "cancelled")
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data(), other=st.booleans(), seconds=st.sampled_from([10.0, 40.0]))
+    def begin(self, data, other, seconds):
+        # Mostly what somebody has a lease of; sometimes anything.
+        leased = self.has(lambda model: model.lease) and data.draw(st.integers(0, 3), label="begin any") < 3
+        model = self.some(data, lambda model: model.lease or not leased, "begun")
+        self.runs += 1
+        run = execution_of(model.task, f"run-{self.runs}")
+        if other:
+            expected = Admission.RUN if model.ledger is None else Admission.CONFLICT
+            if expected is Admission.RUN:
+                return  # Nothing is known yet that this digest could contradict.
+            run = replace(run, digest=b"another")
+        elif model.ledger in ("succeeded", "failed", "cancelled"):
+            expected = Admission.DUPLICATE
+        elif model.ledger == "running" and model.run_until > self.now:
+            expected = Admission.RUNNING
+        else:
+            expected = Admission.RUN
+            model.ledger, model.run, model.uncharged = "running", run.owner, True
+            model.run_until = self.now + seconds
+        assert self.queue.ledger.begin(run, now=self.now, lease=seconds) is expected
+
+    @precondition(lambda self: self.has(lambda model: model.run))
+    @rule(data=st.data(), state=st.sampled_from(EndState), ours=st.booleans())
+    def finish(self, data, state, ours):
+        if state is EndState.CANCELLED:
+            return  # Only cancel() says so.
+        model = self.some(data, lambda model: model.run, "finished")
+        run = execution_of(model.task, model.run if ours else "somebody-else")
+        assert self.queue.ledger.finish(run, state, record_of(model.task)) is ours
+        model.records += 1
+        if ours:
+            model.ledger, model.run = str(state), None
+
+    @precondition(lambda self: self.has(lambda model: model.state is TaskState.DEAD))
+    @rule(data=st.data(), drawn=tasks)
+    def replace_dead(self, data, drawn):
+        model = self.some(data, lambda model: model.state is TaskState.DEAD, "replaced")
+        task = self.make(drawn)
+        refused = self.name_error(task)
+        try:
+            assert self.queue.replace_dead(model.task.id, task, now=self.now) is True
+        except (TaskAlreadyExistsError, TombstonedTaskError):
+            assert refused is not None
+            return
+        assert refused is None
+        del self.models[model.task.id]
+        self.replaced.append(model.task.id)
+        self.added(task)
+
+    @rule(reopen=st.booleans())
+    def prune(self, reopen):
+        self.queue.prune(now=self.now)
+        assert self.queue.blobs.collect(now=self.now) == 0
+        if reopen:
+            self.queue.close()
+            self.open()
+
+    # --- What holds at every step -------------------------------------------------------------
+
+    @invariant()
+    def every_task_is_where_the_model_says(self):
+        if not hasattr(self, "models"):
+            return
+        for model in self.models.values():
+            view = self.queue.find(model.task.id)
+            assert (view.state, view.attempts) == (model.state, model.attempts)
+            assert len(view.records) == model.records
+            if model.task.blob_id:
+                assert (self.queue.blobs.get(model.task.blob_id) is not None) is model.lives
+            if model.lives or model.state is TaskState.DEAD:
+                assert (view.token == b"pointer") is False
+        for task_id in self.replaced:
+            assert self.queue.find(task_id) is None
+
+    @invariant()
+    def the_counts_are_the_models(self):
+        if not hasattr(self, "models"):
+            return
+        lives = [model for model in self.models.values() if model.lives]
+        assert self.queue.next_due(now=self.now) == min((model.due for model in lives), default=None)
+        expected = []
+        for queue in QUEUES:
+            mine = [model for model in lives if model.task.queue == queue]
+            running = [model for model in mine if model.lease is not None and model.due > self.now]
+            waiting = [model.due for model in mine if model not in running]
+            dead = sum(model.state is TaskState.DEAD and model.task.queue == queue for model in self.models.values())
+            if mine or dead:
+                expected.append(
+                    QueueStats(
+                        queue=queue,
+                        waiting=len(waiting),
+                        running=len(running),
+                        dead=dead,
+                        oldest=min(waiting, default=None),
+                    )
+                )
+        assert list(self.queue.stats(now=self.now)) == expected
+
+
+TestSQLiteQueueMachine = SQLiteQueueMachine.TestCase
+TestSQLiteQueueMachine.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
