@@ -154,7 +154,7 @@ class TaskView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueStats:
-    """Counts of one queue. ``oldest`` is the smallest eta that waits (seconds since the epoch)."""
+    """Counts of one queue. ``oldest`` is when the first that waits falls due (seconds since the epoch)."""
 
     queue: str
     waiting: int
@@ -175,7 +175,8 @@ class Queue(Protocol):
         """Store a task, with its blob, in one transaction.
 
         Raises ``TaskAlreadyExistsError`` while a task of its name lives in its queue, and
-        ``TombstonedTaskError`` for the tombstone window after it ended.
+        ``TombstonedTaskError`` for the tombstone window after it ended, counted to
+        ``task.created``. The same errors refuse an id that the queue knows already.
         """
         ...
 
@@ -184,7 +185,10 @@ class Queue(Protocol):
         ...
 
     def cancel(self, task_id: str, *, now: float) -> bool:
-        """End a waiting task unrun, in the ledger too; False if it does not wait."""
+        """End a waiting task unrun, in the ledger too.
+
+        False if it does not wait, or by the ledger runs now or has ended.
+        """
         ...
 
     def stats(self, *, now: float) -> Sequence[QueueStats]:
@@ -212,10 +216,12 @@ class PullQueue(Queue, Protocol):
     def lease(
         self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
     ) -> Sequence[Lease]:
-        """Claim up to ``limit`` due tasks (of ``queues``, or of all) for ``seconds``, oldest eta first.
+        """Claim up to ``limit`` due tasks (of ``queues``, or of all) for ``seconds``.
 
-        A task whose lease ran out is due again. If its run had begun by the ledger, that delivery
-        counts as a charged attempt: the process died while it ran.
+        What fell due first comes first: a task falls due at its eta, at the time of its retry, or
+        when its lease runs out; what was enqueued first comes first of those that fell due together.
+        If the run of a lost delivery had begun by the ledger, it counts as a charged attempt: the
+        process died while it ran, or before it could settle.
         """
         ...
 
@@ -224,7 +230,12 @@ class PullQueue(Queue, Protocol):
         ...
 
     def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
-        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""
+        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now.
+
+        Where DONE or DEAD contradicts an end that the ledger knows, the ledger is believed: a run
+        that failed, and whose dispatcher died, is answered ``duplicate`` the next time, and is a
+        dead letter all the same.
+        """
         ...
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
@@ -232,13 +243,15 @@ class PullQueue(Queue, Protocol):
         ...
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
-        """When the next task or lease falls due; None if nothing waits."""
+        """When the next task or lease falls due, maybe in the past; None if there is none."""
         ...
 
     def wait(self, timeout: float) -> bool:
         """Block until a task is enqueued (by any process) or ``timeout`` seconds pass.
 
         True if something may have changed. A change since the last ``lease`` or ``wait`` counts.
+        What the dispatchers of other processes settle or lose ends no wait: let ``timeout`` end at
+        ``next_due``, and within some seconds in any case.
         """
         ...
 
@@ -249,13 +262,26 @@ class PullQueue(Queue, Protocol):
     def tasks(
         self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
     ) -> Sequence[TaskView]:
-        """List tasks, newest first; without ``states``: waiting, running and dead."""
+        """List tasks, newest first, without records; without ``states``: waiting, running and dead.
+
+        Running means leased, here and in ``find``: neither knows the time.
+        """
         ...
 
     def find(self, task_id: str) -> TaskView | None:
-        """One task in whatever state, with the records of its attempts."""
+        """One task in whatever state, with the records of its attempts.
+
+        What succeeded or was cancelled is known for a while, without its token, headers and options.
+        """
         ...
 
     def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:
         """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
+        ...
+
+    def prune(self, *, now: float) -> int:
+        """Forget what is too old: tombstones, history, ledger entries; returns how many.
+
+        Does a bounded amount in one call; ``lease`` has it done now and then.
+        """
         ...

@@ -316,5 +316,5 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
 
 TestSQLiteQueueMachine = SQLiteQueueMachine.TestCase
 TestSQLiteQueueMachine.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
