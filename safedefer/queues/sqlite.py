@@ -27,11 +27,12 @@ _PRUNED_AT_ONCE: Final = 500
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 
 _VIEWS: Final = {
-    TaskState.WAITING: ("view_tasks", "owner IS NULL"),
-    TaskState.RUNNING: ("view_tasks", "owner IS NOT NULL"),
-    TaskState.DEAD: ("view_dead", "TRUE"),
-    TaskState.SUCCEEDED: ("view_ended", "state = 'succeeded'"),
-    TaskState.CANCELLED: ("view_ended", "state = 'cancelled'"),
+    TaskState.WAITING: ("view_tasks", "WHERE owner IS NULL"),
+    # Few tasks run at a time; without the hint SQLite looks for them among all that wait.
+    TaskState.RUNNING: ("view_tasks", "INDEXED BY safedefer_tasks_leased WHERE owner IS NOT NULL"),
+    TaskState.DEAD: ("view_dead", "WHERE TRUE"),
+    TaskState.SUCCEEDED: ("view_ended", "WHERE state = 'succeeded'"),
+    TaskState.CANCELLED: ("view_ended", "WHERE state = 'cancelled'"),
 }
 
 
@@ -248,7 +249,7 @@ class SQLiteQueue:
                 found += map(
                     task_view,
                     connection.execute(
-                        f"{SQL[view]} WHERE {condition}{of_queue} ORDER BY seq DESC LIMIT :limit",
+                        f"{SQL[view]} {condition}{of_queue} ORDER BY seq DESC LIMIT :limit",
                         {"queue": queue, "limit": limit},
                     ),
                 )
