@@ -7,7 +7,6 @@ unknown members, null for an absent claim, floats for integers and strings for n
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -49,7 +48,13 @@ TaskName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,500}$")]
 AudiencePart = Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]{1,100}$")]
 Audience = Annotated[
     str,
-    Field(pattern=r"^[A-Za-z0-9.-]{1,100}:[A-Za-z0-9.-]{1,100}:[A-Za-z0-9.-]{1,100}:/[!-~]{0,2047}$"),
+    Field(
+        # A path of printable ASCII, without ? and #, that cannot be taken for another host ("//host/path").
+        pattern=(
+            r"^[A-Za-z0-9.-]{1,100}:[A-Za-z0-9.-]{1,100}:[A-Za-z0-9.-]{1,100}"
+            r":/([!\"$-.0->@-~][!\"$->@-~]{0,2046})?$"
+        )
+    ),
 ]
 HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}$")]
 HeaderValue = Annotated[str, Field(pattern=r"^[\t -~]{0,4096}$")]
@@ -88,9 +93,7 @@ class Call(CallableRef):
     @property
     def ref(self) -> CallableRef:
         """The reference alone."""
-        return CallableRef.model_construct(
-            kind=self.kind, module=self.module, qualname=self.qualname, member=self.member
-        )
+        return CallableRef(kind=self.kind, module=self.module, qualname=self.qualname, member=self.member)
 
 
 class BlobPointer(BaseModel):
@@ -150,17 +153,21 @@ class Claims(BaseModel):
         """
         try:
             raw = jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True)
-        except ValueError as error:
-            raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from error
+        except ValueError:
+            # `from None`: the parser's message quotes a duplicate member's name.
+            raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from None
         if type(raw) is not dict or None in raw.values():
             raise InvalidClaims("the payload is not an object without nulls; leave absent claims out")
+        if type(raw.get("v")) is not int:  # pydantic's Literal[1] takes true and 1.0 for 1
+            raise InvalidClaims("v is not an integer; write the version of the claims as 1")
         call = raw.get("call")
         if type(call) is dict and None in call.values():
             raise InvalidClaims("the call has a null member; leave absent members out")
         try:
             claims = cls.model_validate(raw)
         except ValidationError as error:
-            raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from error
+            # `from None`: the error holds the claims.
+            raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from None
         claims.check_shape()
         return claims
 
@@ -254,16 +261,18 @@ class TaskRetryOptions:
         return cls(**values)  # type: ignore[arg-type]  # whole numbers are checked in __post_init__
 
 
+_MAX_NUMBER: Final = 2**31 - 1
 _WHOLE: Final = frozenset({"max_doublings", "task_retry_limit"})
 
 
 def _check_number(name: str, value: object, *, whole: bool) -> None:
     if value is None:
         return
-    right = type(value) is int or (not whole and type(value) is float and math.isfinite(value))
-    if not right or value < 0:  # type: ignore[operator]  # a number, by the line above
-        kind = "a whole number" if whole else "a finite number of seconds"
-        raise InvalidTaskRetryOptionsError(f"{name} must be {kind}, 0 or more")
+    right = type(value) is int or (not whole and type(value) is float)
+    # A comparison with NaN is false, and one with a huge integer does not overflow.
+    if not right or not 0 <= value <= _MAX_NUMBER:  # type: ignore[operator]  # a number, by the line above
+        kind = "a whole number" if whole else "a number of seconds"
+        raise InvalidTaskRetryOptionsError(f"{name} must be {kind} between 0 and {_MAX_NUMBER}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,8 +364,9 @@ def _check_eta(countdown: object, eta: object) -> None:
     if countdown is not None:
         if type(countdown) is not int and type(countdown) is not float:
             raise InvalidEtaError("countdown is a number of seconds")
-        if not math.isfinite(countdown):
-            raise InvalidEtaError("countdown is a finite number of seconds")
+        # False for NaN, and no huge integer overflows. The lower bound is as arbitrary as any: the past is now.
+        if not -MAX_ETA <= countdown <= MAX_ETA:
+            raise InvalidEtaError("countdown is at most 30 days, in seconds; let a task defer the next one")
     if eta is not None:
         if not isinstance(eta, datetime):
             raise InvalidEtaError("eta is a datetime; use countdown for seconds from now")

@@ -6,8 +6,9 @@ by an operator who means it. The whole standard library is reached by exact patt
 gadgets stand here for the sake of marks, of subclasses and of whoever reads a pattern list.
 
 ``HARMLESS_METHODS`` are the built-in methods that need no pattern: they work on the value that they
-belong to and on their arguments, call nothing back by name, and cannot grow one argument without
-bound (``str.format``, ``bytes.join`` over a user's iterator and ``int.from_bytes`` are not here).
+belong to and on their arguments, call nothing back by name, import nothing, and cannot grow one
+argument without bound (``str.format``, ``str.encode``, which imports the codec that it is told, ``bytes.join`` over a user's
+iterator and ``int.from_bytes`` are not here).
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ HARMLESS_METHODS: Final[dict[type, frozenset[str]]] = {
     frozenset: frozenset({"copy", "difference", "intersection", "isdisjoint", "issubset", "issuperset", "symmetric_difference", "union"}),
     tuple: frozenset({"count", "index"}),
     str: frozenset({
-        "capitalize", "casefold", "count", "encode", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
+        "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
         "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition",
         "removeprefix", "removesuffix", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip",
         "swapcase", "title", "upper",
@@ -112,12 +113,13 @@ HARMLESS_TYPES: Final[frozenset[type]] = frozenset(
 
 def is_gadget(module: str, qualname: str) -> bool:
     """Whether a name is on the list: itself, the class that it is a member of, or its module."""
-    name = f"{module}:{qualname}"
-    return (
-        name in GADGETS
-        or any(module == gadget or module.startswith(f"{gadget}.") for gadget in GADGET_MODULES)
-        or ("." in qualname and f"{module}:{qualname.split('.', 1)[0]}" in GADGETS)
-    )
+    if f"{module}:{qualname}" in GADGETS or f"{module}:{qualname.partition('.')[0]}" in GADGETS:
+        return True
+    while module:
+        if module in GADGET_MODULES:
+            return True
+        module = module.rpartition(".")[0]
+    return False
 
 
 def is_standard_library(module: str) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from itertools import permutations
 from types import MappingProxyType
-from typing import Annotated, Final, Literal, NoReturn, Protocol, Self, final
+from typing import Annotated, Final, Literal, NoReturn, Protocol, Self, TypeVar, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,9 +27,11 @@ MIN_SECRET_BYTES: Final = 32
 #: The explicit type of our tokens (RFC 8725, section 3.11).
 TOKEN_TYPE: Final = "safedefer+jwt"  # noqa: S105  # a media type, not a secret
 
+_T = TypeVar("_T")
 _KID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _QUEUE = re.compile(r"[A-Za-z0-9.-]{1,100}")
 _BLOCK: Final = 64
+_MIN_DIFFERENT: Final = 8
 _MAKE_ONE: Final = "make one with `safedefer keys new`"
 
 
@@ -87,31 +89,33 @@ class Key:
         patterns: Iterable[str] | None = None,
         pickle: bool = False,
     ) -> None:
-        if _KID.fullmatch(kid) is None:
-            raise ConfigurationError("a key's kid is 1 to 64 characters of A-Z a-z 0-9 _ -")
-        if state not in set(KeyState):
+        failure = _weakness(kid, secret)
+        if failure is None:
+            self._set("_inner", sha256(_block(secret, 0x36)))
+            self._set("_outer", sha256(_block(secret, 0x5C)))
+        # From here on no frame holds the secret: tracebacks with local variables reach logs.
+        del secret
+        if failure is not None:
+            raise failure
+        if state not in tuple(KeyState):
             raise ConfigurationError(f"the state of key {kid} is none of active, verify_only, revoked")
         if isinstance(queues, str) or isinstance(patterns, str):
             raise ConfigurationError(f"queues and patterns of key {kid} are lists of texts, not one text")
-        _check_secret(kid, secret)
         limited = None if queues is None else frozenset(queues)
         if any(_QUEUE.fullmatch(queue) is None for queue in limited or ()):
             raise ConfigurationError(f"key {kid} is limited to a queue whose name is impossible")
-        block = (secret if len(secret) <= _BLOCK else sha256(secret).digest()).ljust(_BLOCK, b"\0")
         self._set("kid", kid)
         self._set("state", KeyState(state))
         self._set("queues", limited)
         self._set("patterns", None if patterns is None else tuple(patterns))
         self._set("pickle", pickle is True)
-        # RFC 2104 with the two key blocks hashed beforehand: a MAC is then two copies and two updates.
-        self._set("_inner", sha256(bytes(byte ^ 0x36 for byte in block)))
-        self._set("_outer", sha256(bytes(byte ^ 0x5C for byte in block)))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def mac(self, message: bytes) -> bytes:
         """Return the encoded HMAC-SHA-256 of ``message``: 43 characters of base64url."""
+        # RFC 2104 with the two key blocks hashed beforehand: a MAC is two copies and two updates.
         inner = self._inner.copy()
         inner.update(message)
         outer = self._outer.copy()
@@ -137,7 +141,7 @@ class Authenticated:
     """Bytes that a holder of ``key`` wrote. Only ``Keyring.verify`` makes one."""
 
     key: Key
-    payload: bytes
+    payload: bytes = field(repr=False)
 
 
 @final
@@ -198,8 +202,8 @@ class Keyring:
             RevokedKey: It matches, but the key is revoked.
         """
         key = self._headers.get(token.header)
-        expected = (key or self._decoy).mac(token.signing_input)
-        matches = hmac.compare_digest(expected, token.mac)
+        # The right MAC of a forged token is never a local variable: tracebacks with locals reach logs.
+        matches = hmac.compare_digest((key or self._decoy).mac(token.signing_input), token.mac)
         if key is None:
             raise UnknownKey("no key of this ring wrote the token's header; add the key that signs, as verify_only")
         if not matches:
@@ -215,14 +219,9 @@ class Keyring:
         Raises:
             ConfigurationError: The text is malformed. WeakKey: a secret is.
         """
-        keys: list[Key] = []
-        for item in (part.strip() for part in text.split(",")):
-            kid, colon, secret = item.partition(":")
-            if not colon:
-                raise ConfigurationError(f"keys are written kid:base64url, separated by commas; {_MAKE_ONE}")
-            state = KeyState.VERIFY_ONLY if keys else KeyState.ACTIVE
-            keys.append(Key(kid, _decode_secret(kid, secret), state))
-        return cls(*keys)
+        ring = _attempt(_keys_of_text, text)
+        del text
+        return cls(*_unwrap(ring))
 
     @classmethod
     def from_jwks(cls, text: str | bytes) -> Self:
@@ -231,25 +230,9 @@ class Keyring:
         Raises:
             ConfigurationError: It is not one. WeakKey: a secret is weak.
         """
-        try:
-            jwks = _Jwks.model_validate_json(text)
-        except ValidationError as error:
-            places = ", ".join(".".join(map(str, item["loc"])) or "the text" for item in error.errors()[:3])
-            raise ConfigurationError(
-                f"the key file is not a JWK Set of oct keys (wrong: {places}); {_MAKE_ONE}"
-            ) from None
-        keys = [
-            Key(
-                jwk.kid,
-                _decode_secret(jwk.kid, jwk.k),
-                jwk.safedefer_state,
-                queues=jwk.safedefer_queues,
-                patterns=jwk.safedefer_patterns,
-                pickle=jwk.safedefer_pickle,
-            )
-            for jwk in jwks.keys
-        ]
-        return cls(*keys)
+        ring = _attempt(_keys_of_jwks, text)
+        del text
+        return cls(*_unwrap(ring))
 
     def __repr__(self) -> str:
         """Show what is not secret."""
@@ -266,7 +249,7 @@ class _Jwk(BaseModel):
 
     kty: Literal["oct"]
     kid: Annotated[str, Field(min_length=1)]
-    k: str
+    k: str = Field(repr=False)
     alg: Literal["HS256"] = "HS256"
     safedefer_state: Literal["active", "verify_only", "revoked"] = "verify_only"
     safedefer_queues: list[str] | None = None
@@ -286,26 +269,81 @@ def _headers(kid: str) -> list[bytes]:
     return [encode_segment(f"{{{','.join(order)}}}".encode()) for order in permutations(members)]
 
 
+def _attempt(read: Callable[[_T], list[Key]], text: _T) -> list[Key] | ConfigurationError:
+    """Return what ``read`` returned or raised, without the frames that held secrets."""
+    try:
+        return read(text)
+    except ConfigurationError as error:
+        error.__context__ = error.__cause__ = None
+        return error.with_traceback(None)
+
+
+def _unwrap(result: list[Key] | ConfigurationError) -> list[Key]:
+    if isinstance(result, ConfigurationError):
+        raise result
+    return result
+
+
+def _keys_of_text(text: str) -> list[Key]:
+    keys: list[Key] = []
+    for item in (part.strip() for part in text.split(",")):
+        kid, colon, secret = item.partition(":")
+        if not colon:
+            raise ConfigurationError(f"keys are written kid:base64url, separated by commas; {_MAKE_ONE}")
+        state = KeyState.VERIFY_ONLY if keys else KeyState.ACTIVE
+        keys.append(Key(kid, _decode_secret(kid, secret), state))
+    return keys
+
+
+def _keys_of_jwks(text: str | bytes) -> list[Key]:
+    try:
+        jwks = _Jwks.model_validate_json(text)
+    except ValidationError as error:
+        places = ", ".join(".".join(map(str, item["loc"])) or "the text" for item in error.errors()[:3])
+        raise ConfigurationError(f"the key file is not a JWK Set of oct keys (wrong: {places}); {_MAKE_ONE}") from None
+    return [
+        Key(
+            jwk.kid,
+            _decode_secret(jwk.kid, jwk.k),
+            jwk.safedefer_state,
+            queues=jwk.safedefer_queues,
+            patterns=jwk.safedefer_patterns,
+            pickle=jwk.safedefer_pickle,
+        )
+        for jwk in jwks.keys
+    ]
+
+
 def _decode_secret(kid: str, text: str) -> bytes:
     try:
         return decode_segment(text.encode())
-    except MalformedToken:
-        # `from None`: the chain would show the secret's text to whoever prints a traceback with locals.
+    except (MalformedToken, UnicodeEncodeError):
         raise ConfigurationError(
             f"the secret of key {kid[:64]!a} is not base64url without padding; {_MAKE_ONE}"
         ) from None
 
 
-def _check_secret(kid: str, secret: bytes) -> None:
+def _block(secret: bytes, pad: int) -> bytes:
+    """Return one of the two key blocks of RFC 2104."""
+    block = (secret if len(secret) <= _BLOCK else sha256(secret).digest()).ljust(_BLOCK, b"\0")
+    return bytes(byte ^ pad for byte in block)
+
+
+def _weakness(kid: object, secret: object) -> ConfigurationError | None:
+    if not isinstance(kid, str) or _KID.fullmatch(kid) is None:
+        return ConfigurationError("a key's kid is 1 to 64 characters of A-Z a-z 0-9 _ -")
     if not isinstance(secret, bytes | bytearray):
-        raise ConfigurationError(f"the secret of key {kid} is bytes; use Keyring.from_text for base64url")
+        return ConfigurationError(f"the secret of key {kid} is bytes; use Keyring.from_text for base64url")
     if len(secret) < MIN_SECRET_BYTES:
-        raise WeakKey(f"the secret of key {kid} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {_MAKE_ONE}")
-    if any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1)):
-        raise WeakKey(f"the secret of key {kid} repeats itself; {_MAKE_ONE}")
+        return WeakKey(f"the secret of key {kid} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {_MAKE_ONE}")
+    # Of 32 random bytes some 30 differ.
+    periodic = any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1))
+    if periodic or len(set(secret)) < _MIN_DIFFERENT:
+        return WeakKey(f"the secret of key {kid} repeats itself; {_MAKE_ONE}")
     # Looks are judged of text only: one random key in 256 begins with a brace.
     if secret.isascii() and _LOOKS_WRONG.search(secret.lower()):
-        raise WeakKey(f"the secret of key {kid} looks like a placeholder or a key file; {_MAKE_ONE}")
+        return WeakKey(f"the secret of key {kid} looks like a placeholder or a key file; {_MAKE_ONE}")
+    return None
 
 
 _LOOKS_WRONG: Final = re.compile(

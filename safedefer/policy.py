@@ -16,7 +16,8 @@ The rules, in the order in which they are asked:
 2. The reference is resolved and proved (``refs``).
 3. By identity. An exact pattern admits the object that it named when the policy was built. A member
    is admitted only if the class of the MRO that defines it is: an inherited one from elsewhere
-   needs a pattern of its own, ``mod:Class.member``.
+   needs a pattern of its own, ``mod:Class.member``. Built-in methods are admitted one by one, or with
+   their class by an exact pattern.
 
 The same policy is asked in ``defer()``, so that a mistake shows at the sender.
 """
@@ -26,9 +27,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
 from importlib import import_module
-from types import FunctionType, MappingProxyType
+from types import ClassMethodDescriptorType, FunctionType, MappingProxyType, MethodDescriptorType
 from typing import Any, Final, NoReturn, Protocol, TypeVar, cast, final
+
+from pydantic import ValidationError
 
 from safedefer.errors import (
     CapabilityExceeded,
@@ -46,6 +50,7 @@ from safedefer.refs import (
     class_path,
     find,
     find_member,
+    is_found,
     mro,
 )
 
@@ -56,6 +61,10 @@ _MODULE = re.compile(_NAME)
 _PACKAGE = re.compile(rf"({_NAME})\.\*")
 _EXACT = re.compile(rf"({_NAME}):({_NAME})")
 _CACHE_SIZE: Final = 4096
+#: The longest name that a class inside the arguments may have, before it is taken apart.
+_MAX_NAME: Final = 511
+#: Modules that are run again under another name when they are imported so.
+_OTHER_MODULES: Final = frozenset({"__main__", "__mp_main__", "__init__"})
 
 #: Marked objects by identity. The object is kept, so that its id is never another's.
 _MARKED: Final[dict[int, object]] = {}
@@ -128,7 +137,7 @@ class Policy:
     _deferrable: bool
     _moved: Mapping[str, str]
     _metaclasses: frozenset[type]
-    _checked: dict[CallableRef, CallableRef]
+    _checked: dict[tuple[str, str, str, str | None], CallableRef]
 
     def __init__(
         self,
@@ -188,13 +197,13 @@ class Policy:
         """Import the modules that are named exactly: called once when a handler starts.
 
         Raises:
-            ConfigurationError: A module cannot be imported.
+            ConfigurationError: A module cannot be imported, whatever it raised.
         """
         gone = {name.partition(":")[0] for name in self._moved}
         for module in sorted(self._modules):
             try:
                 import_module(module)
-            except ImportError as error:
+            except Exception as error:
                 if module in gone and isinstance(error, ModuleNotFoundError):
                     continue
                 raise ConfigurationError(
@@ -212,7 +221,7 @@ class Policy:
         Raises:
             PolicyViolation: No pattern admits it.
         """
-        known = self._checked.get(ref)
+        known = self._checked.get(ref.parts)
         if known is not None:
             return known
         self._check_names(ref)
@@ -220,19 +229,18 @@ class Policy:
         if moved is not ref:
             self._check_names(moved)
         if not self._deferrable and len(self._checked) < _CACHE_SIZE:
-            self._checked[ref] = moved
+            self._checked[ref.parts] = moved
         return moved
 
     def _check_names(self, ref: CallableRef) -> None:
         module, qualname, member = ref.module, ref.qualname, ref.member
         if str(ref) in self._exact:
             return
-        if is_gadget(module, qualname) or (member is not None and is_gadget(module, f"{qualname}.{member}")):
-            if f"{module}:{qualname}" not in self._exact or f"{module}:{qualname}.{member}" in GADGETS:
-                _deny(ref, "it is a known gadget, a way to run whatever it is handed, and needs an exact pattern")
-        elif ref.kind == "builtin":
+        if self._is_gadget(module, qualname, member):
+            _deny(ref, "it is a known gadget, a way to run whatever it is handed, and needs an exact pattern")
+        if ref.kind == "builtin":
             _deny(ref, "a built-in needs an exact pattern")
-        elif (
+        if (
             ref.kind == "builtin_method"
             and self._patterns
             and member in _HARMLESS_OWNERS.get(f"{module}:{qualname}", ())
@@ -240,6 +248,13 @@ class Policy:
             return
         if not self._admits(module, qualname):
             _deny(ref, "no pattern admits it")
+
+    def _is_gadget(self, module: str, qualname: str, member: str | None) -> bool:
+        """Whether it is a known gadget that no exact pattern names. Naming its class is not naming a listed member."""
+        name = f"{module}:{qualname}"
+        if member is not None and f"{name}.{member}" in GADGETS:
+            return f"{name}.{member}" not in self._exact
+        return is_gadget(module, qualname) and name not in self._exact
 
     def _admits(self, module: str, qualname: str) -> bool:
         """Whether a function or class is admitted by its name."""
@@ -249,12 +264,13 @@ class Policy:
             return False
         if module in self._modules or self._in_package(module):
             return True
-        outer = qualname.rpartition(".")[0]
-        return (outer != "" and self._admits(module, outer)) or self._is_marked(module, qualname)
+        return self._is_marked(module, qualname) or any(
+            f"{module}:{outer}" in self._exact or self._is_marked(module, outer) for outer in _outers(qualname)
+        )
 
     def _in_package(self, module: str) -> bool:
         inside = any(module == package or module.startswith(f"{package}.") for package in self._packages)
-        return inside and "__main__" not in module.split(".")
+        return inside and _OTHER_MODULES.isdisjoint(module.split("."))
 
     def _is_marked(self, module: str, qualname: str) -> bool:
         # Only what is imported already counts: a mark must not cause an import.
@@ -269,16 +285,20 @@ class Policy:
         return self._deferrable and _MARKED.get(id(obj)) is obj
 
     def _follow(self, ref: CallableRef) -> CallableRef:
-        target = self._moved.get(str(ref))
-        if target is not None and ref.member is not None:
-            target, _, member = target.rpartition(".")
-        else:
-            member = ref.member or ""
-            target = target or self._moved.get(f"{ref.module}:{ref.qualname}")
-        if target is None:
+        if not self._moved:
             return ref
+        target, member = self._moved.get(str(ref)), ref.member
+        if target is None:
+            target = self._moved.get(f"{ref.module}:{ref.qualname}")
+            if target is None:
+                return ref
+        elif member is not None:
+            target, _, member = target.rpartition(".")
         module, _, qualname = target.partition(":")
-        return CallableRef(kind=ref.kind, module=module, qualname=qualname, member=member or None)
+        try:
+            return CallableRef(kind=ref.kind, module=module, qualname=qualname, member=member)
+        except ValidationError:
+            _deny(ref, "moved maps a method to something that is none")
 
     # --- By identity: after the look-up ---
 
@@ -302,82 +322,113 @@ class Policy:
 
     def _check_bases(self, ref: CallableRef, cls: type) -> None:
         """Refuse to call a class that inherits its construction from a gadget, such as ``subprocess.Popen``."""
+        if class_path(cls) in self._exact:
+            return
         for base in mro(cls)[1:]:
             module, _, qualname = class_path(base).partition(":")
-            if is_gadget(module, qualname) and f"{module}:{qualname}" not in self._exact and base not in _PLAIN_BASES:
+            if self._is_gadget(module, qualname, None) and base not in _PLAIN_BASES:
                 _deny(ref, "it inherits from a known gadget, which needs an exact pattern")
 
     def _check_member(self, ref: CallableRef, cls: type, member: str) -> None:
         definer, raw = find_member(cls, member)
-        exact = self._exact.get(f"{class_path(cls)}.{member}", self._exact.get(f"{class_path(definer)}.{member}"))
-        if exact is raw:
+        for owner in (cls, definer):
+            exact = self._exact.get(f"{class_path(owner)}.{member}")
+            if exact is raw:
+                return
+            if exact is not None:
+                _deny(ref, "the member is not the one that the exact pattern named when the policy was built")
+        name = class_path(definer)
+        module, _, qualname = name.partition(":")
+        if ref.kind == "builtin_method":
+            named = self._exact.get(name) is definer and f"{name}.{member}" not in GADGETS
+            if not named and member not in HARMLESS_METHODS.get(definer, ()):
+                _deny(ref, "it is a built-in method, which needs an exact pattern")
             return
-        if exact is not None:
-            _deny(ref, "the member is not the one that the exact pattern named when the policy was built")
-        if member in HARMLESS_METHODS.get(definer, ()):
-            return
-        module, _, qualname = class_path(definer).partition(":")
-        if f"{module}:{qualname}.{member}" in GADGETS or not self._admits(module, qualname):
-            function = raw.__func__ if type(raw) is classmethod else raw
-            if not self._has_mark(function):
-                _deny(ref, f"it is inherited from {module}:{qualname}, which needs a pattern of its own")
+        if self._is_gadget(module, qualname, member):
+            _deny(ref, f"it is a known gadget of {name}, which needs an exact pattern")
+        # By name first: the proof that the class is found there may import.
+        if self._admits(module, qualname) and (definer is cls or is_found(definer, module, qualname)):
+            self._check_exact_class(name, definer, PolicyViolation)
+        elif not self._has_mark(raw.__func__ if type(raw) is classmethod else raw):
+            _deny(ref, f"it is inherited from {name}, which needs a pattern of its own")
 
     # --- Gate: what codecs and the execution ask ---
 
     def class_name(self, cls: type) -> str:
         """Name a class that is part of an argument. See ``Gate.class_name``."""
+        name = class_path(cls)
+        if _HARMLESS_NAMES.get(name) is cls:
+            return name
         module, qualname = check_class(cls, metaclasses=self._metaclasses, nested=True)
-        name = f"{module}:{qualname}"
-        if cls not in HARMLESS_TYPES:
-            if not self._admits(module, qualname):
-                _not_admitted(f"the class {name}", name)
-            self._check_exact_class(name, cls, NotDeferrable)
+        if not self._admits(module, qualname):
+            _not_admitted(f"the class {name}", name)
+        if name in self._moved:
+            raise NotDeferrable(f"the class {name} has moved; use {self._moved[name]}", reason="moved")
+        self._check_exact_class(name, cls, NotDeferrable)
         return name
+
+    def check_class_name(self, name: str) -> str:
+        """Admit a class inside the arguments by its name alone, and follow ``moved``. Imports nothing.
+
+        Returns:
+            The name to look up.
+
+        Raises:
+            PolicyViolation: No pattern admits it.
+        """
+        if name in _HARMLESS_NAMES:
+            return name
+        for step in (name, self._moved.get(name, name)):
+            # The length first: names inside the arguments are bounded by the token alone.
+            if len(step) > _MAX_NAME or _EXACT.fullmatch(step) is None or not self._admits(*step.split(":")):
+                raise PolicyViolation(
+                    f"the class {_shown(step)} inside the arguments is not admitted; add a pattern for it to the policy"
+                )
+        return self._moved.get(name, name)
 
     def load_class(self, name: str) -> type:
         """Find a class that is part of an argument. See ``Gate.load_class``."""
+        name = self.check_class_name(name)
         if (harmless := _HARMLESS_NAMES.get(name)) is not None:
             return harmless
-        for step in (name, self._moved.get(name)):
-            if step is None:
-                break
-            name = step
-            if _EXACT.fullmatch(name) is None or not self._admits(*name.split(":")):
-                raise PolicyViolation(
-                    f"the class {_shown(name)} inside the arguments is not admitted; add a pattern for it to the policy"
-                )
         cls = find(*name.split(":"))
+        if not issubclass(type(cls), type):
+            raise UnresolvableCallable(f"{name} is not a class; deploy the code that defines it")
         try:
-            if (
-                not issubclass(type(cls), type)
-                or ":".join(check_class(cast("type", cls), metaclasses=self._metaclasses, nested=True)) != name
-            ):
-                raise UnresolvableCallable(f"{name} is not a class of that name; deploy the code that defines it")
+            proved = ":".join(check_class(cast("type", cls), metaclasses=self._metaclasses, nested=True))
         except NotDeferrable as error:
             raise UnresolvableCallable(f"{name} cannot be used: {error}") from error
+        if proved != name:
+            raise UnresolvableCallable(f"{name} is a class of another name; deploy the code that defines it")
         self._check_exact_class(name, cast("type", cls), PolicyViolation)
         return cast("type", cls)
 
     def _check_exact_class(self, name: str, cls: type, error: type[NotDeferrable | PolicyViolation]) -> None:
-        if self._exact.get(name, cls) is not cls:
+        """Refuse a class that took the place of one named exactly, or lives in one that did."""
+        same = self._exact.get(name, cls) is cls
+        module, _, qualname = name.partition(":")
+        for outer in _outers(qualname):
+            named = self._exact.get(f"{module}:{outer}")
+            same = same and (named is None or is_found(named, module, outer))
+        if not same:
             raise error(f"{name} is not the class that the exact pattern named when the policy was built; restart")
 
     def callable_ref(self, obj: object) -> CallableRef:
         """Name a callable. See ``Gate.callable_ref``."""
         ref = CallableRef.of(obj, metaclasses=self._metaclasses)
         try:
-            self.check(ref)
-            self._check_object(ref)
+            moved = self.check(ref)
+            if moved.parts == ref.parts:
+                self._check_object(ref)
         except PolicyViolation as error:
             raise NotDeferrable(str(error), reason="policy") from error
+        if moved.parts != ref.parts:
+            raise NotDeferrable(f"{ref} has moved; defer {moved}", reason="moved")
         return ref
 
     def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
         """Find a callable. See ``Gate.load_callable``."""
         ref = self.check(ref)
-        if bound is not UNBOUND and ref.kind == "builtin_method" and issubclass(type(bound), type):
-            # A class method of C is bound to the class itself, which may have moved.
-            bound = find(ref.module, ref.qualname) if class_path(cast("type", bound)) == str(ref) else bound
         found = ref.resolve(bound, metaclasses=self._metaclasses)
         self._check_object(ref)
         return found
@@ -400,23 +451,36 @@ class _Restricted:
 
     def class_name(self, cls: type) -> str:
         """See ``Gate.class_name``."""
-        self._inner.class_name(cls)
-        return self._outer.class_name(cls)
+        name = self._outer.class_name(cls)
+        self._inner_names(self._inner.class_name, cls)
+        return name
 
     def load_class(self, name: str) -> type:
-        """See ``Gate.load_class``."""
+        """See ``Gate.load_class``. Both are asked by name before one imports: a key's patterns admit nothing alone."""
+        self._within(self._inner.check_class_name, name)
+        cls = self._outer.load_class(name)
         self._within(self._inner.load_class, name)
-        return self._outer.load_class(name)
+        return cls
 
     def callable_ref(self, obj: object) -> CallableRef:
         """See ``Gate.callable_ref``."""
-        self._inner.callable_ref(obj)
-        return self._outer.callable_ref(obj)
+        ref = self._outer.callable_ref(obj)
+        self._inner_names(self._inner.callable_ref, obj)
+        return ref
 
     def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
-        """See ``Gate.load_callable``."""
+        """See ``Gate.load_callable``. Both are asked by name before one imports."""
+        self._within(self._inner.check, ref)
+        found = self._outer.load_callable(ref, bound)
         self._within(self._inner.load_callable, ref, bound)
-        return self._outer.load_callable(ref, bound)
+        return found
+
+    @staticmethod
+    def _inner_names(ask: Callable[..., object], obj: object) -> None:
+        try:
+            ask(obj)
+        except NotDeferrable as error:
+            raise NotDeferrable(f"the active key may not name it: {error}", reason=error.reason) from error
 
     @staticmethod
     def _within(ask: Callable[..., object], *args: object) -> None:
@@ -429,7 +493,7 @@ class _Restricted:
 # --- Patterns -------------------------------------------------------------------------------------
 
 # Bases that construct nothing dangerous, though as callees they would be gadgets.
-_PLAIN_BASES: Final = frozenset({object, type})
+_PLAIN_BASES: Final = frozenset({object, type, Enum})
 
 
 def _check_pattern(pattern: object) -> None:
@@ -444,7 +508,7 @@ def _check_pattern(pattern: object) -> None:
         raise ConfigurationError(
             f"{pattern!r} would admit a part of the standard library; name the callables exactly: '{module}:name'"
         )
-    if module.split(".")[-1] in {"__main__", "__mp_main__"}:
+    if not _OTHER_MODULES.isdisjoint(module.split(".")):
         raise ConfigurationError(f"{pattern!r} is another module in every process; move the tasks to one of their own")
 
 
@@ -458,16 +522,25 @@ def _check_moved(moved: Mapping[str, str]) -> None:
 
 def _exact_object(module: str, qualname: str, *, gone: bool) -> dict[str, object]:
     """Resolve an exact pattern: the canonical name of the object, and the object itself."""
+    if gone:  # the old name of something that moved: never looked up, whatever still stands there
+        return {f"{module}:{qualname}": UNBOUND}
     try:
-        found = find(module, qualname)
+        found = _named(module, qualname)
     except UnresolvableCallable as error:
-        if gone:  # the old name of something that moved
-            return {f"{module}:{qualname}": UNBOUND}
         raise ConfigurationError(
             f"the pattern {module}:{qualname} names nothing: {error}; "
             "correct it, and build the policy after the module is imported"
         ) from error
     return {_canonical(module, qualname, found): found}
+
+
+def _named(module: str, qualname: str) -> object:
+    """Look up what a pattern names; the last part may be an inherited member of a class."""
+    owner, dot, member = qualname.rpartition(".")
+    cls = find(module, owner) if dot else None
+    if not issubclass(type(cls), type):
+        return find(module, qualname)
+    return find_member(cast("type", cls), member)[1]
 
 
 def _canonical(module: str, qualname: str, found: object) -> str:
@@ -476,6 +549,8 @@ def _canonical(module: str, qualname: str, found: object) -> str:
         return class_path(cast("type", found))
     owner, _, member = qualname.rpartition(".")
     if owner:
+        if type(found) not in _MEMBER_TYPES:
+            raise ConfigurationError(f"the pattern {module}:{qualname} names no method or class method; correct it")
         return f"{class_path(cast('type', find(module, owner)))}.{member}"
     try:
         ref = CallableRef.of(found)
@@ -484,6 +559,17 @@ def _canonical(module: str, qualname: str, found: object) -> str:
     if ref.kind not in {"function", "builtin"}:
         raise ConfigurationError(f"the pattern {module}:{qualname} names an object or its method; name {ref} instead")
     return str(ref)
+
+
+_MEMBER_TYPES: Final = frozenset({FunctionType, classmethod, MethodDescriptorType, ClassMethodDescriptorType})
+
+
+def _outers(qualname: str) -> list[str]:
+    """Return the classes that a nested class lives in: ``A`` and ``A.B`` of ``A.B.C``."""
+    if "." not in qualname:
+        return []
+    parts = qualname.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _metaclass(item: type | str) -> type:
@@ -510,4 +596,4 @@ def _not_admitted(what: str, name: str) -> NoReturn:
 
 
 def _shown(name: str) -> str:
-    return name if _EXACT.fullmatch(name) is not None else "of an unreadable name"
+    return name if len(name) <= _MAX_NAME and _EXACT.fullmatch(name) is not None else "of an unreadable name"

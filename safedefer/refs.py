@@ -23,7 +23,15 @@ from collections.abc import Callable
 from enum import Enum, EnumType, StrEnum
 from functools import partial
 from importlib import import_module
-from types import BuiltinFunctionType, FunctionType, MethodType, MethodWrapperType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    ClassMethodDescriptorType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+)
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeAlias, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,10 +40,11 @@ from safedefer.errors import NotDeferrable, UnresolvableCallable
 
 # Identifiers are ASCII: Python folds others by NFKC, so two texts would name one thing.
 _IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
+_MAX_NAME: Final = 255
 # pydantic's engine anchors `$` at the very end of the text; Python's own `$` would let "os\n" pass.
-ModuleName = Annotated[str, Field(pattern=rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*$", max_length=255)]
-Qualname = Annotated[str, Field(pattern=rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*$", max_length=255)]
-MemberName = Annotated[str, Field(pattern=r"^(_?[A-Za-z][A-Za-z0-9_]*|_[0-9][A-Za-z0-9_]*|_)$", max_length=255)]
+ModuleName = Annotated[str, Field(pattern=rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*$", max_length=_MAX_NAME)]
+Qualname = Annotated[str, Field(pattern=rf"^{_IDENTIFIER}(\.{_IDENTIFIER})*$", max_length=_MAX_NAME)]
+MemberName = Annotated[str, Field(pattern=r"^(_?[A-Za-z][A-Za-z0-9_]*|_[0-9][A-Za-z0-9_]*|_)$", max_length=_MAX_NAME)]
 
 _DOTTED = re.compile(rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*")
 _MEMBER = re.compile(rf"(?!__){_IDENTIFIER}")
@@ -49,6 +58,7 @@ _MAIN_MODULES: Final = frozenset({"__main__", "__mp_main__"})
 _TYPE_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
 _TYPE_DICT: Final = cast("Any", type.__dict__["__dict__"]).__get__
 _TYPE_QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
+_TYPE_MODULE: Final = cast("Any", type.__dict__["__module__"]).__get__
 _MODULE_DICT: Final = cast("Any", vars(ModuleType)["__dict__"]).__get__
 
 
@@ -92,6 +102,11 @@ class CallableRef(BaseModel):
         """Return ``module:qualname`` or ``module:qualname.member``: the form that policies use."""
         return f"{self.module}:{self.qualname}" + (f".{self.member}" if self.member is not None else "")
 
+    @property
+    def parts(self) -> tuple[str, str, str, str | None]:
+        """Kind, module, qualname and member: what makes two references, of whichever class, the same."""
+        return self.kind, self.module, self.qualname, self.member
+
     @classmethod
     def of(cls, obj: object, *, metaclasses: frozenset[type] = METACLASSES) -> CallableRef:
         """Name a callable, and prove that the name leads back to it.
@@ -126,7 +141,7 @@ class CallableRef(BaseModel):
         """
         try:
             found = self._bind(bound)
-            proved = found is not None and _classify(found, metaclasses) == self
+            proved = found is not None and _classify(found, metaclasses).parts == self.parts
         except NotDeferrable as error:
             raise UnresolvableCallable(f"{self} cannot be called: {error}") from error
         if found is None or not proved:
@@ -208,12 +223,12 @@ def mro(cls: type) -> tuple[type, ...]:
 
 
 def class_path(cls: type) -> str:
-    """Return ``module:qualname`` as the class itself says it, reading no metaclass code."""
+    """Return ``module:qualname`` as the class itself says it, reading no metaclass code. What is no text is empty."""
     module = _TYPE_DICT(cls).get("__module__")
-    if not isinstance(module, str):
+    if module is None:
         # Static types of C keep the module inside tp_name; only type's own getter knows it.
-        module = cast("Any", type.__dict__["__module__"]).__get__(cls)
-    return f"{module}:{_TYPE_QUALNAME(cls)}"
+        module = _TYPE_MODULE(cls)
+    return f"{_text(module)}:{_text(_TYPE_QUALNAME(cls))}"
 
 
 def check_class(cls: type, *, metaclasses: frozenset[type] = METACLASSES, nested: bool = False) -> tuple[str, str]:
@@ -235,7 +250,8 @@ def check_class(cls: type, *, metaclasses: frozenset[type] = METACLASSES, nested
         _refuse("nested-class", f"{qualname} is defined inside a function", "move it to the top level of a module")
     if "." in qualname and not nested:
         _refuse("nested-class", f"{qualname} is a nested class", "move it to the top level of a module")
-    if type(cls) not in metaclasses:
+    # By identity: a set would ask the metaclass's own metaclass for a hash.
+    if type(cls) is not type and not any(type(cls) is known for known in metaclasses):
         _refuse(
             "metaclass",
             f"{qualname} has the metaclass {type(cls).__qualname__}",
@@ -264,13 +280,13 @@ def _classify(obj: object, metaclasses: frozenset[type]) -> CallableRef:
 
 def _function(func: FunctionType) -> CallableRef:
     _check_code(func)
-    qualname = func.__qualname__
+    module, qualname = _text(func.__module__), _text(func.__qualname__)
     if "<locals>" in qualname:
         _refuse("nested-function", "a nested function cannot be found by name", "move it to the top level of a module")
     if "." in qualname:
-        _refuse_unbound(func, qualname)
-    _prove(func, func.__module__, qualname)
-    return _ref("function", func.__module__, qualname)
+        _refuse_unbound(module, qualname)
+    _prove(func, module, qualname)
+    return _ref("function", module, qualname)
 
 
 def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
@@ -280,7 +296,7 @@ def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
         _refuse("unsupported", "the method wraps something that is not a Python function", "defer a plain method")
     is_class = _is_class(owner)
     cls = cast("type", owner) if is_class else type(owner)
-    member = func.__name__
+    member = _text(func.__name__)
     _check_member(member)
     _check_code(func)
     module, qualname = check_class(cls, metaclasses=metaclasses)
@@ -300,7 +316,7 @@ def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
 
 def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     owner: object = cast("Any", obj).__self__
-    name: str = cast("Any", obj).__name__
+    name = _text(cast("Any", obj).__name__)
     if owner is None or type(owner) is ModuleType:
         return _builtin_function(obj, owner, name)
     _check_member(name)
@@ -315,9 +331,9 @@ def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
 
 def _builtin_function(obj: object, home: ModuleType | None, name: str) -> CallableRef:
     modules = [_MODULE_DICT(home).get("__name__")] if home is not None else []
-    found = [m for m in (*modules, cast("Any", obj).__module__) if isinstance(m, str) and _finds(obj, m, name)]
-    if found:
-        return _ref("builtin", found[0], name)
+    for module in map(_text, (*modules, cast("Any", obj).__module__)):
+        if len(module) <= _MAX_NAME and is_found(obj, module, name):
+            return _ref("builtin", module, name)
     if "." in cast("Any", obj).__qualname__:  # such as str.maketrans
         _refuse("static-method", f"the built-in {name} is a static method", "defer a function that calls it")
     return _refuse("not-found", f"the built-in {name} is not found by its name", "defer a function that calls it")
@@ -332,9 +348,10 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         _refuse("descriptor", f"a raw {qualname} object cannot be called by name", "defer it through its class")
     if cls is MethodWrapperType:
         _refuse("dunder", "special methods are not carried", "defer a function that uses the operator")
-    call = next((_TYPE_DICT(c)["__call__"] for c in _TYPE_MRO(cls) if "__call__" in _TYPE_DICT(c)), None)
-    if call is None:
+    definer = next((c for c in _TYPE_MRO(cls) if "__call__" in _TYPE_DICT(c)), None)
+    if definer is None:
         _refuse("not-callable", f"an object of {qualname} is not callable", "pass a function and its arguments")
+    call = _TYPE_DICT(definer)["__call__"]
     if type(call) is not FunctionType:
         _refuse(
             "unsupported",
@@ -343,16 +360,20 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         )
     _check_code(call)
     module, qualname = check_class(cls, metaclasses=metaclasses)
+    # `__call__ = run` in the class itself is one more name for a method of it.
+    _check_home(call, definer, _text(call.__qualname__).rpartition(".")[2])
     return _ref("instance", module, qualname)
 
 
 # --- Proofs ---------------------------------------------------------------------------------------
 
 
-def _prove(obj: object, module: object, qualname: str) -> None:
+def _prove(obj: object, module: str, qualname: str) -> None:
     """Refuse unless looking ``module:qualname`` up gives ``obj`` itself."""
-    if not isinstance(module, str) or _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
+    if _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
         _refuse("name", f"{qualname!a} in {module!a} is not an ASCII name", "give module and object ASCII names")
+    if len(module) > _MAX_NAME or len(qualname) > _MAX_NAME:
+        _refuse("name", f"a name is over {_MAX_NAME} characters", "give module and object shorter names")
     if module in _MAIN_MODULES:
         home = _main_file()
         _refuse(
@@ -360,7 +381,7 @@ def _prove(obj: object, module: object, qualname: str) -> None:
             f"{qualname} lives in {module}, and the process that runs the task has another {module}",
             f"move it to a module that can be imported{home}",
         )
-    if not _finds(obj, module, qualname):
+    if not is_found(obj, module, qualname):
         _refuse(
             "not-found",
             f"looking up {module}:{qualname} gives something else",
@@ -368,7 +389,8 @@ def _prove(obj: object, module: object, qualname: str) -> None:
         )
 
 
-def _finds(obj: object, module: str, qualname: str) -> bool:
+def is_found(obj: object, module: str, qualname: str) -> bool:
+    """Whether looking ``module:qualname`` up gives ``obj`` itself. Imports the module."""
     try:
         return find(module, qualname) is obj
     except UnresolvableCallable:
@@ -399,23 +421,25 @@ def _check_member(member: str) -> None:
         _refuse("dunder", f"{member} is a special method", "defer the object itself, or a function")
     if _MEMBER.fullmatch(member) is None:
         _refuse("name", f"{member!a} is name-mangled or not ASCII", "give the method one leading underscore at most")
+    if len(member) > _MAX_NAME:
+        _refuse("name", f"a name is over {_MAX_NAME} characters", "give the method a shorter name")
 
 
 def _check_home(func: FunctionType, definer: type, member: str) -> None:
     """Refuse a function that only hangs on the class: it has a name of its own elsewhere."""
-    home = f"{func.__module__}:{func.__qualname__}"
-    if home != f"{class_path(definer)}.{member}":
+    module, qualname = _text(func.__module__), _text(func.__qualname__)
+    if f"{module}:{qualname}" != f"{class_path(definer)}.{member}":
         _refuse(
             "foreign-member",
-            f"{member} is {func.__qualname__} of {func.__module__}, hung on a class",
+            f"{member} is {qualname!a} of {module!a}, hung on a class",
             "defer that function, or define the method in the class",
         )
 
 
-def _refuse_unbound(func: FunctionType, qualname: str) -> NoReturn:
+def _refuse_unbound(module: str, qualname: str) -> NoReturn:
     owner, _, name = qualname.rpartition(".")
     try:
-        raw = find(func.__module__, owner)
+        raw = find(module, owner)
         static = _is_class(raw) and type(find_member(cast("type", raw), name)[1]) is staticmethod
     except (UnresolvableCallable, TypeError):
         static = False
@@ -465,9 +489,9 @@ def _bind_builtin(owner: object, member: str | None, bound: object) -> AnyCallab
 
 def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
     """Bind a method descriptor of C to its object; the descriptor's own code is CPython's."""
-    if type(raw) is _METHOD_DESCRIPTOR and bound is not cls:
+    if type(raw) is MethodDescriptorType and bound is not cls:
         found: object = cast("Any", raw).__get__(bound, cls)
-    elif type(raw) is _CLASSMETHOD_DESCRIPTOR and bound is cls:
+    elif type(raw) is ClassMethodDescriptorType and bound is cls:
         found = cast("Any", raw).__get__(None, cls)
     else:
         return None
@@ -477,10 +501,6 @@ def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
 def _same_builtin(left: object, right: object) -> bool:
     """Compare two bound built-in methods: same C function, same object (``==`` compares both)."""
     return left is not None and cast("Any", left).__self__ is cast("Any", right).__self__ and left == right
-
-
-_METHOD_DESCRIPTOR: Final[Any] = type(str.upper)
-_CLASSMETHOD_DESCRIPTOR: Final[Any] = type(dict.__dict__["fromkeys"])
 
 
 # --- Small parts ----------------------------------------------------------------------------------
@@ -506,11 +526,13 @@ def _main_file() -> str:
     return f", such as a new module beside {name}" if name else ", such as tasks.py, and import it from there"
 
 
+def _text(value: object) -> str:
+    """Return a name as it is if it is exactly text, else empty: a subclass of ``str`` brings methods of its own."""
+    return value if type(value) is str else ""
+
+
 def _ref(kind: str, module: str, qualname: str, member: str | None = None) -> CallableRef:
-    # Every part was matched above, so validation again would only cost time.
-    return CallableRef.model_construct(
-        _fields_set={"kind", "module", "qualname", "member"}, kind=kind, module=module, qualname=qualname, member=member
-    )
+    return CallableRef(kind=cast("Any", kind), module=module, qualname=qualname, member=member)
 
 
 def _refuse(reason: str, problem: str, remedy: str) -> NoReturn:

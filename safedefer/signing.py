@@ -21,8 +21,10 @@ from typing import Final, final
 from safedefer.claims import LEEWAY, Claims, Limits
 from safedefer.errors import (
     CapabilityExceeded,
+    ConfigurationError,
     ExpiredTask,
     InvalidClaims,
+    NotDeferrable,
     NotYetValid,
     PolicyViolation,
     RejectedTask,
@@ -31,7 +33,7 @@ from safedefer.errors import (
     UnknownQueueError,
     WrongAudience,
 )
-from safedefer.keys import Key, Keyring
+from safedefer.keys import Key, Keyring, KeyState
 from safedefer.policy import Gate, Policy
 from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.token import Token
@@ -62,11 +64,17 @@ class Signer:
         Raises:
             TaskTooLargeError: The token is over the limit.
             UnknownQueueError: The active key may not sign for the queue.
+            NotDeferrable: The active key may not sign pickled arguments.
         """
         key = self._keyring.active
         queue = claims.audience[1]
         if key.queues is not None and queue not in key.queues:
             raise UnknownQueueError(f"key {key.kid} may not sign for the queue {queue!a}; use another queue or key")
+        if claims.cty == "pickle" and not key.pickle:
+            raise NotDeferrable(
+                f"key {key.kid} may not sign pickled arguments; make it Key(..., pickle=True), or send typed ones",
+                reason="pickle-off",
+            )
         token = self._keyring.sign(claims.to_json())
         if len(token) > self._limits.token_bytes:
             raise TaskTooLargeError(
@@ -80,11 +88,20 @@ class Signer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serves:
-    """What a handler answers to. ``None`` is "any": no list was configured."""
+    """What a handler answers to. ``None`` is "any": no list was configured.
+
+    Raises:
+        ConfigurationError: ``queues`` or ``targets`` is one text.
+    """
 
     environment: str
     queues: Collection[str] | None = None
     targets: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a text in place of a list: ``in`` would look for parts of it."""
+        if isinstance(self.queues, str) or isinstance(self.targets, str):
+            raise ConfigurationError("queues and targets are lists of names, not one text; write ['default']")
 
 
 @final
@@ -106,7 +123,9 @@ class Verifier:
         self._serves = serves
         self._allow_pickle = allow_pickle
         self._limits = limits
-        self._gates: dict[str, Gate] = {key.kid: _gate(policy, key) for key in keyring.keys}
+        # A revoked key's patterns may name what is gone: they are not read.
+        keys = (key for key in keyring.keys if key.state is not KeyState.REVOKED)
+        self._gates: dict[str, Gate] = {key.kid: _gate(policy, key) for key in keys}
 
     def verify(
         self, data: bytes, *, url: str | Container[str], now: float, queue: str | None = None, expired: bool = False

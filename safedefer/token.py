@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from base64 import urlsafe_b64encode
 from binascii import a2b_base64
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self
 
 from safedefer.errors import MalformedToken
@@ -53,9 +53,9 @@ class Token:
 
     header: bytes
     """The encoded header, to be looked up among those of the keyring."""
-    payload: bytes
+    payload: bytes = field(repr=False)
     """The encoded payload: ``Keyring.verify`` decodes it when the MAC has matched."""
-    mac: bytes
+    mac: bytes = field(repr=False)
     """The encoded MAC."""
 
     @property
@@ -68,8 +68,10 @@ class Token:
         """Split a token into its segments.
 
         Raises:
-            MalformedToken: It is over ``max_bytes``, or not three canonical base64url segments.
+            MalformedToken: It is not bytes, is over ``max_bytes``, or is not three canonical base64url segments.
         """
+        if type(data) is not bytes:
+            raise MalformedToken("a token is bytes; send what serialize() returned")
         if len(data) > max_bytes:
             raise MalformedToken("the token is over the size limit; pass an id instead of the data")
         segments = data.split(b".", 3)
