@@ -20,8 +20,12 @@ texts = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=12),
     st.sampled_from(["$", "$ref", "$tuple", "\ud800", "\udfff$", "", "a b", "\0", "é", "e\u0301", "__proto__"]),
 )
-integers = st.one_of(st.integers(), st.integers(-(2**200), 2**200), st.sampled_from([2**53 - 1, 2**53, -(2**53), 2**63]))
-offsets = st.timedeltas(min_value=-__import__("datetime").timedelta(hours=23), max_value=__import__("datetime").timedelta(hours=23))
+integers = st.one_of(
+    st.integers(), st.integers(-(2**200), 2**200), st.sampled_from([2**53 - 1, 2**53, -(2**53), 2**63])
+)
+offsets = st.timedeltas(
+    min_value=-__import__("datetime").timedelta(hours=23), max_value=__import__("datetime").timedelta(hours=23)
+)
 zones = st.one_of(
     st.sampled_from(ZONES).map(ZoneInfo), offsets.map(timezone), st.builds(timezone, offsets, st.text(max_size=5))
 )
@@ -52,15 +56,17 @@ hashable_scalars = st.one_of(
     st.from_regex(re.compile(r"[A-Z]:\\[a-z]{0,3}(\\[a-z]{1,3}){0,2}"), fullmatch=True).map(PureWindowsPath),
     st.builds(range, integers, integers, integers.filter(bool)),
     st.just(...),
-    st.sampled_from([*zoo.Color, *zoo.Level, *zoo.Mode, *zoo.Perm, zoo.Perm(5), zoo.Perm(0), zoo.IntPerm(6), zoo.IntPerm(64)]),
+    st.sampled_from(
+        [*zoo.Color, *zoo.Level, *zoo.Mode, *zoo.Perm, zoo.Perm(5), zoo.Perm(0), zoo.IntPerm(6), zoo.IntPerm(64)]
+    ),
     st.sampled_from([zoo.Order, list, dict, zoo.Outer.Inner, zoo.top, print, zoo.Worker.build]),
     st.sampled_from([re.compile("a+", re.IGNORECASE), re.compile(rb"\d")]),
     texts.map(zoo.MyStr),
     integers.map(zoo.MyInt),
     st.binary(max_size=5).map(zoo.MyBytes),
 )
-scalars = st.one_of(hashable_scalars, st.binary(max_size=12).map(bytearray))
-hashables = st.recursive(
+_scalars = st.one_of(hashable_scalars, st.binary(max_size=12).map(bytearray))
+_hashables = st.recursive(
     hashable_scalars,
     lambda inner: st.one_of(
         st.lists(inner, max_size=3).map(tuple),
@@ -71,6 +77,23 @@ hashables = st.recursive(
     ),
     max_leaves=4,
 )
+
+
+# Composites, so that reprs are short: hypothesis warns of long ones.
+
+
+@st.composite
+def _any_hashable(draw):
+    return draw(_hashables)
+
+
+@st.composite
+def _any_scalar(draw):
+    return draw(_scalars)
+
+
+hashables = _any_hashable()
+scalars = _any_scalar()
 names = st.from_regex(re.compile("[a-z_é][a-z0-9_]{0,6}"), fullmatch=True).filter(lambda n: not n.startswith("__"))
 
 
@@ -169,7 +192,11 @@ def shared_values(draw):
 # --- JSON -----------------------------------------------------------------------------------------
 
 json_scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8)
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**60), 2**60),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
 )
 plain_trees = st.recursive(
     json_scalars,
@@ -183,15 +210,26 @@ tags = st.sampled_from(
 )
 class_names = st.sampled_from(
     [f"tests.zoo.values:{name}" for name in vars(zoo) if name[0].isupper()]
-    + ["builtins:ValueError", "builtins:OSError", "builtins:UnicodeDecodeError", "builtins:list", "os:system", "tests.zoo.values:top"]
+    + [
+        "builtins:ValueError",
+        "builtins:OSError",
+        "builtins:UnicodeDecodeError",
+        "builtins:list",
+        "os:system",
+        "tests.zoo.values:top",
+    ]
 )
 payload_scalars = st.one_of(
     json_scalars,
     class_names,
     st.integers(0, 5),
-    st.sampled_from(["YQ==", "nan", "2026-01-01", "2026-01-01T00:00:00", "UTC", "1.5", "RED", "12345678901234567890", "PosixPath"]),
+    st.sampled_from(
+        ["YQ==", "nan", "2026-01-01", "2026-01-01T00:00:00", "UTC", "1.5", "RED", "12345678901234567890", "PosixPath"]
+    ),
 )
-parts = st.sampled_from(["class", "args", "kwargs", "items", "keys", "values", "value", "state", "setstate", "kind", "module", "a", "b"])
+parts = st.sampled_from(
+    ["class", "args", "kwargs", "items", "keys", "values", "value", "state", "setstate", "kind", "module", "a", "b"]
+)
 #: Trees that are likely to be wrong in ways that matter.
 tagged_trees = st.recursive(
     payload_scalars,
@@ -201,7 +239,11 @@ tagged_trees = st.recursive(
         st.builds(lambda tag, payload: {tag: payload}, tags, inner),
         st.builds(lambda tag, payload: {tag: payload}, tags, st.lists(inner, max_size=4)),
         st.builds(lambda tag, name, rest: {tag: [name, *rest]}, tags, class_names, st.lists(inner, max_size=4)),
-        st.builds(lambda name, rest: {"$object": {"class": name, **rest}}, class_names, st.dictionaries(parts, inner, max_size=3)),
+        st.builds(
+            lambda name, rest: {"$object": {"class": name, **rest}},
+            class_names,
+            st.dictionaries(parts, inner, max_size=3),
+        ),
     ),
     max_leaves=15,
 )

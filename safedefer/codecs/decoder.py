@@ -111,7 +111,16 @@ class Decoder:
         start = len(out)
         try:
             for tree in trees:
-                out.append(self.value(tree, depth))  # noqa: PERF401 - the length of `out` is the path
+                kind = type(tree)
+                # The conditions of `value`: most members are plain, and a call costs more than the question.
+                plain = (
+                    kind is str
+                    or (kind is int and -SAFE_INT <= tree <= SAFE_INT)
+                    or (kind is float and tree - tree == 0.0)
+                    or tree is None
+                    or kind is bool
+                )
+                out.append(tree if plain else self.value(tree, depth))
         except Refusal as refusal:
             refusal.trail.append(f"[{len(out) - start}]")
             raise
@@ -124,7 +133,9 @@ class Decoder:
             for name, tree in trees.items():
                 if name[:1] == "$":
                     raise Refusal("a tag stands alone in its object")  # noqa: TRY301 - the path is added below
-                out[name] = self.value(tree, depth)
+                kind = type(tree)
+                plain = kind is str or (kind is int and -SAFE_INT <= tree <= SAFE_INT) or tree is None or kind is bool
+                out[name] = tree if plain else self.value(tree, depth)
         except Refusal as refusal:
             refusal.trail.append(step(name))
             raise

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 from safedefer.claims import Limits
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.statics import type_name
-from safedefer.codecs.walk import SAFE_INT, Json, Refusal, is_member_name, step
+from safedefer.codecs.walk import SAFE_INT, Json, Refusal, is_text, step
 from safedefer.errors import NotDeferrable
 from safedefer.policy import Gate
 
@@ -77,15 +77,13 @@ class Encoder:
             Refusal: It cannot be carried.
         """
         kind = type(value)
-        if kind is str:
-            if value.isascii():
-                return value
-        elif value is None or kind is bool:
-            return value
-        elif kind is int:
-            if -SAFE_INT <= value <= SAFE_INT:
-                return value
-        elif kind is float and value - value == 0.0:  # neither NaN nor infinite
+        if (
+            value is None
+            or kind is bool
+            or (kind is str and value.isascii())
+            or (kind is int and -SAFE_INT <= value <= SAFE_INT)
+            or (kind is float and value - value == 0.0)  # neither NaN nor infinite
+        ):
             return value
         if depth > self.limits.depth:
             raise Refusal(f"values nest deeper than {self.limits.depth}; pass a flatter value, or an id")
@@ -99,12 +97,23 @@ class Encoder:
     def sequence(self, values: Sequence[Any], depth: int) -> list[Json]:
         """Return the trees of the members of a list or tuple."""
         self.add(len(values))
-        out: list[Json] = []
+        out: list[Json] = list(values)
+        i = -1
         try:
             for value in values:
-                out.append(self.value(value, depth))  # noqa: PERF401 - the length of `out` is the path
+                i += 1
+                kind = type(value)
+                # The conditions of `value`: most members are plain, and a call costs more than the question.
+                if not (
+                    (kind is str and value.isascii())
+                    or (kind is int and -SAFE_INT <= value <= SAFE_INT)
+                    or (kind is float and value - value == 0.0)
+                    or value is None
+                    or kind is bool
+                ):
+                    out[i] = self.value(value, depth)
         except Refusal as refusal:
-            refusal.trail.append(f"[{len(out)}]")
+            refusal.trail.append(f"[{i}]")
             raise
         return out
 
@@ -118,11 +127,18 @@ class Encoder:
         name: Any = None
         try:
             for name, value in pairs:
-                if not is_member_name(name):
+                if type(name) is not str or name[:1] == "$" or not (name.isascii() or is_text(name)):
                     raise Refusal(  # noqa: TRY301 - the path is added below
                         "an attribute or keyword begins with '$', is no plain text or not exactly a str; rename it"
                     )
-                out[name] = self.value(value, depth)
+                kind = type(value)
+                plain = (
+                    (kind is str and value.isascii())
+                    or (kind is int and -SAFE_INT <= value <= SAFE_INT)
+                    or value is None
+                    or kind is bool
+                )
+                out[name] = value if plain else self.value(value, depth)
         except Refusal as refusal:
             refusal.trail.append(step(name))
             raise

@@ -38,7 +38,7 @@ from typing import Any, Final, cast
 from uuid import UUID, SafeUUID
 from zoneinfo import ZoneInfo
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 
 from safedefer.claims import Limits
 from safedefer.codecs.statics import derives
@@ -76,10 +76,52 @@ _HARMLESS: Final[dict[tuple[str, str], Any]] = {
 
 # Every opcode that protocol 5 writes without out-of-band buffers, extensions and persistent ids.
 _OPCODES: Final = frozenset(
-    "PROTO FRAME STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT SHORT_BINUNICODE BINUNICODE "
-    "BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 "
-    "TUPLE3 EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET MARK POP POP_MARK MEMOIZE BINGET LONG_BINGET "
-    "STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD".split()
+    [
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "LONG4",
+        "BINFLOAT",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "SHORT_BINBYTES",
+        "BINBYTES",
+        "BINBYTES8",
+        "BYTEARRAY8",
+        "EMPTY_LIST",
+        "APPEND",
+        "APPENDS",
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+        "EMPTY_SET",
+        "ADDITEMS",
+        "FROZENSET",
+        "MARK",
+        "POP",
+        "POP_MARK",
+        "MEMOIZE",
+        "BINGET",
+        "LONG_BINGET",
+        "STACK_GLOBAL",
+        "REDUCE",
+        "NEWOBJ",
+        "NEWOBJ_EX",
+        "BUILD",
+    ]
 )
 # An opcode for a value and one to remember it, and the ends of containers.
 _OPCODES_PER_ITEM: Final = 4
@@ -135,14 +177,17 @@ class PickledCodec:
         data = self._open(call)
         try:
             _scan(data, self._limits)
-            reader = pickle.Unpickler(io.BytesIO(data)) if self._by_value else _Reader(data, gate)
+            # By value means that the pickle runs code: two switches say so.
+            reader = pickle.Unpickler(io.BytesIO(data)) if self._by_value else _Reader(data, gate)  # noqa: S301
             values = reader.load()
         except RejectedTask:
             raise
         except _Refused as error:
             raise InvalidArguments(f"$: {error}; do not sign pickles that are not of this library") from error
         except Exception as error:
-            raise InvalidArguments("$: the pickle cannot be loaded; deploy the code that the task was made for") from error
+            raise InvalidArguments(
+                "$: the pickle cannot be loaded; deploy the code that the task was made for"
+            ) from error
         if type(values) is not tuple or list(map(type, values)) != [tuple, tuple, dict]:
             raise InvalidArguments("$: the pickle holds no call; do not sign pickles that are not of this library")
         bound, args, kwargs = values
@@ -156,7 +201,9 @@ class PickledCodec:
         if call.bound is not UNBOUND and not (
             type(call.bound) is dict and call.bound == _BOUND and type(call.bound["$pickle"]) is int
         ):
-            raise InvalidArguments('$.bound: beside pickled arguments it is {"$pickle": 0}; see schema/README.md', path="$.bound")
+            raise InvalidArguments(
+                '$.bound: beside pickled arguments it is {"$pickle": 0}; see schema/README.md', path="$.bound"
+            )
         text, python, cloud = call.args
         if (python, cloud) != (_PYTHON, cloudpickle.__version__):
             raise UnresolvableCallable(
@@ -260,14 +307,17 @@ def _step(op: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> Non
         if needs:
             del stack[len(stack) - needs :]
     inner = 1 + max(taken, default=0)
-    for _ in op.stack_after:
-        stack.append(max(base, inner) if name in _FILLING else inner)
+    stack.extend(max(base, inner) if name in _FILLING else inner for _ in op.stack_after)
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-ignore] # noqa: SLF001
-    """Python's own unpickler in Python: the one in C cannot be asked before it calls or changes something."""
+# Python's own unpickler in Python: the one in C cannot be asked before it calls or changes something.
+_Unpickler: Final[Any] = pickle._Unpickler  # type: ignore[attr-defined, unused-ignore] # noqa: SLF001
 
-    dispatch: Final = dict(pickle._Unpickler.dispatch)  # type: ignore[misc, attr-defined, unused-ignore] # noqa: SLF001
+
+class _Reader(_Unpickler):  # type: ignore[misc]
+    """Unpickles what the policy admits, and asks before each opcode that calls or changes something."""
+
+    dispatch: Final[dict[int, Any]] = dict(_Unpickler.dispatch)
 
     def __init__(self, data: bytes, gate: Gate) -> None:
         super().__init__(io.BytesIO(data))
@@ -289,7 +339,12 @@ class _Reader(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-ign
         return found
 
     def _find(self, module: str, name: str) -> object:
-        if type(module) is not str or type(name) is not str or _MODULE.fullmatch(module) is None or _NAME.fullmatch(name) is None:
+        if (
+            type(module) is not str
+            or type(name) is not str
+            or _MODULE.fullmatch(module) is None
+            or _NAME.fullmatch(name) is None
+        ):
             raise _Refused("the pickle names something that is not at the top level of a module")
         try:
             self._gate.load_class(f"{module}:{name}")

@@ -7,20 +7,19 @@ each level of the tree is judged at once by the set of its types.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, cycle, repeat
 from math import isfinite
+from operator import is_
 from types import NoneType
 from typing import Any, Final
 
 from safedefer.claims import Limits
 from safedefer.codecs.walk import SAFE_INT, is_text
 
-# Types are compared by id: a set of the types themselves would run the hash of a user's metaclass.
-_STR, _INT, _FLOAT, _BOOL, _NONE, _LIST, _DICT = map(id, (str, int, float, bool, NoneType, list, dict))
-_PLAIN: Final = frozenset({_STR, _INT, _FLOAT, _BOOL, _NONE, _LIST, _DICT})
-_ONLY_STR: Final = frozenset({_STR})
-_SILENT: Final = frozenset({_BOOL, _NONE})
-# From this many containers of one length on, their values are judged by column.
+_PLAIN: Final[tuple[type, ...]] = (str, int, float, bool, NoneType, list, dict)
+# Below this many values a loop in Python is faster than setting out for C.
+_FEW: Final = 64
+# From this many containers of one length on, their values are judged by column; with more columns, at once.
 _COLUMNS: Final = 16
 
 _Group = Sequence[Any]
@@ -54,76 +53,121 @@ def is_plain(values: _Group, limits: Limits) -> bool:
         # What is met twice has to arrive as one, and a cycle would never end.
         before = len(met)
         met.update(map(id, lists), map(id, dicts))
-        items += sum(map(len, lists)) + sum(map(len, dicts))
-        if len(met) - before != len(lists) + len(dicts) or items > limits.items:
+        if len(met) - before != len(lists) + len(dicts) or (dicts and not _names_are_plain(dicts)):
             return False
-        if dicts and not _names_are_plain(dicts):
+        inside = list(chain.from_iterable(lists)), list(chain.from_iterable(map(dict.values, dicts)))
+        items += len(inside[0]) + len(inside[1])
+        if items > limits.items:
             return False
-        groups = [*_regroup(lists), *_regroup([d.values() for d in dicts])]
+        groups = [*_columns(inside[0], lists), *_columns(inside[1], dicts)]
     return False
 
 
-def _sort(group: _Group, lists: list[list[Any]], dicts: list[dict[str, Any]]) -> bool:
+def _sort(group: _Group, lists: list[list[Any]], dicts: list[dict[str, Any]]) -> bool:  # noqa: C901 - one branch a type
     """Check the scalars of a group and sort out its containers."""
-    kinds = set(map(id, map(type, group)))
-    if len(kinds) == 1:
-        (kind,) = kinds
-        if kind == _LIST:
+    if len(group) < _FEW:
+        return _sort_few(group, lists, dicts)
+    kind: type = type(group[0])
+    # Types are compared by identity: a set of them would run the hash of a user's metaclass.
+    if all(map(is_, map(type, group), repeat(kind))):
+        if kind is list:
             lists.extend(group)
-        elif kind == _DICT:
+        elif kind is dict:
             dicts.extend(group)
         else:
-            return kind in _SILENT or _scalars_are_plain(kind, group)
+            return _scalars_are_plain(kind, group)
         return True
-    if not kinds <= _PLAIN:
-        return False
-    if _LIST in kinds:
-        lists.extend([v for v in group if type(v) is list])
-    if _DICT in kinds:
-        dicts.extend([v for v in group if type(v) is dict])
-    return (
-        (_STR not in kinds or _scalars_are_plain(_STR, [v for v in group if type(v) is str]))
-        and (_INT not in kinds or _scalars_are_plain(_INT, [v for v in group if type(v) is int]))
-        and (_FLOAT not in kinds or _scalars_are_plain(_FLOAT, [v for v in group if type(v) is float]))
-    )
+    rest: _Group = group
+    for kind in _PLAIN:
+        some: list[Any] = [v for v in rest if type(v) is kind]
+        if not some:
+            continue
+        if kind is list:
+            lists.extend(some)
+        elif kind is dict:
+            dicts.extend(some)
+        elif not _scalars_are_plain(kind, some):
+            return False
+        if len(some) == len(rest):
+            return True
+        rest = [v for v in rest if type(v) is not kind]
+    return False
 
 
-def _scalars_are_plain(kind: int, group: _Group) -> bool:
-    """Check values that are exactly of one scalar type."""
-    if kind == _STR:
-        # Each by itself first: two lone surrogates that meet in a join stay lone in Python, so one text will do.
+def _sort_few(group: _Group, lists: list[list[Any]], dicts: list[dict[str, Any]]) -> bool:  # noqa: C901 - one branch a type
+    for value in group:
+        kind = type(value)
+        if kind is str:
+            if not value.isascii() and not is_text(value):
+                return False
+        elif kind is int:
+            if not -SAFE_INT <= value <= SAFE_INT:
+                return False
+        elif kind is dict:
+            dicts.append(value)
+        elif kind is list:
+            lists.append(value)
+        elif kind is float:
+            if value - value != 0.0:
+                return False
+        elif value is not None and kind is not bool:
+            return False
+    return True
+
+
+def _scalars_are_plain(kind: type, group: _Group) -> bool:
+    """Check values that are exactly of one type."""
+    if kind is str:
+        # One text will do: lone surrogates that meet in a join stay lone in Python.
         return is_text("".join(group))
-    if kind == _INT:
+    if kind is int:
         return bool(min(group) >= -SAFE_INT and max(group) <= SAFE_INT)
-    # A sum of finite floats may overflow, which costs a walk; with a NaN or an infinity it is never finite.
-    return kind == _FLOAT and bool(isfinite(sum(group)))
+    if kind is float:
+        # A sum of finite floats may overflow, which costs a walk; with a NaN or an infinity it is never finite.
+        return isfinite(sum(group))
+    return kind is bool or kind is NoneType
 
 
 def _names_are_plain(dicts: Sequence[dict[str, Any]]) -> bool:
-    if set(map(id, map(type, chain.from_iterable(dicts)))) - _ONLY_STR:
+    if len(dicts) < _COLUMNS:
+        return all(
+            type(name) is str and name[:1] != "$" and (name.isascii() or is_text(name))
+            for each in dicts
+            for name in each
+        )
+    names = list(dicts[0])
+    # Rows mostly have the names of the first row, in its order, as the very same objects.
+    if not all(map(is_, chain.from_iterable(dicts), cycle(names))):
+        names = list(chain.from_iterable(dicts))
+    if not all(map(is_, map(type, names), repeat(str))):
         return False
     # One text for all names: "\n$" inside a name is a false alarm, which costs a walk.
-    text = "\n" + "\n".join(set().union(*dicts))
+    text = "\n" + "\n".join(names)
     return "\n$" not in text and is_text(text)
 
 
-def _regroup(containers: Sequence[Any]) -> list[_Group]:
-    """Return the values of the containers in groups that are likely to be of one type each."""
-    if len(containers) >= _COLUMNS and len(set(map(len, containers))) == 1:
-        return list(zip(*containers, strict=True))
-    group = list(chain.from_iterable(containers))
-    return [group] if group else []
+def _columns(flat: list[Any], containers: Sequence[Any]) -> list[_Group]:
+    """Split the values of the containers into groups that are likely to be of one type each."""
+    rows = len(containers)
+    if rows < _COLUMNS or len(flat) % rows or not 1 < len(flat) // rows <= _COLUMNS:
+        return [flat] if flat else []
+    # If the containers are not of one length after all, these are other groups of the same values.
+    size = len(flat) // rows
+    return [flat[column::size] for column in range(size)]
 
 
 # --- The text that a tree was parsed from ---------------------------------------------------------
 
-# Digits become 0, and whatever may stand before a number becomes a comma.
-_SHAPE: Final = bytes.maketrans(b"123456789[:- \t\n\rE", b"000000000,,,,,,,e")
+# Digits and the plus of an exponent become 0, and whatever may stand before a number becomes a comma.
+_SHAPE: Final = bytes.maketrans(b"123456789+[:- \t\n\rE", b"0000000000,,,,,,,e")
+
+_NO_BRACKETS: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
 
 
 def may_hold_tags(text: bytes) -> bool:
     """Say whether the JSON text may hold a member name that begins with ``$``."""
-    return b'"$' in text or rb"\u0024" in text
+    # One byte first: to search for it is several times faster than for two.
+    return (b"$" in text and b'"$' in text) or (b"\\" in text and rb"\u0024" in text)
 
 
 def may_break_limits(text: bytes, limits: Limits) -> bool:
@@ -132,8 +176,29 @@ def may_break_limits(text: bytes, limits: Limits) -> bool:
     A cheap over-estimate: it may say yes without cause, never no.
     """
     brackets = text.count(b"[") + text.count(b"{")
-    if brackets > limits.depth or brackets + text.count(b",") > limits.items:
+    # A value takes at least two bytes of text.
+    if (len(text) > 2 * limits.items and brackets + text.count(b",") > limits.items) or (
+        brackets > limits.depth and _may_be_deep(text, limits.depth)
+    ):
         return True
     shape = text.translate(_SHAPE)
     # An integer beyond 2**53-1 has at least 16 digits; an infinity has that many too, or an exponent of three.
-    return b",0000000000000000" in shape or b"0e000" in shape or b"0e+000" in shape
+    return b",0000000000000000" in shape or b"0e000" in shape
+
+
+def _may_be_deep(text: bytes, depth: int) -> bool:
+    """Say whether brackets may nest deeper than ``depth`` inside the two that every value is in."""
+    skeleton = text.translate(None, _NO_BRACKETS)
+    if b"\\" in skeleton:
+        return True
+    # Strings without brackets vanish here. A bracket inside one leaves an odd quote before it, so if none is left,
+    # every bracket is a real one.
+    skeleton = skeleton.replace(b'""', b"")
+    if b'"' in skeleton:
+        return True
+    for _ in range(depth + 2):
+        if not skeleton:
+            return False
+        # At least the innermost level goes.
+        skeleton = skeleton.replace(b"{}", b"").replace(b"[]", b"")
+    return bool(skeleton)

@@ -90,7 +90,9 @@ def dict_getter(cls: type) -> Callable[[object], Any] | None:
     if found is None:
         return None
     if type(found[1]) is not GetSetDescriptorType:
-        raise ValueError("the class hides its __dict__ behind an attribute of its own; register the type, or pass an id")
+        raise ValueError(
+            "the class hides its __dict__ behind an attribute of its own; register the type, or pass an id"
+        )
     return cast("Callable[[object], Any]", found[1].__get__)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from safedefer.codecs.decoder import Decoder, array
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.statics import dict_getter
-from safedefer.codecs.walk import Json, Refusal, is_member_name, step
+from safedefer.codecs.walk import Json, Refusal, is_text, step
 
 _DEQUE_MAX: Final = 2**53 - 1
 
@@ -117,11 +117,20 @@ def _decode_frozenset(dec: Decoder, payload: Json, depth: int) -> frozenset[Any]
 # --- Dicts ----------------------------------------------------------------------------------------
 
 
+def plain_names(keys: Iterable[Any]) -> bool:
+    """Say whether the keys may be the names of a JSON object: exactly str, text, and no tags."""
+    # A loop rather than all(): most dicts are small.
+    for key in keys:  # noqa: SIM110
+        if type(key) is not str or key[:1] == "$" or not (key.isascii() or is_text(key)):
+            return False
+    return True
+
+
 def _encode_dict(enc: Encoder, value: dict[Any, Any], depth: int) -> Json:
     ref = enc.enter(value)
     if ref is not None:
         return ref
-    if all(map(is_member_name, value)):
+    if plain_names(value):
         return enc.attributes(value.items(), depth + 1)
     return {"$dict": _pairs(enc, value.items(), len(value), depth + 1)}
 
@@ -130,7 +139,7 @@ def _decode_dict(dec: Decoder, payload: Json, depth: int) -> dict[Any, Any]:
     out: dict[Any, Any] = {}
     dec.share(out)
     _fill_pairs(dec, out, array(payload), depth + 1)
-    if all(map(is_member_name, out)):
+    if plain_names(out):
         raise Refusal("a dict whose keys are plain strings is written as a plain object")
     return out
 

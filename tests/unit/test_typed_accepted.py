@@ -508,5 +508,3 @@ def test_every_core_tag_is_in_the_table():
     walk(tree_of([shared, shared, *ACCEPTED.values()]))
     assert CORE_TAGS <= seen
     assert seen - CORE_TAGS == {"$attrs"}
-
-

@@ -316,7 +316,13 @@ def test_the_limits_of_the_codec_hold():
     decode([[[1]]])
     decode([1, 2, 3, 4])
     decode({"$int": str(10**19)})
-    for tree in ([[[[1]]]], [1, 2, 3, 4, 5], {"$int": str(10**20)}, {"$tuple": [{"$tuple": [{"$tuple": [[]]}]}]}, {"$dict": [[1, 2]] * 3}):
+    for tree in (
+        [[[[1]]]],
+        [1, 2, 3, 4, 5],
+        {"$int": str(10**20)},
+        {"$tuple": [{"$tuple": [{"$tuple": [[]]}]}]},
+        {"$dict": [[1, 2]] * 3},
+    ):
         with pytest.raises(InvalidArguments):
             decode(tree)
 
@@ -377,5 +383,3 @@ def test_lone_surrogates_and_duplicates_do_not_even_parse():
     for text in (b'{"a":"\\ud800"}', b'{"a":1,"a":2}', b'{"a":1,"\\u0061":2}', b'{"a":NaN}', b'{"a":Infinity}'):
         with pytest.raises(ValueError, match="line 1"):
             jiter.from_json(text, allow_inf_nan=False, catch_duplicate_keys=True)
-
-

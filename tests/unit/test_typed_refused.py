@@ -261,7 +261,11 @@ REFUSED = {
     "counter with an attribute": (with_attribute(Counter("ab")), "", "attributes"),
     "ordered dict with an attribute": (with_attribute(OrderedDict(a=1)), "", "attributes"),
     "network with an attribute": (with_attribute(ip_network("10.0.0.0/8")), "", "attributes"),
-    "named tuple with an attribute": (with_attribute(type("P", (zoo.Point,), {"__module__": zoo.__name__})(1, 2)), "", None),
+    "named tuple with an attribute": (
+        with_attribute(type("P", (zoo.Point,), {"__module__": zoo.__name__})(1, 2)),
+        "",
+        None,
+    ),
     "date subclass": (MyDate(2026, 1, 1), "", "register"),
     "ordered dict subclass": (MyOrdered(), "", "register"),
     "deque subclass": (MyDeque(), "", "register"),
@@ -400,5 +404,3 @@ def test_the_limits_of_the_codec_hold():
     for value in ([[[[1]]]], [1, 2, 3, 4, 5], 10**20, ((((1,),),),), {1: 2, 3: 4, 5: 6}):
         with pytest.raises(UnencodableArgument):
             encode(value)
-
-

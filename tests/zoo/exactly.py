@@ -108,7 +108,7 @@ class _Comparison:
                 self.fail(path, f"{a!r} arrived as {b!r}")
         elif kind is slice:
             self.many([a.start, a.stop, a.step], [b.start, b.stop, b.step], path)
-        elif kind in (tuple,):
+        elif kind is tuple:
             self.many(a, b, path)
         elif kind in (list, deque):
             if not self.once(a, b, path):
@@ -149,7 +149,18 @@ class _Comparison:
                 return
             for name in ("args", "__cause__", "__context__", "__suppress_context__"):
                 self.compare(getattr(a, name), getattr(b, name), f"{path}.{name}")
-            for name in ("errno", "strerror", "filename", "filename2", "name", "path", "obj", "code", "value", "lineno"):
+            for name in (
+                "errno",
+                "strerror",
+                "filename",
+                "filename2",
+                "name",
+                "path",
+                "obj",
+                "code",
+                "value",
+                "lineno",
+            ):
                 self.compare(getattr(a, name, None), getattr(b, name, None), f"{path}.{name}")
         if isinstance(a, BaseModel):
             self.compare(set(a.model_fields_set), set(b.model_fields_set), path + ".model_fields_set")
@@ -190,8 +201,10 @@ def _order(value):
 
 
 def _contents(value, base):
-    return base(base.__iter__(value)) if base in (list, set, frozenset, tuple) else (
-        dict(dict.items(value)) if base is dict else base.__getnewargs__(value)[0]
+    return (
+        base(base.__iter__(value))
+        if base in (list, set, frozenset, tuple)
+        else (dict(dict.items(value)) if base is dict else base.__getnewargs__(value)[0])
     )
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import enum
 import functools
-import typing
 from collections import namedtuple
 from typing import Any, NamedTuple
 
@@ -122,7 +121,7 @@ class Node:
 
 
 class WithSlots:
-    __slots__ = ("__weakref__", "_WithSlots__hidden", "a", "b")
+    __slots__ = ("_WithSlots__hidden", "__weakref__", "a", "b")
 
 
 class SlotsAndDict(WithSlots):
