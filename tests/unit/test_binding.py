@@ -39,7 +39,7 @@ def test_check_binds_agrees_with_the_signature(target, args, kwargs):
         inspect.signature(target).bind(*args, **kwargs)
     except TypeError as error:
         # A keyword named like the method's own first parameter is refused as the call itself would refuse it.
-        expected = "" if "self" in kwargs or "cls" in kwargs else f"^{re.escape(str(error))}$"
+        expected = "argument" if "self" in kwargs or "cls" in kwargs else f"^{re.escape(str(error))}$"
         with pytest.raises(TypeError, match=expected):
             check_binds(target, args, kwargs)
     else:
