@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
 
+from safedefer.binding import check_binds
 from safedefer.blobs import Blob
 from safedefer.claims import (
     DEFAULT_QUEUE,
@@ -46,7 +47,7 @@ from safedefer.errors import (
     UnknownQueueError,
 )
 from safedefer.events import LogObserver, Observer, TaskEnqueued, notify
-from safedefer.execution import Codec, Validate, check_binds, is_async, prepare
+from safedefer.execution import Codec, Validate, call_in_thread, is_async, prepare
 from safedefer.keys import Keyring
 from safedefer.policy import Policy
 from safedefer.queues import open_queue
@@ -119,7 +120,9 @@ class App:
             raise ConfigurationError(
                 "an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`"
             )
-        _check_names(environment, url, queues, targets)
+        _check_names(environment, url, prefix, queues, targets)
+        _check_numbers(concurrency, inline_limit, validate)
+        self._keyring = keyring
         self.environment = environment
         self.url = url
         self.prefix = prefix.rstrip("/")
@@ -143,7 +146,8 @@ class App:
         if allow_pickle:
             self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
         self._queue: PullQueue | str = queue
-        self._lock = Lock()
+        # Reentrant: loading the policy imports modules, and one of them may defer something.
+        self._lock = RLock()
         self._delivery: Delivery | None = None
         self._delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds, validate=validate
@@ -227,7 +231,7 @@ class App:
         chosen = Options(
             countdown=countdown,
             eta=eta,
-            headers=headers or {},
+            headers={} if headers is None else headers,
             name=name,
             queue=queue,
             retry_options=retry_options,
@@ -332,6 +336,11 @@ class App:
         codec = self._codecs.get(cty)
         if codec is None:
             raise NotDeferrable("pickled arguments are off; make the App with allow_pickle=True", reason="pickle-off")
+        if options.pickle and not self._keyring.active.pickle:
+            raise NotDeferrable(
+                f"key {self._keyring.active.kid} may not sign pickled arguments; give it pickle=True, or use another",
+                reason="pickle-key",
+            )
         data = codec.encode(CallData(bound_object(obj), tuple(args), dict(kwargs)), gate)
         named: dict[str, Any] = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname}
         if ref.member is not None:
@@ -456,7 +465,7 @@ class App:
     async def run_async(self, data: bytes) -> object:
         """Do what ``run`` does inside a running loop: plain callables run in a thread."""
         prepared = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
-        result = prepared() if is_async(prepared.target) else await asyncio.to_thread(prepared)
+        result = prepared() if is_async(prepared.target) else await call_in_thread(prepared)
         return await _awaited(result) if inspect.isawaitable(result) else result
 
     def run_from_datastore(self, key: str) -> object:
@@ -479,9 +488,15 @@ class App:
     def _runnable(self, data: bytes) -> VerifiedTask:
         self.policy.load()
         verified = self._verifier.verify(data, url=_OwnUrls(self.url), now=self._clock())
-        return self._follow(verified)
+        return self.follow(verified)
 
-    def _follow(self, verified: VerifiedTask | VerifiedPointer, *, expired: bool = False) -> VerifiedTask:
+    def follow(self, verified: VerifiedTask | VerifiedPointer, *, expired: bool = False) -> VerifiedTask:
+        """Return the task that a verified pointer leads to, verified too; runs nothing.
+
+        Raises:
+            PermanentTaskFailure: The stored token is gone.
+            RejectedTask: It is not the one that was pointed to, or is refused.
+        """
         if isinstance(verified, VerifiedTask):
             return verified
         data = self.queue.blobs.get(verified.blob.id)
@@ -535,12 +550,18 @@ class App:
                 "retry_of": task_id,
             }
         )
-        options = Options(headers=view.headers, retry_options=retry_options)
+        options = Options(headers=task.claims.headers or {}, retry_options=retry_options)
         again, queued = self._package(renewed, options, now)
         return again if self.queue.replace_dead(task_id, queued, now=now) else None
 
     def set_log_level(self, level: int) -> None:
-        """Set the level that a normal run is logged at (App Engine ``set_log_level``)."""
+        """Set the level that a normal run is logged at (App Engine ``set_log_level``).
+
+        Raises:
+            TypeError: It is not one of logging's numbers.
+        """
+        if type(level) is not int:
+            raise TypeError("the log level is a number such as logging.INFO")
         if isinstance(self.observer, LogObserver):
             self.observer.level = level
         else:
@@ -634,15 +655,34 @@ async def _awaited(result: Any) -> object:
     return await result
 
 
-def _check_names(environment: str, url: str, queues: Iterable[str] | None, targets: Mapping[str, str] | None) -> None:
+def _check_names(
+    environment: str, url: str, prefix: str, queues: Iterable[str] | None, targets: Mapping[str, str] | None
+) -> None:
     if isinstance(queues, str):
         raise ConfigurationError("queues is a list of names, not one text")
-    try:
-        Options(queue=environment, url=url)
-        for name in (*(queues or ()), *(targets or ())):
+    named = [("environment", environment), *(("queue", name) for name in queues or ())]
+    for what, name in (*named, *(("target", name) for name in targets or ())):
+        try:
             Options(queue=name)
-    except InvalidTaskError as error:
-        raise ConfigurationError(f"an environment, queue, target or URL of the App is impossible: {error}") from error
-    for address in (targets or {}).values():
+        except InvalidTaskError:
+            raise ConfigurationError(
+                f"the {what} {name!a} is not 1 to 100 characters of A-Z a-z 0-9 . -; rename it"
+            ) from None
+    for what, path in (("url", url), ("prefix", prefix.rstrip("/") or "/")):
+        try:
+            Options(url=path)
+        except InvalidTaskError as error:
+            raise ConfigurationError(f"the {what} {path!a} is impossible: {error}") from error
+        if "{" in path or "}" in path:
+            raise ConfigurationError(f"the {what} {path!a} has a brace, which routes give a meaning; leave it out")
+    for name, address in (targets or {}).items():
         if not address.startswith(("http://", "https://")):
-            raise ConfigurationError("the address of a target begins with http:// or https://")
+            raise ConfigurationError(f"the address of the target {name} must begin with http:// or https://")
+
+
+def _check_numbers(concurrency: int, inline_limit: int, validate: Validate) -> None:
+    for what, number in (("concurrency", concurrency), ("inline_limit", inline_limit)):
+        if type(number) is not int or number < 1:
+            raise ConfigurationError(f"{what} is a whole number, 1 or more")
+    if validate not in {None, "annotations"}:
+        raise ConfigurationError('validate is None or "annotations"')

@@ -26,7 +26,7 @@ import asyncio
 import difflib
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.app import App
@@ -70,7 +70,7 @@ _OPTIONS: Final = (
 class _Current:
     def __init__(self) -> None:
         self.app: App | None = None
-        self.lock = Lock()
+        self.lock = RLock()  # building an App imports modules, and one of them may ask for it
 
 
 _current: Final = _Current()
@@ -141,7 +141,7 @@ def defer(
     options = Options(
         countdown=_countdown,
         eta=_eta,
-        headers=_headers or {},
+        headers={} if _headers is None else _headers,
         name=_name,
         queue=_queue,
         retry_options=_retry_options,

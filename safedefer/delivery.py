@@ -23,15 +23,20 @@ at capacity, shutting down                              503     ``busy``
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import logging
+import os
 import re
 import secrets
 import traceback
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
+from safedefer.batches import Batches
 from safedefer.blobs import BlobStore
 from safedefer.errors import (
     ExpiredTask,
@@ -41,6 +46,7 @@ from safedefer.errors import (
     QueueUnavailable,
     RejectedTask,
     ReplayedTask,
+    SingularTaskFailure,
     TaskIdentity,
 )
 from safedefer.events import Observer, RequestRefused, TaskHandled, notify
@@ -50,6 +56,7 @@ from safedefer.signing import Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 
 _T = TypeVar("_T")
+_log: Final = logging.getLogger("safedefer")
 
 #: How a token is POSTed (RFC 7515, section 9.2.1), and how App Engine's library did.
 CONTENT_TYPES: Final = frozenset({"application/jose", "application/octet-stream"})
@@ -59,9 +66,15 @@ RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
 
 _REFUSED_BODY: Final = b"refused\n"
 _MAX_RECORDED: Final = 16_384
-# Anything shaped like a token, in a traceback, is a token of somebody.
-_TOKEN: Final = re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+# Anything shaped like a token, in a traceback, is a token of somebody. Whole words with dots are matched, and looked
+# into: a pattern that begins with the token would be tried from every place of a long word.
+_DOTTED: Final = re.compile(r"[A-Za-z0-9_.-]{12,}")
+_TOKEN_START: Final = "eyJ"  # noqa: S105  # how a JSON object begins in base64
 _CONTROL: Final = re.compile(r"[^\t\n -~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+#: What ``Ledger.finish`` takes.
+_End: TypeAlias = tuple[Execution, EndState, AttemptRecord]
 
 
 class Response(NamedTuple):
@@ -86,12 +99,21 @@ class DeliveryOptions:
     """``"annotations"``: arguments are checked against the callable's annotations before the call."""
 
 
+class _Hints(NamedTuple):
+    """The headers that count. Of a repeated one, all values joined, which then agree with nothing."""
+
+    encoding: str | None
+    type: str | None
+    queue: str | None
+    retries: int
+
+
 @dataclass(slots=True, kw_only=True)
 class _Run:
     """One request on its way through."""
 
     started: float
-    attempt: int
+    retries: int
     task: VerifiedTask | None = None
     pointer: VerifiedPointer | None = None
     execution: Execution | None = None
@@ -134,7 +156,11 @@ class Delivery:
         self._idle = asyncio.Event()
         self._executor: Executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="safedefer-task")
         # Storage has threads of its own: a task that blocks must not keep its neighbour's end from being written.
-        self._storage: Executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="safedefer-ledger")
+        self._storage: Executor = ThreadPoolExecutor(4, thread_name_prefix="safedefer-ledger")
+        self._begin: Batches[Execution, Admission] = Batches(self._storage, self._begin_many)
+        self._end: Batches[_End, bool] = Batches(self._storage, self._end_many)
+        self._name = secrets.token_hex(8)
+        self._numbers = itertools.count()
 
     @property
     def max_bytes(self) -> int:
@@ -163,11 +189,14 @@ class Delivery:
 
     def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
         """Refuse what can be refused before the body is read; None if nothing speaks against it."""
+        return self._check(method, _read(headers), length)
+
+    def _check(self, method: str, hints: _Hints, length: int | None) -> Response | None:
         if method != "POST":
             return self._refuse(405, "method-not-allowed", {"Allow": "POST"})
-        if _header(headers, "Content-Encoding") is not None:
+        if hints.encoding is not None:
             return self._refuse(415, "content-encoding")
-        kind = (_header(headers, "Content-Type") or "").partition(";")[0].strip().lower()
+        kind = (hints.type or "").partition(";")[0].strip().lower()
         if kind not in CONTENT_TYPES:
             return self._refuse(415, "content-type")
         if length is not None and length > self._options.max_bytes:
@@ -179,6 +208,10 @@ class Delivery:
     def too_large(self) -> Response:
         """Return the answer to a body over the limit."""
         return self._refuse(413, "too-large")
+
+    def timed_out(self) -> Response:
+        """Return the answer to a body that does not come."""
+        return self._refuse(408, "body-timeout")
 
     async def handle(
         self, headers: Mapping[str, str], body: bytes, *, url: str | Container[str], method: str = "POST"
@@ -194,34 +227,40 @@ class Delivery:
         Returns:
             The answer. Nothing is raised but the cancellation of the caller.
         """
-        early = self.check_request(method, headers, len(body))
+        hints = _read(headers)
+        early = self._check(method, hints, len(body))
         if early is not None:
             return early
+        run = _Run(started=self._clock(), retries=hints.retries)
         self._running += 1
         try:
-            return await self._handle(headers, body, url)
+            return await self._handle(run, hints, body, url)
+        except QueueUnavailable:
+            return self._answer(run, 503, "busy", QueueUnavailable.slug, {"Retry-After": "1"})
+        except Exception as error:  # noqa: BLE001  # whatever it is, the caller needs an answer
+            _log.error("the handler failed (%s); report it", type(error).__name__)
+            return self._answer(run, 500, "retry", "internal-error")
         finally:
             self._running -= 1
             if not self._running:
                 self._idle.set()
 
-    async def _handle(self, headers: Mapping[str, str], body: bytes, url: str | Container[str]) -> Response:
-        run = _Run(started=self._clock(), attempt=_count(_header(headers, RETRY_HEADER)) + 1)
+    async def _handle(self, run: _Run, hints: _Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
-            verified = self._verifier.verify(body, url=url, now=run.started, queue=_header(headers, QUEUE_HEADER))
+            verified = self._verifier.verify(body, url=url, now=run.started, queue=hints.queue)
             run.identity = verified.identity
             run.task = await self._fetch(run, verified, url) if isinstance(verified, VerifiedPointer) else verified
             if run.task is None:
                 return await self._missing_blob(run)
-            run.execution = _execution(run)
+            run.identity = run.task.identity  # a pointer names no callable
+            run.execution = self._execution(run)
             admission = await self._admit(run.execution)
             if admission is not Admission.RUN:
                 return self._not_admitted(run, admission)
-            return await self._run(run, run.task, run.execution, headers)
+            return await self._run(run, run.task, run.execution)
         except RejectedTask as error:
-            return await self._rejected(run, error)
-        except QueueUnavailable:
-            return self._answer(run, 503, "busy", "queue-unavailable", {"Retry-After": "1"})
+            rejection = error
+        return await self._rejected(run, rejection)
 
     # --- Before the run ---
 
@@ -234,15 +273,30 @@ class Delivery:
 
     async def _missing_blob(self, run: _Run) -> Response:
         # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.
-        run.execution = _execution(run)
+        run.execution = self._execution(run)
         admission = await self._admit(run.execution)
         if admission is not Admission.RUN:
             return self._not_admitted(run, admission)
         return await self._rejected(run, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
 
+    def _execution(self, run: _Run) -> Execution:
+        if run.pointer is not None:
+            claims, digest = run.pointer.claims, bytes.fromhex(run.pointer.blob.sha256)
+        else:
+            assert run.task is not None
+            claims, digest = run.task.claims, run.task.digest
+        # With the process: a forked one has the same name and numbers.
+        owner = f"{self._name}-{os.getpid()}-{next(self._numbers)}"
+        return Execution(audience=claims.aud, task_id=claims.jti, digest=digest, owner=owner, expires=claims.exp)
+
     async def _admit(self, execution: Execution) -> Admission:
-        begin = partial(self._ledger().begin, execution, now=self._clock(), lease=self._options.lease_seconds)
-        return await self._in_thread(begin)
+        return await self._begin(execution)
+
+    def _begin_many(self, executions: list[Execution]) -> Sequence[Admission]:
+        return self._ledger().begin_many(executions, now=self._clock(), lease=self._options.lease_seconds)
+
+    def _end_many(self, ends: list[_End]) -> Sequence[bool]:
+        return self._ledger().finish_many(ends)
 
     def _not_admitted(self, run: _Run, admission: Admission) -> Response:
         if admission is Admission.DUPLICATE:
@@ -253,7 +307,7 @@ class Delivery:
 
     # --- The run and its end ---
 
-    async def _run(self, run: _Run, task: VerifiedTask, execution: Execution, headers: Mapping[str, str]) -> Response:
+    async def _run(self, run: _Run, task: VerifiedTask, execution: Execution) -> Response:
         claims = task.claims
         context = TaskContext(
             id=claims.jti,
@@ -261,10 +315,10 @@ class Delivery:
             queue_name=claims.audience[1],
             url=claims.audience[3],
             headers=claims.headers or {},
-            retry_count=_count(_header(headers, RETRY_HEADER)),
+            retry_count=run.retries,
             trace=claims.trace,
         )
-        keeper = asyncio.create_task(self._keep(execution))
+        keeper = _Keeper(partial(self._extend, execution), self._options.lease_seconds / 3)
         try:
             outcome = await execute(
                 task, self._codecs, context, executor=self._executor, validate=self._options.validate
@@ -275,9 +329,9 @@ class Delivery:
             await asyncio.shield(self._finish(run, execution, Outcome(result=Result.RETRY, reason="cancelled"), None))
             raise
         finally:
-            keeper.cancel()
+            keeper.stop()
         status, outcome_name = _STATUS[outcome.result]
-        if outcome.reason == "singular-task-failure":
+        if outcome.reason == SingularTaskFailure.slug:
             status = 408
         # What ran is written down before the answer goes out, even if the caller hangs up meanwhile.
         await asyncio.shield(self._finish(run, execution, outcome, status))
@@ -285,19 +339,15 @@ class Delivery:
             return self._refuse(403, outcome.reason)
         return self._answer(run, status, outcome_name, outcome.reason)
 
-    async def _keep(self, execution: Execution) -> None:
-        """Prolong the run in the ledger while it lasts."""
-        while True:
-            await asyncio.sleep(self._options.lease_seconds / 3)
-            try:
-                extend = partial(self._ledger().extend, execution, now=self._clock(), lease=self._options.lease_seconds)
-                await self._in_thread(extend)
-            except QueueUnavailable:  # tried again at the next turn
-                continue
+    async def _extend(self, execution: Execution) -> None:
+        """Prolong the run in the ledger."""
+        extend = partial(self._ledger().extend, execution, now=self._clock(), lease=self._options.lease_seconds)
+        with contextlib.suppress(QueueUnavailable):  # tried again at the next turn
+            await self._in_thread(extend)
 
     async def _finish(self, run: _Run, execution: Execution, outcome: Outcome, status: int | None) -> None:
         record = self._record(run, _STATUS[outcome.result][1], status, outcome.reason, outcome.error)
-        await self._in_thread(partial(self._ledger().finish, execution, _END[outcome.result], record))
+        await self._end((execution, _END[outcome.result], record))
 
     async def _rejected(self, run: _Run, error: RejectedTask) -> Response:
         if not error.authentic:
@@ -310,8 +360,8 @@ class Delivery:
         if run.execution is not None:
             end = EndState.FAILED if failed else EndState.RETRY
             record = self._record(run, outcome, status, error.slug, error)
-            await self._in_thread(partial(self._ledger().finish, run.execution, end, record))
-        elif error.identity is not None:
+            await self._end((run.execution, end, record))
+        elif run.identity is not None:
             record = self._record(run, outcome, status, error.slug, error)
             await self._in_thread(partial(self._ledger().record, record))
         return self._answer(run, status, outcome, error.slug)
@@ -328,7 +378,7 @@ class Delivery:
             outcome=outcome,
             status=status,
             reason=reason,
-            exception_type=None if error is None else f"{type(error).__module__}.{type(error).__qualname__}",
+            exception_type=None if error is None else _exception_type(error),
             traceback=None if error is None else redacted_traceback(error),
         )
 
@@ -349,7 +399,7 @@ class Delivery:
                 outcome=outcome,
                 status=status,
                 reason=reason,
-                attempt=run.attempt,
+                attempt=run.retries + 1,
                 seconds=self._clock() - run.started,
             )
             notify(self._observer, event)
@@ -383,26 +433,66 @@ _UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})
 
 def redacted_traceback(error: BaseException) -> str:
     """Return frames, type and text of an exception; tokens in it are blanked, control characters replaced."""
-    text = "".join(traceback.format_exception(error))
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _TOKEN.sub("[token]", text))
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception as failure:  # noqa: BLE001  # its causes and notes are the user's objects
+        text = f"{_exception_type(error)} (no traceback: {type(failure).__name__})"
+    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _DOTTED.sub(_blank, text))
     return text if len(text) <= _MAX_RECORDED else f"[...]\n{text[-_MAX_RECORDED:]}"
 
 
-def _execution(run: _Run) -> Execution:
-    if run.pointer is not None:
-        claims, digest = run.pointer.claims, bytes.fromhex(run.pointer.blob.sha256)
-    else:
-        assert run.task is not None
-        claims, digest = run.task.claims, run.task.digest
-    return Execution(
-        audience=claims.aud, task_id=claims.jti, digest=digest, owner=secrets.token_urlsafe(12), expires=claims.exp
+def _exception_type(error: BaseException) -> str:
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", f"{type(error).__module__}.{type(error).__qualname__}")[:500]
+
+
+def _blank(match: re.Match[str]) -> str:
+    before, start, rest = match.group().partition(_TOKEN_START)
+    return f"{before}[token]" if start and rest.count(".") > 1 else match.group()
+
+
+class _Keeper:
+    """Calls something again and again until it is stopped."""
+
+    def __init__(self, call: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
+        self._call = call
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._beat: asyncio.Task[None] | None = None
+        # A timer and not a task: most runs are over before the first beat.
+        self._timer = self._loop.call_later(seconds, self._start)
+
+    def _start(self) -> None:
+        self._beat = self._loop.create_task(self._call())
+        self._timer = self._loop.call_later(self._seconds, self._start)
+
+    def stop(self) -> None:
+        """Stop calling."""
+        self._timer.cancel()
+        if self._beat is not None:
+            self._beat.cancel()
+
+
+_HINTS: Final = {
+    "content-encoding": "encoding",
+    "content-type": "type",
+    QUEUE_HEADER.lower(): "queue",
+    RETRY_HEADER.lower(): "retries",
+}
+
+
+def _read(headers: Mapping[str, str]) -> _Hints:
+    """Read the headers once, whatever their case."""
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        hint = _HINTS.get(name.lower())
+        if hint is not None:
+            found[hint] = f"{found[hint]}, {value}" if hint in found else value
+    return _Hints(
+        encoding=found.get("encoding"),
+        type=found.get("type"),
+        queue=found.get("queue"),
+        retries=_count(found.get("retries")),
     )
-
-
-def _header(headers: Mapping[str, str], name: str) -> str | None:
-    """Look a header up whatever its case; of a repeated one, all values joined, which then agree with nothing."""
-    found = [value for key, value in headers.items() if key.lower() == name.lower()]
-    return ", ".join(found) if found else None
 
 
 def _count(text: str | None) -> int:

@@ -14,18 +14,22 @@ import asyncio
 import contextlib
 import logging
 import random
+import re
 import secrets
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol, Self, TypeVar
 
 import aiohttp
+from yarl import URL
 
-from safedefer.claims import TaskRetryOptions
+from safedefer.claims import Options, TaskRetryOptions
 from safedefer.delivery import OUTCOME_HEADER, QUEUE_HEADER, RETRY_HEADER, Response
-from safedefer.errors import InvalidTaskRetryOptionsError, LeaseLost, QueueError
+from safedefer.errors import Error, InvalidTaskError, InvalidTaskRetryOptionsError, LeaseLost, QueueError
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, PullQueue, QueuedTask, Settlement, Verdict
 
@@ -40,11 +44,28 @@ MAX_DOUBLINGS: Final = 16
 REJECT_LIMIT: Final = 10
 REJECT_SECONDS: Final = 3_600.0
 
+#: The reason of a retry after a 2xx without a ``Safedefer-Outcome``.
+UNKNOWN_ANSWER: Final = "unknown-answer"
+
 _CONTENT_TYPE: Final = "application/jose"
+_OUTCOME: Final = OUTCOME_HEADER.lower()
+#: How far ahead of free places tasks are leased, in seconds of the work that was done of late.
+_AHEAD_SECONDS: Final = 0.02
+#: Tasks for a place that is down are put off one after the other, by so many seconds each, up to a minute.
+_SPREAD_SECONDS: Final = 0.01
+_MAX_SPREAD: Final = 60.0
 
 
 class Unreachable(Exception):
-    """No connection to the handler could be made; nothing was sent."""
+    """No connection to the handler could be made; nothing was sent.
+
+    ``place`` is where it was looked for, and ``everywhere`` whether all tasks go there.
+    """
+
+    def __init__(self, message: str = "", *, place: str = "", everywhere: bool = True) -> None:
+        super().__init__(message)
+        self.place = place
+        self.everywhere = everywhere
 
 
 class Interrupted(Exception):
@@ -91,8 +112,14 @@ def gives_up(options: TaskRetryOptions, *, attempts: int, age: float) -> str | N
 
 
 def attempt_headers(lease: Lease) -> dict[str, str]:
-    """Return the headers of one delivery (App Engine's, with the task's own)."""
+    """Return the headers of one delivery (App Engine's, with the task's own).
+
+    Raises:
+        InvalidTaskError: The storage says something that no ``defer()`` wrote, and that would make another
+            request of this one.
+    """
     task = lease.task
+    _check_hints(task)
     headers = {
         **task.headers,
         "Content-Type": _CONTENT_TYPE,
@@ -104,21 +131,39 @@ def attempt_headers(lease: Lease) -> dict[str, str]:
     }
     if lease.previous_response is not None:
         headers["X-AppEngine-TaskPreviousResponse"] = str(lease.previous_response)
-    if lease.retry_reason is not None:
+    if lease.retry_reason is not None and _SLUG.fullmatch(lease.retry_reason):
         headers["X-AppEngine-TaskRetryReason"] = lease.retry_reason
     return headers
+
+
+_SLUG: Final = re.compile("[a-z0-9-]{1,100}")
+_TRACE: Final = re.compile("[0-9a-f-]{1,100}")
+_TRACE_HEADER: Final = "traceparent"
+
+
+def _check_hints(task: QueuedTask) -> None:
+    headers = dict(task.headers)
+    trace = headers.pop(_TRACE_HEADER, None)  # written by defer() itself, and not by its caller
+    if trace is not None and _TRACE.fullmatch(trace) is None:
+        raise InvalidTaskError("the stored trace is not one; defer the task anew")
+    Options(name=task.name or task.id, queue=task.queue, target=task.target, url=str(task.url), headers=headers)
 
 
 def judge(lease: Lease, response: Response, *, now: float, jitter: float) -> Settlement:
     """Turn a handler's answer into what becomes of the task."""
     status = response.status
-    outcome = response.headers.get(OUTCOME_HEADER, "")
+    # Proxies write the names of headers as they like.
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    outcome = headers.get(_OUTCOME, "")
     if 200 <= status <= 299:  # noqa: PLR2004  # the range of success
         if outcome == "failed":
             return Settlement(verdict=Verdict.DEAD, status=status, executed=True, reason=None)
-        return Settlement(verdict=Verdict.DONE, status=status, executed=True)
+        if outcome in {"succeeded", "duplicate"}:
+            return Settlement(verdict=Verdict.DONE, status=status, executed=True)
+        # Something that is not a handler says 200 to whatever it gets: believing it would lose the queue.
+        return _judge_failure(lease, status, now=now, jitter=jitter, reason=UNKNOWN_ANSWER)
     if outcome in {"early", "busy", "running"}:
-        wait = _seconds(response.headers.get("Retry-After")) * (1 + jitter)
+        wait = _seconds(headers.get("retry-after")) * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, status=status, reason=outcome)
     if outcome in {"rejected", "refused"}:
         return _judge_rejection(lease, status, outcome, now=now, jitter=jitter)
@@ -135,7 +180,7 @@ def _judge_rejection(lease: Lease, status: int | None, outcome: str, *, now: flo
             rejected=True,
             status=status,
             reason=outcome,
-            record=_record(lease, outcome, status, now),
+            record=_record(lease, outcome, status, now) if outcome == "refused" else None,
         )
     wait = backoff(_options(lease), count, jitter=jitter / 2)
     return Settlement(
@@ -149,13 +194,14 @@ def _judge_rejection(lease: Lease, status: int | None, outcome: str, *, now: flo
     )
 
 
-def _judge_failure(lease: Lease, status: int | None, *, now: float, jitter: float) -> Settlement:
+def _judge_failure(lease: Lease, status: int | None, *, now: float, jitter: float, reason: str = "retry") -> Settlement:
     options = _options(lease)
     attempts = lease.attempts + 1
-    record = _record(lease, "no-response", None, now) if status is None else None
+    reason = "no-response" if status is None else reason
+    # The handler could not write these down itself.
+    record = None if reason == "retry" else _record(lease, reason, status, now)
     executed = status is not None and status < 500  # noqa: PLR2004  # as App Engine counts
     given_up = gives_up(options, attempts=attempts, age=now - lease.task.eta)
-    reason = "no-response" if status is None else "retry"
     if given_up is not None:
         return Settlement(verdict=Verdict.DEAD, executed=executed, status=status, reason=given_up, record=record)
     wait = backoff(options, attempts, jitter=jitter / 2)
@@ -221,20 +267,25 @@ class HttpDelivery:
             await self._session.close()
 
     async def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Response:
-        """POST one task. Raises ``Unreachable`` or ``Interrupted``."""
+        """POST one task. Raises ``Unreachable``, ``Interrupted``, or what aiohttp has against the request."""
         if self._session is None:
             raise Unreachable("the delivery is not open; enter it with `async with`")
-        address = self._targets.get(task.target, self._address)
+        address = self.place(task)
+        # As it was signed: a normalised path is another one, and the handler compares.
+        url = URL(address + task.url, encoded=True)
         try:
-            async with self._session.post(
-                address + task.url, data=task.token, headers=headers, allow_redirects=False
-            ) as response:
+            async with self._session.post(url, data=task.token, headers=headers, allow_redirects=False) as response:
                 # The body says nothing that the headers do not: it is not read, and cannot fill the memory.
                 return Response(response.status, dict(response.headers), b"")
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
-            raise Unreachable(type(error).__name__) from error
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            only = all(target == self._address for target in self._targets.values())
+            raise Unreachable(type(error).__name__, place=address, everywhere=only) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Interrupted(type(error).__name__) from error
+
+    def place(self, task: QueuedTask) -> str:
+        """Return the address that a task is sent to."""
+        return self._targets.get(task.target, self._address)
 
 
 class InProcessDelivery:
@@ -265,15 +316,41 @@ class DispatcherOptions:
 
 
 @dataclass(slots=True)
+class _Down:
+    """A place where no handler was found."""
+
+    failures: int = 0
+    """Deliveries in a row that did not get there."""
+    until: float = 0.0
+    """When it is tried again."""
+    everywhere: bool = False
+    """Whether all tasks go there, so that nothing needs to be leased before ``until``."""
+    probing: bool = False
+    """Whether one delivery is trying; the others need not wait for a time-out with it."""
+    put_off: int = 0
+
+
+@dataclass(slots=True)
 class _State:
     """What is under way."""
 
     leases: dict[str, Lease] = field(default_factory=dict)
+    ready: deque[Lease] = field(default_factory=deque)
+    """Leased ahead, and started when a place is free."""
     deliveries: set[asyncio.Task[None]] = field(default_factory=set)
     settlements: list[tuple[Lease, Settlement]] = field(default_factory=list)
-    unreachable: int = 0
-    """Deliveries in a row that reached no handler."""
-    pause_until: float = 0.0
+    settling: bool = False
+    leasing: bool = False
+    dry: bool = False
+    """Whether the last look at the queue found nothing."""
+    ended: deque[float] = field(default_factory=deque)
+    """When the last deliveries ended, as many as may run at once."""
+    down: dict[str, _Down] = field(default_factory=dict)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not (self.leases or self.ready or self.deliveries or self.settlements or self.settling or self.leasing)
 
 
 class Dispatcher:
@@ -300,13 +377,13 @@ class Dispatcher:
         self._deliver = deliver
         self._clock = clock
         self._options = options or DispatcherOptions()
-        self._random = rng or random.SystemRandom()
+        self._random = rng or random.Random()  # noqa: S311  # jitter; a secret source costs a system call
         self._owner = secrets.token_hex(8)
-        self._state = _State()
+        self._state = _State(ended=deque(maxlen=self._options.concurrency))
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._settle_now = asyncio.Event()
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="safedefer-dispatcher")
+        self._threads: ThreadPoolExecutor | None = None
 
     def stop(self) -> None:
         """Lease nothing more, finish what is being delivered, then return from ``run``."""
@@ -316,22 +393,19 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Work until ``stop``. Storage that fails is tried again; nothing else ends it."""
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="safedefer-dispatcher")
         helpers = [asyncio.create_task(self._settle_loop()), asyncio.create_task(self._extend_loop())]
         try:
             while not self._stopping.is_set():
                 try:
                     if not await self._turn():
                         await self._rest()
-                except QueueError as error:
-                    _log.error("the queue is unavailable (%s); trying again", error.slug)
+                except Exception as error:  # noqa: BLE001  # the storage's, or of a row that somebody wrote into it
+                    _log.error("the queue is unavailable (%s); trying again", _name(error))
                     await self._sleep(1.0)
             await self._drain()
         finally:
-            for helper in helpers:
-                helper.cancel()
-            await asyncio.gather(*helpers, return_exceptions=True)
-            await self._settle()
-            self._threads.shutdown(wait=False)
+            await self._end(helpers)
 
     async def run_until_empty(self) -> None:
         """Work until no task is due or being delivered: for tests and scripts. Later tasks stay."""
@@ -344,10 +418,13 @@ class Dispatcher:
     async def _stop_when_empty(self) -> None:
         while True:
             await asyncio.sleep(0.01)
-            if self._state.deliveries or self._state.settlements or self._state.leases:
+            if not self._state.idle:
                 continue
-            due = await self._in_thread(partial(self._queue.next_due, now=self._clock(), queues=self._options.queues))
-            if (due is None or due > self._clock()) and not self._state.deliveries and not self._state.leases:
+            try:
+                due = await self._next_due()
+            except QueueError:  # run() says so, and tries again
+                continue
+            if (due is None or due > self._clock()) and self._state.idle:
                 self.stop()
                 return
 
@@ -355,46 +432,80 @@ class Dispatcher:
 
     async def _turn(self) -> bool:
         """Lease and start what fits; whether anything was leased."""
-        free = self._options.concurrency - len(self._state.deliveries)
-        if free <= 0 or self._clock() < self._state.pause_until:
+        wanted = self._wanted()
+        if wanted <= 0:
             return False
-        leases = await self._in_thread(
-            partial(
-                self._queue.lease,
-                owner=self._owner,
-                limit=free,
-                seconds=self._options.lease_seconds,
-                now=self._clock(),
-                queues=self._options.queues,
+        self._state.leasing = True
+        try:
+            leases = await self._in_thread(
+                partial(
+                    self._queue.lease,
+                    owner=self._owner,
+                    limit=wanted,
+                    seconds=self._options.lease_seconds,
+                    now=self._clock(),
+                    queues=self._options.queues,
+                )
             )
-        )
-        for lease in leases:
-            self._state.leases[lease.owner] = lease
-            delivery = asyncio.create_task(self._deliver_one(lease))
-            self._state.deliveries.add(delivery)
-            delivery.add_done_callback(self._delivered)
+            self._state.dry = not leases
+            self._state.leases.update((lease.owner, lease) for lease in leases)
+            self._state.ready.extend(leases)
+        finally:
+            self._state.leasing = False
+        self._start()
         return bool(leases)
+
+    def _wanted(self) -> int:
+        """How many tasks to lease now: for the free places, and a little ahead where tasks are short."""
+        state = self._state
+        if any(down.everywhere and self._clock() < down.until for down in state.down.values()):
+            return 0
+        free = self._options.concurrency - len(state.deliveries)
+        if state.ready or free <= 0:
+            ahead = self._ahead()
+            return 0 if state.dry or len(state.ready) > ahead // 2 else ahead - len(state.ready)
+        return free + (0 if state.dry else self._ahead())
+
+    def _ahead(self) -> int:
+        ended = self._state.ended
+        if len(ended) < self._options.concurrency:
+            return 0
+        seconds = max(time.monotonic() - ended[0], 1e-6)
+        return min(self._options.concurrency, int(len(ended) / seconds * _AHEAD_SECONDS))
+
+    def _start(self) -> None:
+        state = self._state
+        while state.ready and len(state.deliveries) < self._options.concurrency and not self._stopping.is_set():
+            delivery = asyncio.create_task(self._deliver_one(state.ready.popleft()))
+            state.deliveries.add(delivery)
+            delivery.add_done_callback(self._delivered)
 
     def _delivered(self, delivery: asyncio.Task[None]) -> None:
         self._state.deliveries.discard(delivery)
+        self._state.ended.append(time.monotonic())
+        self._start()
         self._changed.set()
         if not delivery.cancelled() and (error := delivery.exception()) is not None:
-            _log.error("a delivery failed unexpectedly", exc_info=error)
+            _log.error("a delivery failed unexpectedly (%s); report it", _name(error))
 
     async def _rest(self) -> None:
         """Sleep until a place is free, a task falls due, or one is enqueued by whatever process."""
         self._changed.clear()
-        now = self._clock()
-        if now < self._state.pause_until:
-            await self._sleep(self._state.pause_until - now)
-            return
-        if len(self._state.deliveries) >= self._options.concurrency:
+        state, now = self._state, self._clock()
+        pause = max((down.until - now for down in state.down.values() if down.everywhere), default=0.0)
+        if pause > 0:
+            await self._sleep(pause)
+        elif state.ready or len(state.deliveries) >= self._options.concurrency:
             await self._sleep(self._options.poll_seconds)
-            return
-        due = await self._in_thread(partial(self._queue.next_due, now=now, queues=self._options.queues))
-        timeout = self._options.poll_seconds if due is None else min(max(due - now, 0.0), self._options.poll_seconds)
-        if timeout > 0:
-            await self._in_thread(partial(self._queue.wait, timeout))
+        else:
+            due = await self._next_due()
+            poll = self._options.poll_seconds
+            timeout = poll if due is None else min(max(due - now, 0.0), poll)
+            if timeout > 0 and not self._stopping.is_set():
+                await self._in_thread(partial(self._queue.wait, timeout))
+
+    async def _next_due(self) -> float | None:
+        return await self._in_thread(partial(self._queue.next_due, now=self._clock(), queues=self._options.queues))
 
     async def _sleep(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -403,33 +514,75 @@ class Dispatcher:
     # --- Delivering ---
 
     async def _deliver_one(self, lease: Lease) -> None:
-        state, jitter = self._state, self._random.random()
+        jitter = self._random.random()
+        try:
+            settlement = self._put_off(lease) or await self._attempt(lease, jitter)
+        except asyncio.CancelledError:
+            # The drain is over. Whether it ran, and still runs, is for the ledger to say.
+            self._settled(lease, _given_back(lease, self._clock()))
+            raise
+        except Exception as error:  # noqa: BLE001  # see below
+            # A row that somebody wrote into the storage, say: it counts as refused, and its neighbours go on.
+            _log.error("task %a cannot be delivered (%s); look at what is stored of it", lease.task.id, _name(error))
+            settlement = _judge_rejection(lease, None, "refused", now=self._clock(), jitter=jitter)
+        self._settled(lease, settlement)
+
+    async def _attempt(self, lease: Lease, jitter: float) -> Settlement:
+        place = self._place(lease.task)
+        down = self._state.down.get(place)
+        if down is not None:
+            down.probing = True
         try:
             response = await self._deliver(lease.task, attempt_headers(lease))
-            settlement = judge(lease, response, now=self._clock(), jitter=jitter)
-            state.unreachable = 0
-        except Unreachable:
-            state.unreachable += 1
-            # A handler that is down is asked again soon, and the queue keeps its order meanwhile.
-            pause = min(0.1 * 2 ** min(state.unreachable, 6), 5.0) * (1 - jitter / 2)
-            state.pause_until = max(state.pause_until, self._clock() + pause)
-            settlement = Settlement(
-                verdict=Verdict.RETRY, at=self._clock() + pause, charged=False, reason="unreachable"
-            )
+        except Unreachable as error:
+            return self._unreachable(error, jitter)
         except Interrupted:
-            settlement = _judge_failure(lease, None, now=self._clock(), jitter=jitter)
-        except asyncio.CancelledError:
-            # The drain is over. The lease runs out by itself, and the ledger knows whether it ran.
-            state.leases.pop(lease.owner, None)
-            raise
-        except Exception:  # noqa: BLE001  # see below
-            # A row that somebody wrote into the storage, say: it counts as refused, and its neighbours go on.
-            _log.exception("task %s cannot be delivered", lease.task.id)
-            settlement = _judge_rejection(lease, None, "refused", now=self._clock(), jitter=jitter)
-        state.settlements.append((lease, settlement))
-        self._settle_now.set()
+            self._state.down.pop(place, None)
+            return _judge_failure(lease, None, now=self._clock(), jitter=jitter)
+        finally:
+            if down is not None:
+                down.probing = False
+        self._state.down.pop(place, None)
+        settlement = judge(lease, response, now=self._clock(), jitter=jitter)
+        if settlement.reason == UNKNOWN_ANSWER:
+            _log.error("%s answered %d, and is no handler of safedefer; correct the address", place, response.status)
+        if settlement.verdict is Verdict.DEAD and settlement.reason in {None, "rejected"}:
+            return replace(settlement, reason=await self._recorded_reason(lease.task.id) or settlement.reason)
+        return settlement
+
+    async def _recorded_reason(self, task_id: str) -> str | None:
+        """Return what the handler wrote down of the attempt before it answered."""
+        view = await self._in_thread(partial(self._queue.find, task_id))
+        return view.records[-1].reason if view is not None and view.records else None
+
+    def _place(self, task: QueuedTask) -> str:
+        place: Callable[[QueuedTask], str] | None = getattr(self._deliver, "place", None)
+        return "" if place is None else place(task)
+
+    def _unreachable(self, error: Unreachable, jitter: float) -> Settlement:
+        now = self._clock()
+        down = self._state.down.setdefault(error.place, _Down())
+        down.failures += 1
+        down.everywhere = error.everywhere
+        # A handler that is down is asked again soon, and the queue keeps its order meanwhile.
+        down.until = max(down.until, now + min(0.1 * 2 ** min(down.failures, 6), 5.0) * (1 - jitter / 2))
+        return Settlement(verdict=Verdict.RETRY, at=down.until, charged=False, reason="unreachable")
+
+    def _put_off(self, lease: Lease) -> Settlement | None:
+        """Spare a task the way to a place that is down, so that tasks for other places have theirs."""
+        down = self._state.down.get(self._place(lease.task))
+        now = self._clock()
+        if down is None or (now >= down.until and not down.probing):
+            return None
+        down.put_off += 1
+        at = max(down.until, now) + min(down.put_off * _SPREAD_SECONDS, _MAX_SPREAD)
+        return Settlement(verdict=Verdict.RETRY, at=at, charged=False, reason="unreachable")
 
     # --- Settling: one transaction for all that ended meanwhile ---
+
+    def _settled(self, lease: Lease, settlement: Settlement) -> None:
+        self._state.settlements.append((lease, settlement))
+        self._settle_now.set()
 
     async def _settle_loop(self) -> None:
         while True:
@@ -438,20 +591,26 @@ class Dispatcher:
             await self._settle()
 
     async def _settle(self) -> None:
-        while self._state.settlements:
-            batch, self._state.settlements = self._state.settlements, []
-            newest = [(self._state.leases.get(lease.owner, lease), settlement) for lease, settlement in batch]
+        state = self._state
+        while state.settlements:
+            batch, state.settlements = state.settlements, []
+            state.settling = True
             try:
-                kept = await self._in_thread(partial(self._queue.settle_many, newest, now=self._clock()))
-            except QueueError as error:
-                _log.error("settling failed (%s); trying again", error.slug)
-                self._state.settlements = batch + self._state.settlements
+                kept = await self._in_thread(partial(self._queue.settle_many, batch, now=self._clock()))
+            except asyncio.CancelledError:
+                state.settlements = batch + state.settlements  # a second time changes nothing
+                raise
+            except Exception as error:  # noqa: BLE001  # whatever it is, the tasks are ours until it is stored
+                _log.error("settling failed (%s); trying again", _name(error))
+                state.settlements = batch + state.settlements
                 await asyncio.sleep(0.5)
                 continue
+            finally:
+                state.settling = False
             for (lease, _), ours in zip(batch, kept, strict=True):
-                self._state.leases.pop(lease.owner, None)
+                state.leases.pop(lease.owner, None)
                 if not ours:
-                    _log.warning("task %s was delivered elsewhere meanwhile", lease.task.id)
+                    _log.warning("task %a was delivered elsewhere meanwhile", lease.task.id)
             self._changed.set()
             if any(settlement.verdict is Verdict.RETRY for _, settlement in batch):
                 self._queue.wake()  # a retry may fall due before what is waited for
@@ -460,14 +619,13 @@ class Dispatcher:
         while True:
             await asyncio.sleep(self._options.lease_seconds / 3)
             for owner, lease in list(self._state.leases.items()):
+                extend = partial(self._queue.extend, lease, seconds=self._options.lease_seconds, now=self._clock())
                 try:
-                    extended = await self._in_thread(
-                        partial(self._queue.extend, lease, seconds=self._options.lease_seconds, now=self._clock())
-                    )
+                    extended = await self._in_thread(extend)
                 except LeaseLost:
                     continue  # its settlement will say so
-                except QueueError as error:
-                    _log.error("leases cannot be prolonged (%s)", error.slug)
+                except Exception as error:  # noqa: BLE001  # the next turn may go better
+                    _log.error("leases cannot be prolonged (%s)", _name(error))
                     break
                 if owner in self._state.leases:
                     self._state.leases[owner] = extended
@@ -475,12 +633,43 @@ class Dispatcher:
     # --- The end ---
 
     async def _drain(self) -> None:
+        self._give_back()
         deliveries = set(self._state.deliveries)
         if deliveries:
-            _, unfinished = await asyncio.wait(deliveries, timeout=self._options.drain_seconds)
-            for delivery in unfinished:
-                delivery.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
+            await asyncio.wait(deliveries, timeout=self._options.drain_seconds)
+
+    def _give_back(self) -> None:
+        """Let others have what was leased ahead."""
+        while self._state.ready:
+            lease = self._state.ready.popleft()
+            self._settled(lease, _given_back(lease, self._clock()))
+
+    async def _end(self, helpers: Sequence[asyncio.Task[None]]) -> None:
+        self._queue.wake()  # whoever cancels run() leaves a thread that waits
+        self._give_back()
+        unfinished = set(self._state.deliveries)
+        for task in (*unfinished, *helpers):
+            task.cancel()
+        await asyncio.gather(*unfinished, *helpers, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):  # leases run out by themselves
+            async with asyncio.timeout(self._options.drain_seconds + 1.0):
+                await self._settle()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+        self._state = _State(ended=deque(maxlen=self._options.concurrency))
+        self._stopping.clear()
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _given_back(lease: Lease, now: float) -> Settlement:
+    """Return what leaves a task as it was before it was leased."""
+    return Settlement(
+        verdict=Verdict.RETRY, at=now, charged=False, status=lease.previous_response, reason=lease.retry_reason
+    )
+
+
+def _name(error: BaseException) -> str:
+    """Name an exception for the log, which its text is not for."""
+    return error.slug if isinstance(error, Error) else type(error).__name__

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, Protocol, cast, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from safedefer.binding import check_binds
 from safedefer.codecs.walk import CallData
 from safedefer.errors import (
     ExpiredTask,
@@ -46,7 +47,7 @@ class Result(StrEnum):
 
 
 class Interrupted(asyncio.CancelledError):
-    """The caller was cancelled while a coroutine ran: it has ended. (A thread would go on.)"""
+    """The caller was cancelled while a coroutine ran: it has ended, where a thread would go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +172,23 @@ async def execute(
     return Outcome(result=Result.SUCCEEDED)
 
 
+async def call_in_thread(call: Callable[[], object]) -> object:
+    """Run a plain callable in a thread and return or raise what it does, a ``StopIteration`` too."""
+
+    def step() -> _Step:
+        try:
+            return _Step(result=call())
+        except BaseException as error:  # noqa: BLE001  # a future cannot carry a StopIteration
+            return _Step(error=error)
+
+    done = await asyncio.to_thread(step)
+    if done.error is None:
+        return done.result
+    if isinstance(done.error, StopIteration):  # nor can a coroutine raise one (PEP 479)
+        raise RuntimeError("the callable raised StopIteration") from done.error  # noqa: TRY004
+    raise done.error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
     """What the thread has done: called a plain callable, prepared a coroutine function, or failed."""
@@ -196,10 +214,11 @@ def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate) 
 
 
 def _outcome(error: BaseException, *, started: bool) -> Outcome:
+    # The slugs of these two classes, not of a subclass that the user made: handlers and logs know them.
     if isinstance(error, PermanentTaskFailure):
-        return Outcome(result=Result.FAILED, reason=error.slug, error=error)
+        return Outcome(result=Result.FAILED, reason=PermanentTaskFailure.slug, error=error)
     if isinstance(error, SingularTaskFailure):
-        return Outcome(result=Result.RETRY, reason=error.slug, error=error)
+        return Outcome(result=Result.RETRY, reason=SingularTaskFailure.slug, error=error)
     if started or not isinstance(error, RejectedTask):
         return Outcome(result=Result.RETRY, reason="exception", error=error)
     result = Result.FAILED if isinstance(error, InvalidArguments | ExpiredTask) else Result.REJECTED
@@ -215,53 +234,13 @@ def is_async(target: object) -> bool:
     return not plain and inspect.iscoroutinefunction(getattr(kind, "__call__", None))  # noqa: B004  # not a test of callability
 
 
-@lru_cache(maxsize=1024)
-def _signature(target: Callable[..., object]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(target)
-    except ValueError:  # some built-ins have none
-        return None
-
-
-def _signature_of(target: Callable[..., object]) -> tuple[inspect.Signature | None, tuple[object, ...]]:
-    """Return a signature, and what stands before the user's arguments in it. Functions alone are cached."""
-    kind = type(target)
-    if kind is FunctionType or issubclass(kind, type):
-        return _signature(target), ()
-    if kind is MethodType:
-        function = cast("MethodType", target).__func__
-        return _signature(cast("Callable[..., object]", function)), (None,)
-    if kind in _BUILTIN_KINDS:
-        return _signature_uncached(target), ()
-    return _signature(cast("Any", kind).__call__), (None,)
-
-
-def _signature_uncached(target: Callable[..., object]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(target)
-    except ValueError:
-        return None
-
-
-_BUILTIN_KINDS: Final = frozenset({type(len)})
-
-
-def check_binds(target: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Check that a callable takes these arguments, without calling it.
-
-    Raises:
-        TypeError: It does not; the message is Python's own.
-    """
-    signature, before = _signature_of(target)
-    if signature is not None:
-        signature.bind(*before, *args, **kwargs)
-
-
 def _check_annotations(prepared: Prepared) -> None:
-    signature, before = _signature_of(prepared.target)
-    if signature is None:
+    try:
+        # Of what is wrapped, if something is: that is where the annotations are.
+        signature = inspect.signature(prepared.target)
+        bound = signature.bind(*prepared.args, **prepared.kwargs)
+    except (ValueError, TypeError):  # a built-in without a signature, or a wrapper that takes other arguments
         return
-    bound = signature.bind(*before, *prepared.args, **prepared.kwargs)
     hints = _hints(prepared.target)
     for name, value in bound.arguments.items():
         adapter = hints.get(name)

@@ -9,6 +9,7 @@ Ledgers carry opaque values: nothing here can decode, import or run a task.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -78,6 +79,10 @@ class Ledger(Protocol):
         """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
         ...
 
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
+        """Do what ``begin`` does for each, in one transaction."""
+        ...
+
     def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
         """Prolong the run; False if it is no longer ours."""
         ...
@@ -87,6 +92,10 @@ class Ledger(Protocol):
 
         The record is stored in either case.
         """
+        ...
+
+    def finish_many(self, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> Sequence[bool]:
+        """Do what ``finish`` does for each, in one transaction."""
         ...
 
     def record(self, record: AttemptRecord) -> None:

@@ -10,7 +10,7 @@ from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from collections.abc import Set as AbstractSet
 
     from safedefer.queues.base import QueuedTask
@@ -77,6 +77,10 @@ class MemoryLedger:
             )
             return Admission.RUN
 
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
+        """Do what ``begin`` does for each."""
+        return [self.begin(execution, now=now, lease=lease) for execution in executions]
+
     def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
         """Prolong the run; False if it is no longer ours."""
         with self._lock:
@@ -93,6 +97,10 @@ class MemoryLedger:
             if entry is not None:
                 entry.state, entry.owner, entry.until = str(state), None, 0.0
             return entry is not None
+
+    def finish_many(self, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> Sequence[bool]:
+        """Do what ``finish`` does for each."""
+        return [self.finish(*end) for end in ends]
 
     def record(self, record: AttemptRecord) -> None:
         """Store an attempt that never came to run."""

@@ -9,6 +9,8 @@ from safedefer.queues import sqlite_operations as operations
 from safedefer.queues.sqlite_connection import SQL, Handle
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import apsw
 
     from safedefer.queues.sqlite_writer import Writer
@@ -29,6 +31,12 @@ class SQLiteLedger:
         """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
         return self._writer.run(lambda connection: begin(connection, execution, now=now, lease=lease))
 
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
+        """Do what ``begin`` does for each, in one transaction."""
+        return self._writer.run(
+            lambda connection: [begin(connection, execution, now=now, lease=lease) for execution in executions]
+        )
+
     def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
         """Prolong the run; False if it is no longer ours."""
         values: dict[str, str | float] = {**_key(execution), "owner": execution.owner, "until": now + lease}
@@ -37,6 +45,10 @@ class SQLiteLedger:
     def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
         """Store the end of a run and its record in one transaction; False if it is no longer ours."""
         return self._writer.run(lambda connection: finish(connection, execution, state, record))
+
+    def finish_many(self, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> Sequence[bool]:
+        """Do what ``finish`` does for each, in one transaction."""
+        return self._writer.run(lambda connection: [finish(connection, *end) for end in ends])
 
     def record(self, record: AttemptRecord) -> None:
         """Store an attempt that never came to run."""

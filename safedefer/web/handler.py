@@ -7,17 +7,15 @@ another URL, as App Engine's was. Both answer with exactly what ``App.handle`` r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Container
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable, Container, Generator
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from safedefer.delivery import Delivery, Response
+from safedefer.delivery import Delivery
 
 #: A body that takes longer than this many seconds is nobody's: tokens are a megabyte at most.
 BODY_TIMEOUT: Final = 30.0
-
-_TIMED_OUT: Final = Response(408, {"Safedefer-Outcome": "refused", "Connection": "close"}, b"refused\n")
 
 
 class Handles(Protocol):
@@ -52,7 +50,10 @@ def routes(app: Handles) -> list[web.AbstractRouteDef]:
 
 
 def handler_for(app: Handles) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """Make an aiohttp handler for a URL of your own, such as ``web.post("/tasks", handler_for(app))``."""
+    """Make an aiohttp handler for a URL of your own.
+
+    ``web.route("*", "/tasks", handler_for(app))`` answers wrong methods too; tasks name the URL: ``_url="/tasks"``.
+    """
 
     async def handle(request: web.Request) -> web.Response:
         return await respond(app, request)
@@ -68,7 +69,7 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
         try:
             body = await asyncio.wait_for(_read(request, delivery.max_bytes), BODY_TIMEOUT)
         except TimeoutError:
-            answer = _TIMED_OUT
+            answer = delivery.timed_out()
         else:
             answer = (
                 delivery.too_large()
@@ -106,6 +107,12 @@ def task_view(current_app: Callable[[], Handles]) -> type[web.View]:
 
             web_app.router.add_view("/_ah/queue/deferred", deferred.TaskHandler)
         """
+
+        def __await__(self) -> Generator[Any, None, web.StreamResponse]:
+            """Answer; to a method that a subclass has not given a meaning, as ``App.handle`` would."""
+            if getattr(self, self.request.method.lower(), None) is None:
+                return respond(current_app(), self.request).__await__()
+            return super().__await__()
 
         async def post(self) -> web.Response:
             """Verify and execute the task in the body."""

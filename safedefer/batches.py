@@ -1,0 +1,80 @@
+"""Batches: calls to storage that come while one is under way are made together, in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Final, Generic, TypeVar
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+#: The most items in one call: bounds how long the first of them waits for the last.
+_MOST: Final = 256
+
+
+class Batches(Generic[_T, _R]):
+    """Gathers items of one event loop, and hands them to one call at a time.
+
+    Args:
+        executor: Where the call runs.
+        call: Takes a list of items and returns a result for each, or raises for all.
+    """
+
+    def __init__(self, executor: Executor, call: Callable[[list[_T]], Sequence[_R]]) -> None:
+        self._executor = executor
+        self._call = call
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pending: list[tuple[_T, asyncio.Future[_R]]] = []
+        self._under_way = False
+
+    async def __call__(self, item: _T) -> _R:
+        """Return the result for ``item``, or raise what its call raised."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:  # what another loop left behind, it left for good
+            self._loop = loop
+            self._begin()
+        future: asyncio.Future[_R] = loop.create_future()
+        self._pending.append((item, future))
+        if not self._under_way:
+            self._under_way = True
+            # Not at once: what else this turn of the loop brings comes along.
+            loop.call_soon(self._start, loop)
+        return await future
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        batch, self._pending = self._pending[:_MOST], self._pending[_MOST:]
+        if not batch:
+            self._under_way = False
+            return
+        try:
+            running = loop.run_in_executor(self._executor, self._call, [item for item, _ in batch])
+        except RuntimeError as error:  # the executor was shut down
+            self._under_way = False
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        running.add_done_callback(lambda done: self._end(loop, batch, done))
+
+    def _end(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        batch: list[tuple[_T, asyncio.Future[_R]]],
+        done: asyncio.Future[Sequence[_R]],
+    ) -> None:
+        failure = asyncio.CancelledError() if done.cancelled() else done.exception()
+        results = done.result() if failure is None else ()
+        for number, (_, future) in enumerate(batch):
+            if future.done():  # its caller was cancelled
+                continue
+            if failure is None:
+                future.set_result(results[number])
+            else:
+                future.set_exception(failure)
+        if loop is self._loop:
+            self._start(loop)
