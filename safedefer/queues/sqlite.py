@@ -149,7 +149,7 @@ class SQLiteQueue:
             found = operations.lease(connection, owner=owner, limit=limit, seconds=seconds, now=now, queues=queues)
             return found, operations.newest_seq(connection)
 
-        leases, newest = self._writer.run(action)
+        leases, newest = self._writer.run(action, durable=False)
         self._watch.seen(newest)
         if now >= self._next_prune:
             # Nobody waits for it: what is not forgotten now is forgotten later.
@@ -166,7 +166,7 @@ class SQLiteQueue:
             connection.execute(SQL["task_extend"], values)
             return connection.changes() > 0
 
-        if not self._writer.run(action):
+        if not self._writer.run(action, durable=False):
             raise _lost(lease)
         return replace(lease, until=until)
 
@@ -182,7 +182,9 @@ class SQLiteQueue:
             lambda connection: [
                 operations.settle(connection, lease, settlement, now=now, tombstone_seconds=seconds)
                 for lease, settlement in settlements
-            ]
+            ],
+            # What a power cut undoes, the next delivery finds in the ledger, which is synced.
+            durable=False,
         )
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:  # noqa: ARG002 - the seam has it

@@ -29,18 +29,19 @@ class SQLiteLedger:
 
     def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
         """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
-        return self._writer.run(lambda connection: begin(connection, execution, now=now, lease=lease))
+        return self._writer.run(lambda connection: begin(connection, execution, now=now, lease=lease), durable=False)
 
     def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
         """Do what ``begin`` does for each, in one transaction."""
         return self._writer.run(
-            lambda connection: [begin(connection, execution, now=now, lease=lease) for execution in executions]
+            lambda connection: [begin(connection, execution, now=now, lease=lease) for execution in executions],
+            durable=False,
         )
 
     def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
         """Prolong the run; False if it is no longer ours."""
         values: dict[str, str | float] = {**_key(execution), "owner": execution.owner, "until": now + lease}
-        return self._writer.run(lambda connection: _changed(connection, "ledger_extend", values))
+        return self._writer.run(lambda connection: _changed(connection, "ledger_extend", values), durable=False)
 
     def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
         """Store the end of a run and its record in one transaction; False if it is no longer ours."""

@@ -2,6 +2,9 @@
 
 Each operation runs in a savepoint, so that one which fails does not spoil the others. Nobody is told
 of success before COMMIT has returned.
+
+What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
+again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ T = TypeVar("T")
 _BATCH: Final = 256
 """The most operations in one transaction: bounds how long another process waits for the lock."""
 
-_Operation = tuple["Callable[[apsw.Connection], Any]", "Future[Any]"]
+_Operation = tuple["Callable[[apsw.Connection], Any]", "Future[Any]", bool]
 
 
 class Writer:
@@ -44,14 +47,16 @@ class Writer:
         self._pausing = False
         self._closed = False
 
-    def run(self, action: Callable[[apsw.Connection], T]) -> T:
+    def run(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> T:
         """Run ``action`` in a transaction, and return its result once that is committed.
+
+        Without ``durable`` a power cut (not a crash) may undo it, as long as nothing durable came after.
 
         Raises what ``action`` raised, its changes undone, or ``QueueUnavailable``.
         """
-        return self.submit(action).result()
+        return self.submit(action, durable=durable).result()
 
-    def submit(self, action: Callable[[apsw.Connection], T]) -> Future[T]:
+    def submit(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> Future[T]:
         """Have ``action`` run, and return at once; the future is completed after the commit."""
         future: Future[T] = Future()
         with self._changed:
@@ -61,7 +66,7 @@ class Writer:
                 self._start()
             elif self._pid != os.getpid():
                 raise forked(self._handle.path)
-            self._pending.append((action, future))
+            self._pending.append((action, future, durable))
             self._changed.notify()
         return future
 
@@ -137,7 +142,7 @@ class _Batch:
             with self._handle.use() as connection:
                 self._transact(connection)
         except BaseException as error:  # noqa: BLE001 - whatever it is, callers wait for an answer
-            for _, future in self._operations:
+            for _, future, _ in self._operations:
                 future.set_exception(self._failure(error))
             return
         for future, result, failure in self._outcomes:
@@ -153,9 +158,19 @@ class _Batch:
         return failure
 
     def _transact(self, connection: apsw.Connection) -> None:
+        durable = any(durable for _, _, durable in self._operations)
+        if not durable:
+            connection.execute("PRAGMA synchronous = NORMAL")
+        try:
+            self._commit(connection)
+        finally:
+            if not durable:
+                connection.execute("PRAGMA synchronous = FULL")
+
+    def _commit(self, connection: apsw.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
         try:
-            for action, future in self._operations:
+            for action, future, _ in self._operations:
                 self._outcomes.append((future, *self._attempt(connection, action)))
             connection.execute("COMMIT")
         except BaseException:
