@@ -5,7 +5,7 @@ sign pickles, and the call asks for it. Even then the pickle is not trusted:
 
 1. its opcodes are scanned first: only what Python 3.11's own pickler writes, nothing after the end;
 2. names are found by the policy alone, exactly, and a fixed table of harmless standard types;
-3. only classes and that table may be called while unpickling, and nothing that is a class, a module
+3. only classes may be called while unpickling, with nothing that asks for memory of any size, and nothing that is a class, a module
    or a function may be changed.
 
 ``by_value_runs_code`` lifts 2 and 3: functions may then travel by value, so whoever may sign pickles
@@ -18,7 +18,6 @@ call has one, is ``{"$pickle": 0}``. The pickle is of ``((bound,) or (), args, k
 
 from __future__ import annotations
 
-import copyreg
 import io
 import pickle
 import pickletools
@@ -55,8 +54,6 @@ _BOUND: Final = {"$pickle": 0}
 
 # What the standard library's own pickles call or name, and what none of it can be misused for.
 _HARMLESS: Final[dict[tuple[str, str], Any]] = {
-    ("copyreg", "_reconstructor"): copyreg._reconstructor,  # type: ignore[attr-defined] # noqa: SLF001
-    ("zoneinfo", "ZoneInfo._unpickle"): ZoneInfo._unpickle,  # type: ignore[attr-defined] # noqa: SLF001
     ("builtins", "Ellipsis"): ...,
     ("builtins", "object"): object,
     **{
@@ -64,7 +61,7 @@ _HARMLESS: Final[dict[tuple[str, str], Any]] = {
         for cls in (
             *(Counter, OrderedDict, defaultdict, deque),
             *(date, datetime, time, timedelta, timezone),
-            *(Decimal, Fraction, UUID, SafeUUID),
+            *(Decimal, Fraction, UUID, SafeUUID, ZoneInfo),
             *(PosixPath, PurePosixPath, PureWindowsPath, WindowsPath),
             *(IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network),
             *HARMLESS_TYPES,
@@ -73,6 +70,9 @@ _HARMLESS: Final[dict[tuple[str, str], Any]] = {
         if cls is not type(None)
     },
 }
+
+# Of the built-in types only these are called in pickles; others could be asked for any amount of memory.
+_CALLED: Final = (complex, range, slice)
 
 # Every opcode that protocol 5 writes without out-of-band buffers, extensions and persistent ids.
 _OPCODES: Final = frozenset(
@@ -238,6 +238,10 @@ class _ByReference(cloudpickle.Pickler):  # type: ignore[misc, name-defined, unu
         kind = type(obj)
         if any(obj is known for known in _HARMLESS.values()):
             return NotImplemented
+        if kind is ZoneInfo:
+            # Its own reducer asks for getattr(ZoneInfo, "_unpickle").
+            zone = cast("ZoneInfo", obj)
+            return (ZoneInfo, (zone.key,)) if ZoneInfo(zone.key) is zone else NotImplemented
         if derives(kind, type):
             self._gate.class_name(cast("type", obj))
             self._gate.callable_ref(obj)
@@ -334,7 +338,7 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         found = _HARMLESS.get((module, name))
         if found is None:
             found = self._find(module, name)
-        if derives(type(found), type) or (module, name) in _HARMLESS:
+        if derives(type(found), type) and (found not in HARMLESS_TYPES or found in _CALLED):
             self._callees[id(found)] = found
         return found
 
@@ -353,9 +357,14 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         # A class here may be called: the gate is asked as if it were the task's own callable.
         return self._gate.load_callable(CallableRef(kind="class", module=module, qualname=name))
 
-    def _check_callee(self, func: object) -> None:
-        if id(func) not in self._callees:
+    def _check_call(self, func: object, args: object) -> None:
+        if id(func) not in self._callees or type(args) is not tuple:
             raise _Refused("the pickle calls what is neither a class nor known to be harmless")
+        kinds = set(map(id, map(type, args)))
+        sized = derives(cast("type", func), bytes) or derives(cast("type", func), bytearray)
+        # bytes(10**12), tuple(range(10**12)) and Fraction("1e999999999") take no room in a token, and all in the process.
+        if id(range) in kinds or (sized and id(int) in kinds) or (func is Fraction and kinds != {id(int)}):
+            raise _Refused("the pickle makes an object from a number or range that may be of any size")
 
     def _check_target(self, target: object) -> None:
         kind = type(target)
@@ -364,17 +373,17 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 
     def load_reduce(self) -> None:
         """REDUCE: call with arguments."""
-        self._check_callee(self.stack[-2])
+        self._check_call(*self.stack[-2:])
         super().load_reduce()
 
     def load_newobj(self) -> None:
         """NEWOBJ: ``cls.__new__(cls, *args)``."""
-        self._check_callee(self.stack[-2])
+        self._check_call(*self.stack[-2:])
         super().load_newobj()
 
     def load_newobj_ex(self) -> None:
         """NEWOBJ_EX: ``cls.__new__(cls, *args, **kwargs)``."""
-        self._check_callee(self.stack[-3])
+        self._check_call(*self.stack[-3:-1])
         super().load_newobj_ex()
 
     def load_build(self) -> None:

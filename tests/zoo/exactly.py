@@ -197,7 +197,17 @@ class _Comparison:
 
 
 def _order(value):
-    return (type(value).__name__, repr(value) if not type(value).__module__.startswith("tests.") else "")
+    """A text that is the same for equal members; objects that are only themselves have one for all."""
+    kind = type(value)
+    if isinstance(value, frozenset):
+        parts = sorted(map(_order, value))
+    elif isinstance(value, tuple):
+        parts = list(map(_order, value))
+    elif kind.__name__ == "Money":
+        parts = [_order(value.amount)]
+    else:
+        parts = "" if hasattr(value, "__dict__") and kind.__module__.startswith("tests.") else repr(value)
+    return f"{kind.__name__}{parts}"
 
 
 def _contents(value, base):
