@@ -52,6 +52,9 @@ _MEMBER = re.compile(rf"(?!__){_IDENTIFIER}")
 #: Classes of these metaclasses may be deferred: what they do when called or looked at is known.
 METACLASSES: Final[frozenset[type]] = frozenset({type, ABCMeta, EnumType, type(BaseModel)})
 
+#: Types of built-in functions and methods: methods of some classes of C know their class (``METH_METHOD``).
+BUILTIN_TYPES: Final[tuple[type, ...]] = (BuiltinFunctionType, type(re.compile("").match))
+
 #: Modules that are another file in every process.
 _MAIN_MODULES: Final = frozenset({"__main__", "__mp_main__"})
 
@@ -173,7 +176,7 @@ def bound_object(obj: object) -> object:
     if kind is MethodType:
         owner = cast("MethodType", obj).__self__
         return UNBOUND if _is_class(owner) else owner
-    if kind is BuiltinFunctionType:
+    if _is_builtin(kind):
         owner = cast("Any", obj).__self__
         return UNBOUND if owner is None or type(owner) is ModuleType else owner
     return UNBOUND if kind is FunctionType or _is_class(obj) else obj
@@ -270,7 +273,7 @@ def _classify(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         return _function(cast("FunctionType", obj))
     if kind is MethodType:
         return _method(cast("MethodType", obj), metaclasses)
-    if kind is BuiltinFunctionType:
+    if _is_builtin(kind):
         return _builtin(obj, metaclasses)
     if _is_class(obj):
         module, qualname = check_class(cast("type", obj), metaclasses=metaclasses)
@@ -297,8 +300,8 @@ def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
     is_class = _is_class(owner)
     cls = cast("type", owner) if is_class else type(owner)
     member = _text(func.__name__)
-    _check_member(member)
     _check_code(func)
+    _check_member(member)
     module, qualname = check_class(cls, metaclasses=metaclasses)
     definer, raw = _static_member(cls, member)
     if is_class:
@@ -495,7 +498,7 @@ def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
         found = cast("Any", raw).__get__(None, cls)
     else:
         return None
-    return cast("AnyCallable", found) if type(found) is BuiltinFunctionType else None
+    return cast("AnyCallable", found) if _is_builtin(type(found)) else None
 
 
 def _same_builtin(left: object, right: object) -> bool:
@@ -509,6 +512,11 @@ def _same_builtin(left: object, right: object) -> bool:
 def _is_class(obj: object) -> bool:
     # issubclass of the type, not isinstance of the object: isinstance reads obj.__class__, user code.
     return issubclass(type(obj), type)
+
+
+def _is_builtin(kind: type) -> bool:
+    # By identity: `in` of a set would ask the user's metaclass for a hash, and that of a tuple for equality.
+    return any(kind is builtin for builtin in BUILTIN_TYPES)
 
 
 def _import(module: str) -> object:
