@@ -15,6 +15,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, cast
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,35 +31,42 @@ class _Shape:
     """Names of the parameters that may be given by keyword."""
     named_required: frozenset[str]
     """Keyword-only parameters without a default."""
-    open_ended: bool
-    """It has ``*args``, ``**kwargs``, or something that only the signature itself can judge."""
+    rest: bool
+    """It has ``*args``."""
+    named: bool
+    """It has ``**kwargs``."""
 
     @classmethod
     def of(cls, signature: Signature) -> _Shape:
         parameters = signature.parameters.values()
+        kinds = {p.kind for p in parameters}
         positional = [p for p in parameters if p.kind in _POSITIONAL]
-        named = [p for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
         return cls(
             signature=signature,
             positional=tuple(p.name for p in positional),
             required=sum(p.default is Parameter.empty for p in positional),
-            by_name=frozenset(p.name for p in parameters if p.kind is not Parameter.POSITIONAL_ONLY),
-            named_required=frozenset(p.name for p in named if p.default is Parameter.empty),
-            open_ended=len(positional) + len(named) != len(parameters),
+            by_name=frozenset(p.name for p in parameters if p.kind in _BY_NAME),
+            named_required=frozenset(
+                p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY and p.default is Parameter.empty
+            ),
+            rest=Parameter.VAR_POSITIONAL in kinds,
+            named=Parameter.VAR_KEYWORD in kinds,
         )
 
     def surely_binds(self, before: int, count: int, names: Mapping[str, object]) -> bool:
         """Whether the arguments fit beyond doubt; False is only "ask the signature"."""
-        if self.open_ended:
-            return False
         given = before + count
-        if not names:
-            return self.required <= given <= len(self.positional) and not self.named_required
-        if given > len(self.positional) or not names.keys() <= self.by_name or not self.named_required <= names.keys():
+        if not self.rest and given > len(self.positional):
             return False
-        by_position = self.positional[:given]
-        missing = self.positional[given : self.required]
-        return not any(name in names for name in by_position) and all(name in names for name in missing)
+        if not names:
+            return given >= self.required and not self.named_required
+        by_position, missing = self.positional[:given], self.positional[given : self.required]
+        return (
+            (self.named or names.keys() <= self.by_name)
+            and self.named_required <= names.keys()
+            and not any(name in names for name in by_position)
+            and all(name in names and name in self.by_name for name in missing)
+        )
 
 
 def signature_of(target: Callable[..., object]) -> tuple[Signature | None, int]:
@@ -94,7 +102,8 @@ def _shape_of(target: Callable[..., object]) -> tuple[_Shape | None, int]:
 
 def _read(target: Callable[..., object]) -> _Shape | None:
     try:
-        return _Shape.of(inspect.signature(target))
+        # A wrapper may take other arguments than what it wraps, and it is the wrapper that is called.
+        return _Shape.of(inspect.signature(target, follow_wrapped=False))
     except ValueError:  # some built-ins have no signature
         return None
 

@@ -15,6 +15,7 @@ def plain(a, b=1): ...
 def keyword(a, *, b, c=2): ...
 def positional(a, b=1, /, c=3): ...
 def many(a, *rest, b=0, **named): ...
+def anything(*args, **kwargs): ...
 def nothing(): ...
 
 
@@ -29,7 +30,20 @@ class Owner:
     def __call__(self, a): ...
 
 
-TARGETS = [plain, keyword, positional, many, nothing, Owner, Owner(1).method, Owner.make, Owner(1), operator.add, [].append]
+TARGETS = [
+    plain,
+    keyword,
+    positional,
+    many,
+    anything,
+    nothing,
+    Owner,
+    Owner(1).method,
+    Owner.make,
+    Owner(1),
+    operator.add,
+    [].append,
+]
 NAMES = st.dictionaries(st.sampled_from(["a", "b", "c", "d", "self", "cls", "rest"]), st.integers(), max_size=4)
 
 
@@ -39,7 +53,7 @@ def test_check_binds_agrees_with_the_signature(target, args, kwargs):
         inspect.signature(target).bind(*args, **kwargs)
     except TypeError as error:
         # A keyword named like the method's own first parameter is refused as the call itself would refuse it.
-        expected = "argument" if "self" in kwargs or "cls" in kwargs else f"^{re.escape(str(error))}$"
+        expected = "argument|parameter" if "self" in kwargs or "cls" in kwargs else f"^{re.escape(str(error))}$"
         with pytest.raises(TypeError, match=expected):
             check_binds(target, args, kwargs)
     else:
