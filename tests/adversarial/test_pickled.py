@@ -388,7 +388,9 @@ def test_the_limits_hold_at_both_ends():
 
 
 @pytest.mark.parametrize(
-    "value", [Path(os.devnull).open(), (i for i in ()), sys, zoo.Outer.Inner(1), subprocess.Popen, eval], ids=repr
+    "value",
+    [Path(os.devnull).open(), (i for i in ()), sys, zoo.Outer.Inner(1), subprocess.Popen, eval],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_cannot_be_found_by_name_or_pickled_is_refused_when_deferring(value):
     with pytest.raises(UnencodableArgument):

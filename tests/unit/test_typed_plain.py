@@ -1,0 +1,142 @@
+"""The fast judgement of large plain trees: one value that is not plain among thousands is found."""
+
+import jiter
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safedefer.claims import Limits
+from safedefer.codecs.plain import is_plain, may_break_limits
+from safedefer.codecs.typed import CallData, TypedCodec
+from safedefer.errors import InvalidArguments, UnencodableArgument
+from safedefer.refs import UNBOUND
+from tests.benchmarks.fidelity import VALUES
+from tests.zoo import values as zoo
+from tests.zoo.exactly import CODEC, POLICY, assert_exact, carry, carry_one, parse
+
+LIMITS = Limits()
+ODD = {
+    "str subclass": zoo.MyStr("x"),
+    "int subclass": zoo.MyInt(1),
+    "int enum": zoo.Level.LOW,
+    "str enum": zoo.Mode.FAST,
+    "large int": 2**53,
+    "small int": -(2**53),
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "surrogate": "\ud800",
+    "tuple": (1,),
+    "bytes": b"x",
+    "dict subclass": zoo.MyDict(),
+    "list subclass": zoo.MyList(),
+    "object": zoo.Node(),
+    "evil": zoo.Evil(),
+    "of an evil metaclass": zoo.OfEvilMeta(),
+    "$ key": {"$a": 1},
+    "int key": {1: 1},
+    "str subclass key": {zoo.MyStr("a"): 1},
+    "evil key": {zoo.Node(): 1},
+    "surrogate key": {"\ud800": 1},
+}
+
+
+def rows(count):
+    return [{"id": i, "name": f"n{i}", "score": i / 7, "on": i % 2 == 0, "note": None} for i in range(count)]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("column", ["id", "name", "score", "on", "note", "more"])
+@pytest.mark.parametrize("count", [3, 100, 1000])
+def test_one_odd_value_among_many_rows_is_found(odd, column, count):
+    zoo.RAN.clear()
+    for index in (0, count // 2, count - 1):
+        table = rows(count)
+        assert is_plain([table], LIMITS)
+        table[index][column] = ODD[odd]
+        assert not is_plain([table], LIMITS)
+        assert not is_plain([[list(row.values()) for row in table]], LIMITS)
+    ran, zoo.RAN[:] = list(zoo.RAN), []
+    assert ran == []
+
+
+@pytest.mark.parametrize("key", ["$x", "\ud800", 1, zoo.MyStr("name"), None], ids=repr)
+@pytest.mark.parametrize("count", [3, 100])
+def test_one_odd_key_among_many_rows_is_found(key, count):
+    for index in (0, count // 2, count - 1):
+        table = rows(count)
+        row = dict(table[index])
+        del row["name"]
+        table[index] = {key: 1, **row}
+        assert not is_plain([table], LIMITS)
+
+
+@pytest.mark.parametrize("count", [3, 100])
+def test_a_row_that_is_there_twice_is_found_and_arrives_as_one(count):
+    table = rows(count)
+    table[1] = table[-1]
+    assert not is_plain([table], LIMITS)
+    arrived = carry_one(table)
+    assert arrived[1] is arrived[-1]
+    assert arrived == table
+
+
+def test_rows_of_several_lengths_and_orders_are_plain():
+    table = [dict(list(row.items())[: i % 5]) for i, row in enumerate(rows(200))] + [{"b": 1, "a": 2}, {"a": 2, "b": 1}]
+    assert is_plain([table], LIMITS)
+    assert_exact(table, carry_one(table))
+
+
+def test_limits_hold_on_the_fast_path():
+    assert is_plain([[0] * 99_999], LIMITS)
+    assert not is_plain([[0] * 100_000], LIMITS)
+    assert is_plain([[[[1]]]], Limits(depth=4))
+    assert not is_plain([[[[1]]]], Limits(depth=2))
+    loop = []
+    loop.append(loop)
+    assert not is_plain([loop], LIMITS)
+    wide = [1]
+    for _ in range(40):
+        wide = [wide, wide]
+    assert not is_plain([wide], LIMITS)
+
+
+@settings(max_examples=300)
+@given(st.text(alphabet='[]{}"\\,:1a', max_size=12), st.integers(0, 70))
+def test_strings_full_of_brackets_do_not_hide_depth(noise, levels):
+    import json
+
+    tree = [noise, 1]
+    for _ in range(levels):
+        tree = [noise, tree, {noise: 1}]
+    text = json.dumps({"args": [tree], "kwargs": {}}).encode()
+    call = parse(text)
+    if levels + 1 > 64:
+        with pytest.raises(InvalidArguments):
+            CODEC.decode(call, POLICY, text=text)
+    elif "$" not in noise:
+        assert CODEC.decode(call, POLICY, text=text).args == call.args
+
+
+def test_the_hint_counts_values_whatever_the_limit():
+    for count in (1, 5, 50):
+        text = b'{"args":[' + b",".join([b"0"] * count) + b'],"kwargs":{}}'
+        codec = TypedCodec(limits=Limits(items=count - 1))
+        with pytest.raises(InvalidArguments):
+            codec.decode(parse(text), POLICY, text=text)
+        with pytest.raises(UnencodableArgument):
+            codec.encode(CallData(UNBOUND, [0] * count, {}), POLICY)
+
+
+@pytest.mark.parametrize(
+    "number", ["1e308", "-1.5e-300", "123456789012345", "0.1234567890123456789", "1E5", "1e+15", "-0.0"]
+)
+def test_plain_numbers_need_no_walk_or_pass_it(number):
+    text = f'{{"args":[{number}],"kwargs":{{}}}}'.encode()
+    call = CODEC.decode(parse(text), POLICY, text=text)
+    assert call.args == jiter.from_json(text)["args"]
+    assert number in ("1e308", "1e+15", "-1.5e-300") or not may_break_limits(text, LIMITS)
+
+
+@pytest.mark.parametrize("label", VALUES)
+def test_the_values_of_the_fidelity_table_arrive_exactly(label):
+    assert_exact([VALUES[label]], carry(VALUES[label]).args)
