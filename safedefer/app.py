@@ -42,6 +42,7 @@ from safedefer.errors import (
     InvalidTaskError,
     NotDeferrable,
     PermanentTaskFailure,
+    QueueUnavailable,
     RejectedTask,
     TaskTooLargeError,
     UnknownQueueError,
@@ -149,6 +150,7 @@ class App:
         # Reentrant: loading the policy imports modules, and one of them may defer something.
         self._lock = RLock()
         self._delivery: Delivery | None = None
+        self._closed = False
         self._delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds, validate=validate
         )
@@ -510,8 +512,10 @@ class App:
 
     @property
     def queue(self) -> PullQueue:
-        """The queue, opened when it is first used."""
+        """The queue, opened when it is first used. Raises ``QueueUnavailable`` after ``close``."""
         with self._lock:
+            if self._closed:
+                raise QueueUnavailable("the App is closed; make another one")
             if isinstance(self._queue, str):
                 self._queue = open_queue(self._queue)
             return self._queue
@@ -573,6 +577,7 @@ class App:
             if self._delivery is not None:
                 self._delivery.close()
                 self._delivery = None
+            self._closed = True
             if not isinstance(self._queue, str):
                 self._queue.close()
 

@@ -22,7 +22,7 @@ import click
 from safedefer import __version__
 from safedefer.app import App
 from safedefer.dispatcher import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
-from safedefer.errors import ConfigurationError, Error, RejectedTask
+from safedefer.errors import ConfigurationError, Error, PermanentTaskFailure, RejectedTask
 from safedefer.keys import MIN_SECRET_BYTES
 from safedefer.queues.base import TaskState, TaskView
 from safedefer.task import VerifiedPointer
@@ -40,6 +40,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except Error as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # the port is taken, the host is not ours, the disk is full
+            raise click.ClickException(f"{error.strerror or error}; correct that and start again") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,12 +60,12 @@ def load_app(spec: str | None) -> App:
     Raises:
         ConfigurationError: There is no such module or App.
     """
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109  # as `python -m` does
     if spec is None:
         return App.from_settings()
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
         raise ConfigurationError(f"{spec!a} is not module:name; write for example shop.tasks:app")
-    sys.path.insert(0, str(os.getcwd()))  # noqa: PTH109  # as `python -m` does
     try:
         found: object = import_module(module)
     except ModuleNotFoundError as error:
@@ -102,11 +104,23 @@ def keys_new(*, kid: str | None, jwk: bool) -> None:
 _app_argument = click.argument("app", required=False, default=None, metavar="[MODULE:APP]")
 _host = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 _port = click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
-_drain = click.option("--drain", default=30.0, show_default=True, help="Seconds that a stop waits for running tasks.")
-_concurrency = click.option("--concurrency", default=16, show_default=True, help="Deliveries at once.")
+_drain = click.option(
+    "--drain",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Seconds that a stop waits for running tasks.",
+)
+_concurrency = click.option(
+    "--concurrency", default=16, show_default=True, type=click.IntRange(1, 10_000), help="Deliveries at once."
+)
 _queues = click.option("--queue", "queues", multiple=True, help="Only this queue; repeatable.")
 _lease = click.option(
-    "--lease", default=60.0, show_default=True, help="Seconds until a silent dispatcher's tasks are due again."
+    "--lease",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(min=0.5),
+    help="Seconds until a silent dispatcher's tasks are due again.",
 )
 
 
@@ -135,7 +149,13 @@ def serve(*, app: str | None, host: str, port: int, drain: float) -> None:
 @_concurrency
 @_lease
 @_drain
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds that a handler may take for one task.")
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(min=0.1),
+    help="Seconds that a handler may take for one task.",
+)
 def dispatch(
     *,
     app: str | None,
@@ -183,7 +203,8 @@ def run(
                 concurrency=concurrency, lease_seconds=lease, drain_seconds=drain, queues=queues or None
             )
             deliver = InProcessDelivery(loaded.handle)
-            await _dispatch(Dispatcher(loaded.queue, deliver, clock=time.time, options=options), stop)
+            dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options)
+            await _dispatch(dispatcher, stop, loaded.delivery.drain)  # what is posted from now on is answered busy
             await _drain_handler(loaded, 1.0)
 
     _run(loaded, work)
@@ -203,12 +224,13 @@ async def _signals() -> AsyncIterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-async def _dispatch(dispatcher: Dispatcher, stop: asyncio.Event) -> None:
+async def _dispatch(dispatcher: Dispatcher, stop: asyncio.Event, then: Callable[[], None] = lambda: None) -> None:
     running = asyncio.create_task(dispatcher.run())
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     dispatcher.stop()
+    then()
     await running
 
 
@@ -245,7 +267,7 @@ def tasks() -> None:
     "--state", "states", multiple=True, type=click.Choice([str(state) for state in TaskState]), help="Repeatable."
 )
 @click.option("--queue", default=None, help="Only this queue.")
-@click.option("--limit", default=100, show_default=True, help="How many at most.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="How many at most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, limit: int, as_json: bool) -> None:
     """List waiting, running and dead tasks, newest first."""
@@ -308,17 +330,20 @@ def tasks_retry(*, app: str | None, task_id: str) -> None:
 def inspect(*, app: str | None, token: str) -> None:
     """Verify TOKEN (- reads it from standard input) and print what it would do. Runs nothing."""
     from_stdin = token == "-"  # noqa: S105  # the usual sign, not a password
-    data = sys.stdin.buffer.read().strip() if from_stdin else token.encode()
+    data = sys.stdin.buffer.read().strip() if from_stdin else os.fsencode(token)
     loaded = load_app(app)
     try:
         verified = loaded.verify(data, expired=True)
+        pointer = verified.blob if isinstance(verified, VerifiedPointer) else None
+        if pointer is not None:
+            with contextlib.suppress(PermanentTaskFailure):
+                verified = loaded.follow(verified, expired=True)
     except RejectedTask as error:
         raise click.ClickException(f"{error.slug}: {error}") from error
     claims = verified.claims
     document = json.loads(claims.to_json())
-    if isinstance(verified, VerifiedPointer):
-        stored = loaded.queue.blobs.get(verified.blob.id)
-        document["blob"]["found"] = stored is not None
+    if pointer is not None:
+        document["blob"] = {**dict(pointer), "found": not isinstance(verified, VerifiedPointer)}
     document["signed_by"] = verified.identity.kid
     document["calls"] = verified.identity.callable_name or None
     document.update({name: _time(document[name]) for name in ("iat", "nbf", "exp")})

@@ -51,6 +51,7 @@ __all__ = [
     "SingularTaskFailure",
     "TaskHandler",
     "configure",
+    "configured_app",
     "current_app",
     "defer",
     "defer_async",
@@ -80,6 +81,12 @@ def configure(app: App | None) -> None:
     """Set the application that the functions of this module use; None forgets it."""
     with _current.lock:
         _current.app = app
+
+
+def configured_app() -> App | None:
+    """Return the application that was given to ``configure`` or built since; None if there is none."""
+    with _current.lock:
+        return _current.app
 
 
 def current_app() -> App:

@@ -1,0 +1,200 @@
+"""What the tests of the handler and the dispatcher defer. Every run leaves a line in ``RAN``."""
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass
+from functools import wraps
+
+from safedefer import PermanentTaskFailure, SingularTaskFailure, current_task, defer
+
+RAN = []
+CONTEXTS = []
+GATE = threading.Event()
+STARTED = threading.Event()
+SECRET = "the-argument-that-nobody-may-print"
+
+
+def reset():
+    RAN.clear()
+    CONTEXTS.clear()
+    GATE.clear()
+    STARTED.clear()
+
+
+def add(a, b=0, *, scale=1):
+    RAN.append(("add", a, b, scale))
+    return (a + b) * scale
+
+
+def keywords(**values):
+    RAN.append(values)
+
+
+async def add_later(a, b=0):
+    await asyncio.sleep(0)
+    RAN.append(("add_later", a, b))
+    asyncio.get_running_loop()
+    return a + b
+
+
+def thread_name():
+    RAN.append(threading.current_thread().name)
+
+
+async def loop_thread_name():
+    RAN.append(threading.current_thread().name)
+
+
+def returns_awaitable(value):
+    async def inner():
+        RAN.append(("awaited", value))
+        return value
+
+    return inner()
+
+
+def keep_context():
+    CONTEXTS.append(current_task())
+
+
+async def keep_context_async():
+    await asyncio.sleep(0)
+    CONTEXTS.append(current_task())
+
+
+def fail(text="no"):
+    RAN.append("fail")
+    raise ValueError(text)
+
+
+def fail_once(text="no"):
+    RAN.append("fail_once")
+    if RAN.count("fail_once") == 1:
+        raise ValueError(text)
+
+
+class Unusual(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+RAISES = {
+    "ValueError": lambda: ValueError("no"),
+    "SystemExit": lambda: SystemExit(0),
+    "KeyboardInterrupt": lambda: KeyboardInterrupt(),
+    "StopIteration": lambda: StopIteration(1),
+    "StopAsyncIteration": lambda: StopAsyncIteration(),
+    "GeneratorExit": lambda: GeneratorExit(),
+    "BaseException": lambda: BaseException("no"),
+    "CancelledError": lambda: asyncio.CancelledError(),
+    "MemoryError": lambda: MemoryError(),
+    "RecursionError": lambda: RecursionError(),
+    "ExceptionGroup": lambda: ExceptionGroup("no", [ValueError("no")]),
+    "Unusual": lambda: Unusual(),
+    "TimeoutError": lambda: TimeoutError(),
+}
+
+
+def raise_(name):
+    RAN.append(name)
+    raise RAISES[name]()
+
+
+async def raise_async(name):
+    RAN.append(name)
+    raise RAISES[name]()
+
+
+class Hopeless(PermanentTaskFailure):
+    pass
+
+
+class NotNow(SingularTaskFailure):
+    pass
+
+
+def permanent(kind="plain"):
+    RAN.append("permanent")
+    raise PermanentTaskFailure("never") if kind == "plain" else Hopeless("never")
+
+
+def singular(kind="plain"):
+    RAN.append("singular")
+    raise SingularTaskFailure("not now") if kind == "plain" else NotNow("not now")
+
+
+def wait_for_gate(seconds=20.0):
+    STARTED.set()
+    GATE.wait(seconds)
+    RAN.append("waited")
+
+
+async def sleep_long(seconds=30.0):
+    RAN.append("begun")
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        RAN.append("over")
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+    RAN.append("slept")
+
+
+def defer_another(depth):
+    RAN.append(depth)
+    if depth:
+        defer(defer_another, depth - 1)
+
+
+def typed(count: int, names: list[str], *more: int, **options: bool):
+    RAN.append("typed")
+
+
+def with_connection(function):
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        return function("connection", *args, **kwargs)
+
+    return wrapper
+
+
+@with_connection
+def injected(connection, x):
+    RAN.append((connection, x))
+
+
+@dataclass
+class Counter:
+    start: int
+
+    def __call__(self, by):
+        RAN.append(("call", self.start + by))
+
+    def increment(self, by=1):
+        RAN.append(("increment", self.start + by))
+        return self.start + by
+
+    async def increment_async(self, by=1):
+        RAN.append(("increment_async", self.start + by))
+
+    @classmethod
+    def make(cls, start):
+        RAN.append(("make", start))
+        return cls(start)
+
+    @staticmethod
+    def static():
+        raise AssertionError
+
+
+class AsyncCall:
+    async def __call__(self, by):
+        RAN.append(("async call", by))
+
+
+def loud(secret):
+    RAN.append("loud")
+    raise ValueError(f"{secret}\nFORGED LINE \x1b[31m")
