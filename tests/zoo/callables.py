@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from tests.zoo.decorators import Base, CallableBase, foreign, unwrapped, wrapped
+from safedefer import deferrable
+from tests.zoo.decorators import Base, CallableBase, MarkedBase, foreign, unwrapped, wrapped
 
 HERE = __name__
 RAN: list[str] = []
@@ -611,6 +612,63 @@ class Bound:
 
     of_builtin = types.MethodType(len, "x")
     of_object = types.MethodType(Calling(), "x")
+
+
+def closure_free():
+    return "never admitted by another's exact pattern"
+
+
+reexported_function = foreign
+
+
+def steal(self):
+    return "stolen"
+
+
+steal.__qualname__ = "Plain.steal"
+
+
+class PopenChild(subprocess.Popen):
+    """A class that is built as a process is."""
+
+    _child_created = False
+
+    def __del__(self, **_):
+        """Nothing was started."""
+
+
+@deferrable
+def marked():
+    return "marked"
+
+
+@functools.wraps(marked)
+def wraps_marked():
+    return "wraps"
+
+
+wraps_marked.__qualname__ = wraps_marked.__name__ = "wraps_marked"
+
+
+@deferrable
+class MarkedClass:
+    class Inner:
+        pass
+
+    def method(self):
+        return "marked"
+
+    @classmethod
+    def build(cls):
+        return cls()
+
+
+class MarkedChild(MarkedClass):
+    pass
+
+
+class MarkedRecord(MarkedBase):
+    pass
 
 
 def main_function():

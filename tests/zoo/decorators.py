@@ -2,6 +2,8 @@
 
 import functools
 
+from safedefer import deferrable
+
 
 def wrapped(function):
     @functools.wraps(function)
@@ -31,6 +33,17 @@ class Base:
     @classmethod
     def create(cls):
         return cls()
+
+
+class MarkedBase(Base):
+    @deferrable
+    def marked_method(self):
+        return "marked"
+
+    @classmethod
+    @deferrable
+    def marked_build(cls):
+        return "marked"
 
 
 class CallableBase:
