@@ -213,6 +213,10 @@ class Delivery:
         """Return the answer to a body that does not come."""
         return self._refuse(408, "body-timeout")
 
+    def broken(self) -> Response:
+        """Return the answer to a body that ends before its end."""
+        return self._refuse(400, "body-broken")
+
     async def handle(
         self, headers: Mapping[str, str], body: bytes, *, url: str | Container[str], method: str = "POST"
     ) -> Response:

@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Container, Generator
 from typing import Any, Final, Protocol
 
-from aiohttp import web
+from aiohttp import ClientError, web
+from aiohttp.http import HttpProcessingError
 
 from safedefer.delivery import Delivery
 
@@ -70,6 +71,8 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
             body = await asyncio.wait_for(_read(request, delivery.max_bytes), BODY_TIMEOUT)
         except TimeoutError:
             answer = delivery.timed_out()
+        except (OSError, ClientError, HttpProcessingError):
+            answer = delivery.broken()
         else:
             answer = (
                 delivery.too_large()
@@ -84,7 +87,7 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
     return response
 
 
-_UNREAD: Final = frozenset({405, 408, 413, 415})
+_UNREAD: Final = frozenset({400, 405, 408, 413, 415})
 
 
 async def _read(request: web.Request, limit: int) -> bytes | None:

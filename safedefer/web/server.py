@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -12,6 +13,20 @@ from safedefer.web.handler import Handles, routes
 
 #: Seconds that an idle connection is kept; dispatchers come back at once or not at all.
 _KEEPALIVE: Final = 75.0
+
+
+class _Discreet(logging.Filter):
+    """Lets aiohttp's server say that a request was no HTTP, without quoting the request."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if isinstance(record.exc_info, tuple) else None
+        record.msg, record.args = "a request could not be answered (%s)", ("error" if kind is None else kind.__name__,)
+        record.exc_info = record.exc_text = record.stack_info = None
+        return True
+
+
+_log: Final = logging.getLogger("safedefer.web")
+_log.addFilter(_Discreet())
 
 
 @asynccontextmanager
@@ -33,7 +48,7 @@ async def serving(app: Handles, host: str, port: int) -> AsyncIterator[str]:
     web_app.add_routes(routes(app))
     # auto_decompress: a body with an encoding is refused unread, and nothing may inflate it before that.
     runner = web.AppRunner(
-        web_app, auto_decompress=False, access_log=None, keepalive_timeout=_KEEPALIVE, shutdown_timeout=1.0
+        web_app, auto_decompress=False, access_log=None, logger=_log, keepalive_timeout=_KEEPALIVE, shutdown_timeout=1.0
     )
     await runner.setup()
     try:
