@@ -6,10 +6,10 @@ character. A decoder that ignores those bits gives one signature many spellings.
 
 from __future__ import annotations
 
-from base64 import urlsafe_b64encode
-from binascii import a2b_base64
 from dataclasses import dataclass, field
 from typing import Final, Self
+
+from pybase64 import b64decode, urlsafe_b64encode
 
 from safedefer.errors import MalformedToken
 
@@ -19,7 +19,7 @@ MAC_CHARS: Final = 43
 _MAX_HEADER: Final = 512
 
 _ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
+_PADDING: Final = (b"", b"", b"==", b"=")
 #: By length modulo 4, the characters that may end a segment: those whose unused bits are zero.
 _LAST: Final = {0: frozenset(_ALPHABET), 2: frozenset(_ALPHABET[::16]), 3: frozenset(_ALPHABET[::4])}
 
@@ -37,7 +37,7 @@ def decode_segment(segment: bytes) -> bytes:
     """
     if not is_canonical(segment):
         raise MalformedToken("not canonical base64url; encode without padding and with zero unused bits")
-    return a2b_base64(segment.translate(_STANDARD) + b"=" * (-len(segment) % 4))
+    return b64decode(segment + _PADDING[len(segment) % 4], altchars=b"-_", validate=True)
 
 
 def is_canonical(segment: bytes) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from binascii import Error as Base64Error
-from binascii import a2b_base64, b2a_base64
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal, DecimalException
 from fractions import Fraction
@@ -22,6 +21,8 @@ from typing import Any, Final, TypeVar, cast
 from uuid import UUID, SafeUUID
 from zoneinfo import ZoneInfo
 
+from pybase64 import b64decode, b64encode_as_string
+
 from safedefer.codecs.decoder import Decoder, array, integer, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.statics import derives, dict_getter
@@ -31,14 +32,14 @@ from safedefer.codecs.walk import SAFE_INT, Json, Refusal, is_text
 
 
 def _base64(value: bytes | bytearray) -> str:
-    return b2a_base64(value, newline=False).decode("ascii")
+    return b64encode_as_string(value)
 
 
 def _unbase64(payload: Json) -> bytes:
     """Decode base64 (RFC 4648, section 4), canonical only."""
     text = string(payload)
     try:
-        value = a2b_base64(text, strict_mode=True)
+        value = b64decode(text, validate=True)
     except (Base64Error, ValueError):
         raise Refusal("here must be base64 with padding") from None
     # Bits that are left over in the last group would give one value two spellings.
