@@ -14,8 +14,8 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
 import jiter
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import to_json
 
 from safedefer.errors import (
     InvalidClaims,
@@ -52,7 +52,8 @@ Audience = Annotated[
         # A path of printable ASCII, without ? and #, that cannot be taken for another host ("//host/path").
         pattern=(
             r"^[A-Za-z0-9.-]{1,100}:[A-Za-z0-9.-]{1,100}:[A-Za-z0-9.-]{1,100}"
-            r":/([!\"$-.0->@-~][!\"$->@-~]{0,2046})?$"
+            # \x22 is a quotation mark, which ECMAScript does not let a backslash stand before.
+            r":/([!\x22$-.0->@-~][!\x22$->@-~]{0,2046})?$"
         )
     ),
 ]
@@ -141,7 +142,7 @@ class Claims(BaseModel):
             document["call"] = _call_json(self.call)
         if self.blob is not None:
             document["blob"] = self.blob.__dict__
-        return to_json(document)
+        return write_json(document)
 
     @classmethod
     def from_json(cls, payload: bytes) -> Self:
@@ -151,11 +152,7 @@ class Claims(BaseModel):
             InvalidClaims: It is not strict JSON, has a duplicate, unknown, missing or null member,
                 or a member of another type or shape. The message names members, never values.
         """
-        try:
-            raw = jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True)
-        except ValueError:
-            # `from None`: the parser's message quotes a duplicate member's name.
-            raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from None
+        raw = _read_json(payload)
         if type(raw) is not dict or None in raw.values():
             raise InvalidClaims("the payload is not an object without nulls; leave absent claims out")
         if type(raw.get("v")) is not int:  # pydantic's Literal[1] takes true and 1.0 for 1
@@ -184,6 +181,51 @@ class Claims(BaseModel):
             _check_call(self.call)
         if self.exp < self.nbf or self.exp > self.nbf + MAX_LIFETIME:
             raise InvalidClaims("exp must lie between nbf and 92 days after it")
+
+
+def write_json(document: dict[str, Any]) -> bytes:
+    """Return the canonical text of a JSON document: compact, members in their order, shortest numbers.
+
+    Raises:
+        TypeError: Something in it is not plain JSON.
+    """
+    return orjson.dumps(document, option=_WRITE)
+
+
+# Nothing but JSON's own types is written, and no integer that another parser could not keep.
+_WRITE: Final = (
+    orjson.OPT_PASSTHROUGH_DATACLASS
+    | orjson.OPT_PASSTHROUGH_DATETIME
+    | orjson.OPT_PASSTHROUGH_SUBCLASS
+    | orjson.OPT_STRICT_INTEGER
+)
+
+
+def _read_json(payload: bytes) -> Any:
+    """Parse strict JSON: no duplicate members, NaN, BOM, lone surrogates or trailing bytes.
+
+    Raises:
+        InvalidClaims: It is not strict JSON.
+    """
+    try:
+        raw = jiter.from_json(payload, allow_inf_nan=False)
+        if _is_canonical(raw, payload):
+            return raw
+        return jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True)
+    except ValueError:
+        # `from None`: the parser's message quotes a duplicate member's name.
+        raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from None
+
+
+def _is_canonical(raw: Any, payload: bytes) -> bool:
+    """Whether writing what was read gives back the text: then no member of it was a duplicate.
+
+    What others minted may be spelled otherwise. It is read again, with every name compared.
+    """
+    try:
+        return orjson.dumps(raw, option=_WRITE) == payload
+    except TypeError:
+        return False
 
 
 _NEEDS_MEMBER: Final = frozenset({"method", "classmethod", "builtin_method"})

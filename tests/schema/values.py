@@ -1,0 +1,111 @@
+"""Valid callables and values, each in one spelling: what a stranger would write, and what Python makes of it."""
+
+TASKS = "tests.schema.tasks"
+
+
+def _of(kind, qualname, module=TASKS, **more):
+    return {"kind": kind, "module": module, "qualname": qualname, **more}
+
+
+_RECEIPT = {"$object": {"class": f"{TASKS}:Receipt", "state": {"number": 7}}}
+
+#: Comment, the claim ``call``, ``args``, and the repr of what the callable returns.
+KINDS = [
+    ("function", _of("function", "echo"), [1], "((1,), {})"),
+    ("coroutine function", _of("function", "echo_later"), [1], "((1,), {})"),
+    ("class", _of("class", "Receipt"), [7], "Receipt({'number': 7})"),
+    ("instance", _of("instance", "Receipt", bound=_RECEIPT), [2], "(7, 2)"),
+    ("method", _of("method", "Receipt", member="send", bound=_RECEIPT), [3], "(7, 3)"),
+    ("class method", _of("classmethod", "Receipt", member="build"), [9], "Receipt({'number': 9})"),
+    ("built-in function", _of("builtin", "add", module="_operator"), [1, 2], "3"),
+    ("built-in method", _of("builtin_method", "str", module="builtins", member="upper", bound="shop"), [], "'SHOP'"),
+    (
+        "built-in method of a list",
+        _of("builtin_method", "list", module="builtins", member="count", bound=[1, 2, 1]),
+        [1],
+        "2",
+    ),
+    (
+        "built-in class method",
+        _of("builtin_method", "dict", module="builtins", member="fromkeys", bound={"$class": "builtins:dict"}),
+        [["a"], 1],
+        "{'a': 1}",
+    ),
+]
+
+#: Comment, tree, repr. Encoding what the tree decodes to gives the tree back.
+VALUES = [
+    ("null", None, "None"),
+    ("true", True, "True"),
+    ("the largest plain integer", 2**53 - 1, "9007199254740991"),
+    ("the smallest plain integer", -(2**53) + 1, "-9007199254740991"),
+    ("a float", 0.1, "0.1"),
+    ("negative zero", -0.0, "-0.0"),
+    ("a float that is whole", 1.0, "1.0"),
+    ("text with a zero and a quote", 'a\0"\\', "'a\\x00\"\\\\'"),
+    ("text that is not normalized", "e\u0301 \u212b", "'e\u0301 \u212b'"),
+    ("a list of lists", [[], [1]], "[[], [1]]"),
+    ("an object", {"": 1, "b": {"a": None}}, "{'': 1, 'b': {'a': None}}"),
+    ("$tuple", {"$tuple": [1, {"$tuple": []}]}, "(1, ())"),
+    ("$set", {"$set": [1]}, "{1}"),
+    ("$frozenset", {"$frozenset": [{"$tuple": ["a"]}]}, "frozenset({('a',)})"),
+    ("$dict of integers", {"$dict": [[1, "a"], ["b", 2]]}, "{1: 'a', 'b': 2}"),
+    ("$dict of a key like a tag", {"$dict": [["$ref", 0]]}, "{'$ref': 0}"),
+    ("$dict, recursive keys", {"$dict": [[{"$frozenset": []}, []]]}, "{frozenset(): []}"),
+    ("$bytes", {"$bytes": "AP8="}, "b'\\x00\\xff'"),
+    ("$bytes, empty", {"$bytes": ""}, "b''"),
+    ("$bytearray", {"$bytearray": "YQ=="}, "bytearray(b'a')"),
+    ("$int", {"$int": "9007199254740992"}, "9007199254740992"),
+    ("$int, negative", {"$int": "-123456789012345678901234567890"}, "-123456789012345678901234567890"),
+    ("$float, not a number", {"$float": "nan"}, "nan"),
+    ("$float, infinite", {"$float": "inf"}, "inf"),
+    ("$float, minus infinite", {"$float": "-inf"}, "-inf"),
+    ("$str, a lone surrogate", {"$str": "7aCA"}, "'\\ud800'"),
+    ("$complex", {"$complex": [1.5, {"$float": "inf"}]}, "(1.5+infj)"),
+    ("$datetime, naive", {"$datetime": ["2030-01-02T03:04:05.000006", 0, None]}, "datetime.datetime(2030, 1, 2, 3, 4, 5, 6)"),
+    (
+        "$datetime, folded, in a zone",
+        {"$datetime": ["2030-10-27T02:30:00", 1, {"$zoneinfo": "Europe/Paris"}]},
+        "datetime.datetime(2030, 10, 27, 2, 30, fold=1, tzinfo=zoneinfo.ZoneInfo(key='Europe/Paris'))",
+    ),
+    ("$date", {"$date": "2030-01-02"}, "datetime.date(2030, 1, 2)"),
+    ("$time", {"$time": ["03:04:05", 0, {"$timezone": [0, 3600, 0, None]}]}, "datetime.time(3, 4, 5, tzinfo=datetime.timezone(datetime.timedelta(seconds=3600)))"),
+    ("$timedelta", {"$timedelta": [-1, 86399, 999999]}, "datetime.timedelta(days=-1, seconds=86399, microseconds=999999)"),
+    ("$timezone with a name", {"$timezone": [0, 3600, 0, "CET"]}, "datetime.timezone(datetime.timedelta(seconds=3600), 'CET')"),
+    ("$zoneinfo", {"$zoneinfo": "UTC"}, "zoneinfo.ZoneInfo(key='UTC')"),
+    ("$decimal", {"$decimal": "1.50"}, "Decimal('1.50')"),
+    ("$decimal with an exponent", {"$decimal": "-1E+3"}, "Decimal('-1E+3')"),
+    ("$fraction", {"$fraction": [-1, 3]}, "Fraction(-1, 3)"),
+    ("$uuid", {"$uuid": ["12345678-1234-5678-1234-567812345678", None]}, "UUID('12345678-1234-5678-1234-567812345678')"),
+    ("$path", {"$path": ["PurePosixPath", "a/b.txt"]}, "PurePosixPath('a/b.txt')"),
+    ("$path of Windows", {"$path": ["PureWindowsPath", "C:\\a"]}, "PureWindowsPath('C:/a')"),
+    ("$ip, version 4", {"$ip": ["IPv4Address", "192.0.2.1"]}, "IPv4Address('192.0.2.1')"),
+    ("$ip, a network of version 6", {"$ip": ["IPv6Network", "2001:db8::/32"]}, "IPv6Network('2001:db8::/32')"),
+    ("$range", {"$range": [0, 10, 2]}, "range(0, 10, 2)"),
+    ("$slice", {"$slice": [None, 5, None]}, "slice(None, 5, None)"),
+    ("$ellipsis", {"$ellipsis": True}, "Ellipsis"),
+    ("$enum", {"$enum": [f"{TASKS}:Color", "GREEN"]}, "<Color.GREEN: 2>"),
+    ("$enum of a nested class", {"$enum": [f"{TASKS}:Outer.Choice", "A"]}, "<Choice.A: 'a'>"),
+    ("$enum, a combination of flags", {"$enum": [f"{TASKS}:Access", 3]}, "<Access.READ|WRITE: 3>"),
+    ("$namedtuple", {"$namedtuple": [f"{TASKS}:Point", 1, [2]]}, "Point(x=1, y=[2])"),
+    ("$dataclass", {"$dataclass": [f"{TASKS}:Order", {"id": 7, "lines": []}]}, "Order(id=7, lines=[])"),
+    ("$model", {"$model": [f"{TASKS}:Customer", {"name": "Ann", "tags": ["a"]}, ["name"], None, None]}, "Customer(name='Ann', tags=['a'])"),
+    ("$object", {"$object": {"class": f"{TASKS}:Receipt", "state": {"number": [1]}}}, "Receipt({'number': [1]})"),
+    ("$object with __setstate__", {"$object": {"class": f"{TASKS}:Stated", "setstate": [5]}}, "Stated(5)"),
+    ("$object with arguments of __new__", {"$object": {"class": f"{TASKS}:Arguments", "args": [1], "kwargs": {"b": 2}, "state": {"a": 1, "b": 2}}}, "Arguments(1, b=2)"),
+    ("$object built on a list", {"$object": {"class": f"{TASKS}:Names", "items": ["a"]}}, "['a']"),
+    ("$object built on an int", {"$object": {"class": f"{TASKS}:Amount", "value": 5}}, "5"),
+    ("$object built on a dict", {"$object": {"class": f"{TASKS}:Labels", "keys": ["a"], "values": [1]}}, "{'a': 1}"),
+    ("$class", {"$class": f"{TASKS}:Receipt"}, f"<class '{TASKS}.Receipt'>"),
+    ("$class, a built-in type as a value", {"$class": "builtins:list"}, "<class 'list'>"),
+    ("$callable", {"$callable": {"kind": "builtin", "module": "_operator", "qualname": "add"}}, "<built-in function add>"),
+    ("$pattern", {"$pattern": ["a+", 34]}, "re.compile('a+', re.IGNORECASE)"),
+    ("$ordereddict", {"$ordereddict": [["b", 1], ["a", 2]]}, "OrderedDict([('b', 1), ('a', 2)])"),
+    ("$defaultdict", {"$defaultdict": [{"$class": "builtins:list"}, ["a", [1]]]}, "defaultdict(<class 'list'>, {'a': [1]})"),
+    ("$deque", {"$deque": [3, 1, 2]}, "deque([1, 2], maxlen=3)"),
+    ("$counter", {"$counter": [["a", 2]]}, "Counter({'a': 2})"),
+    ("$exception, built in", {"$exception": ["builtins:ValueError", ["no", 1], {}]}, "ValueError('no', 1)"),
+    ("$exception of a class", {"$exception": [f"{TASKS}:Refused", ["no"], {"code": 7}]}, "Refused('no')"),
+    ("$ref, one list twice", [[1], {"$ref": 1}], "[[1], [1]]"),
+    ("$ref, a list in itself", [{"$ref": 0}], "[[...]]"),
+]  # fmt: skip
