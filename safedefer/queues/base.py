@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from safedefer.errors import TaskAlreadyExistsError
+
 if TYPE_CHECKING:
     from safedefer.blobs import Blob, BlobStore
     from safedefer.ledger import AttemptRecord, Ledger
+    from safedefer.queues.rates import QueueControl, QueueLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,16 @@ class QueuedTask:
     blob_id: str | None = None
     callable_name: str = ""
     """For people who look: ``shop.tasks:send_receipt``. Empty if unknown."""
+    unique_key: str | None = None
+    """At most one waiting or running task of the queue has it; see ``AlreadyWaiting``."""
+
+
+class AlreadyWaiting(TaskAlreadyExistsError):
+    """A task of the same ``unique_key`` waits or runs in the queue: ``task_id``."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"the task {task_id} has the same call and waits or runs; let it run, or cancel it")
+        self.task_id = task_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +166,23 @@ class TaskView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeadFilter:
+    """Which dead letters are meant: those that agree with all that is given."""
+
+    queue: str | None = None
+    reason: str | None = None
+    """The slug of the reason."""
+    callable_name: str | None = None
+    """``shop.tasks:send_receipt``."""
+    since: float | None = None
+    """Dead at this time or later."""
+    before: float | None = None
+    """Dead before this time."""
+    archived: bool = False
+    """The archived ones, instead of the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueueStats:
     """Counts of one queue. ``oldest`` is when the first that waits falls due (seconds since the epoch)."""
 
@@ -176,7 +206,8 @@ class Queue(Protocol):
 
         Raises ``TaskAlreadyExistsError`` while a task of its name lives in its queue, and
         ``TombstonedTaskError`` for the tombstone window after it ended, counted to
-        ``task.created``. The same errors refuse an id that the queue knows already.
+        ``task.created``. The same errors refuse an id that the queue knows already. ``AlreadyWaiting``
+        refuses a second task of one ``unique_key``; ``QueueUnavailable`` a blob for which there is no room.
         """
         ...
 
@@ -222,6 +253,8 @@ class PullQueue(Queue, Protocol):
         when its lease runs out; what was enqueued first comes first of those that fell due together.
         If the run of a lost delivery had begun by the ledger, it counts as a charged attempt: the
         process died while it ran, or before it could settle.
+
+        Queues that are paused or held give nothing; a rate and a cap on concurrency bound what the others give.
         """
         ...
 
@@ -243,7 +276,10 @@ class PullQueue(Queue, Protocol):
         ...
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
-        """When the next task or lease falls due, maybe in the past; None if there is none."""
+        """When the next task or lease falls due, maybe in the past; None if there is none.
+
+        Where a queue is held back, it is when that is worth another look.
+        """
         ...
 
     def wait(self, timeout: float) -> bool:
@@ -275,12 +311,42 @@ class PullQueue(Queue, Protocol):
         """
         ...
 
+    def dead_letters(
+        self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
+        ...
+
+    def drop_dead(self, task_ids: Sequence[str]) -> int:
+        """Delete dead letters, archived ones too, in one transaction; returns how many there were."""
+        ...
+
+    def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
+        """Put the declared limits in force, for every dispatcher; a queue that is not among them has none."""
+        ...
+
+    def controls(self, *, now: float) -> Sequence[QueueControl]:
+        """What holds queues back, as it stands, sorted by name."""
+        ...
+
+    def pause(self, queue: str, *, paused: bool, now: float) -> None:
+        """Lease nothing of a queue until it is resumed (``paused=False``); what runs goes on."""
+        ...
+
+    def hold(self, queue: str, *, until: float, now: float) -> None:
+        """Lease nothing of a queue before ``until`` (a handler's ``Retry-After``); an earlier time changes nothing."""
+        ...
+
+    def purge(self, queue: str, *, now: float) -> int:
+        """Cancel all that waits in a queue at the time of the call; returns how many. Not one transaction."""
+        ...
+
     def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:
         """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
         ...
 
     def prune(self, *, now: float) -> int:
-        """Forget what is too old: tombstones, history, ledger entries; returns how many.
+        """Forget what is too old: tombstones, history, ledger entries; archive old dead letters; returns how many.
 
         Does a bounded amount in one call; ``lease`` has it done now and then.
         """

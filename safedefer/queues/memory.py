@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Final
 from safedefer.errors import LeaseLost, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState
 from safedefer.queues.base import (
+    AlreadyWaiting,
     Capabilities,
+    DeadFilter,
     Lease,
     QueuedTask,
     QueueStats,
@@ -23,6 +25,7 @@ from safedefer.queues.base import (
     Verdict,
 )
 from safedefer.queues.memory_ledger import MemoryBlobs, MemoryLedger, task_digest
+from safedefer.queues.rates import QueueControl, QueueLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -67,6 +70,11 @@ class _State:
     """Dead letters and history."""
     names: dict[tuple[str, str], float | None] = field(default_factory=dict)
     """None while the task lives, then the end of its tombstone."""
+    unique: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Ids of waiting and running tasks, by queue and unique key."""
+    archived: set[str] = field(default_factory=set)
+    """Ids of dead letters that were put aside."""
+    controls: dict[str, QueueControl] = field(default_factory=dict)
 
 
 class MemoryQueue:
@@ -74,9 +82,22 @@ class MemoryQueue:
 
     ``tombstone_seconds`` is how long the name of an ended task is not free (App Engine: 9 days).
     ``history_seconds`` is how long ``find`` and ``tasks`` know what succeeded or was cancelled.
+    ``blob_limit`` is the bytes that all stored tokens of oversize tasks may take together. Dead letters
+    older than ``dead_seconds``, and the oldest of more than ``dead_limit``, are archived.
     """
 
-    def __init__(self, *, tombstone_seconds: float = 9 * 86400, history_seconds: float = 7 * 86400) -> None:
+    def __init__(
+        self,
+        *,
+        tombstone_seconds: float = 9 * 86400,
+        history_seconds: float = 7 * 86400,
+        blob_limit: int = 2**30,
+        dead_seconds: float = 90 * 86400,
+        dead_limit: int = 100_000,
+    ) -> None:
+        self._blob_limit = blob_limit
+        self._dead_seconds = dead_seconds
+        self._dead_limit = dead_limit
         self._tombstone_seconds = tombstone_seconds
         self._history_seconds = history_seconds
         self._changed = threading.Condition()
@@ -126,17 +147,29 @@ class MemoryQueue:
             raise QueueUnavailable("the queue is closed; open a new one")
         ids: set[str] = set()
         names: set[tuple[str, str | None]] = set()
+        unique = dict(self._state.unique) if any(task.unique_key for task in tasks) else {}
         blobs: set[str] = set()
+        room = self._blob_limit - self._blobs.total
         for task in tasks:
             ended = None if task.id == replaced else self._state.ended.get(task.id)
             if ended is not None and ended.state is not TaskState.DEAD:
                 raise TombstonedTaskError(f"the task {task.id} ended in this queue; defer it anew, with a new id")
             if ended is not None or task.id in ids or task.id in self._state.rows:
                 raise TaskAlreadyExistsError(f"the task {task.id} is in this queue already; enqueue it once")
+            if task.unique_key is not None:
+                if (task.queue, task.unique_key) in unique:
+                    raise AlreadyWaiting(unique[task.queue, task.unique_key])
+                unique[task.queue, task.unique_key] = task.id
             self._check_name(task, names)
             if task.blob is not None and (task.blob.id in blobs or self._blobs.get(task.blob.id) is not None):
                 raise TaskAlreadyExistsError(
                     f"the blob {task.blob.id} belongs to another task; give every blob its own id"
+                )
+            room -= len(task.blob.data) if task.blob else 0
+            if task.blob and room < 0:
+                raise QueueUnavailable(
+                    f"the stored tokens of oversize tasks would take more than {self._blob_limit} bytes; "
+                    "let some of these tasks end, or raise blob_limit"
                 )
             ids.add(task.id)
             names.add((task.queue, task.name))
@@ -165,6 +198,8 @@ class MemoryQueue:
                 self._blobs.put(blob_id, task.blob.data)
             if task.name is not None:
                 self._state.names[task.queue, task.name] = None
+            if task.unique_key is not None:
+                self._state.unique[task.queue, task.unique_key] = task.id
             stored = replace(task, blob=None, blob_id=blob_id, digest=task_digest(task))
             self._state.rows[task.id] = row = _Row(self._newest, stored, task.eta)
             self._schedule(row)
@@ -189,9 +224,83 @@ class MemoryQueue:
             if dead is None or dead.state is not TaskState.DEAD:
                 return False
             self._check((task,), replaced=task_id)
-            del self._state.ended[task_id]
+            self._forget_dead(task_id)
             self._store((task,))
             return True
+
+    def drop_dead(self, task_ids: Sequence[str]) -> int:
+        """Delete dead letters, archived ones too; returns how many there were."""
+        with self._changed:
+            found = [task_id for task_id in dict.fromkeys(task_ids) if self._is_dead(task_id)]
+            for task_id in found:
+                self._forget_dead(task_id)
+            return len(found)
+
+    def _is_dead(self, task_id: str) -> bool:
+        view = self._state.ended.get(task_id)
+        return view is not None and view.state is TaskState.DEAD
+
+    def _forget_dead(self, task_id: str) -> None:
+        del self._state.ended[task_id]
+        self._state.archived.discard(task_id)
+
+    # --- Holding queues back ----------------------------------------------------------------------
+
+    def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
+        """Put the declared limits in force; a queue that is not among them has none."""
+        declared = {item.queue: item for item in limits}
+        with self._changed:
+            for queue in {*declared, *self._state.controls}:
+                control = self._control(queue, now=now)
+                self._put(control.configured(declared.get(queue) or QueueLimits(queue=queue), now=now), now=now)
+
+    def controls(self, *, now: float) -> Sequence[QueueControl]:
+        """What holds queues back, as it stands, sorted by name."""
+        with self._changed:
+            return [control.refill(now) for _, control in sorted(self._state.controls.items())]
+
+    def pause(self, queue: str, *, paused: bool, now: float) -> None:
+        """Lease nothing of a queue until it is resumed; what runs goes on."""
+        with self._changed:
+            self._put(replace(self._control(queue, now=now), paused=paused), now=now)
+        self.wake()
+
+    def hold(self, queue: str, *, until: float, now: float) -> None:
+        """Lease nothing of a queue before ``until``; an earlier time changes nothing."""
+        with self._changed:
+            control = self._control(queue, now=now)
+            self._put(replace(control, held_until=max(until, control.held_until)), now=now)
+
+    def purge(self, queue: str, *, now: float) -> int:
+        """Cancel all that waits in a queue; returns how many."""
+        with self._changed:
+            waiting = [row.task.id for row in self._state.rows.values() if row.task.queue == queue]
+            return sum(self.cancel(task_id, now=now) for task_id in waiting)
+
+    def _control(self, queue: str, *, now: float) -> QueueControl:
+        return self._state.controls.get(queue) or QueueControl.new(QueueLimits(queue=queue), now=now)
+
+    def _put(self, control: QueueControl, *, now: float) -> None:
+        if control.binds(now):
+            self._state.controls[control.queue] = control
+        else:
+            self._state.controls.pop(control.queue, None)
+
+    def _running(self, queue: str, *, now: float) -> int:
+        rows = self._state.rows.values()
+        return sum(row.owner is not None and row.due > now for row in rows if row.task.queue == queue)
+
+    def _open_queues(self, queues: Sequence[str] | None, *, now: float) -> dict[str, int | None]:
+        """Return how many tasks of each queue may be leased now; a queue that gives none is left out."""
+        allowed: dict[str, int | None] = {}
+        for queue in self._state.due if queues is None else queues:
+            control = self._state.controls.get(queue)
+            if control is not None:
+                control = self._state.controls[queue] = control.refill(now)
+                allowed[queue] = control.allowance(now=now, running=self._running(queue, now=now))
+            else:
+                allowed[queue] = None
+        return {queue: most for queue, most in allowed.items() if most != 0}
 
     # --- Taking tasks -----------------------------------------------------------------------------
 
@@ -202,8 +311,15 @@ class MemoryQueue:
         leases: list[Lease] = []
         with self._changed:
             self._seen = self._newest
-            while len(leases) < limit and (row := self._first(queues)) is not None and row.due <= now:
+            allowed = self._open_queues(queues, now=now)
+            while len(leases) < limit and (row := self._first([*allowed])) is not None and row.due <= now:
                 leases.append(self._lease(row, owner=owner, until=now + seconds, now=now))
+                queue = row.task.queue
+                if (most := allowed[queue]) is not None:
+                    self._state.controls[queue] = self._state.controls[queue].spend(1)
+                    allowed[queue] = most - 1
+                    if most == 1:
+                        del allowed[queue]
             if now >= self._next_prune:
                 self._next_prune = now + _PRUNE_EVERY
                 self.prune(now=now)
@@ -318,16 +434,26 @@ class MemoryQueue:
         self._state.ended[task.id] = view
         if task.name is not None:
             self._state.names[task.queue, task.name] = now + self._tombstone_seconds
+        if task.unique_key is not None:
+            del self._state.unique[task.queue, task.unique_key]
         if task.blob_id is not None:
             self._blobs.delete(task.blob_id)
         del self._state.rows[task.id]
         self._ledger.end(task, state)
 
-    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:  # noqa: ARG002 - the seam has it
-        """When the next task or lease falls due, maybe in the past; None if there is none."""
+    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
+        """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
         with self._changed:
-            row = self._first(queues)
-            return None if row is None else row.due
+            found = []
+            for queue in self._state.due if queues is None else queues:
+                row = self._first([queue])
+                control = self._state.controls.get(queue)
+                if row is not None and control is not None:
+                    running = self._running(queue, now=now)
+                    found.append(control.refill(now).opens(row.due, now=now, running=running))
+                elif row is not None:
+                    found.append(row.due)
+            return min(found, default=None)
 
     def wait(self, timeout: float) -> bool:
         """Block until a task is enqueued or ``timeout`` seconds pass.
@@ -365,7 +491,24 @@ class MemoryQueue:
             for task_id in old:
                 del self._state.ended[task_id]
             known = {*self._state.rows, *self._state.ended}
-            return len(old_names) + len(old) + self._ledger.prune_all(now=now, before=before, known=known)
+            return (
+                len(old_names)
+                + len(old)
+                + self._archive(now)
+                + self._ledger.prune_all(now=now, before=before, known=known)
+            )
+
+    def _archive(self, now: float) -> int:
+        dead = sorted((view for view in self._current_dead()), key=_dead_order, reverse=True)
+        old = [view.id for view in dead if view.ended is not None and view.ended < now - self._dead_seconds]
+        put_aside = {*old, *(view.id for view in dead[self._dead_limit :])}
+        self._state.archived |= put_aside
+        return len(put_aside)
+
+    def _current_dead(self) -> list[TaskView]:
+        archived = self._state.archived
+        ended = self._state.ended.values()
+        return [view for view in ended if view.state is TaskState.DEAD and view.id not in archived]
 
     # --- Looking ----------------------------------------------------------------------------------
 
@@ -373,7 +516,7 @@ class MemoryQueue:
         """Counts of every queue that has a task or a dead letter, sorted by name."""
         with self._changed:
             rows = list(self._state.rows.values())
-            dead = [view.queue for view in self._state.ended.values() if view.state is TaskState.DEAD]
+            dead = [view.queue for view in self._current_dead()]
         found = []
         for queue in sorted({*dead, *(row.task.queue for row in rows)}):
             mine = [row for row in rows if row.task.queue == queue]
@@ -394,10 +537,26 @@ class MemoryQueue:
     ) -> Sequence[TaskView]:
         """List tasks, newest first, without records; without ``states``: waiting, running and dead."""
         with self._changed:
-            views = [*map(self._view, reversed(self._state.rows.values())), *reversed(self._state.ended.values())]
+            ended = [view for view in self._state.ended.values() if view.id not in self._state.archived]
+            views = [*map(self._view, reversed(self._state.rows.values())), *reversed(ended)]
         wanted = states or _DEFAULT_STATES
         found = [view for view in views if view.state in wanted and queue in (None, view.queue)]
         return sorted(found, key=lambda view: view.created, reverse=True)[:limit]
+
+    def dead_letters(
+        self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
+        with self._changed:
+            found = [
+                replace(view, records=self._ledger.records_of(view.id))
+                for view in self._state.ended.values()
+                if view.state is TaskState.DEAD
+                and (view.id in self._state.archived) == where.archived
+                and _matches(view, where)
+                and (after is None or _dead_order(view) > after)
+            ]
+        return sorted(found, key=_dead_order)[:limit]
 
     def find(self, task_id: str) -> TaskView | None:
         """One task in whatever state, with the records of its attempts; ended ones without a token."""
@@ -454,6 +613,21 @@ class MemoryQueue:
 
     def _points_to(self, blob_id: str) -> bool:
         return any(row.task.blob_id == blob_id for row in self._state.rows.values())
+
+
+def _dead_order(view: TaskView) -> tuple[float, str]:
+    return (view.ended or 0.0, view.id)
+
+
+def _matches(view: TaskView, where: DeadFilter) -> bool:
+    ended = view.ended or 0.0
+    return (
+        where.queue in (None, view.queue)
+        and where.reason in (None, view.reason)
+        and where.callable_name in (None, view.callable_name)
+        and (where.since is None or ended >= where.since)
+        and (where.before is None or ended < where.before)
+    )
 
 
 def _lost(lease: Lease) -> LeaseLost:

@@ -172,6 +172,11 @@ class MemoryBlobs:
         self._points_to = points_to
         self._data: dict[str, bytes] = {}
 
+    @property
+    def total(self) -> int:
+        """Bytes of all blobs together."""
+        return sum(map(len, self._data.values()))
+
     def get(self, blob_id: str) -> bytes | None:
         """Return the bytes, or None if there are none."""
         return self._data.get(blob_id)

@@ -8,8 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.errors import ConfigurationError, LeaseLost
+from safedefer.queues import sqlite_controls as controls
 from safedefer.queues import sqlite_operations as operations
-from safedefer.queues.base import Capabilities, Lease, QueuedTask, QueueStats, Settlement, TaskState, TaskView
+from safedefer.queues.base import (
+    Capabilities,
+    DeadFilter,
+    Lease,
+    QueuedTask,
+    QueueStats,
+    Settlement,
+    TaskState,
+    TaskView,
+)
 from safedefer.queues.sqlite_connection import SQL, Handle, register_fork
 from safedefer.queues.sqlite_ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite_ledger import prune as prune_ledger
@@ -22,15 +32,19 @@ if TYPE_CHECKING:
 
     import apsw
 
+    from safedefer.queues.rates import QueueControl, QueueLimits
+
 _PRUNE_EVERY: Final = 60.0
 _PRUNED_AT_ONCE: Final = 500
+_PURGED_AT_ONCE: Final = 500
+_FOREVER: Final = 1e18
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 
 _VIEWS: Final = {
     TaskState.WAITING: ("view_tasks", "WHERE owner IS NULL"),
     # Few tasks run at a time; without the hint SQLite looks for them among all that wait.
     TaskState.RUNNING: ("view_tasks", "INDEXED BY safedefer_tasks_leased WHERE owner IS NOT NULL"),
-    TaskState.DEAD: ("view_dead", "WHERE TRUE"),
+    TaskState.DEAD: ("view_dead", "WHERE archived IS NULL"),
     TaskState.SUCCEEDED: ("view_ended", "WHERE state = 'succeeded'"),
     TaskState.CANCELLED: ("view_ended", "WHERE state = 'cancelled'"),
 }
@@ -42,7 +56,9 @@ class SQLiteQueue:
     ``path`` is the file, created with mode 0600 when first used. ``tombstone_seconds`` is how long
     the name of an ended task is not free (App Engine: 9 days). ``history_seconds`` is how long
     ``find`` and ``tasks`` know what succeeded or was cancelled. ``busy_timeout`` is the seconds to
-    wait for the lock of another process. Nothing is opened before the first call.
+    wait for the lock of another process. ``blob_limit`` is the bytes that all stored tokens of oversize
+    tasks may take together. Dead letters older than ``dead_seconds``, and the oldest of more than
+    ``dead_limit``, are archived. Nothing is opened before the first call.
     """
 
     def __init__(
@@ -52,6 +68,9 @@ class SQLiteQueue:
         tombstone_seconds: float = 9 * 86400,
         history_seconds: float = 7 * 86400,
         busy_timeout: float = 30.0,
+        blob_limit: int = 2**30,
+        dead_seconds: float = 90 * 86400,
+        dead_limit: int = 100_000,
     ) -> None:
         text = os.fspath(path)
         if not text or text == ":memory:" or "\0" in text:
@@ -59,6 +78,9 @@ class SQLiteQueue:
         self._path = os.path.realpath(text)
         self._tombstone_seconds = tombstone_seconds
         self._history_seconds = history_seconds
+        self._blob_limit = blob_limit
+        self._dead_seconds = dead_seconds
+        self._dead_limit = dead_limit
         self._next_prune = float("-inf")
         self._writer = Writer(self._path, busy_timeout=busy_timeout)
         self._reader = Handle(self._path, busy_timeout=busy_timeout)
@@ -107,7 +129,8 @@ class SQLiteQueue:
 
     def enqueue_many(self, tasks: Sequence[QueuedTask], /) -> None:
         """Store all tasks or none, in one transaction; raises what ``enqueue`` raises."""
-        self._watch.advance(self._writer.run(lambda connection: _enqueue_all(connection, tasks)))
+        limit = self._blob_limit
+        self._watch.advance(self._writer.run(lambda connection: _enqueue_all(connection, tasks, limit)))
 
     def enqueue_on(self, connection: apsw.Connection, tasks: Sequence[QueuedTask], /) -> None:
         """Store tasks in the transaction of an apsw connection to the queue's own file.
@@ -119,7 +142,7 @@ class SQLiteQueue:
             raise ConfigurationError(f"the connection's file is not the queue's; connect to {self._path}")
         with connection:
             for task in tasks:
-                operations.enqueue(connection, task)
+                operations.enqueue(connection, task, blob_limit=self._blob_limit)
 
     def cancel(self, task_id: str, *, now: float) -> bool:
         """End a waiting task unrun, in the ledger too; False if it does not wait."""
@@ -132,11 +155,60 @@ class SQLiteQueue:
         """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
 
         def action(connection: apsw.Connection) -> tuple[bool, int]:
-            return operations.replace_dead(connection, task_id, task), operations.newest_seq(connection)
+            replaced = operations.replace_dead(connection, task_id, task, blob_limit=self._blob_limit)
+            return replaced, operations.newest_seq(connection)
 
         replaced, newest = self._writer.run(action)
         self._watch.advance(newest)
         return replaced
+
+    def drop_dead(self, task_ids: Sequence[str]) -> int:
+        """Delete dead letters, archived ones too, in one transaction; returns how many there were."""
+        return self._writer.run(lambda connection: operations.drop_dead(connection, task_ids))
+
+    # --- Holding queues back ----------------------------------------------------------------------
+
+    def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
+        """Put the declared limits in force, for every dispatcher of the file."""
+        self._writer.run(lambda connection: controls.configure(connection, limits, now=now))
+
+    def controls(self, *, now: float) -> Sequence[QueueControl]:
+        """What holds queues back, as it stands, sorted by name."""
+        with self._reader.use() as connection:
+            return [control.refill(now) for control in controls.read(connection).values()]
+
+    def pause(self, queue: str, *, paused: bool, now: float) -> None:
+        """Lease nothing of a queue until it is resumed; what runs goes on."""
+        self._writer.run(lambda connection: controls.pause(connection, queue, paused=paused, now=now))
+        self.wake()
+
+    def hold(self, queue: str, *, until: float, now: float) -> None:
+        """Lease nothing of a queue before ``until``; an earlier time changes nothing."""
+        self._writer.run(lambda connection: controls.hold(connection, queue, until=until, now=now), durable=False)
+
+    def purge(self, queue: str, *, now: float) -> int:
+        """Cancel all that waits in a queue at the time of the call, some hundreds in a transaction; returns how many."""
+        with self._reader.use() as connection:
+            newest = operations.newest_seq(connection)
+        total, position = 0, 0
+        while True:
+
+            def action(connection: apsw.Connection, after: int = position) -> tuple[int | None, int]:
+                return operations.purge(
+                    connection,
+                    queue,
+                    after=after,
+                    newest=newest,
+                    limit=_PURGED_AT_ONCE,
+                    now=now,
+                    tombstone_seconds=self._tombstone_seconds,
+                )
+
+            following, cancelled = self._writer.run(action)
+            total += cancelled
+            if following is None:
+                return total
+            position = following
 
     # --- Taking tasks -----------------------------------------------------------------------------
 
@@ -187,9 +259,12 @@ class SQLiteQueue:
             durable=False,
         )
 
-    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:  # noqa: ARG002 - the seam has it
-        """When the next task or lease falls due, maybe in the past; None if there is none."""
+    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
+        """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
         with self._reader.use() as connection:
+            controlled = controls.in_force(connection, now=now, queues=queues)
+            if controlled:
+                return controls.next_due(connection, controlled, now=now, queues=queues)
             if queues is None:
                 due: float | None = connection.execute(SQL["next_due_of_all"]).get
                 return due
@@ -216,6 +291,9 @@ class SQLiteQueue:
 
     def _prune(self, connection: apsw.Connection, now: float) -> int:
         removed = operations.prune(connection, now=now, history_seconds=self._history_seconds, limit=_PRUNED_AT_ONCE)
+        removed += operations.archive(
+            connection, now=now, dead_seconds=self._dead_seconds, dead_limit=self._dead_limit, limit=_PRUNED_AT_ONCE
+        )
         return removed + prune_ledger(connection, now=now, limit=_PRUNED_AT_ONCE)
 
     # --- Looking ----------------------------------------------------------------------------------
@@ -258,6 +336,27 @@ class SQLiteQueue:
         found.sort(key=lambda task: task.created, reverse=True)
         return found[:limit]
 
+    def dead_letters(
+        self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
+        ended, task_id = after or (-_FOREVER, "")
+        values = {
+            "archived": int(where.archived),
+            "queue": where.queue,
+            "reason": where.reason,
+            "callable_name": where.callable_name,
+            "since": -_FOREVER if where.since is None else where.since,
+            "before": _FOREVER if where.before is None else where.before,
+            "after_ended": ended,
+            "after_id": task_id,
+            "limit": limit,
+        }
+        with self._reader.use() as connection, connection:
+            rows = connection.execute(SQL["dead_letters"], values).fetchall()
+            records = [connection.execute(SQL["attempts_of"], (row[0],)).fetchall() for row in rows]
+        return [task_view(row, [*map(attempt_record, of)]) for row, of in zip(rows, records, strict=True)]
+
     def find(self, task_id: str) -> TaskView | None:
         """One task in whatever state, with the records of its attempts; ended ones without a token."""
         values = {"id": task_id}
@@ -271,9 +370,9 @@ class SQLiteQueue:
         return task_view(rows[0], records) if rows else None
 
 
-def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask]) -> int:
+def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask], blob_limit: int) -> int:
     for task in tasks:
-        operations.enqueue(connection, task)
+        operations.enqueue(connection, task, blob_limit=blob_limit)
     return operations.newest_seq(connection)
 
 

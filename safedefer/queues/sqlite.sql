@@ -144,6 +144,39 @@ CREATE TABLE safedefer_attempts (
 CREATE INDEX safedefer_attempts_task ON safedefer_attempts (task_id);
 CREATE INDEX safedefer_attempts_stray ON safedefer_attempts (ended) WHERE stray;
 
+-- name: migration_2
+-- What holds queues back, the same for every dispatcher. A queue without limits, pause or hold needs no row.
+CREATE TABLE safedefer_controls (
+    queue TEXT NOT NULL PRIMARY KEY,
+    rate REAL,
+    bucket_size INTEGER NOT NULL,
+    max_concurrent INTEGER,
+    paused INTEGER NOT NULL,
+    held_until REAL NOT NULL,
+    tokens REAL NOT NULL,
+    refilled REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- For looking at one queue, and for purging it, while much waits in others.
+CREATE INDEX safedefer_tasks_of_queue ON safedefer_tasks (queue, seq);
+
+-- At most one waiting or running task of a queue has a given key: the hash of its callable and arguments.
+ALTER TABLE safedefer_tasks ADD COLUMN unique_key TEXT;
+CREATE UNIQUE INDEX safedefer_tasks_unique ON safedefer_tasks (queue, unique_key) WHERE unique_key IS NOT NULL;
+
+-- When a dead letter was put aside, because it was old or there were too many.
+ALTER TABLE safedefer_dead ADD COLUMN archived REAL;
+CREATE INDEX safedefer_dead_ended ON safedefer_dead (ended, id);
+CREATE INDEX safedefer_dead_current ON safedefer_dead (ended, id) WHERE archived IS NULL;
+
+-- How many bytes all blobs have together: counting them would read them.
+CREATE TABLE safedefer_totals (blob_bytes INTEGER NOT NULL) STRICT;
+INSERT INTO safedefer_totals SELECT coalesce(sum(length(data)), 0) FROM safedefer_blobs;
+CREATE TRIGGER safedefer_blob_added AFTER INSERT ON safedefer_blobs
+BEGIN UPDATE safedefer_totals SET blob_bytes = blob_bytes + length(NEW.data); END;
+CREATE TRIGGER safedefer_blob_gone AFTER DELETE ON safedefer_blobs
+BEGIN UPDATE safedefer_totals SET blob_bytes = blob_bytes - length(OLD.data); END;
+
 -- name: newest_seq
 SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'safedefer_tasks'), 0);
 
@@ -169,11 +202,17 @@ UPDATE safedefer_names SET until = :until WHERE queue = :queue AND name = :name;
 -- name: task_insert
 INSERT INTO safedefer_tasks (
     id, queue, name, callable_name, url, target, audience, headers, retry_options,
-    eta, created, expires, digest, blob_id, due, token
+    eta, created, expires, digest, blob_id, due, token, unique_key
 ) VALUES (
     :id, :queue, :name, :callable_name, :url, :target, :audience, :headers, :retry_options,
-    :eta, :created, :expires, :digest, :blob_id, :eta, :token
+    :eta, :created, :expires, :digest, :blob_id, :eta, :token, :unique_key
 );
+
+-- name: unique_taken
+SELECT id FROM safedefer_tasks WHERE queue = :queue AND unique_key = :unique_key;
+
+-- name: blob_bytes
+SELECT blob_bytes FROM safedefer_totals;
 
 -- name: blob_insert
 INSERT INTO safedefer_blobs (id, task, data) VALUES (:blob_id, :seq, :data);
@@ -184,10 +223,42 @@ SELECT due, seq FROM safedefer_tasks WHERE due <= :now ORDER BY due, seq LIMIT :
 -- name: due_of_queue
 SELECT due, seq FROM safedefer_tasks WHERE queue = :queue AND due <= :now ORDER BY due, seq LIMIT :limit;
 
+-- name: queues_with_tasks
+-- A skip-scan: one look-up for each queue, however many tasks it has.
+WITH RECURSIVE names (queue) AS (
+    SELECT min(queue) FROM safedefer_tasks
+    UNION ALL
+    SELECT (SELECT min(queue) FROM safedefer_tasks WHERE queue > names.queue) FROM names WHERE names.queue IS NOT NULL
+)
+SELECT queue FROM names WHERE queue IS NOT NULL;
+
+-- name: running_of_queue
+SELECT count(*) FROM safedefer_tasks INDEXED BY safedefer_tasks_leased
+WHERE queue = :queue AND owner IS NOT NULL AND due > :now;
+
+-- name: controls
+SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
+FROM safedefer_controls ORDER BY queue;
+
+-- name: control_set
+INSERT INTO safedefer_controls (queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled)
+VALUES (:queue, :rate, :bucket_size, :max_concurrent, :paused, :held_until, :tokens, :refilled)
+ON CONFLICT (queue) DO UPDATE
+SET rate = excluded.rate, bucket_size = excluded.bucket_size, max_concurrent = excluded.max_concurrent,
+    paused = excluded.paused, held_until = excluded.held_until, tokens = excluded.tokens,
+    refilled = excluded.refilled;
+
+-- name: control_delete
+DELETE FROM safedefer_controls WHERE queue = :queue;
+
+-- name: purge_next
+SELECT seq, id FROM safedefer_tasks WHERE queue = :queue AND seq > :after AND seq <= :newest
+ORDER BY seq LIMIT :limit;
+
 -- name: task_by_seq
 SELECT seq, id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created,
     expires, digest, blob_id, due, owner, leased_at, attempts, deliveries, executions, first_attempt,
-    rejections, first_rejection, previous_response, retry_reason, token
+    rejections, first_rejection, previous_response, retry_reason, token, unique_key
 FROM safedefer_tasks WHERE seq = :seq;
 
 -- name: task_lease
@@ -250,7 +321,7 @@ SELECT queue, count(*) FROM safedefer_tasks GROUP BY queue;
 SELECT queue, count(*) FROM safedefer_tasks WHERE owner IS NOT NULL AND due > :now GROUP BY queue;
 
 -- name: stats_dead
-SELECT queue, count(*) FROM safedefer_dead GROUP BY queue;
+SELECT queue, count(*) FROM safedefer_dead WHERE archived IS NULL GROUP BY queue;
 
 -- name: stats_oldest
 SELECT due FROM safedefer_tasks WHERE queue = :queue AND (owner IS NULL OR due <= :now) ORDER BY due LIMIT 1;
@@ -270,6 +341,27 @@ FROM safedefer_dead
 SELECT id, queue, state, name, callable_name, url, target, audience, '{}',
     '{}', eta, created, expires, attempts, reason, ended, x''
 FROM safedefer_ended
+
+-- name: dead_letters
+SELECT id, queue, 'dead', name, callable_name, url, target, audience, headers,
+    retry_options, eta, created, expires, attempts, reason, ended, token
+FROM safedefer_dead
+WHERE (archived IS NOT NULL) = :archived
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:reason IS NULL OR reason = :reason)
+    AND (:callable_name IS NULL OR callable_name = :callable_name)
+    AND ended >= :since AND ended < :before AND (ended, id) > (:after_ended, :after_id)
+ORDER BY ended, id LIMIT :limit;
+
+-- name: dead_archive_old
+UPDATE safedefer_dead SET archived = :now WHERE seq IN (
+    SELECT seq FROM safedefer_dead WHERE archived IS NULL AND ended < :before ORDER BY ended, id LIMIT :limit
+);
+
+-- name: dead_archive_excess
+UPDATE safedefer_dead SET archived = :now WHERE seq IN (
+    SELECT seq FROM safedefer_dead WHERE archived IS NULL ORDER BY ended DESC, id DESC LIMIT :limit OFFSET :keep
+);
 
 -- name: dead_delete
 DELETE FROM safedefer_dead WHERE id = :id;

@@ -34,7 +34,7 @@ def _load_statements(text: str) -> dict[str, str]:
 SQL: Final = _load_statements(Path(__file__).with_name("sqlite.sql").read_text(encoding="utf-8"))
 """The statements of ``sqlite.sql`` by name."""
 
-MIGRATIONS: Final = ("migration_1",)
+MIGRATIONS: Final = ("migration_1", "migration_2")
 """Step n brings the schema from version n - 1 to n. Steps are added, never changed."""
 
 _REMEDIES: Final[tuple[tuple[type[apsw.Error], str], ...]] = (

@@ -8,10 +8,11 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Final
 
-from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState
-from safedefer.queues.base import Lease, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import AlreadyWaiting, Lease, QueuedTask, Settlement, Verdict
 from safedefer.queues.sqlite_connection import SQL
+from safedefer.queues.sqlite_controls import due_under_control, in_force
 from safedefer.queues.sqlite_rows import (
     LedgerRow,
     Standing,
@@ -44,21 +45,34 @@ def newest_seq(connection: apsw.Connection) -> int:
 # --- Enqueue --------------------------------------------------------------------------------------
 
 
-def enqueue(connection: apsw.Connection, task: QueuedTask) -> None:
-    """Store a task, its name and its blob. Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError``."""
+def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -> None:
+    """Store a task, its name and its blob, as long as all blobs together have at most ``blob_limit`` bytes.
+
+    Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``.
+    """
     values = task_values(task)
     state = connection.execute(SQL["id_taken"], values).get
     if state == "ended":
         raise TombstonedTaskError(f"the task {task.id} ended in this queue; defer it anew, with a new id")
     if state is not None:
         raise TaskAlreadyExistsError(f"the task {task.id} is in this queue already; enqueue it once")
+    if task.unique_key is not None:
+        waiting = connection.execute(SQL["unique_taken"], values).get
+        if waiting is not None:
+            raise AlreadyWaiting(waiting)
     if task.name is not None:
         _take_name(connection, task, task.name)
     connection.execute(SQL["task_insert"], values)
     if task.blob is not None:
+        seq = connection.last_insert_rowid()
         if connection.execute(SQL["blob_taken"], values).get is not None:
             raise TaskAlreadyExistsError(f"the blob {task.blob.id} belongs to another task; give every blob its own id")
-        connection.execute(SQL["blob_insert"], (task.blob.id, connection.last_insert_rowid(), task.blob.data))
+        if connection.execute(SQL["blob_bytes"]).get + len(task.blob.data) > blob_limit:
+            raise QueueUnavailable(
+                f"the stored tokens of oversize tasks would take more than {blob_limit} bytes; "
+                "let some of these tasks end, or raise blob_limit"
+            )
+        connection.execute(SQL["blob_insert"], (task.blob.id, seq, task.blob.data))
 
 
 def _take_name(connection: apsw.Connection, task: QueuedTask, name: str) -> None:
@@ -110,6 +124,9 @@ def lease(
 def _due(connection: apsw.Connection, *, limit: int, now: float, queues: Sequence[str] | None) -> list[int]:
     if limit < 1:
         return []
+    controls = in_force(connection, now=now, queues=queues)
+    if controls:
+        return due_under_control(connection, controls, limit=limit, now=now, queues=queues)
     if queues is None:
         return [seq for _, seq in connection.execute(SQL["due_of_all"], {"now": now, "limit": limit})]
     found: list[tuple[float, int]] = []
@@ -254,14 +271,47 @@ def cancel(connection: apsw.Connection, task_id: str, *, now: float, tombstone_s
     return True
 
 
-def replace_dead(connection: apsw.Connection, task_id: str, task: QueuedTask) -> bool:
+def replace_dead(connection: apsw.Connection, task_id: str, task: QueuedTask, *, blob_limit: int) -> bool:
     """Enqueue ``task`` in the place of a dead letter; False if there is none."""
     connection.execute(SQL["dead_delete"], (task_id,))
     if not connection.changes():
         return False
     connection.execute(SQL["attempts_become_stray"], (task_id,))
-    enqueue(connection, task)
+    enqueue(connection, task, blob_limit=blob_limit)
     return True
+
+
+def drop_dead(connection: apsw.Connection, task_ids: Sequence[str]) -> int:
+    """Delete dead letters; their records go with time. Returns how many there were."""
+    dropped = 0
+    for task_id in task_ids:
+        connection.execute(SQL["dead_delete"], (task_id,))
+        if connection.changes():
+            dropped += 1
+            connection.execute(SQL["attempts_become_stray"], (task_id,))
+    return dropped
+
+
+def purge(
+    connection: apsw.Connection,
+    queue: str,
+    *,
+    after: int,
+    newest: int,
+    limit: int,
+    now: float,
+    tombstone_seconds: float,
+) -> tuple[int | None, int]:
+    """Cancel what waits among the next ``limit`` tasks of a queue.
+
+    Returns the ``seq`` to go on after, None at the end, and how many were cancelled.
+    """
+    values: dict[str, str | int] = {"queue": queue, "after": after, "newest": newest, "limit": limit}
+    rows = connection.execute(SQL["purge_next"], values).fetchall()
+    cancelled = sum(
+        cancel(connection, str(task_id), now=now, tombstone_seconds=tombstone_seconds) for _, task_id in rows
+    )
+    return (int(rows[-1][0]) if rows else None), cancelled  # type: ignore[arg-type]  # a row has any values
 
 
 # --- Shared ---------------------------------------------------------------------------------------
@@ -283,6 +333,16 @@ def add_record(connection: apsw.Connection, record: AttemptRecord) -> None:
     """Store the record of an attempt, and drop the oldest of more than ``RECORDS_KEPT``."""
     connection.execute(SQL["attempt_insert"], record_values(record))
     connection.execute(SQL["attempts_trim"], {"task_id": record.task_id, "keep": RECORDS_KEPT})
+
+
+def archive(connection: apsw.Connection, *, now: float, dead_seconds: float, dead_limit: int, limit: int) -> int:
+    """Put aside dead letters that are too old or too many, up to ``limit`` of either; returns how many."""
+    values = {"now": now, "before": now - dead_seconds, "keep": dead_limit, "limit": limit}
+    archived = 0
+    for name in ("dead_archive_old", "dead_archive_excess"):
+        connection.execute(SQL[name], values)
+        archived += connection.changes()
+    return archived
 
 
 def prune(connection: apsw.Connection, *, now: float, history_seconds: float, limit: int) -> int:

@@ -45,6 +45,7 @@ class TaskRow(NamedTuple):
     previous_response: int | None
     retry_reason: str | None
     token: bytes
+    unique_key: str | None
 
 
 class Standing(NamedTuple):
@@ -94,6 +95,7 @@ def task_values(task: QueuedTask) -> dict[str, Any]:
         "digest": task_digest(task),
         "blob_id": task.blob.id if task.blob else task.blob_id,
         "token": task.token,
+        "unique_key": task.unique_key,
     }
 
 
@@ -115,6 +117,7 @@ def queued_task(row: TaskRow) -> QueuedTask:
         digest=row.digest,
         blob_id=row.blob_id,
         callable_name=row.callable_name,
+        unique_key=row.unique_key,
     )
 
 

@@ -1,7 +1,9 @@
 """The contract of a pull queue, its ledger and its blobs: every implementation runs all of it.
 
 A test class inherits ``QueueContract`` and has a fixture ``queue`` that gives an empty queue whose
-tombstones last ``TOMBSTONE`` seconds and whose history lasts ``HISTORY`` seconds.
+tombstones last ``TOMBSTONE`` seconds and whose history lasts ``HISTORY`` seconds, which archives dead
+letters that are older than ``DEAD_AGE`` seconds or more than ``DEAD_LIMIT``, and takes blobs of
+``BLOB_LIMIT`` bytes: ``QUEUE_OPTIONS``.
 """
 
 from __future__ import annotations
@@ -18,12 +20,33 @@ import pytest
 from safedefer.blobs import Blob
 from safedefer.errors import LeaseLost, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
-from safedefer.queues.base import Lease, PullQueue, QueuedTask, QueueStats, Settlement, TaskState, Verdict
+from safedefer.queues.base import (
+    AlreadyWaiting,
+    DeadFilter,
+    Lease,
+    PullQueue,
+    QueuedTask,
+    QueueStats,
+    Settlement,
+    TaskState,
+    Verdict,
+)
+from safedefer.queues.rates import QueueLimits
 
 TOMBSTONE = 1000.0
 HISTORY = 5000.0
+DEAD_AGE = 20_000.0
+DEAD_LIMIT = 10
+BLOB_LIMIT = 1_000_000
 LATER = 4000.0
 EXPIRES = 1_000_000
+QUEUE_OPTIONS = {
+    "tombstone_seconds": TOMBSTONE,
+    "history_seconds": HISTORY,
+    "dead_seconds": DEAD_AGE,
+    "dead_limit": DEAD_LIMIT,
+    "blob_limit": BLOB_LIMIT,
+}
 
 _numbers = itertools.count(1)
 
@@ -769,3 +792,231 @@ class QueueContract:
         queue.close()
         with pytest.raises(QueueUnavailable, match="open a new one"):
             queue.enqueue(make_task())
+
+    # --- Holding queues back ------------------------------------------------------------------
+
+    def test_a_rate_lets_a_bucket_through_at_once_and_then_its_pace(self, queue):
+        queue.configure([QueueLimits(queue="default", rate=2.0, bucket_size=5)], now=100.0)
+        queue.enqueue_many([make_task(eta=10.0) for _ in range(20)])
+        assert len(take(queue, now=100.0)) == 5
+        assert take(queue, now=100.4) == []
+        assert len(take(queue, now=100.5)) == 1
+        assert len(take(queue, now=102.0)) == 3
+        assert take(queue, now=102.0) == []
+        assert len(take(queue, now=150.0)) == 5
+
+    def test_a_rate_holds_one_queue_and_leaves_the_others(self, queue):
+        queue.configure([QueueLimits(queue="mail", rate=1.0, bucket_size=1)], now=100.0)
+        mail, other = [make_task(queue="mail") for _ in range(3)], [make_task() for _ in range(3)]
+        queue.enqueue_many([*mail, *other])
+        assert ids(take(queue)) == [mail[0].id, *(task.id for task in other)]
+        assert take(queue, queues=["mail"]) == []
+        assert ids(take(queue, now=101.0, queues=["default", "mail"])) == [mail[1].id]
+
+    def test_what_the_limit_of_a_lease_leaves_takes_no_token(self, queue):
+        queue.configure([QueueLimits(queue="default", rate=1.0, bucket_size=4)], now=100.0)
+        queue.enqueue_many([make_task() for _ in range(9)])
+        assert len(take(queue, limit=1)) == 1
+        assert len(take(queue, limit=9)) == 3
+
+    def test_two_dispatchers_share_one_rate(self, queue):
+        queue.configure([QueueLimits(queue="default", rate=10.0, bucket_size=2)], now=100.0)
+        queue.enqueue_many([make_task() for _ in range(300)])
+        leased = 0
+        for step in range(200):
+            leased += len(queue.lease(owner=f"dispatcher-{step % 2}", limit=50, seconds=999.0, now=100.0 + step / 20))
+        assert leased == 2 + 99
+
+    def test_a_clock_that_was_set_back_does_not_stop_a_rate(self, queue):
+        queue.configure([QueueLimits(queue="default", rate=1.0, bucket_size=1)], now=5000.0)
+        queue.enqueue_many([make_task() for _ in range(3)])
+        assert len(take(queue, now=5000.0, seconds=9999.0)) == 1
+        assert take(queue, now=1400.0) == []
+        assert len(take(queue, now=1401.0)) == 1
+
+    def test_a_cap_on_concurrency_counts_what_is_under_way(self, queue):
+        queue.configure([QueueLimits(queue="default", max_concurrent=3)], now=100.0)
+        queue.enqueue_many([make_task() for _ in range(10)])
+        first = take(queue, limit=2)
+        second = queue.lease(owner="another-dispatcher", limit=9, seconds=60.0, now=100.0)
+        assert (len(first), len(second)) == (2, 1)
+        queue.settle(first[0], DONE, now=101.0)
+        assert len(take(queue, now=101.0)) == 1
+        assert take(queue, now=102.0) == []
+        assert len(take(queue, now=160.0)) == 2  # The leases of the two that were lost have run out.
+
+    def test_a_paused_queue_gives_nothing_until_it_is_resumed(self, queue):
+        queue.enqueue_many([make_task(), make_task(queue="mail")])
+        queue.pause("mail", paused=True, now=100.0)
+        assert [lease.task.queue for lease in take(queue)] == ["default"]
+        assert take(queue, now=999.0, queues=["mail"]) == []
+        assert [(control.queue, control.paused) for control in queue.controls(now=100.0)] == [("mail", True)]
+        queue.configure([], now=100.0)
+        assert take(queue, now=101.0, queues=["mail"]) == []
+        queue.pause("mail", paused=False, now=102.0)
+        assert len(take(queue, now=102.0, queues=["mail"])) == 1
+        assert list(queue.controls(now=102.0)) == []
+
+    def test_a_rate_of_zero_is_a_pause(self, queue):
+        queue.configure([QueueLimits(queue="default", rate=0.0)], now=100.0)
+        queue.enqueue(make_task())
+        assert take(queue, now=9999.0) == []
+        assert queue.next_due(now=200.0) == 201.0
+
+    def test_a_queue_is_held_until_the_latest_time_that_was_asked_for(self, queue):
+        queue.enqueue_many([make_task(), make_task(queue="mail")])
+        queue.hold("mail", until=130.0, now=100.0)
+        queue.hold("mail", until=120.0, now=100.0)
+        assert len(take(queue, now=129.9)) == 1
+        assert queue.next_due(now=125.0) == 130.0
+        assert len(take(queue, now=130.0)) == 1
+
+    def test_new_limits_replace_the_old_and_keep_what_the_bucket_holds(self, queue):
+        queue.configure([QueueLimits(queue="default", rate=1.0, bucket_size=10)], now=100.0)
+        queue.enqueue_many([make_task() for _ in range(40)])
+        assert len(take(queue, limit=8)) == 8
+        queue.configure([QueueLimits(queue="default", rate=1.0, bucket_size=10)], now=100.0)
+        queue.configure([QueueLimits(queue="default", rate=4.0, bucket_size=20)], now=100.0)
+        assert len(take(queue)) == 2
+        assert len(take(queue, now=101.0)) == 4
+        queue.configure([QueueLimits(queue="mail", rate=4.0)], now=101.0)
+        assert len(take(queue, now=101.0)) == 26
+
+    def test_a_dispatcher_is_told_when_a_held_queue_is_worth_a_look(self, queue):
+        queue.configure([QueueLimits(queue="default", rate=0.5, bucket_size=1, max_concurrent=2)], now=100.0)
+        queue.enqueue_many([make_task() for _ in range(4)])
+        assert queue.next_due(now=100.0) == 100.0
+        take(queue)
+        assert queue.next_due(now=100.0) == pytest.approx(102.0)
+        assert len(take(queue, now=102.0)) == 1
+        assert 104.0 < queue.next_due(now=104.0) <= 104.1
+        queue.pause("default", paused=True, now=104.0)
+        assert queue.next_due(now=104.0) == 105.0
+
+    def test_a_purge_cancels_what_waits_and_nothing_else(self, queue):
+        waiting = [oversize_task(), make_task(name="n"), make_task(eta=9999.0)]
+        running, other = make_task(eta=1.0), make_task(queue="mail")
+        queue.enqueue_many([*waiting, running, other])
+        (lease,) = take(queue, limit=1)
+        assert queue.purge("default", now=100.0) == 3
+        assert [queue.find(task.id).state for task in waiting] == [TaskState.CANCELLED] * 3
+        assert queue.blobs.get(waiting[0].blob.id) is None
+        assert queue.purge("nothing", now=100.0) == 0
+        queue.settle(lease, DONE, now=101.0)
+        with pytest.raises(TombstonedTaskError):
+            queue.enqueue(make_task(name="n", created=101.0))
+        assert ids(take(queue, now=LATER * 3)) == [other.id]
+
+    def test_a_purge_takes_thousands(self, queue):
+        queue.enqueue_many([make_task() for _ in range(1203)])
+        assert queue.purge("default", now=100.0) == 1203
+        assert take(queue, now=LATER) == []
+
+    # --- Unique by key ------------------------------------------------------------------------
+
+    def test_a_key_belongs_to_one_waiting_or_running_task_of_a_queue(self, queue):
+        first = make_task(unique_key="k")
+        queue.enqueue_many([first, make_task(unique_key="k", queue="mail"), make_task(unique_key="other")])
+        for _ in range(2):
+            with pytest.raises(AlreadyWaiting) as caught:
+                queue.enqueue(make_task(unique_key="k"))
+            assert caught.value.task_id == first.id
+            leases = take(queue)
+        assert leases == []
+        (lease,) = take(queue, now=160.0, limit=1)
+        assert lease.task == first
+        queue.settle(lease, DONE, now=161.0)
+        again = make_task(unique_key="k")
+        queue.enqueue(again)
+        assert again.id in ids(take(queue, now=162.0))
+
+    def test_a_key_twice_in_one_batch_is_refused(self, queue):
+        with pytest.raises(AlreadyWaiting):
+            queue.enqueue_many([make_task(unique_key="k"), make_task(unique_key="k")])
+        assert take(queue) == []
+
+    # --- Dead letters in bulk -----------------------------------------------------------------
+
+    def dead(self, given, ended: float, reason: str = "gave-up", **changes: object) -> QueuedTask:
+        task = make_task(**changes)
+        given.enqueue(task)
+        (lease,) = take(given, now=ended)
+        given.settle(lease, Settlement(verdict=Verdict.DEAD, reason=reason, record=record_of(task)), now=ended)
+        return task
+
+    def test_dead_letters_are_listed_oldest_first_and_page_by_page(self, queue):
+        tasks = [self.dead(queue, 100.0 + n // 2) for n in range(7)]
+        expected = sorted(tasks, key=lambda task: (100.0 + tasks.index(task) // 2, task.id))
+        found, after = [], None
+        while page := queue.dead_letters(DeadFilter(), after=after, limit=3):
+            found += page
+            after = (page[-1].ended, page[-1].id)
+        assert [view.id for view in found] == [task.id for task in expected]
+        assert list(found[0].records) == [record_of(expected[0])]
+
+    def test_dead_letters_are_found_by_what_is_given(self, queue):
+        first = self.dead(queue, 100.0)
+        second = self.dead(queue, 101.0, queue="mail", reason="expired-task")
+        third = self.dead(queue, 102.0, callable_name="shop.tasks:other", reason="expired-task")
+
+        def found(**where: object) -> list[str]:
+            return [view.id for view in queue.dead_letters(DeadFilter(**where))]
+
+        assert found(queue="mail") == [second.id]
+        assert found(reason="expired-task") == [second.id, third.id]
+        assert found(reason="expired-task", queue="default") == [third.id]
+        assert found(callable_name="shop.tasks:send_receipt") == [first.id, second.id]
+        assert found(since=101.0) == [second.id, third.id]
+        assert found(before=101.0) == [first.id]
+        assert found(archived=True) == []
+
+    def test_dead_letters_are_dropped_by_id(self, queue):
+        first, second = self.dead(queue, 100.0), self.dead(queue, 101.0)
+        waiting = make_task(eta=9999.0)
+        queue.enqueue(waiting)
+        assert queue.drop_dead([first.id, waiting.id, "nothing-of-this-id", first.id]) == 1
+        assert queue.find(first.id) is None
+        assert queue.find(waiting.id).state is TaskState.WAITING
+        assert [view.id for view in queue.dead_letters(DeadFilter())] == [second.id]
+        # The ledger still knows: the task that was dropped does not run again.
+        assert queue.ledger.begin(execution_of(first), now=102.0, lease=60.0) is Admission.DUPLICATE
+
+    def test_old_dead_letters_are_archived_and_kept(self, queue):
+        old, new = self.dead(queue, 100.0), self.dead(queue, 150.0)
+        queue.prune(now=120.0 + DEAD_AGE)
+        assert [view.id for view in queue.dead_letters(DeadFilter())] == [new.id]
+        assert [view.id for view in queue.dead_letters(DeadFilter(archived=True))] == [old.id]
+        assert [view.id for view in queue.tasks(states=[TaskState.DEAD])] == [new.id]
+        assert queue.stats(now=200.0)[0].dead == 1
+        assert queue.find(old.id).token == old.token
+        assert queue.replace_dead(old.id, make_task(), now=200.0) is True
+        assert queue.dead_letters(DeadFilter(archived=True)) == []
+
+    def test_the_oldest_of_too_many_dead_letters_are_archived(self, queue):
+        tasks = [self.dead(queue, 100.0 + n) for n in range(DEAD_LIMIT + 2)]
+        queue.prune(now=200.0)
+        assert [view.id for view in queue.dead_letters(DeadFilter(archived=True))] == [task.id for task in tasks[:2]]
+        assert queue.prune(now=200.0) == 0
+
+    # --- Room for blobs -----------------------------------------------------------------------
+
+    def test_all_blobs_together_have_a_limit(self, queue):
+        size = BLOB_LIMIT // 2
+        tasks = [make_task(blob=Blob(f"blob-of-size-{n:08}", bytes(size)), digest=b"d" * 32) for n in range(3)]
+        queue.enqueue_many(tasks[:2])
+        with pytest.raises(QueueUnavailable, match="blob_limit"):
+            queue.enqueue(tasks[2])
+        assert queue.find(tasks[2].id) is None
+        assert queue.cancel(tasks[0].id, now=100.0)
+        queue.enqueue(tasks[2])
+        assert queue.purge("default", now=100.0) == 2
+        queue.enqueue_many([make_task(blob=Blob(f"blob-again-{n:08}", bytes(size)), digest=b"d" * 32) for n in (1, 2)])
+
+    def test_a_batch_whose_blobs_have_no_room_is_refused_whole(self, queue):
+        batch = [
+            make_task(blob=Blob(f"blob-of-size-{n:08}", bytes(BLOB_LIMIT // 2)), digest=b"d" * 32) for n in (1, 2, 3)
+        ]
+        with pytest.raises(QueueUnavailable, match="blob_limit"):
+            queue.enqueue_many(batch)
+        assert take(queue) == []
+        queue.enqueue_many(batch[:2])

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 
 from safedefer.queues.memory import MemoryQueue
-from tests.queues.contract import HISTORY, TOMBSTONE, QueueContract
+from tests.queues.contract import QUEUE_OPTIONS, QueueContract
 
 
 class TestMemoryQueue(QueueContract):
     @pytest.fixture
     def queue(self):
-        queue = MemoryQueue(tombstone_seconds=TOMBSTONE, history_seconds=HISTORY)
+        queue = MemoryQueue(**QUEUE_OPTIONS)
         yield queue
         queue.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -12,12 +13,14 @@ import apsw
 import apsw.ext
 import pytest
 
+from safedefer.blobs import Blob
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.queues import open_queue
+from safedefer.queues.base import DeadFilter
 from safedefer.queues.memory import MemoryQueue
 from safedefer.queues.sqlite import SQLiteQueue
 from safedefer.queues.sqlite_connection import MIGRATIONS, SQL
-from tests.queues.contract import DONE, HISTORY, TOMBSTONE, QueueContract, ids, make_task, oversize_task, take, take_one
+from tests.queues.contract import DONE, QUEUE_OPTIONS, QueueContract, ids, make_task, oversize_task, take, take_one
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def queue(path):
-    queue = SQLiteQueue(path, tombstone_seconds=TOMBSTONE, history_seconds=HISTORY)
+    queue = SQLiteQueue(path, **QUEUE_OPTIONS)
     yield queue
     queue.close()
 
@@ -144,6 +147,36 @@ def test_a_file_of_a_newer_version_is_refused_and_left_alone(queue, path):
     connection.close()
 
 
+def test_a_file_of_an_older_version_is_migrated_with_all_that_is_in_it(path):
+    connection = apsw.Connection(str(path))
+    connection.execute(SQL["schema_table"])
+    connection.execute(SQL["migration_1"])
+    connection.execute(SQL["schema_set_version"], {"version": 1})
+    old = """
+        INSERT INTO safedefer_tasks (id, queue, callable_name, url, target, audience, headers, retry_options, eta,
+            created, expires, digest, blob_id, due, token) VALUES (:id, 'default', 'shop.tasks:f', '/u', 'default',
+            'test:default:default:/u', '{}', '{}', 100.0, 100.0, 1000000, x'00', :blob, 100.0, x'01')
+    """
+    connection.execute(old, {"id": "waiting-0123456789", "blob": None})
+    connection.execute(old, {"id": "oversize-012345678", "blob": "blob-0123456789"})
+    connection.execute("INSERT INTO safedefer_blobs VALUES ('blob-0123456789', 2, zeroblob(700000))")
+    connection.execute(
+        SQL["task_to_dead"].replace("seq = :seq", "TRUE LIMIT 1"), {"charged": 1, "reason": "gave-up", "now": 5.0}
+    )
+    connection.execute("UPDATE safedefer_dead SET id = 'dead-0123456789'")
+    connection.close()
+    with contextlib.closing(SQLiteQueue(path, **QUEUE_OPTIONS)) as queue:
+        assert [view.id for view in queue.dead_letters(DeadFilter())] == ["dead-0123456789"]
+        with pytest.raises(QueueUnavailable, match="blob_limit"):  # what was there before is counted
+            queue.enqueue(make_task(blob=Blob("new-blob-0123456789", bytes(400_000))))
+        queue.pause("mail", paused=True, now=100.0)
+        assert ids(take(queue)) == ["waiting-0123456789", "oversize-012345678"]
+    connection = apsw.Connection(str(path))
+    assert connection.execute(SQL["schema_version"]).get == len(MIGRATIONS)
+    assert connection.pragma("integrity_check") == "ok"
+    connection.close()
+
+
 def test_many_threads_may_open_a_new_file_at_once(path):
     queues = [SQLiteQueue(path) for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
@@ -183,7 +216,7 @@ def _parameters(connection: apsw.Connection, statement: str) -> list[str]:
         ("due_of_queue", "safedefer_tasks_queue"),
         ("next_due_of_all", "safedefer_tasks_due"),
         ("next_due_of_queue", "safedefer_tasks_queue"),
-        ("stats_tasks", "safedefer_tasks_queue"),
+        ("stats_tasks", "safedefer_tasks_of_queue"),
         ("stats_running", "safedefer_tasks_leased"),
         ("stats_oldest", "safedefer_tasks_queue"),
         ("names_prune", "safedefer_names_until"),
@@ -191,12 +224,19 @@ def _parameters(connection: apsw.Connection, statement: str) -> list[str]:
         ("attempts_of_ended_prune", "safedefer_attempts_task"),
         ("attempts_stray_prune", "safedefer_attempts_stray"),
         ("ledger_prune", "safedefer_ledger_expires"),
+        ("queues_with_tasks", "safedefer_tasks_"),
+        ("running_of_queue", "safedefer_tasks_leased"),
+        ("purge_next", "safedefer_tasks_of_queue"),
+        ("unique_taken", "safedefer_tasks_unique"),
+        ("dead_letters", "safedefer_dead_ended"),
+        ("dead_archive_old", "safedefer_dead_current"),
+        ("dead_archive_excess", "safedefer_dead_current"),
     ],
 )
 def test_what_runs_often_uses_an_index_and_sorts_nothing(queue, path, name, index):
     queue.enqueue(make_task())
     connection = apsw.Connection(str(path))
-    values = {"now": 0, "queue": "", "limit": 1, "before": 0}
+    values = {**dict.fromkeys(_parameters(connection, SQL[name])), "now": 0, "queue": "", "limit": 1, "before": 0}
     plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {SQL[name]}", values))
     connection.close()
     assert index in plan
