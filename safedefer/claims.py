@@ -176,11 +176,11 @@ class Claims(BaseModel):
         """
         calls = (self.call is not None) + (self.args is not None) + (self.kwargs is not None)
         if calls != (0 if self.blob is not None else 3):
-            raise InvalidClaims("claims need either call, args and kwargs, or blob alone")
+            raise InvalidClaims("claims need either call, args and kwargs, or blob alone; send one of the two")
         if self.call is not None:
             _check_call(self.call)
         if self.exp < self.nbf or self.exp > self.nbf + MAX_LIFETIME:
-            raise InvalidClaims("exp must lie between nbf and 92 days after it")
+            raise InvalidClaims("exp must lie between nbf and 92 days after it; mint a token with such times")
 
 
 def write_json(document: dict[str, Any]) -> bytes:
@@ -234,9 +234,9 @@ _NEEDS_BOUND: Final = frozenset({"instance", "method", "builtin_method"})
 
 def _check_call(call: Call) -> None:
     if (call.member is not None) != (call.kind in _NEEDS_MEMBER):
-        raise InvalidClaims("call.member goes with methods, class methods and built-in methods, and only with them")
+        raise InvalidClaims("call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere")
     if call.has_bound != (call.kind in _NEEDS_BOUND):
-        raise InvalidClaims("call.bound goes with instances, methods and built-in methods, and only with them")
+        raise InvalidClaims("call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere")
 
 
 def _call_json(call: Call) -> dict[str, Any]:

@@ -124,7 +124,8 @@ class Key:
 
     def __repr__(self) -> str:
         """Show what is not secret."""
-        return f"<Key {self.kid} {self.state}>"
+        # One that was refused while it was made is shown in its traceback.
+        return f"<Key {getattr(self, 'kid', '')} {getattr(self, 'state', 'unfinished')}>"
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError("a Key is immutable; make another one")
@@ -236,7 +237,7 @@ class Keyring:
 
     def __repr__(self) -> str:
         """Show what is not secret."""
-        return f"Keyring({', '.join(map(repr, self._keys))})"
+        return f"Keyring({', '.join(map(repr, getattr(self, '_keys', ())))})"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Keyring is not pickled or copied; load it where it is used")

@@ -1,0 +1,634 @@
+"""The dispatcher: backoff, verdicts, and what hostile or failing storage and handlers do to it."""
+
+import asyncio
+import logging
+import math
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safedefer import TaskRetryOptions
+from safedefer.delivery import Response
+from safedefer.dispatcher import (
+    REJECT_LIMIT,
+    REJECT_SECONDS,
+    Dispatcher,
+    DispatcherOptions,
+    InProcessDelivery,
+    Interrupted,
+    Unreachable,
+    attempt_headers,
+    backoff,
+    gives_up,
+    judge,
+)
+from safedefer.errors import InvalidTaskError, QueueUnavailable
+from safedefer.ledger import AttemptRecord
+from safedefer.queues.base import Lease, QueuedTask, TaskState, Verdict
+from safedefer.queues.memory import MemoryQueue
+from tests import sample_tasks as tasks
+from tests.unit.apps import make_app
+
+NOW = 1_000_000.0
+
+
+def task_of(number=1, **changes):
+    values = {
+        "id": f"{number:032x}", "queue": "default", "token": b"token", "audience": "test:default:default:/x", "url": "/x",
+        "target": "default", "eta": NOW, "created": NOW, "expires": 2_000_000, "digest": bytes(32),
+    }  # fmt: skip
+    return QueuedTask(**{**values, **changes})
+
+
+def lease_of(**changes):
+    task = {name: changes.pop(name) for name in list(changes) if name in QueuedTask.__slots__}
+    return Lease(**{"task": task_of(**task), "owner": "me", "until": NOW + 60, **changes})
+
+
+def answer(status, outcome=None, **headers):
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(status, {**({"Safedefer-Outcome": outcome} if outcome else {}), **named}, b"")
+
+
+def verdict(lease, response, now=NOW, jitter=0.0):
+    return judge(lease, response, now=now, jitter=jitter)
+
+
+# --- Backoff --------------------------------------------------------------------------------------
+
+# From App Engine's own words: "if min_backoff_seconds is 10, max_backoff_seconds is 300 and max_doublings is 3, then
+# intervals are 10s, 20s, 40s, 80s, 160s, 240s, 300s, 300s".
+DOCUMENTED = (TaskRetryOptions(min_backoff_seconds=10, max_backoff_seconds=300, max_doublings=3), [10, 20, 40, 80, 160, 240, 300, 300])
+BACKOFF = [
+    DOCUMENTED,
+    (TaskRetryOptions(), [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]),
+    (TaskRetryOptions(max_doublings=0, min_backoff_seconds=5), [5, 10, 15, 20]),
+    (TaskRetryOptions(min_backoff_seconds=5, max_backoff_seconds=5), [5, 5, 5]),
+    (TaskRetryOptions(min_backoff_seconds=0), [0, 0, 0]),
+    (TaskRetryOptions(min_backoff_seconds=5000), [5000, 5000]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "expected"), BACKOFF)
+def test_retries_wait_as_app_engine_documents(options, expected):
+    assert [backoff(options, n) for n in range(1, len(expected) + 1)] == pytest.approx(expected)
+
+
+@given(
+    st.floats(0, 1e6), st.floats(0, 1e6), st.integers(0, 10**6), st.integers(1, 10**9), st.floats(0, 1)
+)  # fmt: skip
+def test_waits_grow_to_a_maximum_and_jitter_takes_away(first, second, doublings, n, jitter):
+    low, high = sorted((first, second))
+    options = TaskRetryOptions(min_backoff_seconds=low, max_backoff_seconds=high, max_doublings=doublings)
+    wait = backoff(options, n)
+    assert math.isfinite(wait)
+    assert low <= wait <= high
+    assert wait <= backoff(options, n + 1)
+    assert 0 <= backoff(options, n, jitter=jitter) <= wait
+    exponent = min(n - 1, doublings)
+    if exponent < 60:
+        assert wait == pytest.approx(min(high, low * 2**exponent * max(n - exponent, 1)))
+
+
+# attempts, age -> given up?
+GIVES_UP = [
+    ({}, 10**6, 1e9, None),
+    ({"task_retry_limit": 0}, 1, 0, "retry-limit"),
+    ({"task_retry_limit": 2}, 2, 0, None),
+    ({"task_retry_limit": 2}, 3, 0, "retry-limit"),
+    ({"task_age_limit": 60}, 1, 60, None),
+    ({"task_age_limit": 60}, 1, 60.1, "age-limit"),
+    ({"task_retry_limit": 2, "task_age_limit": 60}, 3, 60, None),
+    ({"task_retry_limit": 2, "task_age_limit": 60}, 2, 61, None),
+    ({"task_retry_limit": 2, "task_age_limit": 60}, 3, 61, "retry-and-age-limit"),
+]
+
+
+@pytest.mark.parametrize(("limits", "attempts", "age", "expected"), GIVES_UP)
+def test_a_task_is_given_up_when_all_its_limits_are_exceeded(limits, attempts, age, expected):
+    assert gives_up(TaskRetryOptions(**limits), attempts=attempts, age=age) == expected
+
+
+# --- Verdicts -------------------------------------------------------------------------------------
+
+# status, outcome -> verdict, charged, executed, rejected
+TABLE = [
+    (200, "succeeded", Verdict.DONE, True, True, False),
+    (200, "duplicate", Verdict.DONE, True, True, False),
+    (200, "failed", Verdict.DEAD, True, True, False),
+    (408, "retry", Verdict.RETRY, True, True, False),
+    (500, "retry", Verdict.RETRY, True, False, False),
+    (409, "running", Verdict.RETRY, False, False, False),
+    (503, "early", Verdict.RETRY, False, False, False),
+    (503, "busy", Verdict.RETRY, False, False, False),
+    (500, "rejected", Verdict.RETRY, False, False, True),
+    (403, "refused", Verdict.RETRY, False, False, True),
+    (413, "refused", Verdict.RETRY, False, False, True),
+    (404, None, Verdict.RETRY, True, True, False),
+    (301, None, Verdict.RETRY, True, True, False),
+    (502, None, Verdict.RETRY, True, False, False),
+    (503, None, Verdict.RETRY, True, False, False),
+    (200, None, Verdict.RETRY, True, True, False),
+    (204, "other", Verdict.RETRY, True, True, False),
+]
+
+
+@pytest.mark.parametrize(("status", "outcome", "expected", "charged", "executed", "rejected"), TABLE)
+def test_the_answer_says_what_becomes_of_a_task(status, outcome, expected, charged, executed, rejected):
+    settled = verdict(lease_of(), answer(status, outcome))
+    assert (settled.verdict, settled.charged, settled.executed, settled.rejected, settled.status) == (
+        expected, charged, executed, rejected, status,
+    )  # fmt: skip
+    assert (settled.at is not None and settled.at > NOW) is (expected is Verdict.RETRY)
+
+
+def test_header_names_count_in_any_case():
+    lower = Response(200, {"safedefer-outcome": "failed"}, b"")
+    assert verdict(lease_of(), lower).verdict is Verdict.DEAD
+    busy = Response(503, {"SAFEDEFER-OUTCOME": "busy", "retry-after": "7"}, b"")
+    assert verdict(lease_of(), busy).at == NOW + 7
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5", 5), ("0", 1), ("3601", 3600), ("9" * 30, 1), ("-5", 1), ("x", 1), ("٣", 1), ("Wed, 21 Oct 2015 07:28:00 GMT", 1)],
+)
+def test_retry_after_is_seconds_within_an_hour(text, seconds):
+    assert verdict(lease_of(), answer(503, "early", Retry_After=text)).at == NOW + seconds
+
+
+@pytest.mark.parametrize(
+    ("count", "since", "expected"),
+    [(0, None, Verdict.RETRY), (REJECT_LIMIT - 2, NOW - 2 * REJECT_SECONDS, Verdict.RETRY),
+     (REJECT_LIMIT - 1, NOW - REJECT_SECONDS + 1, Verdict.RETRY), (REJECT_LIMIT - 1, NOW - REJECT_SECONDS, Verdict.DEAD),
+     (1000, NOW - 1, Verdict.RETRY)],
+)  # fmt: skip
+@pytest.mark.parametrize(("status", "outcome"), [(500, "rejected"), (403, "refused")])
+def test_rejections_are_given_up_after_ten_over_an_hour(count, since, expected, status, outcome):
+    settled = verdict(lease_of(rejections=count, first_rejection=since), answer(status, outcome))
+    assert settled.verdict is expected
+    assert (REJECT_LIMIT, REJECT_SECONDS) == (10, 3600)
+    if expected is Verdict.DEAD:
+        assert settled.reason == outcome
+
+
+def test_ten_rejections_with_the_default_backoff_leave_time_for_the_hour():
+    waits = [backoff(TaskRetryOptions(), n) for n in range(1, 30)]
+    assert sum(waits[:10]) < REJECT_SECONDS < sum(waits)
+
+
+def test_a_failure_beyond_its_limit_is_a_dead_letter_with_the_limits_name():
+    lease = lease_of(retry_options={"task_retry_limit": 1}, attempts=1)
+    settled = verdict(lease, answer(500, "retry"))
+    assert (settled.verdict, settled.reason) == (Verdict.DEAD, "retry-limit")
+    lease = lease_of(retry_options={"task_age_limit": 10}, eta=NOW - 11)
+    assert verdict(lease, answer(500, "retry")).reason == "age-limit"
+
+
+@pytest.mark.parametrize("stored", [{"min_backoff_seconds": "1"}, {"x": 1}, {"max_doublings": -1}, {"task_retry_limit": 1e9}])
+def test_stored_retry_options_that_make_no_sense_are_the_defaults(stored):
+    assert verdict(lease_of(retry_options=stored), answer(500, "retry")).at == pytest.approx(NOW + 0.1)
+
+
+# --- Headers --------------------------------------------------------------------------------------
+
+
+def test_a_delivery_carries_app_engines_headers():
+    lease = lease_of(
+        name="n", queue="mail", headers={"X-Shop": "1", "traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01"},
+        retries=3, executions=2, previous_response=500, retry_reason="retry", attempts=2,
+    )  # fmt: skip
+    assert attempt_headers(lease) == {
+        "Content-Type": "application/jose", "X-Shop": "1", "traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01",
+        "X-AppEngine-QueueName": "mail", "X-AppEngine-TaskName": "n", "X-AppEngine-TaskRetryCount": "3",
+        "X-AppEngine-TaskExecutionCount": "2", "X-AppEngine-TaskETA": "1000000.000000",
+        "X-AppEngine-TaskPreviousResponse": "500", "X-AppEngine-TaskRetryReason": "retry",
+    }  # fmt: skip
+
+
+HOSTILE = {
+    "header value": {"headers": {"X": "a\r\nEvil: 1"}},
+    "header name": {"headers": {"X\r\nEvil": "a"}},
+    "host": {"headers": {"Host": "evil"}},
+    "length": {"headers": {"content-length": "1"}},
+    "coding": {"headers": {"Transfer-Encoding": "chunked"}},
+    "queue header": {"headers": {"x-appengine-queuename": "other"}},
+    "trace": {"headers": {"traceparent": "a\r\nb"}},
+    "not text": {"headers": {"X": 1}},
+    "name": {"name": "a\r\nEvil: 1"},
+    "queue": {"queue": "a\r\nEvil: 1"},
+    "id": {"id": "a\r\nEvil: 1"},
+    "other host": {"url": "@evil.example/x"},
+    "absolute url": {"url": "http://evil.example/x"},
+    "two slashes": {"url": "//evil.example/x"},
+    "request line": {"url": "/x HTTP/1.1\r\nEvil: 1"},
+    "query": {"url": "/x?y"},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_somebody_wrote_into_the_storage_makes_no_other_request(what):
+    with pytest.raises((InvalidTaskError, TypeError)):
+        attempt_headers(lease_of(**HOSTILE[what]))
+
+
+def test_a_stored_reason_that_is_no_slug_is_left_out():
+    assert "X-AppEngine-TaskRetryReason" not in attempt_headers(lease_of(retry_reason="a\r\nEvil: 1"))
+
+
+# --- Work -----------------------------------------------------------------------------------------
+
+
+class Handler:
+    """Answers as it is told: a function of the task, or one answer for all."""
+
+    def __init__(self, reply=None):
+        self.reply = reply or (lambda task: answer(200, "succeeded"))
+        self.seen = []
+
+    async def __call__(self, task, headers):
+        self.seen.append(task.id)
+        reply = self.reply(task)
+        if asyncio.iscoroutine(reply):
+            reply = await reply
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+
+def dispatch(queue, handler, clock=lambda: NOW, **options):
+    return Dispatcher(queue, handler, clock=clock, options=DispatcherOptions(**options))
+
+
+async def test_run_until_empty_runs_what_is_due_and_leaves_the_rest():
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n) for n in range(1, 41)])
+    queue.enqueue(task_of(99, eta=NOW + 5))
+    handler = Handler()
+    await dispatch(queue, handler).run_until_empty()
+    assert sorted(handler.seen) == [task_of(n).id for n in range(1, 41)]
+    assert [view.id for view in queue.tasks()] == [task_of(99).id]
+
+
+async def test_a_dispatcher_can_run_again():
+    queue = MemoryQueue()
+    handler = Handler()
+    dispatcher = dispatch(queue, handler)
+    for number in (1, 2):
+        queue.enqueue(task_of(number))
+        await dispatcher.run_until_empty()
+    assert handler.seen == [task_of(1).id, task_of(2).id]
+
+
+async def test_tasks_that_are_deferred_by_tasks_run_too():
+    tasks.reset()
+    from safedefer import deferred
+
+    app = make_app()
+    deferred.configure(app)
+    try:
+        app.defer(tasks.defer_another, 20)
+        await dispatch(app.queue, InProcessDelivery(app.handle), clock=time.time).run_until_empty()
+    finally:
+        deferred.configure(None)
+    assert tasks.RAN == list(range(20, -1, -1))
+
+
+async def test_no_more_than_the_concurrency_is_delivered_at_once():
+    running = most = 0
+
+    async def slow(task):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.002)
+        running -= 1
+        return answer(200, "succeeded")
+
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n) for n in range(1, 61)])
+    await dispatch(queue, Handler(slow), concurrency=5).run_until_empty()
+    assert most == 5
+
+
+@pytest.mark.parametrize(
+    ("reply", "charged"),
+    [(Unreachable("down"), 0), (Interrupted("reset"), 1), (answer(503, "busy"), 0), (answer(503, "early"), 0),
+     (answer(409, "running"), 0), (answer(500, "retry"), 1), (answer(403, "refused"), 0), (ValueError("row"), 0)],
+)  # fmt: skip
+async def test_an_attempt_is_charged_only_if_the_handler_took_it(reply, charged):
+    queue = MemoryQueue()
+    queue.enqueue(task_of())
+    await dispatch(queue, Handler(lambda task: reply)).run_until_empty()
+    view = queue.find(task_of().id)
+    assert (view.state, view.attempts) == (TaskState.WAITING, charged)
+    if isinstance(reply, Interrupted):
+        assert [record.reason for record in view.records] == ["no-response"]
+
+
+async def test_a_hostile_row_is_kept_and_its_neighbours_run(caplog):
+    queue = MemoryQueue()
+    for number, what in enumerate(HOSTILE, 1):
+        queue.enqueue(task_of(number, **HOSTILE[what]))
+    queue.enqueue(task_of(99))
+    handler = Handler()
+    await dispatch(queue, handler).run_until_empty()
+    assert handler.seen == [task_of(99).id]
+    assert len(queue.tasks(states=[TaskState.WAITING])) == len(HOSTILE)
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+async def test_storage_that_fails_is_tried_again(caplog):
+    class Failing(MemoryQueue):
+        left = 3
+
+        def _maybe(self):
+            if self.left:
+                self.left -= 1
+                raise [QueueUnavailable("locked"), ValueError("a row"), QueueUnavailable("locked")][self.left]
+
+        def lease(self, **more):
+            self._maybe()
+            return super().lease(**more)
+
+        def settle_many(self, settlements, *, now):
+            self._maybe()
+            return super().settle_many(settlements, now=now)
+
+    queue = Failing()
+    queue.enqueue(task_of())
+    handler = Handler()
+    dispatcher = dispatch(queue, handler)
+    dispatcher._sleep = lambda seconds: asyncio.sleep(0)
+    await dispatcher.run_until_empty()
+    assert handler.seen == [task_of().id]
+    assert queue.find(task_of().id).state is TaskState.SUCCEEDED
+    assert "a row" not in caplog.text
+
+
+async def test_settling_that_fails_is_tried_again():
+    class Failing(MemoryQueue):
+        left = 1
+
+        def settle_many(self, settlements, *, now):
+            if self.left:
+                self.left -= 1
+                raise RuntimeError("bug")
+            return super().settle_many(settlements, now=now)
+
+    queue = Failing()
+    queue.enqueue(task_of())
+    await dispatch(queue, Handler()).run_until_empty()
+    assert queue.find(task_of().id).state is TaskState.SUCCEEDED
+
+
+async def test_a_lease_that_was_lost_changes_nothing(caplog):
+    queue = MemoryQueue()
+    queue.enqueue(task_of())
+
+    async def lose(task):
+        (stolen,) = queue.lease(owner="other", limit=1, seconds=60, now=NOW + 100)
+        assert stolen.task.id == task.id
+        return answer(200, "succeeded")
+
+    with caplog.at_level(logging.WARNING):
+        await dispatch(queue, Handler(lose)).run_until_empty()
+    assert queue.find(task_of().id).state is TaskState.RUNNING
+    assert "delivered elsewhere" in caplog.text
+
+
+async def test_the_lease_of_a_long_task_is_prolonged():
+    queue = MemoryQueue()
+    queue.enqueue(task_of())
+    stolen = []
+
+    async def slow(task):
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            stolen.extend(queue.lease(owner="other", limit=1, seconds=60, now=time.time()))
+        return answer(200, "succeeded")
+
+    await dispatch(queue, Handler(slow), clock=time.time, lease_seconds=0.4).run_until_empty()
+    assert stolen == []
+    assert queue.find(task_of().id).state is TaskState.SUCCEEDED
+
+
+async def test_a_place_that_is_down_stops_no_other():
+    class Places(Handler):
+        def place(self, task):
+            return task.target
+
+    def reply(task):
+        if task.target == "down":
+            return Unreachable("refused", place="down", everywhere=False)
+        return answer(200, "succeeded")
+
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n, target="down" if n % 2 else "up") for n in range(1, 201)])
+    handler = Places(reply)
+    started = time.monotonic()
+    await dispatch(queue, handler, concurrency=4).run_until_empty()
+    assert time.monotonic() - started < 3
+    waiting = queue.tasks(states=[TaskState.WAITING], limit=1000)
+    assert len(waiting) == 100
+    assert {view.target for view in waiting} == {"down"}
+    assert {view.attempts for view in waiting} == {0}
+    # Most were not sent the way of the first ones.
+    assert len(handler.seen) < 110
+
+
+async def test_a_place_that_hangs_takes_one_place_alone():
+    class Places(Handler):
+        def place(self, task):
+            return task.target
+
+    moment = [NOW]
+    hanging = []
+
+    async def reply(task):
+        if task.target == "up":
+            return answer(200, "succeeded")
+        if len(hanging) < 4:
+            hanging.append(task.id)
+            raise Unreachable("refused", place="down", everywhere=False)
+        hanging.append(task.id)
+        await asyncio.sleep(0.3)
+        raise Unreachable("timed out", place="down", everywhere=False)
+
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n, target="down") for n in range(1, 51)])
+    dispatcher = dispatch(queue, Places(reply), clock=lambda: moment[0], concurrency=4)
+    await dispatcher.run_until_empty()
+    known = len(hanging)
+    moment[0] += 100
+    running = asyncio.create_task(dispatcher.run())
+    await asyncio.sleep(0.2)
+    assert len(hanging) <= known + 4
+    queue.enqueue_many([task_of(n, target="up") for n in range(100, 120)])
+    await asyncio.sleep(0.3)
+    assert not [view for view in queue.tasks(limit=1000) if view.target == "up"]
+    dispatcher.stop()
+    await running
+
+
+async def test_one_handler_that_is_down_is_asked_again_and_the_queue_keeps_its_order():
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n) for n in range(1, 6)])
+    down = [3]
+
+    def reply(task):
+        if down[0]:
+            down[0] -= 1
+            return Unreachable("refused")
+        return answer(200, "succeeded")
+
+    handler = Handler(reply)
+    dispatcher = dispatch(queue, handler, clock=time.time, concurrency=1)
+    running = asyncio.create_task(dispatcher.run())
+    for _ in range(300):
+        if not queue.tasks():
+            break
+        await asyncio.sleep(0.01)
+    dispatcher.stop()
+    await running
+    assert len(handler.seen) == 8
+    assert queue.tasks(states=[TaskState.WAITING]) == []
+
+
+# --- Drain ----------------------------------------------------------------------------------------
+
+
+async def test_a_stop_finishes_what_is_delivered_and_leases_nothing_more():
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n) for n in range(1, 21)])
+    begun = asyncio.Event()
+
+    async def slow(task):
+        begun.set()
+        await asyncio.sleep(0.1)
+        return answer(200, "succeeded")
+
+    handler = Handler(slow)
+    dispatcher = dispatch(queue, handler, concurrency=3)
+    running = asyncio.create_task(dispatcher.run())
+    await begun.wait()
+    await asyncio.sleep(0)
+    dispatcher.stop()
+    await running
+    assert len(handler.seen) == 3
+    assert len(queue.tasks(states=[TaskState.SUCCEEDED])) == 3
+    assert len(queue.tasks(states=[TaskState.WAITING])) == 17
+    assert queue.tasks(states=[TaskState.RUNNING]) == []
+
+
+async def test_what_was_leased_ahead_is_given_back_untouched():
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n) for n in range(1, 301)])
+    dispatcher = dispatch(queue, Handler(), concurrency=4)
+    most = 0
+
+    async def quick(task):
+        nonlocal most
+        most = max(most, len(dispatcher._state.ready))
+        if task.id == task_of(200).id:
+            dispatcher.stop()
+        return answer(200, "succeeded")
+
+    dispatcher._deliver = Handler(quick)
+    await dispatcher.run()
+    assert most > 0
+    waiting = queue.tasks(states=[TaskState.WAITING], limit=1000)
+    done = queue.tasks(states=[TaskState.SUCCEEDED], limit=1000)
+    assert len(waiting) + len(done) == 300
+    assert len(waiting) > 80
+    assert {view.attempts for view in waiting} == {0}
+
+
+async def test_a_drain_that_is_over_gives_its_tasks_back():
+    queue = MemoryQueue()
+    queue.enqueue(task_of())
+    begun = asyncio.Event()
+
+    async def endless(task):
+        begun.set()
+        await asyncio.sleep(60)
+
+    dispatcher = dispatch(queue, Handler(endless), drain_seconds=0.05)
+    running = asyncio.create_task(dispatcher.run())
+    await begun.wait()
+    dispatcher.stop()
+    await asyncio.wait_for(running, 5)
+    view = queue.find(task_of().id)
+    assert (view.state, view.attempts) == (TaskState.WAITING, 0)
+
+
+async def test_cancelling_it_leaves_nothing_running():
+    queue = MemoryQueue()
+    dispatcher = dispatch(queue, Handler())
+    running = asyncio.create_task(dispatcher.run())
+    await asyncio.sleep(0.05)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, 5)
+    assert len(asyncio.all_tasks()) == 1
+
+
+# --- The reason of a dead letter ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"), [((tasks.permanent,), "permanent-task-failure"), ((tasks.add, 1), "expired-task")]
+)
+async def test_a_dead_letter_has_the_reason_of_its_last_attempt(call, reason):
+    tasks.reset()
+    app = make_app(clock=lambda: moment[0])
+    moment = [NOW]
+    task = app.defer(*call)
+    if reason == "expired-task":
+        moment[0] += 32 * 86_400
+    await dispatch(app.queue, InProcessDelivery(app.handle), clock=lambda: moment[0]).run_until_empty()
+    view = app.queue.find(task.id)
+    assert (view.state, view.reason) == (TaskState.DEAD, reason)
+    assert view.records[-1].reason == reason
+    assert app.verify(view.token, expired=True).claims.jti == task.id
+
+
+async def test_a_rejected_task_dies_after_an_hour_with_its_reason():
+    tasks.reset()
+    queue = MemoryQueue()
+    moment = [NOW]
+    sender = make_app(queue=queue, clock=lambda: moment[0])
+    from safedefer import Policy
+
+    handler = make_app(queue=queue, clock=lambda: moment[0], keyring=sender._keyring, policy=Policy("tests.zoo.values"))
+    task = sender.defer(tasks.add, 1)
+    deliveries = 0
+    while queue.find(task.id).state is TaskState.WAITING:
+        await dispatch(queue, InProcessDelivery(handler.handle), clock=lambda: moment[0]).run_until_empty()
+        deliveries += 1
+        moment[0] += 401
+    view = queue.find(task.id)
+    assert (view.state, view.reason, view.attempts) == (TaskState.DEAD, "policy-violation", 0)
+    assert deliveries == 10
+    assert all(type(record) is AttemptRecord for record in view.records)
+    assert len(view.records) == 10
+    assert tasks.RAN == []
+
+
+async def test_a_renamed_callable_runs_when_it_is_back():
+    tasks.reset()
+    moment = [NOW]
+    app = make_app(clock=lambda: moment[0])
+    task = app.defer(tasks.add, 1, 2)
+    kept, tasks.add = tasks.add, None
+    try:
+        await dispatch(app.queue, InProcessDelivery(app.handle), clock=lambda: moment[0]).run_until_empty()
+    finally:
+        tasks.add = kept
+    assert app.queue.find(task.id).state is TaskState.WAITING
+    moment[0] += 10
+    await dispatch(app.queue, InProcessDelivery(app.handle), clock=lambda: moment[0]).run_until_empty()
+    assert app.queue.find(task.id).state is TaskState.SUCCEEDED
+    assert tasks.RAN == [("add", 1, 2, 1)]
