@@ -176,7 +176,7 @@ class Claims(BaseModel):
         """
         calls = (self.call is not None) + (self.args is not None) + (self.kwargs is not None)
         if calls != (0 if self.blob is not None else 3):
-            raise InvalidClaims("claims need either call, args and kwargs, or blob alone; send one of the two")
+            raise InvalidClaims("claims need either call, args and kwargs, or blob alone; write one of the two")
         if self.call is not None:
             _check_call(self.call)
         if self.exp < self.nbf or self.exp > self.nbf + MAX_LIFETIME:
