@@ -9,6 +9,9 @@ from zoneinfo import ZoneInfo
 
 from hypothesis import strategies as st
 
+from safedefer.claims import MAX_ETA, MAX_LIFETIME, Options, TaskRetryOptions
+from safedefer.refs import Kind
+from tests.zoo import callables
 from tests.zoo import values as zoo
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -247,3 +250,97 @@ tagged_trees = st.recursive(
     ),
     max_leaves=15,
 )
+
+
+# --- The trust core: callables, options, tokens ---------------------------------------------------
+
+#: What may be deferred, and what may not, with its reason.
+# By number: Hypothesis, too, looks closely at the values that it is given.
+accepted_callables = st.integers(0, len(callables.ACCEPTED) - 1).map(lambda number: callables.ACCEPTED[number][1])
+refused_callables = st.integers(0, len(callables.REFUSED) - 1).map(lambda number: callables.REFUSED[number][1:])
+
+identifiers = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
+dotted = st.lists(identifiers, min_size=1, max_size=3).map(".".join)
+members = st.from_regex(r"_?[A-Za-z][A-Za-z0-9_]{0,8}", fullmatch=True)
+task_ids = st.text("ABCxyz019_-", min_size=16, max_size=64)
+names = st.text("ABCxyz019_-", min_size=1, max_size=500)
+audience_parts = st.text("ABCxyz019.-", min_size=1, max_size=100)
+paths = st.from_regex(r"/([!\"$-.0->@-~][!\"$->@-~]{0,30})?", fullmatch=True)
+secrets = st.binary(min_size=32, max_size=100).filter(lambda secret: len(set(secret)) >= 16 and not secret.isascii())
+
+retry_options = st.builds(
+    TaskRetryOptions,
+    min_backoff_seconds=st.none() | st.floats(0, 10),
+    max_backoff_seconds=st.none() | st.floats(10, 1e6),
+    task_age_limit=st.none() | st.integers(0, 10**6),
+    max_doublings=st.none() | st.integers(0, 50),
+    task_retry_limit=st.none() | st.integers(0, 50),
+)
+options = st.builds(
+    Options,
+    countdown=st.none() | st.integers(-100, MAX_ETA) | st.floats(-100, MAX_ETA),
+    headers=st.dictionaries(
+        st.text("Xab-", min_size=1, max_size=8).map(lambda t: f"x-{t.lower()}"),
+        st.text("ab \t~", max_size=8),
+        max_size=3,
+    ),
+    name=st.none() | names,
+    queue=audience_parts,
+    retry_options=st.none() | retry_options,
+    target=st.none() | audience_parts,
+    url=st.none() | paths,
+)
+
+#: JSON as any writer may put it into arguments: numbers beyond 2**53 and surrogates are the codec's business.
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(1 - 2**53, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def calls(draw):
+    """Return a ``call`` claim of any kind."""
+    kind = draw(st.sampled_from(list(Kind))).value
+    call = {"kind": kind, "module": draw(dotted), "qualname": draw(dotted)}
+    if kind in {"method", "classmethod", "builtin_method"}:
+        call["member"] = draw(members)
+    if kind in {"instance", "method", "builtin_method"}:
+        call["bound"] = draw(json_values.filter(lambda value: value is not None))
+    return call
+
+
+@st.composite
+def payloads(draw):
+    """Return the members of a right payload, as a dict."""
+    nbf = draw(st.integers(0, 2**33))
+    payload = {
+        "v": 1,
+        "jti": draw(task_ids),
+        "iat": draw(st.integers(0, 2**33)),
+        "nbf": nbf,
+        "exp": nbf + draw(st.integers(0, MAX_LIFETIME)),
+        "aud": ":".join([draw(audience_parts), draw(audience_parts), draw(audience_parts), draw(paths)]),
+        "cty": draw(st.sampled_from(["typed", "pickle"])),
+    }
+    if draw(st.booleans()):
+        payload |= {
+            "call": draw(calls()),
+            "args": draw(st.lists(json_values, max_size=3)),
+            "kwargs": draw(st.dictionaries(st.text(max_size=5), json_values, max_size=3)),
+        }
+    else:
+        payload["blob"] = {
+            "id": draw(task_ids),
+            "sha256": draw(st.text("0123456789abcdef", min_size=64, max_size=64)),
+            "length": draw(st.integers(1, 2**31)),
+        }
+    for name, strategy in (("name", names), ("retry_of", task_ids)):
+        if draw(st.booleans()):
+            payload[name] = draw(strategy)
+    return payload
