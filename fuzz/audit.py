@@ -1,0 +1,59 @@
+"""An audit hook that notes what must never happen while untrusted bytes are read.
+
+CPython raises audit events (PEP 578) from C, whatever Python code was reached: an import of a module that is not
+loaded yet, compiling or running code, opening a file, a socket, a process.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_WATCHED = (
+    "import", "exec", "compile", "code.__new__", "function.__new__", "open", "socket.", "subprocess.", "os.system", "os.exec", "os.fork",
+    "os.posix_spawn", "os.spawn", "os.startfile", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod",
+    "os.chown", "os.truncate", "os.putenv", "os.kill", "pty.", "shutil.", "tempfile.", "ctypes.", "pickle.find_class", "marshal.",
+    "webbrowser.", "urllib.", "http.", "ftplib.", "smtplib.", "telnetlib.", "sqlite3.", "signal.", "sys._getframe_raise", "winreg.", "cpython._PySys_ClearAuditHooks",
+)  # fmt: skip
+
+_watching = False
+_seen: list[str] = []
+
+
+def _hook(event: str, args: tuple[object, ...]) -> None:
+    if not _watching or not event.startswith(_WATCHED):
+        return
+    if event == "open" and _is_harmless_file(args):
+        return
+    if event == "compile" and args[1] == "<unknown>":  # ast.parse, for the marks under a traceback's lines
+        return
+    _seen.append(f"{event} {args[0]!r:.200}" if args else event)
+
+
+def _is_harmless_file(args: tuple[object, ...]) -> bool:
+    """Say whether it is a zone of the time zone database, or source for a traceback: files that are only read."""
+    path, mode = str(args[0]), args[1] if len(args) > 1 else "r"
+    if mode is not None and set(str(mode)) & set("wax+"):
+        return False
+    return "zoneinfo" in path or path.endswith(".py") or Path(path).is_relative_to("/proc/self")
+
+
+sys.addaudithook(_hook)
+
+
+class Reached(AssertionError):
+    """Untrusted bytes had an effect."""
+
+
+@contextmanager
+def nothing_happens() -> Iterator[None]:
+    """Raise ``Reached`` at the end if the body imported, ran, opened or started anything, in whichever thread."""
+    global _watching  # noqa: PLW0603  # audit hooks are global, and for ever
+    _seen.clear()
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+    if _seen:
+        raise Reached("; ".join(_seen[:5]))
