@@ -70,7 +70,13 @@ OUTSIDE = [
 @pytest.mark.parametrize("module", OUTSIDE)
 def test_a_look_alike_of_a_package_is_refused_and_not_imported(module, imported):
     policy = Policy("zoo_shop.*", deferrable=True)
-    for kind, member in (("function", None), ("class", None), ("method", "ship"), ("builtin", None), ("builtin_method", "append")):
+    for kind, member in (
+        ("function", None),
+        ("class", None),
+        ("method", "ship"),
+        ("builtin", None),
+        ("builtin_method", "append"),
+    ):
         with pytest.raises(PolicyViolation):
             policy.load_callable(ref(module, kind=kind, member=member))
     with pytest.raises(PolicyViolation):
@@ -143,7 +149,9 @@ def stolen(policy, key, **serves):
     forger = Keyring(Key(key.kid, SECRET, pickle=True))
     signer = Signer(forger, policy, limits=Limits())
     ring = Keyring(Key("main", bytes(range(50))), key)
-    return signer, Verifier(ring, policy, serves=Serves(environment="prod", **serves), limits=Limits(), allow_pickle=True)
+    return signer, Verifier(
+        ring, policy, serves=Serves(environment="prod", **serves), limits=Limits(), allow_pickle=True
+    )
 
 
 def limited(**limits):
@@ -211,7 +219,10 @@ def test_a_stolen_key_reaches_nothing_by_a_moved_name():
     with pytest.raises(CapabilityExceeded):
         attack(policy, limited(patterns=["zoo_shop.tasks"]), claims(call(qualname="old")))
     both = limited(patterns=["zoo_shop.tasks", "zoo_shop.more.mail"])
-    assert attack(policy, both, claims(call(qualname="old"))).gate.load_callable(ref("zoo_shop.tasks", "old")).__name__ == "post"
+    assert (
+        attack(policy, both, claims(call(qualname="old"))).gate.load_callable(ref("zoo_shop.tasks", "old")).__name__
+        == "post"
+    )
 
 
 def test_a_stolen_key_signs_no_pickle():

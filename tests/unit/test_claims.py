@@ -16,7 +16,13 @@ from safedefer.errors import (
 )
 
 CALL = {"kind": "function", "module": "shop.tasks", "qualname": "send"}
-METHOD = {"kind": "method", "module": "shop.tasks", "qualname": "Order", "member": "ship", "bound": {"$object": ["shop.tasks:Order", {}]}}
+METHOD = {
+    "kind": "method",
+    "module": "shop.tasks",
+    "qualname": "Order",
+    "member": "ship",
+    "bound": {"$object": ["shop.tasks:Order", {}]},
+}
 BASE = {
     "v": 1, "jti": "a" * 32, "iat": 1000, "nbf": 1000, "exp": 2000, "aud": "prod:default:default:/u", "cty": "typed", "call": CALL, "args": [], "kwargs": {},
 }  # fmt: skip
@@ -66,7 +72,21 @@ def test_right_claims_are_read_and_written_back_as_they_were(label):
     assert Claims.from_json(claims.to_json()) == claims
 
 
-JTI = ["", "a" * 15, "a" * 65, "a" * 16 + "\n", "a" * 15 + " ", "a" * 15 + "é", "a" * 15 + ".", 1, None, [], {}, True, ["a" * 16]]
+JTI = [
+    "",
+    "a" * 15,
+    "a" * 65,
+    "a" * 16 + "\n",
+    "a" * 15 + " ",
+    "a" * 15 + "é",
+    "a" * 15 + ".",
+    1,
+    None,
+    [],
+    {},
+    True,
+    ["a" * 16],
+]
 TIME = [-1, 1.0, 1.5, "1", True, False, None, [], {}, 2**63, 253_402_300_800, 10**4000]
 WRONG = {
     "v": [0, 2, -1, "1", 1.0, True, False, None, [1], {}, 1.5, 2**64],
@@ -124,7 +144,9 @@ def test_an_unknown_claim_is_refused_and_not_named(name):
     assert "secret" not in refused(payload(**{name: 1}))
 
 
-@pytest.mark.parametrize("extra", [{"call": CALL}, {"args": []}, {"kwargs": {}}, {"call": CALL, "args": [], "kwargs": {}}])
+@pytest.mark.parametrize(
+    "extra", [{"call": CALL}, {"args": []}, {"kwargs": {}}, {"call": CALL, "args": [], "kwargs": {}}]
+)
 def test_a_pointer_carries_no_call(extra):
     refused(payload(POINTER, **extra), "either call, args and kwargs, or blob")
 
@@ -159,7 +181,9 @@ def test_what_is_no_strict_json_object_is_refused(label):
 
 
 def test_claims_are_frozen_and_show_no_argument():
-    claims = Claims.from_json(payload(call=METHOD | {"bound": "secret"}, args=["secret"], kwargs={"a": "secret"}, headers={"a": "secret"}))
+    claims = Claims.from_json(
+        payload(call=METHOD | {"bound": "secret"}, args=["secret"], kwargs={"a": "secret"}, headers={"a": "secret"})
+    )
     assert "secret" not in repr(claims)
     with pytest.raises(ValueError, match="frozen"):
         claims.exp = 3
@@ -230,7 +254,9 @@ def test_a_task_is_due_within_30_days(ahead):
         Options(eta=datetime.max.replace(tzinfo=timezone(timedelta(hours=-12)))).due(NOW)
 
 
-@pytest.mark.parametrize("name", ["min_backoff_seconds", "max_backoff_seconds", "task_age_limit", "max_doublings", "task_retry_limit"])
+@pytest.mark.parametrize(
+    "name", ["min_backoff_seconds", "max_backoff_seconds", "task_age_limit", "max_doublings", "task_retry_limit"]
+)
 @pytest.mark.parametrize("value", [-1, -0.5, float("nan"), float("inf"), "1", True, 2**31, 10**400, [1]])
 def test_a_retry_option_is_a_number_from_zero_on(name, value):
     with pytest.raises(InvalidTaskRetryOptionsError, match=name):

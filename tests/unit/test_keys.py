@@ -28,7 +28,9 @@ def parse(data):
 # --- Key ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("secret", [SECRET, SECRET[:32], SECRET * 2 + b"x", bytearray(SECRET), bytes(range(64)), bytes(range(65))], ids=len)
+@pytest.mark.parametrize(
+    "secret", [SECRET, SECRET[:32], SECRET * 2 + b"x", bytearray(SECRET), bytes(range(64)), bytes(range(65))], ids=len
+)
 @pytest.mark.parametrize("message", [b"", b"a", b"a" * 1000])
 def test_a_mac_is_hmac_sha_256(secret, message):
     expected = hmac.new(bytes(secret), message, hashlib.sha256).digest()
@@ -76,7 +78,9 @@ def test_a_malformed_limit_is_refused(options, why):
         Key("k", SECRET, **options)
 
 
-@pytest.mark.parametrize("secret", ["text" * 10, None, 3, memoryview(SECRET), list(SECRET)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "secret", ["text" * 10, None, 3, memoryview(SECRET), list(SECRET)], ids=lambda s: type(s).__name__
+)
 def test_a_secret_is_bytes(secret):
     with pytest.raises(ConfigurationError, match="is bytes"):
         Key("k", secret)
@@ -97,7 +101,11 @@ def test_limits_are_kept():
 
 def test_a_key_is_immutable():
     key = Key("k", SECRET)
-    for change in (lambda: setattr(key, "state", "active"), lambda: delattr(key, "state"), lambda: setattr(key, "x", 1)):
+    for change in (
+        lambda: setattr(key, "state", "active"),
+        lambda: delattr(key, "state"),
+        lambda: setattr(key, "x", 1),
+    ):
         with pytest.raises(AttributeError, match="immutable"):
             change()
 
@@ -220,7 +228,9 @@ def minted(head, secret=SECRET, payload=b"payload"):
     return signing_input + b"." + encode_segment(hmac.new(secret, signing_input, hashlib.sha256).digest())
 
 
-@pytest.mark.parametrize("order", list(permutations(['"alg":"HS256"', '"kid":"a"', '"typ":"safedefer+jwt"'])), ids="/".join)
+@pytest.mark.parametrize(
+    "order", list(permutations(['"alg":"HS256"', '"kid":"a"', '"typ":"safedefer+jwt"'])), ids="/".join
+)
 def test_all_six_orders_of_the_header_verify(order):
     token = minted(header("{" + ",".join(order) + "}"))
     assert Keyring(Key("a", SECRET)).verify(parse(token)).payload == b"payload"

@@ -85,7 +85,9 @@ def test_a_module_or_package_pattern_admits_what_is_the_modules_own(pattern, lab
     assert admits(policy, OWN[label]) is not borrowed
 
 
-@pytest.mark.parametrize("pattern", ["tests.zoo.decorators", "tests", "tests.zoo", "tests.zo.*", "tests.zoo.call.*", f"{ZOO}.more.*"])
+@pytest.mark.parametrize(
+    "pattern", ["tests.zoo.decorators", "tests", "tests.zoo", "tests.zo.*", "tests.zoo.call.*", f"{ZOO}.more.*"]
+)
 @pytest.mark.parametrize("label", ["function", "class", "callable instance", "method", "class method"])
 def test_a_pattern_of_something_else_does_not(pattern, label):
     assert not admits(Policy(pattern), OWN[label])
@@ -114,7 +116,10 @@ def test_an_exact_pattern_of_a_member_admits_no_other_member_and_not_the_class()
     assert not admits(policy, zoo.Plain)
 
 
-@pytest.mark.parametrize("pattern", ["tests.zoo.decorators:Base.save", f"{ZOO}:Record.save", "tests.zoo.decorators:Base", "tests.zoo.decorators"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["tests.zoo.decorators:Base.save", f"{ZOO}:Record.save", "tests.zoo.decorators:Base", "tests.zoo.decorators"],
+)
 def test_an_inherited_member_is_admitted_by_a_pattern_of_its_own_or_of_its_class(pattern):
     record = zoo.Record()
     assert not admits(Policy(ZOO), record.save)
@@ -127,7 +132,10 @@ def test_naming_an_inherited_member_of_one_class_admits_it_for_no_other():
     assert not admits(Policy(ZOO, "tests.zoo.decorators:Base.create"), zoo.Record().save)
 
 
-@pytest.mark.parametrize("member", ["parse_raw", "parse_file", "model_construct", "model_validate", "model_dump", "model_rebuild", "copy", "from_orm"])
+@pytest.mark.parametrize(
+    "member",
+    ["parse_raw", "parse_file", "model_construct", "model_validate", "model_dump", "model_rebuild", "copy", "from_orm"],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_a_model_inherits_from_pydantic_is_not_admitted(member):
     policy = Policy("tests.*", f"{ZOO}:Model")
@@ -162,13 +170,18 @@ def test_a_malformed_pattern_is_refused(pattern):
         Policy(pattern)
 
 
-@pytest.mark.parametrize("pattern", ["os", "os.*", "subprocess", "builtins", "builtins.*", "importlib.*", "_operator", "json.decoder", "asyncio.*"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["os", "os.*", "subprocess", "builtins", "builtins.*", "importlib.*", "_operator", "json.decoder", "asyncio.*"],
+)
 def test_a_part_of_the_standard_library_is_no_pattern(pattern):
     with pytest.raises(ConfigurationError, match="standard library"):
         Policy(pattern)
 
 
-@pytest.mark.parametrize("pattern", ["__main__", "__mp_main__", "shop.__main__", "shop.__init__", "__main__.*", "shop.__main__.*"])
+@pytest.mark.parametrize(
+    "pattern", ["__main__", "__mp_main__", "shop.__main__", "shop.__init__", "__main__.*", "shop.__main__.*"]
+)
 def test_a_module_that_is_another_one_in_every_process_is_no_pattern(pattern):
     with pytest.raises(ConfigurationError, match="another module"):
         Policy(pattern)
@@ -200,7 +213,9 @@ def test_an_exact_pattern_may_name_a_built_in_by_any_name_that_leads_to_it():
 # --- Built-ins, the standard library, gadgets -----------------------------------------------------
 
 
-@pytest.mark.parametrize("obj", [len, math.sqrt, os.path.join, subprocess.run, os.system, zoo.OrderedDict], ids=lambda obj: obj.__name__)
+@pytest.mark.parametrize(
+    "obj", [len, math.sqrt, os.path.join, subprocess.run, os.system, zoo.OrderedDict], ids=lambda obj: obj.__name__
+)
 def test_the_standard_library_is_reached_by_exact_patterns_only(obj):
     name = str(CallableRef.of(obj))
     assert not admits(Policy("tests.*", deferrable=True), obj)
@@ -240,7 +255,19 @@ def test_a_typosquat_of_a_gadget_is_none():
     assert not is_gadget("", "eval")
 
 
-@pytest.mark.parametrize("name", ["str.format", "str.format_map", "str.encode", "str.translate", "str.zfill", "str.ljust", "bytes.decode", "list.sort"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "str.format",
+        "str.format_map",
+        "str.encode",
+        "str.translate",
+        "str.zfill",
+        "str.ljust",
+        "bytes.decode",
+        "list.sort",
+    ],
+)
 def test_a_built_in_method_that_does_more_than_it_says_needs_an_exact_pattern(name):
     owner, _, member = name.partition(".")
     policy = Policy("tests.*")
@@ -250,7 +277,9 @@ def test_a_built_in_method_that_does_more_than_it_says_needs_an_exact_pattern(na
     assert admits(Policy(f"builtins:{name}"), getattr(bound, member))
 
 
-@pytest.mark.parametrize(("cls", "member"), [(cls, member) for cls, members in HARMLESS_METHODS.items() for member in sorted(members)])
+@pytest.mark.parametrize(
+    ("cls", "member"), [(cls, member) for cls, members in HARMLESS_METHODS.items() for member in sorted(members)]
+)
 def test_a_harmless_built_in_method_is_admitted_by_any_policy_with_a_pattern(cls, member):
     bound = cls if member == "fromkeys" else cls()
     obj = getattr(bound, member)
@@ -424,7 +453,11 @@ def test_a_class_inside_the_arguments_moves_too():
 
 def test_what_has_moved_is_not_deferred_under_its_old_name():
     policy = Policy(ZOO, moved={f"{ZOO}:coroutine": f"{ZOO}:function", f"{ZOO}:Plain": f"{ZOO}:Child"})
-    for ask, obj in ((policy.callable_ref, zoo.coroutine), (policy.class_name, zoo.Plain), (policy.callable_ref, zoo.plain.method)):
+    for ask, obj in (
+        (policy.callable_ref, zoo.coroutine),
+        (policy.class_name, zoo.Plain),
+        (policy.callable_ref, zoo.plain.method),
+    ):
         with pytest.raises(NotDeferrable) as caught:
             ask(obj)
         assert caught.value.reason == "moved"
@@ -437,7 +470,10 @@ def test_a_method_that_moved_to_no_method_is_refused(target):
         policy.check(ref(f"{ZOO}:Gone", "method", "method"))
 
 
-@pytest.mark.parametrize("moved", [{"a": "b:c"}, {"a:b": "c"}, {"a:b": "c:d", "c:d": "e:f"}, {"a:b": "a:b"}, {"a:b\n": "c:d"}, {"a.*": "b.*"}])
+@pytest.mark.parametrize(
+    "moved",
+    [{"a": "b:c"}, {"a:b": "c"}, {"a:b": "c:d", "c:d": "e:f"}, {"a:b": "a:b"}, {"a:b\n": "c:d"}, {"a.*": "b.*"}],
+)
 def test_a_move_is_one_step_between_two_names(moved):
     with pytest.raises(ConfigurationError, match="moved"):
         Policy(moved=moved)

@@ -55,7 +55,13 @@ def signed(ring=RING, **changes):
 
 
 def verifier(ring=RING, policy=POLICY, *, allow_pickle=False, limits=None, **serves):
-    return Verifier(ring, policy, serves=Serves(**({"environment": "prod"} | serves)), allow_pickle=allow_pickle, limits=limits or Limits())
+    return Verifier(
+        ring,
+        policy,
+        serves=Serves(**({"environment": "prod"} | serves)),
+        allow_pickle=allow_pickle,
+        limits=limits or Limits(),
+    )
 
 
 def verify(data, using=None, *, url="/u", now=NOW, **options):
@@ -88,7 +94,10 @@ def test_a_signed_task_is_verified_with_all_that_it_said():
 
 
 def foreign(payload, secret=SECRET, kid="a"):
-    parts = [base64.urlsafe_b64encode(p).rstrip(b"=") for p in (f'{{"typ":"safedefer+jwt","kid":"{kid}","alg":"HS256"}}'.encode(), payload)]
+    parts = [
+        base64.urlsafe_b64encode(p).rstrip(b"=")
+        for p in (f'{{"typ":"safedefer+jwt","kid":"{kid}","alg":"HS256"}}'.encode(), payload)
+    ]
     mac = hmac.new(secret, b".".join(parts), hashlib.sha256).digest()
     return b".".join([*parts, base64.urlsafe_b64encode(mac).rstrip(b"=")])
 
@@ -99,8 +108,19 @@ def test_a_token_minted_elsewhere_is_verified():
 
 #: In the order of the checks: each token has this fault and all those below.
 def ladder():
-    bad = {"aud": "dev:default:default:/u", "cty": "pickle", "nbf": NOW - 100, "iat": NOW - 100, "exp": NOW - 50, "call": CALL | {"module": "os"}}
-    ring = Keyring(Key("a", SECRET), Key("old", OTHER, "revoked"), Key("mail", bytes(range(60, 110)), "verify_only", queues=["mail"], patterns=["tests.*"]))
+    bad = {
+        "aud": "dev:default:default:/u",
+        "cty": "pickle",
+        "nbf": NOW - 100,
+        "iat": NOW - 100,
+        "exp": NOW - 50,
+        "call": CALL | {"module": "os"},
+    }
+    ring = Keyring(
+        Key("a", SECRET),
+        Key("old", OTHER, "revoked"),
+        Key("mail", bytes(range(60, 110)), "verify_only", queues=["mail"], patterns=["tests.*"]),
+    )
     limited = Keyring(Key("mail", bytes(range(60, 110))))
     using = verifier(ring, allow_pickle=True)
     no_pickle = verifier(ring)
@@ -275,7 +295,17 @@ def test_length_and_hash_are_checked_before_the_stored_token_is_verified(blob):
     stored(pointer_to(data), data, MalformedToken)
 
 
-@pytest.mark.parametrize(("name", "value"), [("jti", "c" * 32), ("aud", "prod:mail:default:/u"), ("nbf", NOW - 1), ("exp", NOW + 99), ("name", "other"), ("name", None)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jti", "c" * 32),
+        ("aud", "prod:mail:default:/u"),
+        ("nbf", NOW - 1),
+        ("exp", NOW + 99),
+        ("name", "other"),
+        ("name", None),
+    ],
+)
 def test_a_pointer_and_its_token_have_their_claims_in_common(name, value):
     data = signed(**{"name": "n"} | {name: value})
     assert "disagree" in str(stored(pointer_to(data, name="n"), data, InvalidClaims))
@@ -312,7 +342,9 @@ def every(cls):
         yield from every(child)
 
 
-@pytest.mark.parametrize("cls", sorted({cls for cls in every(Error) if cls.__module__ == "safedefer.errors"}, key=lambda cls: cls.__name__))
+@pytest.mark.parametrize(
+    "cls", sorted({cls for cls in every(Error) if cls.__module__ == "safedefer.errors"}, key=lambda cls: cls.__name__)
+)
 def test_every_error_has_its_name_as_slug(cls):
     words = re.findall(r"[A-Z][a-z]*", cls.__name__)
     assert cls.slug == ("_" if cls.__name__.startswith("_") else "") + "-".join(words).lower()
@@ -320,7 +352,10 @@ def test_every_error_has_its_name_as_slug(cls):
 
 def test_a_missing_extra_says_what_to_install():
     error = MissingExtra("postgres", "PostgresQueue")
-    assert (str(error), error.extra) == ("PostgresQueue needs an optional dependency: pip install 'safedefer[postgres]'", "postgres")
+    assert (str(error), error.extra) == (
+        "PostgresQueue needs an optional dependency: pip install 'safedefer[postgres]'",
+        "postgres",
+    )
     assert NotDeferrable("x").reason == "unsupported"
 
 
@@ -328,6 +363,17 @@ def test_a_task_tells_its_size_and_time():
     from datetime import UTC, datetime  # noqa: PLC0415
 
     eta = datetime.fromtimestamp(NOW, UTC)
-    task = Task(id="a", name=None, queue_name="q", url="/u", target="t", headers={}, payload=b"secret", eta=eta, retry_options=None, was_enqueued=True)
+    task = Task(
+        id="a",
+        name=None,
+        queue_name="q",
+        url="/u",
+        target="t",
+        headers={},
+        payload=b"secret",
+        eta=eta,
+        retry_options=None,
+        was_enqueued=True,
+    )
     assert (task.size, task.eta_posix) == (6, NOW)
     assert "secret" not in repr(task)

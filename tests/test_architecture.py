@@ -1,0 +1,167 @@
+"""The shape of the package: who may import, construct and ask what."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import safedefer
+
+PACKAGE = Path(safedefer.__file__).parent
+ROOT = PACKAGE.parent
+SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+TRUST_CORE = (
+    "errors.py",
+    "refs.py",
+    "claims.py",
+    "token.py",
+    "keys.py",
+    "task.py",
+    "policy.py",
+    "gadgets.py",
+    "signing.py",
+)
+
+
+def type_checking(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports(tree):
+    """Return the top-level packages that a module imports when it runs, wherever in it."""
+    found, pending = set(), [tree]
+    while pending:
+        node = pending.pop()
+        if type_checking(node):
+            pending += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add((node.module or "").partition(".")[0])
+        pending += ast.iter_child_nodes(node)
+    return found
+
+
+def importers(package):
+    return {name for name, tree in SOURCES.items() if package in imports(tree)}
+
+
+def calls(tree):
+    """Return the name that each call in a module calls, by its last part."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            func = node.func
+            yield func.id if isinstance(func, ast.Name) else func.attr if isinstance(func, ast.Attribute) else "", node
+
+
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="the contracts are beside the sources")
+def test_the_contracts_of_the_layers_are_kept():
+    pytest.importorskip("importlinter", reason="the dev extra")
+    run = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports; import sys; sys.exit(lint_imports())"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(("package", "allowed"), [
+    ("hmac", {"keys.py"}),
+    ("pickle", {"codecs/pickled.py"}),
+    ("cloudpickle", {"codecs/pickled.py"}),
+    ("pickletools", {"codecs/pickled.py"}),
+    ("marshal", set()),
+    ("ctypes", set()),
+    ("apsw", {name for name in SOURCES if name.startswith("queues/sqlite")}),
+    ("aiohttp", {name for name in SOURCES if name == "dispatcher.py" or name.startswith("web/")}),
+    ("click", {name for name in SOURCES if name == "cli.py" or name.startswith("demo/")}),
+])  # fmt: skip
+def test_a_package_is_imported_only_where_it_belongs(package, allowed):
+    assert importers(package) <= allowed
+
+
+@pytest.mark.parametrize("name", ["eval", "exec", "compile", "__import__", "breakpoint"])
+def test_nothing_is_evaluated(name):
+    found = {
+        source
+        for source, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("cls", "home"), [("VerifiedTask", "signing.py"), ("VerifiedPointer", "signing.py"), ("Authenticated", "keys.py")]
+)
+def test_only_the_verifier_makes_verified_values(cls, home):
+    assert {name for name, tree in SOURCES.items() for called, _ in calls(tree) if called == cls} == {home}
+    assert not {
+        name
+        for name, tree in SOURCES.items()
+        for called, node in calls(tree)
+        if called == "replace" and cls in ast.dump(node)
+    }
+
+
+def test_modules_are_imported_by_name_in_the_trust_core_only_by_references_and_the_policy():
+    found = {name for name, tree in SOURCES.items() for called, _ in calls(tree) if called == "import_module"}
+    assert found & set(TRUST_CORE) == {"refs.py", "policy.py"}
+
+
+@pytest.mark.parametrize("name", ["refs.py"])
+@pytest.mark.parametrize(
+    "question", ["isinstance", "getattr", "hasattr", "callable", "vars", "dir", "getmembers", "unwrap", "signature"]
+)
+def test_references_ask_no_question_that_an_object_of_the_users_could_answer(name, question):
+    asked = [ast.unparse(node) for called, node in calls(SOURCES[name]) if called == question]
+    # About modules that the interpreter itself made, and their module specs.
+    allowed = {
+        "getattr(sys.modules.get('__main__'), '__spec__', None)",
+        "getattr(spec, 'name', None)",
+        "vars(ModuleType)",
+    }
+    assert set(asked) <= allowed
+
+
+def test_the_trust_core_reads_no_clock_and_no_randomness():
+    for name in TRUST_CORE:
+        assert not imports(SOURCES[name]) & {"time", "random", "secrets", "uuid", "os"}, name
+
+
+def test_the_trust_core_is_one_reviewers_afternoon():
+    def lines(name):
+        tree = SOURCES[name]
+        text = (PACKAGE / name).read_text().splitlines()
+        doc = {
+            n
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            for n in range(node.lineno, node.end_lineno + 1)
+        }
+        return sum(
+            1
+            for number, line in enumerate(text, 1)
+            if line.strip() and not line.strip().startswith("#") and number not in doc
+        )
+
+    assert sum(map(lines, TRUST_CORE)) < 1_900
+
+
+def fresh(code):
+    """Return what a new interpreter prints."""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+def test_importing_the_package_imports_no_framework():
+    loaded = fresh("import sys, safedefer; print(*sys.modules)")
+    assert "safedefer.app" in loaded
+    assert not {"aiohttp", "click", "celery", "google.cloud", "psycopg", "sqlalchemy"} & set(loaded)
+
+
+def test_every_module_says_what_it_is_for():
+    assert not [name for name, tree in SOURCES.items() if not ast.get_docstring(tree)]
