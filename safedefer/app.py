@@ -122,7 +122,7 @@ class App:
                 "an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`"
             )
         _check_names(environment, url, prefix, queues, targets)
-        _check_numbers(concurrency, inline_limit, validate)
+        _check_numbers(concurrency, inline_limit, lease_seconds, validate)
         self._keyring = keyring
         self.environment = environment
         self.url = url
@@ -623,6 +623,7 @@ class _OwnUrls(Container[str]):
         )
 
 
+_MAX_LEASE: Final = 86_400
 _POINTER_CLAIMS: Final = ("jti", "iat", "nbf", "exp", "aud", "cty", "name")
 
 
@@ -685,9 +686,11 @@ def _check_names(
             raise ConfigurationError(f"the address of the target {name} must begin with http:// or https://")
 
 
-def _check_numbers(concurrency: int, inline_limit: int, validate: Validate) -> None:
+def _check_numbers(concurrency: int, inline_limit: int, lease_seconds: float, validate: Validate) -> None:
     for what, number in (("concurrency", concurrency), ("inline_limit", inline_limit)):
         if type(number) is not int or number < 1:
             raise ConfigurationError(f"{what} is a whole number, 1 or more")
+    if type(lease_seconds) not in {int, float} or not 0 < lease_seconds <= _MAX_LEASE:
+        raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
     if validate not in {None, "annotations"}:
         raise ConfigurationError('validate is None or "annotations"')

@@ -152,6 +152,7 @@ class Delivery:
         self._observer = observer
         self._options = options
         self._running = 0
+        self._abandoned = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._executor: Executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="safedefer-task")
@@ -169,8 +170,8 @@ class Delivery:
 
     @property
     def running(self) -> int:
-        """How many tasks run now."""
-        return self._running
+        """How many tasks run now, those in threads that nobody waits for any more among them."""
+        return self._running + self._abandoned
 
     def drain(self) -> None:
         """Answer ``busy`` from now on; what runs goes on."""
@@ -185,7 +186,7 @@ class Delivery:
                     await self._idle.wait()
         except TimeoutError:
             return False
-        return True
+        return not self._abandoned
 
     def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
         """Refuse what can be refused before the body is read; None if nothing speaks against it."""
@@ -244,6 +245,11 @@ class Delivery:
         except Exception as error:  # noqa: BLE001  # whatever it is, the caller needs an answer
             _log.error("the handler failed (%s); report it", type(error).__name__)
             return self._answer(run, 500, "retry", "internal-error")
+        except Interrupted:
+            raise
+        except asyncio.CancelledError:
+            self._abandoned += 1
+            raise
         finally:
             self._running -= 1
             if not self._running:

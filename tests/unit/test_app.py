@@ -408,6 +408,8 @@ WRONG = [
     ({"concurrency": 0}, "concurrency"),
     ({"concurrency": True}, "concurrency"),
     ({"inline_limit": 0}, "inline_limit"),
+    ({"lease_seconds": 0}, "lease_seconds"),
+    ({"lease_seconds": float("nan")}, "lease_seconds"),
     ({"validate": "types"}, "validate"),
 ]
 

@@ -1,0 +1,114 @@
+"""Real processes of the command line, on a project of their own in a temporary folder."""
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TASKS = '''
+import asyncio, os, sqlite3, sys, time
+from pathlib import Path
+from safedefer import PermanentTaskFailure
+
+FOLDER = Path(os.environ["RESULTS"])
+
+def write(number):
+    with sqlite3.connect(FOLDER / "results.db", timeout=30) as connection:
+        connection.execute("INSERT INTO results VALUES (?)", (number,))
+
+def work(number):
+    time.sleep(0.005)
+    write(number)
+
+async def work_async(number):
+    await asyncio.sleep(0.005)
+    await asyncio.to_thread(write, number)
+
+def slow(number, seconds):
+    (FOLDER / f"started-{number}").touch()
+    time.sleep(seconds)
+    write(number)
+
+def permanent():
+    raise PermanentTaskFailure("never")
+'''
+
+
+class Project:
+    """A folder with a module of tasks, and the settings of an App."""
+
+    def __init__(self, folder, keys):
+        self.folder = folder
+        (folder / "shop_tasks.py").write_text(TASKS)
+        with contextlib.closing(sqlite3.connect(folder / "results.db")) as connection:
+            connection.execute("PRAGMA journal_mode = wal")
+            connection.execute("CREATE TABLE results (number INTEGER)")
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFEDEFER_")}
+        self.environment |= {
+            "PYTHONPATH": str(ROOT),
+            "RESULTS": str(folder),
+            "SAFEDEFER_POLICY": "shop_tasks",
+            "SAFEDEFER_QUEUE": f"sqlite:///{folder}/tasks.db",
+        } | keys
+        self.processes = []
+
+    def run(self, *arguments, data=None, check=True, **environment):
+        """Run ``safedefer`` to its end."""
+        done = subprocess.run(
+            [sys.executable, "-m", "safedefer", *arguments], cwd=self.folder, env={**self.environment, **environment},
+            input=data, capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+        if check:
+            assert done.returncode == 0, done.stderr.decode()
+        return done
+
+    def start(self, *arguments, wait_for_line=True):
+        """Start ``safedefer``, and return the process and its first line."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "safedefer", *arguments], cwd=self.folder, env=self.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.processes.append(process)
+        return process, process.stdout.readline().strip() if wait_for_line else ""
+
+    def python(self, code):
+        """Run Python code in the project."""
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=self.folder, env=self.environment, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def defer(self, call):
+        """Defer a call in a process of its own; returns the task's id."""
+        return self.python(f"import shop_tasks as t; from safedefer import defer; print(defer({call}).id)")
+
+    def results(self):
+        with contextlib.closing(sqlite3.connect(self.folder / "results.db")) as connection:
+            return [number for (number,) in connection.execute("SELECT number FROM results ORDER BY number")]
+
+    def until(self, condition, seconds=30.0):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen in time"
+            time.sleep(0.02)
+
+    def terminate(self, process):
+        """Send SIGTERM; return the exit status and what was said."""
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    def kill_all(self):
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            with contextlib.suppress(ValueError):
+                process.communicate(timeout=10)

@@ -1,0 +1,197 @@
+"""The command line, in real processes."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+
+from tests.acceptance.processes import ROOT
+
+
+def post(url, data):
+    request = urllib.request.Request(
+        f"{url}/_ah/queue/deferred", data=data, headers={"Content-Type": "application/jose"}, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, response.headers["Safedefer-Outcome"]
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers["Safedefer-Outcome"]
+
+
+def test_a_new_key_is_a_line_for_the_environment(project):
+    line = project.run("keys", "new").stdout.decode().strip()
+    name, _, value = line.partition("=")
+    assert name == "SAFEDEFER_KEYS"
+    assert re.fullmatch(r"k\d{8}-[0-9a-f]{4}:[A-Za-z0-9_-]{43}", value)
+    project.environment["SAFEDEFER_KEYS"] = value
+    project.defer("t.work, 1")
+    assert project.run("keys", "new").stdout != project.run("keys", "new").stdout
+
+
+def test_a_new_key_is_a_file_too(project):
+    path = project.folder / "keys.json"
+    path.write_bytes(project.run("keys", "new", "--jwk", "--kid", "mine").stdout)
+    del project.environment["SAFEDEFER_KEYS"]
+    project.environment["SAFEDEFER_KEYS_FILE"] = str(path)
+    project.defer("t.work, 1")
+    assert json.loads(path.read_text())["keys"][0]["kid"] == "mine"
+
+
+def test_serve_prints_its_url_and_stops_at_sigterm(project):
+    server, url = project.start("serve", "--port", "0")
+    assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*", url)
+    token = project.python("import shop_tasks as t; from safedefer import serialize; print(serialize(t.work, 7).decode())")
+    assert post(url, token.encode()) == (200, "succeeded")
+    assert post(url, token.encode()) == (200, "duplicate")
+    assert post(url, token[:-1].encode()) == (403, "refused")
+    assert project.results() == [7]
+    status, out, err = project.terminate(server)
+    assert (status, out) == (0, "")
+    assert "Traceback" not in err
+    assert token[-20:] not in err
+
+
+def test_serve_and_dispatch_work_together_and_stop_with_what_runs_finished(project):
+    server, url = project.start("serve", "--port", "0")
+    dispatcher, _ = project.start("dispatch", "--to", url, wait_for_line=False)
+    project.defer("t.slow, 1, 1.0")
+    project.until((project.folder / "started-1").exists)
+    project.defer("t.work, 2, _countdown=3600")
+    assert project.terminate(dispatcher)[0] == 0
+    assert project.results() == [1]
+    assert project.terminate(server)[0] == 0
+    listed = [json.loads(line) for line in project.run("tasks", "list", "--json").stdout.splitlines()]
+    assert [(one["state"], one["attempt_count"]) for one in listed] == [("waiting", 0)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_is_both_in_one_process(project, number):
+    process, url = project.start("run", "--port", "0")
+    assert url.startswith("http://127.0.0.1:")
+    project.defer("t.work, 1")
+    project.defer("t.work_async, 2")
+    project.until(lambda: project.results() == [1, 2])
+    project.defer("t.slow, 3, 0.7")
+    project.until((project.folder / "started-3").exists)
+    process.send_signal(number)
+    assert process.wait(20) == 0
+    assert project.results() == [1, 2, 3]
+    assert project.run("tasks", "list").stdout.decode().strip() == "no tasks"
+
+
+def test_a_task_that_outlasts_the_drain_is_tried_again(project):
+    process, _ = project.start("run", "--port", "0", "--drain", "0.2")
+    task = project.defer("t.slow, 1, 60")
+    project.until((project.folder / "started-1").exists)
+    status, _, err = project.terminate(process)
+    assert status == 0
+    assert "will be tried again" in err
+    assert json.loads(project.run("tasks", "show", task).stdout)["state"] == "waiting"
+
+
+def test_an_app_of_ones_own_is_named(project):
+    (project.folder / "shop_app.py").write_text(
+        "import os\nfrom safedefer import App, Keyring, Policy\n"
+        "app = App(keyring=Keyring.from_text(os.environ['KEYS']), policy=Policy('shop_tasks'), queue='sqlite:///own.db')\n"
+    )
+    project.environment["KEYS"] = project.environment.pop("SAFEDEFER_KEYS")
+    token = project.python("import shop_app, shop_tasks; print(shop_app.app.serialize(shop_tasks.work, 7).decode())")
+    _, url = project.start("serve", "shop_app:app", "--port", "0")
+    assert post(url, token.encode()) == (200, "succeeded")
+    assert b"shop_tasks:work" in project.run("inspect", "--app", "shop_app:app", token).stdout
+
+
+def test_tasks_are_listed_shown_cancelled_and_retried(project):
+    waiting = project.defer("t.work, 1, _countdown=3600, _queue='mail', _name='receipt'")
+    dead = project.defer("t.permanent")
+    process, _ = project.start("run", "--port", "0")
+    project.until(lambda: b"dead" in project.run("tasks", "list").stdout)
+    project.terminate(process)
+    lines = project.run("tasks", "list").stdout.decode().splitlines()
+    assert len(lines) == 2
+    assert any(waiting in line and "waiting" in line and "mail" in line for line in lines)
+    assert any(dead in line and line.endswith("shop_tasks:permanent  permanent-task-failure") for line in lines)
+    assert dead.encode() not in project.run("tasks", "list", "--queue", "mail").stdout
+    shown = json.loads(project.run("tasks", "show", dead).stdout)
+    assert (shown["state"], shown["reason"]) == ("dead", "permanent-task-failure")
+    assert [record["outcome"] for record in shown["attempts"]] == ["failed"]
+    assert "PermanentTaskFailure: never" in shown["attempts"][0]["traceback"]
+    assert project.run("tasks", "cancel", waiting).stdout.decode().strip() == f"cancelled {waiting}"
+    again = re.fullmatch(rf"{dead} runs again as ([0-9a-f]{{32}})", project.run("tasks", "retry", dead).stdout.decode().strip())
+    assert json.loads(project.run("tasks", "show", again[1]).stdout)["state"] == "waiting"
+    assert project.run("tasks", "list", "--state", "cancelled").stdout.decode().split()[0] == waiting
+
+
+def test_inspect_verifies_and_runs_nothing(project):
+    token = project.python("import shop_tasks as t; from safedefer import serialize; print(serialize(t.work, 7).decode())")
+    for done in (project.run("inspect", token), project.run("inspect", "-", data=token.encode() + b"\n")):
+        document = json.loads(done.stdout)
+        assert (document["calls"], document["args"], document["signed_by"]) == ("shop_tasks:work", [7], "k1")
+        assert document["expired"] is False
+    assert project.results() == []
+    refused = project.run("inspect", token[:-2], check=False)
+    assert refused.returncode == 1
+    assert re.fullmatch(r"Error: (bad-signature|malformed-token): .*\n", refused.stderr.decode())
+
+
+def test_inspect_follows_a_pointer(project):
+    token = project.python("import shop_tasks as t; from safedefer import defer; print(defer(t.work, 'x' * 20000).payload.decode())")
+    document = json.loads(project.run("inspect", token).stdout)
+    assert document["blob"]["found"] is True
+    assert (document["calls"], document["args"]) == ("shop_tasks:work", ["x" * 20_000])
+
+
+ERRORS = [
+    (["serve"], {"SAFEDEFER_KEYS": ""}, "kid:base64url"),
+    (["serve"], {"SAFEDEFER_POLICY": ""}, "no policy"),
+    (["serve"], {"SAFEDEFER_POLICY": "nowhere"}, "the module nowhere, which cannot be imported"),
+    (["serve", "nowhere:app"], {}, "the module nowhere is not found"),
+    (["serve", "shop_tasks"], {}, "is not module:name"),
+    (["serve", "shop_tasks:work"], {}, "is not a safedefer.App"),
+    (["serve", "--host", "192.0.2.1", "--port", "0"], {}, "start again"),
+    (["dispatch", "--to", "127.0.0.1:80"], {}, "begins with http"),
+    (["tasks", "show", "nothing\x1b[31m"], {}, "there is no task nothing\ufffd[31m"),
+    (["tasks", "cancel", "nothing"], {}, "no task nothing waits"),
+    (["tasks", "retry", "nothing"], {}, "there is no dead letter nothing"),
+    (["tasks", "list"], {"SAFEDEFER_QUEUE": "sqlite:////nonexistent/x.db"}, "the queue's file /nonexistent/x.db failed"),
+    (["inspect", b"\xff"], {}, "malformed-token"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "environment", "text"), ERRORS, ids=lambda value: str(value)[:30])
+def test_an_error_is_one_helpful_line(project, arguments, environment, text):
+    done = project.run(*arguments, check=False, **environment)
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 1
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("Error: ")
+    assert text in lines[0]
+
+
+def test_a_port_that_is_taken_is_one_line(project):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = project.run("serve", "--port", str(taken.getsockname()[1]), check=False)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["run", "--concurrency", "0"], ["run", "--lease", "0"], ["run", "--drain", "-1"], ["serve", "--port", "65536"]])
+def test_a_number_out_of_range_is_a_usage_error(project, arguments):
+    assert project.run(*arguments, check=False).returncode == 2
+
+
+def test_help_names_every_command():
+    done = subprocess.run([sys.executable, "-m", "safedefer", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for command in ("demo", "dispatch", "inspect", "keys", "run", "serve", "tasks"):
+        assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
