@@ -1,0 +1,245 @@
+"""The processes of a scenario, their common log, and the accounting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import apsw
+
+from safedefer import App
+
+KEYS = "chaos:" + "Zm9yIHRoZSBjaGFvcyBzY2VuYXJpb3Mgb25seSE" + "hISE"
+ROOT = Path(__file__).absolute().parents[2]
+
+
+class Failed(AssertionError):
+    """A scenario found what must not be."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Account:
+    """Who tried, who was told yes, what ran; as in Jepsen's total-queue."""
+
+    attempted: set[int] = field(default_factory=set)
+    acknowledged: set[int] = field(default_factory=set)
+    runs: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    ends: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    early: float = -1e9
+    kills: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> set[int]:
+        return {number for number, ends in self.ends.items() if ends}
+
+    @property
+    def lost(self) -> set[int]:
+        return self.acknowledged - self.ok
+
+    @property
+    def unexpected(self) -> set[int]:
+        return set(self.runs) - self.attempted
+
+    @property
+    def recovered(self) -> set[int]:
+        return self.ok - self.acknowledged
+
+    @property
+    def duplicated(self) -> set[int]:
+        return {number for number, runs in self.runs.items() if len(runs) > 1}
+
+    @property
+    def unexplained(self) -> set[int]:
+        """Those that ran again although the process that ran them before was not killed meanwhile."""
+        found = set()
+        for number in self.duplicated:
+            runs = sorted(self.runs[number])
+            for (began, pid), (again, _) in zip(runs, runs[1:]):
+                if not began <= self.kills.get(pid, -1.0) <= again:
+                    found.add(number)
+        return found
+
+    def line(self) -> str:
+        return (
+            f"attempted={len(self.attempted)} acknowledged={len(self.acknowledged)} ok={len(self.ok)} "
+            f"lost={len(self.lost)} unexpected={len(self.unexpected)} duplicated={len(self.duplicated)} "
+            f"unexplained={len(self.unexplained)} recovered={len(self.recovered)}"
+        )
+
+    def check(self, *, duplicates: bool = True) -> None:
+        if self.lost or self.unexpected or self.unexplained or (self.duplicated and not duplicates):
+            raise Failed(
+                f"{self.line()} lost={sorted(self.lost)[:5]} unexpected={sorted(self.unexpected)[:5]} "
+                f"unexplained={sorted(self.unexplained)[:5]}"
+            )
+
+
+class Cast:
+    """A folder with a queue, and the processes around it. A context manager: at its end all are gone."""
+
+    def __init__(self, *, lease: float = 2.0, folder: Path | None = None, **settings: str) -> None:
+        self._temporary = TemporaryDirectory(prefix="safedefer-chaos-")
+        self.folder = Path(self._temporary.name)
+        self.queue_path = (folder or self.folder) / "tasks.db"
+        self.lease = lease
+        self.port = free_port()
+        self.environment = {
+            **os.environ,
+            "CHAOS_LOG": str(self.folder / "log"),
+            "SAFEDEFER_KEYS": KEYS,
+            "SAFEDEFER_POLICY": "tests.chaos.tasks",
+            "SAFEDEFER_QUEUE": f"sqlite:///{self.queue_path}",
+            "SAFEDEFER_LEASE_SECONDS": str(lease),
+            **settings,
+        }
+        self.kills: dict[int, float] = {}
+        self._all: list[subprocess.Popen[bytes]] = []
+        (self.folder / "log").touch()
+
+    def __enter__(self) -> Cast:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._all:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
+        if exception[0] is not None and os.environ.get("CHAOS_KEEP"):
+            print("kept:", subprocess.run(["cp", "-r", self.folder, "/tmp/chaos-kept"], check=False))
+        self._temporary.cleanup()
+
+    # --- Processes ---
+
+    def start(self, *arguments: str, file_limit: int | None = None) -> subprocess.Popen[bytes]:
+        def limit() -> None:
+            if file_limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+
+        with (self.folder / "output").open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", *arguments],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                preexec_fn=limit if file_limit else None,  # noqa: PLW1509 - nothing else runs here yet
+            )
+        self._all.append(process)
+        return process
+
+    def handler(self, *, port: int | None = None, wrapped: tuple[str, ...] = ("safedefer",), **more: Any) -> Any:
+        return self.start(*wrapped, "serve", "--port", str(port or self.port), **more)
+
+    def dispatcher(self, *, wrapped: tuple[str, ...] = ("safedefer",), concurrency: int = 8, **more: Any) -> Any:
+        to = f"http://127.0.0.1:{self.port}"
+        return self.start(
+            *wrapped, "dispatch", "--to", to, "--lease", str(self.lease), "--concurrency", str(concurrency), **more
+        )
+
+    def producer(self, first: int, stop: int, per_second: float = 1e9, **more: Any) -> Any:
+        return self.start("tests.chaos.producer", str(first), str(stop), str(per_second), **more)
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.wait()
+        self.kills[process.pid] = time.clock_gettime(time.CLOCK_MONOTONIC)
+
+    def app(self) -> App:
+        """An App of this process, on the same queue."""
+        from safedefer import Keyring, Policy
+
+        os.environ["CHAOS_LOG"] = self.environment["CHAOS_LOG"]
+        return App(
+            keyring=Keyring.from_text(KEYS),
+            policy=Policy("tests.chaos.tasks"),
+            queue=f"sqlite:///{self.queue_path}",
+            lease_seconds=self.lease,
+        )
+
+    def ready(self, port: int | None = None, seconds: float = 30.0) -> None:
+        """Wait for a handler."""
+        self.until(lambda: _listens(port or self.port), seconds, "no handler listens")
+
+    # --- Looking ---
+
+    def until(self, condition: Any, seconds: float, complaint: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise Failed(f"{complaint}; {self.account().line()}; {self.output()[-1500:]}")
+            time.sleep(0.1)
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        """Read from the queue's file, by another connection."""
+        if not self.queue_path.exists():
+            return []
+        connection = apsw.Connection(str(self.queue_path), flags=apsw.SQLITE_OPEN_READWRITE)
+        connection.set_busy_timeout(60_000)
+        try:
+            return connection.execute(sql).fetchall()
+        finally:
+            connection.close()
+
+    def left(self) -> int:
+        """How many tasks wait or run."""
+        return int(self.query("SELECT count(*) FROM safedefer_tasks")[0][0])
+
+    def drained(self, seconds: float = 120.0) -> None:
+        self.until(lambda: self.left() == 0, seconds, "tasks are left")
+
+    def account(self) -> Account:
+        account = Account(kills=dict(self.kills))
+        for line in (self.folder / "log").read_text().splitlines():
+            kind, number, *rest, pid, when = line.split()
+            if kind == "try":
+                account.attempted.add(int(number))
+            elif kind == "ack":
+                account.acknowledged.add(int(number))
+            elif kind == "run":
+                account.runs[int(number)].append((float(when), int(pid)))
+            elif kind == "end":
+                account.ends[int(number)].append((float(when), int(pid)))
+            elif kind == "early":
+                account.early = max(account.early, float(rest[0]))
+        return account
+
+    def attempts(self) -> Counter[int]:
+        """How many tasks ended with how many charged attempts."""
+        return Counter(dict(self.query("SELECT attempts, count(*) FROM safedefer_ended GROUP BY attempts")))  # type: ignore[arg-type]
+
+    def output(self) -> str:
+        return (self.folder / "output").read_text(errors="replace")
+
+    def check_file(self) -> None:
+        """The file is whole, and no blob is without its task."""
+        if self.query("PRAGMA integrity_check") != [("ok",)] or self.query("PRAGMA foreign_key_check"):
+            raise Failed("the file is damaged")
+        if self.query("SELECT count(*) FROM safedefer_blobs") != [(self._oversize(),)]:
+            raise Failed("blobs are left without their tasks")
+
+    def _oversize(self) -> int:
+        return int(self.query("SELECT count(*) FROM safedefer_tasks WHERE blob_id IS NOT NULL")[0][0])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0

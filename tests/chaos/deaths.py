@@ -1,0 +1,190 @@
+"""Scenarios in which processes die, stop, or are told to stop."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+from tests.chaos.cast import Cast, Failed
+from tests.chaos.tasks import die, mark
+
+
+def kills(*, seed: int = 1, tasks: int = 10_000, least: int = 15, per_second: float = 700.0) -> str:
+    """SIGKILL over producer, dispatcher and handler."""
+    rng = random.Random(seed)
+    with Cast(lease=2.0) as cast:
+        running = {"handler": cast.handler(), "dispatcher": cast.dispatcher()}
+        cast.ready()
+        running["producer"] = cast.producer(0, tasks, per_second)
+        count, deadline = 0, time.monotonic() + 300
+        spacing = tasks / per_second / (least + 3)
+        while time.monotonic() < deadline:
+            time.sleep(rng.uniform(0.3, 1.7) * spacing)
+            if running["producer"].poll() == 0 and count >= least:
+                break
+            if running["producer"].poll() == 0 and not cast.left():
+                raise Failed(f"all was done after {count} kills; slow the producer down")
+            name = rng.choice(("producer", "dispatcher", "handler"))
+            if name == "producer" and running[name].poll() == 0:
+                continue
+            cast.kill(running[name])
+            count += 1
+            time.sleep(rng.choice((0.0, 0.0, 0.5)))
+            if name == "producer":
+                following = max(cast.account().attempted, default=-1) + 1
+                running[name] = cast.producer(following, tasks, per_second)
+            else:
+                running[name] = cast.handler() if name == "handler" else cast.dispatcher()
+        cast.drained()
+        account = cast.account()
+        account.check()
+        cast.check_file()
+        return f"seed={seed} kills={count} {account.line()}"
+
+
+def calm(*, tasks: int = 10_000) -> str:
+    """No kills: nothing runs twice, and every attempt is the first."""
+    with Cast(lease=60.0) as cast:
+        cast.handler()
+        cast.dispatcher()
+        cast.ready()
+        cast.producer(0, tasks).wait()
+        cast.drained()
+        account, attempts = cast.account(), cast.attempts()
+        account.check(duplicates=False)
+        cast.check_file()
+        if attempts != {1: tasks} or len(account.ok) != tasks:
+            raise Failed(f"attempts {dict(attempts)}")
+        return f"{account.line()} attempts={dict(attempts)}"
+
+
+def down(*, tasks: int = 500, seconds: float = 30.0) -> str:
+    """A handler that is down charges no attempt."""
+    with Cast() as cast:
+        cast.dispatcher()
+        cast.producer(0, tasks).wait()
+        time.sleep(seconds)
+        charged = cast.query("SELECT sum(attempts), sum(deliveries) FROM safedefer_tasks")[0]
+        cast.handler()
+        cast.drained()
+        account, attempts = cast.account(), cast.attempts()
+        account.check(duplicates=False)
+        if charged[0] != 0 or not charged[1] or attempts != {1: tasks}:
+            raise Failed(f"charged while down: {charged}; in the end {dict(attempts)}")
+        return f"{account.line()} charged_while_down={charged[0]} deliveries_while_down={charged[1]}"
+
+
+def stopped(*, tasks: int = 200, lease: float = 2.0) -> str:
+    """A dispatcher that was stopped for two leases settles nothing of what others have by then."""
+    with Cast(lease=lease) as cast:
+        cast.handler()
+        cast.ready()
+        app = cast.app()
+        for number in range(tasks):
+            _defer(app, number, 0.1)
+        stale = cast.dispatcher()
+        cast.until(lambda: len(cast.account().ok) > tasks // 10, 30, "nothing runs")
+        stale.send_signal(signal.SIGSTOP)
+        held = [row[0] for row in cast.query("SELECT owner FROM safedefer_tasks WHERE owner IS NOT NULL")]
+        cast.dispatcher()
+        time.sleep(2 * lease)
+        cast.until(lambda: not cast.left(), 30, "the other dispatcher does not take over")
+        before = cast.query(_EVERYTHING)
+        stale.send_signal(signal.SIGCONT)
+        time.sleep(1.0)
+        stale.terminate()
+        app.close()
+        code, after = stale.wait(), cast.query(_EVERYTHING)
+        account, attempts = cast.account(), cast.attempts()
+        account.check(duplicates=False)
+        if code or before != after:
+            raise Failed(f"exit {code}; the stale dispatcher changed {len(set(before) ^ set(after))} rows")
+        if sum(attempts.values()) != tasks or set(attempts) - {1, 2} or not held:
+            raise Failed(f"attempts {dict(attempts)}, held {len(held)}")
+        lost = cast.output().count("was delivered elsewhere meanwhile")
+        if not lost:
+            raise Failed("the stale dispatcher had nothing to settle: the scenario shows nothing")
+        return f"{account.line()} held_when_stopped={len(held)} stale_settles={lost} rows_changed=0"
+
+
+_EVERYTHING = """
+    SELECT 'ended', id, state, attempts, ended FROM safedefer_ended
+    UNION ALL SELECT 'dead', id, reason, attempts, ended FROM safedefer_dead
+    UNION ALL SELECT 'task', id, owner, attempts, due FROM safedefer_tasks
+    UNION ALL SELECT 'ledger', task_id, state, uncharged, until FROM safedefer_ledger
+"""
+
+
+def _defer(app: object, number: int, pause: float = 0.0) -> None:
+    from tests.chaos.tasks import note
+
+    note("try", number)
+    app.defer(mark, number, pause)  # type: ignore[attr-defined]
+    note("ack", number)
+
+
+def terms(*, times: int = 50, seed: int = 1) -> str:
+    """SIGTERM at random: exit 0, nothing runs twice, nothing stays claimed."""
+    rng = random.Random(seed)
+    with Cast(lease=30.0) as cast:
+        cast.handler()
+        cast.ready()
+        app, number, claimed = cast.app(), 0, 0
+        for _ in range(times):
+            for _ in range(60):
+                _defer(app, number, rng.choice((0.0, 0.02)))
+                number += 1
+            dispatcher = cast.dispatcher()
+            began = len(cast.account().runs)
+            cast.until(lambda began=began: len(cast.account().runs) > began, 30, "nothing runs")
+            time.sleep(rng.uniform(0.0, 0.25))
+            dispatcher.terminate()
+            if dispatcher.wait(30) != 0:
+                raise Failed(f"exit {dispatcher.returncode}: {cast.output()[-500:]}")
+            claimed += cast.query("SELECT count(*) FROM safedefer_tasks WHERE owner IS NOT NULL")[0][0]
+        cast.dispatcher()
+        cast.drained()
+        app.close()
+        account, attempts = cast.account(), cast.attempts()
+        account.check(duplicates=False)
+        if claimed or attempts != {1: number}:
+            raise Failed(f"claimed after the end: {claimed}; attempts {dict(attempts)}")
+        return f"sigterms={times} {account.line()} claimed_after={claimed}"
+
+
+def exits(*, dying: int = 3, neighbours: int = 300) -> str:
+    """A task whose process dies every time it runs becomes a dead letter at its limit; its neighbours run on."""
+    from safedefer import TaskRetryOptions
+
+    with Cast(lease=2.0) as cast:
+        app = cast.app()
+        for number in range(neighbours):
+            _defer(app, number)
+            if number % (neighbours // dying) == 0:
+                options = TaskRetryOptions(task_retry_limit=2, min_backoff_seconds=0.1)
+                app.options(retry_options=options).defer(die, -1 - number)
+        cast.dispatcher(concurrency=2)
+        handler, deaths, deadline = cast.handler(), 0, time.monotonic() + 120
+        while cast.left():
+            if handler.poll() is not None:
+                cast.kills[handler.pid] = time.clock_gettime(time.CLOCK_MONOTONIC)
+                deaths += 1
+                handler = cast.handler()
+            if time.monotonic() > deadline:
+                raise Failed(f"tasks are left; {cast.output()[-1500:]}")
+            time.sleep(0.05)
+        app.close()
+        account = cast.account()
+        died = {number: runs for number, runs in account.runs.items() if number < 0}
+        for number in died:
+            del account.runs[number]
+        account.check()
+        dead = cast.query("SELECT reason, attempts FROM safedefer_dead WHERE callable_name LIKE '%die'")
+        if (
+            len(dead) != dying
+            or {attempts for _, attempts in dead} != {3}
+            or {len(r) for r in died.values()} - {1, 2, 3}
+        ):
+            raise Failed(f"dead letters {dead}, runs {died}")
+        return f"{account.line()} process_deaths={deaths} dead_letters={len(dead)} of {sorted(set(dead))}"

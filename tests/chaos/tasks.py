@@ -1,0 +1,34 @@
+"""The tasks of the chaos scenarios: each says when it begins and when it has ended."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+
+def note(kind: str, *fields: object) -> None:
+    """Append one line to the common log: a single write, so that lines of several processes do not mix."""
+    line = " ".join(map(str, (kind, *fields, os.getpid(), f"{time.clock_gettime(time.CLOCK_MONOTONIC):.6f}")))
+    with Path(os.environ["CHAOS_LOG"]).open("ab", buffering=0) as log:
+        log.write(f"{line}\n".encode())
+
+
+def mark(number: int, pause: float = 0.0, padding: str = "") -> None:
+    """Run once, if all goes well."""
+    note("run", number)
+    if pause:
+        time.sleep(pause)
+    note("end", number)
+
+
+def due(number: int, eta: float) -> None:
+    """Say how many seconds too early it runs, by the clock of the machine."""
+    note("early", number, f"{eta - time.clock_gettime(time.CLOCK_REALTIME):.3f}")
+    mark(number)
+
+
+def die(number: int) -> None:
+    """Take the process along."""
+    note("run", number)
+    os._exit(9)
