@@ -112,8 +112,8 @@ def queued_task(row: TaskRow) -> QueuedTask:
         created=row.created,
         expires=row.expires,
         name=row.name,
-        headers=json.loads(row.headers),
-        retry_options=json.loads(row.retry_options),
+        headers=_hints(row.headers),
+        retry_options=_hints(row.retry_options),
         digest=row.digest,
         blob_id=row.blob_id,
         callable_name=row.callable_name,
@@ -151,7 +151,7 @@ def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> Ta
         url=url,
         target=target,
         audience=audience,
-        headers=json.loads(headers),
+        headers=_hints(headers),
         eta=eta,
         created=created,
         expires=expires,
@@ -159,7 +159,7 @@ def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> Ta
         token=token,
         reason=reason,
         ended=ended,
-        retry_options=json.loads(retry_options),
+        retry_options=_hints(retry_options),
         records=records,
     )
 
@@ -172,6 +172,15 @@ def record_values(record: AttemptRecord) -> dict[str, Any]:
 def attempt_record(row: tuple[Any, ...]) -> AttemptRecord:
     """Return the record of a row of ``attempts_of``."""
     return AttemptRecord(**dict(zip(AttemptRecord.__slots__, row, strict=True)))
+
+
+def _hints(text: str) -> dict[str, Any]:
+    """Read a mapping; nothing where there is none. The token says signed what is only repeated here."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # one row that somebody wrote must not keep the others from being leased
+        return {}
+    return value if type(value) is dict else {}
 
 
 def first_row(cursor: apsw.Cursor) -> tuple[Any, ...] | None:
