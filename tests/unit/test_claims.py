@@ -198,8 +198,7 @@ def test_the_audience_is_taken_apart_at_the_first_three_colons():
 def test_a_call_knows_its_reference_and_whether_it_is_bound():
     call, method = Call(**CALL), Call(**METHOD)
     assert (call.has_bound, method.has_bound) == (False, True)
-    assert method.ref.parts == ("method", "shop.tasks", "Order", "ship")
-    assert type(method.ref).__name__ == "CallableRef"
+    assert method.parts == ("method", "shop.tasks", "Order", "ship")
     assert BlobPointer(**BLOB).length == 10
 
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import textwrap
 import types
 from enum import Enum
 
@@ -370,8 +371,10 @@ def test_a_mark_on_an_inherited_method_admits_that_one():
 def test_a_mark_on_a_gadget_admits_nothing():
     deferrable(subprocess.run)
     deferrable(pydantic.BaseModel.__dict__["model_construct"].__func__)
+    deferrable(textwrap.dedent)
     policy = Policy(ZOO, deferrable=True)
     assert not admits(policy, subprocess.run)
+    assert not admits(policy, textwrap.dedent)  # no gadget, but the standard library's
     with pytest.raises(PolicyViolation, match="gadget"):
         policy.load_callable(ref(f"{ZOO}:Model", "classmethod", "model_construct"))
 
@@ -520,6 +523,16 @@ def test_a_class_name_outside_the_patterns_is_refused_whatever_its_shape(name):
 def test_an_admitted_name_that_leads_to_no_class_of_that_name_is_unresolvable(name):
     with pytest.raises(UnresolvableCallable):
         Policy(ZOO).load_class(f"{ZOO}:{name}")
+
+
+def test_a_gadget_is_no_value_either_unless_it_is_named():
+    with pytest.raises(PolicyViolation):
+        Policy("pydantic.*").load_class("pydantic.types:ImportString")
+    with pytest.raises(NotDeferrable):
+        Policy("pydantic.*").class_name(pydantic.types.ImportString)
+    assert (
+        Policy("pydantic.types:ImportString").load_class("pydantic.types:ImportString") is pydantic.types.ImportString
+    )
 
 
 def test_a_class_outside_the_patterns_is_refused_at_the_sender():

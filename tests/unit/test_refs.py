@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from safedefer.errors import NotDeferrable, UnresolvableCallable
+from safedefer.policy import Policy
 from safedefer.refs import UNBOUND, CallableRef, Kind, bound_object, check_class, class_path, find, find_member, mro
 from tests.zoo import callables as zoo
 
@@ -174,6 +175,13 @@ def test_a_built_in_class_method_is_bound_to_its_own_class_only():
             name.resolve(wrong)
 
 
+def test_a_built_in_method_is_bound_to_an_object_of_its_own_class_only():
+    name = ref("builtin_method", "builtins", "list", "append")
+    for wrong in ("x", (), zoo.MyList(), list, None, zoo.Trapped()):
+        with pytest.raises(UnresolvableCallable):
+            name.resolve(wrong)
+
+
 def test_a_built_in_static_method_is_refused_in_the_handler_too():
     with pytest.raises(UnresolvableCallable):
         ref("builtin_method", "builtins", "str", "maketrans").resolve("x")
@@ -307,8 +315,9 @@ def test_a_nested_class_may_be_a_value_but_no_task():
     assert check_class(zoo.Plain.Nested, nested=True) == (HERE, "Plain.Nested")
     with pytest.raises(NotDeferrable):
         check_class(zoo.Plain.Nested)
-    with pytest.raises(NotDeferrable):
+    with pytest.raises(NotDeferrable) as caught:
         check_class(zoo.Local, nested=True)
+    assert caught.value.reason == "nested-class"
 
 
 def test_a_metaclass_is_admitted_when_it_is_named():
@@ -361,3 +370,40 @@ def test_a_callable_is_judged_by_its_code_at_the_handler_too(monkeypatch):
     monkeypatch.setattr(zoo, "function", zoo.renamed_lambda)
     with pytest.raises(UnresolvableCallable, match="lambda"):
         ref().resolve()
+
+
+RENAMES = {
+    "__qualname__": "coroutine",
+    "__module__": "tests.zoo.decorators",
+    "__name__": "<lambda>",
+    "__code__": zoo.generator.__code__,
+}
+
+
+@pytest.mark.parametrize("attribute", RENAMES)
+def test_a_function_that_was_admitted_is_judged_again_when_it_has_changed(attribute, monkeypatch):
+    policy = Policy(HERE)
+    name = policy.callable_ref(zoo.function)
+    assert policy.load_callable(name) is zoo.function
+    monkeypatch.setattr(zoo.function, attribute, RENAMES[attribute])
+    with pytest.raises(NotDeferrable):
+        policy.callable_ref(zoo.function)
+    with pytest.raises(UnresolvableCallable):
+        policy.load_callable(name)
+
+
+def test_a_function_that_was_admitted_is_looked_up_again(monkeypatch):
+    policy = Policy(HERE)
+    name, function = policy.callable_ref(zoo.function), zoo.function
+    assert policy.load_callable(name) is function
+    monkeypatch.setitem(sys.modules, HERE, types.ModuleType(HERE))
+    with pytest.raises(UnresolvableCallable):
+        policy.load_callable(name)
+    with pytest.raises(NotDeferrable):
+        policy.callable_ref(function)
+    monkeypatch.setitem(sys.modules, HERE, zoo)
+    monkeypatch.delattr(zoo, "function")
+    with pytest.raises(UnresolvableCallable):
+        policy.load_callable(name)
+    with pytest.raises(NotDeferrable):
+        policy.callable_ref(function)

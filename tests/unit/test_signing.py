@@ -16,6 +16,7 @@ from safedefer.errors import (
     ConfigurationError,
     Error,
     ExpiredTask,
+    InvalidArguments,
     InvalidClaims,
     MalformedToken,
     MissingExtra,
@@ -25,6 +26,7 @@ from safedefer.errors import (
     RejectedTask,
     RevokedKey,
     TaskTooLargeError,
+    UnencodableArgument,
     UnknownKey,
     UnknownQueueError,
     WrongAudience,
@@ -357,6 +359,7 @@ def test_a_missing_extra_says_what_to_install():
         "postgres",
     )
     assert NotDeferrable("x").reason == "unsupported"
+    assert UnencodableArgument("x").path == InvalidArguments("x").path == "$"
 
 
 def test_a_task_tells_its_size_and_time():

@@ -347,6 +347,21 @@ class MyList(list):
         return "list"
 
 
+class OverridingList(list):
+    def append(self, item):
+        RAN.append("append")
+
+    def super_append(self):
+        return super().append
+
+
+def of_no_class():
+    return "lost"
+
+
+of_no_class.__qualname__ = "Missing.of_no_class"
+
+
 class Slotted:
     __slots__ = ("a",)
 
@@ -826,6 +841,8 @@ REFUSED = [
     ("super() method that is overridden", child.super_overridden, "overridden"),
     ("super() class method that is overridden", ChildBuild.super_build(), "overridden"),
     ("base's method bound to a child that overrides it", types.MethodType(Plain.overridden, child), "overridden"),
+    ("super() method of C that is overridden", OverridingList().super_append(), "overridden"),
+    ("function that claims to be of a class that is not there", of_no_class, "unbound-method"),
     ("partial", functools.partial(function, 1), "partial"),
     ("partial method", plain.partial_method, "partial"),
     ("lru_cache object", cached, "unsupported"),
