@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,7 +72,7 @@ class Account:
         found = set()
         for number in self.duplicated:
             runs = sorted(self.runs[number])
-            for (began, pid), (again, _) in zip(runs, runs[1:]):
+            for (began, pid), (again, _) in pairwise(runs):
                 if not began <= self.kills.get(pid, -1.0) <= again:
                     found.add(number)
         return found
