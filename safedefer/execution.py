@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FunctionType, MethodType
 from typing import Any, Final, Literal, Protocol, cast, get_type_hints
 
@@ -153,7 +153,8 @@ async def execute(
     in_thread = True
     try:
         # Imports, decoding of large arguments and __setstate__ of admitted classes may block: not on the loop.
-        step = await loop.run_in_executor(executor, copy_context().run, _begin, task, codecs, validate)
+        begin = partial(_begin, task, codecs, validate)
+        step: _Step = await loop.run_in_executor(executor, partial(copy_context().run, begin))
         in_thread = False
         if step.error is not None:
             return _outcome(step.error, started=step.started)

@@ -153,6 +153,21 @@ def typed(count: int, names: list[str], *more: int, **options: bool):
     RAN.append("typed")
 
 
+def badly_annotated(x: "Nowhere"):  # noqa: F821
+    RAN.append(x)
+
+
+def raise_rejection():
+    from safedefer import errors
+
+    raise errors.InvalidArguments("mine")
+
+
+async def times_out():
+    async with asyncio.timeout(0.01):
+        await asyncio.sleep(5)
+
+
 def with_connection(function):
     @wraps(function)
     def wrapper(*args, **kwargs):

@@ -13,6 +13,8 @@ from safedefer.web.handler import Handles, routes
 
 #: Seconds that an idle connection is kept; dispatchers come back at once or not at all.
 _KEEPALIVE: Final = 75.0
+#: Seconds that the rest of a refused body is read and thrown away, so that the sender gets to see the answer.
+_LINGERING: Final = 1.0
 
 
 class _Discreet(logging.Filter):
@@ -48,7 +50,13 @@ async def serving(app: Handles, host: str, port: int) -> AsyncIterator[str]:
     web_app.add_routes(routes(app))
     # auto_decompress: a body with an encoding is refused unread, and nothing may inflate it before that.
     runner = web.AppRunner(
-        web_app, auto_decompress=False, access_log=None, logger=_log, keepalive_timeout=_KEEPALIVE, shutdown_timeout=1.0
+        web_app,
+        auto_decompress=False,
+        access_log=None,
+        logger=_log,
+        keepalive_timeout=_KEEPALIVE,
+        lingering_time=_LINGERING,
+        shutdown_timeout=1.0,
     )
     await runner.setup()
     try:

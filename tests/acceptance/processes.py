@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-TASKS = '''
+TASKS = """
 import asyncio, os, sqlite3, sys, time
 from pathlib import Path
 from safedefer import PermanentTaskFailure
@@ -37,7 +37,7 @@ def slow(number, seconds):
 
 def permanent():
     raise PermanentTaskFailure("never")
-'''
+"""
 
 
 class Project:

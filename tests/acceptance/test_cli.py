@@ -48,7 +48,9 @@ def test_a_new_key_is_a_file_too(project):
 def test_serve_prints_its_url_and_stops_at_sigterm(project):
     server, url = project.start("serve", "--port", "0")
     assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*", url)
-    token = project.python("import shop_tasks as t; from safedefer import serialize; print(serialize(t.work, 7).decode())")
+    token = project.python(
+        "import shop_tasks as t; from safedefer import serialize; print(serialize(t.work, 7).decode())"
+    )
     assert post(url, token.encode()) == (200, "succeeded")
     assert post(url, token.encode()) == (200, "duplicate")
     assert post(url, token[:-1].encode()) == (403, "refused")
@@ -125,13 +127,17 @@ def test_tasks_are_listed_shown_cancelled_and_retried(project):
     assert [record["outcome"] for record in shown["attempts"]] == ["failed"]
     assert "PermanentTaskFailure: never" in shown["attempts"][0]["traceback"]
     assert project.run("tasks", "cancel", waiting).stdout.decode().strip() == f"cancelled {waiting}"
-    again = re.fullmatch(rf"{dead} runs again as ([0-9a-f]{{32}})", project.run("tasks", "retry", dead).stdout.decode().strip())
+    again = re.fullmatch(
+        rf"{dead} runs again as ([0-9a-f]{{32}})", project.run("tasks", "retry", dead).stdout.decode().strip()
+    )
     assert json.loads(project.run("tasks", "show", again[1]).stdout)["state"] == "waiting"
     assert project.run("tasks", "list", "--state", "cancelled").stdout.decode().split()[0] == waiting
 
 
 def test_inspect_verifies_and_runs_nothing(project):
-    token = project.python("import shop_tasks as t; from safedefer import serialize; print(serialize(t.work, 7).decode())")
+    token = project.python(
+        "import shop_tasks as t; from safedefer import serialize; print(serialize(t.work, 7).decode())"
+    )
     for done in (project.run("inspect", token), project.run("inspect", "-", data=token.encode() + b"\n")):
         document = json.loads(done.stdout)
         assert (document["calls"], document["args"], document["signed_by"]) == ("shop_tasks:work", [7], "k1")
@@ -143,7 +149,9 @@ def test_inspect_verifies_and_runs_nothing(project):
 
 
 def test_inspect_follows_a_pointer(project):
-    token = project.python("import shop_tasks as t; from safedefer import defer; print(defer(t.work, 'x' * 20000).payload.decode())")
+    token = project.python(
+        "import shop_tasks as t; from safedefer import defer; print(defer(t.work, 'x' * 20000).payload.decode())"
+    )
     document = json.loads(project.run("inspect", token).stdout)
     assert document["blob"]["found"] is True
     assert (document["calls"], document["args"]) == ("shop_tasks:work", ["x" * 20_000])
@@ -161,7 +169,11 @@ ERRORS = [
     (["tasks", "show", "nothing\x1b[31m"], {}, "there is no task nothing\ufffd[31m"),
     (["tasks", "cancel", "nothing"], {}, "no task nothing waits"),
     (["tasks", "retry", "nothing"], {}, "there is no dead letter nothing"),
-    (["tasks", "list"], {"SAFEDEFER_QUEUE": "sqlite:////nonexistent/x.db"}, "the queue's file /nonexistent/x.db failed"),
+    (
+        ["tasks", "list"],
+        {"SAFEDEFER_QUEUE": "sqlite:////nonexistent/x.db"},
+        "the queue's file /nonexistent/x.db failed",
+    ),
     (["inspect", b"\xff"], {}, "malformed-token"),
 ]
 
@@ -186,12 +198,17 @@ def test_a_port_that_is_taken_is_one_line(project):
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["run", "--concurrency", "0"], ["run", "--lease", "0"], ["run", "--drain", "-1"], ["serve", "--port", "65536"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--concurrency", "0"], ["run", "--lease", "0"], ["run", "--drain", "-1"], ["serve", "--port", "65536"]],
+)
 def test_a_number_out_of_range_is_a_usage_error(project, arguments):
     assert project.run(*arguments, check=False).returncode == 2
 
 
 def test_help_names_every_command():
-    done = subprocess.run([sys.executable, "-m", "safedefer", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "safedefer", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for command in ("demo", "dispatch", "inspect", "keys", "run", "serve", "tasks"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)

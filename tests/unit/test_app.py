@@ -64,7 +64,9 @@ def test_a_task_says_what_was_asked_for(app):
 
 
 def test_the_token_says_the_same_signed(app):
-    task = app.options(countdown=60, headers={"X-Shop": "1"}, name="receipt-1", queue="mail").defer(tasks.add, 1, scale=2)
+    task = app.options(countdown=60, headers={"X-Shop": "1"}, name="receipt-1", queue="mail").defer(
+        tasks.add, 1, scale=2
+    )
     claims = claims_of(app, task)
     assert claims.jti == task.id
     assert claims.aud == "test:mail:default:/_ah/queue/deferred"
@@ -160,7 +162,7 @@ def test_an_unknown_target_is_refused_if_targets_are_declared():
     app = make_app(targets={"big": "http://127.0.0.1:1"})
     app.options(target="big").defer(tasks.add, 1)
     app.options(target="default").defer(tasks.add, 1)
-    with pytest.raises(InvalidTaskError, match="no target bigger.*big"):
+    with pytest.raises(InvalidTaskError, match=r"no target bigger.*big"):
         app.options(target="bigger").defer(tasks.add, 1)
 
 
@@ -366,7 +368,12 @@ def test_a_dead_letter_runs_again_as_a_new_task(app):
     assert again.id != dead.id
     claims = claims_of(app, again)
     assert claims.retry_of == dead.id
-    assert (claims.name, claims.headers, again.headers, again.queue_name) == (None, {"X-Shop": "1"}, {"X-Shop": "1"}, "mail")
+    assert (claims.name, claims.headers, again.headers, again.queue_name) == (
+        None,
+        {"X-Shop": "1"},
+        {"X-Shop": "1"},
+        "mail",
+    )
     assert [view.state for view in app.queue.tasks()] == [TaskState.WAITING]
     assert app.retry(dead.id) is None
     assert app.retry(again.id) is None
@@ -437,7 +444,9 @@ def test_the_log_level_is_of_normal_runs_alone(caplog):
     with caplog.at_level(logging.DEBUG, "safedefer"):
         handle(app, app.defer(tasks.add, 1).payload)
         handle(app, app.defer(tasks.fail).payload)
-    levels = [record.levelno for record in caplog.records if " handled" in record.message or "attempt" in record.message]
+    levels = [
+        record.levelno for record in caplog.records if " handled" in record.message or "attempt" in record.message
+    ]
     assert levels == [logging.CRITICAL, logging.WARNING]
     with pytest.raises(TypeError, match=r"logging\.INFO"):
         app.set_log_level("INFO")
@@ -464,6 +473,11 @@ HOLDER = [None]
 
 def test_an_app_is_what_an_observer_hears_from():
     seen = Recorder()
-    app = App(keyring=Keyring(Key("k", SECRET, KeyState.ACTIVE)), policy=Policy("tests.sample_tasks"), queue="memory://", observer=seen)
+    app = App(
+        keyring=Keyring(Key("k", SECRET, KeyState.ACTIVE)),
+        policy=Policy("tests.sample_tasks"),
+        queue="memory://",
+        observer=seen,
+    )
     app.defer(tasks.add, 1)
     assert [type(event) for event in seen.events] == [TaskEnqueued]

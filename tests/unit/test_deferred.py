@@ -91,7 +91,12 @@ def test_all_nine_options_are_passed_to_the_queue(app):
     assert (task.eta_posix, task.headers, task.name) == (NOW + 60, {"X-Shop": "1"}, "n")
     assert (task.queue_name, task.retry_options, task.target, task.url) == ("foo", retry, "big", "/tasks/x")
     (view,) = app.queue.tasks()
-    assert (view.queue, view.retry_options, view.target, view.url) == ("foo", {"task_retry_limit": 1}, "big", "/tasks/x")
+    assert (view.queue, view.retry_options, view.target, view.url) == (
+        "foo",
+        {"task_retry_limit": 1},
+        "big",
+        "/tasks/x",
+    )
     assert claims_of(app, task).kwargs == {"scale": 3}
 
 

@@ -60,7 +60,10 @@ def verdict(lease, response, now=NOW, jitter=0.0):
 
 # From App Engine's own words: "if min_backoff_seconds is 10, max_backoff_seconds is 300 and max_doublings is 3, then
 # intervals are 10s, 20s, 40s, 80s, 160s, 240s, 300s, 300s".
-DOCUMENTED = (TaskRetryOptions(min_backoff_seconds=10, max_backoff_seconds=300, max_doublings=3), [10, 20, 40, 80, 160, 240, 300, 300])
+DOCUMENTED = (
+    TaskRetryOptions(min_backoff_seconds=10, max_backoff_seconds=300, max_doublings=3),
+    [10, 20, 40, 80, 160, 240, 300, 300],
+)
 BACKOFF = [
     DOCUMENTED,
     (TaskRetryOptions(), [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]),
@@ -153,7 +156,16 @@ def test_header_names_count_in_any_case():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("5", 5), ("0", 1), ("3601", 3600), ("9" * 30, 1), ("-5", 1), ("x", 1), ("٣", 1), ("Wed, 21 Oct 2015 07:28:00 GMT", 1)],
+    [
+        ("5", 5),
+        ("0", 1),
+        ("3601", 3600),
+        ("9" * 30, 1),
+        ("-5", 1),
+        ("x", 1),
+        ("٣", 1),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 1),
+    ],
 )
 def test_retry_after_is_seconds_within_an_hour(text, seconds):
     assert verdict(lease_of(), answer(503, "early", Retry_After=text)).at == NOW + seconds
@@ -187,7 +199,9 @@ def test_a_failure_beyond_its_limit_is_a_dead_letter_with_the_limits_name():
     assert verdict(lease, answer(500, "retry")).reason == "age-limit"
 
 
-@pytest.mark.parametrize("stored", [{"min_backoff_seconds": "1"}, {"x": 1}, {"max_doublings": -1}, {"task_retry_limit": 1e9}])
+@pytest.mark.parametrize(
+    "stored", [{"min_backoff_seconds": "1"}, {"x": 1}, {"max_doublings": -1}, {"task_retry_limit": 1e9}]
+)
 def test_stored_retry_options_that_make_no_sense_are_the_defaults(stored):
     assert verdict(lease_of(retry_options=stored), answer(500, "retry")).at == pytest.approx(NOW + 0.1)
 

@@ -76,7 +76,7 @@ def test_wrong_keys_are_a_clear_error(monkeypatch, values, error, text):
 
 def test_no_policy_is_a_clear_error(monkeypatch):
     settings = load(monkeypatch, KEYS=f"a:{GOOD}")
-    with pytest.raises(ConfigurationError, match="SAFEDEFER_POLICY.*safedefer keys new"):
+    with pytest.raises(ConfigurationError, match=r"SAFEDEFER_POLICY.*safedefer keys new"):
         settings.load_policy()
     assert load(monkeypatch, DEFERRABLE="yes").load_policy() is not None
 

@@ -155,7 +155,7 @@ async def test_a_token_that_the_storage_altered_runs_nothing(app, deliver):
     assert tasks.RAN == []
 
 
-@pytest.mark.parametrize("headers", ['{"X": "a\\r\\nEvil: 1"}', '{"Host": "evil"}', '[1]', 'no json', '"x"'])
+@pytest.mark.parametrize("headers", ['{"X": "a\\r\\nEvil: 1"}', '{"Host": "evil"}', "[1]", "no json", '"x"'])
 async def test_a_row_that_somebody_wrote_does_not_keep_the_others(app, deliver, headers):
     import apsw
 
@@ -241,7 +241,9 @@ async def test_a_handler_that_is_down_charges_nothing(app):
         await asyncio.sleep(0.4)
         dispatcher.stop()
         await running
-    assert {(app.queue.find(task.id).state, app.queue.find(task.id).attempts) for task in made} == {(TaskState.WAITING, 0)}
+    assert {(app.queue.find(task.id).state, app.queue.find(task.id).attempts) for task in made} == {
+        (TaskState.WAITING, 0)
+    }
 
 
 async def test_a_handler_that_takes_too_long_is_charged_and_finds_its_task_in_the_ledger(app):
@@ -345,7 +347,7 @@ async def test_what_another_process_defers_runs_within_tens_of_milliseconds(app,
     for number in range(20):
         process.stdin.write(b"\n")
         assert await process.stdout.readline() == b"deferred\n"
-        while len(arrived) <= number:
+        while len(arrived) <= number:  # noqa: ASYNC110  # what is waited for is a list
             await asyncio.sleep(0.002)
         await asyncio.sleep(0.02)
     process.stdin.close()
@@ -362,7 +364,7 @@ async def test_a_cancelled_coroutine_may_run_again_at_once(app):
     task = app.defer(tasks.sleep_long)
     dispatcher = dispatcher_of(app, InProcessDelivery(app.handle), drain_seconds=0.1)
     running = asyncio.create_task(dispatcher.run())
-    while tasks.RAN != ["begun"]:
+    while tasks.RAN != ["begun"]:  # noqa: ASYNC110  # what is waited for is a list
         await asyncio.sleep(0.01)
     dispatcher.stop()
     await asyncio.wait_for(running, 5)
@@ -371,8 +373,7 @@ async def test_a_cancelled_coroutine_may_run_again_at_once(app):
     assert (view.state, view.attempts, view.records[-1].reason) == (TaskState.WAITING, 0, "cancelled")
     # The ledger admits it again: it does not wait for the lease of the run that is over.
     again = asyncio.create_task(app.handle({"Content-Type": "application/jose"}, task.payload))
-    while tasks.RAN != ["begun", "over", "begun"]:
+    while tasks.RAN != ["begun", "over", "begun"]:  # noqa: ASYNC110  # what is waited for is a list
         await asyncio.sleep(0.01)
     again.cancel()
     await asyncio.wait({again})
-

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from safedefer import Key, Keyring, KeyState, Limits, Options, Policy, deferred
+from safedefer import Key, Keyring, KeyState, Limits, Options, deferred
 from safedefer.queues.base import TaskState
 from safedefer.web import handler as web_handler
 from safedefer.web.handler import handler_for
@@ -104,7 +104,10 @@ async def test_a_task_that_returns_succeeded_and_is_not_run_again(served):
 
 async def test_the_content_type_of_the_original_is_taken_too(served):
     for kind in ("application/octet-stream", "application/jose; charset=utf-8", "Application/JOSE"):
-        assert await served.outcome(served.app.defer(tasks.add, 1).payload, {"Content-Type": kind}) == (200, "succeeded")
+        assert await served.outcome(served.app.defer(tasks.add, 1).payload, {"Content-Type": kind}) == (
+            200,
+            "succeeded",
+        )
 
 
 @pytest.mark.parametrize("kind", ["plain", "subclass"])
@@ -342,7 +345,7 @@ async def test_what_is_not_authentic_gets_one_constant_answer(served, caplog):
         for name, data in unauthentic(served).items():
             status, outcome, headers, body = await served.post(data)
             assert (status, outcome) == (403, "refused"), name
-            fixed = {key: value for key, value in headers.items() if key not in {"Date"}}
+            fixed = {key: value for key, value in headers.items() if key != "Date"}
             seen.add((body, str(sorted(fixed.items()))))
     assert len(seen) == 1
     assert tasks.RAN == []
@@ -399,7 +402,11 @@ async def test_another_method_is_refused(served, method):
 
 
 def head(**headers):
-    lines = [f"POST {URL} HTTP/1.1", "Host: x", *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
+    lines = [
+        f"POST {URL} HTTP/1.1",
+        "Host: x",
+        *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
+    ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 

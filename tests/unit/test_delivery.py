@@ -1,0 +1,235 @@
+"""Delivery without a framework: requests from anywhere, records, redaction, batches."""
+
+import asyncio
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safedefer.batches import Batches
+from safedefer.delivery import redacted_traceback
+from safedefer.errors import QueueUnavailable
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues import open_queue
+from tests import sample_tasks as tasks
+from tests.unit.apps import JOSE, handle, make_app
+
+
+@pytest.fixture
+def app():
+    tasks.reset()
+    app = make_app()
+    yield app
+    tasks.GATE.set()
+    app.close()
+
+
+def outcome(response):
+    return response.status, response.headers["Safedefer-Outcome"]
+
+
+def test_a_request_from_any_framework_is_handled(app):
+    task = app.defer(tasks.add, 1)
+    response = handle(app, task.payload)
+    assert response == (200, {"Safedefer-Outcome": "succeeded"}, b"succeeded\n")
+    status, headers, body = handle(app, task.payload, {"content-TYPE": "application/jose"})
+    assert (status, headers, body) == (415, {"Safedefer-Outcome": "refused"}, b"refused\n")
+
+
+def test_headers_are_found_in_any_case_and_repeated_ones_agree_with_nothing(app):
+    task = app.options(queue="mail").defer(tasks.add, 1)
+    for headers in (
+        {"X-APPENGINE-QUEUENAME": "default"},
+        {"X-AppEngine-QueueName": "mail", "x-appengine-queuename": "mail"},
+    ):
+        assert outcome(handle(app, task.payload, headers)) == (403, "refused")
+    assert outcome(handle(app, task.payload, {"X-APPENGINE-QUEUENAME": "mail"})) == (200, "succeeded")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("3", 3), ("-1", 0), ("x", 0), ("9" * 30, 0), ("٣", 0), ("", 0), ("1, 2", 0)]
+)
+def test_the_number_of_retries_is_a_hint_that_cannot_hurt(app, text, count):
+    handle(app, app.serialize(tasks.keep_context), {"X-AppEngine-TaskRetryCount": text})
+    assert tasks.CONTEXTS[0].retry_count == count
+
+
+def test_the_path_must_be_the_one_that_was_signed(app):
+    token = app.serialize(tasks.add, 1)
+    for path in ("/", "/_ah/queue/default", "/_ah/queue/deferred/", "/_ah//queue/deferred", ""):
+        assert outcome(handle(app, token, path=path)) == (403, "refused")
+    assert outcome(handle(app, token, path="/_ah/queue/deferred")) == (200, "succeeded")
+
+
+def test_without_a_path_only_urls_of_this_application_will_do(app):
+    assert outcome(handle(app, app.options(url="/elsewhere").defer(tasks.add, 1).payload)) == (403, "refused")
+    assert outcome(handle(app, app.options(url=None, queue="mail").defer(tasks.add, 1).payload)) == (200, "succeeded")
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_make_the_handler_raise(data):
+    assert outcome(handle(SHARED, data)) == (403, "refused")
+
+
+SHARED = make_app()
+
+
+def test_a_failure_of_our_own_is_answered_and_not_quoted(app, caplog):
+    app.delivery._verifier = None
+    response = handle(app, app.serialize(tasks.add, 1))
+    assert outcome(response) == (500, "retry")
+    assert "AttributeError" in caplog.text
+    assert "verify" not in caplog.text
+
+
+async def test_the_record_is_stored_before_the_answer_even_if_nobody_waits(app):
+    task = app.defer(tasks.wait_for_gate)
+    waiting = asyncio.create_task(app.handle(JOSE, task.payload))
+    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    tasks.GATE.set()
+    assert (await waiting).status == 200
+    assert [record.outcome for record in app.queue.find(task.id).records] == ["succeeded"]
+
+
+async def test_a_cancelled_thread_keeps_the_task_to_itself(app):
+    task = app.defer(tasks.wait_for_gate)
+    waiting = asyncio.create_task(app.handle(JOSE, task.payload))
+    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert outcome(await app.handle(JOSE, task.payload)) == (409, "running")
+    assert app.delivery.running == 1
+    assert await app.delivery.drained(0.01) is False
+
+
+def test_one_app_works_in_one_loop_after_another(app):
+    for number in range(3):
+        assert outcome(handle(app, app.defer(tasks.add, number).payload)) == (200, "succeeded")
+
+
+# --- Redaction ------------------------------------------------------------------------------------
+
+
+def raised(error):
+    try:
+        raise error
+    except BaseException as caught:
+        return redacted_traceback(caught)
+
+
+def test_tokens_are_blanked_wherever_they_stand(app):
+    token = app.serialize(tasks.add, 1).decode()
+    for text in (token, f"bad:{token}", repr(f"\n{token}"), f"x{token}y", f"{token},{token}", f"a.b.{token}"):
+        said = raised(ValueError(text))
+        assert token not in said
+        assert token[token.rindex(".") :] not in said
+        assert "[token]" in said
+    assert "1.2.3 and a.b.c.d.e.f.g.h.i.j" in raised(ValueError("1.2.3 and a.b.c.d.e.f.g.h.i.j"))
+
+
+def test_control_characters_are_replaced():
+    said = raised(ValueError("a\x1b[31m\r\0\x7f\x9b\ud800\u202eb"))
+    assert not set(said) & set("\x1b\r\0\x7f\x9b\ud800")
+    said.encode()
+
+
+def test_a_huge_text_is_cut_and_takes_no_time():
+    started = time.monotonic()
+    said = raised(ValueError("eyJ" * 500_000 + "."))
+    assert len(said) < 17_000
+    assert said.startswith("[...]")
+    assert time.monotonic() - started < 2
+
+
+def test_an_exception_that_cannot_be_shown_has_its_type():
+    assert "Unusual" in raised(tasks.Unusual())
+
+    class Hostile(Exception):
+        @property
+        def __notes__(self):
+            raise RuntimeError("no notes")
+
+    assert "Hostile" in raised(Hostile())
+
+
+@given(st.text(max_size=200))
+def test_whatever_the_text_a_traceback_can_be_stored(text):
+    raised(ValueError(text)).encode()
+
+
+# --- Batches and the ledger -----------------------------------------------------------------------
+
+
+async def test_what_comes_while_a_call_is_under_way_is_called_together():
+    calls = []
+
+    def call(items):
+        calls.append(len(items))
+        time.sleep(0.01)
+        return [item * 2 for item in items]
+
+    with ThreadPoolExecutor(2) as executor:
+        batches = Batches(executor, call)
+        assert await asyncio.gather(*(batches(n) for n in range(600))) == [n * 2 for n in range(600)]
+        assert calls == [256, 256, 88]
+
+
+async def test_a_failed_call_fails_for_its_own_callers_alone():
+    def call(items):
+        if "bad" in items:
+            raise QueueUnavailable("locked")
+        return items
+
+    with ThreadPoolExecutor(1) as executor:
+        batches = Batches(executor, call)
+        with pytest.raises(QueueUnavailable):
+            await batches("bad")
+        assert await batches("good") == "good"
+        waiting = asyncio.create_task(batches("late"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        assert await batches("next") == "next"
+
+
+def test_batches_outlive_the_loop_that_was_left_in_the_middle():
+    with ThreadPoolExecutor(1) as executor:
+        batches = Batches(executor, lambda items: [time.sleep(0.05), *items][1:])
+
+        async def leave():
+            task = asyncio.create_task(batches(1))
+            await asyncio.sleep(0.01)
+            task.cancel()
+
+        async def use():
+            return await asyncio.wait_for(batches(2), 5)
+
+        asyncio.run(leave())
+        assert asyncio.run(use()) == 2
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_many_runs_begin_and_end_as_one_would(kind, tmp_path):
+    queue = open_queue("memory://" if kind == "memory" else f"sqlite:///{tmp_path}/q.db")
+    runs = [
+        Execution(audience="a", task_id=f"{n:032x}", digest=bytes(32), owner=f"o{n}", expires=10**9)
+        for n in (1, 2, 2, 3)
+    ]
+    assert queue.ledger.begin_many(runs, now=1.0, lease=60.0) == [
+        Admission.RUN, Admission.RUN, Admission.RUN, Admission.RUN,
+    ]  # fmt: skip
+    ends = [
+        (run, state, AttemptRecord(task_id=run.task_id, audience="a", started=1.0, ended=2.0, outcome="x", status=200))
+        for run, state in zip(
+            runs, [EndState.SUCCEEDED, EndState.RETRY, EndState.SUCCEEDED, EndState.FAILED], strict=True
+        )
+    ]
+    stranger = Execution(audience="a", task_id="f" * 32, digest=bytes(32), owner=secrets.token_hex(4), expires=10**9)
+    assert list(queue.ledger.finish_many([*ends, (stranger, EndState.SUCCEEDED, ends[0][2])])) == [
+        True, True, False, True, False,
+    ]  # fmt: skip
+    assert queue.ledger.begin(runs[0], now=3.0, lease=60.0) is Admission.DUPLICATE
+    assert queue.ledger.begin(runs[1], now=3.0, lease=60.0) is Admission.RUN
+    queue.close()

@@ -1,0 +1,177 @@
+"""Execution: where callables run, what their ends mean, and what cancelling does."""
+
+import asyncio
+import contextvars
+import threading
+
+import pytest
+
+from safedefer import Policy, current_task
+from safedefer.execution import Interrupted, Result, TaskContext, call_in_thread, execute, is_async
+from safedefer.task import VerifiedTask
+from tests import sample_tasks as tasks
+from tests.unit.apps import make_app
+
+CONTEXT = TaskContext(id="i" * 16, name=None, queue_name="default", url="/x", headers={})
+
+
+@pytest.fixture
+def app():
+    tasks.reset()
+    app = make_app()
+    yield app
+    tasks.GATE.set()
+    app.close()
+
+
+def verified(app, *call, **kwargs):
+    task = app.verify(app.serialize(*call, **kwargs))
+    assert type(task) is VerifiedTask
+    return task
+
+
+async def run(app, *call, validate=None, **kwargs):
+    return await execute(verified(app, *call, **kwargs), app._codecs, CONTEXT, validate=validate)
+
+
+async def test_plain_callables_run_in_a_thread_and_coroutines_on_the_loop(app):
+    assert (await run(app, tasks.thread_name)).result is Result.SUCCEEDED
+    assert (await run(app, tasks.loop_thread_name)).result is Result.SUCCEEDED
+    thread, loop = tasks.RAN
+    assert thread != loop == threading.current_thread().name
+
+
+async def test_an_awaitable_that_is_returned_is_awaited(app):
+    assert (await run(app, tasks.returns_awaitable, 5)).result is Result.SUCCEEDED
+    assert tasks.RAN == [("awaited", 5)]
+
+
+async def test_a_running_task_knows_its_context_and_nobody_else_does(app):
+    await run(app, tasks.keep_context)
+    await run(app, tasks.keep_context_async)
+    assert tasks.CONTEXTS == [CONTEXT, CONTEXT]
+    assert current_task() is None
+
+
+async def test_two_tasks_at_once_have_each_their_own_context(app):
+    other = TaskContext(id="o" * 16, name="other", queue_name="mail", url="/x", headers={})
+    task = verified(app, tasks.keep_context_async)
+    await asyncio.gather(*(execute(task, app._codecs, context) for context in (CONTEXT, other)))
+    assert sorted(context.id for context in tasks.CONTEXTS) == ["i" * 16, "o" * 16]
+
+
+async def test_context_variables_of_the_caller_are_seen_in_the_thread(app):
+    variable = contextvars.ContextVar("variable")
+    variable.set(7)
+    assert await call_in_thread(variable.get) == 7
+
+
+@pytest.mark.parametrize("name", tasks.RAISES)
+@pytest.mark.parametrize("how", [tasks.raise_, tasks.raise_async])
+async def test_whatever_is_raised_is_an_outcome(app, how, name):
+    outcome = await asyncio.wait_for(run(app, how, name), 5)
+    assert (outcome.result, outcome.reason) == (Result.RETRY, "exception")
+    assert outcome.error is not None
+
+
+@pytest.mark.parametrize("kind", ["plain", "subclass"])
+async def test_the_two_documented_failures_mean_the_same_in_subclasses(app, kind):
+    outcome = await run(app, tasks.permanent, kind)
+    assert (outcome.result, outcome.reason) == (Result.FAILED, "permanent-task-failure")
+    outcome = await run(app, tasks.singular, kind)
+    assert (outcome.result, outcome.reason) == (Result.RETRY, "singular-task-failure")
+
+
+async def test_a_rejection_that_a_task_raises_is_an_exception_like_any_other(app):
+    assert (await run(app, tasks.raise_rejection)).reason == "exception"
+
+
+async def test_cancelling_the_caller_ends_a_coroutine(app):
+    task = asyncio.create_task(run(app, tasks.sleep_long))
+    while not tasks.RAN:  # noqa: ASYNC110  # what is waited for is a list
+        await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert type(caught.value) is Interrupted
+    assert tasks.RAN == ["begun", "over"]
+
+
+async def test_cancelling_the_caller_leaves_a_thread_running(app):
+    task = asyncio.create_task(run(app, tasks.wait_for_gate))
+    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert type(caught.value) is not Interrupted
+    assert tasks.RAN == []
+    tasks.GATE.set()
+    while not tasks.RAN:  # noqa: ASYNC110  # what is waited for is a list
+        await asyncio.sleep(0.005)
+
+
+async def test_a_task_may_cancel_itself_and_use_timeouts(app):
+    assert (await run(app, tasks.times_out)).reason == "exception"
+    task = asyncio.current_task()
+    assert task.cancelling() == 0
+
+
+# --- validate="annotations" -----------------------------------------------------------------------
+
+VALID = [
+    ((1, ["a"]), {}),
+    ((1, ["a"], 2, 3), {"flag": True}),
+    ((1,), {"names": []}),
+]
+INVALID = [
+    (("1", ["a"]), {}, "count"),
+    ((1, ("a",)), {}, "names"),
+    ((1, [1]), {}, "names"),
+    ((1, [], "2"), {}, "more"),
+    ((1, []), {"flag": 1}, "options"),
+    ((True, []), {}, "count"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs"), VALID)
+async def test_arguments_of_the_annotated_types_pass(app, args, kwargs):
+    assert (await run(app, tasks.typed, *args, validate="annotations", **kwargs)).result is Result.SUCCEEDED
+
+
+@pytest.mark.parametrize(("args", "kwargs", "name"), INVALID)
+async def test_arguments_of_other_types_failed_unrun(app, args, kwargs, name):
+    outcome = await run(app, tasks.typed, *args, validate="annotations", **kwargs)
+    assert (outcome.result, outcome.reason) == (Result.FAILED, "invalid-arguments")
+    assert f"the argument {name} " in str(outcome.error)
+    assert tasks.RAN == []
+    assert (await run(app, tasks.typed, *args, **kwargs)).result is Result.SUCCEEDED
+
+
+async def test_annotations_of_what_a_wrapper_wraps_do_not_refuse_what_the_wrapper_takes(app):
+    assert (await run(app, tasks.injected, 5, validate="annotations")).result is Result.SUCCEEDED
+
+
+async def test_annotations_that_cannot_be_read_refuse_nothing(app):
+    assert (await run(app, tasks.badly_annotated, 5, validate="annotations")).result is Result.SUCCEEDED
+    assert (await run(app, len, "abc", validate="annotations")).result is Result.SUCCEEDED
+
+
+def test_is_async_sees_coroutine_functions_and_async_calls():
+    assert is_async(tasks.add_later)
+    assert is_async(tasks.AsyncCall())
+    assert is_async(tasks.Counter(1).increment_async)
+    for target in (tasks.add, tasks.AsyncCall, tasks.Counter(1), tasks.Counter(1).increment, len, [].append):
+        assert not is_async(target)
+
+
+async def test_without_the_codec_a_task_is_rejected(app):
+    outcome = await execute(verified(app, tasks.add, 1), {}, CONTEXT)
+    assert (outcome.result, outcome.reason) == (Result.REJECTED, "unresolvable-callable")
+
+
+async def test_a_policy_that_changed_since_rejects(app):
+    sender = make_app(keyring=app._keyring, policy=Policy("tests.sample_tasks", "operator:sub"))
+    import operator
+
+    token = sender.serialize(operator.sub, 2, 1)
+    assert (await app.handle({"Content-Type": "application/jose"}, token)).status == 500
