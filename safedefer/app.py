@@ -53,7 +53,7 @@ from safedefer.keys import Keyring
 from safedefer.policy import Policy
 from safedefer.queues import open_queue
 from safedefer.queues.base import PullQueue, QueuedTask, TaskState
-from safedefer.refs import UNBOUND, bound_object
+from safedefer.refs import bound_object
 from safedefer.settings import Settings
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.task import Task, VerifiedPointer, VerifiedTask
@@ -67,6 +67,7 @@ _P = ParamSpec("_P")
 CallTuple: TypeAlias = tuple[Callable[..., object], Sequence[object], Mapping[str, object]]
 
 _QUEUE_URLS: Final = "/_ah/queue/"
+_DEFAULTS: Final = Options()
 
 
 class App:
@@ -130,6 +131,8 @@ class App:
         self.queues = None if queues is None else frozenset({*queues, DEFAULT_QUEUE})
         self.targets = None if targets is None else dict(targets)
         self.policy = policy
+        self._loaded = False
+        self._own_urls = _OwnUrls(url)
         self.observer: Observer = LogObserver() if observer is None else observer
         self._clock = clock
         self._inline_limit = inline_limit
@@ -201,15 +204,15 @@ class App:
             TaskTooLargeError: The token is over the limit.
             QueueUnavailable: The task was not stored.
         """
-        return self.defer_with(Options(), obj, args, kwargs)
+        return self.defer_with(_DEFAULTS, obj, args, kwargs)
 
     async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
         """Do what ``defer`` does, without blocking the event loop."""
-        return await asyncio.to_thread(self.defer_with, Options(), obj, args, kwargs)
+        return await asyncio.to_thread(self.defer_with, _DEFAULTS, obj, args, kwargs)
 
     def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
         """Defer several calls in one transaction: all are stored, or none."""
-        return self.defer_many_with(Options(), calls)
+        return self.defer_many_with(_DEFAULTS, calls)
 
     def options(
         self,
@@ -266,7 +269,7 @@ class App:
 
     def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
         """Return the signed token of a call, for the default queue and URL; enqueues nothing."""
-        return self._sign(self._claims(Options(), obj, args, kwargs, self._clock()))
+        return self._sign(self._claims(_DEFAULTS, obj, args, kwargs, self._clock()))
 
     def _build(
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -343,17 +346,10 @@ class App:
                 f"key {self._keyring.active.kid} may not sign pickled arguments; give it pickle=True, or use another",
                 reason="pickle-key",
             )
-        data = codec.encode(CallData(bound_object(obj), tuple(args), dict(kwargs)), gate)
-        named: dict[str, Any] = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname}
-        if ref.member is not None:
-            named["member"] = ref.member
-        if data.bound is not UNBOUND:
-            named["bound"] = data.bound
-        # Built from checked parts: validating them again would only cost time.
-        call = Call.model_construct(None, **named)
+        data = codec.write(CallData(bound_object(obj), tuple(args), dict(kwargs)), gate)
         eta = options.due(now)
         url = self.url if options.url == DEFAULT_URL else options.path
-        return Claims.model_construct(
+        return Claims.trusted(
             v=VERSION,
             jti=new_task_id(now),
             iat=int(now),
@@ -362,8 +358,8 @@ class App:
             aud=f"{self.environment}:{options.queue}:{options.target or DEFAULT_TARGET}:{url}",
             cty=cty,
             name=options.name,
-            call=call,
-            args=list(data.args),
+            call=Call.trusted(ref, data.bound),
+            args=data.args,
             kwargs=data.kwargs,
             headers=dict(options.headers) or None,
         )
@@ -413,7 +409,7 @@ class App:
     def accepts(self, path: str | None) -> str | Container[str]:
         """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
         if path is None:
-            return _OwnUrls(self.url)
+            return self._own_urls
         return path.removeprefix(self.prefix) if path.startswith(f"{self.prefix}/") else path
 
     @property
@@ -421,7 +417,7 @@ class App:
         """The handler behind ``handle``; the policy's modules are imported when it is first asked for."""
         with self._lock:
             if self._delivery is None:
-                self.policy.load()
+                self._load_policy()
                 self._delivery = Delivery(
                     verifier=self._verifier,
                     codecs=self._codecs,
@@ -455,14 +451,10 @@ class App:
             RejectedTask: The token is refused. Whatever the callable raises passes through.
             RuntimeError: An event loop runs in this thread; use ``run_async``.
         """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
+        if asyncio._get_running_loop() is not None:  # noqa: SLF001  # public in asyncio's words: in events.__all__
             raise RuntimeError("run() blocks and an event loop runs here; await run_async() instead")
         result = prepare(self._runnable(data), self._codecs)()
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        return asyncio.run(_awaited(result)) if result is not None and inspect.isawaitable(result) else result
 
     async def run_async(self, data: bytes) -> object:
         """Do what ``run`` does inside a running loop: plain callables run in a thread."""
@@ -488,9 +480,14 @@ class App:
         return result
 
     def _runnable(self, data: bytes) -> VerifiedTask:
-        self.policy.load()
-        verified = self._verifier.verify(data, url=_OwnUrls(self.url), now=self._clock())
-        return self.follow(verified)
+        self._load_policy()
+        return self.follow(self._verifier.verify(data, url=self._own_urls, now=self._clock()))
+
+    def _load_policy(self) -> None:
+        """Import the modules that the policy names, once."""
+        if not self._loaded:
+            self.policy.load()
+            self._loaded = True
 
     def follow(self, verified: VerifiedTask | VerifiedPointer, *, expired: bool = False) -> VerifiedTask:
         """Return the task that a verified pointer leads to, verified too; runs nothing.
@@ -536,7 +533,7 @@ class App:
         view = self.queue.find(task_id)
         if view is None or view.state is not TaskState.DEAD:
             return None
-        self.policy.load()
+        self._load_policy()
         task = self._verifier.verify(view.token, url=view.url, now=self._clock(), expired=True)
         if not isinstance(task, VerifiedTask):
             raise _unstored()

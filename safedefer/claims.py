@@ -25,7 +25,7 @@ from safedefer.errors import (
     InvalidTaskRetryOptionsError,
     InvalidUrlError,
 )
-from safedefer.refs import CallableRef
+from safedefer.refs import UNBOUND, CallableRef
 
 #: The version of the claims that this library writes and reads.
 VERSION: Final = 1
@@ -86,15 +86,24 @@ class Call(CallableRef):
 
     bound: Any = Field(default=None, repr=False, description="A typed value; absent where the kind needs none.")
 
+    @classmethod
+    def trusted(cls, ref: CallableRef, bound: Any = UNBOUND) -> Self:
+        """Build from a proved reference and an encoded object: validating them again would only cost time."""
+        values = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname, "member": ref.member, "bound": None}
+        given = {"kind", "module", "qualname"}
+        if ref.member is not None:
+            given.add("member")
+        if bound is not UNBOUND:
+            values["bound"] = bound
+            given.add("bound")
+        call = cls.__new__(cls)
+        _fill(call, values, given)
+        return call
+
     @property
     def has_bound(self) -> bool:
         """Whether ``bound`` is present."""
         return "bound" in self.model_fields_set
-
-    @property
-    def ref(self) -> CallableRef:
-        """The reference alone."""
-        return CallableRef(kind=self.kind, module=self.module, qualname=self.qualname, member=self.member)
 
 
 class BlobPointer(BaseModel):
@@ -129,6 +138,13 @@ class Claims(BaseModel):
     headers: dict[HeaderName, HeaderValue] | None = Field(default=None, repr=False)
     trace: TraceParent | None = None
 
+    @classmethod
+    def trusted(cls, **values: Any) -> Self:
+        """Build from parts that were checked one by one: validating them again would only cost time."""
+        claims = cls.__new__(cls)
+        _fill(claims, {**_ABSENT_CLAIMS, **values}, set(values))
+        return claims
+
     @property
     def audience(self) -> tuple[str, str, str, str]:
         """Environment, queue, target and URL path."""
@@ -146,13 +162,21 @@ class Claims(BaseModel):
 
     @classmethod
     def from_json(cls, payload: bytes) -> Self:
+        """Parse and validate a payload whose signature was verified. Raises ``InvalidClaims``, see ``read``."""
+        return cls.read(payload)[0]
+
+    @classmethod
+    def read(cls, payload: bytes) -> tuple[Self, bool]:
         """Parse and validate a payload whose signature was verified.
+
+        Returns:
+            The claims, and whether the payload is spelled as ``write_json`` spells it.
 
         Raises:
             InvalidClaims: It is not strict JSON, has a duplicate, unknown, missing or null member,
                 or a member of another type or shape. The message names members, never values.
         """
-        raw = _read_json(payload)
+        raw, canonical = _read_json(payload)
         if type(raw) is not dict or None in raw.values():
             raise InvalidClaims("the payload is not an object without nulls; leave absent claims out")
         if type(raw.get("v")) is not int:  # pydantic's Literal[1] takes true and 1.0 for 1
@@ -166,7 +190,7 @@ class Claims(BaseModel):
             # `from None`: the error holds the claims.
             raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from None
         claims.check_shape()
-        return claims
+        return claims, canonical
 
     def check_shape(self) -> None:
         """Check what spans several claims.
@@ -183,7 +207,18 @@ class Claims(BaseModel):
             raise InvalidClaims("exp must lie between nbf and 92 days after it; mint a token with such times")
 
 
-def write_json(document: dict[str, Any]) -> bytes:
+_ABSENT_CLAIMS: Final = dict.fromkeys(("name", "call", "args", "kwargs", "blob", "retry_of", "headers", "trace"))
+
+
+def _fill(model: BaseModel, values: dict[str, Any], given: set[str]) -> None:
+    """Set what pydantic keeps of a model without private attributes, as its own model_construct does, only faster."""
+    object.__setattr__(model, "__dict__", values)
+    object.__setattr__(model, "__pydantic_fields_set__", given)
+    object.__setattr__(model, "__pydantic_extra__", None)
+    object.__setattr__(model, "__pydantic_private__", None)
+
+
+def write_json(document: Any) -> bytes:
     """Return the canonical text of a JSON document: compact, members in their order, shortest numbers.
 
     Raises:
@@ -201,8 +236,11 @@ _WRITE: Final = (
 )
 
 
-def _read_json(payload: bytes) -> Any:
+def _read_json(payload: bytes) -> tuple[Any, bool]:
     """Parse strict JSON: no duplicate members, NaN, BOM, lone surrogates or trailing bytes.
+
+    Returns:
+        The document, and whether its text is canonical.
 
     Raises:
         InvalidClaims: It is not strict JSON.
@@ -210,8 +248,8 @@ def _read_json(payload: bytes) -> Any:
     try:
         raw = jiter.from_json(payload, allow_inf_nan=False)
         if _is_canonical(raw, payload):
-            return raw
-        return jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True)
+            return raw, True
+        return jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True), False
     except ValueError:
         # `from None`: the parser's message quotes a duplicate member's name.
         raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from None
@@ -234,9 +272,13 @@ _NEEDS_BOUND: Final = frozenset({"instance", "method", "builtin_method"})
 
 def _check_call(call: Call) -> None:
     if (call.member is not None) != (call.kind in _NEEDS_MEMBER):
-        raise InvalidClaims("call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere")
+        raise InvalidClaims(
+            "call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere"
+        )
     if call.has_bound != (call.kind in _NEEDS_BOUND):
-        raise InvalidClaims("call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere")
+        raise InvalidClaims(
+            "call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere"
+        )
 
 
 def _call_json(call: Call) -> dict[str, Any]:

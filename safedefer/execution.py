@@ -85,11 +85,11 @@ def current_task() -> TaskContext | None:
 class Codec(Protocol):
     """Turns the arguments of a call into JSON and back."""
 
-    def encode(self, call: CallData, gate: Gate) -> CallData:
-        """Return JSON trees. Raises ``UnencodableArgument``."""
+    def write(self, call: CallData, gate: Gate) -> CallData:
+        """Return what ``claims.write_json`` writes: trees of JSON, or text. Raises ``UnencodableArgument``."""
         ...
 
-    def decode(self, call: CallData, gate: Gate, *, text: bytes) -> CallData:
+    def decode(self, call: CallData, gate: Gate, *, text: bytes, canonical: bool = False) -> CallData:
         """Return the values. Raises a ``RejectedTask``."""
         ...
 
@@ -122,7 +122,7 @@ def prepare(task: VerifiedTask, codecs: Mapping[str, Codec], *, validate: Valida
     bound = task.call.bound if task.call.has_bound else UNBOUND
     target = task.gate.load_callable(task.ref) if bound is UNBOUND else None
     call = CallData(bound=bound, args=task.claims.args or [], kwargs=task.claims.kwargs or {})
-    values = codec.decode(call, task.gate, text=task.text)
+    values = codec.decode(call, task.gate, text=task.text, canonical=task.canonical)
     if target is None:
         target = task.gate.load_callable(task.ref, values.bound)
     prepared = Prepared(target, tuple(values.args), dict(values.kwargs))

@@ -46,6 +46,7 @@ from safedefer.refs import (
     METACLASSES,
     UNBOUND,
     CallableRef,
+    Found,
     check_class,
     class_path,
     find,
@@ -128,7 +129,18 @@ class Policy:
         ConfigurationError: A pattern is malformed, names nothing, or names the standard library as a whole.
     """
 
-    __slots__ = ("_checked", "_deferrable", "_exact", "_metaclasses", "_modules", "_moved", "_packages", "_patterns")
+    __slots__ = (
+        "_checked",
+        "_deferrable",
+        "_exact",
+        "_found",
+        "_metaclasses",
+        "_modules",
+        "_moved",
+        "_named",
+        "_packages",
+        "_patterns",
+    )
 
     _patterns: tuple[str, ...]
     _modules: frozenset[str]
@@ -137,7 +149,9 @@ class Policy:
     _deferrable: bool
     _moved: Mapping[str, str]
     _metaclasses: frozenset[type]
-    _checked: dict[tuple[str, str, str, str | None], CallableRef]
+    _checked: dict[tuple[str, str, str, str | None], CallableRef | None]
+    _named: dict[object, Found]
+    _found: dict[tuple[str, str, str, str | None], Found]
 
     def __init__(
         self,
@@ -165,6 +179,8 @@ class Policy:
         self._set("_moved", MappingProxyType(moved))
         self._set("_metaclasses", METACLASSES | {_metaclass(item) for item in metaclasses})
         self._set("_checked", {})
+        self._set("_named", {})
+        self._set("_found", {})
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -221,15 +237,16 @@ class Policy:
         Raises:
             PolicyViolation: No pattern admits it.
         """
-        known = self._checked.get(ref.parts)
-        if known is not None:
-            return known
+        parts = ref.parts
+        if parts in self._checked:
+            return self._checked[parts] or ref
         self._check_names(ref)
         moved = self._follow(ref)
         if moved is not ref:
             self._check_names(moved)
         if not self._deferrable and len(self._checked) < _CACHE_SIZE:
-            self._checked[ref.parts] = moved
+            # Not the reference itself: a task's own carries its bound object.
+            self._checked[parts] = None if moved is ref else moved
         return moved
 
     def _check_names(self, ref: CallableRef) -> None:
@@ -415,6 +432,9 @@ class Policy:
 
     def callable_ref(self, obj: object) -> CallableRef:
         """Name a callable. See ``Gate.callable_ref``."""
+        # Functions are their own keys: no other hash than object's runs.
+        if type(obj) is FunctionType and (known := self._named.get(obj)) is not None and known.holds():
+            return known.ref
         ref = CallableRef.of(obj, metaclasses=self._metaclasses)
         try:
             moved = self.check(ref)
@@ -424,13 +444,21 @@ class Policy:
             raise NotDeferrable(str(error), reason="policy") from error
         if moved.parts != ref.parts:
             raise NotDeferrable(f"{ref} has moved; defer {moved}", reason="moved")
+        if type(obj) is FunctionType and len(self._named) < _CACHE_SIZE:
+            self._named[obj] = Found.of(ref, obj)
         return ref
 
     def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
         """Find a callable. See ``Gate.load_callable``."""
+        parts = ref.parts
+        known = self._found.get(parts)
+        if known is not None and bound is UNBOUND and known.holds():
+            return known.function
         ref = self.check(ref)
         found = ref.resolve(bound, metaclasses=self._metaclasses)
         self._check_object(ref)
+        if type(found) is FunctionType and len(self._found) < _CACHE_SIZE:
+            self._found[parts] = Found.of(ref, found)
         return found
 
 

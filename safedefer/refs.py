@@ -20,12 +20,14 @@ import re
 import sys
 from abc import ABCMeta
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum, EnumType, StrEnum
 from functools import partial
 from importlib import import_module
 from types import (
     BuiltinFunctionType,
     ClassMethodDescriptorType,
+    CodeType,
     FunctionType,
     MethodDescriptorType,
     MethodType,
@@ -166,8 +168,39 @@ class CallableRef(BaseModel):
                 return _bind_classmethod(owner, self.member) if bound is UNBOUND else None
             case "method":
                 return _bind_method(owner, self.member, bound) if type(bound) is owner else None
-            case "builtin_method":
+            case _:  # builtin_method
                 return _bind_builtin(owner, self.member, bound)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A function that a reference was proved to lead to, and what to look at to see that it still does."""
+
+    ref: CallableRef
+    function: FunctionType
+    module: object
+    namespace: dict[str, object]
+    code: CodeType
+    name: str
+
+    @classmethod
+    def of(cls, ref: CallableRef, function: FunctionType) -> Found:
+        """Remember a proof that was just made."""
+        module = sys.modules[ref.module]
+        return cls(ref, function, module, _MODULE_DICT(module), function.__code__, function.__name__)
+
+    def holds(self) -> bool:
+        """Whether the name still leads to this function, and the function still says this name."""
+        ref, function = self.ref, self.function
+        return (
+            self.namespace.get(ref.qualname) is function
+            and sys.modules.get(ref.module) is self.module
+            and function.__qualname__ == ref.qualname
+            and function.__module__ == ref.module
+            # What was judged besides its name: no lambda, no generator.
+            and function.__code__ is self.code
+            and function.__name__ == self.name
+        )
 
 
 def bound_object(obj: object) -> object:

@@ -28,14 +28,13 @@ from safedefer.errors import (
     NotYetValid,
     PolicyViolation,
     RejectedTask,
-    TaskIdentity,
     TaskTooLargeError,
     UnknownQueueError,
     WrongAudience,
 )
 from safedefer.keys import Key, Keyring, KeyState
 from safedefer.policy import Gate, Policy
-from safedefer.task import VerifiedPointer, VerifiedTask
+from safedefer.task import VerifiedPointer, VerifiedTask, identify
 from safedefer.token import Token
 
 #: What a pointer and the stored token that it points to have in common.
@@ -147,38 +146,23 @@ class Verifier:
         """
         token = Token.parse(data, max_bytes=self._limits.token_bytes)
         authenticated = self._keyring.verify(token)
-        claims = Claims.from_json(authenticated.payload)
-        call = claims.call
-        identity = TaskIdentity(
-            task_id=claims.jti,
-            audience=claims.aud,
-            kid=authenticated.key.kid,
-            callable_name="" if call is None else str(call),
-        )
+        claims, canonical = Claims.read(authenticated.payload)
+        kid = authenticated.key.kid
         try:
             self._check_audience(claims, url, queue)
             self._check_key(claims, authenticated.key)
             if not expired:
                 _check_time(claims, now)
             if claims.blob is not None:
-                return VerifiedPointer(claims=claims, blob=claims.blob, identity=identity)
-            if call is None:
+                return VerifiedPointer(claims, claims.blob, kid)
+            if claims.call is None:
                 raise InvalidClaims("a task without a call; send what serialize() returned")
-            gate = self._gates[authenticated.key.kid]
-            ref = call.ref
-            gate.check(ref)
+            gate = self._gates[kid]
+            gate.check(claims.call)
         except RejectedTask as error:
-            error.identity = identity
+            error.identity = identify(claims, kid)
             raise
-        return VerifiedTask(
-            claims=claims,
-            call=call,
-            ref=ref,
-            gate=gate,
-            identity=identity,
-            digest=sha256(data).digest(),
-            text=authenticated.payload,
-        )
+        return VerifiedTask(claims, claims.call, gate, kid, data, authenticated.payload, canonical)
 
     def verify_stored(
         self, pointer: VerifiedPointer, data: bytes, *, url: str | Container[str], now: float, expired: bool = False

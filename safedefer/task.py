@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
-
+from hashlib import sha256
 from safedefer.claims import BlobPointer, Call, Claims, TaskRetryOptions
 from safedefer.errors import TaskIdentity
 from safedefer.policy import Gate
-
-if TYPE_CHECKING:
-    from safedefer.refs import CallableRef
+from safedefer.refs import CallableRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,27 +43,58 @@ class Task:
         return self.eta.timestamp()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def identify(claims: Claims, kid: str) -> TaskIdentity:
+    """Say which task some claims are of, for logs and records."""
+    return TaskIdentity(
+        task_id=claims.jti,
+        audience=claims.aud,
+        kid=kid,
+        callable_name="" if claims.call is None else str(claims.call),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class VerifiedPointer:
     """A verified claim that the task is a stored token. Only ``Verifier`` makes one."""
 
     claims: Claims
     blob: BlobPointer
-    identity: TaskIdentity
+    kid: str
+
+    @property
+    def identity(self) -> TaskIdentity:
+        """Which task it is."""
+        return identify(self.claims, self.kid)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class VerifiedTask:
     """A task that a holder of one of our keys signed for us, now, within the policy. Only ``Verifier`` makes one."""
 
     claims: Claims
     call: Call
-    ref: CallableRef
-    """The reference of ``call``."""
     gate: Gate
     """The policy, within the limits of the key that signed."""
-    identity: TaskIdentity
-    digest: bytes
-    """SHA-256 of the token."""
+    kid: str
+    """The name of that key."""
+    token: bytes = field(repr=False)
+    """The token itself."""
     text: bytes = field(repr=False)
     """The payload as it was signed."""
+    canonical: bool
+    """Whether it is spelled as ``claims.write_json`` spells it."""
+
+    @property
+    def ref(self) -> CallableRef:
+        """The reference of ``call``, which is one, with the bound object beside it."""
+        return self.call
+
+    @property
+    def identity(self) -> TaskIdentity:
+        """Which task it is."""
+        return identify(self.claims, self.kid)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the token: what the ledger knows it by."""
+        return sha256(self.token).digest()

@@ -166,7 +166,11 @@ class PickledCodec:
         text = b2a_base64(data, newline=False).decode("ascii")
         return CallData(UNBOUND if not bound else dict(_BOUND), [text, _PYTHON, cloudpickle.__version__], {})
 
-    def decode(self, call: CallData, gate: Gate, *, text: bytes) -> CallData:  # noqa: ARG002 - codecs are called alike
+    def write(self, call: CallData, gate: Gate) -> CallData:
+        """Do what ``encode`` does: codecs are called alike."""
+        return self.encode(call, gate)
+
+    def decode(self, call: CallData, gate: Gate, *, text: bytes, canonical: bool = False) -> CallData:  # noqa: ARG002 - as above
         """Return the values of a pickle.
 
         Raises:

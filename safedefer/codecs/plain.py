@@ -13,7 +13,7 @@ from operator import is_
 from types import NoneType
 from typing import Any, Final
 
-from safedefer.claims import Limits
+from safedefer.claims import Limits, write_json
 from safedefer.codecs.walk import SAFE_INT, is_text
 
 _PLAIN: Final[tuple[type, ...]] = (str, int, float, bool, NoneType, list, dict)
@@ -22,10 +22,47 @@ _FEW: Final = 64
 # From this many containers of one length on, their values are judged by column; with more columns, at once.
 _COLUMNS: Final = 16
 
+_HANDFUL: Final = 16
+
 _Group = Sequence[Any]
 
 
-def is_plain(values: _Group, limits: Limits) -> bool:
+def are_few_scalars(args: list[Any], kwargs: dict[str, Any], limits: Limits) -> bool:
+    """Say whether the arguments are a handful of ASCII texts, plain numbers, bools and None: the commonest tasks.
+
+    False is only "not certainly".
+    """
+    if len(args) + len(kwargs) > min(_HANDFUL, limits.items):
+        return False
+    for value in args if not kwargs else (*args, *kwargs.values()):
+        kind = type(value)
+        if kind is str:
+            if not value.isascii():
+                return False
+        elif kind is int:
+            if not -SAFE_INT <= value <= SAFE_INT:
+                return False
+        elif value is not None and kind is not bool:
+            return False
+    return all(type(name) is str and name.isascii() and name[:1] != "$" for name in kwargs)
+
+
+def written_plainly(args: list[Any], kwargs: dict[str, Any], limits: Limits) -> tuple[bytes, bytes] | None:
+    """Write arguments that are plain JSON, in one go.
+
+    Returns:
+        The texts of ``args`` and ``kwargs``; None is only "not certainly plain".
+    """
+    if not is_plain([kwargs, *args], limits, to_be_written=True):
+        return None
+    try:
+        texts = write_json(args), write_json(kwargs)
+    except TypeError:  # an integer beyond 2**53-1, a lone surrogate, a name that is no str
+        return None
+    return None if any(may_hold_tags(text) for text in texts) else texts
+
+
+def is_plain(values: _Group, limits: Limits, *, to_be_written: bool = False) -> bool:
     """Say whether the values are a tree of plain JSON that is itself on the wire.
 
     False is only "not certainly": the walk decides, and finds the path.
@@ -33,6 +70,8 @@ def is_plain(values: _Group, limits: Limits) -> bool:
     Args:
         values: The topmost values.
         limits: ``depth`` and ``items`` are kept.
+        to_be_written: Leave what ``write_json`` refuses by itself to it: wide integers, lone surrogates, names
+            that are not str.
 
     Returns:
         True if every value below is exactly a str without lone surrogates, an int within
@@ -46,24 +85,27 @@ def is_plain(values: _Group, limits: Limits) -> bool:
         lists: list[list[Any]] = []
         dicts: list[dict[str, Any]] = []
         for group in groups:
-            if not _sort(group, lists, dicts):
+            if not _sort(group, lists, dicts, to_be_written=to_be_written):
                 return False
         if not lists and not dicts:
             return items <= limits.items
         # What is met twice has to arrive as one, and a cycle would never end.
         before = len(met)
         met.update(map(id, lists), map(id, dicts))
-        if len(met) - before != len(lists) + len(dicts) or (dicts and not _names_are_plain(dicts)):
+        if len(met) - before != len(lists) + len(dicts):
             return False
-        inside = list(chain.from_iterable(lists)), list(chain.from_iterable(map(dict.values, dicts)))
-        items += len(inside[0]) + len(inside[1])
+        if dicts and not to_be_written and not _names_are_plain(dicts):
+            return False
+        items += sum(map(len, lists)) + sum(map(len, dicts))
         if items > limits.items:
             return False
-        groups = [*_columns(inside[0], lists), *_columns(inside[1], dicts)]
+        groups = [*_columns(lists), *_columns(list(map(dict.values, dicts)))]
     return False
 
 
-def _sort(group: _Group, lists: list[list[Any]], dicts: list[dict[str, Any]]) -> bool:  # noqa: C901 - one branch a type
+def _sort(  # noqa: C901 - one branch a type
+    group: _Group, lists: list[list[Any]], dicts: list[dict[str, Any]], *, to_be_written: bool
+) -> bool:
     """Check the scalars of a group and sort out its containers."""
     if len(group) < _FEW:
         return _sort_few(group, lists, dicts)
@@ -75,7 +117,7 @@ def _sort(group: _Group, lists: list[list[Any]], dicts: list[dict[str, Any]]) ->
         elif kind is dict:
             dicts.extend(group)
         else:
-            return _scalars_are_plain(kind, group)
+            return _scalars_are_plain(kind, group, to_be_written=to_be_written)
         return True
     rest: _Group = group
     for kind in _PLAIN:
@@ -86,7 +128,7 @@ def _sort(group: _Group, lists: list[list[Any]], dicts: list[dict[str, Any]]) ->
             lists.extend(some)
         elif kind is dict:
             dicts.extend(some)
-        elif not _scalars_are_plain(kind, some):
+        elif not _scalars_are_plain(kind, some, to_be_written=to_be_written):
             return False
         if len(some) == len(rest):
             return True
@@ -115,8 +157,10 @@ def _sort_few(group: _Group, lists: list[list[Any]], dicts: list[dict[str, Any]]
     return True
 
 
-def _scalars_are_plain(kind: type, group: _Group) -> bool:
+def _scalars_are_plain(kind: type, group: _Group, *, to_be_written: bool) -> bool:
     """Check values that are exactly of one type."""
+    if to_be_written and kind in (str, int):
+        return True
     if kind is str:
         # One text will do: lone surrogates that meet in a join stay lone in Python.
         return is_text("".join(group))
@@ -146,14 +190,18 @@ def _names_are_plain(dicts: Sequence[dict[str, Any]]) -> bool:
     return "\n$" not in text and is_text(text)
 
 
-def _columns(flat: list[Any], containers: Sequence[Any]) -> list[_Group]:
+def _columns(containers: Sequence[Any]) -> list[_Group]:
     """Split the values of the containers into groups that are likely to be of one type each."""
-    rows = len(containers)
-    if rows < _COLUMNS or len(flat) % rows or not 1 < len(flat) // rows <= _COLUMNS:
-        return [flat] if flat else []
-    # If the containers are not of one length after all, these are other groups of the same values.
-    size = len(flat) // rows
-    return [flat[column::size] for column in range(size)]
+    if not containers:
+        return []
+    size = len(containers[0])
+    if len(containers) >= _COLUMNS and 1 < size <= _COLUMNS:
+        try:
+            return list(zip(*containers, strict=True))
+        except ValueError:  # they are not of one length
+            pass
+    flat = list(chain.from_iterable(containers))
+    return [flat] if flat else []
 
 
 # --- The text that a tree was parsed from ---------------------------------------------------------
@@ -170,17 +218,23 @@ def may_hold_tags(text: bytes) -> bool:
     return (b"$" in text and b'"$' in text) or (b"\\" in text and rb"\u0024" in text)
 
 
-def may_break_limits(text: bytes, limits: Limits) -> bool:
+def may_break_limits(text: bytes, limits: Limits, *, canonical: bool = False) -> bool:
     """Say whether the JSON text may hold too many values, too deep ones, or numbers that are not plain.
 
     A cheap over-estimate: it may say yes without cause, never no.
+
+    Args:
+        text: The text.
+        limits: ``depth`` and ``items``.
+        canonical: The text is what ``write_json`` writes, which holds plain numbers only.
     """
-    brackets = text.count(b"[") + text.count(b"{")
     # A value takes at least two bytes of text.
-    if (len(text) > 2 * limits.items and brackets + text.count(b",") > limits.items) or (
-        brackets > limits.depth and _may_be_deep(text, limits.depth)
-    ):
+    if len(text) > 2 * limits.items and text.count(b"[") + text.count(b"{") + text.count(b",") > limits.items:
         return True
+    if len(text) > limits.depth and _may_be_deep(text, limits.depth):
+        return True
+    if canonical:
+        return False
     shape = text.translate(_SHAPE)
     # An integer beyond 2**53-1 has at least 16 digits; an infinity has that many too, or an exponent of three.
     return b",0000000000000000" in shape or b"0e000" in shape
@@ -189,6 +243,8 @@ def may_break_limits(text: bytes, limits: Limits) -> bool:
 def _may_be_deep(text: bytes, depth: int) -> bool:
     """Say whether brackets may nest deeper than ``depth`` inside the two that every value is in."""
     skeleton = text.translate(None, _NO_BRACKETS)
+    if skeleton.count(b"[") + skeleton.count(b"{") <= depth:
+        return False
     if b"\\" in skeleton:
         return True
     # Strings without brackets vanish here. A bracket inside one leaves an odd quote before it, so if none is left,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import orjson
+
 from safedefer.claims import Limits
 from safedefer.codecs import tags_containers, tags_exceptions, tags_objects, tags_scalars
 from safedefer.codecs.decoder import Decoder
 from safedefer.codecs.encoder import Encoder
-from safedefer.codecs.plain import is_plain, may_break_limits, may_hold_tags
+from safedefer.codecs.plain import are_few_scalars, is_plain, may_break_limits, may_hold_tags, written_plainly
 from safedefer.codecs.registry import REGISTRY, TypeRegistry
 from safedefer.codecs.walk import CallData, Json, Refusal
 from safedefer.errors import InvalidArguments, UnencodableArgument
@@ -63,9 +65,31 @@ class TypedCodec:
             UnencodableArgument: A value cannot arrive as it is. ``path`` names it.
         """
         args, kwargs = list(call.args), call.kwargs
+        if call.bound is UNBOUND and are_few_scalars(args, kwargs, self._limits):
+            return CallData(UNBOUND, args, kwargs)
         top = [kwargs, *args] if call.bound is UNBOUND else [kwargs, call.bound, *args]
         if is_plain(top, self._limits):
             return CallData(call.bound, args, kwargs)
+        return self._walk(call, gate)
+
+    def write(self, call: CallData, gate: Gate) -> CallData:
+        """Do what ``encode`` does, for ``write_json``: plain ``args`` and ``kwargs`` may be its fragments.
+
+        Raises:
+            UnencodableArgument: As ``encode``.
+        """
+        args, kwargs = list(call.args), call.kwargs
+        if call.bound is not UNBOUND:
+            return self.encode(call, gate)
+        if are_few_scalars(args, kwargs, self._limits):
+            return CallData(UNBOUND, args, kwargs)
+        texts = written_plainly(args, kwargs, self._limits)
+        if texts is None:
+            return self._walk(call, gate)
+        return CallData(UNBOUND, orjson.Fragment(texts[0]), orjson.Fragment(texts[1]))
+
+    def _walk(self, call: CallData, gate: Gate) -> CallData:
+        args, kwargs = list(call.args), call.kwargs
         enc = Encoder(gate, self._limits, self._registry, _ENCODERS, tags_objects.encode_other)
         at = ""
         try:
@@ -92,13 +116,14 @@ class TypedCodec:
             _check_brackets([bound, trees, named])
         return out
 
-    def decode(self, call: CallData, gate: Gate, *, text: bytes) -> CallData:
+    def decode(self, call: CallData, gate: Gate, *, text: bytes, canonical: bool = False) -> CallData:
         """Return the values of trees of JSON.
 
         Args:
             call: The trees as jiter parsed them, duplicate names refused; ``bound`` may be ``UNBOUND``.
             gate: Finds the classes and callables that they name.
             text: The JSON text that they were parsed from; it may hold more than them.
+            canonical: The text is the one that ``write_json`` writes.
 
         Returns:
             The values. Plain trees are returned as they are.
@@ -108,7 +133,7 @@ class TypedCodec:
             RejectedTask: The gate does not admit or find what a tree names.
         """
         if not may_hold_tags(text):
-            if not may_break_limits(text, self._limits):
+            if not may_break_limits(text, self._limits, canonical=canonical):
                 return call
             top = [call.kwargs, *call.args] if call.bound is UNBOUND else [call.kwargs, call.bound, *call.args]
             if is_plain(top, self._limits):
