@@ -1,0 +1,28 @@
+"""The tasks of the application under attack. They write down that they ran."""
+
+from safedefer.errors import PermanentTaskFailure
+
+RAN = []
+
+
+def note(*args, **kwargs):
+    RAN.append((args, kwargs))
+
+
+def other(*args):
+    RAN.append(("other", args))
+
+
+def fail(*args):
+    RAN.append(("fail", args))
+    raise PermanentTaskFailure("the task says no")
+
+
+def stumble(*args):
+    RAN.append(("stumble", args))
+    raise ValueError(*args)
+
+
+class Parcel:
+    def __init__(self, weight=0):
+        self.weight = weight
