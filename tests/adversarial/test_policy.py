@@ -205,6 +205,8 @@ def test_a_stolen_key_names_no_other_class_or_callable_inside_the_arguments(impo
     with pytest.raises(CapabilityExceeded):
         gate.load_class("zoo_shop.tasks:Order")
     with pytest.raises(CapabilityExceeded):
+        gate.load_class("zoo_shop.more.mail:Post")  # not imported, though the policy admits it
+    with pytest.raises(CapabilityExceeded):
         gate.load_callable(ref("zoo_shop.more.mail", "post"))
     with pytest.raises(CapabilityExceeded):
         gate.check(ref("zoo_shop.more.mail", "post"))
@@ -265,3 +267,21 @@ def test_the_patterns_of_a_revoked_key_are_not_read():
     forged = Signer(Keyring(Key("old", SECRET)), Policy(), limits=Limits()).sign(claims(call()))
     with pytest.raises(RejectedTask, match="revoked"):
         verifier.verify(forged, url="/u", now=NOW)
+
+
+def test_what_took_the_place_of_what_a_key_names_exactly_is_refused(monkeypatch):
+    gate = Policy("zoo_shop.*").restricted(["zoo_shop.tasks:Order", "zoo_shop.tasks:send"])
+    tasks = sys.modules["zoo_shop.tasks"]
+    assert gate.load_class("zoo_shop.tasks:Order") is tasks.Order
+    assert gate.load_callable(ref("zoo_shop.tasks")) is tasks.send
+
+    def send():
+        return "evil"
+
+    send.__module__, send.__qualname__ = "zoo_shop.tasks", "send"
+    monkeypatch.setattr(tasks, "Order", type("Order", (), {"__module__": "zoo_shop.tasks"}))
+    monkeypatch.setattr(tasks, "send", send)
+    with pytest.raises(CapabilityExceeded):
+        gate.load_class("zoo_shop.tasks:Order")
+    with pytest.raises(CapabilityExceeded):
+        gate.load_callable(ref("zoo_shop.tasks"))
