@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -145,7 +146,9 @@ class Outbox:
             return
         self._relay.add(identity, opener)
         # Through a connection of its own: reading with a session would open a transaction of the user's.
-        if source.in_transaction() or not self._relay.sweep_one(identity):
+        if source.in_transaction():
+            self._relay.expect(source)
+        elif not self._relay.sweep_one(identity):
             self._relay.expect()
 
     def put(self, task: QueuedTask) -> None:
@@ -315,16 +318,21 @@ class _Relay:
         self._thread: threading.Thread | None = None
         self._expected = False
         self._closed = False
+        self._open: list[Source] = []
+        self._open_until = 0.0
 
     def add(self, identity: str, opener: _Opener) -> None:
         """Take note of a database."""
         with self._changed:
             self._openers.setdefault(identity, opener)
 
-    def expect(self) -> None:
-        """Look soon, and then less and less often."""
+    def expect(self, source: Source | None = None) -> None:
+        """Look soon, and then less and less often; but not while ``source`` is in its transaction, if that is short."""
         with self._changed:
             self._expected = True
+            if source is not None:
+                self._open.append(source)
+                self._open_until = time.monotonic() + _SWEEP_SECONDS
             self._changed.notify()
             if self._thread is None and not self._closed:
                 # The thread must not keep its owner alive.
@@ -340,6 +348,13 @@ class _Relay:
                 self._changed.wait(seconds)
             expected, self._expected = self._expected, False
             return expected
+
+    def too_early(self) -> bool:
+        """Whether a transaction is open that something is expected of: reading now could be in its way."""
+        with self._changed:
+            patient = time.monotonic() < self._open_until
+            self._open = [source for source in self._open if patient and _is_open(source)]
+            return bool(self._open)
 
     @property
     def closed(self) -> bool:
@@ -390,11 +405,21 @@ class _Relay:
         self._closed = closed
 
 
+def _is_open(source: Source) -> bool:
+    try:
+        return source.in_transaction()
+    except Exception:  # noqa: BLE001  # the connection was closed, by whatever library
+        return False
+
+
 def _sweep_loop(reference: weakref.ref[_Relay]) -> None:
     pause = _FIRST_LOOK
     while (this := reference()) is not None and not this.closed:
-        this.sweep()
-        pause = _FIRST_LOOK if this.rest(pause) else min(pause * 2, _SWEEP_SECONDS)
+        if this.too_early():
+            this.rest(_FIRST_LOOK)
+        else:
+            this.sweep()
+            pause = _FIRST_LOOK if this.rest(pause) else min(pause * 2, _SWEEP_SECONDS)
         del this
 
 

@@ -111,7 +111,7 @@ def test_what_is_wrong_is_refused_with_its_line(text, line, says):
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe\x00", "queue: \x07\n", "a" * 1_048_577, "[" * 5000])
+@pytest.mark.parametrize("text", [b"\xff\xfe\x00", "queue: \x07\n", "a" * 1_048_577, "[" * 700])
 def test_what_is_not_yaml_is_refused(text):
     with pytest.raises(ConfigurationError, match=r"queue\.yaml"):
         QueueFile.parse(text)

@@ -36,6 +36,7 @@ class Users:
             self.connection = sqlite3.connect(path, isolation_level=None)
         elif library.startswith("apsw"):
             self.connection = apsw.Connection(path)
+            self.connection.set_busy_timeout(5000)
         else:
             self._engine = sa.create_engine(f"sqlite:///{path}")
             make = orm.Session if library == "sqlalchemy-session" else sa.Engine.connect
