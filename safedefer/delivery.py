@@ -16,6 +16,7 @@ unresolvable, refused by policy, claims unknown         500     ``rejected``
 too early                                               503     ``early``
 not authentic                                           403     ``refused``
 not POST, too large, wrong type or any encoding         405, 413, 415  ``refused``
+a body that breaks off, or does not come                400, 408  ``refused``
 at capacity, shutting down                              503     ``busy``
 ======================================================  ======  ===============
 """
