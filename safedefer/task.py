@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
+
 from safedefer.claims import BlobPointer, Call, Claims, TaskRetryOptions
 from safedefer.errors import TaskIdentity
 from safedefer.policy import Gate

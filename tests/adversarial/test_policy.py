@@ -100,7 +100,7 @@ def test_a_re_export_never_runs(pattern, qualname, kind, member):
     with pytest.raises((UnresolvableCallable, PolicyViolation)):
         Policy(pattern).load_callable(ref("zoo_shop.tasks", qualname, kind, member))
     with pytest.raises((UnresolvableCallable, PolicyViolation)):
-        Policy(pattern).load_class(f"zoo_shop.tasks:{member and f'{qualname}.{member}' or qualname}")
+        Policy(pattern).load_class(f"zoo_shop.tasks:{f'{qualname}.{member}' if member else qualname}")
 
 
 def test_a_re_exported_class_with_an_object_of_its_own_never_runs():

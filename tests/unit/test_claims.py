@@ -191,6 +191,21 @@ def test_claims_are_frozen_and_show_no_argument():
         claims.call.module = "os"
 
 
+@pytest.mark.parametrize("label", RIGHT)
+def test_claims_built_from_checked_parts_are_those_that_are_read(label):
+    parts = {name: value for name, value in RIGHT[label].items() if name not in {"call", "blob"}}
+    if "call" in RIGHT[label]:
+        call = Call.model_validate(RIGHT[label]["call"])
+        parts["call"] = Call.trusted(call, call.bound) if call.has_bound else Call.trusted(call)
+        assert parts["call"] == call
+        assert parts["call"].model_fields_set == call.model_fields_set
+    if "blob" in RIGHT[label]:
+        parts["blob"] = BlobPointer.model_validate(RIGHT[label]["blob"])
+    built = Claims.trusted(**parts)
+    assert built == Claims.model_validate(RIGHT[label])
+    assert json.loads(built.to_json()) == RIGHT[label]
+
+
 def test_the_audience_is_taken_apart_at_the_first_three_colons():
     assert Claims.from_json(payload(aud="e:q:t:/a:b:c")).audience == ("e", "q", "t", "/a:b:c")
 

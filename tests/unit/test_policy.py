@@ -649,6 +649,11 @@ def test_the_memory_of_a_policy_is_bounded(monkeypatch):
     for number in range(10):
         policy.check(ref(f"{ZOO}:f{number}"))
     assert len(policy._checked) == 3
+    policy = Policy("tests.zoo.*")
+    functions = [zoo.function, zoo.coroutine, zoo.decorated, zoo.Function, zoo.claimed]
+    for function in functions * 2:
+        assert policy.load_callable(policy.callable_ref(function)) is function
+    assert len(policy._named) == len(policy._found) == 3
 
 
 # --- Loading --------------------------------------------------------------------------------------
