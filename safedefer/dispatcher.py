@@ -44,9 +44,6 @@ MAX_DOUBLINGS: Final = 16
 REJECT_LIMIT: Final = 10
 REJECT_SECONDS: Final = 3_600.0
 
-#: The reason of a retry after a 2xx without a ``Safedefer-Outcome``.
-UNKNOWN_ANSWER: Final = "unknown-answer"
-
 _CONTENT_TYPE: Final = "application/jose"
 _OUTCOME: Final = OUTCOME_HEADER.lower()
 #: How far ahead of free places tasks are leased, in seconds of the work that was done of late.
@@ -158,10 +155,8 @@ def judge(lease: Lease, response: Response, *, now: float, jitter: float) -> Set
     if 200 <= status <= 299:  # noqa: PLR2004  # the range of success
         if outcome == "failed":
             return Settlement(verdict=Verdict.DEAD, status=status, executed=True, reason=None)
-        if outcome in {"succeeded", "duplicate"}:
-            return Settlement(verdict=Verdict.DONE, status=status, executed=True)
-        # Something that is not a handler says 200 to whatever it gets: believing it would lose the queue.
-        return _judge_failure(lease, status, now=now, jitter=jitter, reason=UNKNOWN_ANSWER)
+        # Any 2xx is success, as on App Engine: a handler of the user's own may call run() and say no more.
+        return Settlement(verdict=Verdict.DONE, status=status, executed=True)
     if outcome in {"early", "busy", "running"}:
         wait = _seconds(headers.get("retry-after")) * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, status=status, reason=outcome)
@@ -544,8 +539,13 @@ class Dispatcher:
                 down.probing = False
         self._state.down.pop(place, None)
         settlement = judge(lease, response, now=self._clock(), jitter=jitter)
-        if settlement.reason == UNKNOWN_ANSWER:
-            _log.error("%s answered %d, and is no handler of safedefer; correct the address", place, response.status)
+        if settlement.verdict is Verdict.DONE and not any(name.lower() == _OUTCOME for name in response.headers):
+            _log.warning(
+                "%s answered %d without %s, which counts as done; if it is no handler, correct the address",
+                place,
+                response.status,
+                OUTCOME_HEADER,
+            )
         if settlement.verdict is Verdict.DEAD and settlement.reason in {None, "rejected"}:
             return replace(settlement, reason=await self._recorded_reason(lease.task.id) or settlement.reason)
         return settlement

@@ -133,8 +133,8 @@ TABLE = [
     (301, None, Verdict.RETRY, True, True, False),
     (502, None, Verdict.RETRY, True, False, False),
     (503, None, Verdict.RETRY, True, False, False),
-    (200, None, Verdict.RETRY, True, True, False),
-    (204, "other", Verdict.RETRY, True, True, False),
+    (200, None, Verdict.DONE, True, True, False),
+    (204, "other", Verdict.DONE, True, True, False),
 ]
 
 
