@@ -1,4 +1,4 @@
-"""``python -m tests.chaos [names] [--seeds N] [--tasks N] [--short]``."""
+"""``python -m tests.chaos [names] [--seeds N] [--tasks N]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from tests.chaos import deaths
+from tests.chaos import deaths, places, storage
 
 
 def long_forms(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
@@ -20,6 +20,17 @@ def long_forms(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
         "stopped": [deaths.stopped],
         "terms": [deaths.terms],
         "exits": [deaths.exits],
+        "full": [storage.full, storage.limited],
+        "locked": [storage.locked],
+        "clock": [
+            partial(places.clock, shift=shift, who=who)
+            for who in ("dispatcher", "handler")
+            for shift in (3600.0, -3600.0)
+        ],
+        "cut": [storage.cut],
+        "replay": [places.replay],
+        "forks": [places.forks],
+        "million": [storage.million],
     }
 
 

@@ -153,11 +153,11 @@ def terms(*, times: int = 50, seed: int = 1) -> str:
         return f"sigterms={times} {account.line()} claimed_after={claimed}"
 
 
-def exits(*, dying: int = 3, neighbours: int = 300) -> str:
+def exits(*, dying: int = 3, neighbours: int = 300, lease: float = 2.0) -> str:
     """A task whose process dies every time it runs becomes a dead letter at its limit; its neighbours run on."""
     from safedefer import TaskRetryOptions
 
-    with Cast(lease=2.0) as cast:
+    with Cast(lease=lease) as cast:
         app = cast.app()
         for number in range(neighbours):
             _defer(app, number)

@@ -1,0 +1,209 @@
+"""Scenarios in which the file, the disk or the number of tasks is against us."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import apsw
+
+from safedefer.queues.base import Settlement, Verdict
+from safedefer.queues.sqlite import SQLiteQueue
+from tests.chaos.cast import Cast, Failed
+from tests.queues.contract import make_task
+
+
+@contextlib.contextmanager
+def small_disk(megabytes: int):
+    """Give a folder on a small tmpfs, and a function that makes it larger; needs root."""
+    with tempfile.TemporaryDirectory() as name:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", name]
+        subprocess.run(mount, check=True, capture_output=True)
+        try:
+            yield Path(name), lambda: subprocess.run(["mount", "-o", "remount,size=256m", name], check=True)
+        finally:
+            subprocess.run(["umount", "--lazy", name], check=True)
+
+
+def full(*, tasks: int = 3_000, megabytes: int = 6) -> str:
+    """The disk is full for a while: ``defer()`` raises, and what was acknowledged is there when there is space."""
+    with small_disk(megabytes) as (folder, enlarge), Cast(lease=5.0, folder=folder) as cast:
+        producer = cast.producer(0, tasks)
+        cast.until(lambda: "refused" in (cast.folder / "log").read_text(), 60, "the disk never was full")
+        dispatcher, handler = cast.dispatcher(), cast.handler()  # they start on a full disk
+        time.sleep(3.0)
+        refused = (cast.folder / "log").read_text().count("refused")
+        if producer.poll() is not None:
+            raise Failed("the producer ended on a full disk")
+        enlarge()
+        producer.wait(120)
+        cast.drained()
+        if dispatcher.poll() is not None or handler.poll() is not None:
+            raise Failed(f"a process ended: {cast.output()[-1000:]}")
+        account = cast.account()
+        account.check()
+        cast.check_file()
+        return f"{account.line()} refused={refused}"
+
+
+def limited(*, tasks: int = 400, kilobytes: int = 400) -> str:
+    """As ``full``, by a limit on the size of files, which needs no rights: for the producer only."""
+    with Cast(lease=5.0) as cast:
+        producer = cast.producer(0, tasks, file_limit=kilobytes * 1024)
+        cast.until(lambda: "refused" in (cast.folder / "log").read_text(), 60, "the limit was never reached")
+        time.sleep(0.5)
+        resource.prlimit(producer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if producer.wait(60):
+            raise Failed(f"the producer failed: {cast.output()[-1000:]}")
+        cast.handler()
+        cast.dispatcher()
+        cast.drained()
+        account = cast.account()
+        account.check(duplicates=False)
+        cast.check_file()
+        return f"{account.line()} refused={(cast.folder / 'log').read_text().count('refused')}"
+
+
+def locked(*, tasks: int = 3_000, seconds: float = 15.0) -> str:
+    """Another connection keeps the database locked."""
+    with Cast(lease=30.0) as cast:
+        processes = [cast.handler(), cast.dispatcher()]
+        cast.ready()
+        producer = cast.producer(0, tasks, 600.0)
+        cast.until(lambda: len(cast.account().ok) > 50, 30, "nothing runs")
+        connection = apsw.Connection(str(cast.queue_path))
+        connection.set_busy_timeout(30_000)
+        connection.execute("BEGIN IMMEDIATE")
+        before = len(cast.account().acknowledged)
+        time.sleep(seconds)
+        during = len(cast.account().acknowledged) - before
+        connection.execute("ROLLBACK")
+        connection.close()
+        producer.wait(120)
+        cast.drained()
+        if any(process.poll() is not None for process in processes):
+            raise Failed(f"a process ended: {cast.output()[-1000:]}")
+        account, attempts = cast.account(), cast.attempts()
+        account.check(duplicates=False)
+        if attempts != {1: tasks}:
+            raise Failed(f"attempts {dict(attempts)}")
+        return f"{account.line()} locked_seconds={seconds:g} acknowledged_while_locked={during}"
+
+
+def cut(*, tasks: int = 3_000, offsets: int = 500, seed: int = 1) -> str:
+    """Database and log copied in the middle of the work, the log cut anywhere: what is left opens and is whole."""
+    rng = random.Random(seed)
+    with Cast(lease=30.0) as cast, tempfile.TemporaryDirectory() as copies:
+        processes = [cast.handler(), cast.dispatcher()]
+        cast.ready()
+        processes.append(cast.producer(0, tasks, 600.0))
+        cast.until(lambda: len(cast.account().ok) > tasks // 4, 60, "nothing runs")
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        database, log = Path(copies, "whole.db"), Path(copies, "whole.db-wal")
+        shutil.copy(cast.queue_path, database)
+        shutil.copy(f"{cast.queue_path}-wal", log)
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+        whole, sizes = log.read_bytes(), set()
+        for number in range(offsets):
+            copy = Path(copies, f"copy-{number}.db")
+            shutil.copy(database, copy)
+            Path(f"{copy}-wal").write_bytes(whole[: rng.randrange(len(whole) + 1)])
+            sizes.add(_check_copy(copy))
+            for path in (copy, Path(f"{copy}-wal"), Path(f"{copy}-shm")):
+                path.unlink(missing_ok=True)
+        cast.drained()
+        account = cast.account()
+        account.check()
+        return f"offsets={offsets} log_bytes={len(whole)} states_seen={len(sizes)} impossible=0 {account.line()}"
+
+
+def _check_copy(path: Path) -> tuple[int, ...]:
+    with contextlib.closing(SQLiteQueue(path)) as queue:
+        queue.stats(now=0.0)
+        queue.enqueue(make_task(id=f"after-the-cut-{os.getpid()}"))
+    connection = apsw.Connection(str(path))
+    try:
+        for name, sql in _IMPOSSIBLE.items():
+            rows = connection.execute(sql).fetchall()
+            if rows:
+                raise Failed(f"{name}: {rows[:3]}")
+        if connection.pragma("integrity_check") != "ok":
+            raise Failed("integrity")
+        tables = ("tasks", "ended", "dead", "ledger", "blobs")
+        return tuple(connection.execute(f"SELECT count(*) FROM safedefer_{table}").get for table in tables)
+    finally:
+        connection.close()
+
+
+_IMPOSSIBLE = {
+    "both waiting and ended": "SELECT id FROM safedefer_tasks WHERE id IN (SELECT id FROM safedefer_ended)",
+    "both waiting and dead": "SELECT id FROM safedefer_tasks WHERE id IN (SELECT id FROM safedefer_dead)",
+    "both dead and ended": "SELECT id FROM safedefer_dead WHERE id IN (SELECT id FROM safedefer_ended)",
+    "a blob without its task": "SELECT id FROM safedefer_blobs WHERE task NOT IN (SELECT seq FROM safedefer_tasks)",
+    "an oversize task without its blob": """SELECT id FROM safedefer_tasks WHERE blob_id IS NOT NULL
+        AND seq NOT IN (SELECT task FROM safedefer_blobs)""",
+    "leased without a time": "SELECT id FROM safedefer_tasks WHERE (owner IS NULL) != (leased_at IS NULL)",
+    "ended, and the ledger does not know": """SELECT id FROM safedefer_ended e WHERE NOT EXISTS (
+        SELECT 1 FROM safedefer_ledger WHERE audience = e.audience AND task_id = e.id AND state = e.state)""",
+    "the sum of the blobs": """SELECT blob_bytes FROM safedefer_totals
+        WHERE blob_bytes != (SELECT coalesce(sum(length(data)), 0) FROM safedefer_blobs)""",
+}
+
+
+def million(*, pending: int = 1_000_000, sample: int = 1_500) -> str:
+    """Much waits: enqueue and lease are as fast as on an empty queue, and memory does not grow with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.closing(SQLiteQueue(Path(folder, "empty.db"))) as queue:
+            _rates(queue, sample)  # warms up
+            empty = _rates(queue, sample)
+        with contextlib.closing(SQLiteQueue(Path(folder, "full.db"))) as queue:
+            began = time.monotonic()
+            for start in range(0, pending, 5_000):
+                queue.enqueue_many(
+                    [make_task(eta=50.0, queue="default" if n % 2 else "other") for n in range(start, start + 5_000)]
+                )
+            seconds = time.monotonic() - began
+            _rates(queue, sample)
+            before = _resident()
+            full_rates = [_rates(queue, sample) for _ in range(3)]
+            grown = _resident() - before
+            best = tuple(map(max, *full_rates))
+            began = time.monotonic()
+            listed = len(queue.tasks(queue="other", limit=100))
+            listing = time.monotonic() - began
+        ratios = [ours / theirs for ours, theirs in zip(best, empty, strict=True)]
+        if min(ratios) < 0.7 or grown > 20 or listed != 100:
+            raise Failed(f"ratios {ratios}, grown {grown} MB")
+        return (
+            f"pending={pending} filled_in={seconds:.0f}s enqueue={best[0]:.0f}/s ({ratios[0]:.0%} of empty) "
+            f"lease+settle={best[1]:.0f}/s ({ratios[1]:.0%}) memory_grown={grown:.1f}MB list={listing * 1000:.1f}ms"
+        )
+
+
+def _rates(queue: SQLiteQueue, sample: int) -> tuple[float, float]:
+    began = time.monotonic()
+    for _ in range(sample):
+        queue.enqueue(make_task(eta=60.0))
+    enqueued = time.monotonic()
+    leased = 0
+    while leased < sample:
+        leases = queue.lease(owner="chaos", limit=20, seconds=600.0, now=100.0)
+        queue.settle_many([(lease, Settlement(verdict=Verdict.DONE)) for lease in leases], now=100.0)
+        leased += len(leases)
+    return sample / (enqueued - began), sample / (time.monotonic() - enqueued)
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
