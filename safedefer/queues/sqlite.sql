@@ -261,9 +261,22 @@ SELECT seq, id, queue, name, callable_name, url, target, audience, headers, retr
     rejections, first_rejection, previous_response, retry_reason, token, unique_key
 FROM safedefer_tasks WHERE seq = :seq;
 
+-- name: task_texts
+SELECT CAST(id AS BLOB), CAST(queue AS BLOB), CAST(name AS BLOB), CAST(callable_name AS BLOB), CAST(url AS BLOB),
+    CAST(target AS BLOB), CAST(audience AS BLOB), CAST(headers AS BLOB), CAST(retry_options AS BLOB),
+    CAST(blob_id AS BLOB), CAST(retry_reason AS BLOB), CAST(unique_key AS BLOB)
+FROM safedefer_tasks WHERE seq = ?;
+
+-- name: task_mend
+UPDATE OR REPLACE safedefer_tasks
+SET id = ?, queue = ?, name = ?, callable_name = ?, url = ?, target = ?, audience = ?, headers = ?,
+    retry_options = ?, blob_id = ?, retry_reason = ?, unique_key = ?, owner = NULL
+WHERE seq = ?;
+
 -- name: task_lease
+-- Counters stop at a value that one more does not overflow, whatever somebody wrote into the file.
 UPDATE safedefer_tasks
-SET owner = :owner, leased_at = :now, due = :until, deliveries = deliveries + 1,
+SET owner = :owner, leased_at = :now, due = :until, deliveries = min(deliveries, 2147483646) + 1,
     attempts = :attempts, first_attempt = :first_attempt, retry_reason = :retry_reason,
     previous_response = :previous_response
 WHERE seq = :seq;
@@ -278,10 +291,10 @@ FROM safedefer_tasks WHERE id = :id;
 -- name: task_retry
 UPDATE safedefer_tasks
 SET owner = NULL, leased_at = NULL, due = :at,
-    attempts = attempts + :charged,
+    attempts = min(attempts, 2147483646) + :charged,
     first_attempt = CASE WHEN :charged THEN coalesce(first_attempt, leased_at) ELSE first_attempt END,
-    executions = executions + :executed,
-    rejections = rejections + :rejected,
+    executions = min(executions, 2147483646) + :executed,
+    rejections = min(rejections, 2147483646) + :rejected,
     first_rejection = CASE WHEN :rejected THEN coalesce(first_rejection, :now) ELSE first_rejection END,
     previous_response = :status,
     retry_reason = :reason
@@ -293,7 +306,7 @@ INSERT INTO safedefer_dead (
     eta, created, expires, attempts, reason, ended, token
 )
 SELECT id, queue, name, callable_name, url, target, audience, headers, retry_options,
-    eta, created, expires, attempts + :charged, :reason, :now,
+    eta, created, expires, min(attempts, 2147483646) + :charged, :reason, :now,
     coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq), token)
 FROM safedefer_tasks WHERE seq = :seq;
 
@@ -302,7 +315,7 @@ INSERT INTO safedefer_ended (
     id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, reason, ended
 )
 SELECT id, queue, name, callable_name, url, target, audience, eta, created, expires,
-    attempts + :charged, :state, :reason, :now
+    min(attempts, 2147483646) + :charged, :state, :reason, :now
 FROM safedefer_tasks WHERE seq = :seq;
 
 -- name: task_delete

@@ -1,0 +1,258 @@
+"""Whoever writes the queue's storage, without a key: everything beside the token is a hint, and the token is signed."""
+
+import asyncio
+import logging
+import random
+
+import apsw
+import pytest
+
+from safedefer.dispatcher import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
+from safedefer.errors import Error
+from safedefer.queues.base import TaskState
+from safedefer.web.server import serving
+from tests.adversarial import victim
+from tests.adversarial.forge import NOW, URL, Clock, make_app, post
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture
+def app(path, clock):
+    app = make_app(path, clock=clock)
+    yield app
+    app.close()
+
+
+def write(path, statement, values=()):
+    """What the attacker does: another connection, no checks of ours."""
+    connection = apsw.Connection(str(path))
+    connection.execute(statement, values)
+    connection.close()
+
+
+def read(path, statement):
+    connection = apsw.Connection(str(path))
+    rows = list(connection.execute(statement))
+    connection.close()
+    return rows
+
+
+async def dispatch(app, clock):
+    """Deliver what is due, over and over, as hours go by, until nothing waits."""
+    dispatcher = Dispatcher(
+        app.queue,
+        InProcessDelivery(app.handle),
+        clock=clock,
+        options=DispatcherOptions(concurrency=4, poll_seconds=0.05),
+        rng=random.Random(1),
+    )
+    for _ in range(40):
+        await asyncio.wait_for(dispatcher.run_until_empty(), 20)
+        due = app.queue.next_due(now=clock())
+        if due is None:
+            return
+        clock.now = max(clock.now + 400.0, min(due, clock.now + HOUR))
+
+
+#: Column, and what the attacker writes into it (SQL).
+HOSTILE = [
+    *[("id", text) for text in ("'ffffffffffffffffffffffffffffffff'", "'x'", "'\x1b[31m'", "''")],
+    *[("queue", text) for text in ("'mail'", "'other'", "''", "'a' || char(13, 10) || 'X-Evil: 1'", "'default '")],
+    *[("name", text) for text in ("'other-name'", "'a' || char(13, 10) || 'X-Evil: 1'", "hex(zeroblob(400))")],
+    *[("callable_name", text) for text in ("'os:system'", "char(27) || '[2J'")],
+    *[("url", text) for text in ("'/admin'", "'//evil.example/'", "'@evil.example/'", "'http://evil.example/'", "''", "'/_ah/queue/mail'", "'/' || char(10)")],
+    *[("target", text) for text in ("'other'", "''", "'evil.example'", "'default' || char(0)")],
+    *[("audience", text) for text in ("'test:mail:default:/_ah/queue/deferred'", "''", "'x'")],
+    *[("headers", text) for text in ("'{\"Host\": \"evil.example\"}'", "'{\"Content-Encoding\": \"gzip\"}'", "'{\"X-AppEngine-QueueName\": \"mail\"}'",
+        "'{\"X\": \"1\\r\\nX-Evil: 1\"}'", "'{\"X\": 1}'", "'[]'", "'null'", "'no json'", "''", "'{\"X\": {}}'", "printf('%.*c', 100000, '[')", "'NaN'")],
+    *[("retry_options", text) for text in ("'{\"task_retry_limit\": -1}'", "'{\"min_backoff_seconds\": 1e999}'", "'{\"x\": 1}'", "'[]'", "'no json'", "'null'", "printf('%.*c', 100000, '[')")],
+    *[("eta", text) for text in ("0", "-1e308", "9e999", "1e300")],
+    *[("created", text) for text in ("0", "9e999")],
+    *[("expires", text) for text in ("0", "9223372036854775807", "-1")],
+    *[("digest", text) for text in ("x''", "zeroblob(32)", "randomblob(32)")],
+    *[("blob_id", text) for text in ("'../../etc/passwd'", "'ffffffffffffffffffffffffffffffff'")],
+    *[("due", text) for text in ("0", "-1e308")],
+    *[("owner", text) for text in ("'somebody'", "''")],
+    *[("leased_at", text) for text in ("0", "9e999")],
+    *[("attempts", text) for text in ("-1", "9223372036854775807")],
+    *[("deliveries", text) for text in ("-1", "9223372036854775807")],
+    *[("executions", text) for text in ("-9", "9223372036854775807")],
+    *[("first_attempt", text) for text in ("0", "9e999")],
+    *[("rejections", text) for text in ("-9", "9", "9223372036854775807")],
+    *[("unique_key", text) for text in ("'x'", "''")],
+    *[(column, "CAST(x'61ff' AS TEXT)") for column in ("id", "queue", "name", "callable_name", "url", "target", "audience", "headers",
+        "retry_options", "blob_id", "owner", "retry_reason", "unique_key")],
+    *[("first_rejection", text) for text in ("0", "9e999")],
+    *[("previous_response", text) for text in ("-1", "9223372036854775807")],
+    *[("retry_reason", text) for text in ("'a' || char(13, 10) || 'X-Evil: 1'", "''")],
+    *[("token", text) for text in ("x''", "x'00'", "zeroblob(2000000)", "CAST('../../etc/passwd' AS BLOB)", "CAST(token || x'0a' AS BLOB)", "substr(token, 2)")],
+]  # fmt: skip
+
+
+def test_every_column_is_attacked(app, path):
+    app.queue.stats(now=NOW)
+    app.defer(victim.note)
+    columns = {row[1] for row in read(path, "PRAGMA table_info(safedefer_tasks)")}
+    assert {column for column, _ in HOSTILE} == columns - {"seq"}
+
+
+@pytest.mark.parametrize(("column", "value"), HOSTILE, ids=lambda value: str(value)[:40])
+async def test_a_changed_column_makes_no_other_task_of_it_and_its_neighbours_run(
+    app, path, clock, ran, caplog, column, value
+):
+    caplog.set_level(logging.CRITICAL)
+    before = app.options(name="before").defer(victim.note, "before")
+    target = app.options(countdown=100).defer(victim.note, "target")
+    app.defer(victim.note, "after")
+    token = target.payload
+    write(path, f"UPDATE safedefer_tasks SET {column} = {value} WHERE id = ?", (target.id,))
+    await dispatch(app, clock)
+    done = [args[0] for args, _ in ran]
+    assert sorted(done) in (["after", "before"], ["after", "before", "target"])
+    if "target" not in done:
+        (row,) = read(path, "SELECT token, reason FROM safedefer_dead")
+        assert row[0] == token or column == "token"
+        assert row[1]
+    assert app.queue.find(before.id).state is TaskState.SUCCEEDED
+
+
+async def test_a_task_never_runs_before_the_time_that_was_signed(app, path, clock, ran):
+    app.options(countdown=1000).defer(victim.note, "later")
+    write(path, "UPDATE safedefer_tasks SET eta = 0, due = 0, created = 0")
+    dispatcher = Dispatcher(
+        app.queue, InProcessDelivery(app.handle), clock=clock, options=DispatcherOptions(poll_seconds=0.05)
+    )
+    for now in (NOW, NOW + 500, NOW + 989):
+        clock.now = now
+        write(path, "UPDATE safedefer_tasks SET due = 0")
+        await asyncio.wait_for(dispatcher.run_until_empty(), 20)
+        assert ran == []
+    clock.now = NOW + 1000
+    write(path, "UPDATE safedefer_tasks SET due = 0")
+    await asyncio.wait_for(dispatcher.run_until_empty(), 20)
+    assert ran == [(("later",), {})]
+
+
+async def test_a_token_under_another_row_runs_as_itself_once(app, path, clock, ran):
+    one, two = app.defer(victim.note, 1), app.defer(victim.note, 2)
+    write(path, "UPDATE safedefer_tasks SET token = ? WHERE id = ?", (one.payload, two.id))
+    await dispatch(app, clock)
+    assert ran == [((1,), {})]
+
+
+async def test_a_row_copied_to_other_queues_and_urls_runs_nowhere_else(app, path, clock, ran):
+    task = app.defer(victim.note, 1)
+    columns = [
+        row[1]
+        for row in read(path, "PRAGMA table_info(safedefer_tasks)")
+        if row[1] not in {"seq", "id", "queue", "url", "target"}
+    ]
+    for number, (queue, url, target) in enumerate(
+        [
+            ("mail", URL, "default"),
+            ("default", "/_ah/queue/mail", "default"),
+            ("default", URL, "other"),
+            ("default", URL, "default"),
+        ]
+    ):
+        names = ", ".join(columns)
+        write(
+            path,
+            f"INSERT INTO safedefer_tasks (id, queue, url, target, {names}) SELECT ?, ?, ?, ?, {names} FROM safedefer_tasks WHERE id = ?",
+            (f"{number:032x}", queue, url, target, task.id),
+        )
+    await dispatch(app, clock)
+    assert ran == [((1,), {})]
+
+
+def test_no_byte_of_a_stored_token_can_be_changed(app, ran):
+    """All of them, through the handler: the queue hands on the bytes as they are."""
+    token = app.defer(victim.note, "text", n=1).payload
+    for position in range(len(token)):
+        for mask in (1, 2, 32, 128):
+            changed = bytearray(token)
+            changed[position] ^= mask
+            status, headers, _ = post(app, bytes(changed))
+            assert (status, headers["Safedefer-Outcome"]) == (403, "refused"), position
+    for position in range(len(token)):
+        assert post(app, token[:position] + token[position + 1 :])[0] == 403
+    assert ran == []
+    assert post(app, token)[0] == 200
+    assert ran == [(("text",), {"n": 1})]
+
+
+async def test_no_byte_of_an_oversize_task_can_be_changed(app, path, clock, ran):
+    task = app.defer(victim.note, "x" * 12_000)
+    ((blob_id, stored),) = read(path, "SELECT id, data FROM safedefer_blobs")
+    source = random.Random(5)
+    for position in [0, 1, len(stored) - 1, *(source.randrange(len(stored)) for _ in range(60))]:
+        changed = bytearray(stored)
+        changed[position] ^= 1 << source.randrange(8)
+        write(path, "UPDATE safedefer_blobs SET data = ?", (bytes(changed),))
+        status, headers, _ = await app.handle({"Content-Type": "application/jose"}, task.payload, path=URL)
+        assert (status, headers["Safedefer-Outcome"]) == (500, "rejected")
+    other = app.serialize(victim.note, "y" * 12_000)
+    for data in (b"", other, task.payload, stored + b"A", stored[:-1]):
+        write(path, "UPDATE safedefer_blobs SET data = ?", (data,))
+        assert (await app.handle({"Content-Type": "application/jose"}, task.payload, path=URL)).status in {403, 500}
+    assert ran == []
+    write(path, "UPDATE safedefer_blobs SET data = ?", (stored,))
+    await dispatch(app, clock)
+    assert [len(args[0]) for args, _ in ran] == [12_000]
+
+
+#: What the attacker does to a dead letter before somebody runs it again.
+DEAD = {
+    "another token": "token = x'6162'",
+    "another byte": "token = CAST(replace(CAST(token AS TEXT), 'A', 'B') AS BLOB)",
+    "another URL": "url = '/admin'",
+    "headers": """headers = '{"Host": "evil.example"}'""",
+    "headers that are none": "headers = '[]'",
+    "retry options that are none": "retry_options = 'no json'",
+    "retry options out of range": """retry_options = '{"task_age_limit": 1e999}'""",
+    "another target": "target = 'evil'",
+    "another queue": "queue = 'mail'",
+    "another callable": "callable_name = 'os:system'",
+}
+
+
+@pytest.mark.parametrize("how", DEAD)
+async def test_a_dead_letter_that_was_changed_is_run_again_as_it_was_signed_or_not_at_all(app, path, clock, ran, how):
+    task = app.defer(victim.fail, "once")
+    await dispatch(app, clock)
+    assert ran == [("fail", ("once",))]
+    write(path, f"UPDATE safedefer_dead SET {DEAD[how]}")
+    try:
+        again = app.retry(task.id)
+    except (Error, ValueError, TypeError, AttributeError):
+        again = None
+    if again is not None:
+        assert (again.url, again.queue_name, again.target) == (URL, "default", "default")
+        assert "Host" not in again.headers
+        await dispatch(app, clock)
+    assert ran == [("fail", ("once",))] * (1 if again is None else 2)
+
+
+async def test_a_poisoned_row_does_not_reach_another_handler_by_http(app, path, clock, ran):
+    """Headers of the storage are checked before they become a request."""
+    for number, headers in enumerate(
+        ('{"X": "1\\r\\nX-Evil: 1"}', '{"Transfer-Encoding": "chunked"}', '{"Content-Length": "1"}')
+    ):
+        task = app.defer(victim.note, number)
+        write(path, "UPDATE safedefer_tasks SET headers = ? WHERE id = ?", (headers, task.id))
+    app.defer(victim.note, "fine")
+    async with serving(app, "127.0.0.1", 0) as url, HttpDelivery(url) as deliver:
+        dispatcher = Dispatcher(app.queue, deliver, clock=clock, options=DispatcherOptions(poll_seconds=0.05))
+        await asyncio.wait_for(dispatcher.run_until_empty(), 20)
+    assert ran == [(("fine",), {})]
