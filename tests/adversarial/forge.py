@@ -30,14 +30,13 @@ def keyring():
 
 def make_app(path=None, *, policy=None, **options):
     """An application with the keys, queues and URL of the vectors, whose tasks are those of ``victim``."""
-    options.setdefault("clock", Clock())
+    options = {"clock": Clock(), "targets": {}, **options}
     return App(
         keyring=keyring(),
         policy=policy or Policy(VICTIM, "tests.schema.tasks"),
         queue="memory://" if path is None else f"sqlite:///{path}",
         environment="test",
         queues=["mail"],
-        targets={},
         **options,
     )
 

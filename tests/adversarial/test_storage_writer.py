@@ -194,7 +194,7 @@ def test_no_byte_of_a_stored_token_can_be_changed(app, ran):
 
 async def test_no_byte_of_an_oversize_task_can_be_changed(app, path, clock, ran):
     task = app.defer(victim.note, "x" * 12_000)
-    ((blob_id, stored),) = read(path, "SELECT id, data FROM safedefer_blobs")
+    ((_, stored),) = read(path, "SELECT id, data FROM safedefer_blobs")
     source = random.Random(5)
     for position in [0, 1, len(stored) - 1, *(source.randrange(len(stored)) for _ in range(60))]:
         changed = bytearray(stored)
