@@ -176,7 +176,7 @@ def _fill_pairs(dec: Decoder, out: dict[Any, Any], payload: list[Json], depth: i
 
 def fill_dict(out: dict[Any, Any], pairs: Sequence[tuple[Any, Any]]) -> None:
     """Add pairs to a dict, or to an object of a subclass, whose own methods do not run."""
-    insert = OrderedDict.__setitem__ if type(out) is OrderedDict else dict.__setitem__
+    insert: Any = OrderedDict.__setitem__ if type(out) is OrderedDict else dict.__setitem__
 
     def fill(pairs: Sequence[tuple[Any, Any]]) -> None:
         for key, value in pairs:

@@ -41,7 +41,13 @@ def workloads(customer=Customer):
     return {
         "w1 small": (("user-123", 20), {"notify": True}),
         "w2 typical": (
-            (when, UUID("12345678-1234-5678-1234-567812345678"), Decimal("19.99"), typical, customer(7, "Ann", ["x", "y"])),
+            (
+                when,
+                UUID("12345678-1234-5678-1234-567812345678"),
+                Decimal("19.99"),
+                typical,
+                customer(7, "Ann", ["x", "y"]),
+            ),
             {},
         ),
         "w3 rows": ((rows,), {}),
@@ -72,7 +78,9 @@ def fastest(actions, rounds=15):
 def main():
     from tests.benchmarks.bench_codec import Customer as Importable
 
-    print(f"{'':12}{'encode':>10}{'codec':>10}{'dumps':>10}{'ratio':>7}{'decode':>10}{'codec':>10}{'loads':>10}{'ratio':>7}")
+    print(
+        f"{'':12}{'encode':>10}{'codec':>10}{'dumps':>10}{'ratio':>7}{'decode':>10}{'codec':>10}{'loads':>10}{'ratio':>7}"
+    )
     for name, (args, kwargs) in workloads(Importable).items():
         text = encode(args, kwargs)
         data = pickle.dumps((args, kwargs), 2)

@@ -69,7 +69,9 @@ def measure(args, kwargs, rounds=25):
 
 
 def main():
-    print(f"{'':12}{'defer us':>10}{'run us':>10}{'google us':>11}{'ratio':>8}{'signed us':>11}{'ratio':>8}{'target':>8}")
+    print(
+        f"{'':12}{'defer us':>10}{'run us':>10}{'google us':>11}{'ratio':>8}{'signed us':>11}{'ratio':>8}{'target':>8}"
+    )
     for name, (args, kwargs) in workloads(Customer).items():
         best = measure(args, kwargs)
         ours = best["safedefer", "defer"] + best["safedefer", "run"]
