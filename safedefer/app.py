@@ -12,8 +12,11 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
+from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
 
@@ -48,11 +51,13 @@ from safedefer.errors import (
     UnknownQueueError,
 )
 from safedefer.events import LogObserver, Observer, TaskEnqueued, notify
-from safedefer.execution import Codec, Validate, call_in_thread, is_async, prepare
+from safedefer.execution import Codec, Validate, call_in_thread, current_task, is_async, prepare
 from safedefer.keys import Keyring
+from safedefer.outbox import Outbox
 from safedefer.policy import Policy
 from safedefer.queues import open_queue
-from safedefer.queues.base import PullQueue, QueuedTask, TaskState
+from safedefer.queues.base import AlreadyWaiting, DeadFilter, PullQueue, QueuedTask, TaskState, TaskView
+from safedefer.queues.config import QueueFile
 from safedefer.refs import bound_object
 from safedefer.settings import Settings
 from safedefer.signing import Serves, Signer, Verifier
@@ -80,7 +85,10 @@ class App:
         environment: ``prod``, ``staging``, ...: tasks of one do not run in another.
         url: The path that tasks are posted to by default.
         prefix: A path in front of the handler's, which tokens do not name.
-        queues: The names of the queues there are; None is any name.
+        queues: The names of the queues there are; None is those of ``queue_yaml``, or any name without one.
+        queue_yaml: A ``queue.yaml``: rates, caps, targets and retry parameters of queues. Without one nothing is limited.
+        outboxes: Databases that dispatching processes sweep for transactional tasks, besides those that they use
+            themselves: ``sqlite:///shop.db`` or a SQLAlchemy URL.
         targets: Addresses of handlers by the name that ``target`` gives them; None is any name, one handler.
         allow_pickle: Whether arguments may travel as pickles where a call and its key say so too.
         by_value_pickles_run_code: Whether functions may travel by value inside pickles: whoever has
@@ -107,6 +115,8 @@ class App:
         url: str = DEFAULT_URL,
         prefix: str = "",
         queues: Iterable[str] | None = None,
+        queue_yaml: str | Path | QueueFile | None = None,
+        outboxes: Sequence[str] = (),
         targets: Mapping[str, str] | None = None,
         allow_pickle: bool = False,
         by_value_pickles_run_code: bool = False,
@@ -122,6 +132,8 @@ class App:
             raise ConfigurationError(
                 "an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`"
             )
+        self.queue_file = QueueFile.load(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
+        queues = _declared(queues, targets, self.queue_file)
         _check_names(environment, url, prefix, queues, targets)
         _check_numbers(concurrency, inline_limit, lease_seconds, validate)
         self._keyring = keyring
@@ -150,6 +162,7 @@ class App:
         if allow_pickle:
             self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
         self._queue: PullQueue | str = queue
+        self.outbox = Outbox(lambda: self.queue, urls=outboxes, clock=clock)
         # Reentrant: loading the policy imports modules, and one of them may defer something.
         self._lock = RLock()
         self._delivery: Delivery | None = None
@@ -174,6 +187,8 @@ class App:
             url=settings.url,
             prefix=settings.prefix,
             queues=settings.queues,
+            queue_yaml=settings.queue_yaml,
+            outboxes=settings.outboxes or (),
             targets=settings.targets,
             allow_pickle=settings.allow_pickle,
             concurrency=settings.concurrency,
@@ -225,6 +240,7 @@ class App:
         retry_options: TaskRetryOptions | None = None,
         target: str | None = None,
         transactional: bool = False,
+        unique: bool = False,
         url: str | None = DEFAULT_URL,
         pickle: bool = False,
     ) -> Deferral:
@@ -242,6 +258,7 @@ class App:
             retry_options=retry_options,
             target=target,
             transactional=transactional,
+            unique=unique,
             url=url,
             pickle=pickle,
         )
@@ -252,7 +269,13 @@ class App:
     ) -> Task:
         """Defer one call with an ``Options`` object: what every other form of ``defer`` comes to."""
         task, queued = self._build(options, obj, args, kwargs)
-        self.queue.enqueue(queued)
+        if options.transactional:
+            self.outbox.put(queued)
+            task = replace(task, was_enqueued=False)
+        elif options.unique:
+            return self._enqueue_unique(task, queued)
+        else:
+            self.queue.enqueue(queued)
         self._tell(queued)
         return task
 
@@ -261,11 +284,69 @@ class App:
         built = [self._build(options, obj, args, kwargs) for obj, args, kwargs in calls]
         if options.name is not None and len(built) > 1:
             raise InvalidTaskError("several tasks cannot have one name; defer them one by one, or without a name")
-        if built:
+        if options.unique:
+            raise InvalidTaskError("unique tasks are deferred one by one; leave unique out, or call defer() for each")
+        if options.transactional:
+            for _, queued in built:
+                self.outbox.put(queued)
+        elif built:
             self.queue.enqueue_many([queued for _, queued in built])
         for _, queued in built:
             self._tell(queued)
-        return [task for task, _ in built]
+        return [replace(task, was_enqueued=not options.transactional) for task, _ in built]
+
+    def _enqueue_unique(self, task: Task, queued: QueuedTask) -> Task:
+        while True:
+            try:
+                self.queue.enqueue(queued)
+            except AlreadyWaiting as error:
+                existing = self.queue.find(error.task_id)
+                if existing is not None and existing.state in {TaskState.WAITING, TaskState.RUNNING}:
+                    return _task_of(existing)
+                continue  # it ended in between
+            self._tell(queued)
+            return task
+
+    # --- Transactions ---
+
+    def transaction(self, connection: object) -> AbstractContextManager[None]:
+        """Make tasks that are deferred with ``transactional=True`` in this block go with a transaction.
+
+        They are enqueued if it commits, and only then. If no transaction is open, the block opens one, commits it
+        at its end, and undoes it if the block raises; one that is open already stays the caller's to commit.
+
+        Args:
+            connection: A ``sqlite3.Connection``, a SQLAlchemy ``Connection`` or ``Session`` (on SQLite or
+                PostgreSQL), or an ``apsw.Connection``, which may be to the queue's own file.
+
+        Raises:
+            BadTransactionStateError: The connection is of no known kind, or cannot be used for this.
+        """
+        return self.outbox.transaction(connection)
+
+    def once(self, connection: object, effect: str | None = None) -> AbstractContextManager[bool]:
+        """Give True the first time, and False when the effect has been had: for an effect that happens exactly once.
+
+        The note is in the transaction of the effect itself, which is opened and ended as ``transaction`` does. ::
+
+            with app.once(connection) as first:
+                if first:
+                    connection.execute("UPDATE accounts ...")
+
+        Args:
+            connection: As for ``transaction``.
+            effect: Names it, up to 700 characters; without it, the task that runs and the one that it re-runs.
+
+        Raises:
+            BadTransactionStateError: There is no name and no task runs here, or as ``transaction``.
+        """
+        context = current_task()
+        if effect is not None:
+            return self.outbox.once(connection, effect=f"effect:{effect}")
+        if context is None:
+            raise BadTransactionStateError("no task runs here; name the effect: app.once(connection, 'charge-42')")
+        also = None if context.retry_of is None else f"task:{context.retry_of}"
+        return self.outbox.once(connection, effect=f"task:{context.id}", also=also)
 
     def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
         """Return the signed token of a call, for the default queue and URL; enqueues nothing."""
@@ -275,11 +356,12 @@ class App:
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Task, QueuedTask]:
         if options.transactional:
-            raise BadTransactionStateError("transactional=True needs a transaction; use it inside one, or leave it out")
+            self.outbox.check(named=options.name is not None or options.unique)
         self._check_destination(options)
         now = self._clock()
         claims = self._claims(options, obj, args, kwargs, now)
-        return self._package(claims, options, now)
+        task, queued = self._package(claims, options, now)
+        return task, replace(queued, unique_key=_unique_key(claims)) if options.unique else queued
 
     def _package(self, claims: Claims, options: Options, now: float) -> tuple[Task, QueuedTask]:
         """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize."""
@@ -354,8 +436,8 @@ class App:
             jti=new_task_id(now),
             iat=int(now),
             nbf=int(eta),
-            exp=int(eta) + _lifetime(options.retry_options),
-            aud=f"{self.environment}:{options.queue}:{options.target or DEFAULT_TARGET}:{url}",
+            exp=int(eta) + _lifetime(self._retry_options(options.queue, options.retry_options)),
+            aud=f"{self.environment}:{options.queue}:{options.target or self._target(options.queue)}:{url}",
             cty=cty,
             name=options.name,
             call=Call.trusted(ref, data.bound),
@@ -380,6 +462,17 @@ class App:
             raise InvalidTaskError(
                 f"there is no target {options.target}; set SAFEDEFER_TARGETS, or use one of {_list(self.targets or ())}"
             )
+
+    def _target(self, queue: str) -> str:
+        section = None if self.queue_file is None else self.queue_file.section(queue)
+        return DEFAULT_TARGET if section is None or section.target is None else section.target
+
+    def _retry_options(self, queue: str, own: TaskRetryOptions | None) -> TaskRetryOptions | None:
+        """Return the retry options of a task, completed by its queue's."""
+        section = None if self.queue_file is None else self.queue_file.section(queue)
+        if section is None:
+            return own
+        return TaskRetryOptions.from_given({**section.retry_parameters.given(), **(own.given() if own else {})})
 
     def _tell(self, queued: QueuedTask) -> None:
         notify(
@@ -521,14 +614,21 @@ class App:
         """End a waiting task unrun; False if it does not wait (any more)."""
         return self.queue.cancel(task_id, now=self._clock())
 
-    def retry(self, task_id: str) -> Task | None:
+    def retry(self, task_id: str, *, queue: str | None = None, eta: datetime | None = None) -> Task | None:
         """Re-run a dead letter as a new task, which names it in ``retry_of``; None if there is none.
 
         Only what verifies now is signed again, expiry aside: by a key that is not revoked, within that
         key's limits, and under the policy, arguments included.
 
+        Args:
+            task_id: The dead letter.
+            queue: Another queue to run it in.
+            eta: When it is due, aware; now without it.
+
         Raises:
             RejectedTask: The dead letter does not verify now; it stays where it is.
+            UnknownQueueError: There is no such queue.
+            InvalidTaskError: The queue's name or the eta is impossible.
         """
         view = self.queue.find(task_id)
         if view is None or view.state is not TaskState.DEAD:
@@ -541,19 +641,49 @@ class App:
         prepare(task, self._codecs)
         now = self._clock()
         retry_options = TaskRetryOptions.from_given(view.retry_options) if view.retry_options else None
+        environment, old_queue, target, url = task.claims.audience
+        options = Options(
+            headers=task.claims.headers or {},
+            retry_options=retry_options,
+            queue=queue or old_queue,
+            eta=eta,
+            target=target,
+            url=f"{_QUEUE_URLS}{queue}" if queue and url == f"{_QUEUE_URLS}{old_queue}" else url,
+        )
+        self._check_destination(options)
+        due = int(options.due(now))
         renewed = task.claims.model_copy(
             update={
                 "jti": new_task_id(now),
                 "iat": int(now),
-                "nbf": int(now),
-                "exp": int(now) + _lifetime(retry_options),
+                "nbf": due,
+                "exp": due + _lifetime(self._retry_options(options.queue, retry_options)),
+                "aud": f"{environment}:{options.queue}:{target}:{options.path}",
                 "name": None,
                 "retry_of": task_id,
             }
         )
-        options = Options(headers=task.claims.headers or {}, retry_options=retry_options)
         again, queued = self._package(renewed, options, now)
         return again if self.queue.replace_dead(task_id, queued, now=now) else None
+
+    def retry_all(self, where: DeadFilter, *, queue: str | None = None) -> tuple[list[Task], dict[str, RejectedTask]]:
+        """Re-run every dead letter that ``where`` means; return the new tasks, and what does not verify now by id."""
+        tasks: list[Task] = []
+        refused: dict[str, RejectedTask] = {}
+        after: tuple[float, str] | None = None
+        started = self._clock()
+        # What dies again meanwhile is for the next time.
+        where = replace(where, before=min(started, started if where.before is None else where.before))
+        while page := self.queue.dead_letters(where, after=after):
+            for view in page:
+                after = (view.ended or 0.0, view.id)
+                try:
+                    task = self.retry(view.id, queue=queue)
+                except RejectedTask as error:
+                    refused[view.id] = error
+                else:
+                    tasks += [] if task is None else [task]
+        return tasks, refused
 
     def set_log_level(self, level: int) -> None:
         """Set the level that a normal run is logged at (App Engine ``set_log_level``).
@@ -575,6 +705,7 @@ class App:
                 self._delivery.close()
                 self._delivery = None
             self._closed = True
+            self.outbox.close()
             if not isinstance(self._queue, str):
                 self._queue.close()
 
@@ -599,6 +730,8 @@ class Deferral:
 
     async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
         """Do what ``defer`` does, without blocking the event loop."""
+        if self._options.transactional:  # a transaction belongs to its thread
+            return self._app.defer_with(self._options, obj, args, kwargs)
         return await asyncio.to_thread(self._app.defer_with, self._options, obj, args, kwargs)
 
     def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
@@ -631,6 +764,43 @@ def new_task_id(now: float) -> str:
     high = (milliseconds << 16) | 0x7000 | (noise >> 68 & 0xFFF)
     low = 1 << 63 | (noise & (2**62 - 1))
     return f"{high:016x}{low:016x}"
+
+
+def _task_of(view: TaskView) -> Task:
+    """Return a task that the queue has, as ``defer()`` returned it."""
+    return Task(
+        id=view.id,
+        name=view.name,
+        queue_name=view.queue,
+        url=view.url,
+        target=view.target,
+        headers=view.headers,
+        payload=view.token,
+        eta=datetime.fromtimestamp(view.eta, UTC),
+        retry_options=TaskRetryOptions.from_given(view.retry_options) if view.retry_options else None,
+        was_enqueued=True,
+    )
+
+
+def _unique_key(claims: Claims) -> str:
+    """Return what tasks of the same call and destination have in common."""
+    kwargs = dict(sorted((claims.kwargs or {}).items()))
+    same = claims.model_copy(update={"jti": "", "iat": 0, "nbf": 0, "exp": 0, "trace": None, "kwargs": kwargs})
+    return sha256(same.to_json()).hexdigest()
+
+
+def _declared(
+    queues: Iterable[str] | None, targets: Mapping[str, str] | None, file: QueueFile | None
+) -> Iterable[str] | None:
+    """Return the queues there are, with those of the file."""
+    if file is None or isinstance(queues, str):
+        return queues
+    for section in file.queue:
+        if targets is not None and section.target not in {None, DEFAULT_TARGET, *targets}:
+            raise ConfigurationError(
+                f"the queue {section.name} has the target {section.target}, which has no address; set SAFEDEFER_TARGETS"
+            )
+    return [*(queues or ()), *(section.name for section in file.queue)]
 
 
 def _random_id() -> str:

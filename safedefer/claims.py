@@ -381,6 +381,8 @@ class Options:
     """Which handler: a name that the dispatcher knows the address of."""
     transactional: bool = False
     """Enqueue with the current transaction, if it commits."""
+    unique: bool = False
+    """Return the task of the same call and destination that waits or runs already, if there is one."""
     url: str | None = DEFAULT_URL
     """The path that the task is posted to; None is the queue's own, ``/_ah/queue/<queue>``."""
     pickle: bool = False
@@ -395,9 +397,11 @@ class Options:
                 raise InvalidTaskError(f"the {part} is 1 to 100 characters of A-Z a-z 0-9 . -")
         if self.retry_options is not None and not isinstance(self.retry_options, TaskRetryOptions):
             raise InvalidTaskRetryOptionsError("retry_options is a TaskRetryOptions object")
-        for flag in ("transactional", "pickle"):
+        for flag in ("transactional", "unique", "pickle"):
             if type(getattr(self, flag)) is not bool:
                 raise InvalidTaskError(f"{flag} is True or False")
+        if self.unique and self.name is not None:
+            raise InvalidTaskError("a unique task has no name; leave one of the two out")
         _check_url(self.url)
         _check_eta(self.countdown, self.eta)
         object.__setattr__(self, "headers", _check_headers(self.headers))

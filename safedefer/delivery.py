@@ -328,6 +328,7 @@ class Delivery:
             headers=claims.headers or {},
             retry_count=run.retries,
             trace=claims.trace,
+            retry_of=claims.retry_of,
         )
         keeper = _Keeper(partial(self._extend, execution), self._options.lease_seconds / 3)
         try:

@@ -72,6 +72,8 @@ class TaskContext:
     retry_count: int = 0
     """Deliveries before this one (``X-AppEngine-TaskRetryCount``); a hint, it is not signed."""
     trace: str | None = None
+    retry_of: str | None = None
+    """The dead letter that this task re-runs."""
 
 
 _current: Final[ContextVar[TaskContext | None]] = ContextVar("safedefer_task", default=None)

@@ -157,17 +157,7 @@ class Outbox:
         Raises:
             BadTransactionStateError: There is no block, its transaction is over, or the task has a name.
         """
-        block = next((block for block in reversed(_blocks.get()) if block.outbox is self), None)
-        if block is None or block.closed:
-            raise BadTransactionStateError(
-                "a transactional task needs a transaction; defer it inside `with app.transaction(connection):`"
-            )
-        if task.name is not None or task.unique_key is not None:
-            raise BadTransactionStateError("a transactional task has no name and is not unique; leave that out")
-        if block.thread != threading.get_ident():
-            raise BadTransactionStateError("the transaction is another thread's; defer in the thread that began it")
-        if not block.source.in_transaction():
-            raise BadTransactionStateError("the transaction has ended already; defer before the commit")
+        block = self.check(named=task.name is not None or task.unique_key is not None)
         queue = self._queue()
         if self._is_queues_own(block.source):
             queue.enqueue_on(block.source.connection, (task,))  # type: ignore[attr-defined]  # both have it, see above
@@ -175,6 +165,25 @@ class Outbox:
             block.source.execute(_CREATE)
             block.source.execute(_INSERT, {"id": task.id, "created": task.created, "task": to_text(task)})
         block.count += 1
+
+    def check(self, *, named: bool) -> _Transaction:
+        """Return the block that a task may be put into.
+
+        Raises:
+            BadTransactionStateError: As ``put``.
+        """
+        block = next((block for block in reversed(_blocks.get()) if block.outbox is self), None)
+        if block is None or block.closed:
+            raise BadTransactionStateError(
+                "a transactional task needs a transaction; defer it inside `with app.transaction(connection):`"
+            )
+        if named:
+            raise BadTransactionStateError("a transactional task has no name and is not unique; leave that out")
+        if block.thread != threading.get_ident():
+            raise BadTransactionStateError("the transaction is another thread's; defer in the thread that began it")
+        if not block.source.in_transaction():
+            raise BadTransactionStateError("the transaction has ended already; defer before the commit")
+        return block
 
     def _check(self, source: Source) -> None:
         path = getattr(self._queue(), "path", None)

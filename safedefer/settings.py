@@ -45,7 +45,13 @@ class Settings(BaseSettings):
     url: str = Field(default=DEFAULT_URL, description="The path that tasks are posted to.")
     prefix: str = Field(default="", description="A path prefix in front of the handler, which tokens do not name.")
     queues: Annotated[list[str] | None, NoDecode, BeforeValidator(_words)] = Field(
-        default=None, description="The queues there are; not given: any."
+        default=None, description="The queues there are; not given: those of QUEUE_YAML, or any."
+    )
+    queue_yaml: Path | None = Field(
+        default=None, description="A queue.yaml: rates, caps, targets, retry parameters; not given: no limits."
+    )
+    outboxes: Annotated[list[str] | None, NoDecode, BeforeValidator(_words)] = Field(
+        default=None, description="Databases to sweep for transactional tasks: sqlite:///shop.db, or SQLAlchemy's URLs."
     )
     targets: Annotated[dict[str, str] | None, NoDecode, BeforeValidator(_pairs)] = Field(
         default=None, description="name=http://address of other handlers; not given: any name, one handler."
