@@ -32,6 +32,7 @@ from safedefer.delivery import OUTCOME_HEADER, QUEUE_HEADER, RETRY_HEADER, Respo
 from safedefer.errors import Error, InvalidTaskError, InvalidTaskRetryOptionsError, LeaseLost, QueueError
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, PullQueue, QueuedTask, Settlement, Verdict
+from safedefer.queues.rates import MAX_HOLD, QueueLimits
 
 _T = TypeVar("_T")
 _log: Final = logging.getLogger("safedefer.dispatcher")
@@ -46,6 +47,8 @@ REJECT_SECONDS: Final = 3_600.0
 
 _CONTENT_TYPE: Final = "application/jose"
 _OUTCOME: Final = OUTCOME_HEADER.lower()
+#: The first hold of a queue whose handler is at capacity; it doubles with each such answer in a row.
+_BUSY_SECONDS: Final = 0.02
 #: How far ahead of free places tasks are leased, in seconds of the work that was done of late.
 _AHEAD_SECONDS: Final = 0.02
 #: Tasks for a place that is down are put off one after the other, by so many seconds each, up to a minute.
@@ -146,11 +149,27 @@ def _check_hints(task: QueuedTask) -> None:
     Options(name=task.name or task.id, queue=task.queue, target=task.target, url=str(task.url), headers=headers)
 
 
+def _headers(response: Response) -> dict[str, str]:
+    # Proxies write the names of headers as they like.
+    return {name.lower(): value for name, value in response.headers.items()}
+
+
+def asks_to_wait(response: Response) -> float | None:
+    """Return the seconds for which an answer asks to send nothing more; None if it does not.
+
+    That is 429 or 503 with ``Retry-After``, of our handler or of whatever stands before it. A task that came
+    too early says nothing of its queue.
+    """
+    headers = _headers(response)
+    if response.status not in {429, 503} or "retry-after" not in headers or headers.get(_OUTCOME) == "early":
+        return None
+    return min(_seconds(headers["retry-after"]), MAX_HOLD)
+
+
 def judge(lease: Lease, response: Response, *, now: float, jitter: float) -> Settlement:
     """Turn a handler's answer into what becomes of the task."""
     status = response.status
-    # Proxies write the names of headers as they like.
-    headers = {name.lower(): value for name, value in response.headers.items()}
+    headers = _headers(response)
     outcome = headers.get(_OUTCOME, "")
     if 200 <= status <= 299:  # noqa: PLR2004  # the range of success
         if outcome == "failed":
@@ -162,6 +181,9 @@ def judge(lease: Lease, response: Response, *, now: float, jitter: float) -> Set
         return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, status=status, reason=outcome)
     if outcome in {"rejected", "refused"}:
         return _judge_rejection(lease, status, outcome, now=now, jitter=jitter)
+    if not outcome and (asked := asks_to_wait(response)) is not None:  # whoever it is has not taken the request
+        at = now + asked * (1 + jitter)
+        return Settlement(verdict=Verdict.RETRY, at=at, charged=False, status=status, reason="busy")
     return _judge_failure(lease, status, now=now, jitter=jitter)
 
 
@@ -308,6 +330,10 @@ class DispatcherOptions:
     """The queues to empty; None is all."""
     poll_seconds: float = 5.0
     """The longest sleep between two looks at the queue."""
+    limits: Sequence[QueueLimits] | None = None
+    """Put in force at the start, for every dispatcher of the queue; None leaves them as they are."""
+    retry_options: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By queue: what counts where a task brings nothing of its own."""
 
 
 @dataclass(slots=True)
@@ -338,6 +364,10 @@ class _State:
     leasing: bool = False
     dry: bool = False
     """Whether the last look at the queue found nothing."""
+    configured: bool = False
+    """Whether the limits are in force."""
+    busy: dict[str, int] = field(default_factory=dict)
+    """Answers in a row that asked a queue to wait."""
     ended: deque[float] = field(default_factory=deque)
     """When the last deliveries ended, as many as may run at once."""
     down: dict[str, _Down] = field(default_factory=dict)
@@ -393,6 +423,7 @@ class Dispatcher:
         try:
             while not self._stopping.is_set():
                 try:
+                    await self._configure()
                     if not await self._turn():
                         await self._rest()
                 except Exception as error:  # noqa: BLE001  # the storage's, or of a row that somebody wrote into it
@@ -401,6 +432,12 @@ class Dispatcher:
             await self._drain()
         finally:
             await self._end(helpers)
+
+    async def _configure(self) -> None:
+        limits = self._options.limits
+        if limits is not None and not self._state.configured:
+            await self._in_thread(partial(self._queue.configure, limits, now=self._clock()))
+        self._state.configured = True
 
     async def run_until_empty(self) -> None:
         """Work until no task is due or being delivered: for tests and scripts. Later tasks stay."""
@@ -443,12 +480,21 @@ class Dispatcher:
                 )
             )
             self._state.dry = not leases
+            leases = [self._completed(lease) for lease in leases]
             self._state.leases.update((lease.owner, lease) for lease in leases)
             self._state.ready.extend(leases)
         finally:
             self._state.leasing = False
         self._start()
         return bool(leases)
+
+    def _completed(self, lease: Lease) -> Lease:
+        """Return a lease whose task has the retry options of its queue where it has none of its own."""
+        queues_own = self._options.retry_options.get(lease.task.queue)
+        if not queues_own:
+            return lease
+        merged = {**queues_own, **lease.task.retry_options}
+        return replace(lease, task=replace(lease.task, retry_options=merged))
 
     def _wanted(self) -> int:
         """How many tasks to lease now: for the free places, and a little ahead where tasks are short."""
@@ -539,6 +585,7 @@ class Dispatcher:
                 down.probing = False
         self._state.down.pop(place, None)
         settlement = judge(lease, response, now=self._clock(), jitter=jitter)
+        await self._slow(lease.task.queue, response)
         if settlement.verdict is Verdict.DONE and not any(name.lower() == _OUTCOME for name in response.headers):
             _log.warning(
                 "%s answered %d without %s, which counts as done; if it is no handler, correct the address",
@@ -549,6 +596,21 @@ class Dispatcher:
         if settlement.verdict is Verdict.DEAD and settlement.reason in {None, "rejected"}:
             return replace(settlement, reason=await self._recorded_reason(lease.task.id) or settlement.reason)
         return settlement
+
+    async def _slow(self, queue: str, response: Response) -> None:
+        """Hold a queue whose handler asks for it; our own at capacity, at first for a moment only."""
+        seconds = asks_to_wait(response)
+        if seconds is None:
+            self._state.busy.pop(queue, None)
+            return
+        times = self._state.busy[queue] = self._state.busy.get(queue, 0) + 1
+        if _headers(response).get(_OUTCOME) == "busy":
+            seconds = min(seconds, _BUSY_SECONDS * 2 ** min(times, 10))
+        now = self._clock()
+        try:
+            await self._in_thread(partial(self._queue.hold, queue, until=now + seconds, now=now))
+        except QueueError as error:
+            _log.error("the queue %a cannot be held (%s)", queue, _name(error))
 
     async def _recorded_reason(self, task_id: str) -> str | None:
         """Return what the handler wrote down of the attempt before it answered."""
