@@ -452,6 +452,15 @@ class App:
         except RecursionError:  # the codec's limits are below this, unless they were raised
             raise TaskTooLargeError("the arguments nest too deeply; pass an id instead of the data") from None
 
+    def check_queue(self, name: str) -> None:
+        """Check that a queue may exist.
+
+        Raises:
+            InvalidTaskError: The name is impossible.
+            UnknownQueueError: It is not one of those that are declared.
+        """
+        self._check_destination(Options(queue=name))
+
     def _check_destination(self, options: Options) -> None:
         if self.queues is not None and options.queue not in self.queues:
             raise UnknownQueueError(

@@ -14,22 +14,21 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import import_module
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from safedefer import __version__
 from safedefer.app import App
+from safedefer.cli_common import app_option, load_app, plain, summary, time_text
+from safedefer.cli_queues import dead, queues
 from safedefer.dispatcher import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.errors import ConfigurationError, Error, PermanentTaskFailure, RejectedTask
 from safedefer.keys import MIN_SECRET_BYTES
-from safedefer.queues.base import TaskState, TaskView
+from safedefer.queues.base import TaskState
 from safedefer.task import VerifiedPointer
 from safedefer.token import encode_segment
 from safedefer.web.server import serving
-
-_APP_HELP: Final = "module:name of the App; without it, SAFEDEFER_* settings make one."
 
 
 class _Group(click.Group):
@@ -52,29 +51,6 @@ def main(*, verbose: bool) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-
-
-def load_app(spec: str | None) -> App:
-    """Import ``module:name``, or build an App from the environment.
-
-    Raises:
-        ConfigurationError: There is no such module or App.
-    """
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109  # as `python -m` does
-    if spec is None:
-        return App.from_settings()
-    module, colon, name = spec.partition(":")
-    if not colon or not module or not name:
-        raise ConfigurationError(f"{spec!a} is not module:name; write for example shop.tasks:app")
-    try:
-        found: object = import_module(module)
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(f"the module {error.name} is not found; run from the folder that has it") from error
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, App):
-        raise ConfigurationError(f"{spec} is not a safedefer.App; name the object that App(...) made")
-    return found
 
 
 # --- Keys -----------------------------------------------------------------------------------------
@@ -174,9 +150,7 @@ def dispatch(
     async def work() -> None:
         http = HttpDelivery(address, targets=loaded.targets, timeout=timeout, concurrency=concurrency)
         async with _signals() as stop, http as deliver:
-            options = DispatcherOptions(
-                concurrency=concurrency, lease_seconds=lease, drain_seconds=drain, queues=queues or None
-            )
+            options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
             await _dispatch(Dispatcher(loaded.queue, deliver, clock=time.time, options=options), stop)
 
     _run(loaded, work)
@@ -199,15 +173,29 @@ def run(
     async def work() -> None:
         async with _signals() as stop, serving(loaded, host, port) as url:
             print(url, flush=True)
-            options = DispatcherOptions(
-                concurrency=concurrency, lease_seconds=lease, drain_seconds=drain, queues=queues or None
-            )
+            options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
             deliver = InProcessDelivery(loaded.handle)
             dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options)
             await _dispatch(dispatcher, stop, loaded.delivery.drain)  # what is posted from now on is answered busy
             await _drain_handler(loaded, 1.0)
 
     _run(loaded, work)
+
+
+def _dispatcher_options(
+    app: App, concurrency: int, lease: float, drain: float, queues: Sequence[str]
+) -> DispatcherOptions:
+    file = app.queue_file
+    sections = () if file is None else file.queue
+    app.outbox.start()
+    return DispatcherOptions(
+        concurrency=concurrency,
+        lease_seconds=lease,
+        drain_seconds=drain,
+        queues=queues or None,
+        limits=None if file is None else file.limits,
+        retry_options={section.name: section.retry_parameters.given() for section in sections},
+    )
 
 
 @contextlib.asynccontextmanager
@@ -253,8 +241,6 @@ def _run(app: App, work: Callable[[], Any]) -> None:
 
 # --- Tasks ----------------------------------------------------------------------------------------
 
-_app_option = click.option("--app", default=None, metavar="MODULE:APP", help=_APP_HELP)
-
 
 @main.group()
 def tasks() -> None:
@@ -262,7 +248,7 @@ def tasks() -> None:
 
 
 @tasks.command("list")
-@_app_option
+@app_option
 @click.option(
     "--state", "states", multiple=True, type=click.Choice([str(state) for state in TaskState]), help="Repeatable."
 )
@@ -274,58 +260,60 @@ def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, lim
     found = load_app(app).queue.tasks(states=[TaskState(state) for state in states], queue=queue, limit=limit)
     for view in found:
         if as_json:
-            click.echo(json.dumps(_summary(view)))
+            click.echo(json.dumps(summary(view)))
         else:
             columns = (
                 view.id,
                 view.state,
                 view.queue,
-                _time(view.eta),
+                time_text(view.eta),
                 f"{view.attempts} attempts",
                 view.callable_name,
             )
-            click.echo("  ".join(_plain(column) for column in (*columns, view.reason or "")).rstrip())
+            click.echo("  ".join(plain(column) for column in (*columns, view.reason or "")).rstrip())
     if not found and not as_json:
         click.echo("no tasks")
 
 
 @tasks.command("show")
-@_app_option
+@app_option
 @click.argument("task_id")
 def tasks_show(*, app: str | None, task_id: str) -> None:
     """Show one task with its attempts, as JSON."""
     view = load_app(app).queue.find(task_id)
     if view is None:
-        raise click.ClickException(f"there is no task {_plain(task_id)}; `safedefer tasks list` shows those there are")
-    document = {**_summary(view), "headers": dict(view.headers), "attempts": [asdict(r) for r in view.records]}
+        raise click.ClickException(f"there is no task {plain(task_id)}; `safedefer tasks list` shows those there are")
+    document = {**summary(view), "headers": dict(view.headers), "attempts": [asdict(r) for r in view.records]}
     click.echo(json.dumps(document, indent=2))
 
 
 @tasks.command("cancel")
-@_app_option
+@app_option
 @click.argument("task_id")
 def tasks_cancel(*, app: str | None, task_id: str) -> None:
     """End a waiting task unrun."""
     if not load_app(app).cancel(task_id):
-        raise click.ClickException(f"no task {_plain(task_id)} waits; it runs, has ended, or never was")
-    click.echo(f"cancelled {_plain(task_id)}")
+        raise click.ClickException(f"no task {plain(task_id)} waits; it runs, has ended, or never was")
+    click.echo(f"cancelled {plain(task_id)}")
 
 
 @tasks.command("retry")
-@_app_option
+@app_option
 @click.argument("task_id")
 def tasks_retry(*, app: str | None, task_id: str) -> None:
     """Re-run a dead letter as a new task."""
     task = load_app(app).retry(task_id)
     if task is None:
-        raise click.ClickException(
-            f"there is no dead letter {_plain(task_id)}; see `safedefer tasks list --state dead`"
-        )
-    click.echo(f"{_plain(task_id)} runs again as {task.id}")
+        raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer tasks list --state dead`")
+    click.echo(f"{plain(task_id)} runs again as {task.id}")
+
+
+main.add_command(queues)
+main.add_command(dead)
 
 
 @main.command()
-@_app_option
+@app_option
 @click.argument("token")
 def inspect(*, app: str | None, token: str) -> None:
     """Verify TOKEN (- reads it from standard input) and print what it would do. Runs nothing."""
@@ -346,7 +334,7 @@ def inspect(*, app: str | None, token: str) -> None:
         document["blob"] = {**dict(pointer), "found": not isinstance(verified, VerifiedPointer)}
     document["signed_by"] = verified.identity.kid
     document["calls"] = verified.identity.callable_name or None
-    document.update({name: _time(document[name]) for name in ("iat", "nbf", "exp")})
+    document.update({name: time_text(document[name]) for name in ("iat", "nbf", "exp")})
     document["expired"] = claims.exp < time.time()
     click.echo(json.dumps(document, indent=2))
 
@@ -361,33 +349,3 @@ def demo(*, limit: int | None, keep: bool, kill: bool) -> None:
     from safedefer.demo.show import run_demo  # noqa: PLC0415
 
     sys.exit(run_demo(limit=limit, keep=keep, kill=kill))
-
-
-def _summary(view: TaskView) -> dict[str, Any]:
-    return {
-        "id": view.id,
-        "state": str(view.state),
-        "queue": view.queue,
-        "name": view.name,
-        "callable": view.callable_name,
-        "url": view.url,
-        "target": view.target,
-        "eta": _time(view.eta),
-        "created": _time(view.created),
-        "ended": None if view.ended is None else _time(view.ended),
-        "attempt_count": view.attempts,
-        "reason": view.reason,
-        "token": view.token.decode("ascii", "backslashreplace"),
-    }
-
-
-def _time(seconds: float) -> str:
-    try:
-        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-    except (ValueError, OverflowError, OSError):  # a hint in the storage, which nobody signed
-        return "impossible"
-
-
-def _plain(text: object) -> str:
-    """Keep what storage or a user says from writing to the terminal."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))

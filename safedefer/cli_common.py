@@ -1,0 +1,74 @@
+"""What the commands share: the App that they work on, and how things are printed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import Any, Final
+
+import click
+
+from safedefer.app import App
+from safedefer.errors import ConfigurationError
+from safedefer.queues.base import TaskView
+
+_APP_HELP: Final = "module:name of the App; without it, SAFEDEFER_* settings make one."
+
+app_option: Final = click.option("--app", default=None, metavar="MODULE:APP", help=_APP_HELP)
+
+
+def load_app(spec: str | None) -> App:
+    """Import ``module:name``, or build an App from the environment.
+
+    Raises:
+        ConfigurationError: There is no such module or App.
+    """
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109  # as `python -m` does
+    if spec is None:
+        return App.from_settings()
+    module, colon, name = spec.partition(":")
+    if not colon or not module or not name:
+        raise ConfigurationError(f"{spec!a} is not module:name; write for example shop.tasks:app")
+    try:
+        found: object = import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"the module {error.name} is not found; run from the folder that has it") from error
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, App):
+        raise ConfigurationError(f"{spec} is not a safedefer.App; name the object that App(...) made")
+    return found
+
+
+def summary(view: TaskView) -> dict[str, Any]:
+    """Return what is printed of a task, as JSON."""
+    return {
+        "id": view.id,
+        "state": str(view.state),
+        "queue": view.queue,
+        "name": view.name,
+        "callable": view.callable_name,
+        "url": view.url,
+        "target": view.target,
+        "eta": time_text(view.eta),
+        "created": time_text(view.created),
+        "ended": None if view.ended is None else time_text(view.ended),
+        "attempt_count": view.attempts,
+        "reason": view.reason,
+        "token": view.token.decode("ascii", "backslashreplace"),
+    }
+
+
+def time_text(seconds: float) -> str:
+    """Return a time in ISO 8601, in UTC."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):  # a hint in the storage, which nobody signed
+        return "impossible"
+
+
+def plain(text: object) -> str:
+    """Keep what storage or a user says from writing to the terminal."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))
