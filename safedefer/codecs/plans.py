@@ -68,7 +68,7 @@ class Plan:
     newargs_ex: FunctionType | None = None
     new: FunctionType | None = None
     definers: tuple[type, ...] = ()
-    """Classes of the MRO, other than the class, whose hooks run: they must be admitted too."""
+    """Classes of the MRO, other than the class, whose hooks or finalizer run: they must be admitted too."""
     hash_definers: tuple[type, ...] = ()
     """The same for ``__hash__`` and ``__eq__``, which run when an object is a key or in a set."""
     identity_hash: bool = True
@@ -111,6 +111,10 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
             if hook is not None and not ignored(hook[1]) and (d := hook[0]) is not cls and _is_foreign(d)
         }.values()
     )
+    # A finalizer runs as soon as the object is let go: on whatever state a token gave it.
+    finalizer = statics.lookup(cls, "__del__")
+    if finalizer is not None and finalizer[0] is not cls and _is_foreign(finalizer[0]):
+        definers += (finalizer[0],)
     own = {name: None if hook is None or ignored(hook[1]) else hook[1] for name, hook in hooks.items()}
     if any(own.values()):
         if exception:

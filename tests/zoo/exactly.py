@@ -42,8 +42,8 @@ def carry(*args, _bound=UNBOUND, _codec=CODEC, _policy=POLICY, **kwargs):
     return _codec.decode(parse(text), _policy, text=text)
 
 
-def carry_one(value):
-    (arrived,) = carry(value).args
+def carry_one(value, **options):
+    (arrived,) = carry(value, **options).args
     return arrived
 
 
