@@ -162,6 +162,8 @@ def defer(
 
 async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> Task:
     """Do what ``defer`` does, with the same options, without blocking the event loop."""
+    if kwargs.get("_transactional"):  # a transaction belongs to its thread
+        return defer(obj, *args, **kwargs)
     return await asyncio.to_thread(defer, obj, *args, **kwargs)
 
 
