@@ -271,7 +271,10 @@ class Delivery:
             return await self._run(run, run.task, run.execution)
         except RejectedTask as error:
             rejection = error
-        return await self._rejected(run, rejection)
+        try:
+            return await self._rejected(run, rejection)
+        finally:
+            del rejection  # its traceback holds this frame: the two would wait for the garbage collector
 
     # --- Before the run ---
 

@@ -65,10 +65,14 @@ def handler_for(app: Handles) -> Callable[[web.Request], Awaitable[web.Response]
 async def respond(app: Handles, request: web.Request) -> web.Response:
     """Answer a request as ``App.handle`` would."""
     delivery = app.delivery
-    answer = delivery.check_request(request.method, request.headers, request.content_length)
+    answer = None
+    # A body that came with its headers, as most do, is at hand: no timer and no second look at the headers.
+    at_hand = request.content.is_eof()
+    if not at_hand:
+        answer = delivery.check_request(request.method, request.headers, request.content_length)
     if answer is None:
         try:
-            body = await asyncio.wait_for(_read(request, delivery.max_bytes), BODY_TIMEOUT)
+            body = request.content.read_nowait(-1) if at_hand else await _read(request, delivery.max_bytes)
         except TimeoutError:
             answer = delivery.timed_out()
         except (OSError, ClientError, HttpProcessingError):
@@ -93,10 +97,11 @@ _UNREAD: Final = frozenset({400, 405, 408, 413, 415})
 async def _read(request: web.Request, limit: int) -> bytes | None:
     """Read the raw body; None if it is over the limit. A chunked body without length stops there too."""
     body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            return None
+    async with asyncio.timeout(BODY_TIMEOUT):
+        async for chunk in request.content.iter_any():
+            body += chunk
+            if len(body) > limit:
+                return None
     return bytes(body)
 
 

@@ -1,6 +1,7 @@
 """A network caller without a key: what the handler gives away, and what a request costs it."""
 
 import asyncio
+import gc
 import gzip
 import importlib
 import json
@@ -120,6 +121,24 @@ def test_the_parsers_of_that_proof_do_run_for_a_token_with_a_right_mac(app, no_p
     """The control: without it, the proof could not fail."""
     status, headers, _ = post(app, mint())
     assert (status, headers["Safedefer-Outcome"]) == (500, "retry")
+
+
+def test_forged_requests_leave_nothing_to_the_garbage_collector(app):
+    """An exception whose traceback holds its own frame would keep every forged body until the collector comes."""
+
+    async def attack():
+        for _ in range(200):
+            await app.handle(HEADERS, mint()[:-4] + b"AAAA", path=URL)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(200):
+                await app.handle(HEADERS, mint()[:-4] + b"AAAA", path=URL)
+            return gc.collect()
+        finally:
+            gc.enable()
+
+    assert asyncio.run(attack()) < 100
 
 
 def test_every_unauthentic_token_gets_the_same_answer(app):
