@@ -35,15 +35,21 @@ def decode_segment(segment: bytes) -> bytes:
     Raises:
         MalformedToken: It is not canonical base64url.
     """
-    if not is_canonical(segment):
-        raise MalformedToken("not canonical base64url; encode without padding and with zero unused bits")
-    return b64decode(segment + _PADDING[len(segment) % 4], altchars=b"-_", validate=True)
+    try:
+        # The decoder takes the standard alphabet's own two characters as well.
+        if _ends_canonically(segment) and b"+" not in segment and b"/" not in segment:
+            return b64decode(segment + _PADDING[len(segment) % 4], altchars=b"-_", validate=True)
+    except ValueError:
+        pass  # a character outside the alphabet
+    raise MalformedToken("not canonical base64url; encode without padding and with zero unused bits")
 
 
 def is_canonical(segment: bytes) -> bool:
     """Whether re-encoding what the segment decodes to would give back the same text."""
-    if segment.translate(None, _ALPHABET):
-        return False
+    return not segment.translate(None, _ALPHABET) and _ends_canonically(segment)
+
+
+def _ends_canonically(segment: bytes) -> bool:
     return not segment or segment[-1] in _LAST.get(len(segment) % 4, ())
 
 
