@@ -418,7 +418,12 @@ class App:
     ) -> Claims:
         gate = self._signer.gate
         ref = gate.callable_ref(obj)
-        check_binds(obj, tuple(args), kwargs)
+        try:
+            check_binds(obj, args, kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
+            ) from None
         cty = "pickle" if options.pickle else "typed"
         codec = self._codecs.get(cty)
         if codec is None:
