@@ -168,6 +168,8 @@ def _configure(connection: apsw.Connection, path: str) -> None:
     connection.pragma("synchronous", "FULL")
     connection.pragma("foreign_keys", value=True)
     connection.pragma("journal_size_limit", 64 * 2**20)
+    # Kibibytes: the inner pages of the indexes of a million tasks. With SQLite's own 2 MB they are read again and again.
+    connection.pragma("cache_size", -16 * 2**10)
 
 
 def _close_quietly(connection: apsw.Connection | None) -> None:

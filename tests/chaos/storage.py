@@ -163,25 +163,26 @@ _IMPOSSIBLE = {
 
 def million(*, pending: int = 1_000_000, sample: int = 1_500) -> str:
     """Much waits: enqueue and lease are as fast as on an empty queue, and memory does not grow with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.closing(SQLiteQueue(Path(folder, "empty.db"))) as queue:
-            _rates(queue, sample)  # warms up
-            empty = _rates(queue, sample)
-        with contextlib.closing(SQLiteQueue(Path(folder, "full.db"))) as queue:
-            began = time.monotonic()
-            for start in range(0, pending, 5_000):
-                queue.enqueue_many(
-                    [make_task(eta=50.0, queue="default" if n % 2 else "other") for n in range(start, start + 5_000)]
-                )
-            seconds = time.monotonic() - began
-            _rates(queue, sample)
-            before = _resident()
-            full_rates = [_rates(queue, sample) for _ in range(3)]
-            grown = _resident() - before
-            best = tuple(map(max, *full_rates))
-            began = time.monotonic()
-            listed = len(queue.tasks(queue="other", limit=100))
-            listing = time.monotonic() - began
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        bare = stack.enter_context(contextlib.closing(SQLiteQueue(Path(folder, "empty.db"))))
+        queue = stack.enter_context(contextlib.closing(SQLiteQueue(Path(folder, "full.db"))))
+        began = time.monotonic()
+        for start in range(0, pending, 5_000):
+            queue.enqueue_many(
+                [make_task(eta=50.0, queue="default" if n % 2 else "other") for n in range(start, start + 5_000)]
+            )
+        seconds = time.monotonic() - began
+        _rates(queue, sample)  # warms up
+        _rates(bare, sample)
+        before = _resident()
+        # By turns, and the best of each: other work of the machine then counts for both.
+        pairs = [(_rates(bare, sample), _rates(queue, sample)) for _ in range(5)]
+        grown = _resident() - before
+        empty = tuple(map(max, *(pair[0] for pair in pairs)))
+        best = tuple(map(max, *(pair[1] for pair in pairs)))
+        began = time.monotonic()
+        listed = len(queue.tasks(queue="other", limit=100))
+        listing = time.monotonic() - began
         ratios = [ours / theirs for ours, theirs in zip(best, empty, strict=True)]
         if min(ratios) < 0.7 or grown > 20 or listed != 100:
             raise Failed(f"ratios {ratios}, grown {grown} MB")
