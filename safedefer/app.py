@@ -56,7 +56,7 @@ from safedefer.keys import Keyring
 from safedefer.outbox import Outbox
 from safedefer.policy import Policy
 from safedefer.queues import open_queue
-from safedefer.queues.base import AlreadyWaiting, DeadFilter, PullQueue, QueuedTask, TaskState, TaskView
+from safedefer.queues.base import AlreadyWaiting, DeadFilter, PullQueue, QueuedTask, StorageOptions, TaskState, TaskView
 from safedefer.queues.config import QueueFile
 from safedefer.refs import bound_object
 from safedefer.settings import Settings
@@ -87,6 +87,7 @@ class App:
         prefix: A path in front of the handler's, which tokens do not name.
         queues: The names of the queues there are; None is those of ``queue_yaml``, or any name without one.
         queue_yaml: A ``queue.yaml``: rates, caps, targets and retry parameters of queues. Without one nothing is limited.
+        storage: How long and how much the queue keeps, where ``queue`` is a URL.
         outboxes: Databases that dispatching processes sweep for transactional tasks, besides those that they use
             themselves: ``sqlite:///shop.db`` or a SQLAlchemy URL.
         targets: Addresses of handlers by the name that ``target`` gives them; None is any name, one handler.
@@ -116,6 +117,7 @@ class App:
         prefix: str = "",
         queues: Iterable[str] | None = None,
         queue_yaml: str | Path | QueueFile | None = None,
+        storage: StorageOptions | None = None,
         outboxes: Sequence[str] = (),
         targets: Mapping[str, str] | None = None,
         allow_pickle: bool = False,
@@ -162,6 +164,7 @@ class App:
         if allow_pickle:
             self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
         self._queue: PullQueue | str = queue
+        self._storage = storage
         self.outbox = Outbox(lambda: self.queue, urls=outboxes, clock=clock)
         # Reentrant: loading the policy imports modules, and one of them may defer something.
         self._lock = RLock()
@@ -188,6 +191,7 @@ class App:
             prefix=settings.prefix,
             queues=settings.queues,
             queue_yaml=settings.queue_yaml,
+            storage=settings.storage(),
             outboxes=settings.outboxes or (),
             targets=settings.targets,
             allow_pickle=settings.allow_pickle,
@@ -621,7 +625,7 @@ class App:
             if self._closed:
                 raise QueueUnavailable("the App is closed; make another one")
             if isinstance(self._queue, str):
-                self._queue = open_queue(self._queue)
+                self._queue = open_queue(self._queue, self._storage)
             return self._queue
 
     def cancel(self, task_id: str) -> bool:

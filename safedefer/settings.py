@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Final, Self
 
@@ -12,6 +13,7 @@ from safedefer.claims import DEFAULT_URL
 from safedefer.errors import ConfigurationError
 from safedefer.keys import Keyring
 from safedefer.policy import Policy
+from safedefer.queues.base import StorageOptions
 
 _INLINE_LIMIT: Final = 10 * 1024
 
@@ -60,6 +62,18 @@ class Settings(BaseSettings):
     concurrency: int = Field(default=16, ge=1, le=10_000, description="Tasks that run at once.")
     lease_seconds: float = Field(default=60.0, ge=1, description="How long a silent handler is believed to run a task.")
     inline_limit: int = Field(default=_INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")
+
+    tombstone_seconds: float = Field(
+        default=9 * 86_400.0, ge=0, description="How long an ended task's name is not free."
+    )
+    history_seconds: float = Field(default=7 * 86_400.0, ge=0, description="How long ended tasks can be looked up.")
+    blob_limit: int = Field(default=2**30, ge=0, description="Bytes of all stored oversize tokens together.")
+    dead_seconds: float = Field(default=90 * 86_400.0, ge=0, description="Older dead letters are archived.")
+    dead_limit: int = Field(default=100_000, ge=1, description="Of more dead letters the oldest are archived.")
+
+    def storage(self) -> StorageOptions:
+        """Return how long and how much the queue keeps."""
+        return StorageOptions(**{item.name: getattr(self, item.name) for item in fields(StorageOptions)})
 
     @classmethod
     def load(cls) -> Self:

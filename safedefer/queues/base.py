@@ -37,6 +37,22 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StorageOptions:
+    """How long and how much a queue keeps."""
+
+    tombstone_seconds: float = 9 * 86_400.0
+    """How long the name of an ended task is not free (App Engine: 9 days)."""
+    history_seconds: float = 7 * 86_400.0
+    """How long ``find`` and ``tasks`` know what succeeded or was cancelled."""
+    blob_limit: int = 2**30
+    """Bytes that the stored tokens of all oversize tasks may take together."""
+    dead_seconds: float = 90 * 86_400.0
+    """Dead letters that are older are archived."""
+    dead_limit: int = 100_000
+    """Of more dead letters the oldest are archived."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedTask:
     """A token and the hints that a queue needs to hand it on."""
 

@@ -12,11 +12,17 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from click.testing import CliRunner
 
-from safedefer import Keyring, Policy, TaskRetryOptions
+from safedefer import App, Keyring, Policy, TaskRetryOptions
 from safedefer.cli import main
 from safedefer.delivery import Response
 from safedefer.dispatcher import Dispatcher, DispatcherOptions, InProcessDelivery, asks_to_wait, judge
-from safedefer.errors import ConfigurationError, InvalidTaskRetryOptionsError, RejectedTask, UnknownQueueError
+from safedefer.errors import (
+    ConfigurationError,
+    InvalidTaskRetryOptionsError,
+    QueueUnavailable,
+    RejectedTask,
+    UnknownQueueError,
+)
 from safedefer.queues.base import DeadFilter, Lease, Settlement, TaskState, Verdict
 from safedefer.queues.config import QueueFile
 from safedefer.queues.rates import QueueLimits
@@ -355,3 +361,18 @@ def test_what_does_not_verify_stays_and_is_told(command, free, monkeypatch):
     assert f"{dead.id} stays: policy-violation" in output
     assert f"{dead.id} stays" in command("dead", "retry", dead.id, code=1)
     assert free.queue.find(dead.id).state is TaskState.DEAD
+
+
+def test_settings_say_how_much_the_queue_keeps(command, monkeypatch):
+    for name, value in (("BLOB_LIMIT", "1"), ("TOMBSTONE_SECONDS", "0"), ("DEAD_LIMIT", "1")):
+        monkeypatch.setenv(f"SAFEDEFER_{name}", value)
+    app = App.from_settings()
+    with pytest.raises(QueueUnavailable, match="blob_limit"):
+        app.defer(tasks.keywords, text="x" * 20_000)
+    for _ in range(2):
+        assert app.cancel(app.options(name="n").defer(tasks.add, 1).id)
+    die(app, 3)
+    app.queue.prune(now=time.time())
+    assert len(app.queue.dead_letters(DeadFilter())) == 1
+    assert len(command("dead", "list", "--archived").splitlines()) == 2
+    app.close()
