@@ -47,6 +47,7 @@ from safedefer.refs import (
     UNBOUND,
     CallableRef,
     Found,
+    FoundClass,
     check_class,
     class_path,
     find,
@@ -134,10 +135,12 @@ class Policy:
         "_deferrable",
         "_exact",
         "_found",
+        "_found_classes",
         "_metaclasses",
         "_modules",
         "_moved",
         "_named",
+        "_named_classes",
         "_packages",
         "_patterns",
     )
@@ -151,6 +154,8 @@ class Policy:
     _metaclasses: frozenset[type]
     _checked: dict[tuple[str, str, str, str | None], CallableRef | None]
     _named: dict[object, Found]
+    _named_classes: dict[int, FoundClass]
+    _found_classes: dict[str, FoundClass]
     _found: dict[tuple[str, str, str, str | None], Found]
 
     def __init__(
@@ -181,6 +186,8 @@ class Policy:
         self._set("_checked", {})
         self._set("_named", {})
         self._set("_found", {})
+        self._set("_named_classes", {})
+        self._set("_found_classes", {})
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -373,6 +380,10 @@ class Policy:
 
     def class_name(self, cls: type) -> str:
         """Name a class that is part of an argument. See ``Gate.class_name``."""
+        # By id, and the class is kept: looking a class up by itself would run its metaclass's hash.
+        known = self._named_classes.get(id(cls))
+        if known is not None and known.holds():
+            return known.name
         name = class_path(cls)
         if _HARMLESS_NAMES.get(name) is cls:
             return name
@@ -382,6 +393,8 @@ class Policy:
         if name in self._moved:
             raise NotDeferrable(f"the class {name} has moved; use {self._moved[name]}", reason="moved")
         self._check_exact_class(name, cls, NotDeferrable)
+        if len(self._named_classes) < _CACHE_SIZE and (found := FoundClass.of(name, cls)) is not None:
+            self._named_classes[id(cls)] = found
         return name
 
     def check_class_name(self, name: str) -> str:
@@ -405,7 +418,10 @@ class Policy:
 
     def load_class(self, name: str) -> type:
         """Find a class that is part of an argument. See ``Gate.load_class``."""
-        name = self.check_class_name(name)
+        known = self._found_classes.get(name)
+        if known is not None and known.holds():
+            return known.cls
+        given, name = name, self.check_class_name(name)
         if (harmless := _HARMLESS_NAMES.get(name)) is not None:
             return harmless
         cls = find(*name.split(":"))
@@ -418,6 +434,8 @@ class Policy:
         if proved != name:
             raise UnresolvableCallable(f"{name} is a class of another name; deploy the code that defines it")
         self._check_exact_class(name, cast("type", cls), PolicyViolation)
+        if len(self._found_classes) < _CACHE_SIZE and (found := FoundClass.of(name, cast("type", cls))) is not None:
+            self._found_classes[given] = found
         return cast("type", cls)
 
     def _check_exact_class(self, name: str, cls: type, error: type[NotDeferrable | PolicyViolation]) -> None:

@@ -203,16 +203,51 @@ class Found:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class FoundClass:
+    """A class at the top level of a module that was proved to have its name, and what shows that it still has."""
+
+    name: str
+    qualname: str
+    cls: type
+    kind: type
+    """Its metaclass."""
+    module_name: str
+    module: object
+    namespace: dict[str, object]
+
+    @classmethod
+    def of(cls, name: str, found: type) -> FoundClass | None:
+        """Remember a proof that was just made; None of a nested class, which takes several looks."""
+        module_name, _, qualname = name.partition(":")
+        if "." in qualname:
+            return None
+        module = sys.modules[module_name]
+        return cls(name, qualname, found, type(found), module_name, module, _MODULE_DICT(module))
+
+    def holds(self) -> bool:
+        """Whether the name still leads to this class, and the class still says this name."""
+        found = self.cls
+        return (
+            self.namespace.get(self.qualname) is found
+            and sys.modules.get(self.module_name) is self.module
+            and type(found) is self.kind
+            and class_path(found) == self.name
+        )
+
+
 def bound_object(obj: object) -> object:
     """Return the object that a callable is bound to and that must travel with it, else ``UNBOUND``."""
     kind = type(obj)
+    if kind is FunctionType:
+        return UNBOUND
     if kind is MethodType:
         owner = cast("MethodType", obj).__self__
         return UNBOUND if _is_class(owner) else owner
     if _is_builtin(kind):
         owner = cast("Any", obj).__self__
         return UNBOUND if owner is None or type(owner) is ModuleType else owner
-    return UNBOUND if kind is FunctionType or _is_class(obj) else obj
+    return UNBOUND if _is_class(obj) else obj
 
 
 def find(module: str, qualname: str) -> object:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 Json: TypeAlias = Any
 """A tree of exact dict, list, str, int, float, bool and None."""
@@ -15,8 +14,7 @@ SAFE_INT: Final = 2**53 - 1
 _ATTRIBUTE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 
 
-@dataclass(frozen=True, slots=True)
-class CallData:
+class CallData(NamedTuple):
     """The values of one call.
 
     ``bound`` is the object of a method or instance, else ``refs.UNBOUND``; ``args`` a sequence and
