@@ -103,7 +103,7 @@ class Call(CallableRef):
     @property
     def has_bound(self) -> bool:
         """Whether ``bound`` is present."""
-        return "bound" in self.model_fields_set
+        return "bound" in self.__pydantic_fields_set__
 
 
 class BlobPointer(BaseModel):
@@ -185,7 +185,7 @@ class Claims(BaseModel):
         if type(call) is dict and None in call.values():
             raise InvalidClaims("the call has a null member; leave absent members out")
         try:
-            claims = cls.model_validate(raw)
+            claims: Self = cls.__pydantic_validator__.validate_python(raw)
         except ValidationError as error:
             # `from None`: the error holds the claims.
             raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from None
@@ -198,12 +198,12 @@ class Claims(BaseModel):
         Raises:
             InvalidClaims: Times are out of order or too far apart, or call and blob are not alternatives.
         """
-        calls = (self.call is not None) + (self.args is not None) + (self.kwargs is not None)
-        if calls != (0 if self.blob is not None else 3):
+        call, absent = self.call, self.blob is not None
+        if (call is None) is not absent or (self.args is None) is not absent or (self.kwargs is None) is not absent:
             raise InvalidClaims("claims need either call, args and kwargs, or blob alone; write one of the two")
-        if self.call is not None:
-            _check_call(self.call)
-        if self.exp < self.nbf or self.exp > self.nbf + MAX_LIFETIME:
+        if call is not None:
+            _check_call(call)
+        if not self.nbf <= self.exp <= self.nbf + MAX_LIFETIME:
             raise InvalidClaims("exp must lie between nbf and 92 days after it; mint a token with such times")
 
 

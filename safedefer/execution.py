@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache, partial
 from types import FunctionType, MethodType
@@ -102,7 +102,7 @@ class Prepared:
 
     target: Callable[..., object]
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any]
 
     def __call__(self) -> object:
         """Call it."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hmac
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
 from itertools import permutations
 from types import MappingProxyType
-from typing import Annotated, Final, Literal, NoReturn, Protocol, Self, TypeVar, final
+from typing import Annotated, Final, Literal, NamedTuple, NoReturn, Protocol, Self, TypeVar, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -137,12 +136,15 @@ class Key:
         raise TypeError("a Key is not pickled or copied; load it where it is used")
 
 
-@dataclass(frozen=True, slots=True)
-class Authenticated:
+class Authenticated(NamedTuple):
     """Bytes that a holder of ``key`` wrote. Only ``Keyring.verify`` makes one."""
 
     key: Key
-    payload: bytes = field(repr=False)
+    payload: bytes
+
+    def __repr__(self) -> str:
+        """Show the key's name alone: logs identify, they do not quote."""
+        return f"Authenticated({self.key!r})"
 
 
 @final

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
+from typing import NamedTuple
 
 from safedefer.claims import BlobPointer, Call, Claims, TaskRetryOptions
 from safedefer.errors import TaskIdentity
@@ -68,8 +69,7 @@ class VerifiedPointer:
         return identify(self.claims, self.kid)
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedTask:
+class VerifiedTask(NamedTuple):
     """A task that a holder of one of our keys signed for us, now, within the policy. Only ``Verifier`` makes one."""
 
     claims: Claims
@@ -78,12 +78,16 @@ class VerifiedTask:
     """The policy, within the limits of the key that signed."""
     kid: str
     """The name of that key."""
-    token: bytes = field(repr=False)
+    token: bytes
     """The token itself."""
-    text: bytes = field(repr=False)
+    text: bytes
     """The payload as it was signed."""
     canonical: bool
     """Whether it is spelled as ``claims.write_json`` spells it."""
+
+    def __repr__(self) -> str:
+        """Show which task it is: logs identify, they do not quote."""
+        return f"<VerifiedTask {self.claims.jti} {self.call}>"
 
     @property
     def ref(self) -> CallableRef:

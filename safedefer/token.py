@@ -6,8 +6,7 @@ character. A decoder that ignores those bits gives one signature many spellings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from pybase64 import b64decode, urlsafe_b64encode
 
@@ -53,16 +52,19 @@ def _ends_canonically(segment: bytes) -> bool:
     return not segment or segment[-1] in _LAST.get(len(segment) % 4, ())
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """The segments of a token of which nothing is known yet but its shape."""
 
     header: bytes
     """The encoded header, to be looked up among those of the keyring."""
-    payload: bytes = field(repr=False)
+    payload: bytes
     """The encoded payload: ``Keyring.verify`` decodes it when the MAC has matched."""
-    mac: bytes = field(repr=False)
+    mac: bytes
     """The encoded MAC."""
+
+    def __repr__(self) -> str:
+        """Show the header alone: logs identify, they do not quote."""
+        return f"Token(header={self.header!r})"
 
     @property
     def signing_input(self) -> bytes:
