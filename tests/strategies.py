@@ -263,7 +263,7 @@ identifiers = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 dotted = st.lists(identifiers, min_size=1, max_size=3).map(".".join)
 members = st.from_regex(r"_?[A-Za-z][A-Za-z0-9_]{0,8}", fullmatch=True)
 task_ids = st.text("ABCxyz019_-", min_size=16, max_size=64)
-names = st.text("ABCxyz019_-", min_size=1, max_size=500)
+task_names = st.text("ABCxyz019_-", min_size=1, max_size=500)
 audience_parts = st.text("ABCxyz019.-", min_size=1, max_size=100)
 paths = st.from_regex(r"/([!\"$-.0->@-~][!\"$->@-~]{0,30})?", fullmatch=True)
 secrets = st.binary(min_size=32, max_size=100).filter(lambda secret: len(set(secret)) >= 16 and not secret.isascii())
@@ -284,7 +284,7 @@ options = st.builds(
         st.text("ab \t~", max_size=8),
         max_size=3,
     ),
-    name=st.none() | names,
+    name=st.none() | task_names,
     queue=audience_parts,
     retry_options=st.none() | retry_options,
     target=st.none() | audience_parts,
@@ -340,7 +340,7 @@ def payloads(draw):
             "sha256": draw(st.text("0123456789abcdef", min_size=64, max_size=64)),
             "length": draw(st.integers(1, 2**31)),
         }
-    for name, strategy in (("name", names), ("retry_of", task_ids)):
+    for name, strategy in (("name", task_names), ("retry_of", task_ids)):
         if draw(st.booleans()):
             payload[name] = draw(strategy)
     return payload
