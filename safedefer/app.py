@@ -41,6 +41,7 @@ from safedefer.codecs.walk import CallData
 from safedefer.delivery import Delivery, DeliveryOptions, Response
 from safedefer.errors import (
     BadTransactionStateError,
+    CapabilityExceeded,
     ConfigurationError,
     InvalidTaskError,
     NotDeferrable,
@@ -669,6 +670,11 @@ class App:
             url=f"{_QUEUE_URLS}{queue}" if queue and url == f"{_QUEUE_URLS}{old_queue}" else url,
         )
         self._check_destination(options)
+        key = next(key for key in self._keyring.keys if key.kid == task.identity.kid)
+        if key.queues is not None and options.queue not in key.queues:
+            raise CapabilityExceeded(
+                f"key {key.kid} may not sign for the queue {options.queue!a}; defer the task anew there"
+            )
         due = int(options.due(now))
         renewed = task.claims.model_copy(
             update={

@@ -64,6 +64,14 @@ def test_a_dead_letter_of_a_limited_key_is_not_laundered_by_running_it_again(app
     assert [task.state for task in app.queue.tasks()] == [TaskState.DEAD]
 
 
+def test_a_dead_letter_is_not_laundered_into_a_queue_that_its_key_may_not_sign_for(app):
+    token = mint(kid="mail-only", aud=f"test:mail:default:{URL}", args=["attacker"])
+    bury(app, token)
+    with pytest.raises(CapabilityExceeded):
+        app.retry("0123456789abcdef0123456789abcdef", queue="default")
+    assert app.retry("0123456789abcdef0123456789abcdef", queue="mail").queue_name == "mail"
+
+
 def test_the_same_tokens_by_an_unlimited_key_are_not_refused_as_forgeries(app):
     """The control: it is the limit that refused them."""
     for number, (kid, changes) in enumerate(param.values for param in FORGED):
