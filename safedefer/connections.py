@@ -49,6 +49,10 @@ class Source(Protocol):
         """Open a transaction."""
         ...
 
+    def check(self) -> None:
+        """Check that an open transaction is one. Raises ``BadTransactionStateError``."""
+        ...
+
     def commit(self) -> None:
         """Commit it."""
         ...
@@ -139,6 +143,9 @@ class SQLite3Source:
         """Take the write lock."""
         self._connection.execute("BEGIN IMMEDIATE")
 
+    def check(self) -> None:
+        """Nothing to check: the library asks SQLite."""
+
     def commit(self) -> None:
         """Commit."""
         self._connection.commit()
@@ -207,6 +214,9 @@ class ApswSource:
     def begin(self) -> None:
         """Take the write lock."""
         self.connection.execute("BEGIN IMMEDIATE")
+
+    def check(self) -> None:
+        """Nothing to check: the library asks SQLite."""
 
     def commit(self) -> None:
         """Commit."""
@@ -288,8 +298,25 @@ class SQLAlchemySource:
         return bool(self._connection.in_transaction())
 
     def begin(self) -> None:
-        """Open a transaction."""
+        """Open a transaction. Raises ``BadTransactionStateError`` where every statement would be its own."""
         self._connection.begin()
+        self.check()
+
+    def check(self) -> None:
+        """Check that an open transaction is one.
+
+        Raises:
+            BadTransactionStateError: The connection is in AUTOCOMMIT mode: every statement is committed at once.
+        """
+        connection = self._connection if hasattr(self._connection, "get_execution_options") else None
+        connection = self._connection.connection() if connection is None else connection
+        chosen = connection.get_execution_options().get("isolation_level")
+        if chosen is None:
+            chosen = getattr(self._engine.dialect, "_on_connect_isolation_level", None)
+        if str(chosen).upper() == "AUTOCOMMIT":
+            raise BadTransactionStateError(
+                "the connection is in AUTOCOMMIT mode, where nothing can be undone; use another isolation level"
+            )
 
     def commit(self) -> None:
         """Commit."""

@@ -494,6 +494,10 @@ class Dispatcher:
         if not queues_own:
             return lease
         merged = {**queues_own, **lease.task.retry_options}
+        try:
+            TaskRetryOptions.from_given(merged)
+        except InvalidTaskRetryOptionsError:  # the file has changed since: the task's own count
+            return lease
         return replace(lease, task=replace(lease.task, retry_options=merged))
 
     def _wanted(self) -> int:

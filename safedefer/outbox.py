@@ -122,9 +122,8 @@ class Outbox:
         source = source_of(connection)
         self._check(source)
         block = _Transaction(self, source, began=not source.in_transaction())
-        if block.began:
-            source.begin()
-        elif not self._is_queues_own(source) and source.reopen() is None:
+        (source.begin if block.began else source.check)()
+        if not block.began and not self._is_queues_own(source) and source.reopen() is None:
             raise BadTransactionStateError(
                 "nobody else can read a database in memory after your commit; let app.transaction() open the transaction"
             )
@@ -206,8 +205,7 @@ class Outbox:
         source = source_of(connection)
         self._check(source)
         ours = not source.in_transaction()
-        if ours:
-            source.begin()
+        (source.begin if ours else source.check)()
         with _ending(source, ours=ours):
             now = self._clock()
             source.execute(_CREATE_ONCE)
@@ -319,7 +317,7 @@ class _Relay:
         # Here: the registry of forks is with the queue's file.
         from safedefer.queues.sqlite_connection import register_fork  # noqa: PLC0415
 
-        register_fork(self)
+        register_fork(self, early=True)
 
     def _begin(self) -> None:
         self._changed = threading.Condition()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import weakref
 from dataclasses import replace
@@ -88,7 +89,9 @@ class SQLiteQueue:
         self._watch = Watch(self._path, busy_timeout=busy_timeout)
         self._ledger = SQLiteLedger(self._writer)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
-        self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch)
+        self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch, wait=False)
+        self._finalizer.atexit = False
+        _open.add(self)
 
     def __repr__(self) -> str:
         """Show the path."""
@@ -116,7 +119,8 @@ class SQLiteQueue:
 
     def close(self) -> None:
         """Finish what was accepted and close the file. Later calls raise ``QueueUnavailable``."""
-        self._finalizer()
+        if self._finalizer.detach() is not None:
+            _close(self._writer, self._reader, self._watch, wait=True)
 
     # --- Giving tasks -----------------------------------------------------------------------------
 
@@ -384,7 +388,16 @@ def _lost(lease: Lease) -> LeaseLost:
     return LeaseLost(f"the task {lease.task.id} is no longer ours; leave it to the dispatcher that has it now")
 
 
-def _close(writer: Writer, reader: Handle, watch: Watch) -> None:
-    writer.close()
-    reader.close()
-    watch.close()
+def _close(writer: Writer, reader: Handle, watch: Watch, *, wait: bool) -> None:
+    writer.close(wait=wait)
+    reader.close(wait=wait)
+    watch.close(wait=wait)
+
+
+_open: Final[weakref.WeakSet[SQLiteQueue]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for queue in list(_open):
+        queue.close()

@@ -197,19 +197,36 @@ class Handle:
     @contextlib.contextmanager
     def use(self) -> Iterator[apsw.Connection]:
         """Give the connection to this thread alone; SQLite's errors become ``QueueUnavailable``."""
-        with self._lock:
-            try:
-                connection = self._current()
-                yield connection
-            except apsw.Error as error:
-                self._discard_after(error)
-                raise unavailable(self.path, error) from error
+        try:
+            with self._lock:
+                try:
+                    connection = self._current()
+                    yield connection
+                except apsw.Error as error:
+                    self._discard_after(error)
+                    raise unavailable(self.path, error) from error
+        finally:
+            self._drop_if_closed()
 
-    def close(self) -> None:
-        """Close the connection; the handle cannot be used again."""
-        with self._lock:
-            self._closed = True
-            self._drop()
+    def close(self, *, wait: bool = True) -> None:
+        """Close the connection; the handle cannot be used again.
+
+        Without ``wait``, a connection that is used now is closed by who uses it: the garbage collector calls this
+        in any thread, also in one that a fork waits for.
+        """
+        self._closed = True
+        if wait:
+            with self._lock:
+                self._drop()
+        else:
+            self._drop_if_closed()
+
+    def _drop_if_closed(self) -> None:
+        if self._closed and self._lock.acquire(blocking=False):
+            try:
+                self._drop()
+            finally:
+                self._lock.release()
 
     def _current(self) -> apsw.Connection:
         if self._closed:
@@ -252,10 +269,12 @@ class Handle:
     def after_fork_in_parent(self) -> None:
         """Let it be used again."""
         self._lock.release()
+        self._drop_if_closed()
 
     def after_fork_in_child(self) -> None:
         """Let it be used again."""
         self._lock.release()
+        self._drop_if_closed()
 
 
 class ForkAware(Protocol):
@@ -273,18 +292,22 @@ class ForkAware(Protocol):
 
 _forking = threading.Lock()
 _registered: weakref.WeakSet[ForkAware] = weakref.WeakSet()
+_registered_early: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 _held: list[ForkAware] = []
 
 
-def register_fork(member: ForkAware) -> None:
-    """Have ``member`` told of every fork of this process, as long as somebody else refers to it."""
+def register_fork(member: ForkAware, *, early: bool = False) -> None:
+    """Have ``member`` told of every fork of this process, as long as somebody else refers to it.
+
+    ``early`` is for who uses a queue: it comes to rest while the queues still work.
+    """
     with _forking:
-        _registered.add(member)
+        (_registered_early if early else _registered).add(member)
 
 
 def _before_fork() -> None:
     _forking.acquire()
-    for member in list(_registered):
+    for member in (*_registered_early, *_registered):
         member.before_fork()
         _held.append(member)
 

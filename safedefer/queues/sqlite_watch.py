@@ -87,9 +87,9 @@ class Watch:
             with self._lock:
                 self._bells.discard(bell)
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._handle.close()
+    def close(self, *, wait: bool = True) -> None:
+        """Close the connection; see ``Handle.close``."""
+        self._handle.close(wait=wait)
 
     def _ring(self) -> None:
         while self._bells:

@@ -70,11 +70,18 @@ class Writer:
             self._changed.notify()
         return future
 
-    def close(self) -> None:
-        """Finish what was submitted, then close the connection. Later operations are refused."""
+    def close(self, *, wait: bool = True) -> None:
+        """Finish what was submitted, then close the connection. Later operations are refused.
+
+        Without ``wait``, the writer's own thread does so after this returned; see ``Handle.close``.
+        """
         with self._changed:
             self._closed = True
-        self._rest()
+            if not wait:
+                self._thread = None
+                self._changed.notify()
+        if wait:
+            self._rest()
 
     def _start(self) -> None:
         if not self._pausing:

@@ -313,6 +313,32 @@ def test_a_forked_child_relays_its_own(outbox, queue, tmp_path):
     assert waiting(queue) == {parents.id, "from-the-child-0123"}
 
 
+def test_a_fork_during_a_sweep_waits_for_it(outbox, queue, tmp_path):
+    with closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
+        stop = threading.Event()
+
+        def busy() -> None:
+            while not stop.is_set():
+                outbox.sweep()
+
+        with outbox.transaction(connection):
+            outbox.put(make_task())
+        thread = threading.Thread(target=busy)
+        thread.start()
+        try:
+            for _ in range(30):
+                with outbox.transaction(connection):
+                    outbox.put(make_task())
+                pid = os.fork()
+                if not pid:
+                    os._exit(0)
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        finally:
+            stop.set()
+            thread.join()
+    assert len(queue.tasks()) == 31
+
+
 def test_the_queues_file_by_another_library_is_refused(outbox, queue):
     queue.enqueue(make_task())
     with closing(sqlite3.connect(queue.path)) as connection:
@@ -331,6 +357,26 @@ def test_the_queues_file_by_another_library_is_refused(outbox, queue):
 def test_what_is_no_connection_is_refused(outbox, connection):
     with pytest.raises(BadTransactionStateError, match="no connection"), outbox.transaction(connection):
         pass
+
+
+@pytest.mark.parametrize("how", ["engine", "connection", "session"])
+def test_a_connection_that_commits_every_statement_is_refused(outbox, queue, tmp_path, how):
+    engine = sa.create_engine(
+        f"sqlite:///{tmp_path}/a.db", **({"isolation_level": "AUTOCOMMIT"} if how == "engine" else {})
+    )
+    if how == "session":
+        connection = orm.Session(engine.execution_options(isolation_level="AUTOCOMMIT"))
+    else:
+        connection = engine.connect()
+    if how == "connection":
+        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+    with connection:
+        for block in (outbox.transaction(connection), outbox.once(connection, effect="e")):
+            with pytest.raises(BadTransactionStateError, match="AUTOCOMMIT"), block:
+                outbox.put(make_task())
+            connection.rollback()
+    engine.dispose()
+    assert queue.tasks() == []
 
 
 def test_a_database_whose_ddl_commits_is_refused(outbox):

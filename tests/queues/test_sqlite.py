@@ -117,6 +117,35 @@ def test_a_queue_that_nobody_refers_to_is_closed(path):
     assert not (path.parent / "tasks.db-wal").exists()
 
 
+def test_a_queue_that_is_collected_while_its_connection_is_in_use_is_closed_by_the_user(path):
+    queue = SQLiteQueue(path)
+    queue.enqueue(make_task())
+    reader = queue._reader
+    with reader.use() as connection:
+        del queue
+        assert connection.execute("SELECT count(*) FROM safedefer_tasks").get == 1
+    with pytest.raises(apsw.ConnectionClosedError):
+        connection.execute("SELECT 1")
+
+
+def test_a_queue_that_is_collected_during_a_fork_holds_nobody_up(path):
+    # As if the garbage collector ran in a thread that the fork waits for, when the fork has the locks already.
+    queue = SQLiteQueue(path)
+    queue.enqueue(make_task())
+    queue.stats(now=0.0)
+    members = [queue._writer, queue._reader, queue._watch]
+    for member in members:
+        member.before_fork()
+    collector = threading.Thread(target=queue._finalizer)
+    collector.start()
+    collector.join(5.0)
+    assert not collector.is_alive()
+    for member in members:
+        member.after_fork_in_parent()
+    with pytest.raises(QueueUnavailable, match="closed"):
+        queue.stats(now=0.0)
+
+
 def test_a_process_that_forgets_to_close_ends_and_has_stored_its_task(path):
     program = (
         "import sys; from safedefer.queues.sqlite import SQLiteQueue; from tests.queues.contract import make_task\n"

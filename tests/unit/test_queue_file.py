@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from safedefer import App, Keyring, Policy, TaskRetryOptions
+from safedefer.claims import Options
 from safedefer.cli import main
 from safedefer.delivery import Response
 from safedefer.dispatcher import Dispatcher, DispatcherOptions, InProcessDelivery, asks_to_wait, judge
@@ -154,6 +155,15 @@ def test_the_queues_retry_parameters_count_where_a_task_has_none(app):
     assert (app.queue.find(own.id).attempts, app.queue.find(own.id).reason) == (3, "retry-and-age-limit")
     assert app.queue.find(boom.id).state is not TaskState.DEAD
     assert app.queue.find(boom.id).attempts >= 2
+
+
+def test_a_file_that_changed_since_does_not_take_a_tasks_own_limits_away(app, path):
+    own = TaskRetryOptions(task_retry_limit=0, min_backoff_seconds=0.1)
+    task = app.defer_with(Options(queue="default", retry_options=own), tasks.loud, ["x"], {})
+    path.write_text(FILE + "  retry_parameters: {max_backoff_seconds: 0}\n")
+    app.queue_file = QueueFile.load(path)
+    work_off(app, until=lambda: app.queue.find(task.id).state is TaskState.DEAD)
+    assert app.queue.find(task.id).reason == "retry-limit"
 
 
 def test_a_paused_queue_rests_and_goes_on_in_a_running_dispatcher(app):
