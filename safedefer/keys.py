@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from hashlib import sha256
-from itertools import permutations
+from itertools import chain, permutations
 from types import MappingProxyType
 from typing import Annotated, Final, Literal, NamedTuple, NoReturn, Protocol, Self, TypeVar, final
 
@@ -152,10 +152,10 @@ class Keyring:
     """The keys of an application: exactly one active, which signs; all others verify, or are revoked.
 
     Args:
-        keys: The keys, in any order.
+        keys: The keys, or lists of them, in any order.
 
     Raises:
-        ConfigurationError: None or several are active, or two share a name.
+        ConfigurationError: None or several are active, two share a name, or one is no key.
         WeakKey: Two share a secret.
     """
 
@@ -165,7 +165,19 @@ class Keyring:
     _headers: Mapping[bytes, Key]
     _keys: tuple[Key, ...]
 
-    def __init__(self, *keys: Key) -> None:
+    def __init__(self, *keys: Key | Iterable[Key]) -> None:
+        given = tuple(chain.from_iterable(item if isinstance(item, Iterable) else (item,) for item in keys))
+        if not all(isinstance(key, Key) for key in given):
+            raise ConfigurationError("a keyring is made of Key objects; use Keyring.from_text for their texts")
+        self._check(given)
+        self._keys = given
+        self._active = next(key for key in given if key.state is KeyState.ACTIVE)
+        self._prefix = _headers(self._active.kid)[0] + b"."
+        self._headers = MappingProxyType({header: key for key in given for header in _headers(key.kid)})
+        self._decoy = Key("decoy", bytes(range(MIN_SECRET_BYTES)), KeyState.REVOKED)
+
+    @staticmethod
+    def _check(keys: tuple[Key, ...]) -> None:
         active = [key for key in keys if key.state is KeyState.ACTIVE]
         if len(active) != 1:
             raise ConfigurationError(f"a keyring needs exactly one active key and has {len(active)}; {_MAKE_ONE}")
@@ -173,11 +185,6 @@ class Keyring:
             raise ConfigurationError("two keys have the same kid; give every key its own")
         if len({key.mac(b"") for key in keys}) != len(keys):
             raise WeakKey(f"two keys have the same secret; {_MAKE_ONE}")
-        self._keys = keys
-        self._active = active[0]
-        self._prefix = _headers(self._active.kid)[0] + b"."
-        self._headers = MappingProxyType({header: key for key in keys for header in _headers(key.kid)})
-        self._decoy = Key("decoy", bytes(range(MIN_SECRET_BYTES)), KeyState.REVOKED)
 
     @property
     def active(self) -> Key:

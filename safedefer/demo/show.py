@@ -205,6 +205,9 @@ def _report(run: _Run, database: str, processes: Processes) -> int:
     lost = set(run.paths.values()) - done - set(failed)
     latency = sorted(run.latencies)
     click.echo(f"\ntasks       {total} deferred, {len(done)} succeeded, {len(failed)} failed, {len(lost)} lost")
+    again = _count(database) - len(run.latencies) - len(done)
+    if again:
+        click.echo(f"            {again} ran once more: a process ended before it could say that they had run")
     click.echo(
         f"            {total / run.work_seconds:.0f} tasks/s in all; defer() took {1e6 * run.defer_seconds / total:.0f} us each"
     )

@@ -331,3 +331,14 @@ def test_an_unknown_key_costs_the_same_work_as_a_known_one(monkeypatch):
         with pytest.raises((BadSignature, UnknownKey)):
             ring.verify(parse(forged))
         assert done == signed
+
+
+def test_a_keyring_takes_keys_and_lists_of_keys():
+    active, old = Key("a", bytes(range(32))), Key("b", bytes(range(1, 33)), "verify_only")
+    assert Keyring([active, old]).keys == Keyring(active, old).keys == Keyring(active, [old]).keys == (active, old)
+
+
+@pytest.mark.parametrize("wrong", ["a:AAAA", 5, None, [b"secret"]])
+def test_what_is_no_key_is_refused_with_the_form_that_takes_texts(wrong):
+    with pytest.raises(ConfigurationError, match="from_text"):
+        Keyring(wrong)
