@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import Admission, EndState
 from safedefer.queues.base import Lease, QueuedTask, QueueStats, Settlement, TaskState, Verdict
+from safedefer.queues.rates import FULL_LOOK, PAUSED_LOOK, QueueLimits
 from safedefer.queues.sqlite import SQLiteQueue
 from tests.queues.contract import execution_of, make_task, oversize_task, record_of
 
@@ -57,6 +58,8 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
         self.models: dict[str, Model] = {}
         self.names: dict[tuple[str, str], float | None] = {}
         self.replaced: list[str] = []
+        self.paused: set[str] = set()
+        self.caps: dict[str, int] = {}
         self.runs = self.tasks_made = 0
         # Something to work on, or most sequences would go by without a lease.
         self.enqueue([("default", "n1", 0, False), ("mail", None, -5, True), ("default", None, 0, False)])
@@ -143,6 +146,13 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
             if model.lives and model.due <= self.now and queues in (None, model.task.queue)
         ]
         due.sort(key=lambda model: (model.due, model.order))
+        allowed = {queue: self.allowance(queue) for queue in QUEUES}
+        admitted = []
+        for model in due:
+            allowed[model.task.queue] -= 1
+            if allowed[model.task.queue] >= 0:
+                admitted.append(model)
+        due = admitted
         only = None if queues is None else [queues]
         leases = self.queue.lease(owner="d", limit=limit, seconds=seconds, now=self.now, queues=only)
         assert [lease.task for lease in leases] == [model.task for model in due[:limit]]
@@ -155,6 +165,51 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
             model.state, model.lease, model.leased_at = TaskState.RUNNING, lease, self.now
             model.due = lease.until
             model.deliveries += 1
+
+    def allowance(self, queue: str) -> int:
+        if queue in self.paused:
+            return 0
+        return max(self.caps[queue] - self.running(queue), 0) if queue in self.caps else 1000
+
+    def running(self, queue: str) -> int:
+        return sum(
+            model.lease is not None and model.due > self.now
+            for model in self.models.values()
+            if model.lives and model.task.queue == queue
+        )
+
+    @rule(queue=st.sampled_from(QUEUES), paused=st.booleans())
+    def pause(self, queue, paused):
+        self.queue.pause(queue, paused=paused, now=self.now)
+        (self.paused.add if paused else self.paused.discard)(queue)
+
+    @rule(caps=st.dictionaries(st.sampled_from(QUEUES), st.integers(1, 2)))
+    def configure(self, caps):
+        limits = [QueueLimits(queue=queue, max_concurrent=most) for queue, most in caps.items()]
+        self.queue.configure(limits, now=self.now)
+        self.caps = caps
+
+    def may_be_cancelled(self, model: Model) -> bool:
+        waits = model.state is TaskState.WAITING or (model.state is TaskState.RUNNING and model.due <= self.now)
+        runs = model.ledger == "running" and model.run_until > self.now
+        return waits and not runs and model.ledger not in ("succeeded", "failed")
+
+    @rule(queue=st.sampled_from(QUEUES))
+    def purge(self, queue):
+        models = [m for m in self.models.values() if m.task.queue == queue and self.may_be_cancelled(m)]
+        assert self.queue.purge(queue, now=self.now) == len(models)
+        for model in models:
+            if model.lease is not None:
+                model.lost.append(model.lease)
+            self.ended(model, TaskState.CANCELLED, "cancelled")
+
+    @precondition(lambda self: self.has(lambda model: model.state is TaskState.DEAD))
+    @rule(data=st.data())
+    def drop_dead(self, data):
+        model = self.some(data, lambda model: model.state is TaskState.DEAD, "dropped")
+        assert self.queue.drop_dead([model.task.id]) == 1
+        del self.models[model.task.id]
+        self.replaced.append(model.task.id)
 
     def charge_lost_lease(self, model: Model):
         if not model.uncharged:
@@ -204,11 +259,9 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data):
         model = self.some(data, lambda model: True, "cancelled")
-        waits = model.state is TaskState.WAITING or (model.state is TaskState.RUNNING and model.due <= self.now)
-        runs = model.ledger == "running" and model.run_until > self.now
-        ended = model.ledger in ("succeeded", "failed")
-        assert self.queue.cancel(model.task.id, now=self.now) is (waits and not runs and not ended)
-        if waits and not runs and not ended:
+        cancelled = self.may_be_cancelled(model)
+        assert self.queue.cancel(model.task.id, now=self.now) is cancelled
+        if cancelled:
             if model.lease is not None:
                 model.lost.append(model.lease)
             self.ended(model, TaskState.CANCELLED, "cancelled")
@@ -289,12 +342,19 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
         for task_id in self.replaced:
             assert self.queue.find(task_id) is None
 
+    def worth_a_look(self, model: Model) -> float:
+        queue = model.task.queue
+        if queue in self.paused:
+            return max(model.due, self.now + PAUSED_LOOK)
+        full = queue in self.caps and self.running(queue) >= self.caps[queue]
+        return max(model.due, self.now + FULL_LOOK) if full else model.due
+
     @invariant()
     def the_counts_are_the_models(self):
         if not hasattr(self, "models"):
             return
         lives = [model for model in self.models.values() if model.lives]
-        assert self.queue.next_due(now=self.now) == min((model.due for model in lives), default=None)
+        assert self.queue.next_due(now=self.now) == min(map(self.worth_a_look, lives), default=None)
         expected = []
         for queue in QUEUES:
             mine = [model for model in lives if model.task.queue == queue]
