@@ -438,7 +438,9 @@ class App:
                 f"key {self._keyring.active.kid} may not sign pickled arguments; give it pickle=True, or use another",
                 reason="pickle-key",
             )
-        data = codec.write(CallData(bound_object(obj), tuple(args), dict(kwargs)), gate)
+        # What makes a call unique is compared as trees, whose members can be sorted.
+        encode = codec.encode if options.unique else codec.write
+        data = encode(CallData(bound_object(obj), tuple(args), dict(kwargs)), gate)
         eta = options.due(now)
         url = self.url if options.url == DEFAULT_URL else options.path
         return Claims.trusted(

@@ -87,6 +87,10 @@ def current_task() -> TaskContext | None:
 class Codec(Protocol):
     """Turns the arguments of a call into JSON and back."""
 
+    def encode(self, call: CallData, gate: Gate) -> CallData:
+        """Return trees of JSON. Raises ``UnencodableArgument``."""
+        ...
+
     def write(self, call: CallData, gate: Gate) -> CallData:
         """Return what ``claims.write_json`` writes: trees of JSON, or text. Raises ``UnencodableArgument``."""
         ...

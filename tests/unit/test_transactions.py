@@ -153,6 +153,13 @@ def test_a_unique_task_that_waits_already_is_returned(app):
     assert len(ids(app)) == 5
 
 
+def test_many_and_nested_plain_arguments_are_compared_too(app):
+    unique, rows = app.options(unique=True), [{"id": n, "tags": ["a"]} for n in range(40)]
+    first = unique.defer(tasks.keywords, rows=rows, a=1)
+    assert unique.defer(tasks.keywords, a=1, rows=[dict(row) for row in rows]).id == first.id
+    assert unique.defer(tasks.keywords, a=1, rows=rows[1:]).id != first.id
+
+
 def test_the_order_of_keywords_makes_no_other_call(app):
     unique = app.options(unique=True)
     assert unique.defer(tasks.keywords, a=1, b=2).id == unique.defer(tasks.keywords, b=2, a=1).id
