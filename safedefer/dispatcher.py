@@ -404,6 +404,7 @@ class Dispatcher:
         self._options = options or DispatcherOptions()
         self._random = rng or random.Random()  # noqa: S311  # jitter; a secret source costs a system call
         self._owner = secrets.token_hex(8)
+        self._capped = any(limits.max_concurrent is not None for limits in self._options.limits or ())
         self._state = _State(ended=deque(maxlen=self._options.concurrency))
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -678,8 +679,9 @@ class Dispatcher:
                 if not ours:
                     _log.warning("task %a was delivered elsewhere meanwhile", lease.task.id)
             self._changed.set()
-            if any(settlement.verdict is Verdict.RETRY for _, settlement in batch):
-                self._queue.wake()  # a retry may fall due before what is waited for
+            if self._capped or any(settlement.verdict is Verdict.RETRY for _, settlement in batch):
+                # A retry may fall due before what is waited for, and what has ended makes room under a cap.
+                self._queue.wake()
 
     async def _extend_loop(self) -> None:
         while True:

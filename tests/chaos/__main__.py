@@ -29,6 +29,7 @@ def long_forms(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
         ],
         "cut": [storage.cut],
         "replay": [places.replay],
+        "rates": [places.rates],
         "forks": [places.forks],
         "million": [storage.million],
     }

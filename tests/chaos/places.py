@@ -142,3 +142,45 @@ def _handle_and_dispatch(app: object) -> None:
 
     asyncio.run(work())
     app.close()  # type: ignore[attr-defined]
+
+
+def rates(*, tasks: int = 300, rate: float = 60.0, bucket: int = 10, most: int = 3, dispatchers: int = 3) -> str:
+    """One rate and one cap hold for several dispatcher processes together."""
+    with Cast(lease=30.0) as cast:
+        path = cast.folder / "queue.yaml"
+        path.write_text(
+            f"queue:\n- {{name: default, rate: {rate:g}/s, bucket_size: {bucket}, max_concurrent_requests: {most}}}\n"
+        )
+        cast.environment["SAFEDEFER_QUEUE_YAML"] = str(path)
+        cast.handler()
+        cast.ready()
+        app = cast.app()
+        for number in range(tasks):
+            note("try", number)
+            app.defer(mark, number, 0.03)
+            note("ack", number)
+        for _ in range(dispatchers):
+            cast.dispatcher(concurrency=16)
+        cast.drained()
+        app.close()
+        account = cast.account()
+        account.check(duplicates=False)
+        began = sorted(when for runs in account.runs.values() for when, _ in runs)
+        ends = [when for runs in account.ends.values() for when, _ in runs]
+        # In any stretch of time there are at most a bucket and what it gained, and one for the edge.
+        excess = max(
+            later - first + 1 - (bucket + rate * (began[later] - began[first]))
+            for first in range(0, tasks, 5)
+            for later in range(first, tasks)
+        )
+        changes = sorted([(when, 1) for when in began] + [(when, -1) for when in ends])
+        at_once = highest = 0
+        for _, change in changes:
+            at_once += change
+            highest = max(highest, at_once)
+        if highest > most or excess > 0.1 * rate + 1:
+            raise Failed(f"{highest} at once, {excess:.1f} above the rate")
+        return (
+            f"dispatchers={dispatchers} {account.line()} at_once={highest} (cap {most}) "
+            f"measured={(tasks - bucket) / (began[-1] - began[0]):.1f}/s (rate {rate:g}/s) above_the_bucket={excess:.1f}"
+        )

@@ -70,6 +70,10 @@ def test_one_token_posted_at_once_to_two_handlers_runs_once():
     places.replay(posts=200)
 
 
+def test_one_rate_and_one_cap_hold_for_several_dispatchers():
+    places.rates(tasks=80, dispatchers=2)
+
+
 def test_producers_and_a_handler_in_forked_children_lose_nothing():
     places.forks(children=2, each=50)
 
