@@ -726,12 +726,12 @@ class App:
 
     def close(self) -> None:
         """Finish what was accepted, and let go of the queue and the threads."""
+        self.outbox.close()  # before the lock, which its thread may be waiting for
         with self._lock:
             if self._delivery is not None:
                 self._delivery.close()
                 self._delivery = None
             self._closed = True
-            self.outbox.close()
             if not isinstance(self._queue, str):
                 self._queue.close()
 

@@ -141,7 +141,10 @@ class Outbox:
         source = block.source
         opener, identity = source.reopen(), source.identity
         if opener is None or identity is None:  # in memory, and so the block's own transaction, which is over
-            relay(source, self._queue())
+            try:
+                relay(source, self._queue(), certain=True)
+            except QueueError as error:  # committed is committed: the next block on this connection tries again
+                _log.warning("the queue takes nothing from the outbox now (%s)", _name(error))
             return
         self._relay.add(identity, opener)
         # Through a connection of its own: reading with a session would open a transaction of the user's.
@@ -244,13 +247,18 @@ def _ending(source: Source, *, ours: bool) -> Iterator[None]:
             raise
 
 
-def relay(source: Source, queue: Queue) -> int:
+def relay(source: Source, queue: Queue, *, certain: bool = False) -> int:
     """Move what is committed in an outbox to the queue; returns how many tasks.
+
+    Args:
+        source: A connection without an open transaction.
+        queue: Where the tasks go.
+        certain: Whether there is an outbox: then one that cannot be read is an error.
 
     Raises:
         QueueUnavailable: The queue takes nothing now; what is left stays in the outbox.
     """
-    if not _has_table(source):
+    if not certain and not _has_table(source):
         return 0
     moved, position = 0, {"created": -1.0, "id": ""}
     while rows := source.rows(_NEXT, {**position, "limit": _BATCH}):
@@ -374,14 +382,14 @@ class _Relay:
 
     def sweep_one(self, identity: str) -> bool:
         """Relay one outbox; whether it is empty now."""
-        return self._sweep(identity) is not None
+        return self._sweep(identity, certain=True) is not None
 
-    def _sweep(self, identity: str) -> int | None:
+    def _sweep(self, identity: str, *, certain: bool = False) -> int | None:
         # Open only while it is used: a connection must not be carried across a fork.
         with self._sweeping:
             try:
                 with self._openers[identity]() as source:
-                    return relay(source, self._queue())
+                    return relay(source, self._queue(), certain=certain)
             except QueueError as error:
                 _log.warning("the queue takes nothing from the outbox now (%s); trying again", _name(error))
             except Exception as error:  # noqa: BLE001  # the user's database, by whatever library

@@ -246,6 +246,26 @@ def test_a_queue_that_takes_nothing_now_gets_it_later(outbox, queue, tmp_path):
         assert waiting(queue) == {first.id, second.id}
 
 
+def test_an_outbox_that_cannot_be_read_right_after_the_commit_is_relayed_later(outbox, queue, tmp_path, monkeypatch):
+    # Another process has the user's database to itself just after the commit; shorter patience makes a shorter test.
+    monkeypatch.setattr("safedefer.connections._PATIENCE", 0.05)
+    task, path = make_task(), tmp_path / "shop.db"
+    greedy = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    with closing(greedy), closing(sqlite3.connect(path)) as connection:
+        after = outbox._after
+
+        def interrupted(block) -> None:
+            greedy.execute("BEGIN EXCLUSIVE")
+            after(block)
+
+        outbox._after = interrupted
+        with outbox.transaction(connection):
+            outbox.put(task)
+        assert queue.tasks() == []
+        greedy.execute("ROLLBACK")
+        until(lambda: waiting(queue) == {task.id})
+
+
 def test_what_was_enqueued_and_not_deleted_from_the_outbox_is_not_enqueued_again(outbox, queue, tmp_path):
     waits, ended, new = make_task(), make_task(), make_task()
     queue.enqueue_many([ended, waits])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from contextlib import closing
 
 import apsw
@@ -111,6 +112,16 @@ def test_without_a_transaction_or_with_a_name_it_is_an_error(app, connection):
         plain = deferred.defer(tasks.add, 2)
         assert ids(app) == {plain.id}  # what is not transactional does not wait
     assert ids(app) == {plain.id}
+
+
+def test_closing_does_not_wait_for_a_relay_that_waits_for_the_app(app, connection):
+    connection.execute("BEGIN")
+    with app.transaction(connection):
+        deferred.defer(tasks.add, 1, _transactional=True)
+    connection.rollback()
+    began = time.monotonic()
+    app.close()
+    assert time.monotonic() - began < 5.0
 
 
 # --- Once ---------------------------------------------------------------------------------------
