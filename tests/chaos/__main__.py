@@ -20,6 +20,7 @@ def long_forms(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
         "stopped": [deaths.stopped],
         "terms": [deaths.terms],
         "exits": [deaths.exits],
+        "orders": [deaths.orders],
         "full": [storage.full, storage.limited],
         "locked": [storage.locked],
         "clock": [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
+import sqlite3
 import time
 
 from tests.chaos.cast import Cast, Failed
@@ -188,3 +190,45 @@ def exits(*, dying: int = 3, neighbours: int = 300, lease: float = 2.0) -> str:
         ):
             raise Failed(f"dead letters {dead}, runs {died}")
         return f"{account.line()} process_deaths={deaths} dead_letters={len(dead)} of {sorted(set(dead))}"
+
+
+def orders(*, orders: int = 3_000, least: int = 15, seed: int = 1, spacing: float = 0.5) -> str:
+    """SIGKILL over a producer of transactional tasks: a task runs if, and only if, its order is in the database."""
+    rng = random.Random(seed)
+    with Cast(lease=2.0) as cast:
+        database = cast.folder / "shop.db"
+        cast.environment["SAFEDEFER_OUTBOXES"] = f"sqlite:///{database}"
+        cast.handler()
+        cast.ready()
+        running = {"dispatcher": cast.dispatcher()}
+        arguments = ("tests.chaos.orders", str(database))
+        running["producer"] = cast.start(*arguments, "0", str(orders))
+        count = 0
+        while running["producer"].poll() is None:
+            time.sleep(rng.uniform(0.3, 1.7) * spacing)
+            name = "dispatcher" if rng.random() < 0.2 else "producer"
+            if count >= least or running["producer"].poll() is not None:
+                continue
+            cast.kill(running[name])
+            count += 1
+            if name == "dispatcher":
+                running[name] = cast.dispatcher()
+            else:
+                following = max(cast.account().attempted, default=-1) + 1
+                running[name] = cast.start(*arguments, str(following), str(orders))
+        if running["producer"].wait():
+            raise Failed(f"the producer failed: {cast.output()[-1500:]}")
+
+        def committed() -> set[int]:
+            with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection:
+                return {number for (number,) in connection.execute("SELECT id FROM orders")}
+
+        cast.until(lambda: not cast.left() and len(cast.account().ok) >= len(committed()), 60, "tasks are missing")
+        account, wanted = cast.account(), committed()
+        account.check()
+        cast.check_file()
+        missing, unwanted = wanted - account.ok, set(account.runs) - wanted
+        if missing or unwanted:
+            raise Failed(f"missing {sorted(missing)[:5]}, unwanted {sorted(unwanted)[:5]}")
+        undone = len(account.attempted - wanted)
+        return f"kills={count} tried={len(account.attempted)} committed={len(wanted)} undone={undone} ran={len(account.ok)} missing=0 unwanted=0"

@@ -42,6 +42,10 @@ def test_a_task_that_takes_its_process_along_ends_in_the_dead_letters():
     deaths.exits(dying=1, neighbours=40, lease=1.0)
 
 
+def test_a_transactional_task_runs_if_and_only_if_its_order_was_committed():
+    deaths.orders(orders=250, least=3, spacing=1.2)
+
+
 def test_a_limit_on_the_file_is_raised_to_the_caller_and_loses_nothing():
     storage.limited(tasks=150, kilobytes=300)
 
