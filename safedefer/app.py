@@ -165,7 +165,8 @@ class App:
         if allow_pickle:
             self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
         self._queue: PullQueue | str = queue
-        self._storage = storage
+        limit = None if self.queue_file is None else self.queue_file.total_storage_limit
+        self._storage = storage if limit is None else replace(storage or StorageOptions(), blob_limit=limit)
         self.outbox = Outbox(lambda: self.queue, urls=outboxes, clock=clock)
         # Reentrant: loading the policy imports modules, and one of them may defer something.
         self._lock = RLock()

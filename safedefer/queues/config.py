@@ -23,6 +23,7 @@ _STRICT: Final = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _RATE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)/([smhd])")
 _SPAN: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])")
+_SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([BKMGT]?)")
 _NAME: Final = r"^[A-Za-z0-9.-]{1,100}$"
 _MOST: Final = 2**31 - 1
 #: Bytes of a file at most.
@@ -47,6 +48,14 @@ def _span(value: object) -> object:
     if match is None:
         raise ValueError("an age is written 30s, 5m, 6h or 2d")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def _size(value: object) -> object:
+    """Read ``120M`` and the like as bytes."""
+    match = _SIZE.fullmatch(str(value)) if type(value) in {str, int} else None
+    if match is None:
+        raise ValueError("a size is written 500K, 120M or 1.5G")
+    return int(float(match[1]) * 1024 ** "BKMGT".index(match[2] or "B"))
 
 
 def _number(value: object) -> object:
@@ -120,6 +129,8 @@ class QueueFile(BaseModel):
     model_config = _STRICT
 
     queue: list[QueueSection] = []
+    total_storage_limit: Annotated[int, BeforeValidator(_size), Field(ge=0)] | None = None
+    """Bytes that the stored tokens of all oversize tasks may take together, in the file ``120M``."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

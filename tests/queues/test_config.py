@@ -54,6 +54,13 @@ def test_ages(text, seconds):
     assert QueueFile.parse(text).queue[0].retry_parameters.task_age_limit == seconds
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("120M", 120 * 2**20), ("1.5G", 3 * 2**29), ("500K", 512_000), ("7", 7), ("7B", 7)]
+)
+def test_sizes(text, size):
+    assert QueueFile.parse(f"total_storage_limit: {text}").total_storage_limit == size
+
+
 def test_the_default_queue_has_five_a_second_when_a_file_says_nothing_else():
     default = QueueLimits(queue="default", rate=5.0, bucket_size=5)
     assert QueueFile.parse("").limits == [default]
@@ -94,6 +101,8 @@ def test_the_default_queue_has_five_a_second_when_a_file_says_nothing_else():
         ("queue:\n- name: a\n  rate: 5/s\n- name: a\n  rate: 6/s\n", 1, "declared twice"),
         ("queue:\n  name: a\n", 1, "valid list"),
         ("queues: []\n", 1, "queues"),
+        ("queue: []\ntotal_storage_limit: 12X\n", 2, "120M"),
+        ("queue: []\ntotal_storage_limit: true\n", 2, "120M"),
         ("- a\n", 1, "QueueFile"),
         ("queue: [\n", 2, "expected"),
         ("a: 1\n---\nb: 2\n", 2, "document"),

@@ -123,6 +123,15 @@ def test_a_target_of_the_file_needs_an_address(path):
     assert make_app(queue_yaml=QueueFile.load(path)).queues == {"default", "mail"}
 
 
+def test_the_files_limit_on_storage_is_that_of_the_blobs(path, tmp_path):
+    path.write_text(f"total_storage_limit: 30K\n{FILE}")
+    app = make_app(queue=f"sqlite:///{tmp_path}/tasks.db", queue_yaml=path)
+    app.defer(tasks.keywords, text="x" * 20_000)
+    with pytest.raises(QueueUnavailable, match="30720 bytes"):
+        app.defer(tasks.keywords, text="x" * 20_000)
+    app.close()
+
+
 def test_without_a_file_nothing_is_limited():
     app = make_app()
     assert (app.queue_file, app.queues) == (None, None)
