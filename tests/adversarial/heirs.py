@@ -68,6 +68,16 @@ class Table(dict):
         return 1
 
 
+class Text(str):
+    """Inherits ``format``, which reads any attribute, and ``encode``, which imports a codec."""
+
+    __slots__ = ()
+
+
+class Number(int):
+    pass
+
+
 class Names(collections.UserDict):
     pass
 

@@ -1,0 +1,103 @@
+"""Take one defence away at a time, and see that a test fails: ``python -m tests.mutation.defences [word]``.
+
+Works on a copy. Every row is a file, what stands there, what is put in its place, and the tests that must notice. A row
+whose text is not found any more is an error: mend the row.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HANDLER, STORAGE, KEYS = "test_handler_attacks", "test_storage_writer", "test_capabilities"
+
+DEFENCES = [
+    ("keys.py", "if not matches:", "if False:", "test_handler_attacks"),
+    ("keys.py", "if key.state is KeyState.REVOKED:", "if False:", "test_handler_attacks"),
+    ("keys.py", 'members = (\'"alg":"HS256"\'', 'members = (\'"alg":"none"\'', "test_handler_attacks"),
+    ("token.py", "if not (is_canonical(header) and is_canonical(payload) and is_canonical(mac)):", "if False:", "../test_schema"),
+    ("signing.py", "environment != serves.environment", "False", HANDLER),
+    ("signing.py", "or (path != url if isinstance(url, str) else path not in url)", "", STORAGE),
+    ("signing.py", "or (queue is not None and queue != named)", "", STORAGE),
+    ("signing.py", "if ahead > LEEWAY:", "if False:", STORAGE),
+    ("signing.py", "if now > claims.exp + LEEWAY:", "if False:", "test_ledger_attacks"),
+    ("signing.py", "if key.queues is not None and claims.audience[1] not in key.queues:", "if False:", KEYS),
+    ("signing.py", "if not key.pickle:", "if False:", KEYS),
+    ("signing.py", "len(data) != pointer.blob.length or sha256(data).hexdigest() != pointer.blob.sha256", "False", STORAGE),
+    ("policy.py", "self._within(self._inner.check_class_name, name)\n        cls", "cls", "test_policy"),
+    ("policy.py", "        self._within(self._inner.check, ref)\n        return self._outer.check(ref)", "        return self._outer.check(ref)", KEYS),
+    ("app.py", "        prepare(task, self._codecs)\n        now", "        now", KEYS),
+    ("app.py", "if key.queues is not None and options.queue not in key.queues:", "if False:", KEYS),
+    ("policy.py", '_deny(ref, f"it is inherited from {name}, which needs a pattern of its own")', "pass", "test_inheritance"),
+    ("policy.py", '_deny(ref, "it is a built-in method, which needs an exact pattern")', "pass", "test_inheritance"),
+    ("claims.py", "catch_duplicate_keys=True", "catch_duplicate_keys=False", "test_parsing"),
+    ("codecs/decoder.py", "if depth > self.limits.depth:", "if False:", "test_parsing"),
+    ("codecs/decoder.py", "if self._items > self.limits.items:", "if False:", "test_parsing"),
+    ("delivery.py", "if hints.encoding is not None:", "if False:", HANDLER),
+    ("delivery.py", "if kind not in CONTENT_TYPES:", "if False:", HANDLER),
+    ("delivery.py", "_REFUSED_BODY)", "reason.encode())", HANDLER),
+    ("delivery.py", "_DOTTED.sub(_blank, text)", "text", HANDLER),
+    ("delivery.py", "            del rejection", "            pass", HANDLER),
+    ("web/handler.py", "async with asyncio.timeout(BODY_TIMEOUT):", "if True:", HANDLER),
+    ("web/handler.py", "if len(body) > limit:", "if False:", HANDLER),
+    ("dispatcher.py", "allow_redirects=False", "allow_redirects=True", "test_ssrf"),
+    ("dispatcher.py", "    _check_hints(task)\n", "", "test_ssrf"),
+    ("dispatcher.py", "trust_env=False", "trust_env=True", "test_ssrf"),
+    ("dispatcher.py", "cookie_jar=aiohttp.DummyCookieJar()", "cookie_jar=aiohttp.CookieJar(unsafe=True)", "test_ssrf"),
+    ("queues/sqlite_ledger.py", "if entry.digest != execution.digest:", "if False:", "test_ledger_attacks"),
+    ("queues/memory_ledger.py", "if entry.digest != execution.digest:", "if False:", "test_ledger_attacks"),
+    ("queues/sqlite_operations.py", "except UnicodeDecodeError:", "except ZeroDivisionError:", STORAGE),
+    ("queues/sqlite.sql", "deliveries = min(deliveries, 2147483646) + 1", "deliveries = deliveries + 1", STORAGE),
+    ("queues/sqlite.sql", "attempts = min(attempts, 2147483646) + :charged", "attempts = attempts + :charged", STORAGE),
+    ("codecs/pickled.py", "_scan(data, self._limits)\n            # By value", "# By value", "test_pickled"),
+    ("codecs/pickled.py", 'raise _Refused("the pickle calls what is neither a class nor known to be harmless")', "return", "test_pickled"),
+    ("codecs/pickled.py", 'raise _Refused("the pickle changes a class, a module or a function")', "return", "test_pickled"),
+]  # fmt: skip
+
+
+def survives(folder, file, old, new, test):
+    """Whether all tests pass without the defence."""
+    path = folder / "safedefer" / file
+    text = path.read_text()
+    if old not in text:
+        raise SystemExit(f"{file}: {old!r} is not there any more; mend the row")
+    path.write_text(text.replace(old, new))
+    try:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "--timeout",
+            "60",
+            f"tests/adversarial/{test}.py",
+        ]
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=300, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        path.write_text(text)
+
+
+def main(word=""):
+    survived = 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "copy")
+        shutil.copytree(
+            ROOT, folder, ignore=shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "node_modules", ".venv*")
+        )
+        for row in DEFENCES:
+            if word in " ".join(row):
+                alive = survives(folder, *row)
+                survived += alive
+                print("SURVIVED" if alive else "noticed ", row[0], "|", " ".join(row[1].split())[:90], flush=True)
+    return survived
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
