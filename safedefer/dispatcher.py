@@ -662,10 +662,18 @@ class Dispatcher:
         while state.settlements:
             batch, state.settlements = state.settlements, []
             state.settling = True
+            settling = asyncio.ensure_future(
+                self._in_thread(partial(self._queue.settle_many, batch, now=self._clock()))
+            )
             try:
-                kept = await self._in_thread(partial(self._queue.settle_many, batch, now=self._clock()))
+                kept = await asyncio.shield(settling)
             except asyncio.CancelledError:
-                state.settlements = batch + state.settlements  # a second time changes nothing
+                # Its thread goes on. Settled a second time, which changes nothing, the tasks would look lost.
+                await asyncio.wait({settling}, timeout=self._options.drain_seconds)
+                if settling.done() and not settling.cancelled() and settling.exception() is None:
+                    self._note_settled(batch, settling.result())
+                else:
+                    state.settlements = batch + state.settlements
                 raise
             except Exception as error:  # noqa: BLE001  # whatever it is, the tasks are ours until it is stored
                 _log.error("settling failed (%s); trying again", _name(error))
@@ -674,14 +682,17 @@ class Dispatcher:
                 continue
             finally:
                 state.settling = False
-            for (lease, _), ours in zip(batch, kept, strict=True):
-                state.leases.pop(lease.owner, None)
-                if not ours:
-                    _log.warning("task %a was delivered elsewhere meanwhile", lease.task.id)
+            self._note_settled(batch, kept)
             self._changed.set()
             if self._capped or any(settlement.verdict is Verdict.RETRY for _, settlement in batch):
                 # A retry may fall due before what is waited for, and what has ended makes room under a cap.
                 self._queue.wake()
+
+    def _note_settled(self, batch: Sequence[tuple[Lease, Settlement]], kept: Sequence[bool]) -> None:
+        for (lease, _), ours in zip(batch, kept, strict=True):
+            self._state.leases.pop(lease.owner, None)
+            if not ours:
+                _log.warning("task %a was delivered elsewhere meanwhile", lease.task.id)
 
     async def _extend_loop(self) -> None:
         while True:
