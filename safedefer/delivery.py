@@ -66,6 +66,8 @@ QUEUE_HEADER: Final = "X-AppEngine-QueueName"
 RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
 
 _REFUSED_BODY: Final = b"refused\n"
+#: Seconds between two tries to write down how a run ended.
+_STORE_AGAIN: Final = 0.25
 _MAX_RECORDED: Final = 16_384
 # Anything shaped like a token, in a traceback, is a token of somebody. Whole words with dots are matched, and looked
 # into: a pattern that begins with the token would be tried from every place of a long word.
@@ -362,7 +364,18 @@ class Delivery:
 
     async def _finish(self, run: _Run, execution: Execution, outcome: Outcome, status: int | None) -> None:
         record = self._record(run, _STATUS[outcome.result][1], status, outcome.reason, outcome.error)
-        await self._end((execution, _END[outcome.result], record))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._options.lease_seconds
+        while True:
+            try:
+                await self._end((execution, _END[outcome.result], record))
+            except QueueUnavailable:
+                # The disk is full, say. Written down late is better than run again, as long as nobody else may run it.
+                if loop.time() + _STORE_AGAIN > deadline:
+                    raise
+                await asyncio.sleep(_STORE_AGAIN)
+            else:
+                return
 
     async def _rejected(self, run: _Run, error: RejectedTask) -> Response:
         if not error.authentic:

@@ -84,8 +84,10 @@ class Account:
             f"unexplained={len(self.unexplained)} recovered={len(self.recovered)}"
         )
 
-    def check(self, *, duplicates: bool = True) -> None:
-        if self.lost or self.unexpected or self.unexplained or (self.duplicated and not duplicates):
+    def check(self, *, duplicates: bool = True, explained: bool = True) -> None:
+        """Fail if something was lost or came from nowhere, ran twice unexplained, or ran twice at all."""
+        unexplained = self.unexplained if explained else ()
+        if self.lost or self.unexpected or unexplained or (self.duplicated and not duplicates):
             raise Failed(
                 f"{self.line()} lost={sorted(self.lost)[:5]} unexpected={sorted(self.unexpected)[:5]} "
                 f"unexplained={sorted(self.unexplained)[:5]}"

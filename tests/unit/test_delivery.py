@@ -39,6 +39,26 @@ def test_a_request_from_any_framework_is_handled(app):
     assert (status, headers, body) == (415, {"Safedefer-Outcome": "refused"}, b"refused\n")
 
 
+@pytest.mark.parametrize(("failures", "expected"), [(2, (200, "succeeded")), (1000, (503, "busy"))])
+def test_a_run_whose_end_cannot_be_written_down_is_tried_again_while_nobody_else_may_run_it(failures, expected):
+    tasks.reset()
+    app = make_app(lease_seconds=1.0)
+    token = app.defer(tasks.add, 1).payload
+    finish_many, calls = app.queue.ledger.finish_many, []
+
+    def full(ends):
+        calls.append(len(ends))
+        if len(calls) <= failures:
+            raise QueueUnavailable("the disk is full; free some space")
+        return finish_many(ends)
+
+    app.queue.ledger.finish_many = full
+    assert outcome(handle(app, token)) == expected
+    assert len(tasks.RAN) == 1
+    assert 3 <= len(calls) <= 6
+    app.close()
+
+
 def test_headers_are_found_in_any_case_and_repeated_ones_agree_with_nothing(app):
     task = app.options(queue="mail").defer(tasks.add, 1)
     for headers in (
