@@ -19,7 +19,7 @@ def can_mount() -> bool:
 
 
 def test_sigkill_of_any_process_loses_nothing_and_every_second_run_is_explained():
-    deaths.kills(seed=5, tasks=900, least=4, per_second=180.0)
+    deaths.kills(seed=5, tasks=700, least=4, per_second=180.0)
 
 
 def test_without_kills_nothing_runs_twice():
