@@ -68,6 +68,7 @@ _CREATE_ONCE: Final = """
         effect VARCHAR(700) NOT NULL PRIMARY KEY, expires DOUBLE PRECISION NOT NULL
     )
 """
+_INDEX_ONCE: Final = "CREATE INDEX IF NOT EXISTS safedefer_once_expires ON safedefer_once (expires)"
 _FORGET_ONCE: Final = "DELETE FROM safedefer_once WHERE expires < :now"
 _FIND_ONCE: Final = "SELECT 1 FROM safedefer_once WHERE effect = :effect"
 _INSERT_ONCE: Final = """
@@ -212,6 +213,7 @@ class Outbox:
         with _ending(source, ours=ours):
             now = self._clock()
             source.execute(_CREATE_ONCE)
+            source.execute(_INDEX_ONCE)
             source.execute(_FORGET_ONCE, {"now": now})
             earlier = also is not None and bool(source.rows(_FIND_ONCE, {"effect": also}))
             first = source.execute(_INSERT_ONCE, {"effect": effect, "expires": now + _REMEMBERED}) > 0
