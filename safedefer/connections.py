@@ -174,6 +174,8 @@ class SQLite3Source:
 @contextmanager
 def _open_sqlite3(path: str) -> Iterator[Source]:
     # mode=rw: a database that is not there yet has no outbox, and is not ours to create.
+    if not os.path.exists(path):  # noqa: PTH110 - a text, as everything here
+        raise FileNotFoundError(path)
     with closing(sqlite3.connect(f"file:{_quote(path)}?mode=rw", uri=True, timeout=_PATIENCE)) as connection:
         connection.isolation_level = None
         yield SQLite3Source(connection)

@@ -392,6 +392,8 @@ class _Relay:
             try:
                 with self._openers[identity]() as source:
                     return relay(source, self._queue(), certain=certain)
+            except FileNotFoundError:  # nobody has made the database yet
+                return 0
             except QueueError as error:
                 _log.warning("the queue takes nothing from the outbox now (%s); trying again", _name(error))
             except Exception as error:  # noqa: BLE001  # the user's database, by whatever library

@@ -310,6 +310,16 @@ def test_a_process_that_dies_after_the_commit_has_lost_nothing(queue, tmp_path):
     outbox.close()
 
 
+def test_a_database_that_is_not_there_yet_is_no_trouble_and_is_not_made(queue, tmp_path, caplog):
+    outbox = Outbox(lambda: queue, urls=[f"sqlite:///{tmp_path}/shop.db"], clock=time.time)
+    assert outbox.sweep() == 0
+    sqlite3.connect(tmp_path / "shop.db").close()
+    assert outbox.sweep() == 0
+    assert caplog.records == []
+    assert (tmp_path / "shop.db").read_bytes() == b""
+    outbox.close()
+
+
 def test_a_forked_child_relays_its_own(outbox, queue, tmp_path):
     path, parents = tmp_path / "shop.db", make_task()
     with closing(sqlite3.connect(path)) as connection, outbox.transaction(connection):
