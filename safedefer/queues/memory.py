@@ -7,6 +7,7 @@ import itertools
 import secrets
 import threading
 import time
+from collections import ChainMap
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -147,9 +148,9 @@ class MemoryQueue:
             raise QueueUnavailable("the queue is closed; open a new one")
         ids: set[str] = set()
         names: set[tuple[str, str | None]] = set()
-        unique = dict(self._state.unique) if any(task.unique_key for task in tasks) else {}
+        unique = ChainMap[tuple[str, str], str]({}, self._state.unique)
         blobs: set[str] = set()
-        room = self._blob_limit - self._blobs.total
+        room = self._blob_limit - self._blobs.total if any(task.blob for task in tasks) else 0
         for task in tasks:
             ended = None if task.id == replaced else self._state.ended.get(task.id)
             if ended is not None and ended.state is not TaskState.DEAD:
