@@ -47,6 +47,8 @@ REJECT_SECONDS: Final = 3_600.0
 
 _CONTENT_TYPE: Final = "application/jose"
 _OUTCOME: Final = OUTCOME_HEADER.lower()
+#: The longest that a handler can put off a task, in seconds: its clock may be wrong, and be corrected.
+_MAX_PUT_OFF: Final = 60.0
 #: The first hold of a queue whose handler is at capacity; it doubles with each such answer in a row.
 _BUSY_SECONDS: Final = 0.02
 #: How far ahead of free places tasks are leased, in seconds of the work that was done of late.
@@ -177,7 +179,7 @@ def judge(lease: Lease, response: Response, *, now: float, jitter: float) -> Set
         # Any 2xx is success, as on App Engine: a handler of the user's own may call run() and say no more.
         return Settlement(verdict=Verdict.DONE, status=status, executed=True)
     if outcome in {"early", "busy", "running"}:
-        wait = _seconds(headers.get("retry-after")) * (1 + jitter)
+        wait = min(_seconds(headers.get("retry-after")), _MAX_PUT_OFF) * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, status=status, reason=outcome)
     if outcome in {"rejected", "refused"}:
         return _judge_rejection(lease, status, outcome, now=now, jitter=jitter)

@@ -220,6 +220,12 @@ def test_a_proxy_that_asks_to_wait_charges_no_attempt():
     assert judge(lease, Response(503, {}, b""), now=100.0, jitter=0.0).charged
 
 
+def test_a_handler_whose_clock_is_an_hour_behind_puts_a_task_off_by_a_minute():
+    lease = Lease(task=make_task(), owner="o", until=200.0)
+    answer = Response(503, {"Retry-After": "3590", "Safedefer-Outcome": "early"}, b"")
+    assert judge(lease, answer, now=100.0, jitter=0.0).at == 160.0
+
+
 def test_an_answer_that_asks_to_wait_holds_the_whole_queue_and_no_other(app):
     posted = []
 
