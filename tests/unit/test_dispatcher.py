@@ -159,7 +159,7 @@ def test_header_names_count_in_any_case():
     [
         ("5", 5),
         ("0", 1),
-        ("3601", 3600),
+        ("61", 60),
         ("9" * 30, 1),
         ("-5", 1),
         ("x", 1),
@@ -167,7 +167,7 @@ def test_header_names_count_in_any_case():
         ("Wed, 21 Oct 2015 07:28:00 GMT", 1),
     ],
 )
-def test_retry_after_is_seconds_within_an_hour(text, seconds):
+def test_a_handler_puts_a_task_off_by_seconds_within_a_minute(text, seconds):
     assert verdict(lease_of(), answer(503, "early", Retry_After=text)).at == NOW + seconds
 
 
