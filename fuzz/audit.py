@@ -4,9 +4,11 @@ CPython raises audit events (PEP 578) from C, whatever Python code was reached: 
 loaded yet, compiling or running code, opening a file, a socket, a process.
 """
 
+import pkgutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 
 _WATCHED = (
@@ -25,6 +27,8 @@ def _hook(event: str, args: tuple[object, ...]) -> None:
         return
     if event == "open" and _is_harmless_file(args):
         return
+    if event == "import" and str(args[0]).partition(".")[0] == "tzdata":  # zoneinfo looks for a zone's file there
+        return
     if event == "compile" and args[1] == "<unknown>":  # ast.parse, for the marks under a traceback's lines
         return
     _seen.append(f"{event} {args[0]!r:.200}" if args else event)
@@ -37,6 +41,11 @@ def _is_harmless_file(args: tuple[object, ...]) -> bool:
         return False
     return "zoneinfo" in path or path.endswith(".py") or Path(path).is_relative_to("/proc/self")
 
+
+# Where the machine has no time zone database, zoneinfo imports the packages of this one as it finds zones.
+with suppress(ModuleNotFoundError):
+    for _package in pkgutil.walk_packages(import_module("tzdata").__path__, "tzdata."):
+        import_module(_package.name)
 
 sys.addaudithook(_hook)
 
