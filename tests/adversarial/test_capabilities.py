@@ -9,7 +9,7 @@ from safedefer.policy import Policy
 from safedefer.queues.base import QueuedTask, Settlement, TaskState, Verdict
 from tests.adversarial import victim
 from tests.adversarial.forge import NOW, URL, VICTIM, make_app, mint, post
-from tests.schema import invalid_arguments, vectors
+from tests.schema import invalid_arguments, tasks, vectors
 
 FORGED = [
     pytest.param(kid, changes, id=comment)
@@ -106,6 +106,16 @@ def test_a_key_that_may_sign_pickles_is_still_within_the_policy(tmp_path, ran):
     assert post(app, mint(kid="now", jti="f" * 32, cty="pickle", args=args))[0] == 403
     assert not (tmp_path / "owned").exists()
     assert ran == []
+    app.close()
+
+
+def test_a_limited_key_runs_the_methods_of_its_classes():
+    keys = Keyring(Key("limited", bytes(range(7, 39)), "active", patterns=["tests.schema.tasks:Receipt"]))
+    app = App(keyring=keys, policy=Policy("tests.schema.tasks"), queue="memory://", clock=lambda: NOW)
+    assert app.run(app.serialize(tasks.Receipt(7).send, 2)) == (7, 2)
+    assert app.run(app.serialize(tasks.Receipt.build, 9)) == tasks.Receipt(9)
+    with pytest.raises(NotDeferrable):
+        app.serialize(tasks.echo)
     app.close()
 
 
