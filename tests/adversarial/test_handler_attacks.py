@@ -16,6 +16,7 @@ import zlib
 
 import jiter
 import pytest
+from aiohttp import web
 
 import safedefer.keys
 import safedefer.refs
@@ -298,6 +299,24 @@ async def test_a_gzip_bomb_is_refused_before_it_is_inflated(app, monkeypatch):
     answer, _ = await raw(app, request(JOSE, "Content-Encoding: gzip", length(bomb), body=bomb))
     assert b" 415 " in answer
     assert inflated == []
+
+
+async def test_a_gzip_bomb_keeps_no_memory_in_a_server_of_the_user_s_that_inflates(app):
+    """``app.routes()`` in an application of aiohttp as it comes, which inflates what it reads."""
+    web_app = web.Application()
+    web_app.add_routes(app.routes())
+    runner = web.AppRunner(web_app, lingering_time=0.2)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    bomb = gzip.compress(bytes(50_000_000))
+    tracemalloc.start()
+    answer, _ = await talk(f"http://{host}:{port}", request(JOSE, "Content-Encoding: gzip", length(bomb), body=bomb))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    await runner.cleanup()
+    assert b" 415 " in answer
+    assert peak < 8 * 2**20, "of 50 MB"
 
 
 async def test_chunks_without_a_length_stop_at_the_limit(app, monkeypatch):
