@@ -19,7 +19,7 @@ def can_mount() -> bool:
 
 
 def test_sigkill_of_any_process_loses_nothing_and_every_second_run_is_explained():
-    deaths.kills(seed=5, tasks=700, least=4, per_second=180.0)
+    deaths.kills(seed=5, tasks=500, least=3, per_second=150.0)
 
 
 def test_without_kills_nothing_runs_twice():
@@ -27,7 +27,7 @@ def test_without_kills_nothing_runs_twice():
 
 
 def test_a_handler_that_is_down_charges_no_attempt():
-    deaths.down(tasks=50, seconds=3.0)
+    deaths.down(tasks=50, seconds=2.0)
 
 
 def test_a_dispatcher_that_was_stopped_settles_nothing_of_what_others_have():
@@ -43,7 +43,7 @@ def test_a_task_that_takes_its_process_along_ends_in_the_dead_letters():
 
 
 def test_a_transactional_task_runs_if_and_only_if_its_order_was_committed():
-    deaths.orders(orders=250, least=3, spacing=1.2)
+    deaths.orders(orders=150, least=2, spacing=1.2)
 
 
 def test_a_limit_on_the_file_is_raised_to_the_caller_and_loses_nothing():
@@ -52,7 +52,7 @@ def test_a_limit_on_the_file_is_raised_to_the_caller_and_loses_nothing():
 
 def test_a_full_disk_is_raised_to_the_caller_and_loses_nothing():
     if can_mount():
-        storage.full(tasks=700, megabytes=2)
+        storage.full(tasks=600, megabytes=2)
     else:  # the other test of this file fills what it can without rights
         storage.limited(tasks=400, kilobytes=400)
 
@@ -63,11 +63,11 @@ def test_a_locked_database_is_waited_for():
 
 @pytest.mark.parametrize("who", ["dispatcher", "handler"])
 def test_a_clock_that_jumps_loses_nothing(who):
-    places.clock(who=who, tasks=60, shift=3600.0 if who == "dispatcher" else -3600.0, seconds=2.5)
+    places.clock(who=who, tasks=60, shift=3600.0 if who == "dispatcher" else -3600.0, seconds=2.0)
 
 
 def test_a_log_that_was_cut_anywhere_leaves_a_whole_database():
-    storage.cut(tasks=400, offsets=40)
+    storage.cut(tasks=300, offsets=25)
 
 
 def test_one_token_posted_at_once_to_two_handlers_runs_once():
@@ -75,7 +75,7 @@ def test_one_token_posted_at_once_to_two_handlers_runs_once():
 
 
 def test_one_rate_and_one_cap_hold_for_several_dispatchers():
-    places.rates(tasks=80, dispatchers=2)
+    places.rates(tasks=60, dispatchers=2)
 
 
 def test_producers_and_a_handler_in_forked_children_lose_nothing():
