@@ -121,11 +121,13 @@ def cut(*, tasks: int = 3_000, offsets: int = 500, seed: int = 1) -> str:
                 process.send_signal(signal.SIGSTOP)
             time.sleep(0.1)
             first, last = _log_range(Path(f"{cast.queue_path}-shm"))
-            if last - first >= 30 * _FRAME:
+            if last - first >= 8 * _FRAME:
                 break
             for process in processes:
                 process.send_signal(signal.SIGCONT)
             time.sleep(0.1)
+        else:
+            raise Failed("the log never held anything that a checkpoint had not copied")
         shutil.copy(cast.queue_path, database)
         shutil.copy(f"{cast.queue_path}-wal", log)
         for process in processes:
