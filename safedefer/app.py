@@ -44,6 +44,7 @@ from safedefer.errors import (
     CapabilityExceeded,
     ConfigurationError,
     InvalidTaskError,
+    InvalidUrlError,
     NotDeferrable,
     PermanentTaskFailure,
     QueueUnavailable,
@@ -255,6 +256,7 @@ class App:
         Raises:
             InvalidTaskError: An option is wrong.
         """
+        target, url = self.destination(target, url)
         chosen = Options(
             countdown=countdown,
             eta=eta,
@@ -269,6 +271,30 @@ class App:
             pickle=pickle,
         )
         return Deferral(self, chosen)
+
+    def destination(self, target: str | None, url: str | None) -> tuple[str | None, str | None]:
+        """Turn an absolute URL below the address of a target into that target and a path.
+
+        Args:
+            target: The target that was asked for, if one was.
+            url: A path, None, or an absolute URL.
+
+        Returns:
+            The target and the path; unchanged if ``url`` is not absolute.
+
+        Raises:
+            InvalidUrlError: The URL is below no address that the operator listed, or below another target's.
+        """
+        if type(url) is not str or not url.startswith(("http://", "https://")):
+            return target, url
+        for name, address in (self.targets or {}).items():
+            base = address.rstrip("/")
+            if url.startswith(f"{base}/") and target in {None, name}:
+                return name, url.removeprefix(base)
+        raise InvalidUrlError(
+            "an absolute URL must be below the address of a target, so that tasks go only where the operator allows; "
+            "set SAFEDEFER_TARGETS, or give a path"
+        )
 
     def defer_with(
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]

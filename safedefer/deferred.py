@@ -133,7 +133,7 @@ def defer(
         _retry_options: When it is tried again.
         _target: Which handler.
         _transactional: Enqueue if, and only if, the current transaction commits.
-        _url: The path that the task is posted to.
+        _url: The path that the task is posted to, or a URL below the address of a configured target.
         _pickle: Carry the arguments as a pickle; both ends and the key must allow it.
         kwargs: Any other keyword arguments are passed through to the callable.
 
@@ -145,6 +145,8 @@ def defer(
         DeferError: One of its subclasses says what is wrong; see ``App.defer``.
     """
     _check_unknown(kwargs)
+    if type(_url) is str and _url.startswith(("http://", "https://")):
+        _target, _url = current_app().destination(_target, _url)
     options = Options(
         countdown=_countdown,
         eta=_eta,

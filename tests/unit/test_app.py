@@ -9,12 +9,13 @@ import threading
 
 import pytest
 
-from safedefer import App, Deferral, Key, Keyring, KeyState, Options, Policy, TaskRetryOptions
+from safedefer import App, Deferral, Key, Keyring, KeyState, Options, Policy, TaskRetryOptions, configure, defer
 from safedefer.claims import LIFETIME, MAX_LIFETIME
 from safedefer.errors import (
     BadTransactionStateError,
     ConfigurationError,
     InvalidTaskError,
+    InvalidUrlError,
     NotDeferrable,
     QueueUnavailable,
     RejectedTask,
@@ -481,3 +482,52 @@ def test_an_app_is_what_an_observer_hears_from():
     )
     app.defer(tasks.add, 1)
     assert [type(event) for event in seen.events] == [TaskEnqueued]
+
+
+# --- Absolute URLs --------------------------------------------------------------------------------
+
+TARGETS = {"worker": "https://worker.example:8443/tasks", "other": "http://127.0.0.1:9001"}
+
+
+@pytest.mark.parametrize(("url", "target", "path"), [
+    ("https://worker.example:8443/tasks/mail", "worker", "/mail"),
+    ("http://127.0.0.1:9001/mail", "other", "/mail"),
+    ("/mail", "default", "/mail"),
+])  # fmt: skip
+def test_an_absolute_url_below_a_target_is_that_target_and_a_path(url, target, path):
+    app = make_app(targets=TARGETS)
+    task = app.options(url=url).defer(tasks.add, 1)
+    assert (task.target, task.url) == (target, path)
+    assert app.verify(task.payload).claims.aud.split(":", 3)[2:] == [target, path]
+    app.close()
+
+
+@pytest.mark.parametrize(("url", "target"), [
+    ("http://evil.example/mail", None),
+    ("https://worker.example:8443.evil.example/tasks/mail", None),
+    ("https://worker.example:8443@evil.example/tasks/mail", None),
+    ("https://worker.example:8443/tasksmail", None),
+    ("http://worker.example:8443/tasks/mail", None),
+    ("http://127.0.0.1:90011/mail", None),
+    ("http://127.0.0.1:9001/mail", "worker"),
+    ("http://127.0.0.1:9001//evil.example/mail", None),
+    ("http://127.0.0.1:9001/mail?x=1", None),
+])  # fmt: skip
+def test_an_absolute_url_anywhere_else_is_refused(url, target):
+    app = make_app(targets=TARGETS)
+    with pytest.raises(InvalidUrlError):
+        app.options(url=url, target=target).defer(tasks.add, 1)
+    app.close()
+
+
+def test_the_drop_in_module_takes_absolute_urls_of_targets_too():
+    app = make_app(targets=TARGETS)
+    configure(app)
+    try:
+        task = defer(tasks.add, 1, _url="http://127.0.0.1:9001/mail")
+        assert (task.target, task.url) == ("other", "/mail")
+        with pytest.raises(InvalidUrlError, match="SAFEDEFER_TARGETS"):
+            defer(tasks.add, 1, _url="https://evil.example/mail")
+    finally:
+        configure(None)
+        app.close()
