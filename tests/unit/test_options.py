@@ -155,3 +155,8 @@ def test_retry_options_keep_what_was_given_and_nothing_else():
 def test_a_retry_option_of_another_name_is_refused():
     with pytest.raises(InvalidTaskRetryOptionsError, match="unknown name"):
         TaskRetryOptions.from_given({"limit": 1})
+
+
+def test_a_unique_task_has_no_name():
+    with pytest.raises(InvalidTaskError, match="leave one of the two out"):
+        Options(unique=True, name="n")
