@@ -10,7 +10,7 @@ import pytest
 import safedefer
 
 PACKAGE = Path(safedefer.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).parent.parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 TRUST_CORE = (
     "errors.py",
