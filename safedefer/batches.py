@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from functools import partial
 from typing import Final, Generic, TypeVar
+
+from safedefer.threads import InThread
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -18,13 +20,21 @@ class Batches(Generic[_T, _R]):
     """Gathers items of one event loop, and hands them to one call at a time.
 
     Args:
-        executor: Where the call runs.
+        in_thread: Where the call runs.
         call: Takes a list of items and returns a result for each, or raises for all.
+        orphaned: Told of each item for which the call raised, and whose caller was cancelled meanwhile.
     """
 
-    def __init__(self, executor: Executor, call: Callable[[list[_T]], Sequence[_R]]) -> None:
-        self._executor = executor
+    def __init__(
+        self,
+        in_thread: InThread,
+        call: Callable[[list[_T]], Sequence[_R]],
+        *,
+        orphaned: Callable[[_T, BaseException], None] | None = None,
+    ) -> None:
+        self._in_thread = in_thread
         self._call = call
+        self._orphaned = orphaned
         self._loop: asyncio.AbstractEventLoop | None = None
         self._begin()
 
@@ -33,7 +43,7 @@ class Batches(Generic[_T, _R]):
         self._under_way = False
 
     async def __call__(self, item: _T) -> _R:
-        """Return the result for ``item``, or raise what its call raised."""
+        """Return the result for ``item``, or raise what its call raised. Cancelled, it leaves the item where it is."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:  # what another loop left behind, it left for good
             self._loop = loop
@@ -52,8 +62,8 @@ class Batches(Generic[_T, _R]):
             self._under_way = False
             return
         try:
-            running = loop.run_in_executor(self._executor, self._call, [item for item, _ in batch])
-        except RuntimeError as error:  # the executor was shut down
+            running = self._in_thread(partial(self._call, [item for item, _ in batch]))
+        except RuntimeError as error:  # the threads were let go of
             self._under_way = False
             for _, future in batch:
                 if not future.done():
@@ -69,10 +79,11 @@ class Batches(Generic[_T, _R]):
     ) -> None:
         failure = asyncio.CancelledError() if done.cancelled() else done.exception()
         results = done.result() if failure is None else ()
-        for number, (_, future) in enumerate(batch):
+        for number, (item, future) in enumerate(batch):
             if future.done():  # its caller was cancelled
-                continue
-            if failure is None:
+                if failure is not None and self._orphaned is not None:
+                    self._orphaned(item, failure)
+            elif failure is None:
                 future.set_result(results[number])
             else:
                 future.set_exception(failure)

@@ -24,18 +24,14 @@ at capacity, shutting down                              503     ``busy``
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
-import re
 import secrets
-import traceback
-from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, TypeAlias
 
 from safedefer.batches import Batches
 from safedefer.blobs import BlobStore
@@ -52,40 +48,44 @@ from safedefer.errors import (
 )
 from safedefer.events import Observer, RequestRefused, TaskHandled, notify
 from safedefer.execution import Codec, Interrupted, Outcome, Result, TaskContext, Validate, execute
+from safedefer.keeper import Keeper
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, Ledger
+from safedefer.messages import (
+    CONTENT_TYPE,
+    CONTENT_TYPES,
+    OUTCOME_HEADER,
+    QUEUE_HEADER,
+    RETRY_HEADER,
+    Hints,
+    Response,
+    read_hints,
+)
+from safedefer.redaction import exception_type, redacted_traceback
 from safedefer.signing import Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
+from safedefer.threads import Threads
 
-_T = TypeVar("_T")
+__all__ = [
+    "CONTENT_TYPES",
+    "OUTCOME_HEADER",
+    "QUEUE_HEADER",
+    "RETRY_HEADER",
+    "Delivery",
+    "DeliveryOptions",
+    "Response",
+    "redacted_traceback",
+]
+
 _log: Final = logging.getLogger("safedefer")
-
-#: How a token is POSTed (RFC 7515, section 9.2.1), and how App Engine's library did.
-CONTENT_TYPES: Final = frozenset({"application/jose", "application/octet-stream"})
-OUTCOME_HEADER: Final = "Safedefer-Outcome"
-QUEUE_HEADER: Final = "X-AppEngine-QueueName"
-RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
 
 _REFUSED_BODY: Final = b"refused\n"
 #: Seconds between two tries to write down how a run ended.
 _STORE_AGAIN: Final = 0.25
-_MAX_RECORDED: Final = 16_384
-# Anything shaped like a token, in a traceback, is a token of somebody. Whole words with dots are matched, and looked
-# into: a pattern that begins with the token would be tried from every place of a long word.
-_DOTTED: Final = re.compile(r"[A-Za-z0-9_.-]{12,}")
-_TOKEN_START: Final = "eyJ"  # noqa: S105  # how a JSON object begins in base64
-_CONTROL: Final = re.compile(r"[^\t\n -~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
+#: Storage has threads of its own: a task that blocks must not keep its neighbour's end from being written.
+_STORAGE_THREADS: Final = 4
 
 #: What ``Ledger.finish`` takes.
 _End: TypeAlias = tuple[Execution, EndState, AttemptRecord]
-
-
-class Response(NamedTuple):
-    """What a handler answers."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,15 +100,6 @@ class DeliveryOptions:
     """How long the ledger believes that a silent run is alive; a live one prolongs it."""
     validate: Validate = None
     """``"annotations"``: arguments are checked against the callable's annotations before the call."""
-
-
-class _Hints(NamedTuple):
-    """The headers that count. Of a repeated one, all values joined, which then agree with nothing."""
-
-    encoding: str | None
-    type: str | None
-    queue: str | None
-    retries: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,11 +149,12 @@ class Delivery:
         self._abandoned = 0
         self._draining = False
         self._idle = asyncio.Event()
-        self._executor: Executor = ThreadPoolExecutor(options.concurrency, thread_name_prefix="safedefer-task")
-        # Storage has threads of its own: a task that blocks must not keep its neighbour's end from being written.
-        self._storage: Executor = ThreadPoolExecutor(4, thread_name_prefix="safedefer-ledger")
+        self._threads = Threads(options.concurrency, "safedefer-task")
+        self._storage = Threads(_STORAGE_THREADS, "safedefer-ledger")
         self._begin: Batches[Execution, Admission] = Batches(self._storage, self._begin_many)
-        self._end: Batches[_End, bool] = Batches(self._storage, self._end_many)
+        self._end: Batches[_End, bool] = Batches(self._storage, self._end_many, orphaned=self._orphaned)
+        self._keeper = Keeper(ledger, self._storage, clock=clock, seconds=options.lease_seconds)
+        self._late: set[asyncio.Task[None]] = set()
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
 
@@ -193,16 +185,17 @@ class Delivery:
 
     def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
         """Refuse what can be refused before the body is read; None if nothing speaks against it."""
-        return self._check(method, _read(headers), length)
+        return self._check(method, read_hints(headers), length)
 
-    def _check(self, method: str, hints: _Hints, length: int | None) -> Response | None:
+    def _check(self, method: str, hints: Hints, length: int | None) -> Response | None:
         if method != "POST":
             return self._refuse(405, "method-not-allowed", {"Allow": "POST"})
         if hints.encoding is not None:
             return self._refuse(415, "content-encoding")
-        kind = (hints.type or "").partition(";")[0].strip().lower()
-        if kind not in CONTENT_TYPES:
-            return self._refuse(415, "content-type")
+        if hints.type != CONTENT_TYPE:
+            kind = (hints.type or "").partition(";")[0].strip().lower()
+            if kind not in CONTENT_TYPES:
+                return self._refuse(415, "content-type")
         if length is not None and length > self._options.max_bytes:
             return self.too_large()
         if self._draining or self._running >= self._options.concurrency:
@@ -235,7 +228,7 @@ class Delivery:
         Returns:
             The answer. Nothing is raised but the cancellation of the caller.
         """
-        hints = _read(headers)
+        hints = read_hints(headers)
         early = self._check(method, hints, len(body))
         if early is not None:
             return early
@@ -258,7 +251,7 @@ class Delivery:
             if not self._running:
                 self._idle.set()
 
-    async def _handle(self, run: _Run, hints: _Hints, body: bytes, url: str | Container[str]) -> Response:
+    async def _handle(self, run: _Run, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
             verified = self._verifier.verify(body, url=url, now=run.started, queue=hints.queue)
             run.identity = verified.identity
@@ -267,7 +260,7 @@ class Delivery:
                 return await self._missing_blob(run)
             run.identity = run.task.identity  # a pointer names no callable
             run.execution = self._execution(run)
-            admission = await self._admit(run.execution)
+            admission = await self._begin(run.execution)
             if admission is not Admission.RUN:
                 return self._not_admitted(run, admission)
             return await self._run(run, run.task, run.execution)
@@ -282,7 +275,7 @@ class Delivery:
 
     async def _fetch(self, run: _Run, pointer: VerifiedPointer, url: str | Container[str]) -> VerifiedTask | None:
         run.pointer = pointer
-        data = await self._in_thread(partial(self._blobs().get, pointer.blob.id))
+        data = await self._storage(partial(self._blobs().get, pointer.blob.id))
         if data is None:
             return None
         return self._verifier.verify_stored(pointer, data, url=url, now=run.started)
@@ -290,7 +283,7 @@ class Delivery:
     async def _missing_blob(self, run: _Run) -> Response:
         # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.
         run.execution = self._execution(run)
-        admission = await self._admit(run.execution)
+        admission = await self._begin(run.execution)
         if admission is not Admission.RUN:
             return self._not_admitted(run, admission)
         return await self._rejected(run, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
@@ -304,9 +297,6 @@ class Delivery:
         # With the process: a forked one has the same name and numbers.
         owner = f"{self._name}-{os.getpid()}-{next(self._numbers)}"
         return Execution(audience=claims.aud, task_id=claims.jti, digest=digest, owner=owner, expires=claims.exp)
-
-    async def _admit(self, execution: Execution) -> Admission:
-        return await self._begin(execution)
 
     def _begin_many(self, executions: list[Execution]) -> Sequence[Admission]:
         return self._ledger().begin_many(executions, now=self._clock(), lease=self._options.lease_seconds)
@@ -335,47 +325,55 @@ class Delivery:
             trace=claims.trace,
             retry_of=claims.retry_of,
         )
-        keeper = _Keeper(partial(self._extend, execution), self._options.lease_seconds / 3)
+        self._keeper.add(execution)
         try:
             outcome = await execute(
-                task, self._codecs, context, executor=self._executor, validate=self._options.validate
+                task, self._codecs, context, in_thread=self._threads, validate=self._options.validate
             )
         except Interrupted:
             # The process ends, and the coroutine with it: the task may run again, and at once. A thread goes on
             # after a cancellation: then the ledger keeps the run until its lease is over.
-            await asyncio.shield(self._finish(run, execution, Outcome(result=Result.RETRY, reason="cancelled"), None))
+            await self._finish(run, execution, Outcome(result=Result.RETRY, reason="cancelled"), None)
             raise
         finally:
-            keeper.stop()
+            self._keeper.remove(execution)
         status, outcome_name = _STATUS[outcome.result]
         if outcome.reason == SingularTaskFailure.slug:
             status = 408
-        # What ran is written down before the answer goes out, even if the caller hangs up meanwhile.
-        await asyncio.shield(self._finish(run, execution, outcome, status))
+        await self._finish(run, execution, outcome, status)
         if outcome.reason in _UNAUTHENTIC_REASONS:
             return self._refuse(403, outcome.reason)
         return self._answer(run, status, outcome_name, outcome.reason)
 
-    async def _extend(self, execution: Execution) -> None:
-        """Prolong the run in the ledger."""
-        extend = partial(self._ledger().extend, execution, now=self._clock(), lease=self._options.lease_seconds)
-        with contextlib.suppress(QueueUnavailable):  # tried again at the next turn
-            await self._in_thread(extend)
-
     async def _finish(self, run: _Run, execution: Execution, outcome: Outcome, status: int | None) -> None:
+        """Write down how a run ended, before the answer goes out: also if the caller hangs up meanwhile."""
         record = self._record(run, _STATUS[outcome.result][1], status, outcome.reason, outcome.error)
+        end = (execution, _END[outcome.result], record)
+        try:
+            await self._end(end)  # what is cancelled here is written all the same
+        except QueueUnavailable as error:
+            await asyncio.shield(self._finish_late(end, error))
+
+    async def _finish_late(self, end: _End, error: BaseException) -> None:
+        """Try again: the disk is full, say. Late is better than run again, as long as nobody else may run it."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._options.lease_seconds
-        while True:
+        while isinstance(error, QueueUnavailable) and loop.time() + _STORE_AGAIN <= deadline:
+            await asyncio.sleep(_STORE_AGAIN)
             try:
-                await self._end((execution, _END[outcome.result], record))
-            except QueueUnavailable:
-                # The disk is full, say. Written down late is better than run again, as long as nobody else may run it.
-                if loop.time() + _STORE_AGAIN > deadline:
-                    raise
-                await asyncio.sleep(_STORE_AGAIN)
+                await self._end(end)
+            except QueueUnavailable as again:
+                error = again
             else:
                 return
+        raise error
+
+    def _orphaned(self, end: _End, error: BaseException) -> None:
+        """Go on where the caller has hung up, and the end of its run was not written down."""
+        late = asyncio.get_running_loop().create_task(self._finish_late(end, error))
+        self._late.add(late)
+        late.add_done_callback(self._late.discard)
+        late.add_done_callback(_forget)
 
     async def _rejected(self, run: _Run, error: RejectedTask) -> Response:
         if not error.authentic:
@@ -391,7 +389,7 @@ class Delivery:
             await self._end((run.execution, end, record))
         elif run.identity is not None:
             record = self._record(run, outcome, status, error.slug, error)
-            await self._in_thread(partial(self._ledger().record, record))
+            await self._storage(partial(self._ledger().record, record))
         return self._answer(run, status, outcome, error.slug)
 
     def _record(
@@ -406,12 +404,9 @@ class Delivery:
             outcome=outcome,
             status=status,
             reason=reason,
-            exception_type=None if error is None else _exception_type(error),
+            exception_type=None if error is None else exception_type(error),
             traceback=None if error is None else redacted_traceback(error),
         )
-
-    async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._storage, call)
 
     # --- Answers ---
 
@@ -439,8 +434,8 @@ class Delivery:
 
     def close(self) -> None:
         """Let go of the threads."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        self._storage.shutdown(wait=True)
+        self._threads.close(wait=False, cancel=True)
+        self._storage.close(wait=True)
 
 
 _STATUS: Final = {
@@ -459,69 +454,7 @@ _END: Final = {
 _UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})
 
 
-def redacted_traceback(error: BaseException) -> str:
-    """Return frames, type and text of an exception; tokens in it are blanked, control characters replaced."""
-    try:
-        text = "".join(traceback.format_exception(error))
-    except Exception as failure:  # noqa: BLE001  # its causes and notes are the user's objects
-        text = f"{_exception_type(error)} (no traceback: {type(failure).__name__})"
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _DOTTED.sub(_blank, text))
-    return text if len(text) <= _MAX_RECORDED else f"[...]\n{text[-_MAX_RECORDED:]}"
-
-
-def _exception_type(error: BaseException) -> str:
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", f"{type(error).__module__}.{type(error).__qualname__}")[:500]
-
-
-def _blank(match: re.Match[str]) -> str:
-    before, start, rest = match.group().partition(_TOKEN_START)
-    return f"{before}[token]" if start and rest.count(".") > 1 else match.group()
-
-
-class _Keeper:
-    """Calls something again and again until it is stopped."""
-
-    def __init__(self, call: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
-        self._call = call
-        self._seconds = seconds
-        self._loop = asyncio.get_running_loop()
-        self._beat: asyncio.Task[None] | None = None
-        # A timer and not a task: most runs are over before the first beat.
-        self._timer = self._loop.call_later(seconds, self._start)
-
-    def _start(self) -> None:
-        self._beat = self._loop.create_task(self._call())
-        self._timer = self._loop.call_later(self._seconds, self._start)
-
-    def stop(self) -> None:
-        """Stop calling."""
-        self._timer.cancel()
-        if self._beat is not None:
-            self._beat.cancel()
-
-
-_HINTS: Final = {
-    "content-encoding": "encoding",
-    "content-type": "type",
-    QUEUE_HEADER.lower(): "queue",
-    RETRY_HEADER.lower(): "retries",
-}
-
-
-def _read(headers: Mapping[str, str]) -> _Hints:
-    """Read the headers once, whatever their case."""
-    found: dict[str, str] = {}
-    for name, value in headers.items():
-        hint = _HINTS.get(name.lower())
-        if hint is not None:
-            found[hint] = f"{found[hint]}, {value}" if hint in found else value
-    return _Hints(
-        encoding=found.get("encoding"),
-        type=found.get("type"),
-        queue=found.get("queue"),
-        retries=_count(found.get("retries")),
-    )
-
-
-def _count(text: str | None) -> int:
-    return int(text) if text is not None and re.fullmatch("[0-9]{1,9}", text) else 0
+def _forget(task: asyncio.Task[None]) -> None:
+    """Take notice of how a task ended, which nobody else does."""
+    if not task.cancelled():
+        task.exception()

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache, partial
-from types import FunctionType, MethodType
-from typing import Any, Final, Literal, Protocol, cast, get_type_hints
+from types import CoroutineType, FunctionType, MethodType
+from typing import Any, Final, Literal, Protocol, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from safedefer.binding import check_binds
+from safedefer.codecs.plain import may_hold_tags
 from safedefer.codecs.walk import CallData
 from safedefer.errors import (
     ExpiredTask,
@@ -33,7 +34,9 @@ from safedefer.errors import (
 from safedefer.policy import Gate
 from safedefer.refs import UNBOUND
 from safedefer.task import VerifiedTask
+from safedefer.threads import InThread
 
+_T = TypeVar("_T")
 Validate = Literal["annotations"] | None
 
 
@@ -141,42 +144,91 @@ def prepare(task: VerifiedTask, codecs: Mapping[str, Codec], *, validate: Valida
     return prepared
 
 
+def to_thread(call: Callable[[], _T], /) -> asyncio.Future[_T]:
+    """Run a call in a thread of the loop's own executor; its context is the call's own affair."""
+    return asyncio.get_running_loop().run_in_executor(None, call)
+
+
 async def execute(
     task: VerifiedTask,
     codecs: Mapping[str, Codec],
     context: TaskContext,
     *,
-    executor: Executor | None = None,
+    in_thread: InThread = to_thread,
     validate: Validate = None,
 ) -> Outcome:
     """Run a task and say how it ended.
 
+    Args:
+        task: The task.
+        codecs: By ``cty``.
+        context: What the task may know of itself.
+        in_thread: Where plain callables run, and what may block before a coroutine function is called.
+        validate: Whether arguments are checked against annotations.
+
     Raises:
         asyncio.CancelledError: The caller was cancelled; ``Interrupted`` if nothing of the task runs on.
     """
-    loop = asyncio.get_running_loop()
     token = _current.set(context)
-    in_thread = True
+    in_a_thread = False
+    result: object = None
     try:
-        # Imports, decoding of large arguments and __setstate__ of admitted classes may block: not on the loop.
-        begin = partial(_begin, task, codecs, validate)
-        step: _Step = await loop.run_in_executor(executor, partial(copy_context().run, begin))
-        in_thread = False
-        if step.error is not None:
-            return _outcome(step.error, started=step.started)
-        result = step.coroutine_function() if step.coroutine_function is not None else step.result
-        if inspect.isawaitable(result):
-            await result
+        prepared = _prepare_at_once(task, codecs) if validate is None and _is_at_hand(task) else None
+        if prepared is None:
+            # Imports, decoding of large arguments and __setstate__ of admitted classes may block: not on the loop.
+            in_a_thread = True
+            begin = partial(_begin, task, codecs, validate)
+            step: _Step = await in_thread(partial(copy_context().run, begin))
+            in_a_thread = False
+            if step.error is not None:
+                return _outcome(step.error, started=step.started)
+            prepared, result = step.coroutine_function, step.result
+        if prepared is not None:
+            result = prepared()
+        if result is not None and (type(result) is CoroutineType or inspect.isawaitable(result)):
+            await cast("Awaitable[object]", result)
     except BaseException as error:  # a task's SystemExit must not end the handler
         current = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
-            if in_thread:
+            if in_a_thread:
                 raise
             raise Interrupted from error
         return _outcome(error, started=True)
     finally:
         _current.reset(token)
-    return Outcome(result=Result.SUCCEEDED)
+    return _SUCCEEDED
+
+
+#: References of coroutine functions that a thread has found.
+_known: Final[set[tuple[str, str, str, str | None]]] = set()
+_MOST_KNOWN: Final = 4096
+#: The longest payload whose arguments are decoded on the loop, in bytes.
+_SHORT: Final = 16_384
+
+
+def _is_at_hand(task: VerifiedTask) -> bool:
+    """Whether a task needs no thread before the call: nothing to import, and arguments that run no code.
+
+    A thread has found its coroutine function before, and its few arguments hold no tags, which name classes.
+    """
+    claims, ref, text = task.claims, task.ref, task.text
+    return (
+        ref.parts in _known
+        and ref.module in sys.modules
+        and len(text) <= _SHORT
+        and claims.cty == "typed"
+        and not may_hold_tags(text)
+        and not task.call.has_bound
+    )
+
+
+def _prepare_at_once(task: VerifiedTask, codecs: Mapping[str, Codec]) -> Prepared | None:
+    """Prepare a task on the loop; None if a thread should, which then says what is wrong with it."""
+    try:
+        prepared = prepare(task, codecs)
+    except RejectedTask:
+        return None
+    return prepared if is_async(prepared.target) else None
 
 
 async def call_in_thread(call: Callable[[], object]) -> object:
@@ -213,11 +265,17 @@ def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate) 
     except BaseException as error:  # noqa: BLE001  # a module that exits when imported, say
         return _Step(error=error)
     if is_async(prepared.target):
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known.add(task.ref.parts)
         return _Step(coroutine_function=prepared, started=True)
     try:
         return _Step(result=prepared(), started=True)
     except BaseException as error:  # noqa: BLE001  # a task's SystemExit must not end the handler
         return _Step(error=error, started=True)
+
+
+_SUCCEEDED: Final = Outcome(result=Result.SUCCEEDED)
 
 
 def _outcome(error: BaseException, *, started: bool) -> Outcome:

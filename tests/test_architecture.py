@@ -74,7 +74,7 @@ def test_the_contracts_of_the_layers_are_kept():
     ("marshal", set()),
     ("ctypes", set()),
     ("apsw", {"connections.py", *(name for name in SOURCES if name.startswith("queues/sqlite"))}),
-    ("aiohttp", {name for name in SOURCES if name == "dispatcher.py" or name.startswith("web/")}),
+    ("aiohttp", {name for name in SOURCES if name == "deliveries.py" or name.startswith("web/")}),
     ("click", {name for name in SOURCES if name.startswith(("cli", "demo/"))}),
 ])  # fmt: skip
 def test_a_package_is_imported_only_where_it_belongs(package, allowed):

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -14,6 +14,7 @@ from safedefer.delivery import redacted_traceback
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
+from safedefer.threads import Threads
 from tests import sample_tasks as tasks
 from tests.unit.apps import JOSE, handle, make_app
 
@@ -183,6 +184,13 @@ def test_whatever_the_text_a_traceback_can_be_stored(text):
 # --- Batches and the ledger -----------------------------------------------------------------------
 
 
+@contextmanager
+def threads(most):
+    found = Threads(most, "test")
+    yield found
+    found.close(wait=True)
+
+
 async def test_what_comes_while_a_call_is_under_way_is_called_together():
     calls = []
 
@@ -191,8 +199,8 @@ async def test_what_comes_while_a_call_is_under_way_is_called_together():
         time.sleep(0.01)
         return [item * 2 for item in items]
 
-    with ThreadPoolExecutor(2) as executor:
-        batches = Batches(executor, call)
+    with threads(2) as in_thread:
+        batches = Batches(in_thread, call)
         assert await asyncio.gather(*(batches(n) for n in range(600))) == [n * 2 for n in range(600)]
         assert calls == [256, 256, 88]
 
@@ -203,8 +211,8 @@ async def test_a_failed_call_fails_for_its_own_callers_alone():
             raise QueueUnavailable("locked")
         return items
 
-    with ThreadPoolExecutor(1) as executor:
-        batches = Batches(executor, call)
+    with threads(1) as in_thread:
+        batches = Batches(in_thread, call)
         with pytest.raises(QueueUnavailable):
             await batches("bad")
         assert await batches("good") == "good"
@@ -215,8 +223,8 @@ async def test_a_failed_call_fails_for_its_own_callers_alone():
 
 
 def test_batches_outlive_the_loop_that_was_left_in_the_middle():
-    with ThreadPoolExecutor(1) as executor:
-        batches = Batches(executor, lambda items: [time.sleep(0.05), *items][1:])
+    with threads(1) as in_thread:
+        batches = Batches(in_thread, lambda items: [time.sleep(0.05), *items][1:])
 
         async def leave():
             task = asyncio.create_task(batches(1))

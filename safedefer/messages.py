@@ -1,0 +1,79 @@
+"""What a dispatcher and a handler say to each other: the names of headers, what a request hints, what is answered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+#: How a token is POSTed (RFC 7515, section 9.2.1), and how App Engine's library did.
+CONTENT_TYPE: Final = "application/jose"
+CONTENT_TYPES: Final = frozenset({CONTENT_TYPE, "application/octet-stream"})
+OUTCOME_HEADER: Final = "Safedefer-Outcome"
+QUEUE_HEADER: Final = "X-AppEngine-QueueName"
+RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
+
+
+class Response(NamedTuple):
+    """What a handler answers."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Hints(NamedTuple):
+    """The headers of a request that count. Of a repeated one, all values joined, which then agree with nothing."""
+
+    encoding: str | None
+    type: str | None
+    queue: str | None
+    retries: int
+
+
+class Answer(NamedTuple):
+    """What a dispatcher reads in a response."""
+
+    status: int
+    outcome: str | None
+    retry_after: str | None
+
+
+_HINTS: Final = {
+    "content-encoding": "encoding",
+    "content-type": "type",
+    QUEUE_HEADER.lower(): "queue",
+    RETRY_HEADER.lower(): "retries",
+}
+#: As dispatchers of ours write them: most names need not be turned into lower case.
+_SPELLED: Final = {**_HINTS, "Content-Type": "type", QUEUE_HEADER: "queue", RETRY_HEADER: "retries"}
+
+
+def read_hints(headers: Mapping[str, str]) -> Hints:
+    """Read the headers of a request once, whatever their case."""
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        hint = _SPELLED.get(name) or _HINTS.get(name.lower())
+        if hint is not None:
+            found[hint] = f"{found[hint]}, {value}" if hint in found else value
+    get = found.get
+    return Hints(get("encoding"), get("type"), get("queue"), _count(get("retries")))
+
+
+def _count(text: str | None) -> int:
+    if text is None or text == "0":
+        return 0
+    return int(text) if _COUNT.fullmatch(text) else 0
+
+
+_COUNT: Final = re.compile("[0-9]{1,9}")
+_OUTCOME: Final = OUTCOME_HEADER.lower()
+
+
+def read_answer(response: Response) -> Answer:
+    """Read the headers of a response once. Proxies write their names as they like."""
+    headers = response.headers
+    if len(headers) == 1 and OUTCOME_HEADER in headers:
+        return Answer(response.status, headers[OUTCOME_HEADER], None)
+    lower = {name.lower(): value for name, value in headers.items()}
+    return Answer(response.status, lower.get(_OUTCOME), lower.get("retry-after"))

@@ -1,0 +1,182 @@
+"""Threads for what may block, as cheap as a change of threads can be.
+
+A call has a thread to itself while it runs, as with any executor. What is saved is waking: a thread that is
+awake takes the next call that waits, a second one is woken as soon as a call is begun while others wait, and
+all results that are there go back to the event loop together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import Any, Final, Protocol, TypeVar
+
+_T = TypeVar("_T")
+
+#: Seconds that a thread without work keeps awake for more.
+_LINGER: Final = 0.1
+
+
+class InThread(Protocol):
+    """Runs calls that may block."""
+
+    def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
+        """Return a future of what the call returns or raises."""
+        ...
+
+
+class Threads:
+    """Runs calls of event loops in threads.
+
+    Args:
+        most: Threads at most.
+        name: How their names begin.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        # It starts the threads, and ends them with the interpreter.
+        self._executor = ThreadPoolExecutor(most, thread_name_prefix=name)
+        self._lock = Lock()
+        self._calls: deque[_Call] = deque()
+        self._awake = 0
+        """Threads that have not returned: busy, idle, or on their way."""
+        self._idle = 0
+        """Of these, those that wait and were not woken."""
+        self._waking = False
+        """Whether one is on its way to what waits."""
+        self._alarm: SimpleQueue[None] = SimpleQueue()
+        self._closed = False
+        self._results: _Results | None = None
+
+    def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
+        """Return a future of what ``call`` does; a call that has not begun is cancelled with it.
+
+        Raises:
+            RuntimeError: ``close`` was called.
+        """
+        loop = asyncio.get_running_loop()
+        results = self._results
+        if results is None or results.loop is not loop:
+            results = self._results = _Results(loop)
+        future: asyncio.Future[_T] = loop.create_future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the threads were let go of")
+            self._calls.append((call, future, results))
+            self._wake_one()
+        return future
+
+    def close(self, *, wait: bool, cancel: bool = False) -> None:
+        """Take no more calls; cancel those that have not begun, or let them go on; wait for them, or do not."""
+        with self._lock:
+            self._closed = True
+            if cancel:
+                for _, future, results in self._calls:
+                    results.put(future, None, asyncio.CancelledError())
+                self._calls.clear()
+            for _ in range(self._idle):
+                self._alarm.put(None)
+            self._idle = 0
+        self._executor.shutdown(wait=wait)
+
+    def _wake_one(self) -> None:
+        """Have somebody come for what waits, unless all are busy or one comes already; under the lock."""
+        if self._waking:
+            return
+        if self._idle:
+            self._idle -= 1
+            self._waking = True
+            self._alarm.put(None)
+        elif self._awake < self._most:
+            self._executor.submit(self._work)
+            self._awake += 1
+            self._waking = True
+
+    def _work(self) -> None:
+        arrived = True
+        while (taken := self._take(arrived=arrived)) is not None:
+            arrived = False
+            call, future, results = taken
+            if not future.cancelled():
+                try:
+                    results.put(future, call(), None)
+                except BaseException as error:  # noqa: BLE001  # whatever it is, it goes to who called
+                    results.put(future, None, error)
+            del call, future, results, taken  # they may be large, and the next call may be long in coming
+
+    def _take(self, *, arrived: bool) -> _Call | None:
+        """Return the next call, waiting for it for a while; None if there is none."""
+        while True:
+            with self._lock:
+                if arrived:
+                    self._waking = False
+                if self._calls:
+                    taken = self._calls.popleft()
+                    if self._calls:
+                        self._wake_one()
+                    return taken
+                if self._closed:
+                    self._awake -= 1
+                    return None
+                self._idle += 1
+            if not self._is_woken():
+                return None
+            arrived = True
+
+    def _is_woken(self) -> bool:
+        """Wait for work; False if there was none for a while, and this thread is counted out."""
+        try:
+            self._alarm.get(timeout=_LINGER)
+        except Empty:
+            with self._lock:
+                if self._idle:
+                    self._idle -= 1
+                    self._awake -= 1
+                    return False
+            # All that were idle have been woken, this one too: the alarm is on its way.
+            self._alarm.get()
+        return True
+
+
+class _Results:
+    """What threads have for one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._done: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
+        self._told = False
+
+    def put(self, future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+        """Hand over what came of a call; from any thread."""
+        self._done.append((future, result, error))
+        if not self._told:
+            self._told = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        # First: what is appended from now on may be seen below, or else its thread tells again.
+        self._told = False
+        while self._done:
+            future, result, error = self._done.popleft()
+            if future.done():  # cancelled
+                continue
+            if error is None:
+                future.set_result(result)
+            elif isinstance(error, asyncio.CancelledError):
+                future.cancel()
+            elif isinstance(error, StopIteration):  # a future cannot carry it
+                failure = RuntimeError("the call raised StopIteration")
+                failure.__cause__ = error
+                future.set_exception(failure)
+            else:
+                future.set_exception(error)
+
+
+_Call = tuple[Callable[[], Any], "asyncio.Future[Any]", _Results]
