@@ -25,6 +25,7 @@ from safedefer.cli_queues import dead, queues
 from safedefer.dispatcher import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.errors import ConfigurationError, Error, PermanentTaskFailure, RejectedTask
 from safedefer.keys import MIN_SECRET_BYTES
+from safedefer.queues import migrate_queue
 from safedefer.queues.base import TaskState
 from safedefer.task import VerifiedPointer
 from safedefer.token import encode_segment
@@ -73,6 +74,24 @@ def keys_new(*, kid: str | None, jwk: bool) -> None:
         click.echo(json.dumps({"keys": [key]}, indent=2))
     else:
         click.echo(f"SAFEDEFER_KEYS={kid}:{secret}")
+
+
+# --- Storage --------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option(
+    "--queue", "url", envvar="SAFEDEFER_QUEUE", default="sqlite:///safedefer.db", show_default=True,
+    help="The queue's URL; without it, SAFEDEFER_QUEUE.",
+)  # fmt: skip
+def migrate(*, url: str) -> None:
+    """Make the tables of a queue's database, or bring them up to date.
+
+    Needed once before a PostgreSQL queue is used, and after an upgrade of safedefer or pgqueuer that asks for it.
+    """
+    done = migrate_queue(url)
+    for step in done or ["nothing to do"]:
+        click.echo(step)
 
 
 # --- Processes ------------------------------------------------------------------------------------

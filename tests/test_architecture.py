@@ -75,6 +75,10 @@ def test_the_contracts_of_the_layers_are_kept():
     ("ctypes", set()),
     ("apsw", {"connections.py", *(name for name in SOURCES if name.startswith("queues/sqlite"))}),
     ("aiohttp", {name for name in SOURCES if name == "deliveries.py" or name.startswith("web/")}),
+    ("asyncpg", {"queues/postgres_engine.py"}),
+    ("psycopg", {"queues/postgres_engine.py"}),
+    ("psycopg_pool", {"queues/postgres_engine.py"}),
+    ("pgqueuer", {"queues/postgres_engine.py"}),
     ("click", {name for name in SOURCES if name.startswith(("cli", "demo/"))}),
 ])  # fmt: skip
 def test_a_package_is_imported_only_where_it_belongs(package, allowed):

@@ -6,27 +6,38 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
-from safedefer.errors import ConfigurationError
+from safedefer.errors import ConfigurationError, MissingExtra
 from safedefer.queues.memory import MemoryQueue
 from safedefer.queues.sqlite import SQLiteQueue
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from safedefer.queues.base import PullQueue, StorageOptions
 
-__all__ = ["open_queue"]
+__all__ = ["migrate_queue", "open_queue"]
 
-_FORMS: Final = "sqlite:///relative.db, sqlite:////absolute.db or memory://"
+_FORMS: Final = "sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database or memory://"
+
+
+#: Both are libpq's.
+_POSTGRES: Final = frozenset({"postgresql", "postgres"})
 
 
 def open_queue(url: str, storage: StorageOptions | None = None) -> PullQueue:
-    """Return the queue that a URL names: ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``memory://``.
+    """Return the queue that a URL names: ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``postgresql://...``, ``memory://``.
 
-    Percent-escapes in the path are decoded. Raises ``ConfigurationError`` for anything else.
+    Percent-escapes in the path of a file are decoded; a PostgreSQL URL is libpq's, parameters included.
+
+    Raises:
+        ConfigurationError: The URL is none of these.
+        MissingExtra: The engine's packages are not installed.
     """
     options = {} if storage is None else asdict(storage)
     parts = urlsplit(url)
-    if parts.scheme in ("postgresql", "postgres"):
-        raise ConfigurationError(f"this version of safedefer has no PostgreSQL engine; use {_FORMS}")
+    if parts.scheme in _POSTGRES:
+        queue: PullQueue = _postgres().PostgresQueue(url, **options)
+        return queue
     if parts.query or parts.fragment:
         raise ConfigurationError(f"a queue's URL has no options (? or #: write them as %3F and %23); use {_FORMS}")
     if parts.scheme == "memory":
@@ -38,3 +49,28 @@ def open_queue(url: str, storage: StorageOptions | None = None) -> PullQueue:
             raise ConfigurationError(f"the path of a sqlite URL begins after three slashes; use {_FORMS}")
         return SQLiteQueue(unquote(parts.path.removeprefix("/")), **options)
     raise ConfigurationError(f"no queue has URLs of the scheme {parts.scheme!r}; use {_FORMS}")
+
+
+def migrate_queue(url: str) -> list[str]:
+    """Make the tables of a queue's database, or bring them up to date; return what was done.
+
+    A SQLite file is made and brought up to date when it is opened: there is nothing to do.
+
+    Raises:
+        ConfigurationError: The URL is understood by no engine.
+        QueueUnavailable: The database is not there, or its user may not make tables.
+    """
+    if urlsplit(url).scheme in _POSTGRES:
+        done: list[str] = _postgres().migrate(url)
+        return done
+    open_queue(url).close()
+    return []
+
+
+def _postgres() -> ModuleType:
+    # Here: an extra, and only for who uses it.
+    try:
+        from safedefer.queues import postgres  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise MissingExtra("postgres", "a queue in PostgreSQL") from error
+    return postgres

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
 from safedefer.errors import TaskAlreadyExistsError
@@ -34,6 +35,10 @@ class Capabilities:
     oversize: bool = True
     batch_atomic: bool = True
     """``enqueue_many`` takes all or none."""
+    due_order: bool = True
+    """What fell due first is leased first; without it, what was enqueued first."""
+    exact_wake: bool = True
+    """``wait`` ends for new tasks only; without it, now and then for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,11 @@ class QueuedTask:
     """For people who look: ``shop.tasks:send_receipt``. Empty if unknown."""
     unique_key: str | None = None
     """At most one waiting or running task of the queue has it; see ``AlreadyWaiting``."""
+
+
+def task_digest(task: QueuedTask) -> bytes:
+    """Return the ledger's digest of a task, computed where the task does not say it."""
+    return task.digest or sha256(task.blob.data if task.blob else task.token).digest()
 
 
 class AlreadyWaiting(TaskAlreadyExistsError):

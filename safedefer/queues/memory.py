@@ -24,8 +24,9 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
     Verdict,
+    task_digest,
 )
-from safedefer.queues.memory_ledger import MemoryBlobs, MemoryLedger, task_digest
+from safedefer.queues.memory_ledger import MemoryBlobs, MemoryLedger
 from safedefer.queues.rates import QueueControl, QueueLimits
 
 if TYPE_CHECKING:

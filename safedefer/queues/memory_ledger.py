@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues.base import task_digest
 
 if TYPE_CHECKING:
     import threading
@@ -41,11 +41,6 @@ class Entry:
     def is_running(self, now: float) -> bool:
         """Whether somebody runs it, and that lease is alive."""
         return self.state == "running" and self.until > now
-
-
-def task_digest(task: QueuedTask) -> bytes:
-    """Return the ledger's digest of a task, computed where the task does not say it."""
-    return task.digest or hashlib.sha256(task.blob.data if task.blob else task.token).digest()
 
 
 class MemoryLedger:

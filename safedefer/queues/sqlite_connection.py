@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import time
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import apsw
 
 from safedefer.errors import QueueUnavailable
+from safedefer.queues.statements import load_statements
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-def _load_statements(text: str) -> dict[str, str]:
-    parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
-    return {name: body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-SQL: Final = _load_statements(Path(__file__).with_name("sqlite.sql").read_text(encoding="utf-8"))
+SQL: Final = load_statements("sqlite.sql")
 """The statements of ``sqlite.sql`` by name."""
 
 MIGRATIONS: Final = ("migration_1", "migration_2")

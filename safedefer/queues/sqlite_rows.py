@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safedefer.ledger import AttemptRecord
-from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView
+from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView, task_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,11 +69,6 @@ class LedgerRow(NamedTuple):
     owner: str | None
     until: float
     uncharged: int
-
-
-def task_digest(task: QueuedTask) -> bytes:
-    """Return the ledger's digest of a task, computed where the task does not say it."""
-    return task.digest or hashlib.sha256(task.blob.data if task.blob else task.token).digest()
 
 
 def task_values(task: QueuedTask) -> dict[str, Any]:

@@ -1,0 +1,598 @@
+-- The PostgreSQL queue: the jobs are pgqueuer's, in the tables that it makes in the schema safedefer; here is
+-- what App Engine's semantics need beside them. Placeholders are PostgreSQL's own, for every driver.
+--
+-- Who may run what when goes by the database's clock (now()), which all machines share. Times for people, and
+-- those of tombstones and history, are seconds since the epoch by the clock of whoever wrote them.
+
+-- name: migration_1
+CREATE TABLE safedefer.settings (
+    singular boolean PRIMARY KEY DEFAULT true CHECK (singular),
+    version integer NOT NULL,
+    -- The release of pgqueuer that made, or brought up to date, its tables.
+    pgqueuer text NOT NULL,
+    -- Names this database to whoever holds a connection to it.
+    marker text NOT NULL,
+    -- How long a silent dispatcher keeps a task, for those who only look.
+    lease_seconds double precision NOT NULL
+);
+
+-- What holds queues back, the same for every dispatcher. A queue without limits, pause or hold needs no row.
+CREATE TABLE safedefer.controls (
+    queue text PRIMARY KEY,
+    rate double precision,
+    bucket_size bigint NOT NULL,
+    max_concurrent bigint,
+    paused boolean NOT NULL,
+    held_until double precision NOT NULL,
+    tokens double precision NOT NULL,
+    refilled double precision NOT NULL
+);
+
+-- A name is taken while `until` is null, and a tombstone before it. Whoever wants a name that another
+-- transaction has just taken waits for its end: the row that it inserted is in the way.
+CREATE TABLE safedefer.names (
+    queue text NOT NULL,
+    name text NOT NULL,
+    until double precision,
+    PRIMARY KEY (queue, name)
+);
+CREATE INDEX names_until ON safedefer.names (until) WHERE until IS NOT NULL;
+
+-- At most one waiting or running task of a queue has a given key: the hash of its callable and arguments.
+CREATE TABLE safedefer.uniques (
+    queue text NOT NULL,
+    unique_key text NOT NULL,
+    task_id text NOT NULL,
+    PRIMARY KEY (queue, unique_key)
+);
+
+CREATE TABLE safedefer.blobs (
+    id text PRIMARY KEY,
+    task_id text NOT NULL,
+    length bigint NOT NULL,
+    data bytea NOT NULL
+);
+ALTER TABLE safedefer.blobs ALTER COLUMN data SET STORAGE EXTERNAL;
+
+-- The bytes of all blobs, in parts: a transaction changes one that no other holds, and nobody waits.
+CREATE TABLE safedefer.blob_totals (
+    part integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    bytes bigint NOT NULL
+);
+
+-- Counters of tasks whose first delivery was not the last.
+CREATE TABLE safedefer.progress (
+    job_id bigint PRIMARY KEY,
+    attempts bigint NOT NULL,
+    deliveries bigint NOT NULL,
+    executions bigint NOT NULL,
+    first_attempt double precision,
+    rejections bigint NOT NULL,
+    first_rejection double precision,
+    previous_response integer,
+    retry_reason text
+);
+
+CREATE TABLE safedefer.dead (
+    id text PRIMARY KEY,
+    -- The job that pgqueuer holds (status 'failed'), for its own dashboards.
+    job_id bigint NOT NULL,
+    queue text NOT NULL,
+    name text,
+    callable_name text NOT NULL,
+    url text NOT NULL,
+    target text NOT NULL,
+    audience text NOT NULL,
+    headers text NOT NULL,
+    retry_options text NOT NULL,
+    eta double precision NOT NULL,
+    created double precision NOT NULL,
+    expires bigint NOT NULL,
+    attempts bigint NOT NULL,
+    reason text,
+    ended double precision NOT NULL,
+    token bytea NOT NULL,
+    archived double precision
+);
+CREATE INDEX dead_ended ON safedefer.dead (ended, id COLLATE "C");
+CREATE INDEX dead_current ON safedefer.dead (ended, id COLLATE "C") WHERE archived IS NULL;
+
+CREATE TABLE safedefer.ended (
+    id text PRIMARY KEY,
+    queue text NOT NULL,
+    name text,
+    callable_name text NOT NULL,
+    url text NOT NULL,
+    target text NOT NULL,
+    audience text NOT NULL,
+    eta double precision NOT NULL,
+    created double precision NOT NULL,
+    expires bigint NOT NULL,
+    attempts bigint NOT NULL,
+    state text NOT NULL,
+    reason text,
+    ended double precision NOT NULL
+);
+CREATE INDEX ended_ended ON safedefer.ended (ended);
+
+-- `uncharged` is true from the begin of a run until its delivery is settled, or charged because the
+-- lease ran out: so a run is charged once, and a delivery that never ran is not.
+CREATE TABLE safedefer.ledger (
+    audience text NOT NULL,
+    task_id text NOT NULL,
+    digest bytea NOT NULL,
+    state text NOT NULL CHECK (state IN ('running', 'retry', 'succeeded', 'failed', 'cancelled')),
+    owner text,
+    until timestamptz,
+    expires bigint NOT NULL,
+    uncharged boolean NOT NULL,
+    PRIMARY KEY (audience, task_id)
+) WITH (fillfactor = 80);
+CREATE INDEX ledger_expires ON safedefer.ledger (expires);
+
+-- The records of a task go with what is left of it. A stray one belongs to no task that is known here,
+-- and goes by its age.
+CREATE TABLE safedefer.attempts (
+    seq bigint GENERATED ALWAYS AS IDENTITY,
+    task_id text NOT NULL,
+    audience text NOT NULL,
+    started double precision NOT NULL,
+    ended double precision NOT NULL,
+    outcome text NOT NULL,
+    status integer,
+    reason text,
+    exception_type text,
+    traceback text,
+    stray boolean NOT NULL
+);
+CREATE INDEX attempts_task ON safedefer.attempts (task_id, seq);
+CREATE INDEX attempts_stray ON safedefer.attempts (ended) WHERE stray;
+
+-- What must hold before tasks become jobs, in the transaction that makes them. It raises SD001 (the id is here),
+-- SD002 (the id has ended), SD003 (the name is taken), SD004 (its tombstone), SD005 (the unique key is taken),
+-- SD006 (the blob is another's) and SD007 (there is no room for blobs); DETAIL is the id, or the seconds left.
+CREATE FUNCTION safedefer.admit(
+    ids text[], queues text[], names text[], created double precision[], unique_keys text[],
+    blob_ids text[], blob_data bytea[], blob_limit bigint
+) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    item record;
+    known text;
+    free double precision;
+BEGIN
+    SELECT job.dedupe_key INTO known FROM safedefer.pgqueuer AS job
+    WHERE job.dedupe_key = ANY (ids) AND job.status IN ('queued', 'picked') LIMIT 1;
+    IF NOT FOUND THEN
+        SELECT dead.id INTO known FROM safedefer.dead WHERE dead.id = ANY (ids) LIMIT 1;
+    END IF;
+    IF FOUND THEN
+        RAISE EXCEPTION 'the task % is in this queue already', known USING ERRCODE = 'SD001', DETAIL = known;
+    END IF;
+    SELECT ended.id INTO known FROM safedefer.ended WHERE ended.id = ANY (ids) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'the task % ended in this queue', known USING ERRCODE = 'SD002', DETAIL = known;
+    END IF;
+    IF names IS NOT NULL THEN
+        -- In one order, so that two batches do not wait for each other.
+        FOR item IN
+            SELECT given.queue, given.name, given.created FROM unnest(queues, names, created) AS given (queue, name, created)
+            WHERE given.name IS NOT NULL ORDER BY given.queue, given.name
+        LOOP
+            INSERT INTO safedefer.names AS known_name (queue, name) VALUES (item.queue, item.name)
+            ON CONFLICT (queue, name) DO UPDATE SET until = NULL WHERE known_name.until <= item.created;
+            IF NOT FOUND THEN
+                SELECT until - item.created INTO free FROM safedefer.names
+                WHERE names.queue = item.queue AND names.name = item.name;
+                IF free IS NULL THEN
+                    RAISE EXCEPTION 'the name % is taken in the queue %', item.name, item.queue
+                        USING ERRCODE = 'SD003', DETAIL = item.name;
+                END IF;
+                RAISE EXCEPTION 'the name % is a tombstone in the queue %', item.name, item.queue
+                    USING ERRCODE = 'SD004', DETAIL = free::text;
+            END IF;
+        END LOOP;
+    END IF;
+    IF unique_keys IS NOT NULL THEN
+        FOR item IN
+            SELECT given.id, given.queue, given.unique_key FROM unnest(ids, queues, unique_keys) AS given (id, queue, unique_key)
+            WHERE given.unique_key IS NOT NULL ORDER BY given.queue, given.unique_key
+        LOOP
+            INSERT INTO safedefer.uniques (queue, unique_key, task_id) VALUES (item.queue, item.unique_key, item.id)
+            ON CONFLICT (queue, unique_key) DO NOTHING;
+            IF NOT FOUND THEN
+                SELECT task_id INTO known FROM safedefer.uniques
+                WHERE uniques.queue = item.queue AND uniques.unique_key = item.unique_key;
+                RAISE EXCEPTION 'the task % has the same call', known USING ERRCODE = 'SD005', DETAIL = known;
+            END IF;
+        END LOOP;
+    END IF;
+    IF blob_ids IS NOT NULL THEN
+        PERFORM safedefer.count_blobs(coalesce(sum(length(data)), 0)::bigint) FROM unnest(blob_data) AS given (data);
+        IF (SELECT sum(bytes) FROM safedefer.blob_totals) > blob_limit THEN
+            RAISE EXCEPTION 'there is no room for the stored tokens of oversize tasks'
+                USING ERRCODE = 'SD007', DETAIL = blob_limit::text;
+        END IF;
+        FOR item IN
+            SELECT given.id, given.blob_id, given.data FROM unnest(ids, blob_ids, blob_data) AS given (id, blob_id, data)
+            WHERE given.blob_id IS NOT NULL
+        LOOP
+            INSERT INTO safedefer.blobs (id, task_id, length, data)
+            VALUES (item.blob_id, item.id, length(item.data), item.data) ON CONFLICT (id) DO NOTHING;
+            IF NOT FOUND THEN
+                RAISE EXCEPTION 'the blob % belongs to another task', item.blob_id
+                    USING ERRCODE = 'SD006', DETAIL = item.blob_id;
+            END IF;
+        END LOOP;
+    END IF;
+END $$;
+
+CREATE FUNCTION safedefer.count_blobs(change bigint) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF change <> 0 THEN
+        UPDATE safedefer.blob_totals SET bytes = bytes + change
+        WHERE part = (SELECT part FROM safedefer.blob_totals LIMIT 1 FOR UPDATE SKIP LOCKED);
+        IF NOT FOUND THEN
+            INSERT INTO safedefer.blob_totals (bytes) VALUES (change);
+        END IF;
+    END IF;
+END $$;
+
+CREATE FUNCTION safedefer.drop_blobs(blob_ids text[]) RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+    gone record;
+BEGIN
+    WITH dropped AS (DELETE FROM safedefer.blobs WHERE id = ANY (blob_ids) RETURNING length)
+    SELECT count(*) AS number, coalesce(sum(length), 0)::bigint AS bytes INTO gone FROM dropped;
+    PERFORM safedefer.count_blobs(-gone.bytes);
+    RETURN gone.number;
+END $$;
+
+-- name: has_settings
+SELECT to_regclass('safedefer.settings') IS NOT NULL AS found;
+
+-- name: settings
+SELECT version, pgqueuer, marker, lease_seconds FROM safedefer.settings;
+
+-- name: settings_insert
+INSERT INTO safedefer.settings (version, pgqueuer, marker, lease_seconds) VALUES (0, '', $1, 60);
+
+-- name: settings_version
+UPDATE safedefer.settings SET version = $1, pgqueuer = $2;
+
+-- name: settings_lease
+UPDATE safedefer.settings SET lease_seconds = $1;
+
+-- name: admit
+SELECT safedefer.admit(
+    $1::text[], $2::text[], $3::text[], $4::double precision[], $5::text[], $6::text[], $7::bytea[], $8::bigint
+);
+
+-- name: look
+-- Before a lease: which queues have jobs (a skip-scan: one look-up for each, however many jobs it has), and which
+-- leases have run out, or nearly. A job that is leased in spite of being among these was lost by somebody.
+WITH RECURSIVE names (queue) AS (
+    SELECT (SELECT min(entrypoint) FROM safedefer.pgqueuer WHERE status = 'queued')
+    UNION ALL
+    SELECT (
+        SELECT min(job.entrypoint) FROM safedefer.pgqueuer AS job
+        WHERE job.status = 'queued' AND job.entrypoint > names.queue
+    ) FROM names WHERE names.queue IS NOT NULL
+), stale AS (
+    SELECT id, entrypoint, round(extract(epoch FROM updated), 3)::double precision AS leased
+    FROM safedefer.pgqueuer WHERE status = 'picked' AND heartbeat < now() - $1::interval + interval '1 second'
+)
+SELECT
+    ARRAY (SELECT queue FROM names WHERE queue IS NOT NULL UNION SELECT entrypoint FROM stale) AS queues,
+    ARRAY (SELECT id FROM stale ORDER BY id) AS stale,
+    ARRAY (SELECT leased FROM stale ORDER BY id) AS leased,
+    EXISTS (SELECT FROM safedefer.controls) AS controlled,
+    extract(epoch FROM now())::double precision AS now;
+
+-- name: clock
+SELECT extract(epoch FROM now())::double precision AS now;
+
+-- name: controls
+SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
+FROM safedefer.controls ORDER BY queue;
+
+-- name: controls_lock
+SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
+FROM safedefer.controls ORDER BY queue FOR UPDATE;
+
+-- name: control_set
+INSERT INTO safedefer.controls (queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+ON CONFLICT (queue) DO UPDATE
+SET rate = excluded.rate, bucket_size = excluded.bucket_size, max_concurrent = excluded.max_concurrent,
+    paused = excluded.paused, held_until = excluded.held_until, tokens = excluded.tokens, refilled = excluded.refilled;
+
+-- name: control_delete
+DELETE FROM safedefer.controls WHERE queue = $1;
+
+-- name: running
+SELECT entrypoint AS queue, count(*) AS running FROM safedefer.pgqueuer
+WHERE status = 'picked' AND entrypoint = ANY ($1::text[]) GROUP BY entrypoint;
+
+-- name: progress
+SELECT job_id, attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response, retry_reason
+FROM safedefer.progress WHERE job_id = ANY ($1::bigint[]);
+
+-- name: progress_set
+INSERT INTO safedefer.progress (
+    job_id, attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response, retry_reason
+)
+SELECT * FROM unnest(
+    $1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::double precision[], $6::bigint[],
+    $7::double precision[], $8::integer[], $9::text[]
+)
+ON CONFLICT (job_id) DO UPDATE
+SET attempts = excluded.attempts, deliveries = excluded.deliveries, executions = excluded.executions,
+    first_attempt = excluded.first_attempt, rejections = excluded.rejections,
+    first_rejection = excluded.first_rejection, previous_response = excluded.previous_response,
+    retry_reason = excluded.retry_reason;
+
+-- name: progress_delete
+DELETE FROM safedefer.progress WHERE job_id = ANY ($1::bigint[]);
+
+-- name: extend
+UPDATE safedefer.pgqueuer SET heartbeat = now()
+WHERE id = $1 AND queue_manager_id = $2 AND updated = $3 AND status = 'picked' RETURNING id;
+
+-- name: held
+-- The leases that are still ours, locked, with what the ledger knows of them.
+SELECT job.id, entry.state
+FROM unnest($1::bigint[], $2::uuid[], $3::timestamptz[], $4::text[], $5::text[])
+    AS lease (id, manager, updated, audience, task_id)
+JOIN safedefer.pgqueuer AS job ON job.id = lease.id AND job.queue_manager_id = lease.manager
+    AND job.updated = lease.updated AND job.status = 'picked'
+LEFT JOIN safedefer.ledger AS entry ON entry.audience = lease.audience AND entry.task_id = lease.task_id
+ORDER BY job.id FOR UPDATE OF job;
+
+-- name: waiting_of
+-- Of the given tasks those that wait, or whose lease has run out, locked, with what the ledger knows of them.
+SELECT job.id, job.dedupe_key, job.entrypoint, job.headers, job.payload
+FROM safedefer.pgqueuer AS job
+WHERE job.dedupe_key = ANY ($1::text[])
+    AND (job.status = 'queued' OR (job.status = 'picked' AND job.heartbeat < now() - $2::interval))
+ORDER BY job.id FOR UPDATE OF job;
+
+-- name: ended_insert
+INSERT INTO safedefer.ended (
+    id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, reason, ended
+)
+SELECT * FROM unnest(
+    $1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::double precision[],
+    $9::double precision[], $10::bigint[], $11::bigint[], $12::text[], $13::text[], $14::double precision[]
+)
+ON CONFLICT (id) DO NOTHING;
+
+-- name: dead_insert
+INSERT INTO safedefer.dead (
+    id, job_id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created, expires,
+    attempts, reason, ended, token
+)
+VALUES (
+    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14,
+    coalesce((SELECT reason FROM safedefer.attempts WHERE task_id = $1 AND $15 ORDER BY seq DESC LIMIT 1), $16), $17,
+    coalesce((SELECT data FROM safedefer.blobs WHERE id = $18 AND task_id = $1), $19)
+)
+ON CONFLICT (id) DO UPDATE SET job_id = excluded.job_id, ended = excluded.ended, archived = NULL;
+
+-- name: names_bury
+UPDATE safedefer.names SET until = $3
+FROM unnest($1::text[], $2::text[]) AS given (queue, name)
+WHERE names.queue = given.queue AND names.name = given.name;
+
+-- name: uniques_delete
+DELETE FROM safedefer.uniques WHERE task_id = ANY ($1::text[]) AND (queue, unique_key) IN (
+    SELECT * FROM unnest($2::text[], $3::text[])
+);
+
+-- name: blobs_drop
+SELECT safedefer.drop_blobs($1::text[]) AS dropped;
+
+-- name: blob_get
+SELECT data FROM safedefer.blobs WHERE id = $1;
+
+-- name: blobs_collect
+SELECT safedefer.drop_blobs(ARRAY (
+    SELECT id FROM safedefer.blobs WHERE NOT EXISTS (
+        SELECT FROM safedefer.pgqueuer AS job
+        WHERE job.dedupe_key = blobs.task_id AND job.status IN ('queued', 'picked')
+    )
+)) AS dropped;
+
+-- name: attempts_insert
+INSERT INTO safedefer.attempts (
+    task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
+)
+SELECT given.*, NOT (
+    EXISTS (SELECT FROM safedefer.pgqueuer AS job
+            WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked'))
+    OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id)
+    OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id)
+)
+FROM unnest(
+    $1::text[], $2::text[], $3::double precision[], $4::double precision[], $5::text[], $6::integer[], $7::text[],
+    $8::text[], $9::text[]
+) AS given (task_id, audience, started, ended, outcome, status, reason, exception_type, traceback);
+
+-- name: attempts_trim
+DELETE FROM safedefer.attempts WHERE task_id = $1 AND seq <= (
+    SELECT seq FROM safedefer.attempts WHERE task_id = $1 ORDER BY seq DESC LIMIT 1 OFFSET $2
+);
+
+-- name: attempts_of
+SELECT task_id, audience, started, ended, outcome, status, reason, exception_type, traceback
+FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
+
+-- name: attempts_become_stray
+UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
+
+-- name: ledger_begin
+-- Runs that may begin come back; each pair of audience and task is in the arrays once.
+INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
+SELECT given.audience, given.task_id, given.digest, 'running', given.owner, now() + $6::interval, given.expires, true
+FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
+    AS given (audience, task_id, digest, owner, expires)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = true
+WHERE entry.digest = excluded.digest AND (
+    entry.state = 'retry'
+    OR (entry.state = 'running' AND (entry.until <= now() OR entry.owner = excluded.owner))
+)
+RETURNING entry.audience, entry.task_id;
+
+-- name: ledger_find
+SELECT entry.audience, entry.task_id, entry.digest, entry.state, entry.uncharged, entry.until > now() AS alive
+FROM safedefer.ledger AS entry
+JOIN unnest($1::text[], $2::text[]) AS given (audience, task_id)
+    ON entry.audience = given.audience AND entry.task_id = given.task_id;
+
+-- name: ledger_extend
+UPDATE safedefer.ledger SET until = now() + $4::interval
+WHERE audience = $1 AND task_id = $2 AND owner = $3 AND state = 'running' RETURNING task_id;
+
+-- name: ledger_finish
+-- The ends of runs and their records, in one statement and so in one transaction; those that were ours come back.
+WITH recorded AS (
+    INSERT INTO safedefer.attempts (
+        task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
+    )
+    SELECT given.*, NOT (
+        EXISTS (SELECT FROM safedefer.pgqueuer AS job
+                WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked'))
+        OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id)
+        OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id)
+    )
+    FROM unnest(
+        $5::text[], $6::text[], $7::double precision[], $8::double precision[], $9::text[], $10::integer[],
+        $11::text[], $12::text[], $13::text[]
+    ) AS given (task_id, audience, started, ended, outcome, status, reason, exception_type, traceback)
+)
+UPDATE safedefer.ledger AS entry SET state = given.state, owner = NULL, until = NULL
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) AS given (audience, task_id, owner, state)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.owner = given.owner
+    AND entry.state = 'running'
+RETURNING entry.audience, entry.task_id, given.owner;
+
+-- name: ledger_charged
+UPDATE safedefer.ledger AS entry SET uncharged = false
+FROM unnest($1::text[], $2::text[]) AS given (audience, task_id)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.uncharged;
+
+-- name: ledger_end
+INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, expires, uncharged)
+SELECT given.*, false FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
+    AS given (audience, task_id, digest, state, expires)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = excluded.state, owner = NULL, until = NULL, uncharged = false
+WHERE entry.state IN ('running', 'retry');
+
+-- name: next_due
+-- When the first job or lease of each queue falls due, in seconds by the database's clock.
+SELECT given.queue, extract(epoch FROM least(
+    (SELECT execute_after FROM safedefer.pgqueuer
+     WHERE entrypoint = given.queue AND status = 'queued' ORDER BY execute_after LIMIT 1),
+    (SELECT min(heartbeat) + $2::interval FROM safedefer.pgqueuer
+     WHERE entrypoint = given.queue AND status = 'picked')
+))::double precision AS due
+FROM unnest($1::text[]) AS given (queue);
+
+-- name: queues_with_jobs
+SELECT DISTINCT entrypoint AS queue FROM safedefer.pgqueuer WHERE status = 'picked'
+UNION
+SELECT queue FROM (
+    WITH RECURSIVE names (queue) AS (
+        SELECT (SELECT min(entrypoint) FROM safedefer.pgqueuer WHERE status = 'queued')
+        UNION ALL
+        SELECT (
+            SELECT min(job.entrypoint) FROM safedefer.pgqueuer AS job
+            WHERE job.status = 'queued' AND job.entrypoint > names.queue
+        ) FROM names WHERE names.queue IS NOT NULL
+    )
+    SELECT queue FROM names WHERE queue IS NOT NULL
+) AS waiting;
+
+-- name: stats
+SELECT entrypoint AS queue,
+    count(*) FILTER (WHERE status = 'queued' OR heartbeat < now() - $1::interval) AS waiting,
+    count(*) FILTER (WHERE status = 'picked' AND heartbeat >= now() - $1::interval) AS running,
+    extract(epoch FROM min(CASE WHEN status = 'queued' THEN execute_after
+        WHEN heartbeat < now() - $1::interval THEN heartbeat + $1::interval END))::double precision AS oldest
+FROM safedefer.pgqueuer WHERE status IN ('queued', 'picked') GROUP BY entrypoint;
+
+-- name: stats_dead
+SELECT queue, count(*) AS dead FROM safedefer.dead WHERE archived IS NULL GROUP BY queue;
+
+-- name: view_jobs
+SELECT job.id AS job_id, job.dedupe_key, job.entrypoint, job.status::text AS status, job.headers, job.payload,
+    coalesce(progress.attempts, 0) AS attempts, progress.retry_reason
+FROM safedefer.pgqueuer AS job LEFT JOIN safedefer.progress ON progress.job_id = job.id
+
+-- name: view_dead
+SELECT id, queue, 'dead' AS state, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, attempts, reason, ended, token
+FROM safedefer.dead
+
+-- name: view_ended
+SELECT id, queue, state, name, callable_name, url, target, audience, '{}' AS headers, '{}' AS retry_options,
+    eta, created, expires, attempts, reason, ended, ''::bytea AS token
+FROM safedefer.ended
+
+-- name: blobs_of
+SELECT id, task_id, data FROM safedefer.blobs WHERE id = ANY ($1::text[]);
+
+-- name: dead_letters
+SELECT id, queue, 'dead' AS state, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, attempts, reason, ended, token
+FROM safedefer.dead
+WHERE (archived IS NOT NULL) = $1
+    AND ($2::text IS NULL OR queue = $2)
+    AND ($3::text IS NULL OR reason = $3)
+    AND ($4::text IS NULL OR callable_name = $4)
+    AND ended >= $5 AND ended < $6 AND (ended, id COLLATE "C") > ($7, $8)
+ORDER BY ended, id COLLATE "C" LIMIT $9;
+
+-- name: dead_delete
+DELETE FROM safedefer.dead WHERE id = ANY ($1::text[]) RETURNING id, job_id;
+
+-- name: dead_archive_old
+WITH old AS (
+    SELECT id FROM safedefer.dead WHERE archived IS NULL AND ended < $2 ORDER BY ended, id COLLATE "C" LIMIT $3
+) UPDATE safedefer.dead SET archived = $1 FROM old WHERE dead.id = old.id RETURNING dead.id;
+
+-- name: dead_archive_excess
+WITH excess AS (
+    SELECT id FROM safedefer.dead WHERE archived IS NULL ORDER BY ended DESC, id COLLATE "C" DESC LIMIT $3 OFFSET $2
+) UPDATE safedefer.dead SET archived = $1 FROM excess WHERE dead.id = excess.id RETURNING dead.id;
+
+-- name: purge_next
+SELECT id, dedupe_key FROM safedefer.pgqueuer
+WHERE status IN ('queued', 'picked') AND entrypoint = $1 AND id > $2 AND id <= $3 ORDER BY id LIMIT $4;
+
+-- name: newest_job
+SELECT coalesce(max(id), 0) AS newest FROM safedefer.pgqueuer;
+
+-- name: names_prune
+DELETE FROM safedefer.names WHERE (queue, name) IN (
+    SELECT queue, name FROM safedefer.names WHERE until <= $1 LIMIT $2 FOR UPDATE SKIP LOCKED
+) RETURNING 1;
+
+-- name: ended_prune
+WITH old AS (
+    SELECT id FROM safedefer.ended WHERE ended < $1 ORDER BY ended LIMIT $2 FOR UPDATE SKIP LOCKED
+), records AS (
+    DELETE FROM safedefer.attempts WHERE task_id IN (SELECT id FROM old)
+) DELETE FROM safedefer.ended WHERE id IN (SELECT id FROM old) RETURNING 1;
+
+-- name: attempts_prune
+DELETE FROM safedefer.attempts WHERE ctid = ANY (ARRAY (
+    SELECT ctid FROM safedefer.attempts WHERE stray AND ended < $1 LIMIT $2 FOR UPDATE SKIP LOCKED
+)) RETURNING 1;
+
+-- name: ledger_prune
+DELETE FROM safedefer.ledger WHERE (audience, task_id) IN (
+    SELECT audience, task_id FROM safedefer.ledger
+    WHERE expires < $1::double precision AND NOT (state = 'running' AND until > now()) LIMIT $2 FOR UPDATE SKIP LOCKED
+) RETURNING 1;

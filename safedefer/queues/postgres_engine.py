@@ -1,0 +1,470 @@
+"""PostgreSQL's drivers and pgqueuer, for the queue: connections, statements, and the tables.
+
+Workers speak asyncpg, on an event loop in a thread of its own; producers speak psycopg. This is the only module
+that imports either, or pgqueuer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import asyncpg
+import psycopg
+from pgqueuer._version import version as pgqueuer_version
+from pgqueuer.adapters.persistence.qb import QueryBuilderEnvironment, QueryQueueBuilder, QuerySchedulerBuilder
+from pgqueuer.db import AsyncpgDriver
+from pgqueuer.domain.settings import DBSettings, Durability
+from pgqueuer.queries import Queries
+from pgqueuer.types import Channel, QueueEntrypoint, QueueManagerId
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+
+from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.base import AlreadyWaiting
+from safedefer.queues.postgres_operations import SQL, ago
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+    from uuid import UUID
+
+    from safedefer.queues.postgres_operations import Connection
+
+_T = TypeVar("_T")
+_log: Final = logging.getLogger("safedefer.postgres")
+
+SCHEMA: Final = "safedefer"
+MIGRATIONS: Final = ("migration_1",)
+"""Step n brings our tables from version n - 1 to n. Steps are added, never changed."""
+
+_MIGRATION_LOCK: Final = 0x5AFE_DEFE
+_REMEDY_MIGRATE: Final = "run `safedefer migrate`"
+_CONNECT_SECONDS: Final = 10
+_STATEMENT_SECONDS: Final = 60.0
+_ALIVE_SECONDS: Final = 15.0
+_RECONNECT_SECONDS: Final = 0.5
+_TRIES: Final = 3
+
+#: What is named is set: the environment's PGQUEUER_* is for the user's own pgqueuer.
+_NAMES: Final = DBSettings(
+    prefix="",
+    db_schema=SCHEMA,
+    channel=Channel("ch_pgqueuer"),
+    function="fn_pgqueuer_changed",
+    statistics_table="pgqueuer_statistics",
+    queue_status_type="pgqueuer_status",
+    queue_table="pgqueuer",
+    queue_table_log="pgqueuer_log",
+    trigger="tg_pgqueuer_changed",
+    schedules_table="pgqueuer_schedules",
+    durability=Durability.durable,
+    widen_id=True,
+)
+_SLOT_INDEX: Final = f"{_NAMES.queue_table}_picked_slot_idx"
+
+#: What these statements raise when the connection, or the server behind it, is not there.
+BROKEN: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError, TimeoutError)
+
+
+class Statements:
+    """The statements of pgqueuer, for its tables in our schema."""
+
+    def __init__(self) -> None:
+        self._builder = QueryQueueBuilder(settings=_NAMES)
+        self.enqueue = self._builder.build_enqueue_query()
+        self.retry = self._builder.build_retry_job_query()
+        self.log = self._builder.build_log_job_query()
+
+    async def dequeue(
+        self, connection: Connection, queues: Mapping[str, int], *, limit: int, seconds: float, manager: UUID
+    ) -> Sequence[Mapping[str, Any]]:
+        """Pick jobs of queues, each with its cap on concurrency (0 is none)."""
+        query = self._builder.build_dequeue_query(
+            batch_size=limit,
+            entrypoints=[QueueEntrypoint(queue) for queue in queues],
+            concurrency_limits=list(queues.values()),
+            queue_manager_id=QueueManagerId(manager),
+            global_concurrency_limit=None,
+            heartbeat_timeout=ago(seconds),
+        )
+        if not any(queues.values()):
+            return await connection.fetch(query.sql, *query.args)
+        try:
+            async with connection.transaction():
+                return await connection.fetch(query.sql, *query.args)
+        except asyncpg.UniqueViolationError as error:
+            if getattr(error, "constraint_name", None) != _SLOT_INDEX:
+                raise
+        except asyncpg.DeadlockDetectedError:
+            pass
+        return ()  # another dispatcher took the last place: as good as nothing due
+
+
+STATEMENTS: Final = Statements()
+
+
+class Watch:
+    """Whether tasks may have come that no lease has looked for."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._changes = 0
+        self._seen = 0
+
+    def changed(self) -> None:
+        """Say that there may be a new task."""
+        with self._condition:
+            self._changes += 1
+            self._condition.notify_all()
+
+    wake = changed
+
+    def seen(self) -> None:
+        """Say that whatever has come by now will be seen."""
+        with self._condition:
+            self._seen = self._changes
+
+    def wait(self, timeout: float) -> bool:
+        """Block until something has changed that was not seen when this began, or for ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        with self._condition:
+            seen = self._seen
+            while self._changes == seen:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._condition.wait(left)
+            self._seen = self._changes
+            return True
+
+
+# --- Connections ----------------------------------------------------------------------------------
+
+
+async def _keep(_connection: object) -> None:
+    """Reset nothing: only our own statements run on these connections."""
+
+
+class Connections:
+    """What one process has open: a thread with an event loop for asyncpg's, and a pool of psycopg's."""
+
+    def __init__(self, dsn: str, producers: int, workers: int, *, watch: Watch) -> None:
+        self._dsn = dsn
+        self._watch = watch
+        self._workers = workers
+        self._pools: dict[bool, asyncpg.Pool] = {}
+        self._listener: asyncio.Task[None] | None = None
+        self._listening = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="safedefer-postgres", daemon=True)
+        self._thread.start()
+        self._producers: ConnectionPool[psycopg.Connection[Any]] | None = None
+        self._most_producers = producers
+        self._lock = threading.Lock()
+        try:
+            self.marker, self.lease_seconds = self._call(self._start())
+        except BaseException as error:
+            self.close()
+            if isinstance(error, BROKEN):
+                raise failure(dsn, error) from error
+            raise
+
+    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _start(self) -> tuple[str, float]:
+        for durable in (True, False):
+            # Its begin, its ends and what it enqueues survive a crash of the server. A lease or a settlement
+            # that does not is made up for by the next delivery.
+            settings = {"application_name": "safedefer", "jit": "off"}
+            self._pools[durable] = asyncpg.create_pool(
+                self._dsn,
+                min_size=0,
+                max_size=max(self._workers // 2, 1),
+                command_timeout=_STATEMENT_SECONDS,
+                timeout=_CONNECT_SECONDS,
+                reset=_keep,
+                server_settings=settings if durable else {**settings, "synchronous_commit": "off"},
+                loop=self._loop,
+            )
+            await self._pools[durable]
+        async with self._pools[True].acquire() as connection:
+            return await _check_schema(connection)
+
+    def run(self, action: Callable[[Connection], Awaitable[_T]], *, durable: bool, transaction: bool) -> _T:
+        """Run an action on a connection of the loop, and wait for what it returns.
+
+        Raises:
+            QueueUnavailable: The database failed, or a refusal.
+        """
+        try:
+            return self._call(self._run(action, durable=durable, transaction=transaction))
+        except BROKEN as error:
+            raise refusal(error) or failure(self._dsn, error) from error
+
+    async def _run(self, action: Callable[[Any], Awaitable[_T]], *, durable: bool, transaction: bool) -> _T:
+        async with self._pools[durable].acquire(timeout=_CONNECT_SECONDS) as connection:
+            if not transaction:
+                return await action(connection)
+            async with connection.transaction():
+                return await action(connection)
+
+    def _producer_pool(self) -> ConnectionPool[psycopg.Connection[Any]]:
+        with self._lock:
+            if self._producers is None:
+                self._producers = ConnectionPool(
+                    self._dsn,
+                    min_size=0,
+                    max_size=self._most_producers,
+                    timeout=_CONNECT_SECONDS,
+                    kwargs={"autocommit": True, "application_name": "safedefer", "options": "-c jit=off"},
+                    name="safedefer",
+                    open=True,
+                )
+            return self._producers
+
+    def store(self, statements: Sequence[tuple[str, tuple[object, ...]]], ids: set[str]) -> None:
+        """Run the statements that enqueue tasks of some ids, in one transaction.
+
+        Raises:
+            QueueUnavailable: The database failed, or a refusal.
+        """
+        for attempt in range(_TRIES):
+            try:
+                self._store(statements)
+            except (PoolTimeout, PoolClosed) as error:
+                raise failure(self._dsn, error) from error
+            except psycopg.OperationalError as error:
+                # Whether it was committed is not known: the ids tell, the next time.
+                if attempt == _TRIES - 1:
+                    raise failure(self._dsn, error) from error
+                self._producer_pool().check()
+            except psycopg.Error as error:
+                refused = refusal(error)
+                ended = isinstance(refused, TaskAlreadyExistsError | TombstonedTaskError)
+                if attempt and ended and _about(error) in ids:
+                    return  # the try before was committed after all
+                raise (refused or failure(self._dsn, error)) from error
+            else:
+                return
+
+    def _store(self, statements: Sequence[tuple[str, tuple[object, ...]]]) -> None:
+        # In one go: the database is asked, and answers, once.
+        with (
+            self._producer_pool().connection() as connection,
+            connection.pipeline(),
+            connection.transaction(),
+        ):
+            for statement, values in statements:
+                psycopg.RawCursor(connection).execute(statement.encode(), values)
+
+    def listen(self) -> None:
+        """Hear of new tasks from now on."""
+        if not self._listening:
+            self._listening = True
+            self._loop.call_soon_threadsafe(self._begin_to_listen)
+
+    def _begin_to_listen(self) -> None:
+        self._listener = self._loop.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                await self._listen_once()
+            except BROKEN as error:
+                _log.warning("nobody tells of new tasks now (%s); trying again", type(error).__name__)
+            await asyncio.sleep(_RECONNECT_SECONDS)
+
+    async def _listen_once(self) -> None:
+        connection = await asyncpg.connect(
+            self._dsn, timeout=_CONNECT_SECONDS, command_timeout=_ALIVE_SECONDS,
+            server_settings={"application_name": "safedefer-listen"},
+        )  # fmt: skip
+        try:
+            gone = asyncio.Event()
+            connection.add_termination_listener(lambda _: gone.set())
+            await connection.add_listener(_NAMES.channel, self._hear)
+            self._watch.changed()  # what came before nobody has heard
+            while not gone.is_set():
+                with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                    await asyncio.wait_for(gone.wait(), _ALIVE_SECONDS)
+                    break
+                await connection.execute("SELECT 1")
+        finally:
+            connection.terminate()
+
+    def _hear(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        try:
+            operation = json.loads(str(payload)).get("operation")
+        except (ValueError, AttributeError):
+            return
+        if operation == "insert":
+            self._watch.changed()
+
+    def close(self) -> None:
+        """Finish what runs and disconnect."""
+        with self._lock:
+            producers, self._producers = self._producers, None
+        if producers is not None:
+            producers.close()
+        with contextlib.suppress(*BROKEN, RuntimeError):
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(_CONNECT_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CONNECT_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    async def _stop(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+        for pool in self._pools.values():
+            try:
+                await asyncio.wait_for(pool.close(), _CONNECT_SECONDS / 2)
+            except BROKEN:
+                pool.terminate()
+
+
+def place(dsn: str) -> str:
+    """Return the address in a DSN, without user and password."""
+    parts = urlsplit(dsn)
+    return f"{parts.hostname or 'the local socket'}{parts.path}"
+
+
+def failure(dsn: str, error: BaseException) -> QueueUnavailable:
+    """Return the error of a database that does not do what it is asked."""
+    return QueueUnavailable(
+        f"the queue's database at {place(dsn)} failed ({type(error).__name__}: {error}); "
+        "see that it runs, that it takes connections from here, and that its disk is not full"
+    )
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def _about(error: BaseException) -> str:
+    """Return what a refusal is about: the DETAIL of the database's error."""
+    diagnosis = getattr(error, "diag", None)
+    detail = getattr(error, "detail", None) if diagnosis is None else diagnosis.message_detail
+    return detail or ""
+
+
+def refusal(error: BaseException) -> Exception | None:
+    """Return what a database error means in our words; None if it is none of those that the statements raise."""
+    about = _about(error)
+    match getattr(error, "sqlstate", None):
+        case "SD001":
+            return TaskAlreadyExistsError(f"the task {about} is in this queue already; enqueue it once")
+        case "SD002":
+            return TombstonedTaskError(f"the task {about} ended in this queue; defer it anew, with a new id")
+        case "SD003":
+            return TaskAlreadyExistsError(
+                f"a task named {about!r} is waiting or running in this queue; choose another name"
+            )
+        case "SD004":
+            return TombstonedTaskError(
+                f"a task of this name ended in this queue, and its name is free again in {float(about):.0f} s; "
+                "choose another name"
+            )
+        case "SD005":
+            return AlreadyWaiting(about)
+        case "SD006":
+            return TaskAlreadyExistsError(f"the blob {about} belongs to another task; give every blob its own id")
+        case "SD007":
+            return QueueUnavailable(
+                f"the stored tokens of oversize tasks would take more than {about} bytes; "
+                "let some of these tasks end, or raise blob_limit"
+            )
+        case "23505":
+            return TaskAlreadyExistsError("a task of this id is in this queue already; enqueue it once")
+        case "3F000" | "42P01" | "42883":
+            return ConfigurationError(f"the queue's tables are not in this database; {_REMEDY_MIGRATE}")
+    return None
+
+
+# --- Migrations -----------------------------------------------------------------------------------
+
+
+async def _check_schema(connection: Any) -> tuple[str, float]:
+    """Return the marker and the lease seconds of a database.
+
+    Raises:
+        ConfigurationError: It was not migrated, or by another release.
+    """
+    if not (await connection.fetchrow(SQL["has_settings"]))["found"]:
+        raise ConfigurationError(f"the queue's tables are not in this database; {_REMEDY_MIGRATE}")
+    settings = await connection.fetchrow(SQL["settings"])
+    if settings is None or settings["version"] < len(MIGRATIONS):
+        raise ConfigurationError(f"the queue's tables are of an older safedefer; {_REMEDY_MIGRATE}")
+    if settings["version"] > len(MIGRATIONS):
+        raise ConfigurationError(
+            f"the queue's tables have version {settings['version']}, and this safedefer knows versions up to "
+            f"{len(MIGRATIONS)}; upgrade safedefer"
+        )
+    if settings["pgqueuer"] != pgqueuer_version:
+        plan = await _queries(connection).plan_upgrade()
+        if plan.statements:
+            raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']}; {_REMEDY_MIGRATE}")
+    return settings["marker"], settings["lease_seconds"]
+
+
+def _queries(connection: Any) -> Queries:
+    return Queries(
+        AsyncpgDriver(connection),
+        qbe=QueryBuilderEnvironment(settings=_NAMES),
+        qbq=QueryQueueBuilder(settings=_NAMES),
+        qbs=QuerySchedulerBuilder(settings=_NAMES),
+    )
+
+
+async def _migrate(dsn: str) -> list[str]:
+    connection = await asyncpg.connect(dsn, timeout=_CONNECT_SECONDS, server_settings={"application_name": "safedefer"})
+    done = []
+    try:
+        # Whoever migrates at the same time waits.
+        await connection.execute("SELECT pg_advisory_lock($1)", _MIGRATION_LOCK)
+        await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+        queries = _queries(connection)
+        if await queries.schema_is_installed():
+            plan = await queries.apply_upgrade()
+            done += [f"pgqueuer: {statement}" for statement in plan.statements]
+        else:
+            await queries.install(create_schema=False)
+            await queries.optimize_autovacuum()
+            done.append(f"pgqueuer: installed {pgqueuer_version}")
+        settings = None
+        if (await connection.fetchrow(SQL["has_settings"]))["found"]:
+            settings = await connection.fetchrow(SQL["settings"])
+        at = 0 if settings is None else settings["version"]
+        for number, name in enumerate(MIGRATIONS[at:], start=at + 1):
+            async with connection.transaction():
+                await connection.execute(SQL[name])
+                if number == 1:
+                    await connection.execute(SQL["settings_insert"], secrets.token_hex(16))
+                await connection.execute(SQL["settings_version"], number, pgqueuer_version)
+            done.append(f"safedefer: {name}")
+        await connection.execute(SQL["settings_version"], max(at, len(MIGRATIONS)), pgqueuer_version)
+    finally:
+        connection.terminate()
+    return done
+
+
+def migrate(dsn: str) -> list[str]:
+    """Make the tables of a database, or bring them up to date; return what was done.
+
+    Raises:
+        QueueUnavailable: The database is not there, or its user may not make tables.
+    """
+    try:
+        return asyncio.run(_migrate(dsn))
+    except BROKEN as error:
+        raise QueueUnavailable(
+            f"the database at {place(dsn)} was not migrated ({type(error).__name__}: {error}); "
+            "see that it runs, and that this user may create a schema in it"
+        ) from error

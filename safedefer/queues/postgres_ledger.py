@@ -1,0 +1,148 @@
+"""The ledger and the blobs in the queue's PostgreSQL database."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues.postgres_operations import RECORDS_KEPT, SQL, add_records, ago
+from safedefer.queues.postgres_rows import columns, record_values
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from safedefer.queues.postgres_operations import Connection
+
+_T = TypeVar("_T")
+
+LEEWAY: Final = 3600
+"""Seconds that an entry is kept after its token expired."""
+
+_PRUNED_AT_ONCE: Final = 1000
+
+
+class Engine(Protocol):
+    """What runs things on the database."""
+
+    def run(self, action: Callable[[Connection], Awaitable[_T]], /, *, durable: bool = True) -> _T:
+        """Run an action on a connection, in a transaction, and wait for what it returns."""
+        ...
+
+
+async def begin_many(connection: Connection, executions: Sequence[Execution], *, lease: float) -> list[Admission]:
+    """Admit runs. One that is there twice is admitted once."""
+    results: list[Admission | None] = [None] * len(executions)
+    pending = list(range(len(executions)))
+    while pending:
+        # A statement can change a row once only: what is there again has its turn in the next.
+        round_: dict[tuple[str, str], int] = {}
+        for index in pending:
+            round_.setdefault((executions[index].audience, executions[index].task_id), index)
+        await _begin_each_once(connection, executions, round_, results, lease=lease)
+        pending = [index for index in pending if results[index] is None]
+    return [result for result in results if result is not None]
+
+
+async def _begin_each_once(
+    connection: Connection,
+    executions: Sequence[Execution],
+    which: dict[tuple[str, str], int],
+    results: list[Admission | None],
+    *,
+    lease: float,
+) -> None:
+    asked = [executions[index] for index in which.values()]
+    rows = [(run.audience, run.task_id, run.digest, run.owner, run.expires) for run in asked]
+    # In one order, so that two batches do not wait for each other.
+    begun = await connection.fetch(SQL["ledger_begin"], *columns(sorted(rows), 5), ago(lease))
+    for row in begun:
+        results[which.pop((row["audience"], row["task_id"]))] = Admission.RUN
+    if not which:
+        return
+    keys = columns(list(which), 2)
+    for row in await connection.fetch(SQL["ledger_find"], *keys):
+        index = which.pop((row["audience"], row["task_id"]))
+        if bytes(row["digest"]) != executions[index].digest:
+            results[index] = Admission.CONFLICT
+        elif row["state"] in {"running", "retry"}:
+            results[index] = Admission.RUNNING
+        else:
+            results[index] = Admission.DUPLICATE
+    for index in which.values():  # forgotten between the two statements: its time is over
+        results[index] = Admission.DUPLICATE
+
+
+async def finish_many(connection: Connection, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> list[bool]:
+    """Store the ends of runs, and their records in either case."""
+    rows = [(run.audience, run.task_id, run.owner, str(state)) for run, state, _ in ends]
+    records = [record_values(record) for _, _, record in ends]
+    changed = await connection.fetch(SQL["ledger_finish"], *columns(rows, 4), *columns(records, 9))
+    ours = {(row["audience"], row["task_id"], row["owner"]) for row in changed}
+    return [(run.audience, run.task_id, run.owner) in ours for run, _, _ in ends]
+
+
+class PostgresLedger:
+    """A ``Ledger`` in the queue's database. Leases are by the database's clock, whatever ``now`` says."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
+        """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
+        return self.begin_many((execution,), now=now, lease=lease)[0]
+
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:  # noqa: ARG002 - the seam has it
+        """Do what ``begin`` does for each."""
+        return self._engine.run(lambda connection: begin_many(connection, executions, lease=lease))
+
+    def extend(self, execution: Execution, *, now: float, lease: float) -> bool:  # noqa: ARG002 - the seam has it
+        """Prolong the run; False if it is no longer ours."""
+        values = (execution.audience, execution.task_id, execution.owner, ago(lease))
+        return bool(self._engine.run(lambda connection: connection.fetch(SQL["ledger_extend"], *values), durable=False))
+
+    def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
+        """Store the end of a run and its record in one transaction; False if it is no longer ours."""
+        return self.finish_many(((execution, state, record),))[0]
+
+    def finish_many(self, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> Sequence[bool]:
+        """Do what ``finish`` does for each, in one transaction."""
+        return self._engine.run(lambda connection: finish_many(connection, ends))
+
+    def record(self, record: AttemptRecord) -> None:
+        """Store an attempt that never came to run."""
+
+        async def action(connection: Connection) -> None:
+            await add_records(connection, [record])
+            # Whoever has a token can post it again and again.
+            await connection.execute(SQL["attempts_trim"], record.task_id, RECORDS_KEPT)
+
+        self._engine.run(action)
+
+    def prune(self, *, now: float) -> int:
+        """Forget entries whose ``expires`` is over an hour past; returns how many."""
+        total = 0
+        values = (now - LEEWAY, _PRUNED_AT_ONCE)
+        while removed := len(self._engine.run(lambda connection: connection.fetch(SQL["ledger_prune"], *values))):
+            total += removed
+        return total
+
+
+class PostgresBlobs:
+    """A ``BlobStore`` in the queue's database."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def get(self, blob_id: str) -> bytes | None:
+        """Return the bytes, or None if there are none. Raises ``QueueUnavailable``."""
+        rows = self._engine.run(lambda connection: connection.fetch(SQL["blob_get"], blob_id))
+        return bytes(rows[0]["data"]) if rows else None
+
+    def delete(self, blob_id: str) -> None:
+        """Delete a blob; nothing happens if there is none."""
+        self._engine.run(lambda connection: connection.fetch(SQL["blobs_drop"], [blob_id]))
+
+    def collect(self, *, now: float) -> int:  # noqa: ARG002 - other stores need the time
+        """Delete blobs that no waiting task points to; returns how many."""
+        rows: Sequence[Any] = self._engine.run(lambda connection: connection.fetch(SQL["blobs_collect"]))
+        return int(rows[0]["dropped"])

@@ -1,0 +1,584 @@
+"""What the PostgreSQL engine does within a transaction: one function for each step of a task's life.
+
+Every function takes the connection first, and leaves opening and ending transactions to the engine, ``lease`` aside.
+Jobs are picked, retried and ended by the statements of pgqueuer, which come in as ``Statements``.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from safedefer.ledger import AttemptRecord, EndState
+from safedefer.queues.base import Lease, QueuedTask, Settlement, Verdict, task_digest
+from safedefer.queues.postgres_rows import (
+    LOST_LEASE,
+    Hold,
+    Progress,
+    columns,
+    dead_values,
+    ended_values,
+    progress_values,
+    read_task,
+    record_values,
+    write_hints,
+)
+from safedefer.queues.rates import QueueControl, QueueLimits
+from safedefer.queues.statements import load_statements
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from uuid import UUID
+
+SQL: Final = load_statements("postgres.sql")
+"""The statements of ``postgres.sql`` by name."""
+
+RECORDS_KEPT: Final = 100
+"""The newest attempt records that are kept of one task."""
+
+_ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
+#: How pgqueuer logs the end of a job; it deletes those that have not failed, and holds the others.
+_LOGGED: Final = {EndState.SUCCEEDED: "successful", EndState.CANCELLED: "canceled", EndState.FAILED: "failed"}
+
+
+class Connection(Protocol):
+    """One connection, as asyncpg has it. Placeholders are ``$1``."""
+
+    async def execute(self, statement: str, /, *values: Any) -> object:
+        """Run a statement."""
+        ...
+
+    async def executemany(self, statement: str, values: Sequence[Sequence[Any]], /) -> object:
+        """Run a statement for each row of values."""
+        ...
+
+    async def fetch(self, statement: str, /, *values: Any) -> Sequence[Mapping[str, Any]]:
+        """Run a query."""
+        ...
+
+    def transaction(self) -> AbstractAsyncContextManager[Any]:
+        """Open a transaction, or a savepoint within one."""
+        ...
+
+
+class Statements(Protocol):
+    """pgqueuer's statements."""
+
+    @property
+    def enqueue(self) -> str:
+        """Insert jobs: arrays of priority, entrypoint, payload, execute_after, dedupe_key, headers."""
+        ...
+
+    @property
+    def retry(self) -> str:
+        """Queue a picked job again: id, delay, traceback."""
+        ...
+
+    @property
+    def log(self) -> str:
+        """End jobs: arrays of id, status, traceback."""
+        ...
+
+    async def dequeue(
+        self, connection: Connection, queues: Mapping[str, int], *, limit: int, seconds: float, manager: UUID
+    ) -> Sequence[Mapping[str, Any]]:
+        """Pick jobs of queues, each with its cap on concurrency (0 is none)."""
+        ...
+
+
+def ago(seconds: float) -> timedelta:
+    """Return seconds as an interval that PostgreSQL takes."""
+    return timedelta(seconds=min(max(seconds, -1e9), 1e9))
+
+
+# --- Enqueue --------------------------------------------------------------------------------------
+
+
+def enqueue(
+    statements: Statements, tasks: Sequence[QueuedTask], *, blob_limit: int
+) -> list[tuple[str, tuple[object, ...]]]:
+    """Return the statements that store tasks, their names and their blobs, for one transaction."""
+    named = any(task.name is not None for task in tasks)
+    unique = any(task.unique_key is not None for task in tasks)
+    oversize = any(task.blob is not None for task in tasks)
+    queues = [task.queue for task in tasks]
+    ids = [task.id for task in tasks]
+    admission = (
+        ids,
+        queues,
+        [task.name for task in tasks] if named else None,
+        [task.created for task in tasks] if named else None,
+        [task.unique_key for task in tasks] if unique else None,
+        [None if task.blob is None else task.blob.id for task in tasks] if oversize else None,
+        [None if task.blob is None else task.blob.data for task in tasks] if oversize else None,
+        blob_limit,
+    )
+    jobs = (
+        [0] * len(tasks),
+        queues,
+        [task.token for task in tasks],
+        # A span, which the database adds to its own clock: producers' clocks need not agree with it.
+        [ago(task.eta - task.created) for task in tasks],
+        ids,
+        [write_hints(task, task_digest(task)) for task in tasks],
+    )
+    return [(SQL["admit"], admission), (statements.enqueue, jobs)]
+
+
+# --- Lease ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What ``look`` found."""
+
+    queues: list[str]
+    lost: dict[int, float]
+    """Jobs whose lease has run out, or nearly: when they were leased."""
+    controlled: bool
+    now: float
+    """By the clock of the database."""
+
+
+async def look(connection: Connection, *, seconds: float) -> Look:
+    """Return which queues have jobs, and what was lost."""
+    (row,) = await connection.fetch(SQL["look"], ago(seconds))
+    lost = dict(zip(row["stale"], row["leased"], strict=True))
+    return Look(row["queues"], lost, row["controlled"], row["now"])
+
+
+async def lease(
+    connection: Connection,
+    statements: Statements,
+    *,
+    owner: str,
+    manager: UUID,
+    limit: int,
+    seconds: float,
+    now: float,
+    queues: Sequence[str] | None,
+) -> list[Lease]:
+    """Claim what is due, what was enqueued first before the others."""
+    seen = await look(connection, seconds=seconds)
+    names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
+    if limit < 1 or not names:
+        return []
+    if seen.controlled:
+        async with connection.transaction():
+            jobs: Sequence[Mapping[str, Any]] = await _dequeue_under_control(
+                connection, statements, names, limit=limit, seconds=seconds, now=seen.now, manager=manager
+            )
+    else:
+        free = dict.fromkeys(names, 0)
+        jobs = await statements.dequeue(connection, free, limit=limit, seconds=seconds, manager=manager)
+    tasks = {job["id"]: read_task(job) for job in jobs}
+    # Only what was retried or lost has a row there.
+    again = [job["id"] for job in jobs if job["attempts"] or job["id"] in seen.lost]
+    progress = await _progress(connection, again) if again else {}
+    lost = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
+    if lost:
+        async with connection.transaction():
+            progress |= await _after_lost_lease(connection, tasks, lost, progress, now=now)
+    leases = []
+    for job in sorted(jobs, key=_number):
+        hold = Hold(manager, job["id"], job["updated"], now)
+        counters = progress.get(job["id"]) or Progress(job_id=job["id"])
+        leases.append(counters.leased(tasks[job["id"]], owner=hold.write(owner), until=now + seconds))
+    return leases
+
+
+def _number(job: Mapping[str, Any]) -> int:
+    return int(job["id"])
+
+
+async def _progress(connection: Connection, jobs: Sequence[int]) -> dict[int, Progress]:
+    return {row["job_id"]: Progress(**row) for row in await connection.fetch(SQL["progress"], jobs)}
+
+
+async def _after_lost_lease(
+    connection: Connection,
+    tasks: Mapping[int, QueuedTask],
+    lost: Mapping[int, float],
+    progress: Mapping[int, Progress],
+    *,
+    now: float,
+) -> dict[int, Progress]:
+    """Count the deliveries that nobody settled, and charge those whose run had begun."""
+    keys = columns([(tasks[job_id].audience, tasks[job_id].id) for job_id in lost], 2)
+    entries = {(row["audience"], row["task_id"]): row for row in await connection.fetch(SQL["ledger_find"], *keys)}
+    after, records = {}, []
+    for job_id, leased in lost.items():
+        task = tasks[job_id]
+        before = progress.get(job_id) or Progress(job_id=job_id)
+        counted = replace(before, deliveries=before.deliveries + 1, retry_reason=LOST_LEASE, previous_response=None)
+        entry = entries.get((task.audience, task.id))
+        if entry is not None and entry["uncharged"]:
+            first = leased if before.first_attempt is None else before.first_attempt
+            counted = replace(counted, attempts=before.attempts + 1, first_attempt=first)
+            if entry["state"] == "running":  # a run that ended has left a record of its own
+                records.append(_lost_record(task, leased, now))
+        after[job_id] = counted
+    await connection.execute(SQL["ledger_charged"], *keys)
+    await connection.execute(SQL["progress_set"], *columns([progress_values(row) for row in after.values()], 9))
+    await add_records(connection, records)
+    return after
+
+
+def _lost_record(task: QueuedTask, started: float, ended: float) -> AttemptRecord:
+    return AttemptRecord(
+        task_id=task.id,
+        audience=task.audience,
+        started=started,
+        ended=ended,
+        outcome="retry",
+        status=None,
+        reason=LOST_LEASE,
+    )
+
+
+# --- Holding queues back --------------------------------------------------------------------------
+
+
+async def controls(connection: Connection, *, lock: bool = False) -> dict[str, QueueControl]:
+    """Return all controls by queue, sorted; ``lock`` keeps them from others until the transaction ends."""
+    found = {}
+    for row in await connection.fetch(SQL["controls_lock" if lock else "controls"]):
+        limits = QueueLimits(
+            queue=row["queue"],
+            rate=row["rate"],
+            bucket_size=row["bucket_size"],
+            max_concurrent=row["max_concurrent"],
+        )
+        found[row["queue"]] = QueueControl(
+            limits=limits,
+            paused=row["paused"],
+            held_until=row["held_until"],
+            tokens=row["tokens"],
+            refilled=row["refilled"],
+        )
+    return found
+
+
+async def put_control(connection: Connection, control: QueueControl, *, now: float) -> None:
+    """Store a control, or forget one that holds nothing back."""
+    if not control.binds(now):
+        await connection.execute(SQL["control_delete"], control.queue)
+        return
+    limits = control.limits
+    await connection.execute(
+        SQL["control_set"],
+        control.queue,
+        limits.rate,
+        limits.bucket_size,
+        limits.max_concurrent,
+        control.paused,
+        control.held_until,
+        control.tokens,
+        control.refilled,
+    )
+
+
+async def clock(connection: Connection) -> float:
+    """Return the time of the database."""
+    (row,) = await connection.fetch(SQL["clock"])
+    return float(row["now"])
+
+
+async def configure(connection: Connection, limits: Sequence[QueueLimits]) -> None:
+    """Put the declared limits in force; the other queues keep a pause or a hold at most."""
+    now = await clock(connection)
+    known = await controls(connection, lock=True)
+    declared = {item.queue: item for item in limits}
+    for queue, item in declared.items():
+        control = known.get(queue)
+        changed = QueueControl.new(item, now=now) if control is None else control.configured(item, now=now)
+        if changed is not control:
+            await put_control(connection, changed, now=now)
+    for queue in known.keys() - declared.keys():
+        await put_control(connection, known[queue].configured(QueueLimits(queue=queue), now=now), now=now)
+
+
+async def change_control(
+    connection: Connection, queue: str, *, paused: bool | None = None, hold_for: float | None = None
+) -> None:
+    """Pause or resume a queue, or hold it for some seconds, or longer if it is held already."""
+    now = await clock(connection)
+    control = (await controls(connection, lock=True)).get(queue) or QueueControl.new(QueueLimits(queue=queue), now=now)
+    if paused is not None:
+        control = replace(control, paused=paused)
+    if hold_for is not None:
+        control = replace(control, held_until=max(now + hold_for, control.held_until))
+    await put_control(connection, control, now=now)
+
+
+async def _dequeue_under_control(
+    connection: Connection,
+    statements: Statements,
+    queues: Sequence[str],
+    *,
+    limit: int,
+    seconds: float,
+    now: float,
+    manager: UUID,
+) -> list[Mapping[str, Any]]:
+    """Pick what is due and may be leased now, and take the tokens for it. The cap on concurrency is pgqueuer's."""
+    known = await controls(connection, lock=True)
+    found: list[Mapping[str, Any]] = []
+    others: dict[str, int] = {}
+    for queue in queues:
+        control = known.get(queue)
+        if control is None:
+            others[queue] = 0
+            continue
+        filled = control.refill(now)
+        # Who runs is counted, and the cap kept, by the statement that picks.
+        allowed = filled.allowance(now=now, running=-limit)
+        if control.refilled > now and control.limits.rate is not None:
+            await put_control(connection, filled, now=now)  # the clock was set back: from here the bucket gains again
+        cap = control.limits.max_concurrent or 0
+        if allowed == 0 or control.limits.max_concurrent == 0:
+            continue
+        if control.limits.rate is None:
+            others[queue] = cap
+            continue
+        most = min(limit - len(found), limit if allowed is None else allowed)
+        if most > 0:
+            jobs = await statements.dequeue(connection, {queue: cap}, limit=most, seconds=seconds, manager=manager)
+            found += jobs
+            if jobs:
+                await put_control(connection, filled.spend(len(jobs)), now=now)
+    if others and limit > len(found):
+        found += await statements.dequeue(
+            connection, others, limit=limit - len(found), seconds=seconds, manager=manager
+        )
+    return found
+
+
+async def next_due(connection: Connection, *, seconds: float, now: float, queues: Sequence[str] | None) -> float | None:
+    """When the next task or lease falls due, or its queue lets it, by the clock that says ``now``."""
+    if queues is None:
+        queues = [row["queue"] for row in await connection.fetch(SQL["queues_with_jobs"])]
+    rows = await connection.fetch(SQL["next_due"], list(dict.fromkeys(queues)), ago(seconds))
+    due = {row["queue"]: row["due"] for row in rows if row["due"] is not None}
+    if not due:
+        return None
+    here = await clock(connection)
+    known = {queue: control for queue, control in (await controls(connection)).items() if queue in due}
+    counts = await connection.fetch(SQL["running"], list(known)) if known else ()
+    running = {row["queue"]: row["running"] for row in counts}
+    for queue, control in known.items():
+        if control.binds(here):
+            due[queue] = control.refill(here).opens(due[queue], now=here, running=running.get(queue, 0))
+    return float(min(due.values())) - here + now
+
+
+# --- Settle ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A task that ends now."""
+
+    task: QueuedTask
+    job_id: int
+    state: EndState
+    reason: str | None
+    attempts: int
+    known: str | None
+    """The state of the ledger's entry, if there is one."""
+    has_progress: bool
+
+
+async def settle(
+    connection: Connection,
+    statements: Statements,
+    settlements: Sequence[tuple[Lease, Settlement]],
+    *,
+    now: float,
+    tombstone_seconds: float,
+) -> list[bool]:
+    """Apply what a dispatcher says of deliveries; False, and nothing, for tasks that are not its own now."""
+    holds = [Hold.read(lease.owner) for lease, _ in settlements]
+    asked = {
+        hold.job: (hold.job, hold.manager, hold.updated, lease.task.audience, lease.task.id)
+        for hold, (lease, _) in zip(holds, settlements, strict=True)
+        if hold is not None
+    }
+    found = await connection.fetch(SQL["held"], *columns(list(asked.values()), 5))
+    held = {row["id"]: row["state"] for row in found}
+    results, ends, retries, records = [], [], [], []
+    for hold, (lease, settlement) in zip(holds, settlements, strict=True):
+        ours = hold is not None and hold.job in held and asked[hold.job][2] == hold.updated
+        results.append(ours)
+        if not ours or hold is None:
+            continue
+        if settlement.record is not None:
+            records.append(settlement.record)
+        if settlement.verdict is Verdict.RETRY:
+            retries.append((hold, lease, settlement))
+        else:
+            ends.append(_end(hold, lease, settlement, held[hold.job]))
+        del held[hold.job]
+    await add_records(connection, records)
+    if retries:
+        await _retry(connection, statements, retries, now=now)
+    if ends:
+        await end(connection, statements, ends, now=now, tombstone_seconds=tombstone_seconds)
+    return results
+
+
+def _end(hold: Hold, lease: Lease, settlement: Settlement, known: str | None) -> End:
+    state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
+    # The ledger has the last word: it knows how the run ended, also when the dispatcher that saw it
+    # died, and the next one got no more than "duplicate".
+    if known is not None and known in _ENDED:
+        state = EndState(known)
+    attempts = lease.attempts + settlement.charged
+    return End(lease.task, hold.job, state, settlement.reason, attempts, known, has_progress=lease.retries > 0)
+
+
+async def _retry(
+    connection: Connection,
+    statements: Statements,
+    retries: Sequence[tuple[Hold, Lease, Settlement]],
+    *,
+    now: float,
+) -> None:
+    delays = [
+        (hold.job, ago(max((now if settlement.at is None else settlement.at) - now, 0.0)), None)
+        for hold, _, settlement in retries
+    ]
+    await connection.executemany(statements.retry, delays)
+    after = [Progress.after(lease, settlement, hold, now=now) for hold, lease, settlement in retries]
+    await connection.execute(SQL["progress_set"], *columns([progress_values(row) for row in after], 9))
+    keys = columns([(lease.task.audience, lease.task.id) for _, lease, _ in retries], 2)
+    await connection.execute(SQL["ledger_charged"], *keys)
+    for _, lease, _ in retries:
+        if lease.retries >= RECORDS_KEPT:
+            await connection.execute(SQL["attempts_trim"], lease.task.id, RECORDS_KEPT)
+
+
+async def end(
+    connection: Connection, statements: Statements, ends: Sequence[End], *, now: float, tombstone_seconds: float
+) -> None:
+    """End tasks: history or dead letter, tombstone, ledger; their jobs and blobs go."""
+    history = [
+        ended_values(item.task, item.state, reason=item.reason, attempts=item.attempts, now=now)
+        for item in ends
+        if item.state is not EndState.FAILED
+    ]
+    if history:
+        await connection.execute(SQL["ended_insert"], *columns(history, 14))
+    for item in ends:
+        if item.state is EndState.FAILED:
+            values = dead_values(
+                item.task,
+                item.job_id,
+                reason=item.reason,
+                last_reason=item.known == EndState.FAILED and item.reason is None,
+                attempts=item.attempts,
+                now=now,
+            )
+            await connection.execute(SQL["dead_insert"], *values)
+    # Dead letters stay with pgqueuer too, held; the others are deleted there.
+    statuses = [_LOGGED[item.state] for item in ends]
+    await connection.execute(statements.log, [item.job_id for item in ends], statuses, list(repeat(None, len(ends))))
+    await _forget(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
+    unknown = [item for item in ends if item.known is None or item.known not in _ENDED]
+    if unknown:
+        entries = [
+            (item.task.audience, item.task.id, task_digest(item.task), str(item.state), item.task.expires)
+            for item in unknown
+        ]
+        await connection.execute(SQL["ledger_end"], *columns(entries, 5))
+
+
+async def _forget(connection: Connection, ends: Sequence[End], *, now: float, tombstone_seconds: float) -> None:
+    tasks = [item.task for item in ends]
+    names = [(task.queue, task.name) for task in tasks if task.name is not None]
+    if names:
+        await connection.execute(SQL["names_bury"], *columns(names, 2), now + tombstone_seconds)
+    uniques = [(task.id, task.queue, task.unique_key) for task in tasks if task.unique_key is not None]
+    if uniques:
+        await connection.execute(SQL["uniques_delete"], *columns(uniques, 3))
+    blobs = [task.blob_id for task in tasks if task.blob_id is not None]
+    if blobs:
+        await connection.execute(SQL["blobs_drop"], blobs)
+    counted = [item.job_id for item in ends if item.has_progress]
+    if counted:
+        await connection.execute(SQL["progress_delete"], counted)
+
+
+async def cancel(
+    connection: Connection,
+    statements: Statements,
+    task_ids: Sequence[str],
+    *,
+    now: float,
+    seconds: float,
+    tombstone_seconds: float,
+) -> int:
+    """End waiting tasks unrun; not those that by the ledger run now or have ended. Returns how many."""
+    jobs = await connection.fetch(SQL["waiting_of"], task_ids, ago(seconds))
+    tasks = {job["id"]: read_task(job) for job in jobs}
+    keys = columns([(task.audience, task.id) for task in tasks.values()], 2)
+    entries = {(row["audience"], row["task_id"]): row for row in await connection.fetch(SQL["ledger_find"], *keys)}
+    progress = await _progress(connection, list(tasks))
+    ends = []
+    for job_id, task in tasks.items():
+        entry = entries.get((task.audience, task.id))
+        if entry is not None and (entry["state"] in _ENDED or (entry["state"] == "running" and entry["alive"])):
+            continue
+        attempts = progress[job_id].attempts if job_id in progress else 0
+        known = None if entry is None else entry["state"]
+        ends.append(End(task, job_id, EndState.CANCELLED, None, attempts, known, has_progress=job_id in progress))
+    if ends:
+        await end(connection, statements, ends, now=now, tombstone_seconds=tombstone_seconds)
+    return len(ends)
+
+
+async def drop_dead(connection: Connection, statements: Statements, task_ids: Sequence[str]) -> int:
+    """Delete dead letters, and the jobs that pgqueuer holds of them; their records go with time."""
+    dropped = await connection.fetch(SQL["dead_delete"], list(task_ids))
+    if dropped:
+        await connection.execute(SQL["attempts_become_stray"], [row["id"] for row in dropped])
+        jobs = [row["job_id"] for row in dropped]
+        await connection.execute(statements.log, jobs, ["deleted"] * len(jobs), [None] * len(jobs))
+    return len(dropped)
+
+
+# --- Records --------------------------------------------------------------------------------------
+
+
+async def add_records(connection: Connection, records: Sequence[AttemptRecord]) -> None:
+    """Store records of attempts."""
+    if records:
+        await connection.execute(SQL["attempts_insert"], *columns([record_values(record) for record in records], 9))
+
+
+async def prune(
+    connection: Connection,
+    *,
+    now: float,
+    history_seconds: float,
+    dead_seconds: float,
+    dead_limit: int,
+    leeway: float,
+    limit: int,
+) -> int:
+    """Forget tombstones, history, stray records and ledger entries by age, up to ``limit`` of each; archive dead letters."""
+    before = now - history_seconds
+    removed = 0
+    for name, values in (
+        ("names_prune", (now, limit)),
+        ("ended_prune", (before, limit)),
+        ("attempts_prune", (before, limit)),
+        ("dead_archive_old", (now, now - dead_seconds, limit)),
+        ("dead_archive_excess", (now, dead_limit, limit)),
+        ("ledger_prune", (now - leeway, limit)),
+    ):
+        removed += len(await connection.fetch(SQL[name], *values))
+    return removed

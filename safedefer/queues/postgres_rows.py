@@ -1,0 +1,267 @@
+"""Rows of the PostgreSQL engine to the values of the seam, and back.
+
+A job's ``payload`` is the token. What else a queue needs to hand it on is in the job's ``headers``, under
+``safedefer``: hints, which the token says again, signed. Whoever writes the table may have made anything of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from safedefer.ledger import AttemptRecord
+from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from safedefer.queues.base import Settlement
+
+LOST_LEASE: Final = "lease-expired"
+"""The reason of a delivery that ended with its lease, and not with an answer."""
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_MOST: Final = 2**62
+_MOST_SECONDS: Final = 1e18
+
+
+def write_hints(task: QueuedTask, digest: bytes) -> str:
+    """Return the headers of a job."""
+    hints: dict[str, object] = {
+        "audience": task.audience,
+        "url": task.url,
+        "target": task.target,
+        "eta": task.eta,
+        "created": task.created,
+        "expires": task.expires,
+        "digest": digest.hex(),
+        "callable": task.callable_name,
+    }
+    if task.name is not None:
+        hints["name"] = task.name
+    if task.headers:
+        hints["headers"] = dict(task.headers)
+    if task.retry_options:
+        hints["retry_options"] = dict(task.retry_options)
+    blob_id = task.blob.id if task.blob else task.blob_id
+    if blob_id is not None:
+        hints["blob_id"] = blob_id
+    if task.unique_key is not None:
+        hints["unique_key"] = task.unique_key
+    return json.dumps({"safedefer": hints})
+
+
+def read_task(job: Mapping[str, Any]) -> QueuedTask:
+    """Return the task of a job, without its blob; hints of a wrong type are left out."""
+    hints = _read_hints(job["headers"])
+    payload = job["payload"]
+    return QueuedTask(
+        id=job["dedupe_key"] or f"job-{job['id']}",
+        queue=job["entrypoint"],
+        token=b"" if payload is None else payload,
+        audience=_text(hints.get("audience")) or "",
+        url=_text(hints.get("url")) or "",
+        target=_text(hints.get("target")) or "",
+        eta=_number(hints.get("eta")),
+        created=_number(hints.get("created")),
+        expires=_integer(hints.get("expires")),
+        name=_text(hints.get("name")),
+        headers=_object(hints.get("headers")),
+        retry_options=_object(hints.get("retry_options")),
+        digest=_bytes(hints.get("digest")),
+        blob_id=_text(hints.get("blob_id")),
+        callable_name=_text(hints.get("callable")) or "",
+        unique_key=_text(hints.get("unique_key")),
+    )
+
+
+def _read_hints(text: object) -> dict[str, Any]:
+    value: object = text
+    try:
+        # A driver that makes JSON of what it is given may have made it twice.
+        for _ in range(2):
+            if isinstance(value, str):
+                value = json.loads(value)
+    except (ValueError, RecursionError):
+        return {}
+    return _object(_object(value).get("safedefer"))
+
+
+def _object(value: object) -> dict[str, Any]:
+    return value if type(value) is dict else {}
+
+
+def _text(value: object) -> str | None:
+    return value if type(value) is str else None
+
+
+def _number(value: object) -> float:
+    return float(value) if type(value) in {int, float} and -_MOST_SECONDS < value < _MOST_SECONDS else 0.0  # type: ignore[arg-type, operator]
+
+
+def _integer(value: object) -> int:
+    return min(max(value, -_MOST), _MOST) if type(value) is int else 0
+
+
+def _bytes(value: object) -> bytes:
+    try:
+        return bytes.fromhex(value) if type(value) is str else b""
+    except ValueError:
+        return b""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What fences a lease: the job, who picked it, and when. Written into ``Lease.owner``."""
+
+    manager: UUID
+    job: int
+    updated: datetime
+    leased: float
+    """By the clock of the dispatcher."""
+
+    def write(self, owner: str) -> str:
+        """Return the ``owner`` of a lease."""
+        microseconds = (self.updated - _EPOCH) // _MICROSECOND
+        return f"{owner}:{self.manager.hex}:{self.job}:{microseconds}:{self.leased!r}"
+
+    @classmethod
+    def read(cls, owner: str) -> Hold | None:
+        """Return what ``write`` wrote; None for anything else."""
+        try:
+            _, manager, job, microseconds, leased = owner.rsplit(":", 4)
+            updated = _EPOCH + int(microseconds) * _MICROSECOND
+            return cls(UUID(hex=manager), int(job), updated, float(leased))
+        except (ValueError, OverflowError):
+            return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A row of ``progress``."""
+
+    job_id: int
+    attempts: int = 0
+    deliveries: int = 0
+    executions: int = 0
+    first_attempt: float | None = None
+    rejections: int = 0
+    first_rejection: float | None = None
+    previous_response: int | None = None
+    retry_reason: str | None = None
+
+    @classmethod
+    def after(cls, lease: Lease, settlement: Settlement, hold: Hold, *, now: float) -> Progress:
+        """Return the counters as a delivery that is to be retried leaves them."""
+        return cls(
+            job_id=hold.job,
+            attempts=lease.attempts + settlement.charged,
+            deliveries=lease.retries + 1,
+            executions=lease.executions + settlement.executed,
+            first_attempt=hold.leased if settlement.charged and lease.first_attempt is None else lease.first_attempt,
+            rejections=lease.rejections + settlement.rejected,
+            first_rejection=now if settlement.rejected and lease.first_rejection is None else lease.first_rejection,
+            previous_response=settlement.status,
+            retry_reason=settlement.reason,
+        )
+
+    def leased(self, task: QueuedTask, *, owner: str, until: float) -> Lease:
+        """Return the lease of a task with these counters."""
+        return Lease(
+            task=task,
+            owner=owner,
+            until=until,
+            attempts=self.attempts,
+            retries=self.deliveries,
+            executions=self.executions,
+            first_attempt=self.first_attempt,
+            rejections=self.rejections,
+            first_rejection=self.first_rejection,
+            previous_response=self.previous_response,
+            retry_reason=self.retry_reason,
+        )
+
+
+def columns(rows: Iterable[Sequence[object]], width: int) -> tuple[list[object], ...]:
+    """Turn rows into the arrays that ``unnest`` takes."""
+    return tuple(map(list, zip(*rows, strict=True))) or tuple([] for _ in range(width))
+
+
+PROGRESS_FIELDS: Final = tuple(Progress.__slots__)
+RECORD_FIELDS: Final = tuple(AttemptRecord.__slots__)
+
+
+def progress_values(progress: Progress) -> tuple[object, ...]:
+    """Return one row for ``progress_set``."""
+    return tuple(getattr(progress, name) for name in PROGRESS_FIELDS)
+
+
+def record_values(record: AttemptRecord) -> tuple[object, ...]:
+    """Return one row for ``attempts_insert``. PostgreSQL has no text with NUL or lone surrogates."""
+    return tuple(_storable(getattr(record, name)) for name in RECORD_FIELDS)
+
+
+def _storable(value: object) -> object:
+    if type(value) is str:
+        return value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+    return value
+
+
+def ended_values(task: QueuedTask, state: str, *, reason: str | None, attempts: int, now: float) -> tuple[object, ...]:
+    """Return one row for ``ended_insert``."""
+    return (
+        task.id, task.queue, task.name, task.callable_name, task.url, task.target, task.audience,
+        task.eta, task.created, task.expires, attempts, state, reason, now,
+    )  # fmt: skip
+
+
+def dead_values(
+    task: QueuedTask, job_id: int, *, reason: str | None, last_reason: bool, attempts: int, now: float
+) -> tuple[object, ...]:
+    """Return the values of ``dead_insert``; ``last_reason`` prefers that of the last record."""
+    return (
+        task.id, job_id, task.queue, task.name, task.callable_name, task.url, task.target, task.audience,
+        json.dumps(dict(task.headers)), json.dumps(dict(task.retry_options)), task.eta, task.created, task.expires,
+        attempts, last_reason, reason, now, task.blob_id, task.token,
+    )  # fmt: skip
+
+
+def job_view(job: Mapping[str, Any], blob: bytes | None, records: Sequence[AttemptRecord] = ()) -> TaskView:
+    """Return what a row of ``view_jobs`` shows, with the stored token where the task is oversize."""
+    task = read_task(job)
+    return TaskView(
+        id=task.id,
+        queue=task.queue,
+        state=TaskState.WAITING if job["status"] == "queued" else TaskState.RUNNING,
+        name=task.name,
+        callable_name=task.callable_name,
+        url=task.url,
+        target=task.target,
+        audience=task.audience,
+        headers=task.headers,
+        eta=task.eta,
+        created=task.created,
+        expires=task.expires,
+        attempts=job["attempts"],
+        token=task.token if blob is None else blob,
+        reason=job["retry_reason"],
+        retry_options=task.retry_options,
+        records=records,
+    )
+
+
+def ended_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -> TaskView:
+    """Return what a row of ``view_dead`` or ``view_ended`` shows."""
+    values = dict(row)
+    for name in ("headers", "retry_options"):
+        values[name] = _object(json.loads(values[name]))
+    return TaskView(**{**values, "state": TaskState(values["state"]), "records": records})
+
+
+def attempt_record(row: Mapping[str, Any]) -> AttemptRecord:
+    """Return the record of a row of ``attempts_of``."""
+    return AttemptRecord(**dict(row))

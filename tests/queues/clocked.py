@@ -1,0 +1,88 @@
+"""A PostgreSQL queue whose database has the time that a test says.
+
+The queue goes by the database's clock, and the contract says what time it is. So ``now()`` is looked up in a schema
+of the test's before PostgreSQL's own. Each call is a little later than the one before, as in life: pgqueuer takes
+what is due *before* now.
+"""
+
+from __future__ import annotations
+
+import psycopg
+
+_TICK = 1e-6
+
+CLOCK = """
+CREATE SCHEMA clock;
+CREATE TABLE clock.time (seconds double precision NOT NULL);
+INSERT INTO clock.time VALUES (0);
+CREATE FUNCTION clock.now() RETURNS timestamptz LANGUAGE sql STABLE AS
+    'SELECT pg_catalog.to_timestamp(seconds) FROM clock.time';
+DO $$ BEGIN
+    EXECUTE format('ALTER DATABASE %I SET search_path = clock, pg_catalog, public', current_database());
+END $$;
+"""
+
+
+class Clocked:
+    """Passes every call on, having set the clock to the ``now`` of the call."""
+
+    def __init__(self, inner, dsn):
+        self._inner = inner
+        self._setter = psycopg.connect(dsn, autocommit=True)
+        self._ticks = 0
+        self.ledger = _At(inner.ledger, self)
+        self.blobs = inner.blobs
+
+    def set(self, now):
+        if not self._setter.closed:
+            self._setter.execute("UPDATE clock.time SET seconds = %s", (now,))
+
+    def tick(self, now):
+        self._ticks += 1
+        self.set(now + self._ticks * _TICK)
+
+    def enqueue(self, task):
+        self.set(task.created)
+        self._inner.enqueue(task)
+
+    def enqueue_many(self, tasks):
+        for task in tasks[:1]:
+            self.set(task.created)
+        self._inner.enqueue_many(tasks)
+
+    def replace_dead(self, task_id, task, *, now):
+        self.set(task.created)
+        return self._inner.replace_dead(task_id, task, now=now)
+
+    def next_due(self, *, now, queues=None):
+        self.tick(now)
+        due = self._inner.next_due(now=now, queues=queues)
+        return None if due is None else round(due, 3)
+
+    def close(self):
+        self._setter.close()
+        self._inner.close()
+
+    def __getattr__(self, name):
+        return _timed(self, getattr(self._inner, name))
+
+
+class _At:
+    def __init__(self, inner, clock):
+        self._inner = inner
+        self._clock = clock
+
+    def __getattr__(self, name):
+        return _timed(self._clock, getattr(self._inner, name))
+
+
+def _timed(clock, attribute):
+    if not callable(attribute):
+        return attribute
+
+    def call(*args, **kwargs):
+        if "now" in kwargs:
+            clock.tick(kwargs["now"])
+        return attribute(*args, **kwargs)
+
+    return call
