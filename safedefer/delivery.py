@@ -44,10 +44,9 @@ from safedefer.errors import (
     RejectedTask,
     ReplayedTask,
     SingularTaskFailure,
-    TaskIdentity,
 )
-from safedefer.events import Observer, RequestRefused, TaskHandled, notify
-from safedefer.execution import Codec, Interrupted, Outcome, Result, TaskContext, Validate, execute
+from safedefer.events import Observer, RequestRefused, is_heard, notify
+from safedefer.execution import Codec, Interrupted, Outcome, Result, Validate, execute
 from safedefer.keeper import Keeper
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, Ledger
 from safedefer.messages import (
@@ -60,7 +59,8 @@ from safedefer.messages import (
     Response,
     read_hints,
 )
-from safedefer.redaction import exception_type, redacted_traceback
+from safedefer.redaction import redacted_traceback
+from safedefer.runs import Run
 from safedefer.signing import Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.threads import Threads
@@ -100,18 +100,6 @@ class DeliveryOptions:
     """How long the ledger believes that a silent run is alive; a live one prolongs it."""
     validate: Validate = None
     """``"annotations"``: arguments are checked against the callable's annotations before the call."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Run:
-    """One request on its way through."""
-
-    started: float
-    retries: int
-    task: VerifiedTask | None = None
-    pointer: VerifiedPointer | None = None
-    execution: Execution | None = None
-    identity: TaskIdentity | None = None
 
 
 class Delivery:
@@ -232,7 +220,7 @@ class Delivery:
         early = self._check(method, hints, len(body))
         if early is not None:
             return early
-        run = _Run(started=self._clock(), retries=hints.retries)
+        run = Run(self._clock(), hints.retries)
         self._running += 1
         try:
             return await self._handle(run, hints, body, url)
@@ -251,19 +239,23 @@ class Delivery:
             if not self._running:
                 self._idle.set()
 
-    async def _handle(self, run: _Run, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
+    async def _handle(self, run: Run, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
             verified = self._verifier.verify(body, url=url, now=run.started, queue=hints.queue)
             run.identity = verified.identity
-            run.task = await self._fetch(run, verified, url) if isinstance(verified, VerifiedPointer) else verified
-            if run.task is None:
-                return await self._missing_blob(run)
-            run.identity = run.task.identity  # a pointer names no callable
-            run.execution = self._execution(run)
-            admission = await self._begin(run.execution)
+            if isinstance(verified, VerifiedPointer):
+                task = await self._fetch(run, verified, url)
+                if task is None:
+                    return await self._missing_blob(run)
+                run.identity = task.identity  # a pointer names no callable
+            else:
+                task = verified
+            run.task = task
+            execution = run.ask(self._owner())
+            admission = await self._begin(execution)
             if admission is not Admission.RUN:
                 return self._not_admitted(run, admission)
-            return await self._run(run, run.task, run.execution)
+            return await self._run(run, task, execution)
         except RejectedTask as error:
             rejection = error
         try:
@@ -273,30 +265,23 @@ class Delivery:
 
     # --- Before the run ---
 
-    async def _fetch(self, run: _Run, pointer: VerifiedPointer, url: str | Container[str]) -> VerifiedTask | None:
+    async def _fetch(self, run: Run, pointer: VerifiedPointer, url: str | Container[str]) -> VerifiedTask | None:
         run.pointer = pointer
         data = await self._storage(partial(self._blobs().get, pointer.blob.id))
         if data is None:
             return None
         return self._verifier.verify_stored(pointer, data, url=url, now=run.started)
 
-    async def _missing_blob(self, run: _Run) -> Response:
+    async def _missing_blob(self, run: Run) -> Response:
         # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.
-        run.execution = self._execution(run)
-        admission = await self._begin(run.execution)
+        admission = await self._begin(run.ask(self._owner()))
         if admission is not Admission.RUN:
             return self._not_admitted(run, admission)
         return await self._rejected(run, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
 
-    def _execution(self, run: _Run) -> Execution:
-        if run.pointer is not None:
-            claims, digest = run.pointer.claims, bytes.fromhex(run.pointer.blob.sha256)
-        else:
-            assert run.task is not None
-            claims, digest = run.task.claims, run.task.digest
+    def _owner(self) -> str:
         # With the process: a forked one has the same name and numbers.
-        owner = f"{self._name}-{os.getpid()}-{next(self._numbers)}"
-        return Execution(audience=claims.aud, task_id=claims.jti, digest=digest, owner=owner, expires=claims.exp)
+        return f"{self._name}-{os.getpid()}-{next(self._numbers)}"
 
     def _begin_many(self, executions: list[Execution]) -> Sequence[Admission]:
         return self._ledger().begin_many(executions, now=self._clock(), lease=self._options.lease_seconds)
@@ -304,7 +289,7 @@ class Delivery:
     def _end_many(self, ends: list[_End]) -> Sequence[bool]:
         return self._ledger().finish_many(ends)
 
-    def _not_admitted(self, run: _Run, admission: Admission) -> Response:
+    def _not_admitted(self, run: Run, admission: Admission) -> Response:
         if admission is Admission.DUPLICATE:
             return self._answer(run, 200, "duplicate", None)
         if admission is Admission.RUNNING:
@@ -313,22 +298,11 @@ class Delivery:
 
     # --- The run and its end ---
 
-    async def _run(self, run: _Run, task: VerifiedTask, execution: Execution) -> Response:
-        claims = task.claims
-        context = TaskContext(
-            id=claims.jti,
-            name=claims.name,
-            queue_name=claims.audience[1],
-            url=claims.audience[3],
-            headers=claims.headers or {},
-            retry_count=run.retries,
-            trace=claims.trace,
-            retry_of=claims.retry_of,
-        )
+    async def _run(self, run: Run, task: VerifiedTask, execution: Execution) -> Response:
         self._keeper.add(execution)
         try:
             outcome = await execute(
-                task, self._codecs, context, in_thread=self._threads, validate=self._options.validate
+                task, self._codecs, run.context(task), in_thread=self._threads, validate=self._options.validate
             )
         except Interrupted:
             # The process ends, and the coroutine with it: the task may run again, and at once. A thread goes on
@@ -345,9 +319,9 @@ class Delivery:
             return self._refuse(403, outcome.reason)
         return self._answer(run, status, outcome_name, outcome.reason)
 
-    async def _finish(self, run: _Run, execution: Execution, outcome: Outcome, status: int | None) -> None:
+    async def _finish(self, run: Run, execution: Execution, outcome: Outcome, status: int | None) -> None:
         """Write down how a run ended, before the answer goes out: also if the caller hangs up meanwhile."""
-        record = self._record(run, _STATUS[outcome.result][1], status, outcome.reason, outcome.error)
+        record = run.record(_STATUS[outcome.result][1], status, outcome.reason, outcome.error, ended=self._clock())
         end = (execution, _END[outcome.result], record)
         try:
             await self._end(end)  # what is cancelled here is written all the same
@@ -375,7 +349,7 @@ class Delivery:
         late.add_done_callback(self._late.discard)
         late.add_done_callback(_forget)
 
-    async def _rejected(self, run: _Run, error: RejectedTask) -> Response:
+    async def _rejected(self, run: Run, error: RejectedTask) -> Response:
         if not error.authentic:
             return self._refuse(403, error.slug)
         run.identity = error.identity or run.identity
@@ -385,48 +359,25 @@ class Delivery:
         status, outcome = (200, "failed") if failed else (500, "rejected")
         if run.execution is not None:
             end = EndState.FAILED if failed else EndState.RETRY
-            record = self._record(run, outcome, status, error.slug, error)
+            record = run.record(outcome, status, error.slug, error, ended=self._clock())
             await self._end((run.execution, end, record))
         elif run.identity is not None:
-            record = self._record(run, outcome, status, error.slug, error)
+            record = run.record(outcome, status, error.slug, error, ended=self._clock())
             await self._storage(partial(self._ledger().record, record))
         return self._answer(run, status, outcome, error.slug)
-
-    def _record(
-        self, run: _Run, outcome: str, status: int | None, reason: str | None, error: BaseException | None
-    ) -> AttemptRecord:
-        assert run.identity is not None
-        return AttemptRecord(
-            task_id=run.identity.task_id,
-            audience=run.identity.audience,
-            started=run.started,
-            ended=self._clock(),
-            outcome=outcome,
-            status=status,
-            reason=reason,
-            exception_type=None if error is None else exception_type(error),
-            traceback=None if error is None else redacted_traceback(error),
-        )
 
     # --- Answers ---
 
     def _answer(
-        self, run: _Run, status: int, outcome: str, reason: str | None, headers: Mapping[str, str] | None = None
+        self, run: Run, status: int, outcome: str, reason: str | None, headers: Mapping[str, str] | None = None
     ) -> Response:
-        if run.identity is not None:
-            event = TaskHandled(
-                task_id=run.identity.task_id,
-                queue=run.identity.audience.split(":")[1],
-                callable=run.identity.callable_name,
-                kid=run.identity.kid,
-                outcome=outcome,
-                status=status,
-                reason=reason,
-                attempt=run.retries + 1,
-                seconds=self._clock() - run.started,
-            )
-            notify(self._observer, event)
-        return Response(status, {OUTCOME_HEADER: outcome, **(headers or {})}, f"{outcome}\n".encode())
+        identity = run.identity
+        if identity is not None and is_heard(self._observer, outcome, reason):
+            notify(self._observer, run.event(identity, status, outcome, reason, ended=self._clock()))
+        named = {OUTCOME_HEADER: outcome}
+        if headers is not None:
+            named.update(headers)
+        return Response(status, named, f"{outcome}\n".encode())
 
     def _refuse(self, status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
         notify(self._observer, RequestRefused(status=status, reason=reason))

@@ -70,7 +70,7 @@ class LogObserver:
                 _log.debug("task %s enqueued: %s", event.task_id, event.callable, extra={"safedefer": event})
             case TaskHandled():
                 _log.log(
-                    self._level(event),
+                    self.level_of(event.outcome, event.reason),
                     "task %s %s: %s, attempt %d, %.3f s%s",
                     event.task_id,
                     event.outcome,
@@ -83,12 +83,20 @@ class LogObserver:
             case RequestRefused():
                 _log.warning("request refused: %s", event.reason, extra={"safedefer": event})
 
-    def _level(self, event: TaskHandled) -> int:
-        if event.reason == "singular-task-failure":
+    def level_of(self, outcome: str, reason: str | None) -> int:
+        """Return the level at which the end of a run is logged."""
+        if reason == "singular-task-failure":
             return logging.DEBUG
-        if event.outcome in {"failed", "rejected"}:
+        if outcome in {"failed", "rejected"}:
             return logging.ERROR
-        return logging.WARNING if event.outcome == "retry" else self.level
+        return logging.WARNING if outcome == "retry" else self.level
+
+
+def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:
+    """Whether an observer would do anything with ``TaskHandled``: a log whose level is off would not."""
+    if isinstance(observer, LogObserver) and type(observer) is LogObserver:  # a subclass may do more
+        return _log.isEnabledFor(observer.level_of(outcome, reason))
+    return True
 
 
 def notify(observer: Observer, event: Event) -> None:

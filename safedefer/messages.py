@@ -45,15 +45,22 @@ _HINTS: Final = {
     QUEUE_HEADER.lower(): "queue",
     RETRY_HEADER.lower(): "retries",
 }
-#: As dispatchers of ours write them: most names need not be turned into lower case.
-_SPELLED: Final = {**_HINTS, "Content-Type": "type", QUEUE_HEADER: "queue", RETRY_HEADER: "retries"}
+#: As dispatchers of ours write them: most names need not be turned into lower case. None: of no account.
+_SPELLED: Final = {
+    "Content-Type": "type",
+    QUEUE_HEADER: "queue",
+    RETRY_HEADER: "retries",
+    "X-AppEngine-TaskName": None,
+    "X-AppEngine-TaskExecutionCount": None,
+    "X-AppEngine-TaskETA": None,
+}
 
 
 def read_hints(headers: Mapping[str, str]) -> Hints:
     """Read the headers of a request once, whatever their case."""
     found: dict[str, str] = {}
     for name, value in headers.items():
-        hint = _SPELLED.get(name) or _HINTS.get(name.lower())
+        hint = _SPELLED[name] if name in _SPELLED else _HINTS.get(name.lower())
         if hint is not None:
             found[hint] = f"{found[hint]}, {value}" if hint in found else value
     get = found.get

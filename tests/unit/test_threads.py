@@ -1,0 +1,231 @@
+"""Threads for what blocks, and the keeper of what runs in them."""
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from contextlib import contextmanager
+
+import pytest
+
+from safedefer import threads as module
+from safedefer.errors import QueueUnavailable
+from safedefer.keeper import Keeper
+from safedefer.ledger import Execution
+from safedefer.threads import Threads
+
+
+@contextmanager
+def open_threads(most):
+    found = Threads(most, "test")
+    yield found
+    found.close(wait=True)
+
+
+async def test_calls_return_and_raise_what_they_do():
+    def fail(error):
+        raise error
+
+    with open_threads(2) as threads:
+        assert await threads(lambda: 5) == 5
+        for error in (ValueError("no"), SystemExit(3), KeyboardInterrupt()):
+            with pytest.raises(type(error)) as caught:
+                await threads(lambda error=error: fail(error))
+            assert caught.value is error
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await threads(lambda: fail(StopIteration()))
+
+
+async def test_calls_that_block_run_side_by_side_up_to_the_most():
+    gate, running, most = threading.Barrier(4), set(), []
+
+    def meet():
+        running.add(threading.get_ident())
+        most.append(len(running))
+        gate.wait(5)
+        running.discard(threading.get_ident())
+
+    with open_threads(4) as threads:
+        await asyncio.gather(*(threads(meet) for _ in range(12)))
+    assert max(most) == 4
+
+
+async def test_a_call_that_blocks_keeps_no_other_waiting():
+    gate = threading.Event()
+    with open_threads(3) as threads:
+        blocked = [threads(lambda: gate.wait(5)) for _ in range(2)]
+        assert await asyncio.wait_for(asyncio.gather(*(threads(lambda n=n: n) for n in range(50))), 5) == [*range(50)]
+        assert not any(future.done() for future in blocked)
+        gate.set()
+        assert await asyncio.gather(*blocked) == [True, True]
+
+
+async def test_calls_come_in_their_order_where_there_is_one_thread():
+    seen = []
+    with open_threads(1) as threads:
+        await asyncio.gather(*(threads(lambda n=n: seen.append(n)) for n in range(100)))
+    assert seen == [*range(100)]
+
+
+async def test_what_was_cancelled_before_it_began_never_runs():
+    gate, ran = threading.Event(), []
+    with open_threads(1) as threads:
+        first = threads(lambda: gate.wait(5))
+        second = threads(lambda: ran.append(2))
+        second.cancel()
+        gate.set()
+        await first
+        assert await threads(lambda: ran) == []
+
+
+async def test_what_is_cancelled_later_goes_on():
+    begun, gate, ran = threading.Event(), threading.Event(), []
+
+    def work():
+        begun.set()
+        gate.wait(5)
+        ran.append(1)
+
+    with open_threads(1) as threads:
+        future = threads(work)
+        await asyncio.to_thread(begun.wait, 5)
+        future.cancel()
+        gate.set()
+        await threads(lambda: None)
+    assert ran == [1]
+
+
+async def test_threads_go_when_there_is_nothing_to_do_and_come_back(monkeypatch):
+    monkeypatch.setattr(module, "_LINGER", 0.01)
+    with open_threads(3) as threads:
+        for _ in range(3):
+            await asyncio.gather(*(threads(lambda: time.sleep(0.001)) for _ in range(6)))
+            await asyncio.sleep(0.1)
+            assert (threads._awake, threads._idle) == (0, 0)
+
+
+async def test_nobody_is_lost_where_threads_fall_asleep_while_calls_come(monkeypatch):
+    monkeypatch.setattr(module, "_LINGER", 0.0005)
+    with open_threads(4) as threads:
+        for number in range(400):
+            calls = [threads(lambda: None) for _ in range(number % 5 + 1)]
+            await asyncio.wait_for(asyncio.gather(*calls), 5)
+            await asyncio.sleep(0.0005 * (number % 3))
+
+
+def test_the_threads_of_a_loop_that_was_left_serve_the_next():
+    with open_threads(1) as threads:
+
+        async def leave():
+            future = threads(lambda: time.sleep(0.05))
+            await asyncio.sleep(0)
+            future.cancel()
+
+        async def use():
+            return await asyncio.wait_for(threads(lambda: 2), 5)
+
+        asyncio.run(leave())
+        assert asyncio.run(use()) == 2
+
+
+async def test_closing_finishes_what_was_taken_or_cancels_it():
+    for cancel in (False, True):
+        threads, gate = Threads(1, "test"), threading.Event()
+        first, second = threads(lambda: gate.wait(5)), threads(lambda: 2)
+        await asyncio.sleep(0.02)
+        threads.close(wait=False, cancel=cancel)
+        gate.set()
+        assert await first is True
+        if cancel:
+            with pytest.raises(asyncio.CancelledError):
+                await second
+        else:
+            assert await second == 2
+        with pytest.raises(RuntimeError, match="let go"):
+            threads(lambda: 3)
+
+
+async def test_a_result_is_kept_by_nobody():
+    class Large:
+        pass
+
+    with open_threads(1) as threads:
+        large = await threads(Large)
+        there = weakref.ref(large)
+        del large
+        await asyncio.sleep(0.02)  # the thread is on its way back
+        gc.collect()
+        assert there() is None
+
+
+def test_an_interpreter_that_forgets_to_close_ends():
+    code = """
+import asyncio, time
+from safedefer.threads import Threads
+async def main():
+    threads = Threads(8, "test")
+    await asyncio.gather(*(threads(lambda: time.sleep(0.01)) for _ in range(8)))
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
+
+
+# --- The keeper -----------------------------------------------------------------------------------
+
+
+class Recorder:
+    def __init__(self, fails=()):
+        self.calls = []
+        self.fails = set(fails)
+
+    def extend(self, execution, *, now, lease):
+        self.calls.append(execution.owner)
+        if execution.owner in self.fails:
+            raise QueueUnavailable("locked")
+        return True
+
+
+def run_of(owner):
+    return Execution(audience="a", task_id="i", digest=b"", owner=owner, expires=10**9)
+
+
+def keeper_of(ledger, threads, seconds):
+    return Keeper(lambda: ledger, threads, clock=time.time, seconds=seconds)
+
+
+async def test_runs_are_prolonged_in_time_while_they_last():
+    ledger = Recorder(fails={"bad"})
+    with open_threads(1) as threads:
+        keeper = keeper_of(ledger, threads, 0.3)
+        for owner in ("bad", "long", "short"):
+            keeper.add(run_of(owner))
+        keeper.remove(run_of("short"))
+        await asyncio.sleep(0.65)
+        keeper.remove(run_of("long"))
+        keeper.remove(run_of("bad"))
+        await asyncio.sleep(0.1)
+        count = len(ledger.calls)
+        await asyncio.sleep(0.2)
+    assert len(ledger.calls) == count
+    assert set(ledger.calls) == {"bad", "long"}
+    assert 3 <= ledger.calls.count("long") <= 7
+
+
+def test_the_keeper_of_a_loop_that_was_left_serves_the_next():
+    ledger = Recorder()
+    with open_threads(1) as threads:
+        keeper = keeper_of(ledger, threads, 0.12)
+
+        async def leave():
+            keeper.add(run_of("left"))
+
+        async def use():
+            keeper.add(run_of("next"))
+            await asyncio.sleep(0.2)
+
+        asyncio.run(leave())
+        asyncio.run(use())
+    assert set(ledger.calls) == {"next"}
