@@ -177,7 +177,8 @@ class PostgresQueue:
     def enqueue_many(self, tasks: Sequence[QueuedTask], /) -> None:
         """Store all tasks or none, in one transaction; raises what ``enqueue`` raises."""
         if tasks:
-            self._open().store(self.enqueue_statements(tasks), {task.id for task in tasks})
+            ((statement, values),) = self.enqueue_statements(tasks)
+            self._open().store(statement, values, {task.id for task in tasks})
             self.watch.changed()
 
     def enqueue_statements(self, tasks: Sequence[QueuedTask], /) -> list[tuple[str, tuple[object, ...]]]:
@@ -185,7 +186,7 @@ class PostgresQueue:
 
         They are enqueued if and only if that transaction commits. ``refusal`` says what their errors mean.
         """
-        return operations.enqueue(STATEMENTS, tasks, blob_limit=self._blob_limit)
+        return [(STATEMENTS.enqueue, operations.enqueue(tasks, blob_limit=self._blob_limit))]
 
     def refusal(self, error: BaseException, /) -> Exception | None:
         """Return what a database error of ``enqueue_statements`` means in our words; None if it is no refusal."""

@@ -148,13 +148,13 @@ CREATE TABLE safedefer.attempts (
 CREATE INDEX attempts_task ON safedefer.attempts (task_id, seq);
 CREATE INDEX attempts_stray ON safedefer.attempts (ended) WHERE stray;
 
--- What must hold before tasks become jobs, in the transaction that makes them. It raises SD001 (the id is here),
+-- What must hold before tasks become jobs, in the transaction that makes them; it gives back the queues. It raises SD001 (the id is here),
 -- SD002 (the id has ended), SD003 (the name is taken), SD004 (its tombstone), SD005 (the unique key is taken),
 -- SD006 (the blob is another's) and SD007 (there is no room for blobs); DETAIL is the id, or the seconds left.
 CREATE FUNCTION safedefer.admit(
     ids text[], queues text[], names text[], created double precision[], unique_keys text[],
     blob_ids text[], blob_data bytea[], blob_limit bigint
-) RETURNS void LANGUAGE plpgsql AS $$
+) RETURNS text[] LANGUAGE plpgsql AS $$
 DECLARE
     item record;
     known text;
@@ -224,6 +224,7 @@ BEGIN
             END IF;
         END LOOP;
     END IF;
+    RETURN queues;
 END $$;
 
 CREATE FUNCTION safedefer.count_blobs(change bigint) RETURNS void LANGUAGE plpgsql AS $$
@@ -263,9 +264,9 @@ UPDATE safedefer.settings SET version = $1, pgqueuer = $2;
 UPDATE safedefer.settings SET lease_seconds = $1;
 
 -- name: admit
-SELECT safedefer.admit(
-    $1::text[], $2::text[], $3::text[], $4::double precision[], $5::text[], $6::text[], $7::bytea[], $8::bigint
-);
+safedefer.admit(
+    $5::text[], $2::text[], $7::text[], $8::double precision[], $9::text[], $10::text[], $11::bytea[], $12::bigint
+)
 
 -- name: look
 -- Before a lease: which queues have jobs (a skip-scan: one look-up for each, however many jobs it has), and which

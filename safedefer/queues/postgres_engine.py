@@ -72,12 +72,22 @@ _SLOT_INDEX: Final = f"{_NAMES.queue_table}_picked_slot_idx"
 BROKEN: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError, TimeoutError)
 
 
+#: Where pgqueuer's insertion takes the entrypoints: there the admission is asked, and hands them on.
+_ENTRYPOINTS: Final = "$2::text[]"
+
+
 class Statements:
     """The statements of pgqueuer, for its tables in our schema."""
 
     def __init__(self) -> None:
         self._builder = QueryQueueBuilder(settings=_NAMES)
-        self.enqueue = self._builder.build_enqueue_query()
+        insertion = self._builder.build_enqueue_query()
+        if insertion.count(_ENTRYPOINTS) != 1:
+            raise ConfigurationError(
+                f"pgqueuer {pgqueuer_version} inserts jobs in a way that is not known here; install an older one"
+            )
+        # One statement is one transaction, and the database is asked once.
+        self.enqueue = insertion.replace(_ENTRYPOINTS, SQL["admit"])
         self.retry = self._builder.build_retry_job_query()
         self.log = self._builder.build_log_job_query()
 
@@ -229,15 +239,15 @@ class Connections:
                 )
             return self._producers
 
-    def store(self, statements: Sequence[tuple[str, tuple[object, ...]]], ids: set[str]) -> None:
-        """Run the statements that enqueue tasks of some ids, in one transaction.
+    def store(self, statement: str, values: tuple[object, ...], ids: set[str]) -> None:
+        """Run the statement that enqueues tasks of some ids.
 
         Raises:
             QueueUnavailable: The database failed, or a refusal.
         """
         for attempt in range(_TRIES):
             try:
-                self._store(statements)
+                self._store(statement, values)
             except (PoolTimeout, PoolClosed) as error:
                 raise failure(self._dsn, error) from error
             except psycopg.OperationalError as error:
@@ -254,15 +264,9 @@ class Connections:
             else:
                 return
 
-    def _store(self, statements: Sequence[tuple[str, tuple[object, ...]]]) -> None:
-        # In one go: the database is asked, and answers, once.
-        with (
-            self._producer_pool().connection() as connection,
-            connection.pipeline(),
-            connection.transaction(),
-        ):
-            for statement, values in statements:
-                psycopg.RawCursor(connection).execute(statement.encode(), values)
+    def _store(self, statement: str, values: tuple[object, ...]) -> None:
+        with self._producer_pool().connection() as connection:
+            psycopg.RawCursor(connection).execute(statement.encode(), values)
 
     def listen(self) -> None:
         """Hear of new tasks from now on."""

@@ -69,7 +69,10 @@ class Statements(Protocol):
 
     @property
     def enqueue(self) -> str:
-        """Insert jobs: arrays of priority, entrypoint, payload, execute_after, dedupe_key, headers."""
+        """Admit and insert jobs: arrays of priority, entrypoint, payload, execute_after, dedupe_key and headers.
+
+        Then of name, created, unique key, blob id and blob, each None where no task has one; and the limit of blobs.
+        """
         ...
 
     @property
@@ -97,18 +100,19 @@ def ago(seconds: float) -> timedelta:
 # --- Enqueue --------------------------------------------------------------------------------------
 
 
-def enqueue(
-    statements: Statements, tasks: Sequence[QueuedTask], *, blob_limit: int
-) -> list[tuple[str, tuple[object, ...]]]:
-    """Return the statements that store tasks, their names and their blobs, for one transaction."""
+def enqueue(tasks: Sequence[QueuedTask], *, blob_limit: int) -> tuple[object, ...]:
+    """Return the values of the statement that stores tasks, their names and their blobs."""
     named = any(task.name is not None for task in tasks)
     unique = any(task.unique_key is not None for task in tasks)
     oversize = any(task.blob is not None for task in tasks)
-    queues = [task.queue for task in tasks]
-    ids = [task.id for task in tasks]
-    admission = (
-        ids,
-        queues,
+    return (
+        [0] * len(tasks),
+        [task.queue for task in tasks],
+        [task.token for task in tasks],
+        # A span, which the database adds to its own clock: producers' clocks need not agree with it.
+        [ago(task.eta - task.created) for task in tasks],
+        [task.id for task in tasks],
+        [write_hints(task) for task in tasks],
         [task.name for task in tasks] if named else None,
         [task.created for task in tasks] if named else None,
         [task.unique_key for task in tasks] if unique else None,
@@ -116,16 +120,6 @@ def enqueue(
         [None if task.blob is None else task.blob.data for task in tasks] if oversize else None,
         blob_limit,
     )
-    jobs = (
-        [0] * len(tasks),
-        queues,
-        [task.token for task in tasks],
-        # A span, which the database adds to its own clock: producers' clocks need not agree with it.
-        [ago(task.eta - task.created) for task in tasks],
-        ids,
-        [write_hints(task, task_digest(task)) for task in tasks],
-    )
-    return [(SQL["admit"], admission), (statements.enqueue, jobs)]
 
 
 # --- Lease ----------------------------------------------------------------------------------------

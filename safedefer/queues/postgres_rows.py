@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+from pybase64 import b64decode as decode
+from pybase64 import b64encode as encode
+
 from safedefer.ledger import AttemptRecord
-from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView
+from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView, task_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -29,57 +33,70 @@ _MOST: Final = 2**62
 _MOST_SECONDS: Final = 1e18
 
 
-def write_hints(task: QueuedTask, digest: bytes) -> str:
-    """Return the headers of a job."""
-    hints: dict[str, object] = {
-        "audience": task.audience,
-        "url": task.url,
-        "target": task.target,
-        "eta": task.eta,
-        "created": task.created,
-        "expires": task.expires,
-        "digest": digest.hex(),
-        "callable": task.callable_name,
-    }
+def write_hints(task: QueuedTask) -> str:
+    """Return the headers of a job.
+
+    What every task has is one text without quotes, which drivers and server copy as it is: escaping it, and making
+    members of it, was seen to cost as much as all the rest of storing a job.
+    """
+    digest = task_digest(task)
+    # Of a task that is not oversize it is that of the payload.
+    written = "-" if digest == sha256(task.token).digest() else encode(digest).decode()
+    plain = f"{task.eta!r} {task.created!r} {task.expires} {written} {task.audience} {task.callable_name}"
+    more: dict[str, object] = {}
+    _, _, target, url = audience_parts(task.audience)
+    if (target, url) != (task.target, task.url):
+        more |= {"target": task.target, "url": task.url}
     if task.name is not None:
-        hints["name"] = task.name
+        more["name"] = task.name
     if task.headers:
-        hints["headers"] = dict(task.headers)
+        more["headers"] = dict(task.headers)
     if task.retry_options:
-        hints["retry_options"] = dict(task.retry_options)
-    blob_id = task.blob.id if task.blob else task.blob_id
-    if blob_id is not None:
-        hints["blob_id"] = blob_id
+        more["retry_options"] = dict(task.retry_options)
+    if task.blob is not None or task.blob_id is not None:
+        more["blob_id"] = task.blob.id if task.blob else task.blob_id
     if task.unique_key is not None:
-        hints["unique_key"] = task.unique_key
-    return json.dumps({"safedefer": hints})
+        more["unique_key"] = task.unique_key
+    return json.dumps({"safedefer": plain, "safedefer_more": more} if more else {"safedefer": plain})
+
+
+def audience_parts(audience: str) -> tuple[str, str, str, str]:
+    """Return environment, queue, target and URL of an audience; empty texts for what it has not."""
+    parts = audience.split(":", 3)
+    parts += [""] * (4 - len(parts))
+    return parts[0], parts[1], parts[2], parts[3]
 
 
 def read_task(job: Mapping[str, Any]) -> QueuedTask:
     """Return the task of a job, without its blob; hints of a wrong type are left out."""
-    hints = _read_hints(job["headers"])
-    payload = job["payload"]
+    hints = _read_object(job["headers"])
+    more = _object(hints.get("safedefer_more"))
+    plain = (_text(hints.get("safedefer")) or "").split(" ", 4)
+    eta, created, expires, digest, rest = plain + [""] * (5 - len(plain))
+    audience, _, callable_name = rest.rpartition(" ")
+    _, _, target, url = audience_parts(audience)
+    token = b"" if job["payload"] is None else job["payload"]
     return QueuedTask(
         id=job["dedupe_key"] or f"job-{job['id']}",
         queue=job["entrypoint"],
-        token=b"" if payload is None else payload,
-        audience=_text(hints.get("audience")) or "",
-        url=_text(hints.get("url")) or "",
-        target=_text(hints.get("target")) or "",
-        eta=_number(hints.get("eta")),
-        created=_number(hints.get("created")),
-        expires=_integer(hints.get("expires")),
-        name=_text(hints.get("name")),
-        headers=_object(hints.get("headers")),
-        retry_options=_object(hints.get("retry_options")),
-        digest=_bytes(hints.get("digest")),
-        blob_id=_text(hints.get("blob_id")),
-        callable_name=_text(hints.get("callable")) or "",
-        unique_key=_text(hints.get("unique_key")),
+        token=token,
+        audience=audience,
+        url=_text(more.get("url")) or url,
+        target=_text(more.get("target")) or target,
+        eta=_number(eta),
+        created=_number(created),
+        expires=_integer(expires),
+        name=_text(more.get("name")),
+        headers=_object(more.get("headers")),
+        retry_options=_object(more.get("retry_options")),
+        digest=sha256(token).digest() if digest in {"-", ""} else _bytes(digest),
+        blob_id=_text(more.get("blob_id")),
+        callable_name=callable_name,
+        unique_key=_text(more.get("unique_key")),
     )
 
 
-def _read_hints(text: object) -> dict[str, Any]:
+def _read_object(text: object) -> dict[str, Any]:
     value: object = text
     try:
         # A driver that makes JSON of what it is given may have made it twice.
@@ -88,7 +105,7 @@ def _read_hints(text: object) -> dict[str, Any]:
                 value = json.loads(value)
     except (ValueError, RecursionError):
         return {}
-    return _object(_object(value).get("safedefer"))
+    return _object(value)
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -99,17 +116,24 @@ def _text(value: object) -> str | None:
     return value if type(value) is str else None
 
 
-def _number(value: object) -> float:
-    return float(value) if type(value) in {int, float} and -_MOST_SECONDS < value < _MOST_SECONDS else 0.0  # type: ignore[arg-type, operator]
-
-
-def _integer(value: object) -> int:
-    return min(max(value, -_MOST), _MOST) if type(value) is int else 0
-
-
-def _bytes(value: object) -> bytes:
+def _number(text: str) -> float:
     try:
-        return bytes.fromhex(value) if type(value) is str else b""
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if -_MOST_SECONDS < value < _MOST_SECONDS else 0.0
+
+
+def _integer(text: str) -> int:
+    try:
+        return min(max(int(text), -_MOST), _MOST)
+    except ValueError:
+        return 0
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return decode(text.encode())
     except ValueError:
         return b""
 
