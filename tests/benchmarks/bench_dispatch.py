@@ -1,6 +1,8 @@
 """Tasks a second of one process that leases, delivers in process, runs and settles no-ops.
 
-    python -m tests.benchmarks.bench_dispatch [--queue memory sqlite] [--tasks N] [--concurrency 16 64 256]
+    python -m tests.benchmarks.bench_dispatch [--queue none memory sqlite] [--tasks N] [--concurrency 16 64 256]
+
+With ``none`` nothing is stored, and what is left is the work of the dispatcher and the handler.
 
 The peer is the least that asyncio can do: a loop that takes from a list, makes a task of each item, awaits a no-op and
 collects. Rounds are interleaved, so that whatever else the machine does falls on all, and the fastest round of each
@@ -25,8 +27,54 @@ from pathlib import Path
 import safedefer
 from safedefer.delivery import Response
 from safedefer.dispatcher import Dispatcher, DispatcherOptions, InProcessDelivery
-from safedefer.ledger import AttemptRecord, EndState, Execution
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues import open_queue
 from safedefer.queues.base import Settlement, Verdict
+
+
+class Nothing:
+    """A queue, a ledger and no storage: what is left is the work of the dispatcher and the handler."""
+
+    def __init__(self):
+        self.memory = open_queue("memory://")
+        self.ledger = self
+        self.blobs = None
+        self.leases = None
+
+    def enqueue_many(self, tasks):
+        self.memory.enqueue_many(tasks)
+
+    def lease(self, *, limit, **more):
+        if self.leases is None:
+            self.leases = list(self.memory.lease(limit=10**9, **more))
+        found, self.leases = self.leases[:limit], self.leases[limit:]
+        return found
+
+    def begin_many(self, executions, **more):
+        return [Admission.RUN] * len(executions)
+
+    def finish_many(self, ends):
+        return [True] * len(ends)
+
+    def settle_many(self, settlements, **more):
+        return [True] * len(settlements)
+
+    def next_due(self, **more):
+        return None
+
+    def wait(self, timeout):
+        time.sleep(0.001)
+        return False
+
+    def wake(self):
+        pass
+
+    def stats(self, **more):
+        return []
+
+    def close(self):
+        self.memory.close()
+
 
 DONE = Settlement(verdict=Verdict.DONE, status=200, executed=True)
 BATCH = 64
@@ -41,7 +89,8 @@ def plain(number):
 
 
 def make_app(kind, concurrency, folder):
-    queue = "memory://" if kind == "memory" else f"sqlite:///{Path(folder, f'{time.monotonic_ns()}.db')}"
+    sqlite = f"sqlite:///{Path(folder, f'{time.monotonic_ns()}.db')}"
+    queue = {"none": Nothing, "memory": lambda: "memory://", "sqlite": lambda: sqlite}[kind]()
     return safedefer.App(
         keyring=safedefer.Keyring(safedefer.Key("bench", os.urandom(32))),
         policy=safedefer.Policy("tests.benchmarks.bench_dispatch"),
@@ -220,7 +269,7 @@ PARTS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queue", nargs="+", choices=["memory", "sqlite"], default=["memory"])
+    parser.add_argument("--queue", nargs="+", choices=["none", "memory", "sqlite"], default=["none", "memory"])
     parser.add_argument("--tasks", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--concurrency", nargs="+", type=int, default=[16, 64, 256])
