@@ -12,13 +12,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, overload
 
 from safedefer.binding import check_binds
 from safedefer.blobs import Blob
@@ -38,6 +38,7 @@ from safedefer.claims import (
 from safedefer.codecs.pickled import PickledCodec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.codecs.walk import CallData
+from safedefer.connections import AwaitedConnection
 from safedefer.delivery import Delivery, DeliveryOptions, Response
 from safedefer.errors import (
     BadTransactionStateError,
@@ -91,7 +92,7 @@ class App:
         queue_yaml: A ``queue.yaml``: rates, caps, targets and retry parameters of queues. Without one nothing is limited.
         storage: How long and how much the queue keeps, where ``queue`` is a URL.
         outboxes: Databases that dispatching processes sweep for transactional tasks, besides those that they use
-            themselves: ``sqlite:///shop.db`` or a SQLAlchemy URL.
+            themselves: ``sqlite:///shop.db``, ``postgresql://user@host/shop`` or a SQLAlchemy URL.
         targets: Addresses of handlers by the name that ``target`` gives them; None is any name, one handler.
         allow_pickle: Whether arguments may travel as pickles where a call and its key say so too.
         by_value_pickles_run_code: Whether functions may travel by value inside pickles: whoever has
@@ -230,7 +231,7 @@ class App:
 
     async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
         """Do what ``defer`` does, without blocking the event loop."""
-        return await asyncio.to_thread(self.defer_with, _DEFAULTS, obj, args, kwargs)
+        return await self.defer_with_async(_DEFAULTS, obj, args, kwargs)
 
     def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
         """Defer several calls in one transaction: all are stored, or none."""
@@ -302,7 +303,10 @@ class App:
         """Defer one call with an ``Options`` object: what every other form of ``defer`` comes to."""
         task, queued = self._build(options, obj, args, kwargs)
         if options.transactional:
-            self.outbox.put(queued)
+            try:
+                self.outbox.put(queued)
+            except AlreadyWaiting as error:
+                return self._waiting(error)
             task = replace(task, was_enqueued=False)
         elif options.unique:
             return self._enqueue_unique(task, queued)
@@ -310,6 +314,28 @@ class App:
             self.queue.enqueue(queued)
         self._tell(queued)
         return task
+
+    async def defer_with_async(
+        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Task:
+        """Do what ``defer_with`` does, without blocking the event loop."""
+        if not options.transactional:
+            return await asyncio.to_thread(self.defer_with, options, obj, args, kwargs)
+        # Here: a transaction belongs to its thread, and to its task.
+        task, queued = self._build(options, obj, args, kwargs, awaits=True)
+        try:
+            await self.outbox.put_async(queued)
+        except AlreadyWaiting as error:
+            return await asyncio.to_thread(self._waiting, error)
+        self._tell(queued)
+        return replace(task, was_enqueued=False)
+
+    def _waiting(self, error: AlreadyWaiting) -> Task:
+        """Return the task that a unique one is the same as. Raises ``error`` if it is not committed yet, or has ended."""
+        existing = self.queue.find(error.task_id)
+        if existing is None or existing.state not in {TaskState.WAITING, TaskState.RUNNING}:
+            raise error
+        return _task_of(existing)
 
     def defer_many_with(self, options: Options, calls: Iterable[CallTuple]) -> list[Task]:
         """Defer several calls with an ``Options`` object, in one transaction."""
@@ -319,8 +345,7 @@ class App:
         if options.unique:
             raise InvalidTaskError("unique tasks are deferred one by one; leave unique out, or call defer() for each")
         if options.transactional:
-            for _, queued in built:
-                self.outbox.put(queued)
+            self.outbox.put(*(queued for _, queued in built))
         elif built:
             self.queue.enqueue_many([queued for _, queued in built])
         for _, queued in built:
@@ -341,22 +366,44 @@ class App:
 
     # --- Transactions ---
 
-    def transaction(self, connection: object) -> AbstractContextManager[None]:
+    @overload
+    def transaction(self, connection: AwaitedConnection) -> AbstractAsyncContextManager[None]: ...  # type: ignore[overload-overlap]  # the first one counts
+
+    @overload
+    def transaction(self, connection: object) -> AbstractContextManager[None]: ...
+
+    def transaction(self, connection: object) -> AbstractContextManager[None] | AbstractAsyncContextManager[None]:
         """Make tasks that are deferred with ``transactional=True`` in this block go with a transaction.
 
         They are enqueued if it commits, and only then. If no transaction is open, the block opens one, commits it
         at its end, and undoes it if the block raises; one that is open already stays the caller's to commit.
 
+        The block of a connection that is awaited is awaited, too, and so are its tasks::
+
+            async with app.transaction(connection):
+                await app.options(transactional=True).defer_async(send_receipt, order_id)
+
         Args:
-            connection: A ``sqlite3.Connection``, a SQLAlchemy ``Connection`` or ``Session`` (on SQLite or
-                PostgreSQL), or an ``apsw.Connection``, which may be to the queue's own file.
+            connection: A connection of psycopg 3 or asyncpg, a ``sqlite3.Connection``, a SQLAlchemy connection or
+                session (on SQLite or PostgreSQL), Django's connection (as well), or an ``apsw.Connection``. It may be
+                to the queue's own database, by apsw in the case of a file.
 
         Raises:
-            BadTransactionStateError: The connection is of no known kind, or cannot be used for this.
+            BadTransactionStateError: On entering: the connection is of no known kind, or cannot be used for this.
         """
         return self.outbox.transaction(connection)
 
-    def once(self, connection: object, effect: str | None = None) -> AbstractContextManager[bool]:
+    @overload
+    def once(  # type: ignore[overload-overlap]  # the first one counts
+        self, connection: AwaitedConnection, effect: str | None = None
+    ) -> AbstractAsyncContextManager[bool]: ...
+
+    @overload
+    def once(self, connection: object, effect: str | None = None) -> AbstractContextManager[bool]: ...
+
+    def once(
+        self, connection: object, effect: str | None = None
+    ) -> AbstractContextManager[bool] | AbstractAsyncContextManager[bool]:
         """Give True the first time, and False when the effect has been had: for an effect that happens exactly once.
 
         The note is in the transaction of the effect itself, which is opened and ended as ``transaction`` does. ::
@@ -371,9 +418,11 @@ class App:
 
         Raises:
             BadTransactionStateError: There is no name and no task runs here, or as ``transaction``.
+            InvalidTaskError: The name is empty, too long, or has a character that a database does not take.
         """
         context = current_task()
         if effect is not None:
+            _check_effect(effect)
             return self.outbox.once(connection, effect=f"effect:{effect}")
         if context is None:
             raise BadTransactionStateError("no task runs here; name the effect: app.once(connection, 'charge-42')")
@@ -385,10 +434,16 @@ class App:
         return self._sign(self._claims(_DEFAULTS, obj, args, kwargs, self._clock()))
 
     def _build(
-        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        options: Options,
+        obj: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        awaits: bool = False,
     ) -> tuple[Task, QueuedTask]:
         if options.transactional:
-            self.outbox.check(named=options.name is not None or options.unique)
+            self.outbox.check(named=options.name is not None or options.unique, awaits=awaits)
         self._check_destination(options)
         now = self._clock()
         claims = self._claims(options, obj, args, kwargs, now)
@@ -783,9 +838,7 @@ class Deferral:
 
     async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
         """Do what ``defer`` does, without blocking the event loop."""
-        if self._options.transactional:  # a transaction belongs to its thread
-            return self._app.defer_with(self._options, obj, args, kwargs)
-        return await asyncio.to_thread(self._app.defer_with, self._options, obj, args, kwargs)
+        return await self._app.defer_with_async(self._options, obj, args, kwargs)
 
     def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
         """Defer several calls with these options, in one transaction: all are stored, or none."""
@@ -807,6 +860,7 @@ class _OwnUrls(Container[str]):
 
 
 _MAX_LEASE: Final = 86_400
+_MAX_EFFECT: Final = 700
 _POINTER_CLAIMS: Final = ("jti", "iat", "nbf", "exp", "aud", "cty", "name")
 
 
@@ -815,6 +869,15 @@ def new_task_id(now: float) -> str:
     noise = secrets.token_hex(10)
     variant = "89ab"[int(noise[3], 16) & 3]
     return f"{int(now * 1000) & 0xFFFF_FFFF_FFFF:012x}7{noise[:3]}{variant}{noise[4:19]}"
+
+
+def _check_effect(effect: str) -> None:
+    if type(effect) is not str or not 0 < len(effect) <= _MAX_EFFECT or "\0" in effect or not _is_unicode(effect):
+        raise InvalidTaskError(f"an effect's name is a text of 1 to {_MAX_EFFECT} characters, without NUL")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _task_of(view: TaskView) -> Task:

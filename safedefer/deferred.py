@@ -132,7 +132,8 @@ def defer(
         _queue: The queue's name.
         _retry_options: When it is tried again.
         _target: Which handler.
-        _transactional: Enqueue if, and only if, the current transaction commits.
+        _transactional: Enqueue if, and only if, the current transaction commits, that of the innermost
+            ``app.transaction(connection)``. Where the connection is awaited, the task is written at the block's end.
         _url: The path that the task is posted to, or a URL below the address of a configured target.
         _pickle: Carry the arguments as a pickle; both ends and the key must allow it.
         kwargs: Any other keyword arguments are passed through to the callable.
@@ -145,9 +146,7 @@ def defer(
         DeferError: One of its subclasses says what is wrong; see ``App.defer``.
     """
     _check_unknown(kwargs)
-    if type(_url) is str and _url.startswith(("http://", "https://")):
-        _target, _url = current_app().destination(_target, _url)
-    options = Options(
+    options = _options(
         countdown=_countdown,
         eta=_eta,
         headers={} if _headers is None else _headers,
@@ -164,9 +163,20 @@ def defer(
 
 async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> Task:
     """Do what ``defer`` does, with the same options, without blocking the event loop."""
-    if kwargs.get("_transactional"):  # a transaction belongs to its thread
-        return defer(obj, *args, **kwargs)
-    return await asyncio.to_thread(defer, obj, *args, **kwargs)
+    if not kwargs.get("_transactional"):
+        return await asyncio.to_thread(defer, obj, *args, **kwargs)
+    # Here: a transaction belongs to its thread, and to its task.
+    given = {name.removeprefix("_"): kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    _check_unknown(kwargs)
+    headers = given.pop("headers", None)
+    options = _options(headers={} if headers is None else headers, **given)
+    return await current_app().defer_with_async(options, obj, args, kwargs)
+
+
+def _options(*, target: str | None = None, url: str | None = DEFAULT_URL, **given: Any) -> Options:
+    if type(url) is str and url.startswith(("http://", "https://")):
+        target, url = current_app().destination(target, url)
+    return Options(target=target, url=url, **given)
 
 
 def serialize(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:

@@ -118,7 +118,7 @@ class InvalidTaskRetryOptionsError(InvalidTaskError):
 
 
 class BadTransactionStateError(InvalidTaskError):
-    """A transactional task outside a transaction, or one with a name."""
+    """A transactional task outside a transaction, or one with a name where that cannot be."""
 
 
 class TaskTooLargeError(DeferError):

@@ -53,7 +53,8 @@ class Settings(BaseSettings):
         default=None, description="A queue.yaml: rates, caps, targets, retry parameters; not given: no limits."
     )
     outboxes: Annotated[list[str] | None, NoDecode, BeforeValidator(_words)] = Field(
-        default=None, description="Databases to sweep for transactional tasks: sqlite:///shop.db, or SQLAlchemy's URLs."
+        default=None,
+        description="Databases to sweep for transactional tasks: sqlite:///, postgresql:// or SQLAlchemy's URLs.",
     )
     targets: Annotated[dict[str, str] | None, NoDecode, BeforeValidator(_pairs)] = Field(
         default=None, description="name=http://address of other handlers; not given: any name, one handler."

@@ -161,6 +161,8 @@ class TestApp(App):
     def run_due(self, *, raises: bool = True) -> list[Ran]:
         """Run the tasks that are due by the clock, and those due now that they defer, through the handler.
 
+        Transactional tasks whose transaction has been committed are among them.
+
         A task that fails is not tried again before the clock is moved.
 
         Args:
@@ -198,6 +200,7 @@ class TestApp(App):
 
     async def _run_due(self) -> list[Ran]:
         self._told.clear()
+        await asyncio.to_thread(self.outbox.sweep)
         await Dispatcher(self.queue, InProcessDelivery(self.handle), clock=self.clock).run_until_empty()
         told, self._told = self._told, []
         return [self._report(event) for event in told]

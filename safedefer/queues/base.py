@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from safedefer.errors import TaskAlreadyExistsError
 
@@ -28,6 +28,7 @@ class Capabilities:
     """What an engine can do. A gap is refused at ``defer()`` with an error, never passed over."""
 
     names: bool = True
+    unique: bool = True
     eta: bool = True
     headers: bool = True
     retry_options: bool = True
@@ -255,6 +256,28 @@ class Queue(Protocol):
     def close(self) -> None:
         """Finish what was accepted and let go of the storage."""
         ...
+
+
+class TransactionalQueue(Queue, Protocol):
+    """A queue in a PostgreSQL database, whose tasks can be stored by any connection to it, in its transaction."""
+
+    @property
+    def marker(self) -> str:
+        """A random text that is in this database alone, in the table ``safedefer.settings``."""
+        ...
+
+    def enqueue_statements(self, tasks: Sequence[QueuedTask], /) -> Sequence[tuple[str, tuple[object, ...]]]:
+        """Statements with parameters ``$1``, to be run in order, that store all tasks or fail."""
+        ...
+
+    def refusal(self, error: BaseException, /) -> Exception | None:
+        """Return what an error of such a statement means, as ``enqueue`` says it; None if it is something else."""
+        ...
+
+
+def is_transactional(queue: Queue) -> TypeGuard[TransactionalQueue]:
+    """Whether a queue is a ``TransactionalQueue``."""
+    return hasattr(queue, "enqueue_statements")
 
 
 class PullQueue(Queue, Protocol):

@@ -13,11 +13,12 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import orm
 
-from safedefer.connections import opener_of, source_of
+from safedefer.connections import opener_of, run_now, source_of
 from safedefer.errors import BadTransactionStateError, ConfigurationError, QueueUnavailable
-from safedefer.outbox import Outbox, from_text, to_text
+from safedefer.outbox import Outbox
 from safedefer.queues.memory import MemoryQueue
 from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.relay import from_text, to_text
 from tests.queues.contract import DONE, make_task, oversize_task, take
 from tests.queues.processes import start
 
@@ -60,11 +61,11 @@ class Users:
 
     def commit(self) -> None:
         if source_of(self.connection).in_transaction():
-            source_of(self.connection).commit()
+            run_now(source_of(self.connection).commit())
 
     def rollback(self) -> None:
         if source_of(self.connection).in_transaction():
-            source_of(self.connection).rollback()
+            run_now(source_of(self.connection).rollback())
 
     def outbox_rows(self) -> int:
         try:
@@ -248,17 +249,17 @@ def test_a_queue_that_takes_nothing_now_gets_it_later(outbox, queue, tmp_path):
 
 def test_an_outbox_that_cannot_be_read_right_after_the_commit_is_relayed_later(outbox, queue, tmp_path, monkeypatch):
     # Another process has the user's database to itself just after the commit; shorter patience makes a shorter test.
-    monkeypatch.setattr("safedefer.connections._PATIENCE", 0.05)
+    monkeypatch.setattr("safedefer.connections.sqlite._PATIENCE", 0.05)
     task, path = make_task(), tmp_path / "shop.db"
     greedy = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     with closing(greedy), closing(sqlite3.connect(path)) as connection:
-        after = outbox._after
+        after = outbox.relay_after
 
-        def interrupted(block) -> None:
+        def interrupted(source) -> None:
             greedy.execute("BEGIN EXCLUSIVE")
-            after(block)
+            after(source)
 
-        outbox._after = interrupted
+        outbox.relay_after = interrupted
         with outbox.transaction(connection):
             outbox.put(task)
         assert queue.tasks() == []
