@@ -47,6 +47,8 @@ _MIGRATION_LOCK: Final = 0x5AFE_DEFE
 _REMEDY_MIGRATE: Final = "run `safedefer migrate`"
 _CONNECT_SECONDS: Final = 10
 _STATEMENT_SECONDS: Final = 60.0
+#: How long a producer waits for a connection: for a place in the pool, or for a server that is being restarted.
+_PRODUCER_SECONDS: Final = 5.0
 _ALIVE_SECONDS: Final = 15.0
 _RECONNECT_SECONDS: Final = 0.5
 _TRIES: Final = 3
@@ -232,7 +234,7 @@ class Connections:
                     self._dsn,
                     min_size=0,
                     max_size=self._most_producers,
-                    timeout=_CONNECT_SECONDS,
+                    timeout=_PRODUCER_SECONDS,
                     kwargs={"autocommit": True, "application_name": "safedefer", "options": "-c jit=off"},
                     name="safedefer",
                     open=True,

@@ -1,12 +1,29 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import asyncpg
 import psycopg
 import pytest
 
+from safedefer.deliveries import InProcessDelivery
+from safedefer.dispatcher import Dispatcher
+from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
+from safedefer.ledger import Admission
+from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
 from safedefer.queues.postgres import PostgresQueue, migrate
-from tests.postgres.server import fresh_database, shared_server
+from safedefer.queues.postgres_engine import _queries
+from tests import sample_tasks
+from tests.postgres.server import Server, fresh_database, shared_server
 from tests.queues.clocked import CLOCK, Clocked
-from tests.queues.contract import QUEUE_OPTIONS, QueueContract
+from tests.queues.contract import DEAD, DONE, QUEUE_OPTIONS, QueueContract, execution_of, ids, make_task, rests
+from tests.unit.apps import make_app
 
 TABLES = (
     "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
@@ -45,3 +62,377 @@ class TestPostgresQueue(QueueContract):
             total = "SELECT coalesce(sum(bytes), 0) - (SELECT coalesce(sum(length), 0) FROM safedefer.blobs) FROM safedefer.blob_totals"
             assert connection.execute(total).fetchone() == (0,)
             connection.execute("TRUNCATE " + ", ".join(f"safedefer.{table}" for table in TABLES))
+
+
+# --- A database of its own, by the real clock -----------------------------------------------------
+
+
+@pytest.fixture
+def dsn(server):
+    with fresh_database(server) as name:
+        yield server.dsn(name)
+
+
+@pytest.fixture(scope="module")
+def migrated(server):
+    with fresh_database(server) as name:
+        migrate(server.dsn(name))
+        yield name
+
+
+@pytest.fixture
+def real_dsn(server, migrated):
+    with fresh_database(server, template=migrated) as name:
+        yield server.dsn(name)
+
+
+@pytest.fixture
+def queue(real_dsn):
+    queue = PostgresQueue(real_dsn)
+    yield queue
+    queue.close()
+
+
+def task_now(**changes):
+    now = time.time()
+    return make_task(**{"eta": now, "created": now, "expires": int(now) + 10_000, **changes})
+
+
+def lease_now(queue, **more):
+    return list(queue.lease(owner="dispatcher", limit=100, seconds=60.0, now=time.time(), **more))
+
+
+def ask(dsn, statement, *values):
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        cursor = connection.execute(statement, values)
+        return cursor.fetchall() if cursor.description else None
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60,
+        env={**os.environ, **environment},
+    ).stdout.strip()  # fmt: skip
+
+
+# --- Migrations -----------------------------------------------------------------------------------
+
+
+def test_a_database_without_tables_is_told_from_one_that_does_not_answer(server, dsn):
+    queue = PostgresQueue(dsn)
+    with pytest.raises(ConfigurationError, match="run `safedefer migrate`"):
+        queue.enqueue(task_now())
+    with pytest.raises(ConfigurationError, match="run `safedefer migrate`"):
+        queue.lease(owner="d", limit=1, seconds=60.0, now=0.0)
+    assert migrate(dsn)
+    queue.enqueue(task_now())
+    assert len(lease_now(queue)) == 1
+    queue.close()
+    nowhere = PostgresQueue("postgresql://postgres:secret@127.0.0.1:1/nothing")
+    with pytest.raises(QueueUnavailable, match="see that it runs") as caught:
+        nowhere.enqueue(task_now())
+    assert "secret" not in str(caught.value) + repr(nowhere)
+    nowhere.close()
+
+
+def test_migrating_again_does_nothing_and_at_once_does_it_once(dsn):
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(migrate, [dsn] * 4))
+    assert sorted(map(len, done)) == [0, 0, 0, 2]
+    assert migrate(dsn) == []
+
+
+def test_a_newer_schema_is_refused(real_dsn):
+    ask(real_dsn, "UPDATE safedefer.settings SET version = 99")
+    queue = PostgresQueue(real_dsn)
+    with pytest.raises(ConfigurationError, match="version 99.*upgrade safedefer"):
+        queue.enqueue(task_now())
+    queue.close()
+
+
+def test_tables_of_another_pgqueuer_are_migrated_first(real_dsn):
+    ask(real_dsn, "UPDATE safedefer.settings SET pgqueuer = '1.0.0'")
+    queue = PostgresQueue(real_dsn)
+    queue.enqueue(task_now())  # nothing in them differs
+    queue.close()
+    ask(real_dsn, "DROP INDEX safedefer.pgqueuer_picked_slot_idx")
+    queue = PostgresQueue(real_dsn)
+    with pytest.raises(ConfigurationError, match="pgqueuer 1.0.0; run `safedefer migrate`"):
+        queue.enqueue(task_now())
+    assert any("pgqueuer_picked_slot_idx" in step for step in migrate(real_dsn))
+    queue.enqueue(task_now())
+    queue.close()
+
+
+def test_the_environment_of_the_users_own_pgqueuer_changes_no_name(real_dsn):
+    code = f"""
+from safedefer.queues.postgres import PostgresQueue
+from tests.queues.test_postgres import task_now
+queue = PostgresQueue({real_dsn!r})
+queue.enqueue(task_now())
+queue.close()
+"""
+    run_python(code, PGQUEUER_PREFIX="mine_", PGQUEUER_SCHEMA="mine", PGQUEUER_QUEUE_TABLE="theirs", QUEUE_TABLE="jobs")
+    assert ask(real_dsn, "SELECT count(*) FROM safedefer.pgqueuer") == [(1,)]
+
+
+def test_the_command_migrates(dsn):
+    code = "from safedefer.cli import main; main(['migrate'])"
+    assert "safedefer: migration_1" in run_python(code, SAFEDEFER_QUEUE=dsn)
+    assert run_python(code, SAFEDEFER_QUEUE=dsn) == "nothing to do"
+
+
+# --- Clocks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+def test_the_eta_is_by_the_databases_clock(queue, skew):
+    now = time.time() + skew
+    later, due = task_now(created=now, eta=now + 0.7), task_now(created=now, eta=now)
+    queue.enqueue_many([later, due])
+    assert ids(lease_now(queue)) == [due.id]
+    time.sleep(0.75)
+    assert ids(lease_now(queue)) == [later.id]
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["COMMIT", "ROLLBACK"])
+def test_a_rival_for_a_name_waits_for_the_first_transaction(queue, real_dsn, how):
+    first, second = task_now(name="n"), task_now(name="n")
+    with psycopg.connect(real_dsn, autocommit=True) as connection, ThreadPoolExecutor(1) as pool:
+        connection.execute("BEGIN")
+        for statement, values in queue.enqueue_statements([first]):
+            psycopg.RawCursor(connection).execute(statement.encode(), values)
+        rival = pool.submit(queue.enqueue, second)
+        time.sleep(0.3)
+        assert not rival.done()
+        connection.execute(how)
+        if how == "COMMIT":
+            with pytest.raises(TaskAlreadyExistsError, match="choose another name"):
+                rival.result(10.0)
+        else:
+            rival.result(10.0)
+    assert ids(lease_now(queue)) == [first.id if how == "COMMIT" else second.id]
+
+
+def test_two_batches_with_the_same_names_in_other_orders_do_not_lock_each_other_out(queue):
+    names = [f"n{number}" for number in range(50)]
+
+    def give(order):
+        try:
+            queue.enqueue_many([task_now(name=name) for name in order])
+        except TaskAlreadyExistsError:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            given = list(pool.map(give, [names, names[::-1]]))
+            assert sum(given) == 1
+            for lease in lease_now(queue):
+                queue.settle(lease, DONE, now=0.0)
+            ask(queue._dsn, "TRUNCATE safedefer.names")
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def test_a_task_of_another_process_ends_a_wait_at_once(queue, real_dsn):
+    code = f"""
+import sys, time
+from safedefer.queues.postgres import PostgresQueue
+from tests.queues.test_postgres import task_now
+queue = PostgresQueue({real_dsn!r})
+queue.stats(now=0.0)
+sys.stdin.readline()
+started = time.time()
+queue.enqueue(task_now())
+print(started)
+queue.close()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        lease_now(queue)
+        assert rests(queue, 0.3)
+        time.sleep(0.5)
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert queue.wait(30.0) is True
+        woken = time.time()
+        assert woken - float(other.stdout.readline()) < 2.0
+    assert len(lease_now(queue)) == 1
+
+
+def test_a_fork_leaves_the_parents_connections_alone(queue):
+    queue.enqueue(task_now())
+    (lease,) = lease_now(queue)
+    of_child, of_parent = task_now(name="from-the-child"), task_now()
+    child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            queue.enqueue(of_child)
+            assert [view.name for view in queue.tasks(states=[TaskState.WAITING])] == ["from-the-child"]
+            queue.close()
+            status = 0
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    queue.settle(lease, DONE, now=time.time())
+    assert [lease.task.name for lease in lease_now(queue)] == ["from-the-child"]
+    queue.enqueue(of_parent)
+    assert len(lease_now(queue)) == 1
+
+
+def test_the_queue_goes_on_when_the_server_was_restarted():
+    server = Server().start()
+    try:
+        migrate(server.dsn())
+        queue = PostgresQueue(server.dsn())
+        queue.enqueue_many([task_now() for _ in range(3)])
+        first, second, _third = lease_now(queue)
+        queue.settle(first, DONE, now=time.time())
+        server.stop()
+        with pytest.raises(QueueUnavailable, match="see that it runs"):
+            queue.enqueue(task_now())
+        with pytest.raises(QueueUnavailable):
+            lease_now(queue)
+        server.start()
+        queue.enqueue(task_now())
+        queue.settle(second, DONE, now=time.time())
+        assert len(lease_now(queue)) == 1
+        server.restart()
+        # Pooled connections that the restart has broken cost a producer nothing.
+        queue.enqueue(task_now())
+        deadline = time.monotonic() + 20.0
+        while not queue.wait(1.0):
+            assert time.monotonic() < deadline
+        queue.close()
+    finally:
+        server.close()
+
+
+def test_a_try_that_was_committed_unheard_is_not_made_twice(queue):
+    """The connection breaks between the commit and its answer: the second try finds its own task."""
+    store, calls = queue._open()._store, []
+
+    def unheard(statement, values):
+        store(statement, values)
+        calls.append(values)
+        if len(calls) == 1:
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    queue._open()._store = unheard
+    task = task_now(name="n")
+    queue.enqueue(task)
+    assert ids(lease_now(queue)) == [task.id]
+    with pytest.raises(TaskAlreadyExistsError):
+        queue.enqueue(task_now(name="n"))
+
+
+# --- What others see, and what they may have written ----------------------------------------------
+
+
+def read_with_pgqueuer(dsn, what):
+    async def read():
+        connection = await asyncpg.connect(dsn)
+        try:
+            return await what(_queries(connection))
+        finally:
+            await connection.close()
+
+    return asyncio.run(read())
+
+
+def test_pgqueuers_own_tools_read_our_jobs(queue, real_dsn):
+    queue.enqueue_many([task_now(name=f"n{n}", headers={"a": "b"}) for n in range(4)])
+    first, second, third, _ = lease_now(queue)
+    queue.settle(first, DONE, now=time.time())
+    queue.settle(second, DEAD, now=time.time())
+    queue.settle(third, Settlement(verdict=Verdict.RETRY, at=time.time() + 50), now=time.time())
+
+    async def look(queries):
+        return (
+            {(row.entrypoint, row.status): row.count for row in await queries.queue_size()},
+            [(job.entrypoint, job.payload) for job in await queries.list_failed_jobs()],
+            {row.status: row.count for row in await queries.log_statistics(None)},
+            [job.headers for job in await queries.browse_queue()],
+        )
+
+    sizes, failed, statistics, headers = read_with_pgqueuer(real_dsn, look)
+    assert sizes == {("default", "failed"): 1, ("default", "queued"): 1, ("default", "picked"): 1}
+    assert failed == [("default", second.task.token)]
+    assert statistics["successful"] == 1
+    assert statistics["failed"] == 1
+    assert all("send_receipt" in header["safedefer"] for header in headers)
+
+
+def test_a_dead_letter_that_pgqueuers_dashboard_requeues_is_a_dead_letter_again(queue, real_dsn):
+    task = task_now()
+    queue.enqueue(task)
+    (lease,) = lease_now(queue)
+    queue.settle(lease, DEAD, now=time.time())
+    job = ask(real_dsn, "SELECT id FROM safedefer.pgqueuer")[0][0]
+    read_with_pgqueuer(real_dsn, lambda queries: queries.requeue_jobs([job]))
+    (again,) = lease_now(queue)
+    assert queue.ledger.begin(execution_of(task), now=time.time(), lease=60.0) is Admission.DUPLICATE
+    queue.settle(again, Settlement(verdict=Verdict.DONE, charged=False), now=time.time())
+    view = queue.find(task.id)
+    assert (view.state, view.reason, view.token) == (TaskState.DEAD, "permanent-task-failure", task.token)
+    assert queue.drop_dead([task.id]) == 1
+    assert ask(real_dsn, "SELECT count(*) FROM safedefer.pgqueuer") == [(0,)]
+
+
+@pytest.mark.parametrize("headers", [
+    "null", '"text"', "[]", "7", '{"safedefer": null}', '{"safedefer": ""}', '{"safedefer": "x y z"}',
+    '{"safedefer": "nan inf 99999999999999999999 %%% a b"}', '{"safedefer": "1 1 1 - a:b"}',
+    '{"safedefer": "1e300 -1e300 -1 A a:b:c:d e"}',
+    '{"safedefer": "1 1 1 - a:b:c:d e", "safedefer_more": []}',
+    '{"safedefer": "1 1 1 - a:b:c:d e", "safedefer_more": {"name": 5, "headers": 7, "retry_options": "x", "blob_id": {}}}',
+    '{"safedefer": "1 1 1 - a:b:c:d e", "safedefer_more": {"name": "other", "unique_key": "u", "blob_id": "b"}}',
+])  # fmt: skip
+def test_a_job_whose_hints_were_changed_ends_with_its_bytes_and_its_neighbours_run(queue, real_dsn, headers):
+    poisoned, neighbour = task_now(), task_now()
+    queue.enqueue_many([poisoned, neighbour])
+    ask(real_dsn, "UPDATE safedefer.pgqueuer SET headers = %s WHERE dedupe_key = %s", headers, poisoned.id)
+    leases = lease_now(queue)
+    assert [lease.task.token for lease in leases] == [poisoned.token, neighbour.token]
+    assert list(queue.settle_many([(leases[0], DEAD), (leases[1], DONE)], now=time.time())) == [True, True]
+    assert queue.find(poisoned.id).token == poisoned.token
+    assert queue.find(neighbour.id).state is TaskState.SUCCEEDED
+
+
+@pytest.mark.parametrize("change", [
+    "payload = NULL", "payload = ''", "dedupe_key = NULL", "dedupe_key = 'another'", "priority = 2147483647",
+    "attempts = 2147483647", "entrypoint = 'mail'", "headers = NULL",
+])  # fmt: skip
+def test_a_job_whose_columns_were_changed_keeps_no_neighbour_from_running(queue, real_dsn, change):
+    poisoned, neighbour = task_now(), task_now()
+    queue.enqueue_many([poisoned, neighbour])
+    ask(real_dsn, f"UPDATE safedefer.pgqueuer SET {change} WHERE dedupe_key = %s", poisoned.id)
+    leases = lease_now(queue)
+    assert neighbour.token in [lease.task.token for lease in leases]
+    assert all(queue.settle_many([(lease, DEAD) for lease in leases], now=time.time()))
+    assert ask(real_dsn, "SELECT count(*) FROM safedefer.pgqueuer WHERE status <> 'failed'") == [(0,)]
+    assert len(queue.dead_letters(DeadFilter())) == len(leases)
+
+
+def test_a_queue_of_our_own_runs_the_calls_that_were_deferred(real_dsn):
+    async def work():
+        app = make_app(queue=real_dsn)
+        app.defer(sample_tasks.add, 1, 2)
+        app.defer_many([(sample_tasks.add, (n, n), {}) for n in range(20)])
+        app.defer(sample_tasks.add, "x" * 20_000, "y")
+        dead = app.defer(sample_tasks.permanent)
+        dispatcher = Dispatcher(app.queue, InProcessDelivery(app.handle), clock=time.time)
+        await dispatcher.run_until_empty()
+        assert {view.state for view in app.queue.tasks(states=list(TaskState))} == {TaskState.SUCCEEDED, TaskState.DEAD}
+        assert len(app.queue.tasks(states=[TaskState.SUCCEEDED])) == 22
+        view = app.queue.find(dead.id)
+        assert (view.reason, [record.outcome for record in view.records]) == ("permanent-task-failure", ["failed"])
+        assert app.retry(dead.id).id != dead.id
+        app.close()
+
+    asyncio.run(work())

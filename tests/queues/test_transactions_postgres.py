@@ -18,9 +18,17 @@ import psycopg
 import pytest
 
 from safedefer.connections import opener_of, source_of
-from safedefer.errors import BadTransactionStateError, ConfigurationError, InvalidTaskError, TaskAlreadyExistsError
+from safedefer.dispatcher import Dispatcher, InProcessDelivery
+from safedefer.errors import (
+    BadTransactionStateError,
+    ConfigurationError,
+    InvalidTaskError,
+    QueueUnavailable,
+    TaskAlreadyExistsError,
+)
 from safedefer.outbox import Outbox
 from safedefer.queues.memory import MemoryQueue
+from safedefer.queues.postgres import PostgresQueue, migrate
 from tests import sample_tasks as tasks
 from tests.postgres.server import fresh_database, shared_server
 from tests.postgres.users import (
@@ -450,6 +458,144 @@ def test_who_may_not_read_the_queues_tables_goes_through_the_outbox(database):
     database.sql("DROP OWNED BY clerk; DROP ROLE clerk")
 
 
+# --- The PostgreSQL queue -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def migrated_dsn():
+    server = shared_server()
+    with fresh_database(server) as name:
+        migrate(server.dsn(name))
+        with psycopg.connect(server.dsn(name)) as connection:
+            connection.execute("CREATE TABLE orders (id int)")
+        yield server.dsn(name)
+
+
+@pytest.fixture
+def shop(migrated_dsn):
+    """An App whose queue is in the database of the orders."""
+    app = make_app(queue=PostgresQueue(migrated_dsn))
+    app.dsn = migrated_dsn
+    yield app
+    app.close()
+    with psycopg.connect(migrated_dsn) as connection:
+        kept = "orders", *(f"safedefer.{name}" for name in ("pgqueuer", "names", "uniques", "blobs", "blob_totals"))
+        connection.execute(f"TRUNCATE {', '.join(kept)}")
+        assert connection.execute("SELECT to_regclass('safedefer_outbox')").fetchone() == (None,)
+
+
+@pytest.fixture(params=USERS, ids=lambda kind: kind.__name__)
+def clerk(request, migrated_dsn):
+    user = request.param(migrated_dsn).start()
+    yield user
+    user.stop()
+
+
+def test_in_the_database_of_the_queue_everything_goes_with_the_transaction(clerk, shop):
+    """Names, unique tasks, oversize ones; what is refused leaves the transaction as it was."""
+    tasks.reset()
+    inside = shop.options(transactional=True)
+
+    async def defer(*args, options=inside, **kwargs):
+        if clerk.is_async:
+            return await options.defer_async(*args, **kwargs)
+        return options.defer(*args, **kwargs)
+
+    async def scenario():
+        with pytest.raises(ZeroDivisionError):
+            async with clerk.within(shop.transaction(clerk.connection)):
+                await defer(tasks.keywords, text="y" * 20_000, options=named)
+                raise ZeroDivisionError
+        async with clerk.within(shop.transaction(clerk.connection)):
+            await clerk.sql("INSERT INTO orders VALUES (1)")
+            first = await defer(tasks.add, 1, options=named)
+            with pytest.raises(TaskAlreadyExistsError, match="receipt-1"):
+                await defer(tasks.add, 2, options=named)
+            with pytest.raises(ZeroDivisionError):
+                async with clerk.savepoint():
+                    await defer(tasks.keywords, text="z" * 20_000)
+                    raise ZeroDivisionError
+            large = await defer(tasks.keywords, text="x" * 20_000)
+            waits = await defer(tasks.add, 3, options=unique)
+            assert (await defer(tasks.add, 3, options=unique)).id == waits.id
+            inside.defer_many([(tasks.add, (4,), {}), (tasks.add, (5,), {})])
+            assert (await defer(tasks.add, 6, options=unique)).id != waits.id
+            assert shop.queue.tasks() == []
+        async with clerk.within(shop.transaction(clerk.connection)):
+            assert (await defer(tasks.add, 3, options=unique)).id == waits.id
+        return first, large, waits
+
+    named = shop.options(transactional=True, name="receipt-1")
+    unique = shop.options(transactional=True, unique=True)
+    made = clerk.run(scenario())
+    found = {view.id: view for view in shop.queue.tasks()}
+    assert len(found) == 6
+    assert {task.id for task in made} <= set(found)
+    assert (found[made[0].id].name, len(found[made[1].id].token) > 20_000) == ("receipt-1", True)
+    asyncio.run(Dispatcher(shop.queue, InProcessDelivery(shop.handle), clock=shop._clock).run_until_empty())
+    assert len(tasks.RAN) == 6
+    with psycopg.connect(shop.dsn) as connection:
+        assert connection.execute("SELECT count(*) FROM orders").fetchone() == (1,)
+        assert connection.execute("SELECT count(*) FROM safedefer.blobs").fetchone() == (0,)
+
+
+def test_two_transactions_that_want_one_name_wait_for_each_other(shop):
+    results = []
+
+    def other():
+        with psycopg.connect(shop.dsn) as connection, shop.transaction(connection):
+            try:
+                shop.options(transactional=True, name="n").defer(tasks.add, 2)
+            except TaskAlreadyExistsError:
+                results.append("refused")
+
+    with psycopg.connect(shop.dsn) as connection, psycopg.connect(shop.dsn, autocommit=True) as look:
+        thread = threading.Thread(target=other)
+        with shop.transaction(connection):
+            shop.options(transactional=True, name="n").defer(tasks.add, 1)
+            thread.start()
+            until(lambda: look.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone())
+        thread.join()
+    assert results == ["refused"]
+    assert len(shop.queue.tasks()) == 1
+
+
+def test_another_database_of_the_same_server_goes_through_its_outbox(shop, database):
+    with psycopg.connect(database.dsn) as connection, shop.transaction(connection):
+        connection.execute("INSERT INTO orders VALUES (1)")
+        task = shop.options(transactional=True).defer(tasks.keywords, text="x" * 20_000)
+    assert waiting(shop.queue) == {task.id}
+    assert database.count("safedefer_outbox") == 0
+
+
+def test_a_queue_that_is_away_gets_later_what_was_committed(database):
+    """Its mark cannot be read, so the outbox takes what is deferred."""
+
+    class Away(OwnQueue):
+        away = True
+
+        @property
+        def marker(self):
+            if self.away:
+                raise QueueUnavailable("the database does not answer; wait")
+            return "the mark"
+
+        def enqueue_many(self, given):
+            assert self.marker
+            super().enqueue_many(given)
+
+    database.sql("CREATE SCHEMA safedefer; CREATE TABLE safedefer.settings (marker text)")
+    queue = Away()
+    outbox, task = Outbox(lambda: queue, clock=time.time), make_task()
+    with psycopg.connect(database.dsn) as connection:
+        with outbox.transaction(connection):
+            outbox.put(task)
+        assert database.count("safedefer_outbox") == 1
+        queue.away = False
+        until(lambda: waiting(queue) == {task.id})
+    outbox.close()
+
+
 # --- Blocks that are awaited --------------------------------------------------------------------
 
 
@@ -565,39 +711,6 @@ async def test_a_test_app_runs_what_was_committed(database):
             await app.options(transactional=True).defer_async(tasks.add, 1)
         await connection.close()
         assert [ran.outcome for ran in app.run_due()] == ["succeeded"]
-
-
-async def test_a_unique_task_of_the_queues_own_database_is_the_one_that_waits(database):
-    class Waits(OwnQueue):
-        def refusal(self, error):
-            return existing if getattr(error, "constraint_name", None) == "tasks_pkey" else None
-
-    from safedefer.queues.base import AlreadyWaiting
-
-    queue = Waits().install(database)
-    app = make_app(queue=queue)
-    waits = app.options(unique=True).defer(tasks.add, 1)
-    existing = AlreadyWaiting(waits.id)
-    ids = iter(["a" * 32, "a" * 32, "a" * 32])
-    build = app._build
-
-    def same_id(*given, **more):
-        from dataclasses import replace
-
-        task, queued = build(*given, **more)
-        return task, replace(queued, id=next(ids))
-
-    app._build = same_id
-    connection = await asyncpg.connect(database.dsn)
-    async with app.transaction(connection):
-        transactional = app.options(unique=True, transactional=True)
-        await transactional.defer_async(tasks.add, 2)
-        assert (await transactional.defer_async(tasks.add, 2)).id == waits.id
-        queue.cancel(waits.id, now=time.time())
-        with pytest.raises(TaskAlreadyExistsError):
-            await transactional.defer_async(tasks.add, 2)
-    await connection.close()
-    app.close()
 
 
 @pytest.mark.parametrize("effect", ["", "x" * 701, "a\0b", "\ud800", 5])
