@@ -306,7 +306,7 @@ class App:
             try:
                 self.outbox.put(queued)
             except AlreadyWaiting as error:
-                return self._waiting(error)
+                return self._waiting_with(error) or self._waiting(error)
             task = replace(task, was_enqueued=False)
         elif options.unique:
             return self._enqueue_unique(task, queued)
@@ -326,12 +326,17 @@ class App:
         try:
             await self.outbox.put_async(queued)
         except AlreadyWaiting as error:
-            return await asyncio.to_thread(self._waiting, error)
+            return self._waiting_with(error) or await asyncio.to_thread(self._waiting, error)
         self._tell(queued)
         return replace(task, was_enqueued=False)
 
+    def _waiting_with(self, error: AlreadyWaiting) -> Task | None:
+        """Return the task that a unique one is the same as, if it was deferred in the same transaction."""
+        queued = self.outbox.written(error.task_id)
+        return None if queued is None else replace(_task_of(queued), was_enqueued=False)
+
     def _waiting(self, error: AlreadyWaiting) -> Task:
-        """Return the task that a unique one is the same as. Raises ``error`` if it is not committed yet, or has ended."""
+        """Return the task that a unique one is the same as. Raises ``error`` if it has ended meanwhile."""
         existing = self.queue.find(error.task_id)
         if existing is None or existing.state not in {TaskState.WAITING, TaskState.RUNNING}:
             raise error
@@ -880,7 +885,7 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _task_of(view: TaskView) -> Task:
+def _task_of(view: TaskView | QueuedTask) -> Task:
     """Return a task that the queue has, as ``defer()`` returned it."""
     return Task(
         id=view.id,

@@ -207,10 +207,11 @@ class TransactionBlock(Block[None]):
         self._later: list[QueuedTask] = []
         self._count = 0
         self._has_table = False
+        self._unique: dict[str, QueuedTask] = {}
 
     async def _start(self) -> None:
         source = self.source
-        self._later, self._count, self._has_table = [], 0, False
+        self._later, self._count, self._has_table, self._unique = [], 0, False, {}
         self.way = await self._outbox.way(source)
         if self.way is _Way.OUTBOX and source.reopen() is None and (source.is_async or not self._began):
             raise BadTransactionStateError(
@@ -256,6 +257,11 @@ class TransactionBlock(Block[None]):
             for task in tasks:
                 await source.execute(_INSERT, {"id": task.id, "created": task.created, "task": to_text(task)})
         self._count += len(tasks)
+        self._unique.update({task.id: task for task in tasks if task.unique_key is not None})
+
+    def written(self, task_id: str) -> QueuedTask | None:
+        """Return a unique task of the block, which nobody else can see yet."""
+        return self._unique.get(task_id)
 
     def _after(self, source: Source) -> None:
         if self._count and self.way is _Way.OUTBOX:
@@ -408,6 +414,10 @@ class Outbox:
     async def put_async(self, *tasks: QueuedTask) -> None:
         """Do what ``put`` does, at once."""
         await self.check(named=_are_named(tasks), awaits=True).add_async(tasks)
+
+    def written(self, task_id: str) -> QueuedTask | None:
+        """Return a unique task of the innermost block, which nobody else can see yet."""
+        return self.check(named=False).written(task_id)
 
     def check(self, *, named: bool, awaits: bool = False) -> TransactionBlock:
         """Return the block that a task may be put into.
