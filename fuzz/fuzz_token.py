@@ -16,7 +16,9 @@ def one_input(data: bytes) -> None:
             pass
         else:
             assert b".".join((token.header, token.payload, token.mac)) == data
-            assert encode_segment(decode_segment(token.payload)) == token.payload
+            assert token.signing_input == data[: -len(token.mac) - 1]
+            if is_canonical(token.payload):
+                assert encode_segment(decode_segment(token.payload)) == token.payload
             _verify(token)
         if is_canonical(data):
             assert encode_segment(decode_segment(data)) == data

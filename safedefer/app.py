@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -29,11 +30,14 @@ from safedefer.claims import (
     LIFETIME,
     MAX_LIFETIME,
     VERSION,
-    Call,
     Claims,
+    Document,
     Limits,
     Options,
     TaskRetryOptions,
+    call_document,
+    split_audience,
+    write_json,
 )
 from safedefer.codecs.pickled import PickledCodec
 from safedefer.codecs.typed import TypedCodec
@@ -455,7 +459,7 @@ class App:
         task, queued = self._package(claims, options, now)
         return task, replace(queued, unique_key=_unique_key(claims)) if options.unique else queued
 
-    def _package(self, claims: Claims, options: Options, now: float) -> tuple[Task, QueuedTask]:
+    def _package(self, claims: Document, options: Options, now: float) -> tuple[Task, QueuedTask]:
         """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize."""
         payload = token = self._sign(claims)
         digest = sha256(token)
@@ -463,32 +467,33 @@ class App:
         if len(token) > self._inline_limit:
             blob = Blob(_random_id(), token)
             pointer = {"id": blob.id, "sha256": digest.hexdigest(), "length": len(token)}
-            shared = {name: getattr(claims, name) for name in _POINTER_CLAIMS}
-            payload = self._sign(Claims.model_validate({**_present(shared), "v": VERSION, "blob": pointer}))
+            shared = {name: claims[name] for name in _POINTER_CLAIMS if name in claims}
+            payload = self._sign(Claims.model_validate({**shared, "blob": pointer}).to_document())
         eta = options.due(now)
-        _, queue, target, url = claims.audience
-        headers = {**options.headers, **({"traceparent": claims.trace} if claims.trace is not None else {})}
+        _, queue, target, url = split_audience(claims["aud"])
+        trace = claims.get("trace")
+        headers = {**options.headers, **({"traceparent": trace} if trace is not None else {})}
         queued = QueuedTask(
-            id=claims.jti,
+            id=claims["jti"],
             queue=queue,
             token=payload,
-            audience=claims.aud,
+            audience=claims["aud"],
             url=url,
             target=target,
             eta=eta,
             created=now,
-            expires=claims.exp,
-            name=claims.name,
+            expires=claims["exp"],
+            name=claims.get("name"),
             headers=headers,
             retry_options={} if options.retry_options is None else options.retry_options.given(),
             digest=digest.digest(),
             blob=blob,
             blob_id=None if blob is None else blob.id,
-            callable_name="" if claims.call is None else str(claims.call),
+            callable_name=_callable_name(claims["call"]),
         )
         task = Task(
-            id=claims.jti,
-            name=claims.name,
+            id=queued.id,
+            name=queued.name,
             queue_name=queue,
             url=url,
             target=target,
@@ -507,9 +512,9 @@ class App:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         now: float,
-    ) -> Claims:
-        gate = self._signer.gate
-        ref = gate.callable_ref(obj)
+    ) -> Document:
+        signer = self._signer
+        ref = signer.gate.callable_ref(obj)
         try:
             check_binds(obj, args, kwargs)
         except TypeError as error:
@@ -527,25 +532,30 @@ class App:
             )
         # What makes a call unique is compared as trees, whose members can be sorted.
         encode = codec.encode if options.unique else codec.write
-        data = encode(CallData(bound_object(obj), tuple(args), dict(kwargs)), gate)
-        eta = options.due(now)
+        data = encode(CallData(bound_object(obj), tuple(args), dict(kwargs)), signer.gate)
+        due = int(now if options is _DEFAULTS else options.due(now))
         url = self.url if options.url == DEFAULT_URL else options.path
-        return Claims.trusted(
-            v=VERSION,
-            jti=new_task_id(now),
-            iat=int(now),
-            nbf=int(eta),
-            exp=int(eta) + _lifetime(self._retry_options(options.queue, options.retry_options)),
-            aud=f"{self.environment}:{options.queue}:{options.target or self._target(options.queue)}:{url}",
-            cty=cty,
-            name=options.name,
-            call=Call.trusted(ref, data.bound),
-            args=data.args,
-            kwargs=data.kwargs,
-            headers=dict(options.headers) or None,
-        )
+        retry_options = self._retry_options(options.queue, options.retry_options)
+        # Every part was checked by itself.
+        claims: Document = {
+            "v": VERSION,
+            "jti": new_task_id(now),
+            "iat": int(now),
+            "nbf": due,
+            "exp": due + _lifetime(retry_options),
+            "aud": f"{self.environment}:{options.queue}:{options.target or self._target(options.queue)}:{url}",
+            "cty": cty,
+            "call": call_document(ref, data.bound),
+            "args": data.args,
+            "kwargs": data.kwargs,
+        }
+        if options.name is not None:
+            claims["name"] = options.name
+        if options.headers:
+            claims["headers"] = dict(options.headers)
+        return claims
 
-    def _sign(self, claims: Claims) -> bytes:
+    def _sign(self, claims: Document) -> bytes:
         try:
             return self._signer.sign(claims)
         except RecursionError:  # the codec's limits are below this, unless they were raised
@@ -682,7 +692,8 @@ class App:
 
     def _runnable(self, data: bytes) -> VerifiedTask:
         self._load_policy()
-        return self.follow(self._verifier.verify(data, url=self._own_urls, now=self._clock()))
+        verified = self._verifier.verify(data, url=self._own_urls, now=self._clock())
+        return verified if type(verified) is VerifiedTask else self.follow(verified)
 
     def _load_policy(self) -> None:
         """Import the modules that the policy names, once."""
@@ -776,7 +787,7 @@ class App:
                 "retry_of": task_id,
             }
         )
-        again, queued = self._package(renewed, options, now)
+        again, queued = self._package(renewed.to_document(), options, now)
         return again if self.queue.replace_dead(task_id, queued, now=now) else None
 
     def retry_all(self, where: DeadFilter, *, queue: str | None = None) -> tuple[list[Task], dict[str, RejectedTask]]:
@@ -866,14 +877,15 @@ class _OwnUrls(Container[str]):
 
 _MAX_LEASE: Final = 86_400
 _MAX_EFFECT: Final = 700
-_POINTER_CLAIMS: Final = ("jti", "iat", "nbf", "exp", "aud", "cty", "name")
+_POINTER_CLAIMS: Final = ("v", "jti", "iat", "nbf", "exp", "aud", "cty", "name")
+_OF_ONE_TASK: Final = frozenset({"jti", "iat", "nbf", "exp", "trace"})
 
 
 def new_task_id(now: float) -> str:
     """Return a UUID of version 7 in hex (RFC 9562, section 5.7): ids sort by time."""
-    noise = secrets.token_hex(10)
-    variant = "89ab"[int(noise[3], 16) & 3]
-    return f"{int(now * 1000) & 0xFFFF_FFFF_FFFF:012x}7{noise[:3]}{variant}{noise[4:19]}"
+    noise = os.urandom(10)
+    digits = noise.hex()
+    return f"{int(now * 1000) & 0xFFFF_FFFF_FFFF:012x}7{digits[:3]}{'89ab'[noise[9] & 3]}{digits[3:18]}"
 
 
 def _check_effect(effect: str) -> None:
@@ -901,11 +913,15 @@ def _task_of(view: TaskView | QueuedTask) -> Task:
     )
 
 
-def _unique_key(claims: Claims) -> str:
+def _callable_name(call: Document) -> str:
+    member = f".{call['member']}" if "member" in call else ""
+    return f"{call['module']}:{call['qualname']}{member}"
+
+
+def _unique_key(claims: Document) -> str:
     """Return what tasks of the same call and destination have in common."""
-    kwargs = dict(sorted((claims.kwargs or {}).items()))
-    same = claims.model_copy(update={"jti": "", "iat": 0, "nbf": 0, "exp": 0, "trace": None, "kwargs": kwargs})
-    return sha256(same.to_json()).hexdigest()
+    same = {name: value for name, value in claims.items() if name not in _OF_ONE_TASK}
+    return sha256(write_json({**same, "kwargs": dict(sorted(claims["kwargs"].items()))})).hexdigest()
 
 
 def _declared(
@@ -929,10 +945,6 @@ def _random_id() -> str:
 def _lifetime(options: TaskRetryOptions | None) -> int:
     age = None if options is None else options.task_age_limit
     return LIFETIME if age is None else min(max(LIFETIME, int(age)), MAX_LIFETIME)
-
-
-def _present(values: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _list(names: Iterable[str]) -> str:

@@ -15,12 +15,16 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, cast
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_MAX_FITTING = 64
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
     """A signature, and what is needed to see at once that arguments fit it."""
+
+    fitting: set[tuple[object, ...]]
+    """What fitted already: how many by position, those before the caller's own included, and the names."""
 
     signature: Signature
     positional: tuple[str, ...]
@@ -42,6 +46,7 @@ class _Shape:
         kinds = {p.kind for p in parameters}
         positional = [p for p in parameters if p.kind in _POSITIONAL]
         return cls(
+            fitting=set(),
             signature=signature,
             positional=tuple(p.name for p in positional),
             required=sum(p.default is Parameter.empty for p in positional),
@@ -85,8 +90,16 @@ def check_binds(target: Callable[..., object], args: Sequence[Any], kwargs: Mapp
         TypeError: It does not; the message is Python's own.
     """
     shape, before = _shape_of(target)
-    if shape is not None and not shape.surely_binds(before, len(args), kwargs):
+    if shape is None:
+        return
+    given = (before + len(args), *kwargs)
+    if given in shape.fitting:
+        return
+    if not shape.surely_binds(before, len(args), kwargs):
         shape.signature.bind(*(None,) * before, *args, **kwargs)
+    # Exact texts only: what equals one need not be it.
+    if len(shape.fitting) < _MAX_FITTING and all(type(name) is str for name in kwargs):
+        shape.fitting.add(given)
 
 
 def _shape_of(target: Callable[..., object]) -> tuple[_Shape | None, int]:

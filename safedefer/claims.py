@@ -1,8 +1,9 @@
 """Claims: the signed facts about a task, as pydantic models, and their one JSON spelling.
 
-The payload of a token is one JSON object (RFC 7519, section 4). It is parsed by jiter, the parser
-inside pydantic, with duplicate members refused at every depth, and validated by strict models:
-unknown members, null for an absent claim, floats for integers and strings for numbers are refused.
+The payload of a token is one JSON object (RFC 7519, section 4), with duplicate members refused at every
+depth: what we wrote is known by writing it again, and other spellings are parsed by jiter, the parser
+inside pydantic, with every name compared. It is validated by strict models: unknown members, null for an
+absent claim, floats for integers and strings for numbers are refused.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, Self
+from functools import lru_cache
+from gc import get_referents
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast
 
 import jiter
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
 
 from safedefer.errors import (
     InvalidClaims,
@@ -64,6 +68,23 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # The last second of the year 9999; what no datetime can say is no time.
 NumericDate = Annotated[int, Field(ge=0, le=253_402_300_799)]
 
+
+class _Absent:
+    """Where None says that a claim is absent: the token itself may not hold null."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema: Any = handler(source)
+        assert schema["type"] == "nullable"
+        return cast("CoreSchema", schema["schema"])
+
+
+_ABSENT: Final = _Absent()
+
+#: How deep brackets nest in a text that is known as canonical: what 64 plain values and the claims take.
+CANONICAL_BRACKETS: Final = 66
+#: Members of a JSON object that ``write_json`` can write.
+Document: TypeAlias = dict[str, Any]
+
 _STRICT: Final = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
@@ -86,24 +107,55 @@ class Call(CallableRef):
 
     bound: Any = Field(default=None, repr=False, description="A typed value; absent where the kind needs none.")
 
-    @classmethod
-    def trusted(cls, ref: CallableRef, bound: Any = UNBOUND) -> Self:
-        """Build from a proved reference and an encoded object: validating them again would only cost time."""
-        values = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname, "member": ref.member, "bound": None}
-        given = {"kind", "module", "qualname"}
-        if ref.member is not None:
-            given.add("member")
-        if bound is not UNBOUND:
-            values["bound"] = bound
-            given.add("bound")
-        call = cls.__new__(cls)
-        _fill(call, values, given)
-        return call
-
     @property
     def has_bound(self) -> bool:
         """Whether ``bound`` is present."""
         return "bound" in self.__pydantic_fields_set__
+
+    def to_document(self) -> Document:
+        """Return the claim as ``write_json`` takes it."""
+        return call_document(self, self.bound if self.has_bound else UNBOUND)
+
+    def check_shape(self) -> None:
+        """Check that ``member`` and ``bound`` are there for the kinds that need them, and for no other.
+
+        Raises:
+            InvalidClaims: They are not.
+        """
+        given, needed = self.__pydantic_fields_set__, _MEMBERS[self.kind]
+        if given != needed:
+            if ("member" in given) is not ("member" in needed):
+                raise InvalidClaims(
+                    "call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere"
+                )
+            raise InvalidClaims(
+                "call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere"
+            )
+        if needed is not _NAMES and None in map(self.__dict__.get, needed):
+            raise InvalidClaims("the call has a null member; leave absent members out")
+
+
+_NAMES: Final = frozenset({"kind", "module", "qualname"})
+#: By kind, the members that a call has.
+_MEMBERS: Final = {
+    "function": _NAMES,
+    "class": _NAMES,
+    "instance": _NAMES | {"bound"},
+    "method": _NAMES | {"member", "bound"},
+    "classmethod": _NAMES | {"member"},
+    "builtin": _NAMES,
+    "builtin_method": _NAMES | {"member", "bound"},
+}
+
+
+def call_document(ref: CallableRef, bound: Any = UNBOUND) -> Document:
+    """Return the ``call`` claim of a proved reference and an encoded object, as ``write_json`` takes it."""
+    document: Document = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname}
+    if ref.member is not None:
+        document["member"] = ref.member
+    if bound is not UNBOUND:
+        document["bound"] = bound
+    return document
 
 
 class BlobPointer(BaseModel):
@@ -128,37 +180,33 @@ class Claims(BaseModel):
     exp: NumericDate
     aud: Audience
     cty: Literal["typed", "pickle"]
-    name: TaskName | None = None
-    call: Call | None = None
+    name: Annotated[TaskName | None, _ABSENT] = None
+    call: Annotated[Call | None, _ABSENT] = None
     # Arguments are not for logs: their repr is left out.
-    args: list[Any] | None = Field(default=None, repr=False)
-    kwargs: dict[str, Any] | None = Field(default=None, repr=False)
-    blob: BlobPointer | None = None
-    retry_of: TaskId | None = None
-    headers: dict[HeaderName, HeaderValue] | None = Field(default=None, repr=False)
-    trace: TraceParent | None = None
-
-    @classmethod
-    def trusted(cls, **values: Any) -> Self:
-        """Build from parts that were checked one by one: validating them again would only cost time."""
-        claims = cls.__new__(cls)
-        _fill(claims, {**_ABSENT_CLAIMS, **values}, set(values))
-        return claims
+    args: Annotated[list[Any] | None, _ABSENT] = Field(default=None, repr=False)
+    kwargs: Annotated[dict[str, Any] | None, _ABSENT] = Field(default=None, repr=False)
+    blob: Annotated[BlobPointer | None, _ABSENT] = None
+    retry_of: Annotated[TaskId | None, _ABSENT] = None
+    headers: Annotated[dict[HeaderName, HeaderValue] | None, _ABSENT] = Field(default=None, repr=False)
+    trace: Annotated[TraceParent | None, _ABSENT] = None
 
     @property
     def audience(self) -> tuple[str, str, str, str]:
         """Environment, queue, target and URL path."""
-        environment, queue, target, url = self.aud.split(":", 3)
-        return environment, queue, target, url
+        return split_audience(self.aud)
+
+    def to_document(self) -> Document:
+        """Return the members of the payload as ``write_json`` takes them, absent claims left out."""
+        document = {name: value for name, value in self.__dict__.items() if value is not None}
+        if self.call is not None:
+            document["call"] = self.call.to_document()
+        if self.blob is not None:
+            document["blob"] = self.blob.__dict__
+        return document
 
     def to_json(self) -> bytes:
         """Return the payload: compact JSON, absent claims left out."""
-        document = {name: value for name, value in self.__dict__.items() if value is not None}
-        if self.call is not None:
-            document["call"] = _call_json(self.call)
-        if self.blob is not None:
-            document["blob"] = self.blob.__dict__
-        return write_json(document)
+        return write_json(self.to_document())
 
     @classmethod
     def from_json(cls, payload: bytes) -> Self:
@@ -170,20 +218,17 @@ class Claims(BaseModel):
         """Parse and validate a payload whose signature was verified.
 
         Returns:
-            The claims, and whether the payload is spelled as ``write_json`` spells it.
+            The claims, and whether the payload is canonical: spelled as ``write_json`` spells it, and not deep.
 
         Raises:
             InvalidClaims: It is not strict JSON, has a duplicate, unknown, missing or null member,
                 or a member of another type or shape. The message names members, never values.
         """
         raw, canonical = _read_json(payload)
-        if type(raw) is not dict or None in raw.values():
-            raise InvalidClaims("the payload is not an object without nulls; leave absent claims out")
-        if type(raw.get("v")) is not int:  # pydantic's Literal[1] takes true and 1.0 for 1
+        if type(raw) is not dict:
+            raise InvalidClaims("the payload is not an object; mint tokens as schema/README.md says")
+        if type(raw.get("v")) is not int:  # pydantic takes true and 1.0 for the Literal 1
             raise InvalidClaims("v is not an integer; write the version of the claims as 1")
-        call = raw.get("call")
-        if type(call) is dict and None in call.values():
-            raise InvalidClaims("the call has a null member; leave absent members out")
         try:
             claims: Self = cls.__pydantic_validator__.validate_python(raw)
         except ValidationError as error:
@@ -198,24 +243,23 @@ class Claims(BaseModel):
         Raises:
             InvalidClaims: Times are out of order or too far apart, or call and blob are not alternatives.
         """
-        call, absent = self.call, self.blob is not None
-        if (call is None) is not absent or (self.args is None) is not absent or (self.kwargs is None) is not absent:
+        call = self.call
+        if call is None:
+            whole = self.args is None and self.kwargs is None and self.blob is not None
+        else:
+            whole = self.args is not None and self.kwargs is not None and self.blob is None
+            call.check_shape()
+        if not whole:
             raise InvalidClaims("claims need either call, args and kwargs, or blob alone; write one of the two")
-        if call is not None:
-            _check_call(call)
         if not self.nbf <= self.exp <= self.nbf + MAX_LIFETIME:
             raise InvalidClaims("exp must lie between nbf and 92 days after it; mint a token with such times")
 
 
-_ABSENT_CLAIMS: Final = dict.fromkeys(("name", "call", "args", "kwargs", "blob", "retry_of", "headers", "trace"))
-
-
-def _fill(model: BaseModel, values: dict[str, Any], given: set[str]) -> None:
-    """Set what pydantic keeps of a model without private attributes, as its own model_construct does, only faster."""
-    object.__setattr__(model, "__dict__", values)
-    object.__setattr__(model, "__pydantic_fields_set__", given)
-    object.__setattr__(model, "__pydantic_extra__", None)
-    object.__setattr__(model, "__pydantic_private__", None)
+@lru_cache(maxsize=256)
+def split_audience(audience: str) -> tuple[str, str, str, str]:
+    """Return the environment, queue, target and URL path of an ``aud`` claim."""
+    environment, queue, target, url = audience.split(":", 3)
+    return environment, queue, target, url
 
 
 def write_json(document: Any) -> bytes:
@@ -240,54 +284,41 @@ def _read_json(payload: bytes) -> tuple[Any, bool]:
     """Parse strict JSON: no duplicate members, NaN, BOM, lone surrogates or trailing bytes.
 
     Returns:
-        The document, and whether its text is canonical.
+        The document, and whether its text is canonical: as ``write_json`` writes it, and not deep.
 
     Raises:
         InvalidClaims: It is not strict JSON.
     """
     try:
-        raw = jiter.from_json(payload, allow_inf_nan=False)
-        if _is_canonical(raw, payload):
+        raw = orjson.loads(payload)
+        # If writing what was read gives back the text, no member of it was a duplicate and no number was rounded.
+        if orjson.dumps(raw, option=_WRITE) == payload and not _is_deep(raw, payload):
             return raw, True
+    except (ValueError, TypeError):
+        pass
+    try:
+        # What others minted may be spelled otherwise.
         return jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True), False
     except ValueError:
         # `from None`: the parser's message quotes a duplicate member's name.
         raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from None
 
 
-def _is_canonical(raw: Any, payload: bytes) -> bool:
-    """Whether writing what was read gives back the text: then no member of it was a duplicate.
-
-    What others minted may be spelled otherwise. It is read again, with every name compared.
-    """
-    try:
-        return orjson.dumps(raw, option=_WRITE) == payload
-    except TypeError:
+def _is_deep(document: Any, text: bytes) -> bool:
+    """Whether brackets may nest deeper than ``CANONICAL_BRACKETS``."""
+    # In a long text it costs as much to count brackets as to look at the document.
+    if len(text) < _LONG and text.count(b"[") + text.count(b"{") <= CANONICAL_BRACKETS:
         return False
+    level = [document]
+    for _ in range(CANONICAL_BRACKETS + 1):
+        # Lists and dicts show what they hold to the garbage collector: one step in C a level.
+        level = get_referents(*level)
+        if not level:
+            return False
+    return True
 
 
-_NEEDS_MEMBER: Final = frozenset({"method", "classmethod", "builtin_method"})
-_NEEDS_BOUND: Final = frozenset({"instance", "method", "builtin_method"})
-
-
-def _check_call(call: Call) -> None:
-    if (call.member is not None) != (call.kind in _NEEDS_MEMBER):
-        raise InvalidClaims(
-            "call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere"
-        )
-    if call.has_bound != (call.kind in _NEEDS_BOUND):
-        raise InvalidClaims(
-            "call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere"
-        )
-
-
-def _call_json(call: Call) -> dict[str, Any]:
-    document: dict[str, Any] = {"kind": call.kind, "module": call.module, "qualname": call.qualname}
-    if call.member is not None:
-        document["member"] = call.member
-    if call.has_bound:
-        document["bound"] = call.bound
-    return document
+_LONG: Final = 16_384
 
 
 def _summary(error: ValidationError) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache, partial
 from types import CoroutineType, FunctionType, MethodType
-from typing import Any, Final, Literal, Protocol, TypeVar, cast, get_type_hints
+from typing import Any, Final, Literal, Protocol, TypeVar, cast, final, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -103,13 +103,16 @@ class Codec(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@final
 class Prepared:
     """A callable and its arguments, ready to be called."""
 
-    target: Callable[..., object]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    __slots__ = ("args", "kwargs", "target")
+
+    def __init__(self, target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.target = target
+        self.args = args
+        self.kwargs = kwargs
 
     def __call__(self) -> object:
         """Call it."""
@@ -125,20 +128,21 @@ def prepare(task: VerifiedTask, codecs: Mapping[str, Codec], *, validate: Valida
         PolicyViolation: The policy does not admit what was found, or a class inside the arguments.
         CapabilityExceeded: The key that signed may not name it.
     """
-    codec = codecs.get(task.claims.cty)
+    claims, call, gate = task.claims, task.call, task.gate
+    codec = codecs.get(claims.cty)
     if codec is None:
-        raise UnresolvableCallable(f"no codec for {task.claims.cty} arguments; configure the handler as the sender")
-    bound = task.call.bound if task.call.has_bound else UNBOUND
-    target = task.gate.load_callable(task.ref) if bound is UNBOUND else None
-    call = CallData(bound=bound, args=task.claims.args or [], kwargs=task.claims.kwargs or {})
-    values = codec.decode(call, task.gate, text=task.text, canonical=task.canonical)
+        raise UnresolvableCallable(f"no codec for {claims.cty} arguments; configure the handler as the sender")
+    bound = call.bound if call.has_bound else UNBOUND
+    target = gate.load_callable(call) if bound is UNBOUND else None
+    data = CallData(bound, claims.args or [], claims.kwargs or {})
+    bound, args, kwargs = codec.decode(data, gate, text=task.text, canonical=task.canonical)
     if target is None:
-        target = task.gate.load_callable(task.ref, values.bound)
-    prepared = Prepared(target, tuple(values.args), dict(values.kwargs))
+        target = gate.load_callable(call, bound)
     try:
-        check_binds(target, prepared.args, prepared.kwargs)
+        check_binds(target, args, kwargs)
     except TypeError as error:
         raise UnresolvableCallable(f"{task.ref} takes other arguments now: {error}; deploy both ends alike") from error
+    prepared = Prepared(target, args, kwargs)
     if validate is not None:
         _check_annotations(prepared)
     return prepared

@@ -112,11 +112,12 @@ class Key:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def mac(self, message: bytes) -> bytes:
-        """Return the encoded HMAC-SHA-256 of ``message``: 43 characters of base64url."""
+    def mac(self, *message: bytes) -> bytes:
+        """Return the encoded HMAC-SHA-256 of the parts of a message: 43 characters of base64url."""
         # RFC 2104 with the two key blocks hashed beforehand: a MAC is two copies and two updates.
         inner = self._inner.copy()
-        inner.update(message)
+        for part in message:
+            inner.update(part)
         outer = self._outer.copy()
         outer.update(inner.digest())
         return encode_segment(outer.digest())
@@ -198,8 +199,8 @@ class Keyring:
 
     def sign(self, payload: bytes) -> bytes:
         """Return the token of a payload, signed with the active key."""
-        signing_input = self._prefix + encode_segment(payload)
-        return signing_input + b"." + self._active.mac(signing_input)
+        prefix, segment = self._prefix, encode_segment(payload)
+        return b"".join((prefix, segment, b".", self._active.mac(prefix, segment)))
 
     def verify(self, token: Token) -> Authenticated:
         """Verify the MAC over the raw segments, then decode the payload.
@@ -210,10 +211,13 @@ class Keyring:
             UnknownKey: No key of the ring could have written the header.
             BadSignature: The MAC does not match.
             RevokedKey: It matches, but the key is revoked.
+            MalformedToken: A segment is not canonical base64url.
         """
         key = self._headers.get(token.header)
         # The right MAC of a forged token is never a local variable: tracebacks with locals reach logs.
         matches = hmac.compare_digest((key or self._decoy).mac(token.signing_input), token.mac)
+        if key is None or not matches:
+            token.check_spelling()
         if key is None:
             raise UnknownKey("no key of this ring wrote the token's header; add the key that signs, as verify_only")
         if not matches:

@@ -131,7 +131,7 @@ class Policy:
     """
 
     __slots__ = (
-        "_checked",
+        "_admitted",
         "_deferrable",
         "_exact",
         "_found",
@@ -152,7 +152,7 @@ class Policy:
     _deferrable: bool
     _moved: Mapping[str, str]
     _metaclasses: frozenset[type]
-    _checked: dict[tuple[str, str, str, str | None], CallableRef | None]
+    _admitted: set[tuple[str, str, str, str | None]]
     _named: dict[object, Found]
     _named_classes: dict[int, FoundClass]
     _found_classes: dict[str, FoundClass]
@@ -183,7 +183,7 @@ class Policy:
         self._set("_deferrable", deferrable)
         self._set("_moved", MappingProxyType(moved))
         self._set("_metaclasses", METACLASSES | {_metaclass(item) for item in metaclasses})
-        self._set("_checked", {})
+        self._set("_admitted", set())
         self._set("_named", {})
         self._set("_found", {})
         self._set("_named_classes", {})
@@ -245,15 +245,14 @@ class Policy:
             PolicyViolation: No pattern admits it.
         """
         parts = ref.parts
-        if parts in self._checked:
-            return self._checked[parts] or ref
+        if parts in self._admitted:
+            return ref
         self._check_names(ref)
         moved = self._follow(ref)
         if moved is not ref:
             self._check_names(moved)
-        if not self._deferrable and len(self._checked) < _CACHE_SIZE:
-            # Not the reference itself: a task's own carries its bound object.
-            self._checked[parts] = None if moved is ref else moved
+        elif not self._deferrable and len(self._admitted) < _CACHE_SIZE:
+            self._admitted.add(parts)
         return moved
 
     def _check_names(self, ref: CallableRef) -> None:

@@ -180,23 +180,25 @@ class Found:
     function: FunctionType
     module: object
     namespace: dict[str, object]
+    module_name: str
+    qualname: str
     code: CodeType
     name: str
 
     @classmethod
     def of(cls, ref: CallableRef, function: FunctionType) -> Found:
         """Remember a proof that was just made."""
-        module = sys.modules[ref.module]
-        return cls(ref, function, module, _MODULE_DICT(module), function.__code__, function.__name__)
+        module, code = sys.modules[ref.module], function.__code__
+        return cls(ref, function, module, _MODULE_DICT(module), ref.module, ref.qualname, code, function.__name__)
 
     def holds(self) -> bool:
         """Whether the name still leads to this function, and the function still says this name."""
-        ref, function = self.ref, self.function
+        function, qualname, module_name = self.function, self.qualname, self.module_name
         return (
-            self.namespace.get(ref.qualname) is function
-            and sys.modules.get(ref.module) is self.module
-            and function.__qualname__ == ref.qualname
-            and function.__module__ == ref.module
+            self.namespace.get(qualname) is function
+            and sys.modules.get(module_name) is self.module
+            and function.__qualname__ == qualname
+            and function.__module__ == module_name
             # What was judged besides its name: no lambda, no generator.
             and function.__code__ is self.code
             and function.__name__ == self.name

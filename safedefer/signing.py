@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, final
 
-from safedefer.claims import LEEWAY, Claims, Limits
+from safedefer.claims import LEEWAY, Claims, Document, Limits, split_audience, write_json
 from safedefer.errors import (
     CapabilityExceeded,
     ConfigurationError,
@@ -57,8 +57,8 @@ class Signer:
         self.gate: Gate = _gate(policy, keyring.active)
         """What codecs ask: the policy within the limits of the active key."""
 
-    def sign(self, claims: Claims) -> bytes:
-        """Return the token of some claims.
+    def sign(self, claims: Document) -> bytes:
+        """Return the token of some claims: what ``Claims.to_document`` returns, or was put together from checked parts.
 
         Raises:
             TaskTooLargeError: The token is over the limit.
@@ -66,15 +66,14 @@ class Signer:
             NotDeferrable: The active key may not sign pickled arguments.
         """
         key = self._keyring.active
-        queue = claims.audience[1]
-        if key.queues is not None and queue not in key.queues:
+        if key.queues is not None and (queue := split_audience(claims["aud"])[1]) not in key.queues:
             raise UnknownQueueError(f"key {key.kid} may not sign for the queue {queue!a}; use another queue or key")
-        if claims.cty == "pickle" and not key.pickle:
+        if claims["cty"] == "pickle" and not key.pickle:
             raise NotDeferrable(
                 f"key {key.kid} may not sign pickled arguments; make it Key(..., pickle=True), or send typed ones",
                 reason="pickle-off",
             )
-        token = self._keyring.sign(claims.to_json())
+        token = self._keyring.sign(write_json(claims))
         if len(token) > self._limits.token_bytes:
             raise TaskTooLargeError(
                 f"the task is {len(token)} bytes signed, over the limit of {self._limits.token_bytes}; "

@@ -1,14 +1,15 @@
 """Framing: a compact JWS (RFC 7515, section 7.1) as three segments. Knows no keys and parses no JSON.
 
 Base64url is canonical here: no padding, no character outside the alphabet, no stray bits in the last
-character. A decoder that ignores those bits gives one signature many spellings.
+character. A decoder that ignores those bits gives one signature many spellings. Headers and MACs are
+compared as they are spelled; payloads are decoded by ``decode_segment`` only.
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple, Self
 
-from pybase64 import b64decode, urlsafe_b64encode
+from pybase64 import b64decode, b64encode
 
 from safedefer.errors import MalformedToken
 
@@ -25,7 +26,7 @@ _LAST: Final = {0: frozenset(_ALPHABET), 2: frozenset(_ALPHABET[::16]), 3: froze
 
 def encode_segment(data: bytes) -> bytes:
     """Return canonical base64url (RFC 4648, section 5, without padding)."""
-    return urlsafe_b64encode(data).rstrip(b"=")
+    return b64encode(data, b"-_").rstrip(b"=")
 
 
 def decode_segment(segment: bytes) -> bytes:
@@ -37,7 +38,7 @@ def decode_segment(segment: bytes) -> bytes:
     try:
         # The decoder takes the standard alphabet's own two characters as well.
         if _ends_canonically(segment) and b"+" not in segment and b"/" not in segment:
-            return b64decode(segment + _PADDING[len(segment) % 4], altchars=b"-_", validate=True)
+            return b64decode(segment + _PADDING[len(segment) % 4], b"-_", True)  # validate
     except ValueError:
         pass  # a character outside the alphabet
     raise MalformedToken("not canonical base64url; encode without padding and with zero unused bits")
@@ -61,33 +62,37 @@ class Token(NamedTuple):
     """The encoded payload: ``Keyring.verify`` decodes it when the MAC has matched."""
     mac: bytes
     """The encoded MAC."""
+    signing_input: bytes
+    """What the MAC is of: header, dot and payload (RFC 7515, section 5.1)."""
 
     def __repr__(self) -> str:
         """Show the header alone: logs identify, they do not quote."""
         return f"Token(header={self.header!r})"
-
-    @property
-    def signing_input(self) -> bytes:
-        """What the MAC is of (RFC 7515, section 5.1)."""
-        return self.header + b"." + self.payload
 
     @classmethod
     def parse(cls, data: bytes, *, max_bytes: int) -> Self:
         """Split a token into its segments.
 
         Raises:
-            MalformedToken: It is not bytes, is over ``max_bytes``, or is not three canonical base64url segments.
+            MalformedToken: It is not bytes, is over ``max_bytes``, or is not three segments of possible lengths.
         """
         if type(data) is not bytes:
             raise MalformedToken("a token is bytes; send what serialize() returned")
         if len(data) > max_bytes:
             raise MalformedToken("the token is over the size limit; pass an id instead of the data")
-        segments = data.split(b".", 3)
-        if len(segments) != 3:  # noqa: PLR2004  # header, payload, MAC
+        signing_input, _, mac = data.rpartition(b".")
+        header, dot, payload = signing_input.partition(b".")
+        if not dot or b"." in payload:
             raise MalformedToken("a token is three segments joined by dots; send what serialize() returned")
-        header, payload, mac = segments
         if len(header) > _MAX_HEADER or not payload or len(mac) != MAC_CHARS:
             raise MalformedToken("a segment of the token has an impossible length; send what serialize() returned")
-        if not (is_canonical(header) and is_canonical(payload) and is_canonical(mac)):
+        return cls(header, payload, mac, signing_input)
+
+    def check_spelling(self) -> None:
+        """Say so if a token that no key wrote is not even base64url. What a key wrote is.
+
+        Raises:
+            MalformedToken: A segment is not canonical.
+        """
+        if not (is_canonical(self.header) and is_canonical(self.payload) and is_canonical(self.mac)):
             raise MalformedToken("a segment of the token is not canonical base64url; send what serialize() returned")
-        return cls(header, payload, mac)

@@ -7,13 +7,14 @@ each level of the tree is judged at once by the set of its types.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from gc import get_referents
 from itertools import chain, cycle, repeat
 from math import isfinite
 from operator import is_
 from types import NoneType
 from typing import Any, Final
 
-from safedefer.claims import Limits, write_json
+from safedefer.claims import CANONICAL_BRACKETS, Limits, write_json
 from safedefer.codecs.walk import SAFE_INT, is_text
 
 _PLAIN: Final[tuple[type, ...]] = (str, int, float, bool, NoneType, list, dict)
@@ -27,14 +28,14 @@ _HANDFUL: Final = 16
 _Group = Sequence[Any]
 
 
-def are_few_scalars(args: list[Any], kwargs: dict[str, Any], limits: Limits) -> bool:
+def are_few_scalars(args: _Group, kwargs: dict[str, Any], limits: Limits) -> bool:
     """Say whether the arguments are a handful of ASCII texts, plain numbers, bools and None: the commonest tasks.
 
     False is only "not certainly".
     """
-    if len(args) + len(kwargs) > min(_HANDFUL, limits.items):
+    if len(args) + len(kwargs) > _HANDFUL or limits.items < _HANDFUL:
         return False
-    for value in args if not kwargs else (*args, *kwargs.values()):
+    for value in (*args, *kwargs.values()) if kwargs else args:
         kind = type(value)
         if kind is str:
             if not value.isascii():
@@ -44,7 +45,10 @@ def are_few_scalars(args: list[Any], kwargs: dict[str, Any], limits: Limits) -> 
                 return False
         elif value is not None and kind is not bool:
             return False
-    return all(type(name) is str and name.isascii() and name[:1] != "$" for name in kwargs)
+    for name in kwargs:  # noqa: SIM110  # a generator costs more than the loop
+        if type(name) is not str or not name.isascii() or name[:1] == "$":
+            return False
+    return True
 
 
 def written_plainly(args: list[Any], kwargs: dict[str, Any], limits: Limits) -> tuple[bytes, bytes] | None:
@@ -96,10 +100,10 @@ def is_plain(values: _Group, limits: Limits, *, to_be_written: bool = False) -> 
             return False
         if dicts and not to_be_written and not _names_are_plain(dicts):
             return False
-        items += sum(map(len, lists)) + sum(map(len, dicts))
+        groups = [*_columns(lists), *(_columns_of_rows(dicts) or _columns(list(map(dict.values, dicts))))]
+        items += sum(map(len, groups))
         if items > limits.items:
             return False
-        groups = [*_columns(lists), *_columns(list(map(dict.values, dicts)))]
     return False
 
 
@@ -110,6 +114,8 @@ def _sort(  # noqa: C901 - one branch a type
     if len(group) < _FEW:
         return _sort_few(group, lists, dicts)
     kind: type = type(group[0])
+    if to_be_written and ((kind is str and _are_texts(group)) or (kind is NoneType and _are_none(group))):
+        return True
     # Types are compared by identity: a set of them would run the hash of a user's metaclass.
     if all(map(is_, map(type, group), repeat(kind))):
         if kind is list:
@@ -204,6 +210,29 @@ def _columns(containers: Sequence[Any]) -> list[_Group]:
     return [flat] if flat else []
 
 
+def _columns_of_rows(dicts: Sequence[dict[str, Any]]) -> list[_Group]:
+    """Split the values of dicts of one length into columns, without a step in Python for each; empty if they differ."""
+    if len(dicts) < _COLUMNS or not 1 < (size := len(dicts[0])) <= _COLUMNS:
+        return []
+    # What a dict shows to the garbage collector are its values; were it more or less, their number would tell.
+    values = get_referents(*dicts)
+    if len(values) != size * len(dicts) or set(map(len, dicts)) != {size}:
+        return []
+    return [values[column::size] for column in range(size)]
+
+
+def _are_none(group: _Group) -> bool:
+    return all(map(is_, group, repeat(None)))
+
+
+def _are_texts(group: _Group) -> bool:
+    try:
+        "".join(group)
+    except TypeError:
+        return False
+    return True
+
+
 # --- The text that a tree was parsed from ---------------------------------------------------------
 
 # Digits and the plus of an exponent become 0, and whatever may stand before a number becomes a comma.
@@ -215,7 +244,9 @@ _NO_BRACKETS: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
 def may_hold_tags(text: bytes) -> bool:
     """Say whether the JSON text may hold a member name that begins with ``$``."""
     # One byte first: to search for it is several times faster than for two.
-    return (b"$" in text and b'"$' in text) or (b"\\" in text and rb"\u0024" in text)
+    if b"$" not in text and b"\\" not in text:
+        return False
+    return b'"$' in text or rb"\u0024" in text
 
 
 def may_break_limits(text: bytes, limits: Limits, *, canonical: bool = False) -> bool:
@@ -226,15 +257,15 @@ def may_break_limits(text: bytes, limits: Limits, *, canonical: bool = False) ->
     Args:
         text: The text.
         limits: ``depth`` and ``items``.
-        canonical: The text is what ``write_json`` writes, which holds plain numbers only.
+        canonical: ``Claims.read`` said that the text is: then it holds plain numbers only, and is not deep.
     """
     # A value takes at least two bytes of text.
     if len(text) > 2 * limits.items and text.count(b"[") + text.count(b"{") + text.count(b",") > limits.items:
         return True
+    if canonical and limits.depth >= CANONICAL_BRACKETS - 2:
+        return False
     if len(text) > limits.depth and _may_be_deep(text, limits.depth):
         return True
-    if canonical:
-        return False
     shape = text.translate(_SHAPE)
     # An integer beyond 2**53-1 has at least 16 digits; an infinity has that many too, or an exponent of three.
     return b",0000000000000000" in shape or b"0e000" in shape

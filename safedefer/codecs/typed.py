@@ -78,12 +78,12 @@ class TypedCodec:
         Raises:
             UnencodableArgument: As ``encode``.
         """
-        args, kwargs = list(call.args), call.kwargs
-        if call.bound is not UNBOUND:
+        bound, args, kwargs = call
+        if bound is not UNBOUND:
             return self.encode(call, gate)
         if are_few_scalars(args, kwargs, self._limits):
-            return CallData(UNBOUND, args, kwargs)
-        texts = written_plainly(args, kwargs, self._limits)
+            return call
+        texts = written_plainly(list(args), kwargs, self._limits)
         if texts is None:
             return self._walk(call, gate)
         return CallData(UNBOUND, orjson.Fragment(texts[0]), orjson.Fragment(texts[1]))
@@ -123,7 +123,7 @@ class TypedCodec:
             call: The trees as jiter parsed them, duplicate names refused; ``bound`` may be ``UNBOUND``.
             gate: Finds the classes and callables that they name.
             text: The JSON text that they were parsed from; it may hold more than them.
-            canonical: The text is the one that ``write_json`` writes.
+            canonical: ``Claims.read`` said that the text is.
 
         Returns:
             The values. Plain trees are returned as they are.

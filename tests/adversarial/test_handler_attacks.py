@@ -15,6 +15,7 @@ import tracemalloc
 import zlib
 
 import jiter
+import orjson
 import pytest
 from aiohttp import web
 
@@ -63,6 +64,7 @@ def no_parser(monkeypatch):
 
     for place, name in (
         (jiter, "from_json"),
+        (orjson, "loads"),
         (json, "loads"),
         (Claims, "from_json"),
         (safedefer.keys, "decode_segment"),

@@ -137,7 +137,7 @@ def claims(call, **changes):
         "v": 1, "jti": "a" * 32, "iat": NOW, "nbf": NOW, "exp": NOW + 100, "aud": "prod:default:default:/u", "cty": "typed",
         "call": call, "args": [], "kwargs": {},
     }  # fmt: skip
-    return Claims.model_validate(shape | changes)
+    return Claims.model_validate(shape | changes).to_document()
 
 
 def call(module="zoo_shop.tasks", qualname="send", kind="function", **more):

@@ -40,7 +40,7 @@ CLAIMS = Claims.model_validate({
     "v": 1, "jti": "a" * 32, "iat": NOW, "nbf": NOW, "exp": NOW + 100, "aud": "prod:default:default:/u", "cty": "typed",
     "call": {"kind": "function", "module": "tests.zoo.callables", "qualname": "function"}, "args": ["é", 1, None], "kwargs": {"a": [True]},
 })  # fmt: skip
-TOKEN = Signer(RING, POLICY, limits=LIMITS).sign(CLAIMS)
+TOKEN = Signer(RING, POLICY, limits=LIMITS).sign(CLAIMS.to_document())
 
 
 def parse(data):

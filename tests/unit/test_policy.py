@@ -648,7 +648,7 @@ def test_the_memory_of_a_policy_is_bounded(monkeypatch):
     policy = Policy(ZOO)
     for number in range(10):
         policy.check(ref(f"{ZOO}:f{number}"))
-    assert len(policy._checked) == 3
+    assert len(policy._admitted) == 3
     policy = Policy("tests.zoo.*")
     functions = [zoo.function, zoo.coroutine, zoo.decorated, zoo.Function, zoo.claimed]
     for function in functions * 2:

@@ -58,7 +58,7 @@ def test_a_token_is_three_segments():
 ])  # fmt: skip
 def test_what_is_not_three_canonical_segments_is_malformed(data, why):
     with pytest.raises(MalformedToken, match=why) as caught:
-        Token.parse(data, max_bytes=100 if why == "size limit" else 600)
+        Token.parse(data, max_bytes=100 if why == "size limit" else 600).check_spelling()
     assert "; " in str(caught.value)
 
 
