@@ -330,7 +330,8 @@ class App:
         try:
             await self.outbox.put_async(queued)
         except AlreadyWaiting as error:
-            return self._waiting_with(error) or await asyncio.to_thread(self._waiting, error)
+            ours = self._waiting_with(error)
+            return await asyncio.to_thread(self._waiting, error) if ours is None else ours
         self._tell(queued)
         return replace(task, was_enqueued=False)
 

@@ -5,9 +5,16 @@ Every ``type: ignore`` is an error that must be found: ``warn_unused_ignores`` f
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import UTC, datetime
 from typing import assert_type
+
+import psycopg
+from psycopg.rows import TupleRow
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from safedefer import App, Deferral, Task, TaskContext, TaskRetryOptions, current_task, deferrable, deferred
 from safedefer.delivery import Response
@@ -74,6 +81,26 @@ async def the_async_forms_are_the_same(app: App) -> None:
     assert_type(await app.options(queue="mail").defer_async(send_later, 1), Task)
     await app.defer_async(send, "1")  # type: ignore[arg-type]
     assert_type(await app.handle({}, b""), Response)
+
+
+def a_block_is_of_the_kind_of_its_connection(
+    app: App, lite: sqlite3.Connection, pg: psycopg.Connection[TupleRow], session: Session
+) -> None:
+    assert_type(app.transaction(lite), AbstractContextManager[None])
+    assert_type(app.transaction(pg), AbstractContextManager[None])
+    with app.transaction(session), app.once(session, "charge-42") as first:
+        assert_type(first, bool)
+    app.once(pg, 42)  # type: ignore[call-overload]
+
+
+async def a_block_is_awaited_where_its_connection_is(
+    app: App, pg: psycopg.AsyncConnection[TupleRow], session: AsyncSession
+) -> None:
+    assert_type(app.transaction(pg), AbstractAsyncContextManager[None])
+    async with app.transaction(session), app.once(session) as first:
+        assert_type(first, bool)
+    with app.transaction(session):  # type: ignore[attr-defined]
+        pass
 
 
 def the_drop_in_module_takes_what_the_original_took() -> None:
