@@ -24,17 +24,14 @@ at capacity, shutting down                              503     ``busy``
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import os
-import secrets
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final
 
-from safedefer.batches import Batches
 from safedefer.blobs import BlobStore
+from safedefer.books import Books
 from safedefer.errors import (
     ExpiredTask,
     InvalidArguments,
@@ -47,8 +44,7 @@ from safedefer.errors import (
 )
 from safedefer.events import Observer, RequestRefused, is_heard, notify
 from safedefer.execution import Codec, Interrupted, Outcome, Result, Validate, execute
-from safedefer.keeper import Keeper
-from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, Ledger
+from safedefer.ledger import Admission, EndState, Execution, Ledger
 from safedefer.messages import (
     CONTENT_TYPE,
     CONTENT_TYPES,
@@ -79,13 +75,7 @@ __all__ = [
 _log: Final = logging.getLogger("safedefer")
 
 _REFUSED_BODY: Final = b"refused\n"
-#: Seconds between two tries to write down how a run ended.
-_STORE_AGAIN: Final = 0.25
-#: Storage has threads of its own: a task that blocks must not keep its neighbour's end from being written.
 _STORAGE_THREADS: Final = 4
-
-#: What ``Ledger.finish`` takes.
-_End: TypeAlias = tuple[Execution, EndState, AttemptRecord]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +118,6 @@ class Delivery:
     ) -> None:
         self._verifier = verifier
         self._codecs = codecs
-        self._ledger = ledger
         self._blobs = blobs
         self._clock = clock
         self._observer = observer
@@ -138,13 +127,9 @@ class Delivery:
         self._draining = False
         self._idle = asyncio.Event()
         self._threads = Threads(options.concurrency, "safedefer-task")
+        # Storage has threads of its own: a task that blocks must not keep its neighbour's end from being written.
         self._storage = Threads(_STORAGE_THREADS, "safedefer-ledger")
-        self._begin: Batches[Execution, Admission] = Batches(self._storage, self._begin_many)
-        self._end: Batches[_End, bool] = Batches(self._storage, self._end_many, orphaned=self._orphaned)
-        self._keeper = Keeper(ledger, self._storage, clock=clock, seconds=options.lease_seconds)
-        self._late: set[asyncio.Task[None]] = set()
-        self._name = secrets.token_hex(8)
-        self._numbers = itertools.count()
+        self._books = Books(ledger, self._storage, clock=clock, seconds=options.lease_seconds)
 
     @property
     def max_bytes(self) -> int:
@@ -251,8 +236,8 @@ class Delivery:
             else:
                 task = verified
             run.task = task
-            execution = run.ask(self._owner())
-            admission = await self._begin(execution)
+            execution = run.ask(self._books.owner())
+            admission = await self._books.begin(execution)
             if admission is not Admission.RUN:
                 return self._not_admitted(run, admission)
             return await self._run(run, task, execution)
@@ -274,20 +259,10 @@ class Delivery:
 
     async def _missing_blob(self, run: Run) -> Response:
         # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.
-        admission = await self._begin(run.ask(self._owner()))
+        admission = await self._books.begin(run.ask(self._books.owner()))
         if admission is not Admission.RUN:
             return self._not_admitted(run, admission)
         return await self._rejected(run, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
-
-    def _owner(self) -> str:
-        # With the process: a forked one has the same name and numbers.
-        return f"{self._name}-{os.getpid()}-{next(self._numbers)}"
-
-    def _begin_many(self, executions: list[Execution]) -> Sequence[Admission]:
-        return self._ledger().begin_many(executions, now=self._clock(), lease=self._options.lease_seconds)
-
-    def _end_many(self, ends: list[_End]) -> Sequence[bool]:
-        return self._ledger().finish_many(ends)
 
     def _not_admitted(self, run: Run, admission: Admission) -> Response:
         if admission is Admission.DUPLICATE:
@@ -299,7 +274,7 @@ class Delivery:
     # --- The run and its end ---
 
     async def _run(self, run: Run, task: VerifiedTask, execution: Execution) -> Response:
-        self._keeper.add(execution)
+        self._books.keeper.add(execution)
         try:
             outcome = await execute(
                 task, self._codecs, run.context(task), in_thread=self._threads, validate=self._options.validate
@@ -310,7 +285,7 @@ class Delivery:
             await self._finish(run, execution, Outcome(result=Result.RETRY, reason="cancelled"), None)
             raise
         finally:
-            self._keeper.remove(execution)
+            self._books.keeper.remove(execution)
         status, outcome_name = _STATUS[outcome.result]
         if outcome.reason == SingularTaskFailure.slug:
             status = 408
@@ -322,32 +297,7 @@ class Delivery:
     async def _finish(self, run: Run, execution: Execution, outcome: Outcome, status: int | None) -> None:
         """Write down how a run ended, before the answer goes out: also if the caller hangs up meanwhile."""
         record = run.record(_STATUS[outcome.result][1], status, outcome.reason, outcome.error, ended=self._clock())
-        end = (execution, _END[outcome.result], record)
-        try:
-            await self._end(end)  # what is cancelled here is written all the same
-        except QueueUnavailable as error:
-            await asyncio.shield(self._finish_late(end, error))
-
-    async def _finish_late(self, end: _End, error: BaseException) -> None:
-        """Try again: the disk is full, say. Late is better than run again, as long as nobody else may run it."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._options.lease_seconds
-        while isinstance(error, QueueUnavailable) and loop.time() + _STORE_AGAIN <= deadline:
-            await asyncio.sleep(_STORE_AGAIN)
-            try:
-                await self._end(end)
-            except QueueUnavailable as again:
-                error = again
-            else:
-                return
-        raise error
-
-    def _orphaned(self, end: _End, error: BaseException) -> None:
-        """Go on where the caller has hung up, and the end of its run was not written down."""
-        late = asyncio.get_running_loop().create_task(self._finish_late(end, error))
-        self._late.add(late)
-        late.add_done_callback(self._late.discard)
-        late.add_done_callback(_forget)
+        await self._books.finish((execution, _END[outcome.result], record))
 
     async def _rejected(self, run: Run, error: RejectedTask) -> Response:
         if not error.authentic:
@@ -360,10 +310,10 @@ class Delivery:
         if run.execution is not None:
             end = EndState.FAILED if failed else EndState.RETRY
             record = run.record(outcome, status, error.slug, error, ended=self._clock())
-            await self._end((run.execution, end, record))
+            await self._books.end((run.execution, end, record))
         elif run.identity is not None:
             record = run.record(outcome, status, error.slug, error, ended=self._clock())
-            await self._storage(partial(self._ledger().record, record))
+            await self._books.record(record)
         return self._answer(run, status, outcome, error.slug)
 
     # --- Answers ---
@@ -403,9 +353,3 @@ _END: Final = {
 }
 #: Found while the arguments were decoded, yet answered like any token that is not for us.
 _UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})
-
-
-def _forget(task: asyncio.Task[None]) -> None:
-    """Take notice of how a task ended, which nobody else does."""
-    if not task.cancelled():
-        task.exception()

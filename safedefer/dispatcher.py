@@ -24,12 +24,11 @@ from typing import Final, TypeVar
 
 from safedefer.attempts import attempt_headers
 from safedefer.claims import TaskRetryOptions
+from safedefer.courier import Courier
 from safedefer.deliveries import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
 from safedefer.errors import InvalidTaskRetryOptionsError, QueueError
 from safedefer.leases import Leases, name_of
-from safedefer.messages import OUTCOME_HEADER, Answer, read_answer
-from safedefer.places import Places
-from safedefer.queues.base import Lease, PullQueue, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import Lease, PullQueue
 from safedefer.queues.rates import QueueLimits
 from safedefer.threads import Threads
 from safedefer.verdicts import (
@@ -43,10 +42,6 @@ from safedefer.verdicts import (
     give_back,
     gives_up,
     judge,
-    judge_answer,
-    judge_failure,
-    judge_rejection,
-    wait_asked_for,
 )
 
 __all__ = [
@@ -74,8 +69,6 @@ _log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: Leasing, settling, prolonging, and what is asked now and then.
 _THREADS: Final = 4
-#: The first hold of a queue whose handler is at capacity; it doubles with each such answer in a row.
-_BUSY_SECONDS: Final = 0.02
 #: How far ahead of free places tasks are leased, in seconds of the work that was done of late.
 _AHEAD_SECONDS: Final = 0.02
 #: And in times that a lease took of late, so that there is work while the next one is under way.
@@ -109,6 +102,7 @@ class _State:
     """What is under way, in one ``run``."""
 
     leases: Leases
+    courier: Courier
     ended: deque[float]
     """When the last deliveries ended, as many as may run at once."""
     ready: deque[Lease] = field(default_factory=deque)
@@ -124,9 +118,6 @@ class _State:
     """Whether the last look at the queue found less than was asked for."""
     configured: bool = False
     """Whether the limits are in force."""
-    busy: dict[str, int] = field(default_factory=dict)
-    """Answers in a row that asked a queue to wait."""
-    places: Places = field(default_factory=Places)
 
     @property
     def idle(self) -> bool:
@@ -175,7 +166,8 @@ class Dispatcher:
             patience=options.drain_seconds,
             makes_room=any(limits.max_concurrent is not None for limits in options.limits or ()),
         )
-        return _State(leases, deque(maxlen=options.concurrency))
+        courier = Courier(self._queue, self._deliver, self._in_thread, clock=self._clock, rng=self._random)
+        return _State(leases, courier, deque(maxlen=options.concurrency))
 
     def stop(self) -> None:
         """Lease nothing more, finish what is being delivered, then return from ``run``."""
@@ -274,7 +266,7 @@ class Dispatcher:
     def _wanted(self) -> int:
         """How many tasks to lease now: for the free places, and a little ahead where tasks are short."""
         state = self._state
-        if state.places and state.places.pause(now=self._clock()) > 0:
+        if state.courier.places and state.courier.places.pause(now=self._clock()) > 0:
             return 0
         free = self._options.concurrency - len(state.deliveries)
         ahead = 0 if state.dry else self._ahead()
@@ -295,7 +287,7 @@ class Dispatcher:
         """Sleep until a place is free, a task falls due, or one is enqueued by whatever process."""
         self._changed.clear()
         state, now = self._state, self._clock()
-        if state.places and (pause := state.places.pause(now=now)) > 0:
+        if state.courier.places and (pause := state.courier.places.pause(now=now)) > 0:
             await self._sleep(pause)
         elif state.ready or len(state.deliveries) >= self._options.concurrency:
             await self._sleep(self._options.poll_seconds)
@@ -324,7 +316,7 @@ class Dispatcher:
 
     async def _deliver_one(self, lease: Lease) -> None:
         try:
-            self._state.leases.settle(lease, await self._settlement(lease))
+            self._state.leases.settle(lease, await self._state.courier.settlement(lease))
         except asyncio.CancelledError:
             # The drain is over. Whether it ran, and still runs, is for the ledger to say.
             self._state.leases.settle(lease, give_back(lease, now=self._clock()))
@@ -339,76 +331,6 @@ class Dispatcher:
         self._start()
         if len(state.ready) <= state.few:
             self._changed.set()
-
-    async def _settlement(self, lease: Lease) -> Settlement:
-        jitter = self._random.random()
-        try:
-            places = self._state.places
-            if places and (settlement := places.put_off(self._place(lease.task), now=self._clock())) is not None:
-                return settlement
-            return await self._attempt(lease, jitter)
-        except Exception as error:  # noqa: BLE001  # see below
-            # A row that somebody wrote into the storage, say: it counts as refused, and its neighbours go on.
-            _log.error("task %a cannot be delivered (%s); look at what is stored of it", lease.task.id, name_of(error))
-            return judge_rejection(lease, None, "refused", now=self._clock(), jitter=jitter)
-
-    async def _attempt(self, lease: Lease, jitter: float) -> Settlement:
-        task, places = lease.task, self._state.places
-        down = places.probe(self._place(task)) if places else None
-        try:
-            response = await self._deliver(task, attempt_headers(lease))
-        except Unreachable as error:
-            return places.missed(error, now=self._clock(), jitter=jitter)
-        except Interrupted:
-            places.found(self._place(task))
-            return judge_failure(lease, None, now=self._clock(), jitter=jitter)
-        finally:
-            if down is not None:
-                down.probing = False
-        if places:
-            places.found(self._place(task))
-        answer = read_answer(response)
-        settlement = judge_answer(lease, answer, now=self._clock(), jitter=jitter)
-        await self._slow(task.queue, answer)
-        if settlement.verdict is Verdict.DONE:
-            if answer.outcome is None:
-                self._warn(task, answer)
-        elif settlement.verdict is Verdict.DEAD and settlement.reason in {None, "rejected"}:
-            return replace(settlement, reason=await self._recorded_reason(task.id) or settlement.reason)
-        return settlement
-
-    def _warn(self, task: QueuedTask, answer: Answer) -> None:
-        _log.warning(
-            "%s answered %d without %s, which counts as done; if it is no handler, correct the address",
-            self._place(task),
-            answer.status,
-            OUTCOME_HEADER,
-        )
-
-    async def _slow(self, queue: str, answer: Answer) -> None:
-        """Hold a queue whose handler asks for it; our own at capacity, at first for a moment only."""
-        seconds = wait_asked_for(answer)
-        if seconds is None:
-            if self._state.busy:
-                self._state.busy.pop(queue, None)
-            return
-        times = self._state.busy[queue] = self._state.busy.get(queue, 0) + 1
-        if answer.outcome == "busy":
-            seconds = min(seconds, _BUSY_SECONDS * 2 ** min(times, 10))
-        now = self._clock()
-        try:
-            await self._in_thread(partial(self._queue.hold, queue, until=now + seconds, now=now))
-        except QueueError as error:
-            _log.error("the queue %a cannot be held (%s)", queue, name_of(error))
-
-    async def _recorded_reason(self, task_id: str) -> str | None:
-        """Return what the handler wrote down of the attempt before it answered."""
-        view = await self._in_thread(partial(self._queue.find, task_id))
-        return view.records[-1].reason if view is not None and view.records else None
-
-    def _place(self, task: QueuedTask) -> str:
-        place: Callable[[QueuedTask], str] | None = getattr(self._deliver, "place", None)
-        return "" if place is None else place(task)
 
     # --- The end ---
 

@@ -540,7 +540,6 @@ async def test_a_stop_finishes_what_is_delivered_and_leases_nothing_more():
 async def test_what_was_leased_ahead_is_given_back_untouched():
     queue = MemoryQueue()
     queue.enqueue_many([task_of(n) for n in range(1, 301)])
-    dispatcher = dispatch(queue, Handler(), concurrency=4)
     most = 0
 
     async def quick(task):
@@ -550,7 +549,7 @@ async def test_what_was_leased_ahead_is_given_back_untouched():
             dispatcher.stop()
         return answer(200, "succeeded")
 
-    dispatcher._deliver = Handler(quick)
+    dispatcher = dispatch(queue, Handler(quick), concurrency=4)
     await dispatcher.run()
     assert most > 0
     waiting = queue.tasks(states=[TaskState.WAITING], limit=1000)
