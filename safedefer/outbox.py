@@ -497,6 +497,7 @@ class Outbox:
 
     def start(self) -> None:
         """Sweep now and then, from now on: for processes that dispatch."""
+        self._relay.tireless = True
         self._relay.expect()
 
     def close(self) -> None:

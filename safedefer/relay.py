@@ -30,6 +30,9 @@ _log: Final = logging.getLogger("safedefer.outbox")
 _BATCH: Final = 100
 #: Seconds between two looks at an outbox in which nothing is expected.
 _SWEEP_SECONDS: Final = 2.0
+#: The same in a process that has left nothing there for so long: another one may have died.
+_IDLE_SECONDS: Final = 30.0
+_IDLE_AFTER: Final = 600.0
 #: Seconds between the first looks for what a transaction of the user's may have committed meanwhile.
 _FIRST_LOOK: Final = 0.01
 #: Seconds between two looks while transactions are open: a connection may begin another one at once.
@@ -129,6 +132,8 @@ class Relay:
     def __init__(self, queue: Callable[[], Queue]) -> None:
         self._queue = queue
         self._openers: dict[str, Opener] = {}
+        self.tireless = False
+        """Whether looking after what others have left is this process's business."""
         self._begin()
         # Here: the registry of forks is with the queue's file.
         from safedefer.queues.sqlite_connection import register_fork  # noqa: PLC0415
@@ -143,6 +148,7 @@ class Relay:
         self._closed = False
         self._open: list[tuple[Source, float]] = []
         self._patient_until: float | None = None
+        self._last = time.monotonic()
 
     def add(self, identity: str, opener: Opener) -> None:
         """Take note of a database."""
@@ -158,6 +164,7 @@ class Relay:
             if source is not None:
                 self._open.append((source, time.monotonic() + _SWEEP_SECONDS))
             self._expected = self._expected or source is None or source.dialect == "sqlite"
+            self._last = time.monotonic()
             self._changed.notify()
             if self._thread is None and not self._closed:
                 # The thread must not keep its owner alive.
@@ -189,6 +196,12 @@ class Relay:
                     return True
             self._patient_until = None
             return False
+
+    @property
+    def longest_pause(self) -> float:
+        """Seconds between two looks, at most: a look at a server is a connection."""
+        idle = not self.tireless and time.monotonic() > self._last + _IDLE_AFTER
+        return _IDLE_SECONDS if idle else _SWEEP_SECONDS
 
     @property
     def closed(self) -> bool:
@@ -253,7 +266,7 @@ def _sweep_loop(reference: weakref.ref[Relay]) -> None:
     while (this := reference()) is not None and not this.closed:
         if not this.too_early():
             this.sweep()
-            pause = _FIRST_LOOK if this.rest(pause) else min(pause * 2, _SWEEP_SECONDS)
+            pause = _FIRST_LOOK if this.rest(pause) else min(pause * 2, this.longest_pause)
         del this
 
 

@@ -176,19 +176,45 @@ class SQLAlchemySource:
             run_now(work)
 
     def reopen(self) -> Opener | None:
-        """Take another connection from the engine."""
+        """Connect as the engine does."""
         return open_engine(self._engine)
 
 
 def open_engine(engine: Any) -> Opener | None:
     """Return how to connect to an engine's database; None if it is in memory and its connections are awaited."""
-    if engine.dialect.is_async:
-        return None if _is_in_memory(engine) else _open_async(engine)
+    if _is_in_memory(engine):
+        return None if engine.dialect.is_async else _open_shared(engine)
+    return _open_async(engine) if engine.dialect.is_async else _open_own(engine)
 
+
+def _open_shared(engine: Any) -> Opener:
     @asynccontextmanager
     async def connect() -> AsyncIterator[Source]:
         with engine.connect() as connection:
             yield SQLAlchemySource(connection, engine)
+
+    return Opener(connect)
+
+
+# What connects is the user's engine's. But its pool may have nothing left to give, or be of another loop; and a
+# connection must not be kept: it would be carried across a fork.
+
+
+def _open_own(engine: Any) -> Opener:
+    made: list[Any] = []
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[Source]:
+        import sqlalchemy as sa  # noqa: PLC0415 - see above
+
+        if not made:
+            made.append(sa.create_engine(engine.url, pool=engine.pool.recreate()))
+        (own,) = made
+        try:
+            with own.connect() as connection:
+                yield SQLAlchemySource(connection, own)
+        finally:
+            own.dispose()
 
     return Opener(connect)
 
@@ -198,7 +224,6 @@ def _open_async(engine: Any) -> Opener:
     async def connect() -> AsyncIterator[Source]:
         from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - see above
 
-        # What connects is the user's engine's, and its connections are this loop's: those of its pool are of another.
         own = create_async_engine(engine.url, pool=engine.pool.recreate())
         try:
             async with own.connect() as connection:
@@ -218,7 +243,7 @@ def open_url(url: str) -> tuple[str, Opener]:
     try:
         import sqlalchemy as sa  # noqa: PLC0415 - optional: only for who uses it
 
-        engine = sa.create_engine(url, poolclass=sa.pool.NullPool)  # open only while it is used, because of forks
+        engine = sa.create_engine(url)
         opener = open_engine(engine)
         identity = _identity(engine)
     except Exception as error:

@@ -12,10 +12,12 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import asyncpg
 import psycopg
 import pytest
+import sqlalchemy
 
 from safedefer.connections import opener_of, source_of
 from safedefer.dispatcher import Dispatcher, InProcessDelivery
@@ -728,6 +730,13 @@ def test_a_pipeline_is_refused(database, outbox):
             pass
 
 
+def test_psycopg2_is_told_what_to_do_instead(outbox, monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg2", SimpleNamespace(extensions=SimpleNamespace(connection=Database)))
+    connection = object.__new__(Database)
+    with pytest.raises(BadTransactionStateError, match="use psycopg 3"), outbox.transaction(connection):
+        pass
+
+
 def test_a_lost_connection_is_not_said_to_be_committed(database, outbox):
     connection = psycopg.connect(database.dsn)
     with pytest.raises(BadTransactionStateError, match="was closed"), outbox.transaction(connection):
@@ -848,6 +857,27 @@ def test_what_was_enqueued_and_not_deleted_is_not_enqueued_again(database, outbo
         outbox.put(waits, new)
     assert waiting(queue) == {waits.id, new.id}
     assert database.count("safedefer_outbox") == 0
+
+
+def test_a_process_that_has_left_nothing_for_long_looks_less_often(outbox, monkeypatch):
+    assert outbox._relay.longest_pause == 2.0
+    monkeypatch.setattr("safedefer.relay._IDLE_AFTER", -1.0)
+    outbox._relay.expect()
+    assert outbox._relay.longest_pause == 30.0
+    outbox.start()
+    assert outbox._relay.longest_pause == 2.0
+
+
+def test_a_pool_that_has_no_connection_left_is_not_waited_for(database, outbox, queue):
+    engine = sqlalchemy.create_engine(
+        database.dsn.replace("postgresql:", "postgresql+psycopg:"), pool_size=1, max_overflow=0, pool_timeout=60
+    )
+    with engine.connect() as connection:
+        for _ in range(3):
+            with outbox.transaction(connection):
+                outbox.put(make_task())
+    assert len(queue.tasks()) == 3
+    engine.dispose()
 
 
 def test_two_relays_at_once_enqueue_every_task_once(database, queue):

@@ -1,0 +1,76 @@
+"""The examples of ``docs/how-to/transactions.md``, run as they stand."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+from pathlib import Path
+
+import psycopg
+import pytest
+from django.db import connections
+
+from safedefer.errors import TaskAlreadyExistsError
+from safedefer.queues.memory import MemoryQueue
+from safedefer.queues.postgres import PostgresQueue, migrate
+from tests.postgres.server import fresh_database, shared_server
+from tests.postgres.users import configure_django
+from tests.sample_tasks import add as send_receipt
+from tests.unit.apps import make_app
+
+PAGE = (Path(__file__).absolute().parents[2] / "docs" / "how-to" / "transactions.md").read_text()
+SQL = re.findall(r"^```sql\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+#: Names are for the queue's own database.
+CASES = [
+    (number, queue)
+    for number, example in enumerate(EXAMPLES)
+    for queue in ("own database", "outbox")
+    if queue != "outbox" or "name=" not in example
+]
+
+
+@pytest.fixture(scope="module")
+def dsn():
+    server = shared_server()
+    with fresh_database(server) as name:
+        migrate(server.dsn(name))
+        with psycopg.connect(server.dsn(name)) as connection:
+            connection.execute("CREATE TABLE orders (id int); CREATE TABLE accounts (balance int)")
+            connection.execute(SQL[0])  # as a migration would
+        yield server.dsn(name)
+
+
+def run(example, names):
+    code = compile(example, "transactions.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if code.co_flags & inspect.CO_COROUTINE:
+        asyncio.run(eval(code, names))
+    else:
+        exec(code, names)
+
+
+@pytest.mark.parametrize(("number", "queue"), CASES)
+def test_an_example_does_what_it_says(number, queue, dsn):
+    example = EXAMPLES[number]
+    app = make_app(queue=MemoryQueue() if queue == "outbox" else PostgresQueue(dsn))
+    configure_django(dsn)
+    before = len(app.queue.tasks(limit=1000))
+    with psycopg.connect(dsn) as connection:
+        names = {
+            "app": app,
+            "connection": connection,
+            "order_id": 42,
+            "send_receipt": send_receipt,
+            "DSN": dsn,
+            "SQLALCHEMY_URL": dsn.replace("postgresql:", "postgresql+psycopg:"),
+            "SQLALCHEMY_ASYNC_URL": dsn.replace("postgresql:", "postgresql+asyncpg:"),
+            "TaskAlreadyExistsError": TaskAlreadyExistsError,
+        }
+        run(example, names)
+    connections.close_all()
+    app.outbox.sweep()
+    expected = 0 if "no number" in example or "once(" in example else 1
+    assert len(app.queue.tasks(limit=1000)) - before == expected
+    app.close()
