@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import threading
 import time
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safedefer import books
 from safedefer.batches import Batches
 from safedefer.delivery import redacted_traceback
 from safedefer.errors import QueueUnavailable
@@ -115,6 +117,39 @@ async def test_the_record_is_stored_before_the_answer_even_if_nobody_waits(app):
     assert [record.outcome for record in app.queue.find(task.id).records] == ["succeeded"]
 
 
+@pytest.mark.parametrize(("failures", "stored"), [(2, ["succeeded"]), (1000, [])])
+async def test_an_end_that_could_not_be_written_is_written_later_even_if_nobody_waits(failures, stored, monkeypatch):
+    monkeypatch.setattr(books, "_STORE_AGAIN", 0.01)
+    tasks.reset()
+    app = make_app(lease_seconds=1.0)
+    task = app.defer(tasks.add_later, 1)
+    finish_many, failing, go = app.queue.ledger.finish_many, threading.Event(), threading.Event()
+    left = [failures]
+
+    def full(ends):
+        failing.set()
+        go.wait(5)
+        if left[0]:
+            left[0] -= 1
+            raise QueueUnavailable("the disk is full; free some space")
+        return finish_many(ends)
+
+    app.queue.ledger.finish_many = full
+    waiting = asyncio.create_task(app.handle(JOSE, task.payload))
+    await asyncio.to_thread(failing.wait, 5)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    go.set()
+    for _ in range(300):
+        await asyncio.sleep(0.01)
+        if not app.delivery._books._late and left[0] < failures:
+            break
+    assert not app.delivery._books._late
+    assert [record.outcome for record in app.queue.find(task.id).records] == stored
+    assert len(tasks.RAN) == 1
+    app.close()
+
+
 async def test_a_cancelled_thread_keeps_the_task_to_itself(app):
     task = app.defer(tasks.wait_for_gate)
     waiting = asyncio.create_task(app.handle(JOSE, task.payload))
@@ -203,6 +238,14 @@ async def test_what_comes_while_a_call_is_under_way_is_called_together():
         batches = Batches(in_thread, call)
         assert await asyncio.gather(*(batches(n) for n in range(600))) == [n * 2 for n in range(600)]
         assert calls == [256, 256, 88]
+
+
+async def test_batches_whose_threads_are_gone_say_so():
+    with threads(1) as in_thread:
+        batches = Batches(in_thread, lambda items: items)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="let go"):
+            await batches(1)
 
 
 async def test_a_failed_call_fails_for_its_own_callers_alone():

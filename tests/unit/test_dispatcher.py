@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import threading
 import time
 
 import pytest
@@ -24,7 +25,7 @@ from safedefer.dispatcher import (
     gives_up,
     judge,
 )
-from safedefer.errors import InvalidTaskError, QueueUnavailable
+from safedefer.errors import InvalidTaskError, LeaseLost, QueueUnavailable
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, Verdict
 from safedefer.queues.memory import MemoryQueue
@@ -427,6 +428,100 @@ async def test_the_lease_of_a_long_task_is_prolonged():
     await dispatch(queue, Handler(slow), clock=time.time, lease_seconds=0.4).run_until_empty()
     assert stolen == []
     assert queue.find(task_of().id).state is TaskState.SUCCEEDED
+
+
+async def test_leases_that_cannot_be_prolonged_are_tried_again_and_lost_ones_are_let_go(caplog):
+    class Failing(MemoryQueue):
+        calls = 0
+
+        def extend(self, lease, *, seconds, now):
+            self.calls += 1
+            if self.calls == 1:
+                raise QueueUnavailable("locked")
+            if lease.task.id == task_of(2).id:
+                raise LeaseLost("theirs")
+            return super().extend(lease, seconds=seconds, now=now)
+
+    queue = Failing()
+    queue.enqueue_many([task_of(n) for n in (1, 2, 3)])
+
+    async def slow(task):
+        await asyncio.sleep(0.4)
+        return answer(200, "succeeded")
+
+    await dispatch(queue, Handler(slow), clock=time.time, lease_seconds=0.45).run_until_empty()
+    assert "leases cannot be prolonged (queue-unavailable)" in caplog.text
+    assert queue.calls >= 4
+    assert queue.find(task_of(1).id).state is queue.find(task_of(3).id).state is TaskState.SUCCEEDED
+
+
+async def test_a_queue_that_cannot_be_held_is_tried_on(caplog):
+    class Failing(MemoryQueue):
+        def hold(self, queue, *, until, now):
+            raise QueueUnavailable("locked")
+
+    queue = Failing()
+    queue.enqueue(task_of())
+    handler = Handler(lambda task: answer(503, "busy", Retry_After="1"))
+    await dispatch(queue, handler).run_until_empty()
+    assert "cannot be held (queue-unavailable)" in caplog.text
+    assert queue.find(task_of().id).attempts == 0
+
+
+async def test_a_queue_that_was_held_and_answers_again_begins_anew():
+    replies = [answer(503, "busy", Retry_After="1"), answer(200, "succeeded")]
+    queue = MemoryQueue()
+    queue.enqueue(task_of())
+    dispatcher = dispatch(queue, Handler(lambda task: replies.pop(0)), clock=time.time)
+    running = asyncio.create_task(dispatcher.run())
+    for _ in range(500):
+        if not queue.tasks():
+            break
+        await asyncio.sleep(0.01)
+    assert dispatcher._state.courier._busy == {}
+    dispatcher.stop()
+    await running
+
+
+async def test_a_settlement_that_is_cancelled_is_stored_all_the_same():
+    begun, gate = threading.Event(), threading.Event()
+
+    class Slow(MemoryQueue):
+        def settle_many(self, settlements, *, now):
+            begun.set()
+            gate.wait(5)
+            return super().settle_many(settlements, now=now)
+
+    queue = Slow()
+    queue.enqueue(task_of())
+    running = asyncio.create_task(dispatch(queue, Handler()).run())
+    await asyncio.to_thread(begun.wait, 5)
+    running.cancel()
+    await asyncio.sleep(0.05)
+    gate.set()
+    await asyncio.wait({running})
+    assert queue.find(task_of().id).state is TaskState.SUCCEEDED
+
+
+async def test_there_is_work_while_the_next_is_leased():
+    class Slow(MemoryQueue):
+        def lease(self, **more):
+            time.sleep(0.005)
+            return super().lease(**more)
+
+    queue = Slow()
+    queue.enqueue_many([task_of(n) for n in range(1, 601)])
+    idle = []
+
+    async def quick(task):
+        await asyncio.sleep(0.001)
+        idle.append(dispatcher._state.leasing and len(dispatcher._state.deliveries))
+        return answer(200, "succeeded")
+
+    dispatcher = dispatch(queue, Handler(quick), clock=time.time, concurrency=4)
+    await dispatcher.run_until_empty()
+    assert len(idle) == 600
+    assert sum(1 for places in idle if places) > 100
 
 
 async def test_a_place_that_is_down_stops_no_other():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from safedefer import Policy, current_task
+from safedefer import Policy, current_task, execution
 from safedefer.execution import Interrupted, Result, TaskContext, call_in_thread, execute, is_async
 from safedefer.task import VerifiedTask
 from tests import sample_tasks as tasks
@@ -39,6 +39,65 @@ async def test_plain_callables_run_in_a_thread_and_coroutines_on_the_loop(app):
     assert (await run(app, tasks.loop_thread_name)).result is Result.SUCCEEDED
     thread, loop = tasks.RAN
     assert thread != loop == threading.current_thread().name
+
+
+class Counted:
+    """Threads that count who comes."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, call):
+        self.calls += 1
+        return execution.to_thread(call)
+
+
+async def threads_for(app, *call, validate=None):
+    counted = Counted()
+    outcome = await execute(verified(app, *call), app._codecs, CONTEXT, in_thread=counted, validate=validate)
+    assert outcome.result is Result.SUCCEEDED
+    return counted.calls
+
+
+async def test_a_coroutine_function_that_is_known_needs_no_thread_unless_its_arguments_may_block(app):
+    execution._known.clear()
+    assert await threads_for(app, tasks.add_later, 1) == 1
+    assert await threads_for(app, tasks.add_later, 2) == 0
+    assert await threads_for(app, tasks.add_later, 2, validate="annotations") == 1
+    assert (
+        await threads_for(app, tasks.add_later, (3,), ()) == 1
+    )  # a tag: other tags name classes, whose code would run
+    assert await threads_for(app, tasks.add_later, "x" * 20_000, "") == 1
+    assert await threads_for(app, tasks.add, 1) == await threads_for(app, tasks.add, 1) == 1
+    assert await threads_for(app, tasks.Counter(1).increment_async) == 1
+    assert await threads_for(app, tasks.Counter(1).increment_async) == 1
+
+
+async def test_what_is_known_is_bounded(app, monkeypatch):
+    execution._known.clear()
+    monkeypatch.setattr(execution, "_MOST_KNOWN", 1)
+    for _ in range(2):
+        await threads_for(app, tasks.add_later, 1)
+        await threads_for(app, tasks.keep_context_async)
+    assert len(execution._known) == 1
+
+
+@pytest.mark.parametrize(("now", "result"), [(None, Result.REJECTED), ("plain", Result.SUCCEEDED)])
+async def test_a_known_coroutine_function_that_is_another_thing_now_is_looked_at_in_a_thread(
+    app, monkeypatch, now, result
+):
+    token = app.serialize(tasks.add_later, 1)
+    assert await threads_for(app, tasks.add_later, 1) <= 1
+
+    def add_later(a, b=0):
+        tasks.RAN.append(threading.current_thread() is threading.main_thread())
+
+    add_later.__module__, add_later.__qualname__ = tasks.__name__, "add_later"
+    monkeypatch.setattr(tasks, "add_later", add_later if now else None)
+    counted = Counted()
+    outcome = await execute(app.verify(token), app._codecs, CONTEXT, in_thread=counted)
+    assert (outcome.result, counted.calls) == (result, 1)
+    assert tasks.RAN[1:] == ([False] if now else [])
 
 
 async def test_an_awaitable_that_is_returned_is_awaited(app):
