@@ -63,8 +63,18 @@ from safedefer.keys import Keyring
 from safedefer.outbox import Outbox
 from safedefer.policy import Policy
 from safedefer.queues import open_queue
-from safedefer.queues.base import AlreadyWaiting, DeadFilter, PullQueue, QueuedTask, StorageOptions, TaskState, TaskView
+from safedefer.queues.base import (
+    FULL,
+    AlreadyWaiting,
+    DeadFilter,
+    PullQueue,
+    QueuedTask,
+    StorageOptions,
+    TaskState,
+    TaskView,
+)
 from safedefer.queues.config import QueueFile
+from safedefer.queues.gaps import refuse_gaps
 from safedefer.refs import bound_object
 from safedefer.settings import Settings
 from safedefer.signing import Serves, Signer, Verifier
@@ -458,7 +468,11 @@ class App:
         now = self._clock()
         claims = self._claims(options, obj, args, kwargs, now)
         task, queued = self._package(claims, options, now)
-        return task, replace(queued, unique_key=_unique_key(claims)) if options.unique else queued
+        if options.unique:
+            queued = replace(queued, unique_key=_unique_key(claims))
+        if (capabilities := self.queue.capabilities) is not FULL:
+            refuse_gaps(capabilities, queued)
+        return task, queued
 
     def _package(self, claims: Document, options: Options, now: float) -> tuple[Task, QueuedTask]:
         """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Final, Protocol, TypeGuard
 
 from safedefer.errors import TaskAlreadyExistsError
 
@@ -40,6 +40,10 @@ class Capabilities:
     """What fell due first is leased first; without it, what was enqueued first."""
     exact_wake: bool = True
     """``wait`` ends for new tasks only; without it, now and then for nothing."""
+
+
+#: What an engine without gaps has.
+FULL: Final = Capabilities()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from safedefer.errors import LeaseLost, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState
 from safedefer.queues.base import (
+    FULL,
     AlreadyWaiting,
     Capabilities,
     DeadFilter,
@@ -115,7 +116,7 @@ class MemoryQueue:
     @property
     def capabilities(self) -> Capabilities:
         """Everything."""
-        return Capabilities()
+        return FULL
 
     @property
     def ledger(self) -> MemoryLedger:

@@ -44,6 +44,7 @@ __all__ = ["PostgresQueue", "migrate"]
 
 _T = TypeVar("_T")
 
+_CAPABILITIES: Final = Capabilities(due_order=False, exact_wake=False)
 _PRUNE_EVERY: Final = 60.0
 _PRUNE_AGAIN: Final = 0.2
 _AT_ONCE: Final = 500
@@ -114,7 +115,7 @@ class PostgresQueue:
     @property
     def capabilities(self) -> Capabilities:
         """All but the order: pgqueuer picks what was enqueued first; and a wait ends now and then for nothing."""
-        return Capabilities(due_order=False, exact_wake=False)
+        return _CAPABILITIES
 
     @property
     def ledger(self) -> PostgresLedger:

@@ -12,6 +12,7 @@ from safedefer.errors import ConfigurationError, LeaseLost
 from safedefer.queues import sqlite_controls as controls
 from safedefer.queues import sqlite_operations as operations
 from safedefer.queues.base import (
+    FULL,
     Capabilities,
     DeadFilter,
     Lease,
@@ -100,7 +101,7 @@ class SQLiteQueue:
     @property
     def capabilities(self) -> Capabilities:
         """Everything."""
-        return Capabilities()
+        return FULL
 
     @property
     def path(self) -> str:
