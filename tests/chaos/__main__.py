@@ -1,4 +1,4 @@
-"""``python -m tests.chaos [names] [--seeds N] [--tasks N]``."""
+"""``python -m tests.chaos [names] [--seeds N] [--tasks N] [--queue postgres]``."""
 
 from __future__ import annotations
 
@@ -8,19 +8,33 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from tests.chaos import deaths, places, storage
+from tests.chaos import deaths, machines, places, storage
 
 
-def long_forms(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
+def long_forms(seeds: int, tasks: int, store: str) -> dict[str, list[Callable[[], str]]]:
     """Return the scenarios by name, as they are run before a release."""
+    return of_any_queue(seeds, tasks, store) | (of_sqlite() if store == "sqlite" else of_postgres(seeds, tasks))
+
+
+def of_any_queue(seeds: int, tasks: int, store: str) -> dict[str, list[Callable[[], str]]]:
+    """Return those that know nothing of what the queue is stored in."""
     return {
-        "kills": [partial(deaths.kills, seed=seed, tasks=tasks) for seed in range(1, seeds + 1)],
-        "calm": [partial(deaths.calm, tasks=tasks)],
-        "down": [deaths.down],
-        "stopped": [deaths.stopped],
-        "terms": [deaths.terms],
-        "exits": [deaths.exits],
-        "orders": [deaths.orders],
+        "kills": [partial(deaths.kills, seed=seed, tasks=tasks, store=store) for seed in range(1, seeds + 1)],
+        "calm": [partial(deaths.calm, tasks=tasks, store=store)],
+        "down": [partial(deaths.down, store=store)],
+        "stopped": [partial(deaths.stopped, store=store)],
+        "terms": [partial(deaths.terms, store=store)],
+        "exits": [partial(deaths.exits, store=store)],
+        "orders": [partial(deaths.orders, store=store)],
+        "replay": [partial(places.replay, store=store)],
+        "rates": [partial(places.rates, store=store)],
+        "forks": [partial(places.forks, store=store)],
+    }
+
+
+def of_sqlite() -> dict[str, list[Callable[[], str]]]:
+    """Return those of the file and its disk."""
+    return {
         "full": [storage.full, storage.limited],
         "locked": [storage.locked],
         "clock": [
@@ -29,10 +43,16 @@ def long_forms(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
             for shift in (3600.0, -3600.0)
         ],
         "cut": [storage.cut],
-        "replay": [places.replay],
-        "rates": [places.rates],
-        "forks": [places.forks],
         "million": [storage.million],
+    }
+
+
+def of_postgres(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
+    """Return those of a server that several machines share."""
+    return {
+        "machines": [partial(machines.several, seed=seed, tasks=tasks) for seed in range(1, seeds + 1)],
+        "outage": [machines.outage],
+        "rescue": [machines.rescue],
     }
 
 
@@ -42,8 +62,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--tasks", type=int, default=10_000)
+    parser.add_argument("--queue", choices=("sqlite", "postgres"), default="sqlite")
     chosen = parser.parse_args()
-    forms = long_forms(chosen.seeds, chosen.tasks)
+    forms = long_forms(chosen.seeds, chosen.tasks, chosen.queue)
     failures = 0
     for name in chosen.names or forms:
         for form in forms[name]:

@@ -17,9 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import apsw
-
 from safedefer import App
+from tests.chaos.stores import Store, make_store
 
 KEYS = "chaos:" + "Zm9yIHRoZSBjaGFvcyBzY2VuYXJpb3Mgb25seSE" + "hISE"
 ROOT = Path(__file__).absolute().parents[2]
@@ -41,10 +40,17 @@ class Account:
 
     attempted: set[int] = field(default_factory=set)
     acknowledged: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+    """Told something else than yes, or that the queue is unavailable."""
     runs: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     ends: dict[int, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     early: float = -1e9
+    acknowledgements: list[float] = field(default_factory=list)
+    refused: int = 0
+    """How often the queue was unavailable."""
     kills: dict[int, float] = field(default_factory=dict)
+    outages: list[tuple[float, float]] = field(default_factory=list)
+    """When nothing could be written down: how a run ended, or that it still went on."""
 
     @property
     def ok(self) -> set[int]:
@@ -68,13 +74,24 @@ class Account:
 
     @property
     def unexplained(self) -> set[int]:
-        """Those that ran again although the process that ran them before was not killed meanwhile."""
+        """Those that ran again although the process that ran them before was not killed, nor the storage gone, meanwhile."""
+        return {number for number in self.duplicated if not self._explanations(number)}
+
+    @property
+    def explanations(self) -> dict[str, int]:
+        """How many of the duplicated have which explanation."""
+        found = Counter(name for number in self.duplicated for name in self._explanations(number))
+        return dict(sorted(found.items()))
+
+    def _explanations(self, number: int) -> set[str]:
         found = set()
-        for number in self.duplicated:
-            runs = sorted(self.runs[number])
-            for (began, pid), (again, _) in pairwise(runs):
-                if not began <= self.kills.get(pid, -1.0) <= again:
-                    found.add(number)
+        for (began, pid), (again, _) in pairwise(sorted(self.runs[number])):
+            if began <= self.kills.get(pid, -1.0) <= again:
+                found.add("killed")
+            elif any(began <= until and since <= again for since, until in self.outages):
+                found.add("outage")
+            else:
+                return set()
         return found
 
     def line(self) -> str:
@@ -87,9 +104,9 @@ class Account:
     def check(self, *, duplicates: bool = True, explained: bool = True) -> None:
         """Fail if something was lost or came from nowhere, ran twice unexplained, or ran twice at all."""
         unexplained = self.unexplained if explained else ()
-        if self.lost or self.unexpected or unexplained or (self.duplicated and not duplicates):
+        if self.lost or self.unexpected or self.failed or unexplained or (self.duplicated and not duplicates):
             raise Failed(
-                f"{self.line()} lost={sorted(self.lost)[:5]} unexpected={sorted(self.unexpected)[:5]} "
+                f"{self.line()} failed={sorted(self.failed)[:5]} lost={sorted(self.lost)[:5]} unexpected={sorted(self.unexpected)[:5]} "
                 f"unexplained={sorted(self.unexplained)[:5]}"
             )
 
@@ -97,10 +114,12 @@ class Account:
 class Cast:
     """A folder with a queue, and the processes around it. A context manager: at its end all are gone."""
 
-    def __init__(self, *, lease: float = 2.0, folder: Path | None = None, **settings: str) -> None:
+    def __init__(
+        self, *, lease: float = 2.0, folder: Path | None = None, store: str | Store = "sqlite", **settings: str
+    ) -> None:
         self._temporary = TemporaryDirectory(prefix="safedefer-chaos-")
         self.folder = Path(self._temporary.name)
-        self.queue_path = (folder or self.folder) / "tasks.db"
+        self.store = make_store(store, folder or self.folder) if isinstance(store, str) else store
         self.lease = lease
         self.port = free_port()
         self.environment = {
@@ -108,11 +127,12 @@ class Cast:
             "CHAOS_LOG": str(self.folder / "log"),
             "SAFEDEFER_KEYS": KEYS,
             "SAFEDEFER_POLICY": "tests.chaos.tasks",
-            "SAFEDEFER_QUEUE": f"sqlite:///{self.queue_path}",
+            "SAFEDEFER_QUEUE": self.store.url,
             "SAFEDEFER_LEASE_SECONDS": str(lease),
             **settings,
         }
         self.kills: dict[int, float] = {}
+        self.outages: list[tuple[float, float]] = []
         self._all: list[subprocess.Popen[bytes]] = []
         (self.folder / "log").touch()
 
@@ -125,6 +145,7 @@ class Cast:
                 process.send_signal(signal.SIGCONT)
                 process.kill()
             process.wait()
+        self.store.close()
         if exception[0] is not None and os.environ.get("CHAOS_KEEP"):
             print("kept:", subprocess.run(["cp", "-r", self.folder, "/tmp/chaos-kept"], check=False))
         self._temporary.cleanup()
@@ -151,14 +172,21 @@ class Cast:
     def handler(self, *, port: int | None = None, wrapped: tuple[str, ...] = ("safedefer",), **more: Any) -> Any:
         return self.start(*wrapped, "serve", "--port", str(port or self.port), **more)
 
-    def dispatcher(self, *, wrapped: tuple[str, ...] = ("safedefer",), concurrency: int = 8, **more: Any) -> Any:
-        to = f"http://127.0.0.1:{self.port}"
+    def dispatcher(
+        self,
+        *,
+        port: int | None = None,
+        wrapped: tuple[str, ...] = ("safedefer",),
+        concurrency: int = 8,
+        **more: Any,
+    ) -> Any:
+        to = f"http://127.0.0.1:{port or self.port}"
         return self.start(
             *wrapped, "dispatch", "--to", to, "--lease", str(self.lease), "--concurrency", str(concurrency), **more
         )
 
-    def producer(self, first: int, stop: int, per_second: float = 1e9, **more: Any) -> Any:
-        return self.start("tests.chaos.producer", str(first), str(stop), str(per_second), **more)
+    def producer(self, first: int, stop: int, per_second: float = 1e9, *options: str, **more: Any) -> Any:
+        return self.start("tests.chaos.producer", str(first), str(stop), str(per_second), *options, **more)
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()
@@ -173,7 +201,7 @@ class Cast:
         return App(
             keyring=Keyring.from_text(KEYS),
             policy=Policy("tests.chaos.tasks"),
-            queue=f"sqlite:///{self.queue_path}",
+            queue=self.store.url,
             lease_seconds=self.lease,
         )
 
@@ -190,32 +218,26 @@ class Cast:
                 raise Failed(f"{complaint}; {self.account().line()}; {self.output()[-1500:]}")
             time.sleep(0.1)
 
-    def query(self, sql: str) -> list[tuple[Any, ...]]:
-        """Read from the queue's file, by another connection."""
-        if not self.queue_path.exists():
-            return []
-        connection = apsw.Connection(str(self.queue_path), flags=apsw.SQLITE_OPEN_READWRITE)
-        connection.set_busy_timeout(60_000)
-        try:
-            return connection.execute(sql).fetchall()
-        finally:
-            connection.close()
-
     def left(self) -> int:
         """How many tasks wait or run."""
-        return int(self.query("SELECT count(*) FROM safedefer_tasks")[0][0])
+        return self.store.left()
 
     def drained(self, seconds: float = 120.0) -> None:
         self.until(lambda: self.left() == 0, seconds, "tasks are left")
 
     def account(self) -> Account:
-        account = Account(kills=dict(self.kills))
+        account = Account(kills=dict(self.kills), outages=list(self.outages))
         for line in (self.folder / "log").read_text().splitlines():
             kind, number, *rest, pid, when = line.split()
             if kind == "try":
                 account.attempted.add(int(number))
             elif kind == "ack":
                 account.acknowledged.add(int(number))
+                account.acknowledgements.append(float(when))
+            elif kind == "refused":
+                account.refused += 1
+            elif kind == "failed":
+                account.failed.add(int(number))
             elif kind == "run":
                 account.runs[int(number)].append((float(when), int(pid)))
             elif kind == "end":
@@ -226,20 +248,15 @@ class Cast:
 
     def attempts(self) -> Counter[int]:
         """How many tasks ended with how many charged attempts."""
-        return Counter(dict(self.query("SELECT attempts, count(*) FROM safedefer_ended GROUP BY attempts")))  # type: ignore[arg-type]
+        return self.store.attempts()
 
     def output(self) -> str:
         return (self.folder / "output").read_text(errors="replace")
 
-    def check_file(self) -> None:
-        """The file is whole, and no blob is without its task."""
-        if self.query("PRAGMA integrity_check") != [("ok",)] or self.query("PRAGMA foreign_key_check"):
-            raise Failed("the file is damaged")
-        if self.query("SELECT count(*) FROM safedefer_blobs") != [(self._oversize(),)]:
-            raise Failed("blobs are left without their tasks")
-
-    def _oversize(self) -> int:
-        return int(self.query("SELECT count(*) FROM safedefer_tasks WHERE blob_id IS NOT NULL")[0][0])
+    def check_store(self) -> None:
+        """Nothing is left over in the storage, and nothing contradicts itself."""
+        if wrong := self.store.wrong():
+            raise Failed("; ".join(wrong))
 
 
 def _listens(port: int) -> bool:

@@ -12,10 +12,10 @@ from tests.chaos.cast import Cast, Failed
 from tests.chaos.tasks import die, mark
 
 
-def kills(*, seed: int = 1, tasks: int = 10_000, least: int = 15, per_second: float = 700.0) -> str:
+def kills(*, seed: int = 1, tasks: int = 10_000, least: int = 15, per_second: float = 700.0, store: str = "sqlite") -> str:
     """SIGKILL over producer, dispatcher and handler."""
     rng = random.Random(seed)
-    with Cast(lease=2.0) as cast:
+    with Cast(lease=2.0, store=store) as cast:
         running = {"handler": cast.handler(), "dispatcher": cast.dispatcher()}
         cast.ready()
         running["producer"] = cast.producer(0, tasks, per_second)
@@ -41,13 +41,13 @@ def kills(*, seed: int = 1, tasks: int = 10_000, least: int = 15, per_second: fl
         cast.drained()
         account = cast.account()
         account.check()
-        cast.check_file()
+        cast.check_store()
         return f"seed={seed} kills={count} {account.line()}"
 
 
-def calm(*, tasks: int = 10_000) -> str:
+def calm(*, tasks: int = 10_000, store: str = "sqlite") -> str:
     """No kills: nothing runs twice, and every attempt is the first."""
-    with Cast(lease=60.0) as cast:
+    with Cast(lease=60.0, store=store) as cast:
         cast.handler()
         cast.dispatcher()
         cast.ready()
@@ -55,19 +55,19 @@ def calm(*, tasks: int = 10_000) -> str:
         cast.drained()
         account, attempts = cast.account(), cast.attempts()
         account.check(duplicates=False)
-        cast.check_file()
+        cast.check_store()
         if attempts != {1: tasks} or len(account.ok) != tasks:
             raise Failed(f"attempts {dict(attempts)}")
         return f"{account.line()} attempts={dict(attempts)}"
 
 
-def down(*, tasks: int = 500, seconds: float = 30.0) -> str:
+def down(*, tasks: int = 500, seconds: float = 30.0, store: str = "sqlite") -> str:
     """A handler that is down charges no attempt."""
-    with Cast() as cast:
+    with Cast(store=store) as cast:
         cast.dispatcher()
         cast.producer(0, tasks).wait()
         time.sleep(seconds)
-        charged = cast.query("SELECT sum(attempts), sum(deliveries) FROM safedefer_tasks")[0]
+        charged = cast.store.charged()
         cast.handler()
         cast.drained()
         account, attempts = cast.account(), cast.attempts()
@@ -77,48 +77,41 @@ def down(*, tasks: int = 500, seconds: float = 30.0) -> str:
         return f"{account.line()} charged_while_down={charged[0]} deliveries_while_down={charged[1]}"
 
 
-def stopped(*, tasks: int = 200, lease: float = 2.0) -> str:
+def stopped(*, tasks: int = 200, lease: float = 2.0, store: str = "sqlite") -> str:
     """A dispatcher that was stopped for two leases settles nothing of what others have by then."""
-    with Cast(lease=lease) as cast:
+    with Cast(lease=lease, store=store) as cast:
         cast.handler()
         cast.ready()
         app = cast.app()
         for number in range(tasks):
-            _defer(app, number, 0.1)
+            defer(app, number, 0.1)
         stale = cast.dispatcher()
         cast.until(lambda: len(cast.account().ok) > tasks // 10, 30, "nothing runs")
         stale.send_signal(signal.SIGSTOP)
-        held = [row[0] for row in cast.query("SELECT owner FROM safedefer_tasks WHERE owner IS NOT NULL")]
+        held = cast.store.held()
         cast.dispatcher()
         time.sleep(2 * lease)
         cast.until(lambda: not cast.left(), 30, "the other dispatcher does not take over")
-        before = cast.query(_EVERYTHING)
+        before = cast.store.everything()
         stale.send_signal(signal.SIGCONT)
         time.sleep(1.0)
         stale.terminate()
         app.close()
-        code, after = stale.wait(), cast.query(_EVERYTHING)
+        code, after = stale.wait(), cast.store.everything()
         account, attempts = cast.account(), cast.attempts()
         account.check(duplicates=False)
         if code or before != after:
-            raise Failed(f"exit {code}; the stale dispatcher changed {len(set(before) ^ set(after))} rows")
+            raise Failed(f"exit {code}; the stale dispatcher changed {len(before ^ after)} rows")
         if sum(attempts.values()) != tasks or set(attempts) - {1, 2} or not held:
-            raise Failed(f"attempts {dict(attempts)}, held {len(held)}")
+            raise Failed(f"attempts {dict(attempts)}, held {held}")
         lost = cast.output().count("was delivered elsewhere meanwhile")
         if not lost:
             raise Failed("the stale dispatcher had nothing to settle: the scenario shows nothing")
-        return f"{account.line()} held_when_stopped={len(held)} stale_settles={lost} rows_changed=0"
+        return f"{account.line()} held_when_stopped={held} stale_settles={lost} rows_changed=0"
 
 
-_EVERYTHING = """
-    SELECT 'ended', id, state, attempts, ended FROM safedefer_ended
-    UNION ALL SELECT 'dead', id, reason, attempts, ended FROM safedefer_dead
-    UNION ALL SELECT 'task', id, owner, attempts, due FROM safedefer_tasks
-    UNION ALL SELECT 'ledger', task_id, state, uncharged, until FROM safedefer_ledger
-"""
-
-
-def _defer(app: object, number: int, pause: float = 0.0) -> None:
+def defer(app: object, number: int, pause: float = 0.0) -> None:
+    """Defer one task, as a producer does."""
     from tests.chaos.tasks import note
 
     note("try", number)
@@ -126,16 +119,16 @@ def _defer(app: object, number: int, pause: float = 0.0) -> None:
     note("ack", number)
 
 
-def terms(*, times: int = 50, seed: int = 1) -> str:
+def terms(*, times: int = 50, seed: int = 1, store: str = "sqlite") -> str:
     """SIGTERM at random: exit 0, nothing runs twice, nothing stays claimed."""
     rng = random.Random(seed)
-    with Cast(lease=30.0) as cast:
+    with Cast(lease=30.0, store=store) as cast:
         cast.handler()
         cast.ready()
         app, number, claimed = cast.app(), 0, 0
         for _ in range(times):
             for _ in range(60):
-                _defer(app, number, rng.choice((0.0, 0.02)))
+                defer(app, number, rng.choice((0.0, 0.02)))
                 number += 1
             dispatcher = cast.dispatcher()
             began = len(cast.account().runs)
@@ -144,7 +137,7 @@ def terms(*, times: int = 50, seed: int = 1) -> str:
             dispatcher.terminate()
             if dispatcher.wait(30) != 0:
                 raise Failed(f"exit {dispatcher.returncode}: {cast.output()[-500:]}")
-            claimed += cast.query("SELECT count(*) FROM safedefer_tasks WHERE owner IS NOT NULL")[0][0]
+            claimed += cast.store.held()
         cast.dispatcher()
         cast.drained()
         app.close()
@@ -155,14 +148,14 @@ def terms(*, times: int = 50, seed: int = 1) -> str:
         return f"sigterms={times} {account.line()} claimed_after={claimed}"
 
 
-def exits(*, dying: int = 3, neighbours: int = 300, lease: float = 2.0) -> str:
+def exits(*, dying: int = 3, neighbours: int = 300, lease: float = 2.0, store: str = "sqlite") -> str:
     """A task whose process dies every time it runs becomes a dead letter at its limit; its neighbours run on."""
     from safedefer import TaskRetryOptions
 
-    with Cast(lease=lease) as cast:
+    with Cast(lease=lease, store=store) as cast:
         app = cast.app()
         for number in range(neighbours):
-            _defer(app, number)
+            defer(app, number)
             if number % (neighbours // dying) == 0:
                 options = TaskRetryOptions(task_retry_limit=2, min_backoff_seconds=0.1)
                 app.options(retry_options=options).defer(die, -1 - number)
@@ -182,7 +175,7 @@ def exits(*, dying: int = 3, neighbours: int = 300, lease: float = 2.0) -> str:
         for number in died:
             del account.runs[number]
         account.check()
-        dead = cast.query("SELECT reason, attempts FROM safedefer_dead WHERE callable_name LIKE '%die'")
+        dead = cast.store.dead("die")
         if (
             len(dead) != dying
             or {attempts for _, attempts in dead} != {3}
@@ -192,10 +185,10 @@ def exits(*, dying: int = 3, neighbours: int = 300, lease: float = 2.0) -> str:
         return f"{account.line()} process_deaths={deaths} dead_letters={len(dead)} of {sorted(set(dead))}"
 
 
-def orders(*, orders: int = 3_000, least: int = 15, seed: int = 1, spacing: float = 0.5) -> str:
+def orders(*, orders: int = 3_000, least: int = 15, seed: int = 1, spacing: float = 0.5, store: str = "sqlite") -> str:
     """SIGKILL over a producer of transactional tasks: a task runs if, and only if, its order is in the database."""
     rng = random.Random(seed)
-    with Cast(lease=2.0) as cast:
+    with Cast(lease=2.0, store=store) as cast:
         database = cast.folder / "shop.db"
         cast.environment["SAFEDEFER_OUTBOXES"] = f"sqlite:///{database}"
         cast.handler()
@@ -226,7 +219,7 @@ def orders(*, orders: int = 3_000, least: int = 15, seed: int = 1, spacing: floa
         cast.until(lambda: not cast.left() and len(cast.account().ok) >= len(committed()), 60, "tasks are missing")
         account, wanted = cast.account(), committed()
         account.check()
-        cast.check_file()
+        cast.check_store()
         missing, unwanted = wanted - account.ok, set(account.runs) - wanted
         if missing or unwanted:
             raise Failed(f"missing {sorted(missing)[:5]}, unwanted {sorted(unwanted)[:5]}")

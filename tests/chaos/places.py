@@ -37,7 +37,7 @@ def clock(*, shift: float = 3600.0, who: str = "dispatcher", tasks: int = 300, s
         cast.kill(dispatcher)
         cast.kill(handler)
         # The clock is right again. What was put off by the wrong one would be due in an hour: let that pass.
-        connection = apsw.Connection(str(cast.queue_path))
+        connection = apsw.Connection(str(cast.store.path))
         connection.set_busy_timeout(30_000)
         connection.execute("UPDATE safedefer_tasks SET due = :now WHERE due > :now", {"now": time.time()})
         put_off = connection.changes()
@@ -57,9 +57,9 @@ def clock(*, shift: float = 3600.0, who: str = "dispatcher", tasks: int = 300, s
         )
 
 
-def replay(*, posts: int = 1_000) -> str:
+def replay(*, posts: int = 1_000, store: str = "sqlite") -> str:
     """The same token posted many times at once to two handlers runs once."""
-    with Cast(lease=30.0) as cast:
+    with Cast(lease=30.0, store=store) as cast:
         ports = [cast.port, free_port()]
         for port in ports:
             cast.handler(port=port)
@@ -88,9 +88,9 @@ async def _post(token: bytes, urls: list[str], posts: int) -> Counter[str]:
         return Counter(await asyncio.gather(*(post(number) for number in range(posts))))
 
 
-def forks(*, children: int = 4, each: int = 250) -> str:
+def forks(*, children: int = 4, each: int = 250, store: str = "sqlite") -> str:
     """Producers and a handler with its dispatcher in forked children of one parent, which has the queue open."""
-    with Cast(lease=10.0) as cast:
+    with Cast(lease=10.0, store=store) as cast:
         app = cast.app()
         pids = []
         for child in range(children + 1):
@@ -116,7 +116,7 @@ def forks(*, children: int = 4, each: int = 250) -> str:
         app.close()
         account = cast.account()
         account.check(duplicates=False)
-        cast.check_file()
+        cast.check_store()
         if set(codes) != {0}:
             raise Failed(f"exit codes {codes}")
         return f"children={children + 1} exit_codes={sorted(set(codes))} {account.line()}"
@@ -144,9 +144,9 @@ def _handle_and_dispatch(app: object) -> None:
     app.close()  # type: ignore[attr-defined]
 
 
-def rates(*, tasks: int = 300, rate: float = 60.0, bucket: int = 10, most: int = 3, dispatchers: int = 3) -> str:
+def rates(*, tasks: int = 300, rate: float = 60.0, bucket: int = 10, most: int = 3, dispatchers: int = 3, store: str = "sqlite") -> str:
     """One rate and one cap hold for several dispatcher processes together."""
-    with Cast(lease=30.0) as cast:
+    with Cast(lease=30.0, store=store) as cast:
         path = cast.folder / "queue.yaml"
         path.write_text(
             f"queue:\n- {{name: default, rate: {rate:g}/s, bucket_size: {bucket}, max_concurrent_requests: {most}}}\n"

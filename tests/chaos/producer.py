@@ -2,35 +2,68 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import sys
 import threading
 import time
+import traceback
 
 from safedefer import App
-from safedefer.errors import QueueUnavailable
+from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from tests.chaos.tasks import mark, note
 
 
 def produce(
-    app: App, first: int, stop: int, *, threads: int = 4, per_second: float = 1e9, large_every: int = 50
+    app: App,
+    first: int,
+    stop: int,
+    *,
+    threads: int = 4,
+    per_second: float = 1e9,
+    large_every: int = 50,
+    slow_every: int = 10**9,
+    in_doubt: bool = False,
 ) -> None:
-    """Defer ``mark(n)`` for ``first <= n < stop``; every ``large_every``-th is oversize."""
+    """Defer ``mark(n)`` for ``first <= n < stop``; every ``large_every``-th is oversize, every ``slow_every``-th slow.
+
+    Where a refusal may be wrong (the connection broke, and whether the task was stored is not known), every second
+    task has a name, under which it is deferred until it is known to be there; the others are tried once.
+    """
     numbers = itertools.count(first)
     started = time.monotonic()
+
+    def defer(number: int) -> None:
+        padding = "x" * 20_000 if number % large_every == 0 else ""
+        pause = 0.2 if number % slow_every == slow_every - 1 else 0.0
+        if in_doubt and number % 2:
+            try:
+                app.options(name=f"n{number}").defer(mark, number, pause, padding=padding)
+            except (TaskAlreadyExistsError, TombstonedTaskError):
+                if number not in refused:
+                    raise
+        else:
+            app.defer(mark, number, pause, padding=padding)
+
+    refused: set[int] = set()
 
     def work() -> None:
         while (number := next(numbers)) < stop:
             time.sleep(max(0.0, started + (number - first) / per_second - time.monotonic()))
-            padding = "x" * 20_000 if number % large_every == 0 else ""
             while True:
                 note("try", number)
                 try:
-                    app.defer(mark, number, padding=padding)
+                    defer(number)
                 except QueueUnavailable:
+                    refused.add(number)
                     note("refused", number)
                     time.sleep(0.1)
+                    if in_doubt and not number % 2:
+                        break
                     continue
+                except Exception:
+                    traceback.print_exc()
+                    note("failed", number)
+                    break
                 note("ack", number)
                 break
 
@@ -42,6 +75,16 @@ def produce(
 
 
 if __name__ == "__main__":
-    chosen = App.from_settings()
-    produce(chosen, int(sys.argv[1]), int(sys.argv[2]), per_second=float(sys.argv[3]))
-    chosen.close()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("first", type=int)
+    parser.add_argument("stop", type=int)
+    parser.add_argument("per_second", type=float)
+    parser.add_argument("--slow-every", type=int, default=10**9)
+    parser.add_argument("--in-doubt", action="store_true")
+    chosen = parser.parse_args()
+    own = App.from_settings()
+    produce(
+        own, chosen.first, chosen.stop,
+        per_second=chosen.per_second, slow_every=chosen.slow_every, in_doubt=chosen.in_doubt,
+    )  # fmt: skip
+    own.close()

@@ -55,7 +55,7 @@ def full(*, tasks: int = 3_000, megabytes: int = 6) -> str:
         account = cast.account()
         # A run whose end could not be written down, for longer than its lease, comes again.
         account.check(explained=False)
-        cast.check_file()
+        cast.check_store()
         return f"{account.line()} refused={refused}"
 
 
@@ -73,7 +73,7 @@ def limited(*, tasks: int = 400, kilobytes: int = 400) -> str:
         cast.drained()
         account = cast.account()
         account.check(duplicates=False)
-        cast.check_file()
+        cast.check_store()
         return f"{account.line()} refused={(cast.folder / 'log').read_text().count('refused')}"
 
 
@@ -84,7 +84,7 @@ def locked(*, tasks: int = 3_000, seconds: float = 15.0) -> str:
         cast.ready()
         producer = cast.producer(0, tasks, 600.0)
         cast.until(lambda: len(cast.account().ok) > 50, 30, "nothing runs")
-        connection = apsw.Connection(str(cast.queue_path))
+        connection = apsw.Connection(str(cast.store.path))
         connection.set_busy_timeout(30_000)
         connection.execute("BEGIN IMMEDIATE")
         before = len(cast.account().acknowledged)
@@ -120,7 +120,7 @@ def cut(*, tasks: int = 3_000, offsets: int = 500, seed: int = 1) -> str:
             for process in processes:
                 process.send_signal(signal.SIGSTOP)
             time.sleep(0.1)
-            first, last = _log_range(Path(f"{cast.queue_path}-shm"))
+            first, last = _log_range(Path(f"{cast.store.path}-shm"))
             if last - first >= 8 * _FRAME:
                 break
             for process in processes:
@@ -128,8 +128,8 @@ def cut(*, tasks: int = 3_000, offsets: int = 500, seed: int = 1) -> str:
             time.sleep(0.1)
         else:
             raise Failed("the log never held anything that a checkpoint had not copied")
-        shutil.copy(cast.queue_path, database)
-        shutil.copy(f"{cast.queue_path}-wal", log)
+        shutil.copy(cast.store.path, database)
+        shutil.copy(f"{cast.store.path}-wal", log)
         for process in processes:
             process.send_signal(signal.SIGCONT)
         whole, states = log.read_bytes(), set()

@@ -145,6 +145,10 @@ class Server:
         self.stop(immediate=immediate)
         self.start()
 
+    def log(self) -> str:
+        """Return what the server has complained of."""
+        return (self._folder / "log").read_text(errors="replace")
+
     def close(self) -> None:
         """Stop, and remove every trace."""
         atexit.unregister(self.close)
