@@ -21,7 +21,7 @@ from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from safedefer.connections import Source, opener_of, run_now, source_of
+from safedefer.connections import Opener, Source, opener_of, run_now, source_of
 from safedefer.connections.sqlite import ApswSource
 from safedefer.errors import BadTransactionStateError, QueueError, QueueUnavailable
 from safedefer.queues.base import QueuedTask, is_transactional
@@ -208,12 +208,14 @@ class TransactionBlock(Block[None]):
         self._count = 0
         self._has_table = False
         self._unique: dict[str, QueuedTask] = {}
+        self._again: tuple[str | None, Opener | None] = (None, None)
 
     async def _start(self) -> None:
         source = self.source
         self._later, self._count, self._has_table, self._unique = [], 0, False, {}
         self.way = await self._outbox.way(source)
-        if self.way is _Way.OUTBOX and source.reopen() is None and (source.is_async or not self._began):
+        self._again = source.identity, source.reopen()  # now: a connection that is closed does not say
+        if self.way is _Way.OUTBOX and None in self._again and (source.is_async or not self._began):
             raise BadTransactionStateError(
                 "nobody else can read a database in memory after your commit; let app.transaction() open the transaction"
                 if source.dialect == "sqlite" and not source.is_async
@@ -265,7 +267,7 @@ class TransactionBlock(Block[None]):
 
     def _after(self, source: Source) -> None:
         if self._count and self.way is _Way.OUTBOX:
-            self._outbox.relay_after(source)
+            self._outbox.relay_after(source, *self._again)
 
 
 class OnceBlock(Block[bool]):
@@ -475,9 +477,8 @@ class Outbox:
                 self._marked[source.identity] = known
         return _Way.STATEMENTS if known else _Way.OUTBOX
 
-    def relay_after(self, source: Source) -> None:
+    def relay_after(self, source: Source, identity: str | None, opener: Opener | None) -> None:
         """Move what a block has written, now or when its transaction has ended."""
-        opener, identity = source.reopen(), source.identity
         if opener is None or identity is None:  # in memory, and so the block's own transaction, which is over
             try:
                 run_now(relay(source, self.queue()))

@@ -8,6 +8,7 @@ The outbox carries opaque bytes, like the queue: nothing here can decode, import
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import threading
@@ -149,6 +150,9 @@ class Relay:
         self._open: list[tuple[Source, float]] = []
         self._patient_until: float | None = None
         self._last = time.monotonic()
+        self._wanted = 0
+        self._swept = 0
+        """The value of ``_wanted`` when the last sweep that has ended began."""
 
     def add(self, identity: str, opener: Opener) -> None:
         """Take note of a database."""
@@ -165,7 +169,9 @@ class Relay:
                 self._open.append((source, time.monotonic() + _SWEEP_SECONDS))
             self._expected = self._expected or source is None or source.dialect == "sqlite"
             self._last = time.monotonic()
+            self._wanted += 1
             self._changed.notify()
+            _finish_at_exit(self)
             if self._thread is None and not self._closed:
                 # The thread must not keep its owner alive.
                 self._thread = threading.Thread(
@@ -210,7 +216,11 @@ class Relay:
 
     def sweep(self) -> int:
         """Relay every known outbox; returns how many tasks were moved."""
-        return sum(self._sweep(identity) or 0 for identity in list(self._openers))
+        wanted, still_open = self._wanted, bool(self._open)
+        moved = sum(self._sweep(identity) or 0 for identity in list(self._openers))
+        if not still_open:
+            self._swept = wanted
+        return moved
 
     def sweep_one(self, identity: str) -> bool:
         """Relay one outbox; whether it is empty now."""
@@ -230,13 +240,20 @@ class Relay:
         return None
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and look once more if something is expected."""
         with self._changed:
             self._closed = True
             self._changed.notify()
             thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(10.0)
+        self.finish()
+
+    def finish(self) -> None:
+        """Look once more if something is expected."""
+        if self._swept != self._wanted:
+            self.sweep()
+            self._swept = self._wanted
 
     def before_fork(self) -> None:
         """Let a sweep end first."""
@@ -251,6 +268,23 @@ class Relay:
         closed = self._closed
         self._begin()
         self._closed = closed
+
+
+#: Relays of which something is expected. A short program is to leave nothing behind.
+_finishing: Final[weakref.WeakSet[Relay]] = weakref.WeakSet()
+
+
+def _finish_at_exit(member: Relay) -> None:
+    # Not at import: what is registered last is called first, and the queue must still be open.
+    if not _finishing:
+        atexit.unregister(_finish_all)
+        atexit.register(_finish_all)
+    _finishing.add(member)
+
+
+def _finish_all() -> None:
+    for member in list(_finishing):
+        member.finish()
 
 
 def is_open(source: Source) -> bool:

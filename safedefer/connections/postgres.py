@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _PARAMETER: Final = re.compile(r"(?<![:\w]):([a-z]\w*)")
 _DEFAULT_PORT: Final = 5432
+#: Seconds that a connection of our own takes to be made, at most.
+_PATIENCE: Final = 10
 #: Modes of TLS that take an unencrypted connection; for the others asyncpg has a context.
 _LAX_TLS: Final = frozenset({"disable", "allow", "prefer"})
 
@@ -155,7 +157,9 @@ def _open_psycopg(url: str) -> Opener:
     async def connect() -> AsyncIterator[Source]:
         import psycopg  # noqa: PLC0415 - optional: it is here when it was asked for
 
-        with closing(psycopg.connect(url, autocommit=True)) as connection:
+        known = psycopg.conninfo.conninfo_to_dict(url)
+        patience = known.get("connect_timeout") or _PATIENCE
+        with closing(psycopg.connect(url, autocommit=True, connect_timeout=int(patience))) as connection:
             yield PsycopgSource(psycopg, connection)
 
     return Opener(connect)

@@ -255,9 +255,9 @@ def test_an_outbox_that_cannot_be_read_right_after_the_commit_is_relayed_later(o
     with closing(greedy), closing(sqlite3.connect(path)) as connection:
         after = outbox.relay_after
 
-        def interrupted(source) -> None:
+        def interrupted(*given) -> None:
             greedy.execute("BEGIN EXCLUSIVE")
-            after(source)
+            after(*given)
 
         outbox.relay_after = interrupted
         with outbox.transaction(connection):

@@ -31,6 +31,7 @@ from safedefer.errors import (
 from safedefer.outbox import Outbox
 from safedefer.queues.memory import MemoryQueue
 from safedefer.queues.postgres import PostgresQueue, migrate
+from safedefer.queues.sqlite import SQLiteQueue
 from tests import sample_tasks as tasks
 from tests.postgres.server import fresh_database, shared_server
 from tests.postgres.users import (
@@ -848,6 +849,78 @@ def test_what_a_process_that_died_has_left_is_relayed_once(database, queue, sche
     until(lambda: waiting(queue) == {"dies-after-the-commit"})
     until(lambda: database.count("elsewhere.safedefer_outbox") == 0)
     outbox.close()
+
+
+SHORT = """
+    import asyncio, sys
+    import asyncpg
+    from safedefer import Policy
+    from tests.sample_tasks import add
+    from tests.unit.apps import make_app
+
+    app = make_app(queue=f"sqlite:///{sys.argv[2]}")
+
+    async def main():
+        connection = await asyncpg.connect(sys.argv[1])
+        async with app.transaction(connection):
+            await app.options(transactional=True).defer_async(add, 1)
+        await connection.close()
+
+    asyncio.run(main())
+    if sys.argv[3] == "close":
+        app.close()
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "exit"])
+def test_a_short_program_leaves_nothing_behind(database, tmp_path, end):
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(SHORT), database.dsn, str(tmp_path / "q.db"), end]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    queue = SQLiteQueue(tmp_path / "q.db")
+    assert len(queue.tasks()) == 1
+    queue.close()
+    assert database.count("safedefer_outbox") == 0
+
+
+def test_what_was_committed_by_a_connection_that_was_closed_in_the_block_is_relayed(database, outbox, queue):
+    connection, task = psycopg.connect(database.dsn), make_task()
+    connection.execute("SELECT 1")
+    with outbox.transaction(connection):
+        outbox.put(task)
+        connection.commit()
+        connection.close()
+    until(lambda: waiting(queue) == {task.id})
+
+
+async def test_a_sweep_within_a_running_loop_opens_what_is_awaited_in_a_thread(database, outbox, queue, monkeypatch):
+    task = make_task()
+    monkeypatch.setattr(outbox._relay, "expect", lambda *given: None)
+    connection = await asyncpg.connect(database.dsn)
+    async with outbox.transaction(connection):
+        await outbox.put_async(task)
+    await connection.close()
+    assert (outbox.sweep(), waiting(queue)) == (1, {task.id})
+
+
+async def test_registries_of_sessions_give_the_session_of_this_context(database, outbox, queue):
+    from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker, create_async_engine
+    from sqlalchemy.orm import scoped_session, sessionmaker
+
+    one, two = make_task(), make_task()
+    engine = sqlalchemy.create_engine(database.dsn.replace("postgresql:", "postgresql+psycopg:"))
+    sessions = scoped_session(sessionmaker(engine))
+    with outbox.transaction(sessions):
+        outbox.put(one)
+    sessions.remove()
+    engine.dispose()
+    engine = create_async_engine(database.dsn.replace("postgresql:", "postgresql+asyncpg:"))
+    sessions = async_scoped_session(async_sessionmaker(engine), scopefunc=asyncio.current_task)
+    async with outbox.transaction(sessions):
+        await outbox.put_async(two)
+    await sessions.remove()
+    await engine.dispose()
+    until(lambda: waiting(queue) == {one.id, two.id})
 
 
 def test_what_was_enqueued_and_not_deleted_is_not_enqueued_again(database, outbox, queue):
