@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -359,6 +359,8 @@ class App:
 
     def defer_many_with(self, options: Options, calls: Iterable[CallTuple]) -> list[Task]:
         """Defer several calls with an ``Options`` object, in one transaction."""
+        if self.queue.capabilities.streams and not (options.name or options.unique or options.transactional):
+            return self._defer_stream(options, calls)
         built = [self._build(options, obj, args, kwargs) for obj, args, kwargs in calls]
         if options.name is not None and len(built) > 1:
             raise InvalidTaskError("several tasks cannot have one name; defer them one by one, or without a name")
@@ -371,6 +373,23 @@ class App:
         for _, queued in built:
             self._tell(queued)
         return [replace(task, was_enqueued=not options.transactional) for task, _ in built]
+
+    def _defer_stream(self, options: Options, calls: Iterable[CallTuple]) -> list[Task]:
+        """Sign tasks while the queue stores those before them, in one transaction."""
+        tasks: list[Task] = []
+        told: list[QueuedTask] = []
+
+        def build() -> Iterator[QueuedTask]:
+            for obj, args, kwargs in calls:
+                task, queued = self._build(options, obj, args, kwargs)
+                tasks.append(task)
+                told.append(queued)
+                yield queued
+
+        self.queue.enqueue_many(build())
+        for queued in told:
+            self._tell(queued)
+        return tasks
 
     def _enqueue_unique(self, task: Task, queued: QueuedTask) -> Task:
         while True:

@@ -9,7 +9,7 @@ and thread-safe; the dispatcher calls them in threads. Any method may raise ``Qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
@@ -36,6 +36,8 @@ class Capabilities:
     oversize: bool = True
     batch_atomic: bool = True
     """``enqueue_many`` takes all or none."""
+    streams: bool = False
+    """``enqueue_many`` stores tasks while those after them are made: it may be given an iterator."""
     due_order: bool = True
     """What fell due first is leased first; without it, what was enqueued first."""
     exact_wake: bool = True
@@ -242,8 +244,8 @@ class Queue(Protocol):
         """
         ...
 
-    def enqueue_many(self, tasks: Sequence[QueuedTask], /) -> None:
-        """Store all tasks or none, in one transaction."""
+    def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
+        """Store all tasks or none, in one transaction. Where the engine ``streams``, an error of the iterator undoes it."""
         ...
 
     def cancel(self, task_id: str, *, now: float) -> bool:

@@ -31,7 +31,7 @@ from safedefer.queues.memory_ledger import MemoryBlobs, MemoryLedger
 from safedefer.queues.rates import QueueControl, QueueLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 _PRUNE_EVERY: Final = 60.0
 _LOST_LEASE: Final = "lease-expired"
@@ -139,8 +139,9 @@ class MemoryQueue:
         """Store a task. Raises ``TaskAlreadyExistsError`` and ``TombstonedTaskError``."""
         self.enqueue_many((task,))
 
-    def enqueue_many(self, tasks: Sequence[QueuedTask], /) -> None:
+    def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Store all tasks or none; raises what ``enqueue`` raises."""
+        tasks = list(tasks)
         with self._changed:
             self._check(tasks)
             self._store(tasks)

@@ -8,11 +8,13 @@ ledger, blobs and dead letters. All of it is in the schema ``safedefer``, made b
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import weakref
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import uuid4
 
@@ -34,7 +36,7 @@ from safedefer.queues.postgres_operations import SQL, ago
 from safedefer.queues.postgres_rows import Hold, attempt_record, ended_view, job_view, read_task
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from safedefer.ledger import AttemptRecord
     from safedefer.queues.postgres_operations import Connection
@@ -44,10 +46,11 @@ __all__ = ["PostgresQueue", "migrate"]
 
 _T = TypeVar("_T")
 
-_CAPABILITIES: Final = Capabilities(due_order=False, exact_wake=False)
+_CAPABILITIES: Final = Capabilities(streams=True, due_order=False, exact_wake=False)
 _PRUNE_EVERY: Final = 60.0
 _PRUNE_AGAIN: Final = 0.2
 _AT_ONCE: Final = 500
+_STORED_AT_ONCE: Final = 250
 _FOREVER: Final = 1e18
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 
@@ -158,13 +161,14 @@ class PostgresQueue:
         *,
         durable: bool = True,
         transaction: bool = False,
+        again: bool = False,
     ) -> _T:
         """Run an action on a connection and wait for what it returns.
 
         Without ``durable`` a crash of the server may undo it shortly after; without ``transaction`` each statement
-        is one of its own.
+        is one of its own; with ``again`` it is done a second time where the connection breaks.
         """
-        return self._open().run(action, durable=durable, transaction=transaction)
+        return self._open().run(action, durable=durable, transaction=transaction, again=again)
 
     # --- Giving tasks -----------------------------------------------------------------------------
 
@@ -175,11 +179,17 @@ class PostgresQueue:
         """
         self.enqueue_many((task,))
 
-    def enqueue_many(self, tasks: Sequence[QueuedTask], /) -> None:
-        """Store all tasks or none, in one transaction; raises what ``enqueue`` raises."""
-        if tasks:
-            ((statement, values),) = self.enqueue_statements(tasks)
-            self._open().store(statement, values, {task.id for task in tasks})
+    def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
+        """Store all tasks or none, in one transaction; raises what ``enqueue`` raises, and what the iterator raises.
+
+        While some hundreds are stored, the next are taken from the iterator.
+        """
+        parts = iter(tasks)
+        batches = iter(lambda: list(islice(parts, _STORED_AT_ONCE)), [])
+        values = (
+            (operations.enqueue(batch, blob_limit=self._blob_limit), {task.id for task in batch}) for batch in batches
+        )
+        if self._open().store(values):
             self.watch.changed()
 
     def enqueue_statements(self, tasks: Sequence[QueuedTask], /) -> list[tuple[str, tuple[object, ...]]]:
@@ -294,8 +304,9 @@ class PostgresQueue:
         )
         if now >= self._next_prune:
             self._next_prune = now + _PRUNE_EVERY
-            if self.prune(now=now) >= _AT_ONCE:
-                self._next_prune = now + _PRUNE_AGAIN
+            with contextlib.suppress(QueueUnavailable):  # what was leased is leased
+                if self.prune(now=now) >= _AT_ONCE:
+                    self._next_prune = now + _PRUNE_AGAIN
         return leases
 
     def _note_seconds(self, seconds: float) -> None:
@@ -311,7 +322,9 @@ class PostgresQueue:
         """Prolong a lease. Raises ``LeaseLost``."""
         hold = Hold.read(lease.owner)
         if hold is not None and self.run(
-            lambda connection: connection.fetch(SQL["extend"], hold.job, hold.manager, hold.updated), durable=False
+            lambda connection: connection.fetch(SQL["extend"], hold.job, hold.manager, hold.updated),
+            durable=False,
+            again=True,
         ):
             return replace(lease, until=now + seconds)
         raise _lost(lease)
@@ -340,7 +353,7 @@ class PostgresQueue:
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
         """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
-        return self.run(partial(operations.next_due, seconds=self._seconds(), now=now, queues=queues))
+        return self.run(partial(operations.next_due, seconds=self._seconds(), now=now, queues=queues), again=True)
 
     def wait(self, timeout: float) -> bool:
         """Block until a task may have been enqueued (by any process) or ``timeout`` seconds pass."""
@@ -435,7 +448,7 @@ class PostgresQueue:
                     return ended_view(rows[0], records)
             return None
 
-        return self.run(action)
+        return self.run(action, again=True)
 
 
 async def _fetch(connection: Connection, *, statement: str, values: Sequence[object]) -> Sequence[Mapping[str, Any]]:

@@ -13,6 +13,8 @@ import logging
 import secrets
 import threading
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,7 +33,7 @@ from safedefer.queues.base import AlreadyWaiting
 from safedefer.queues.postgres_operations import SQL, ago
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
     from uuid import UUID
 
     from safedefer.queues.postgres_operations import Connection
@@ -68,10 +70,20 @@ _NAMES: Final = DBSettings(
     durability=Durability.durable,
     widen_id=True,
 )
+#: Where the SQLSTATE begins of an error after which there is no connection: its own, and the server's shutdown.
+_GONE: Final = ("08", "57P", "25P03")
 _SLOT_INDEX: Final = f"{_NAMES.queue_table}_picked_slot_idx"
 
 #: What these statements raise when the connection, or the server behind it, is not there.
-BROKEN: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.TimeoutError, TimeoutError)
+BROKEN: Final = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    # A connection that ends at a bad moment is said to be in an impossible state.
+    asyncpg.InternalClientError,
+    asyncio.TimeoutError,
+    TimeoutError,
+)
 
 
 #: Where pgqueuer's insertion takes the entrypoints: there the admission is asked, and hands them on.
@@ -119,6 +131,29 @@ class Statements:
 
 
 STATEMENTS: Final = Statements()
+
+
+def _insert(connection: psycopg.Connection[Any], values: tuple[object, ...]) -> None:
+    psycopg.RawCursor(connection).execute(STATEMENTS.enqueue.encode(), values)
+
+
+class _Made:
+    """Batches that are made once, however often they are gone through."""
+
+    def __init__(self, batches: Iterator[tuple[tuple[object, ...], set[str]]]) -> None:
+        self._batches = batches
+        self._made: list[tuple[object, ...]] = []
+        self.ids: set[str] = set()
+        self.complete = False
+        """Whether all were made: only then can they have been committed."""
+
+    def __iter__(self) -> Iterator[tuple[object, ...]]:
+        yield from list(self._made)
+        for values, ids in self._batches:
+            self._made.append(values)
+            self.ids |= ids
+            yield values
+        self.complete = True
 
 
 class Watch:
@@ -179,6 +214,7 @@ class Connections:
         self._producers: ConnectionPool[psycopg.Connection[Any]] | None = None
         self._most_producers = producers
         self._lock = threading.Lock()
+        self._closed = False
         try:
             self.marker, self.lease_seconds = self._call(self._start())
         except BaseException as error:
@@ -188,7 +224,15 @@ class Connections:
             raise
 
     def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise _closed(self._dsn)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise _closed(self._dsn) from None
 
     async def _start(self) -> tuple[str, float]:
         for durable in (True, False):
@@ -206,26 +250,53 @@ class Connections:
                 loop=self._loop,
             )
             await self._pools[durable]
-        async with self._pools[True].acquire() as connection:
+        async with self._connection(self._pools[True]) as connection:
             return await _check_schema(connection)
 
-    def run(self, action: Callable[[Connection], Awaitable[_T]], *, durable: bool, transaction: bool) -> _T:
+    def run(
+        self, action: Callable[[Connection], Awaitable[_T]], *, durable: bool, transaction: bool, again: bool = False
+    ) -> _T:
         """Run an action on a connection of the loop, and wait for what it returns.
+
+        With ``again`` it may be done twice: it is, where the connection breaks.
 
         Raises:
             QueueUnavailable: The database failed, or a refusal.
         """
         try:
-            return self._call(self._run(action, durable=durable, transaction=transaction))
+            return self._call(self._run(action, durable=durable, transaction=transaction, again=again))
         except BROKEN as error:
             raise refusal(error) or failure(self._dsn, error) from error
 
-    async def _run(self, action: Callable[[Any], Awaitable[_T]], *, durable: bool, transaction: bool) -> _T:
-        async with self._pools[durable].acquire(timeout=_CONNECT_SECONDS) as connection:
-            if not transaction:
-                return await action(connection)
-            async with connection.transaction():
-                return await action(connection)
+    async def _run(
+        self, action: Callable[[Any], Awaitable[_T]], *, durable: bool, transaction: bool, again: bool
+    ) -> _T:
+        try:
+            async with self._connection(self._pools[durable]) as connection:
+                if not transaction:
+                    return await action(connection)
+                async with connection.transaction():
+                    return await action(connection)
+        except BROKEN as error:
+            if not again or not _is_gone(error):
+                raise
+        return await self._run(action, durable=durable, transaction=transaction, again=False)
+
+    @contextlib.asynccontextmanager
+    async def _connection(self, pool: asyncpg.Pool) -> AsyncIterator[Any]:
+        """Give a connection of a pool, which gets back none that may be broken."""
+        connection = await pool.acquire(timeout=_CONNECT_SECONDS)
+        try:
+            yield connection
+        except BaseException as error:
+            # What the server refuses leaves the connection as it was. After anything else nobody knows.
+            if not isinstance(error, asyncpg.PostgresError) or _is_gone(error):
+                with contextlib.suppress(*BROKEN):  # it is out of the pool already
+                    connection.terminate()
+            raise
+        finally:
+            with contextlib.suppress(*BROKEN):  # what was done is done, also if the connection ends now
+                await pool.release(connection)
 
     def _producer_pool(self) -> ConnectionPool[psycopg.Connection[Any]]:
         with self._lock:
@@ -241,15 +312,16 @@ class Connections:
                 )
             return self._producers
 
-    def store(self, statement: str, values: tuple[object, ...], ids: set[str]) -> None:
-        """Run the statement that enqueues tasks of some ids.
+    def store(self, batches: Iterator[tuple[tuple[object, ...], set[str]]]) -> bool:
+        """Enqueue all batches of tasks, each as its values and ids, in one transaction; whether there were any.
 
         Raises:
-            QueueUnavailable: The database failed, or a refusal.
+            QueueUnavailable: The database failed, or a refusal, or what the iterator raises.
         """
+        made = _Made(batches)
         for attempt in range(_TRIES):
             try:
-                self._store(statement, values)
+                return self._store(made)
             except (PoolTimeout, PoolClosed) as error:
                 raise failure(self._dsn, error) from error
             except psycopg.OperationalError as error:
@@ -260,15 +332,28 @@ class Connections:
             except psycopg.Error as error:
                 refused = refusal(error)
                 ended = isinstance(refused, TaskAlreadyExistsError | TombstonedTaskError)
-                if attempt and ended and _about(error) in ids:
-                    return  # the try before was committed after all
+                if attempt and ended and made.complete and _about(error) in made.ids:
+                    return True  # the try before was committed after all
                 raise (refused or failure(self._dsn, error)) from error
-            else:
-                return
+        raise AssertionError  # the last try returns or raises
 
-    def _store(self, statement: str, values: tuple[object, ...]) -> None:
+    def _store(self, made: _Made) -> bool:
+        batches = iter(made)
+        first = next(batches, None)
+        if first is None:
+            return False
+        following = next(batches, None)
         with self._producer_pool().connection() as connection:
-            psycopg.RawCursor(connection).execute(statement.encode(), values)
+            if following is None:  # one statement is one transaction
+                _insert(connection, first)
+                return True
+            with connection.transaction(), ThreadPoolExecutor(1, "safedefer-store") as thread:
+                under_way = thread.submit(_insert, connection, first)
+                for batch in chain((following,), batches):
+                    under_way.result()
+                    under_way = thread.submit(_insert, connection, batch)
+                under_way.result()
+        return True
 
     def listen(self) -> None:
         """Hear of new tasks from now on."""
@@ -280,11 +365,15 @@ class Connections:
         self._listener = self._loop.create_task(self._listen())
 
     async def _listen(self) -> None:
+        told = False
         while True:
             try:
                 await self._listen_once()
-            except BROKEN as error:
-                _log.warning("nobody tells of new tasks now (%s); trying again", type(error).__name__)
+                told = False
+            except Exception as error:  # noqa: BLE001  # whatever it is, without this nobody is ever told again
+                if not told:
+                    _log.warning("nobody tells of new tasks now (%s); trying again", type(error).__name__)
+                told = True
             await asyncio.sleep(_RECONNECT_SECONDS)
 
     async def _listen_once(self) -> None:
@@ -316,6 +405,7 @@ class Connections:
     def close(self) -> None:
         """Finish what runs and disconnect."""
         with self._lock:
+            self._closed = True
             producers, self._producers = self._producers, None
         if producers is not None:
             producers.close()
@@ -335,6 +425,23 @@ class Connections:
                 await asyncio.wait_for(pool.close(), _CONNECT_SECONDS / 2)
             except BROKEN:
                 pool.terminate()
+        # Whoever waits for one of these would wait for ever.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether an error says that the connection, or the server, is not there any more."""
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return False
+    state = getattr(error, "sqlstate", None)
+    return state is None or state.startswith(_GONE)
+
+
+def _closed(dsn: str) -> QueueUnavailable:
+    return QueueUnavailable(f"the queue at {place(dsn)} was closed; open a new one")
 
 
 def place(dsn: str) -> str:

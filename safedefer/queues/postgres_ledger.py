@@ -24,8 +24,8 @@ _PRUNED_AT_ONCE: Final = 1000
 class Engine(Protocol):
     """What runs things on the database."""
 
-    def run(self, action: Callable[[Connection], Awaitable[_T]], /, *, durable: bool = True) -> _T:
-        """Run an action on a connection, in a transaction, and wait for what it returns."""
+    def run(self, action: Callable[[Connection], Awaitable[_T]], /, *, durable: bool = True, again: bool = False) -> _T:
+        """Run an action on a connection and wait for what it returns; ``again``: twice, where the connection breaks."""
         ...
 
 
@@ -93,12 +93,16 @@ class PostgresLedger:
 
     def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:  # noqa: ARG002 - the seam has it
         """Do what ``begin`` does for each."""
-        return self._engine.run(lambda connection: begin_many(connection, executions, lease=lease))
+        # Who asks again is let in again: or else what was committed, and whose answer was lost, waits for the lease.
+        return self._engine.run(lambda connection: begin_many(connection, executions, lease=lease), again=True)
 
     def extend(self, execution: Execution, *, now: float, lease: float) -> bool:  # noqa: ARG002 - the seam has it
         """Prolong the run; False if it is no longer ours."""
         values = (execution.audience, execution.task_id, execution.owner, ago(lease))
-        return bool(self._engine.run(lambda connection: connection.fetch(SQL["ledger_extend"], *values), durable=False))
+        rows: Sequence[Any] = self._engine.run(
+            lambda connection: connection.fetch(SQL["ledger_extend"], *values), durable=False, again=True
+        )
+        return bool(rows)
 
     def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
         """Store the end of a run and its record in one transaction; False if it is no longer ours."""
@@ -135,7 +139,7 @@ class PostgresBlobs:
 
     def get(self, blob_id: str) -> bytes | None:
         """Return the bytes, or None if there are none. Raises ``QueueUnavailable``."""
-        rows = self._engine.run(lambda connection: connection.fetch(SQL["blob_get"], blob_id))
+        rows = self._engine.run(lambda connection: connection.fetch(SQL["blob_get"], blob_id), again=True)
         return bytes(rows[0]["data"]) if rows else None
 
     def delete(self, blob_id: str) -> None:

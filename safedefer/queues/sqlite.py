@@ -132,9 +132,9 @@ class SQLiteQueue:
         """
         self.enqueue_many((task,))
 
-    def enqueue_many(self, tasks: Sequence[QueuedTask], /) -> None:
+    def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Store all tasks or none, in one transaction; raises what ``enqueue`` raises."""
-        limit = self._blob_limit
+        limit, tasks = self._blob_limit, list(tasks)
         self._watch.advance(self._writer.run(lambda connection: _enqueue_all(connection, tasks, limit)))
 
     def enqueue_on(self, connection: apsw.Connection, tasks: Sequence[QueuedTask], /) -> None:

@@ -314,22 +314,63 @@ def test_the_queue_goes_on_when_the_server_was_restarted():
         server.close()
 
 
-def test_a_try_that_was_committed_unheard_is_not_made_twice(queue):
-    """The connection breaks between the commit and its answer: the second try finds its own task."""
+@pytest.mark.parametrize("count", [1, 1000])
+def test_a_try_that_was_committed_unheard_is_not_made_twice(queue, count):
+    """The connection breaks between the commit and its answer: the second try finds its own tasks."""
     store, calls = queue._open()._store, []
 
-    def unheard(statement, values):
-        store(statement, values)
-        calls.append(values)
+    def unheard(made):
+        done = store(made)
+        calls.append(made)
         if len(calls) == 1:
             raise psycopg.OperationalError("server closed the connection unexpectedly")
+        return done
 
     queue._open()._store = unheard
-    task = task_now(name="n")
-    queue.enqueue(task)
-    assert ids(lease_now(queue)) == [task.id]
+    tasks = [task_now(name="n"), *(task_now() for _ in range(count - 1))]
+    queue.enqueue_many(iter(tasks))
+    assert queue.stats(now=0.0)[0].waiting == count
     with pytest.raises(TaskAlreadyExistsError):
         queue.enqueue(task_now(name="n"))
+
+
+def test_a_stream_whose_connection_breaks_is_stored_whole(queue, real_dsn):
+    def tasks():
+        for number in range(1000):
+            if number == 700:
+                ask(
+                    real_dsn,
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'safedefer'",
+                )
+            yield task_now()
+
+    queue.enqueue_many(tasks())
+    assert queue.stats(now=0.0)[0].waiting == 1000
+
+
+@pytest.mark.parametrize("stop", [0, 100, 900])
+def test_a_stream_that_fails_is_stored_not_at_all(queue, stop):
+    def tasks():
+        for _ in range(stop):
+            yield task_now()
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError):
+        queue.enqueue_many(tasks())
+    with pytest.raises(TaskAlreadyExistsError):
+        queue.enqueue_many([*(task_now() for _ in range(stop)), task_now(name="n"), task_now(name="n")])
+    assert list(queue.stats(now=0.0)) == []
+
+
+def test_a_batch_is_signed_while_it_is_stored(real_dsn):
+    app = make_app(queue=real_dsn)
+    tasks = app.defer_many([(sample_tasks.add, (n, n), {}) for n in range(800)])
+    assert len({task.id for task in tasks}) == 800
+    assert all(task.was_enqueued for task in tasks)
+    with pytest.raises(TypeError, match="does not take these arguments"):
+        app.defer_many([*[(sample_tasks.add, (1, 2), {})] * 700, (sample_tasks.add, (), {})])
+    assert app.queue.stats(now=0.0)[0].waiting == 800
+    app.close()
 
 
 # --- What others see, and what they may have written ----------------------------------------------

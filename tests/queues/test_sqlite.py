@@ -497,7 +497,6 @@ def test_urls_name_queues(tmp_path, monkeypatch):
         "",
         "tasks.db",
         "mysql://host/db",
-        "postgresql://user:secret@host/db",
         "sqlite://tasks.db",
         "sqlite://",
         "sqlite:///",
