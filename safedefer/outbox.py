@@ -488,8 +488,9 @@ class Outbox:
         self._relay.add(identity, opener)
         if is_open(source):
             self._relay.expect(source)
-        # Through a connection of its own: reading with a session would open a transaction of the user's.
-        elif source.is_async or opener.is_async or not self._relay.sweep_one(identity):
+        # Through a connection of its own: reading with a session would open a transaction of the user's. It takes
+        # long to connect to a server, and one sweep serves many blocks.
+        elif source.is_async or opener.is_async or source.dialect != "sqlite" or not self._relay.sweep_one(identity):
             self._relay.expect()
 
     def sweep(self) -> int:

@@ -156,8 +156,9 @@ def _open_psycopg(url: str) -> Opener:
     @asynccontextmanager
     async def connect() -> AsyncIterator[Source]:
         import psycopg  # noqa: PLC0415 - optional: it is here when it was asked for
+        from psycopg import conninfo  # noqa: PLC0415 - as above
 
-        known = psycopg.conninfo.conninfo_to_dict(url)
+        known = conninfo.conninfo_to_dict(url)
         patience = known.get("connect_timeout") or _PATIENCE
         with closing(psycopg.connect(url, autocommit=True, connect_timeout=int(patience))) as connection:
             yield PsycopgSource(psycopg, connection)
