@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from safedefer.queues.rates import QueueControl, QueueLimits
 
 _PRUNE_EVERY: Final = 60.0
+_PRUNE_AGAIN: Final = 0.2
 _PRUNED_AT_ONCE: Final = 500
 _PURGED_AT_ONCE: Final = 500
 _FOREVER: Final = 1e18
@@ -290,7 +291,7 @@ class SQLiteQueue:
     def prune(self, *, now: float) -> int:
         """Forget what is too old: tombstones, history, stray records, ledger entries; returns how many.
 
-        Does a bounded amount in one call. ``lease`` has it done about once a minute.
+        Does a bounded amount in one call. ``lease`` has it done about once a minute, and sooner if much is old.
         """
         return self._writer.run(lambda connection: self._prune(connection, now))
 
@@ -299,7 +300,10 @@ class SQLiteQueue:
         removed += operations.archive(
             connection, now=now, dead_seconds=self._dead_seconds, dead_limit=self._dead_limit, limit=_PRUNED_AT_ONCE
         )
-        return removed + prune_ledger(connection, now=now, limit=_PRUNED_AT_ONCE)
+        removed += prune_ledger(connection, now=now, limit=_PRUNED_AT_ONCE)
+        if removed >= _PRUNED_AT_ONCE:  # there may be more, and more comes all the time
+            self._next_prune = min(self._next_prune, now + _PRUNE_AGAIN)
+        return removed
 
     # --- Looking ----------------------------------------------------------------------------------
 

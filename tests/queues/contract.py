@@ -704,6 +704,15 @@ class QueueContract:
         queue.cancel("nothing-of-this-id", now=0.0)  # Comes after what the lease has set going.
         assert queue.find(task.id) is None
 
+    def test_leasing_keeps_up_with_what_grows_old(self, queue):
+        tasks = [make_task() for _ in range(1300)]
+        queue.enqueue_many(tasks)
+        assert all(queue.settle_many([(lease, DONE) for lease in take(queue, limit=2000)], now=100.0))
+        for step in range(8):
+            take(queue, now=200.0 + HISTORY + step)
+            queue.cancel("nothing-of-this-id", now=0.0)  # Comes after what the lease has set going.
+        assert queue.tasks(states=[TaskState.SUCCEEDED]) == []
+
     # --- Waiting and threads ------------------------------------------------------------------
 
     def test_wait_returns_at_once_for_a_task_that_nobody_has_seen(self, queue):

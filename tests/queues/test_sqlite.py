@@ -496,7 +496,7 @@ def test_urls_name_queues(tmp_path, monkeypatch):
     [
         "",
         "tasks.db",
-        "mysql://host/db",
+        "mysql://user:secret@host/db",
         "sqlite://tasks.db",
         "sqlite://",
         "sqlite:///",
