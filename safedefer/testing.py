@@ -190,6 +190,7 @@ class TestApp(App):
 
     def waiting(self) -> list[TaskView]:
         """Return the tasks that wait, the one that is due first before the others."""
+        self.outbox.sweep()
         found = self.queue.tasks(states=[TaskState.WAITING], limit=1_000_000)
         return sorted(found, key=lambda view: view.eta)
 

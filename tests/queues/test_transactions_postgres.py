@@ -714,6 +714,7 @@ async def test_a_test_app_runs_what_was_committed(database):
         async with app.transaction(connection):
             await app.options(transactional=True).defer_async(tasks.add, 1)
         await connection.close()
+        assert len(app.waiting()) == 1
         assert [ran.outcome for ran in app.run_due()] == ["succeeded"]
 
 
