@@ -9,7 +9,7 @@ absent claim, floats for integers and strings for numbers are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache
@@ -209,12 +209,12 @@ class Claims(BaseModel):
         return write_json(self.to_document())
 
     @classmethod
-    def from_json(cls, payload: bytes) -> Self:
+    def from_json(cls, payload: bytes) -> Claims:
         """Parse and validate a payload whose signature was verified. Raises ``InvalidClaims``, see ``read``."""
         return cls.read(payload)[0]
 
     @classmethod
-    def read(cls, payload: bytes) -> tuple[Self, bool]:
+    def read(cls, payload: bytes) -> tuple[Claims, bool]:
         """Parse and validate a payload whose signature was verified.
 
         Returns:
@@ -230,7 +230,7 @@ class Claims(BaseModel):
         if type(raw.get("v")) is not int:  # pydantic takes true and 1.0 for the Literal 1
             raise InvalidClaims("v is not an integer; write the version of the claims as 1")
         try:
-            claims: Self = cls.__pydantic_validator__.validate_python(raw)
+            claims = _validate(raw)
         except ValidationError as error:
             # `from None`: the error holds the claims.
             raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from None
@@ -255,6 +255,9 @@ class Claims(BaseModel):
             raise InvalidClaims("exp must lie between nbf and 92 days after it; mint a token with such times")
 
 
+_validate: Final[Callable[[Any], Claims]] = Claims.__pydantic_validator__.validate_python
+
+
 @lru_cache(maxsize=256)
 def split_audience(audience: str) -> tuple[str, str, str, str]:
     """Return the environment, queue, target and URL path of an ``aud`` claim."""
@@ -268,7 +271,7 @@ def write_json(document: Any) -> bytes:
     Raises:
         TypeError: Something in it is not plain JSON.
     """
-    return orjson.dumps(document, option=_WRITE)
+    return orjson.dumps(document, None, _WRITE)
 
 
 # Nothing but JSON's own types is written, and no integer that another parser could not keep.
@@ -292,7 +295,7 @@ def _read_json(payload: bytes) -> tuple[Any, bool]:
     try:
         raw = orjson.loads(payload)
         # If writing what was read gives back the text, no member of it was a duplicate and no number was rounded.
-        if orjson.dumps(raw, option=_WRITE) == payload and not _is_deep(raw, payload):
+        if orjson.dumps(raw, None, _WRITE) == payload and not _is_deep(raw, payload):
             return raw, True
     except (ValueError, TypeError):
         pass

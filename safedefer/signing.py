@@ -120,7 +120,7 @@ class Verifier:
         self._keyring = keyring
         self._serves = serves
         self._allow_pickle = allow_pickle
-        self._limits = limits
+        self._max_bytes = limits.token_bytes
         # A revoked key's patterns may name what is gone: they are not read.
         keys = (key for key in keyring.keys if key.state is not KeyState.REVOKED)
         self._gates: dict[str, Gate] = {key.kid: _gate(policy, key) for key in keys}
@@ -143,24 +143,25 @@ class Verifier:
         Raises:
             RejectedTask: One of its subclasses, by the first check that fails.
         """
-        token = Token.parse(data, max_bytes=self._limits.token_bytes)
-        authenticated = self._keyring.verify(token)
-        claims, canonical = Claims.read(authenticated.payload)
-        kid = authenticated.key.kid
+        token = Token.parse(data, max_bytes=self._max_bytes)
+        key, payload = self._keyring.verify(token)
+        claims, canonical = Claims.read(payload)
+        kid, call = key.kid, claims.call
         try:
             self._check_audience(claims, url, queue)
-            self._check_key(claims, authenticated.key)
+            if key.queues is not None or claims.cty != "typed":
+                self._check_key(claims, key)
             if not expired:
                 _check_time(claims, now)
-            if claims.blob is not None:
+            if call is None:
+                assert claims.blob is not None  # call or blob: check_shape
                 return VerifiedPointer(claims, claims.blob, kid)
-            assert claims.call is not None  # call or blob: check_shape
             gate = self._gates[kid]
-            gate.check(claims.call)
+            gate.check(call)
         except RejectedTask as error:
             error.identity = identify(claims, kid)
             raise
-        return VerifiedTask(claims, claims.call, gate, kid, data, authenticated.payload, canonical)
+        return VerifiedTask(claims, call, gate, kid, data, payload, canonical)
 
     def verify_stored(
         self, pointer: VerifiedPointer, data: bytes, *, url: str | Container[str], now: float, expired: bool = False
@@ -182,7 +183,7 @@ class Verifier:
         return task
 
     def _check_audience(self, claims: Claims, url: str | Container[str], queue: str | None) -> None:
-        environment, named, target, path = claims.audience
+        environment, named, target, path = split_audience(claims.aud)
         serves = self._serves
         if (
             environment != serves.environment

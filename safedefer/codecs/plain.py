@@ -114,9 +114,10 @@ def _sort(  # noqa: C901 - one branch a type
     if len(group) < _FEW:
         return _sort_few(group, lists, dicts)
     kind: type = type(group[0])
-    if to_be_written and ((kind is str and _are_texts(group)) or (kind is NoneType and _are_none(group))):
+    if kind is NoneType and all(map(is_, group, repeat(None))):
         return True
-    # Types are compared by identity: a set of them would run the hash of a user's metaclass.
+    # Types are compared by identity: a set of them would run the hash of a user's metaclass. And they must be: what
+    # orjson takes for a text or a number may be a member of an enumeration.
     if all(map(is_, map(type, group), repeat(kind))):
         if kind is list:
             lists.extend(group)
@@ -219,18 +220,6 @@ def _columns_of_rows(dicts: Sequence[dict[str, Any]]) -> list[_Group]:
     if len(values) != size * len(dicts) or set(map(len, dicts)) != {size}:
         return []
     return [values[column::size] for column in range(size)]
-
-
-def _are_none(group: _Group) -> bool:
-    return all(map(is_, group, repeat(None)))
-
-
-def _are_texts(group: _Group) -> bool:
-    try:
-        "".join(group)
-    except TypeError:
-        return False
-    return True
 
 
 # --- The text that a tree was parsed from ---------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedefer.binding import check_binds, signature_of
+from safedefer.binding import _MAX_FITTING, _shape_of, check_binds, signature_of
 
 
 def plain(a, b=1): ...
@@ -72,3 +72,34 @@ def test_a_built_in_without_a_signature_takes_anything():
 def test_the_parameters_before_the_callers_own_are_counted():
     assert signature_of(Owner(1).method)[1] == 1
     assert signature_of(plain)[1] == 0
+
+
+def test_what_fitted_is_remembered_by_function_and_the_memory_is_bounded():
+    def one(a, **named): ...
+
+    def same_name(a, b, **named): ...
+
+    same_name.__name__ = same_name.__qualname__ = one.__name__
+    for number in range(300):
+        check_binds(one, [1], {f"k{number}": 1})
+    check_binds(one, [1], {})
+    for target, args in ((one, []), (one, [1, 2]), (same_name, [1])):
+        for _ in range(2):
+            with pytest.raises(TypeError):
+                check_binds(target, args, {})
+    shape, _ = _shape_of(one)
+    assert len(shape.fitting) == _MAX_FITTING
+
+
+def test_a_name_that_only_equals_one_that_fitted_is_not_taken_for_it():
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            return True
+
+    def one(a, *, b): ...
+
+    check_binds(one, [1], {Name("b"): 1})
+    shape, _ = _shape_of(one)
+    assert shape.fitting == set()

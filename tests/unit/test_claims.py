@@ -3,7 +3,10 @@
 import json
 from datetime import UTC, datetime, timedelta, timezone
 
+import jiter
+import orjson
 import pytest
+from hypothesis import given
 
 from safedefer.claims import (
     DEFAULT_URL,
@@ -14,6 +17,8 @@ from safedefer.claims import (
     Options,
     TaskRetryOptions,
     call_document,
+    split_audience,
+    write_json,
 )
 from safedefer.errors import (
     InvalidClaims,
@@ -24,6 +29,8 @@ from safedefer.errors import (
     InvalidUrlError,
 )
 from safedefer.refs import UNBOUND
+from tests import strategies as some
+from tests.zoo.exactly import assert_exact
 
 CALL = {"kind": "function", "module": "shop.tasks", "qualname": "send"}
 METHOD = {
@@ -209,6 +216,44 @@ def test_the_document_of_claims_is_what_was_read(label):
         assert (
             call_document(claims.call, claims.call.bound if claims.call.has_bound else UNBOUND) == RIGHT[label]["call"]
         )
+
+
+def test_audiences_that_were_taken_apart_are_forgotten_again():
+    for number in range(2000):
+        assert split_audience(f"e:q{number}:t:/u") == ("e", f"q{number}", "t", "/u")
+    assert split_audience.cache_info().currsize <= 256
+
+
+@pytest.mark.parametrize(("brackets", "canonical"), [(5, True), (66, True), (67, False), (190, False)])
+@pytest.mark.parametrize("filler", [[], ["x" * 20_000]])
+@pytest.mark.parametrize(
+    ("make", "own"),
+    [(lambda inner: [inner], 2), (lambda inner: {"a": inner}, 2), (lambda inner: [{"a": [2]}, inner], 4)],
+)
+def test_what_nests_deeply_is_not_canonical(make, own, filler, brackets, canonical):
+    tree = 0
+    for _ in range(brackets - own):
+        tree = make(tree)
+    claims, found = Claims.read(payload(args=[tree, *filler]))
+    assert claims.args == [tree, *filler]
+    assert found is canonical
+
+
+@given(some.payloads())
+def test_both_parsers_read_the_same_from_what_is_canonical(document):
+    data = write_json(document)
+    assert_exact(jiter.from_json(data), orjson.loads(data))
+    assert Claims.read(data)[1]
+
+
+@pytest.mark.parametrize(("data", "value"), [
+    (b"18446744073709551616", 18446744073709551616), (b"1e5", 1e5), (b"-0.0", -0.0), (b"9007199254740992", 2**53), (b"1.0000000000000000000001", 1.0), (b'"\\u0041"', "A"), (b" 1", 1),
+])  # fmt: skip
+def test_numbers_and_texts_of_other_spellings_are_read_as_they_are(data, value):
+    claims, canonical = Claims.read(spelled(b'"kwargs":{"a":' + data + b"}"))
+    assert type(claims.kwargs["a"]) is type(value)
+    assert claims.kwargs["a"] == value
+    assert canonical is (data == b"-0.0")
 
 
 def test_the_audience_is_taken_apart_at_the_first_three_colons():

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safedefer.claims import Limits
-from safedefer.codecs.plain import is_plain, may_break_limits
+from safedefer.codecs.plain import is_plain, may_break_limits, written_plainly
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import InvalidArguments, UnencodableArgument
 from safedefer.refs import UNBOUND
+from tests import strategies as some
 from tests.benchmarks.fidelity import VALUES
 from tests.zoo import values as zoo
 from tests.zoo.exactly import CODEC, POLICY, assert_exact, carry, carry_one, parse
@@ -57,6 +58,32 @@ def test_one_odd_value_among_many_rows_is_found(odd, column, count):
         assert not is_plain([[list(row.values()) for row in table]], LIMITS)
     ran, zoo.RAN[:] = list(zoo.RAN), []
     assert ran == []
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("column", ["id", "name", "score", "on", "note", "more"])
+@pytest.mark.parametrize("count", [3, 100, 1000])
+def test_one_odd_value_among_many_rows_is_not_written_as_if_it_were_plain(odd, column, count):
+    zoo.RAN.clear()
+    for index in (0, count // 2, count - 1):
+        table = rows(count)
+        assert written_plainly([table], {"a": table[1:]}, LIMITS) is None  # rows that are there twice
+        text = written_plainly([table], {}, LIMITS)[0]
+        assert jiter.from_json(text) == [table]
+        table[index][column] = ODD[odd]
+        assert written_plainly([table], {}, LIMITS) is None
+        assert written_plainly([[list(row.values()) for row in table]], {}, LIMITS) is None
+    ran, zoo.RAN[:] = list(zoo.RAN), []
+    assert ran == []
+
+
+@given(st.lists(st.lists(some.values, min_size=2, max_size=3), min_size=16, max_size=70))
+def test_rows_of_anything_are_written_plainly_only_if_they_are_plain(table):
+    named = [dict(zip("abc", row, strict=False)) for row in table]
+    texts = written_plainly([named], {}, LIMITS)
+    if texts is not None:
+        assert is_plain([named], LIMITS)
+        assert_exact([named], jiter.from_json(texts[0]))
 
 
 @pytest.mark.parametrize("key", ["$x", "\ud800", 1, zoo.MyStr("name"), None], ids=repr)
