@@ -228,8 +228,9 @@ async def latency(system, count: int) -> list[float]:
         for _ in range(count):
             await system.send()
             await asyncio.sleep(0.02)
-        deadline = time.perf_counter() + 10
-        while len(STARTED) < count and time.perf_counter() < deadline:
+        for _ in range(200):
+            if len(STARTED) >= count:
+                break
             await asyncio.sleep(0.05)
     return [after - before for before, after in STARTED]
 
@@ -279,7 +280,9 @@ def main() -> None:
     print("from enqueue to the first line of the task")
     for name, found in spans.items():
         found.sort()
-        print(f"  {name:14} p50 {found[len(found) // 2] * 1000:7.2f} ms  p99 {found[int(len(found) * 0.99)] * 1000:7.2f} ms")
+        print(
+            f"  {name:14} p50 {found[len(found) // 2] * 1000:7.2f} ms  p99 {found[int(len(found) * 0.99)] * 1000:7.2f} ms"
+        )
 
 
 if __name__ == "__main__":
