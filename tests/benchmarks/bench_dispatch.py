@@ -29,11 +29,13 @@ from safedefer.delivery import Response
 from safedefer.dispatcher import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
-from safedefer.queues.base import Settlement, Verdict
+from safedefer.queues.base import FULL, Settlement, Verdict
 
 
 class Nothing:
     """A queue, a ledger and no storage: what is left is the work of the dispatcher and the handler."""
+
+    capabilities = FULL
 
     def __init__(self):
         self.memory = open_queue("memory://")
