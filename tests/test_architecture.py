@@ -76,8 +76,7 @@ def test_the_contracts_of_the_layers_are_kept():
     ("apsw", {"connections/__init__.py", "connections/sqlite.py", *(name for name in SOURCES if name.startswith("queues/sqlite"))}),
     ("aiohttp", {name for name in SOURCES if name == "deliveries.py" or name.startswith("web/")}),
     ("asyncpg", {"connections/postgres.py", "queues/postgres_engine.py"}),
-    ("psycopg", {"connections/postgres.py", "queues/postgres_engine.py"}),
-    ("psycopg_pool", {"queues/postgres_engine.py"}),
+    ("psycopg", {"connections/postgres.py", "queues/postgres_producers.py"}),
     ("pgqueuer", {"queues/postgres_engine.py"}),
     ("click", {name for name in SOURCES if name.startswith(("cli", "demo/"))}),
 ])  # fmt: skip

@@ -30,7 +30,8 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
 )
-from safedefer.queues.postgres_engine import STATEMENTS, Connections, Watch, migrate, place, refusal
+from safedefer.queues.postgres_engine import STATEMENTS, Connections, Watch, migrate
+from safedefer.queues.postgres_errors import closed, place, refusal
 from safedefer.queues.postgres_ledger import LEEWAY, PostgresBlobs, PostgresLedger
 from safedefer.queues.postgres_operations import SQL, ago
 from safedefer.queues.postgres_rows import Hold, attempt_record, ended_view, job_view, read_task
@@ -149,7 +150,7 @@ class PostgresQueue:
     def _open(self) -> Connections:
         with self._lock:
             if self._closed:
-                raise QueueUnavailable(f"the queue at {place(self._dsn)} was closed; open a new one")
+                raise closed(self._dsn)
             if self._connections is None:
                 self._connections = Connections(self._dsn, *self._sizes, watch=self.watch)
             return self._connections
@@ -189,7 +190,7 @@ class PostgresQueue:
         values = (
             (operations.enqueue(batch, blob_limit=self._blob_limit), {task.id for task in batch}) for batch in batches
         )
-        if self._open().store(values):
+        if self._open().producers.store(values):
             self.watch.changed()
 
     def enqueue_statements(self, tasks: Sequence[QueuedTask], /) -> list[tuple[str, tuple[object, ...]]]:

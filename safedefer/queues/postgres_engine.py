@@ -1,7 +1,6 @@
 """PostgreSQL's drivers and pgqueuer, for the queue: connections, statements, and the tables.
 
-Workers speak asyncpg, on an event loop in a thread of its own; producers speak psycopg. This is the only module
-that imports either, or pgqueuer.
+Workers speak asyncpg, on an event loop in a thread of its own. This is the only module that imports it, or pgqueuer.
 """
 
 from __future__ import annotations
@@ -13,27 +12,24 @@ import logging
 import secrets
 import threading
 import time
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from itertools import chain
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import asyncpg
-import psycopg
 from pgqueuer._version import version as pgqueuer_version
 from pgqueuer.adapters.persistence.qb import QueryBuilderEnvironment, QueryQueueBuilder, QuerySchedulerBuilder
 from pgqueuer.db import AsyncpgDriver
 from pgqueuer.domain.settings import DBSettings, Durability
 from pgqueuer.queries import Queries
 from pgqueuer.types import Channel, QueueEntrypoint, QueueManagerId
-from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
-from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.queues.base import AlreadyWaiting
+from safedefer.errors import ConfigurationError, QueueUnavailable
+from safedefer.queues.postgres_errors import REMEDY_MIGRATE, closed, failure, is_gone, place, refusal
 from safedefer.queues.postgres_operations import SQL, ago
+from safedefer.queues.postgres_producers import Producers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
     from uuid import UUID
 
     from safedefer.queues.postgres_operations import Connection
@@ -46,14 +42,10 @@ MIGRATIONS: Final = ("migration_1",)
 """Step n brings our tables from version n - 1 to n. Steps are added, never changed."""
 
 _MIGRATION_LOCK: Final = 0x5AFE_DEFE
-_REMEDY_MIGRATE: Final = "run `safedefer migrate`"
 _CONNECT_SECONDS: Final = 10
 _STATEMENT_SECONDS: Final = 60.0
-#: How long a producer waits for a connection: for a place in the pool, or for a server that is being restarted.
-_PRODUCER_SECONDS: Final = 5.0
 _ALIVE_SECONDS: Final = 15.0
 _RECONNECT_SECONDS: Final = 0.5
-_TRIES: Final = 3
 
 #: What is named is set: the environment's PGQUEUER_* is for the user's own pgqueuer.
 _NAMES: Final = DBSettings(
@@ -70,8 +62,6 @@ _NAMES: Final = DBSettings(
     durability=Durability.durable,
     widen_id=True,
 )
-#: Where the SQLSTATE begins of an error after which there is no connection: its own, and the server's shutdown.
-_GONE: Final = ("08", "57P", "25P03")
 _SLOT_INDEX: Final = f"{_NAMES.queue_table}_picked_slot_idx"
 
 #: What these statements raise when the connection, or the server behind it, is not there.
@@ -133,29 +123,6 @@ class Statements:
 STATEMENTS: Final = Statements()
 
 
-def _insert(connection: psycopg.Connection[Any], values: tuple[object, ...]) -> None:
-    psycopg.RawCursor(connection).execute(STATEMENTS.enqueue.encode(), values)
-
-
-class _Made:
-    """Batches that are made once, however often they are gone through."""
-
-    def __init__(self, batches: Iterator[tuple[tuple[object, ...], set[str]]]) -> None:
-        self._batches = batches
-        self._made: list[tuple[object, ...]] = []
-        self.ids: set[str] = set()
-        self.complete = False
-        """Whether all were made: only then can they have been committed."""
-
-    def __iter__(self) -> Iterator[tuple[object, ...]]:
-        yield from list(self._made)
-        for values, ids in self._batches:
-            self._made.append(values)
-            self.ids |= ids
-            yield values
-        self.complete = True
-
-
 class Watch:
     """Whether tasks may have come that no lease has looked for."""
 
@@ -199,7 +166,7 @@ async def _keep(_connection: object) -> None:
 
 
 class Connections:
-    """What one process has open: a thread with an event loop for asyncpg's, and a pool of psycopg's."""
+    """What one process has open: a thread with an event loop for asyncpg's, and those of producers."""
 
     def __init__(self, dsn: str, producers: int, workers: int, *, watch: Watch) -> None:
         self._dsn = dsn
@@ -211,8 +178,7 @@ class Connections:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="safedefer-postgres", daemon=True)
         self._thread.start()
-        self._producers: ConnectionPool[psycopg.Connection[Any]] | None = None
-        self._most_producers = producers
+        self.producers = Producers(dsn, producers, STATEMENTS.enqueue)
         self._lock = threading.Lock()
         self._closed = False
         try:
@@ -227,12 +193,12 @@ class Connections:
         with self._lock:
             if self._closed:
                 coroutine.close()
-                raise _closed(self._dsn)
+                raise closed(self._dsn)
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except CancelledError:
-            raise _closed(self._dsn) from None
+            raise closed(self._dsn) from None
 
     async def _start(self) -> tuple[str, float]:
         for durable in (True, False):
@@ -278,7 +244,7 @@ class Connections:
                 async with connection.transaction():
                     return await action(connection)
         except BROKEN as error:
-            if not again or not _is_gone(error):
+            if not again or not is_gone(error):
                 raise
         return await self._run(action, durable=durable, transaction=transaction, again=False)
 
@@ -290,70 +256,13 @@ class Connections:
             yield connection
         except BaseException as error:
             # What the server refuses leaves the connection as it was. After anything else nobody knows.
-            if not isinstance(error, asyncpg.PostgresError) or _is_gone(error):
+            if not isinstance(error, asyncpg.PostgresError) or is_gone(error):
                 with contextlib.suppress(*BROKEN):  # it is out of the pool already
                     connection.terminate()
             raise
         finally:
             with contextlib.suppress(*BROKEN):  # what was done is done, also if the connection ends now
                 await pool.release(connection)
-
-    def _producer_pool(self) -> ConnectionPool[psycopg.Connection[Any]]:
-        with self._lock:
-            if self._producers is None:
-                self._producers = ConnectionPool(
-                    self._dsn,
-                    min_size=0,
-                    max_size=self._most_producers,
-                    timeout=_PRODUCER_SECONDS,
-                    kwargs={"autocommit": True, "application_name": "safedefer", "options": "-c jit=off"},
-                    name="safedefer",
-                    open=True,
-                )
-            return self._producers
-
-    def store(self, batches: Iterator[tuple[tuple[object, ...], set[str]]]) -> bool:
-        """Enqueue all batches of tasks, each as its values and ids, in one transaction; whether there were any.
-
-        Raises:
-            QueueUnavailable: The database failed, or a refusal, or what the iterator raises.
-        """
-        made = _Made(batches)
-        for attempt in range(_TRIES):
-            try:
-                return self._store(made)
-            except (PoolTimeout, PoolClosed) as error:
-                raise failure(self._dsn, error) from error
-            except psycopg.OperationalError as error:
-                # Whether it was committed is not known: the ids tell, the next time.
-                if attempt == _TRIES - 1:
-                    raise failure(self._dsn, error) from error
-                self._producer_pool().check()
-            except psycopg.Error as error:
-                refused = refusal(error)
-                ended = isinstance(refused, TaskAlreadyExistsError | TombstonedTaskError)
-                if attempt and ended and made.complete and _about(error) in made.ids:
-                    return True  # the try before was committed after all
-                raise (refused or failure(self._dsn, error)) from error
-        raise AssertionError  # the last try returns or raises
-
-    def _store(self, made: _Made) -> bool:
-        batches = iter(made)
-        first = next(batches, None)
-        if first is None:
-            return False
-        following = next(batches, None)
-        with self._producer_pool().connection() as connection:
-            if following is None:  # one statement is one transaction
-                _insert(connection, first)
-                return True
-            with connection.transaction(), ThreadPoolExecutor(1, "safedefer-store") as thread:
-                under_way = thread.submit(_insert, connection, first)
-                for batch in chain((following,), batches):
-                    under_way.result()
-                    under_way = thread.submit(_insert, connection, batch)
-                under_way.result()
-        return True
 
     def listen(self) -> None:
         """Hear of new tasks from now on."""
@@ -406,9 +315,7 @@ class Connections:
         """Finish what runs and disconnect."""
         with self._lock:
             self._closed = True
-            producers, self._producers = self._producers, None
-        if producers is not None:
-            producers.close()
+        self.producers.close()
         with contextlib.suppress(*BROKEN, RuntimeError):
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(_CONNECT_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -432,75 +339,6 @@ class Connections:
         await asyncio.gather(*others, return_exceptions=True)
 
 
-def _is_gone(error: BaseException) -> bool:
-    """Whether an error says that the connection, or the server, is not there any more."""
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return False
-    state = getattr(error, "sqlstate", None)
-    return state is None or state.startswith(_GONE)
-
-
-def _closed(dsn: str) -> QueueUnavailable:
-    return QueueUnavailable(f"the queue at {place(dsn)} was closed; open a new one")
-
-
-def place(dsn: str) -> str:
-    """Return the address in a DSN, without user and password."""
-    parts = urlsplit(dsn)
-    return f"{parts.hostname or 'the local socket'}{parts.path}"
-
-
-def failure(dsn: str, error: BaseException) -> QueueUnavailable:
-    """Return the error of a database that does not do what it is asked."""
-    return QueueUnavailable(
-        f"the queue's database at {place(dsn)} failed ({type(error).__name__}: {error}); "
-        "see that it runs, that it takes connections from here, and that its disk is not full"
-    )
-
-
-# --- Refusals -------------------------------------------------------------------------------------
-
-
-def _about(error: BaseException) -> str:
-    """Return what a refusal is about: the DETAIL of the database's error."""
-    diagnosis = getattr(error, "diag", None)
-    detail = getattr(error, "detail", None) if diagnosis is None else diagnosis.message_detail
-    return detail or ""
-
-
-def refusal(error: BaseException) -> Exception | None:
-    """Return what a database error means in our words; None if it is none of those that the statements raise."""
-    about = _about(error)
-    match getattr(error, "sqlstate", None):
-        case "SD001":
-            return TaskAlreadyExistsError(f"the task {about} is in this queue already; enqueue it once")
-        case "SD002":
-            return TombstonedTaskError(f"the task {about} ended in this queue; defer it anew, with a new id")
-        case "SD003":
-            return TaskAlreadyExistsError(
-                f"a task named {about!r} is waiting or running in this queue; choose another name"
-            )
-        case "SD004":
-            return TombstonedTaskError(
-                f"a task of this name ended in this queue, and its name is free again in {float(about):.0f} s; "
-                "choose another name"
-            )
-        case "SD005":
-            return AlreadyWaiting(about)
-        case "SD006":
-            return TaskAlreadyExistsError(f"the blob {about} belongs to another task; give every blob its own id")
-        case "SD007":
-            return QueueUnavailable(
-                f"the stored tokens of oversize tasks would take more than {about} bytes; "
-                "let some of these tasks end, or raise blob_limit"
-            )
-        case "23505":
-            return TaskAlreadyExistsError("a task of this id is in this queue already; enqueue it once")
-        case "3F000" | "42P01" | "42883":
-            return ConfigurationError(f"the queue's tables are not in this database; {_REMEDY_MIGRATE}")
-    return None
-
-
 # --- Migrations -----------------------------------------------------------------------------------
 
 
@@ -511,10 +349,10 @@ async def _check_schema(connection: Any) -> tuple[str, float]:
         ConfigurationError: It was not migrated, or by another release.
     """
     if not (await connection.fetchrow(SQL["has_settings"]))["found"]:
-        raise ConfigurationError(f"the queue's tables are not in this database; {_REMEDY_MIGRATE}")
+        raise ConfigurationError(f"the queue's tables are not in this database; {REMEDY_MIGRATE}")
     settings = await connection.fetchrow(SQL["settings"])
     if settings is None or settings["version"] < len(MIGRATIONS):
-        raise ConfigurationError(f"the queue's tables are of an older safedefer; {_REMEDY_MIGRATE}")
+        raise ConfigurationError(f"the queue's tables are of an older safedefer; {REMEDY_MIGRATE}")
     if settings["version"] > len(MIGRATIONS):
         raise ConfigurationError(
             f"the queue's tables have version {settings['version']}, and this safedefer knows versions up to "
@@ -523,7 +361,7 @@ async def _check_schema(connection: Any) -> tuple[str, float]:
     if settings["pgqueuer"] != pgqueuer_version:
         plan = await _queries(connection).plan_upgrade()
         if plan.statements:
-            raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']}; {_REMEDY_MIGRATE}")
+            raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']}; {REMEDY_MIGRATE}")
     return settings["marker"], settings["lease_seconds"]
 
 

@@ -317,16 +317,17 @@ def test_the_queue_goes_on_when_the_server_was_restarted():
 @pytest.mark.parametrize("count", [1, 1000])
 def test_a_try_that_was_committed_unheard_is_not_made_twice(queue, count):
     """The connection breaks between the commit and its answer: the second try finds its own tasks."""
-    store, calls = queue._open()._store, []
+    producers, calls = queue._open().producers, []
+    store = producers._store
 
-    def unheard(made):
-        done = store(made)
+    def unheard(connection, made):
+        done = store(connection, made)
         calls.append(made)
         if len(calls) == 1:
             raise psycopg.OperationalError("server closed the connection unexpectedly")
         return done
 
-    queue._open()._store = unheard
+    producers._store = unheard
     tasks = [task_now(name="n"), *(task_now() for _ in range(count - 1))]
     queue.enqueue_many(iter(tasks))
     assert queue.stats(now=0.0)[0].waiting == count

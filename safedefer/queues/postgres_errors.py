@@ -1,0 +1,81 @@
+"""What errors of the PostgreSQL queue's database mean, whichever driver raises them."""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import urlsplit
+
+from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.base import AlreadyWaiting
+
+REMEDY_MIGRATE: Final = "run `safedefer migrate`"
+
+#: Where the SQLSTATE begins of an error after which there is no connection: its own, and the server's shutdown.
+_GONE: Final = ("08", "57P", "25P03")
+
+
+def place(dsn: str) -> str:
+    """Return the address in a DSN, without user and password."""
+    parts = urlsplit(dsn)
+    return f"{parts.hostname or 'the local socket'}{parts.path}"
+
+
+def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueUnavailable:
+    """Return the error of a database that does not do what it is asked; ``in_doubt``: or whose answer was lost."""
+    remedy = "see that it runs, that it takes connections from here, and that its disk is not full"
+    if in_doubt:
+        remedy += "; whether the tasks were stored is not known: one with a name can be deferred again"
+    return QueueUnavailable(f"the queue's database at {place(dsn)} failed ({type(error).__name__}: {error}); {remedy}")
+
+
+def closed(dsn: str) -> QueueUnavailable:
+    """Return the error of a queue that was closed."""
+    return QueueUnavailable(f"the queue at {place(dsn)} was closed; open a new one")
+
+
+def is_gone(error: BaseException) -> bool:
+    """Whether an error says that the connection, or the server, is not there any more."""
+    if isinstance(error, TimeoutError):
+        return False
+    state = getattr(error, "sqlstate", None)
+    return state is None or state.startswith(_GONE)
+
+
+def about(error: BaseException) -> str:
+    """Return what a refusal is about: the DETAIL of the database's error."""
+    diagnosis = getattr(error, "diag", None)
+    detail = getattr(error, "detail", None) if diagnosis is None else diagnosis.message_detail
+    return detail or ""
+
+
+def refusal(error: BaseException) -> Exception | None:
+    """Return what a database error means in our words; None if it is none of those that the statements raise."""
+    detail = about(error)
+    match getattr(error, "sqlstate", None):
+        case "SD001":
+            return TaskAlreadyExistsError(f"the task {detail} is in this queue already; enqueue it once")
+        case "SD002":
+            return TombstonedTaskError(f"the task {detail} ended in this queue; defer it anew, with a new id")
+        case "SD003":
+            return TaskAlreadyExistsError(
+                f"a task named {detail!r} is waiting or running in this queue; choose another name"
+            )
+        case "SD004":
+            return TombstonedTaskError(
+                f"a task of this name ended in this queue, and its name is free again in {float(detail):.0f} s; "
+                "choose another name"
+            )
+        case "SD005":
+            return AlreadyWaiting(detail)
+        case "SD006":
+            return TaskAlreadyExistsError(f"the blob {detail} belongs to another task; give every blob its own id")
+        case "SD007":
+            return QueueUnavailable(
+                f"the stored tokens of oversize tasks would take more than {detail} bytes; "
+                "let some of these tasks end, or raise blob_limit"
+            )
+        case "23505":
+            return TaskAlreadyExistsError("a task of this id is in this queue already; enqueue it once")
+        case "3F000" | "42P01" | "42883":
+            return ConfigurationError(f"the queue's tables are not in this database; {REMEDY_MIGRATE}")
+    return None
