@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -103,6 +104,8 @@ class PostgresQueue:
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self._connections: Connections | None = None
+        self._failed: tuple[float, QueueUnavailable | None] = (0.0, None)
+        """When it was last tried in vain to connect, and why."""
         self._manager = uuid4()
         self.watch = Watch()
 
@@ -148,11 +151,19 @@ class PostgresQueue:
     # --- Connections ------------------------------------------------------------------------------
 
     def _open(self) -> Connections:
+        asked = time.monotonic()
         with self._lock:
             if self._closed:
                 raise closed(self._dsn)
             if self._connections is None:
-                self._connections = Connections(self._dsn, *self._sizes, watch=self.watch)
+                since, error = self._failed
+                if error is not None and since >= asked:  # others need not wait for the same, one after the other
+                    raise QueueUnavailable(str(error)) from error
+                try:
+                    self._connections = Connections(self._dsn, *self._sizes, watch=self.watch)
+                except QueueUnavailable as again:
+                    self._failed = time.monotonic(), again
+                    raise
             return self._connections
 
     def run(

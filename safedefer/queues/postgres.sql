@@ -322,9 +322,9 @@ FROM safedefer.progress WHERE job_id = ANY ($1::bigint[]);
 INSERT INTO safedefer.progress (
     job_id, attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response, retry_reason
 )
-SELECT * FROM unnest(
-    $1::bigint[], $2::bigint[], $3::bigint[], $4::bigint[], $5::double precision[], $6::bigint[],
-    $7::double precision[], $8::integer[], $9::text[]
+SELECT * FROM json_to_recordset($1::json) AS given (
+    job_id bigint, attempts bigint, deliveries bigint, executions bigint, first_attempt double precision,
+    rejections bigint, first_rejection double precision, previous_response integer, retry_reason text
 )
 ON CONFLICT (job_id) DO UPDATE
 SET attempts = excluded.attempts, deliveries = excluded.deliveries, executions = excluded.executions,
@@ -337,15 +337,15 @@ DELETE FROM safedefer.progress WHERE job_id = ANY ($1::bigint[]);
 
 -- name: extend
 UPDATE safedefer.pgqueuer SET heartbeat = now()
-WHERE id = $1 AND queue_manager_id = $2 AND updated = $3 AND status = 'picked' RETURNING id;
+WHERE id = $1 AND queue_manager_id = $2 AND updated = timestamptz 'epoch' + $3::bigint * interval '1 microsecond'
+    AND status = 'picked' RETURNING id;
 
 -- name: held
 -- The leases that are still ours, locked, with what the ledger knows of them.
 SELECT job.id, entry.state
-FROM unnest($1::bigint[], $2::uuid[], $3::timestamptz[], $4::text[], $5::text[])
-    AS lease (id, manager, updated, audience, task_id)
+FROM json_to_recordset($1::json) AS lease (id bigint, manager uuid, updated bigint, audience text, task_id text)
 JOIN safedefer.pgqueuer AS job ON job.id = lease.id AND job.queue_manager_id = lease.manager
-    AND job.updated = lease.updated AND job.status = 'picked'
+    AND job.updated = timestamptz 'epoch' + lease.updated * interval '1 microsecond' AND job.status = 'picked'
 LEFT JOIN safedefer.ledger AS entry ON entry.audience = lease.audience AND entry.task_id = lease.task_id
 ORDER BY job.id FOR UPDATE OF job;
 
@@ -361,9 +361,9 @@ ORDER BY job.id FOR UPDATE OF job;
 INSERT INTO safedefer.ended (
     id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, reason, ended
 )
-SELECT * FROM unnest(
-    $1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::double precision[],
-    $9::double precision[], $10::bigint[], $11::bigint[], $12::text[], $13::text[], $14::double precision[]
+SELECT * FROM json_to_recordset($1::json) AS given (
+    id text, queue text, name text, callable_name text, url text, target text, audience text, eta double precision,
+    created double precision, expires bigint, attempts bigint, state text, reason text, ended double precision
 )
 ON CONFLICT (id) DO NOTHING;
 
@@ -413,10 +413,10 @@ SELECT given.*, NOT (
     OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id)
     OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id)
 )
-FROM unnest(
-    $1::text[], $2::text[], $3::double precision[], $4::double precision[], $5::text[], $6::integer[], $7::text[],
-    $8::text[], $9::text[]
-) AS given (task_id, audience, started, ended, outcome, status, reason, exception_type, traceback);
+FROM json_to_recordset($1::json) AS given (
+        task_id text, audience text, started double precision, ended double precision, outcome text, status integer,
+        reason text, exception_type text, traceback text
+    );
 
 -- name: attempts_trim
 DELETE FROM safedefer.attempts WHERE task_id = $1 AND seq <= (
@@ -433,9 +433,9 @@ UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
 -- name: ledger_begin
 -- Runs that may begin come back; each pair of audience and task is in the arrays once.
 INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
-SELECT given.audience, given.task_id, given.digest, 'running', given.owner, now() + $6::interval, given.expires, true
-FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
-    AS given (audience, task_id, digest, owner, expires)
+SELECT given.audience, given.task_id, decode(given.digest, 'hex'), 'running', given.owner, now() + $2::interval,
+    given.expires, true
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text, owner text, expires bigint)
 ON CONFLICT (audience, task_id) DO UPDATE
 SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = true
 WHERE entry.digest = excluded.digest AND (
@@ -447,7 +447,7 @@ RETURNING entry.audience, entry.task_id;
 -- name: ledger_find
 SELECT entry.audience, entry.task_id, entry.digest, entry.state, entry.uncharged, entry.until > now() AS alive
 FROM safedefer.ledger AS entry
-JOIN unnest($1::text[], $2::text[]) AS given (audience, task_id)
+JOIN json_to_recordset($1::json) AS given (audience text, task_id text)
     ON entry.audience = given.audience AND entry.task_id = given.task_id;
 
 -- name: ledger_extend
@@ -466,26 +466,26 @@ WITH recorded AS (
         OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id)
         OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id)
     )
-    FROM unnest(
-        $5::text[], $6::text[], $7::double precision[], $8::double precision[], $9::text[], $10::integer[],
-        $11::text[], $12::text[], $13::text[]
-    ) AS given (task_id, audience, started, ended, outcome, status, reason, exception_type, traceback)
+    FROM json_to_recordset($2::json) AS given (
+        task_id text, audience text, started double precision, ended double precision, outcome text, status integer,
+        reason text, exception_type text, traceback text
+    )
 )
 UPDATE safedefer.ledger AS entry SET state = given.state, owner = NULL, until = NULL
-FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) AS given (audience, task_id, owner, state)
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, owner text, state text)
 WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.owner = given.owner
     AND entry.state = 'running'
 RETURNING entry.audience, entry.task_id, given.owner;
 
 -- name: ledger_charged
 UPDATE safedefer.ledger AS entry SET uncharged = false
-FROM unnest($1::text[], $2::text[]) AS given (audience, task_id)
+FROM json_to_recordset($1::json) AS given (audience text, task_id text)
 WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.uncharged;
 
 -- name: ledger_end
 INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, expires, uncharged)
-SELECT given.*, false FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
-    AS given (audience, task_id, digest, state, expires)
+SELECT given.audience, given.task_id, decode(given.digest, 'hex'), given.state, given.expires, false
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text, state text, expires bigint)
 ON CONFLICT (audience, task_id) DO UPDATE
 SET state = excluded.state, owner = NULL, until = NULL, uncharged = false
 WHERE entry.state IN ('running', 'retry');

@@ -44,6 +44,13 @@ MIGRATIONS: Final = ("migration_1",)
 _MIGRATION_LOCK: Final = 0x5AFE_DEFE
 _CONNECT_SECONDS: Final = 10
 _STATEMENT_SECONDS: Final = 60.0
+#: A machine that is gone, or stands still, holds rows that others wait for: the server lets go of them.
+_MISSED: Final = {
+    "idle_in_transaction_session_timeout": "20s",
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+}
 _ALIVE_SECONDS: Final = 15.0
 _RECONNECT_SECONDS: Final = 0.5
 
@@ -204,7 +211,7 @@ class Connections:
         for durable in (True, False):
             # Its begin, its ends and what it enqueues survive a crash of the server. A lease or a settlement
             # that does not is made up for by the next delivery.
-            settings = {"application_name": "safedefer", "jit": "off"}
+            settings = {"application_name": "safedefer", "jit": "off", **_MISSED}
             self._pools[durable] = asyncpg.create_pool(
                 self._dsn,
                 min_size=0,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues.postgres_operations import RECORDS_KEPT, SQL, add_records, ago
-from safedefer.queues.postgres_rows import columns, record_values
+from safedefer.queues.postgres_rows import record_values, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -52,15 +52,24 @@ async def _begin_each_once(
     lease: float,
 ) -> None:
     asked = [executions[index] for index in which.values()]
-    rows = [(run.audience, run.task_id, run.digest, run.owner, run.expires) for run in asked]
-    # In one order, so that two batches do not wait for each other.
-    begun = await connection.fetch(SQL["ledger_begin"], *columns(sorted(rows), 5), ago(lease))
+    rows = [
+        {
+            "audience": run.audience,
+            "task_id": run.task_id,
+            "digest": run.digest.hex(),
+            "owner": run.owner,
+            "expires": run.expires,
+        }
+        # In one order, so that two batches do not wait for each other.
+        for run in sorted(asked, key=_name)
+    ]
+    begun = await connection.fetch(SQL["ledger_begin"], to_json(rows), ago(lease))
     for row in begun:
         results[which.pop((row["audience"], row["task_id"]))] = Admission.RUN
     if not which:
         return
-    keys = columns(list(which), 2)
-    for row in await connection.fetch(SQL["ledger_find"], *keys):
+    names = to_json([{"audience": audience, "task_id": task_id} for audience, task_id in which])
+    for row in await connection.fetch(SQL["ledger_find"], names):
         index = which.pop((row["audience"], row["task_id"]))
         if bytes(row["digest"]) != executions[index].digest:
             results[index] = Admission.CONFLICT
@@ -72,11 +81,18 @@ async def _begin_each_once(
         results[index] = Admission.DUPLICATE
 
 
+def _name(run: Execution) -> tuple[str, str]:
+    return run.audience, run.task_id
+
+
 async def finish_many(connection: Connection, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> list[bool]:
     """Store the ends of runs, and their records in either case."""
-    rows = [(run.audience, run.task_id, run.owner, str(state)) for run, state, _ in ends]
+    rows = [
+        {"audience": run.audience, "task_id": run.task_id, "owner": run.owner, "state": str(state)}
+        for run, state, _ in ends
+    ]
     records = [record_values(record) for _, _, record in ends]
-    changed = await connection.fetch(SQL["ledger_finish"], *columns(rows, 4), *columns(records, 9))
+    changed = await connection.fetch(SQL["ledger_finish"], to_json(rows), to_json(records))
     ours = {(row["audience"], row["task_id"], row["owner"]) for row in changed}
     return [(run.audience, run.task_id, run.owner) in ours for run, _, _ in ends]
 

@@ -7,7 +7,7 @@ Jobs are picked, retried and ended by the statements of pgqueuer, which come in 
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -18,12 +18,13 @@ from safedefer.queues.postgres_rows import (
     LOST_LEASE,
     Hold,
     Progress,
-    columns,
     dead_values,
     ended_values,
-    progress_values,
+    keys,
+    microseconds,
     read_task,
     record_values,
+    to_json,
     write_hints,
 )
 from safedefer.queues.rates import QueueControl, QueueLimits
@@ -178,7 +179,7 @@ async def lease(
             progress |= await _after_lost_lease(connection, tasks, lost, progress, now=now)
     leases = []
     for job in sorted(jobs, key=_number):
-        hold = Hold(manager, job["id"], job["updated"], now)
+        hold = Hold(manager.hex, job["id"], microseconds(job["updated"]), now)
         counters = progress.get(job["id"]) or Progress(job_id=job["id"])
         leases.append(counters.leased(tasks[job["id"]], owner=hold.write(owner), until=now + seconds))
     return leases
@@ -201,8 +202,8 @@ async def _after_lost_lease(
     now: float,
 ) -> dict[int, Progress]:
     """Count the deliveries that nobody settled, and charge those whose run had begun."""
-    keys = columns([(tasks[job_id].audience, tasks[job_id].id) for job_id in lost], 2)
-    entries = {(row["audience"], row["task_id"]): row for row in await connection.fetch(SQL["ledger_find"], *keys)}
+    named = keys(tasks[job_id] for job_id in lost)
+    entries = {(row["audience"], row["task_id"]): row for row in await connection.fetch(SQL["ledger_find"], named)}
     after, records = {}, []
     for job_id, leased in lost.items():
         task = tasks[job_id]
@@ -215,8 +216,8 @@ async def _after_lost_lease(
             if entry["state"] == "running":  # a run that ended has left a record of its own
                 records.append(_lost_record(task, leased, now))
         after[job_id] = counted
-    await connection.execute(SQL["ledger_charged"], *keys)
-    await connection.execute(SQL["progress_set"], *columns([progress_values(row) for row in after.values()], 9))
+    await connection.execute(SQL["ledger_charged"], named)
+    await connection.execute(SQL["progress_set"], to_json([asdict(row) for row in after.values()]))
     await add_records(connection, records)
     return after
 
@@ -397,15 +398,21 @@ async def settle(
     """Apply what a dispatcher says of deliveries; False, and nothing, for tasks that are not its own now."""
     holds = [Hold.read(lease.owner) for lease, _ in settlements]
     asked = {
-        hold.job: (hold.job, hold.manager, hold.updated, lease.task.audience, lease.task.id)
+        hold.job: {
+            "id": hold.job,
+            "manager": hold.manager,
+            "updated": hold.updated,
+            "audience": lease.task.audience,
+            "task_id": lease.task.id,
+        }
         for hold, (lease, _) in zip(holds, settlements, strict=True)
         if hold is not None
     }
-    found = await connection.fetch(SQL["held"], *columns(list(asked.values()), 5))
+    found = await connection.fetch(SQL["held"], to_json(list(asked.values())))
     held = {row["id"]: row["state"] for row in found}
     results, ends, retries, records = [], [], [], []
     for hold, (lease, settlement) in zip(holds, settlements, strict=True):
-        ours = hold is not None and hold.job in held and asked[hold.job][2] == hold.updated
+        ours = hold is not None and hold.job in held and asked[hold.job]["updated"] == hold.updated
         results.append(ours)
         if not ours or hold is None:
             continue
@@ -447,9 +454,8 @@ async def _retry(
     ]
     await connection.executemany(statements.retry, delays)
     after = [Progress.after(lease, settlement, hold, now=now) for hold, lease, settlement in retries]
-    await connection.execute(SQL["progress_set"], *columns([progress_values(row) for row in after], 9))
-    keys = columns([(lease.task.audience, lease.task.id) for _, lease, _ in retries], 2)
-    await connection.execute(SQL["ledger_charged"], *keys)
+    await connection.execute(SQL["progress_set"], to_json([asdict(row) for row in after]))
+    await connection.execute(SQL["ledger_charged"], keys(lease.task for _, lease, _ in retries))
     for _, lease, _ in retries:
         if lease.retries >= RECORDS_KEPT:
             await connection.execute(SQL["attempts_trim"], lease.task.id, RECORDS_KEPT)
@@ -465,7 +471,7 @@ async def end(
         if item.state is not EndState.FAILED
     ]
     if history:
-        await connection.execute(SQL["ended_insert"], *columns(history, 14))
+        await connection.execute(SQL["ended_insert"], to_json(history))
     for item in ends:
         if item.state is EndState.FAILED:
             values = dead_values(
@@ -484,20 +490,29 @@ async def end(
     unknown = [item for item in ends if item.known is None or item.known not in _ENDED]
     if unknown:
         entries = [
-            (item.task.audience, item.task.id, task_digest(item.task), str(item.state), item.task.expires)
+            {
+                "audience": item.task.audience,
+                "task_id": item.task.id,
+                "digest": task_digest(item.task).hex(),
+                "state": str(item.state),
+                "expires": item.task.expires,
+            }
             for item in unknown
         ]
-        await connection.execute(SQL["ledger_end"], *columns(entries, 5))
+        await connection.execute(SQL["ledger_end"], to_json(entries))
 
 
 async def _forget(connection: Connection, ends: Sequence[End], *, now: float, tombstone_seconds: float) -> None:
     tasks = [item.task for item in ends]
     names = [(task.queue, task.name) for task in tasks if task.name is not None]
     if names:
-        await connection.execute(SQL["names_bury"], *columns(names, 2), now + tombstone_seconds)
-    uniques = [(task.id, task.queue, task.unique_key) for task in tasks if task.unique_key is not None]
-    if uniques:
-        await connection.execute(SQL["uniques_delete"], *columns(uniques, 3))
+        await connection.execute(
+            SQL["names_bury"], [queue for queue, _ in names], [name for _, name in names], now + tombstone_seconds
+        )
+    unique = [task for task in tasks if task.unique_key is not None]
+    if unique:
+        values = [task.id for task in unique], [task.queue for task in unique], [task.unique_key for task in unique]
+        await connection.execute(SQL["uniques_delete"], *values)
     blobs = [task.blob_id for task in tasks if task.blob_id is not None]
     if blobs:
         await connection.execute(SQL["blobs_drop"], blobs)
@@ -518,8 +533,8 @@ async def cancel(
     """End waiting tasks unrun; not those that by the ledger run now or have ended. Returns how many."""
     jobs = await connection.fetch(SQL["waiting_of"], task_ids, ago(seconds))
     tasks = {job["id"]: read_task(job) for job in jobs}
-    keys = columns([(task.audience, task.id) for task in tasks.values()], 2)
-    entries = {(row["audience"], row["task_id"]): row for row in await connection.fetch(SQL["ledger_find"], *keys)}
+    found = await connection.fetch(SQL["ledger_find"], keys(tasks.values()))
+    entries = {(row["audience"], row["task_id"]): row for row in found}
     progress = await _progress(connection, list(tasks))
     ends = []
     for job_id, task in tasks.items():
@@ -550,7 +565,7 @@ async def drop_dead(connection: Connection, statements: Statements, task_ids: Se
 async def add_records(connection: Connection, records: Sequence[AttemptRecord]) -> None:
     """Store records of attempts."""
     if records:
-        await connection.execute(SQL["attempts_insert"], *columns([record_values(record) for record in records], 9))
+        await connection.execute(SQL["attempts_insert"], to_json([record_values(record) for record in records]))
 
 
 async def prune(

@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import orjson
 from pybase64 import b64decode as decode
 from pybase64 import b64encode as encode
 
@@ -97,15 +97,12 @@ def read_task(job: Mapping[str, Any]) -> QueuedTask:
 
 
 def _read_object(text: object) -> dict[str, Any]:
-    value: object = text
     try:
+        value = orjson.loads(text)  # type: ignore[arg-type]  # NULL is no text, and an error
         # A driver that makes JSON of what it is given may have made it twice.
-        for _ in range(2):
-            if isinstance(value, str):
-                value = json.loads(value)
-    except (ValueError, RecursionError):
+        return _object(orjson.loads(value) if type(value) is str else value)
+    except orjson.JSONDecodeError:
         return {}
-    return _object(value)
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -138,30 +135,33 @@ def _bytes(text: str) -> bytes:
         return b""
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(NamedTuple):
     """What fences a lease: the job, who picked it, and when. Written into ``Lease.owner``."""
 
-    manager: UUID
+    manager: str
     job: int
-    updated: datetime
+    updated: int
+    """By the clock of the database, in microseconds since the epoch."""
     leased: float
     """By the clock of the dispatcher."""
 
     def write(self, owner: str) -> str:
         """Return the ``owner`` of a lease."""
-        microseconds = (self.updated - _EPOCH) // _MICROSECOND
-        return f"{owner}:{self.manager.hex}:{self.job}:{microseconds}:{self.leased!r}"
+        return f"{owner}:{self.manager}:{self.job}:{self.updated}:{self.leased!r}"
 
     @classmethod
     def read(cls, owner: str) -> Hold | None:
         """Return what ``write`` wrote; None for anything else."""
         try:
-            _, manager, job, microseconds, leased = owner.rsplit(":", 4)
-            updated = _EPOCH + int(microseconds) * _MICROSECOND
-            return cls(UUID(hex=manager), int(job), updated, float(leased))
-        except (ValueError, OverflowError):
+            _, manager, job, updated, leased = owner.rsplit(":", 4)
+            return cls(manager, int(job), int(updated), float(leased))
+        except ValueError:
             return None
+
+
+def microseconds(moment: datetime) -> int:
+    """Return a time of the database in microseconds since the epoch."""
+    return (moment - _EPOCH) // _MICROSECOND
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,37 +210,56 @@ class Progress:
         )
 
 
-def columns(rows: Iterable[Sequence[object]], width: int) -> tuple[list[object], ...]:
-    """Turn rows into the arrays that ``unnest`` takes."""
-    return tuple(map(list, zip(*rows, strict=True))) or tuple([] for _ in range(width))
+def to_json(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows for ``json_to_recordset``: one text, where arrays would have each element looked at."""
+    return orjson.dumps(rows).decode()
 
 
-PROGRESS_FIELDS: Final = tuple(Progress.__slots__)
-RECORD_FIELDS: Final = tuple(AttemptRecord.__slots__)
+def keys(tasks: Iterable[QueuedTask]) -> str:
+    """Return what names the entries of tasks in the ledger."""
+    return to_json([{"audience": task.audience, "task_id": task.id} for task in tasks])
 
 
-def progress_values(progress: Progress) -> tuple[object, ...]:
-    """Return one row for ``progress_set``."""
-    return tuple(getattr(progress, name) for name in PROGRESS_FIELDS)
+def record_values(record: AttemptRecord) -> dict[str, object]:
+    """Return one row for ``attempts_insert``."""
+    return {
+        "task_id": record.task_id,
+        "audience": record.audience,
+        "started": record.started,
+        "ended": record.ended,
+        "outcome": record.outcome,
+        "status": record.status,
+        "reason": record.reason,
+        "exception_type": _storable(record.exception_type),
+        "traceback": _storable(record.traceback),
+    }
 
 
-def record_values(record: AttemptRecord) -> tuple[object, ...]:
-    """Return one row for ``attempts_insert``. PostgreSQL has no text with NUL or lone surrogates."""
-    return tuple(_storable(getattr(record, name)) for name in RECORD_FIELDS)
+def _storable(text: str | None) -> str | None:
+    """Return text as PostgreSQL takes it: without NUL and lone surrogates."""
+    if text is None:
+        return None
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
 
 
-def _storable(value: object) -> object:
-    if type(value) is str:
-        return value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
-    return value
-
-
-def ended_values(task: QueuedTask, state: str, *, reason: str | None, attempts: int, now: float) -> tuple[object, ...]:
+def ended_values(task: QueuedTask, state: str, *, reason: str | None, attempts: int, now: float) -> dict[str, object]:
     """Return one row for ``ended_insert``."""
-    return (
-        task.id, task.queue, task.name, task.callable_name, task.url, task.target, task.audience,
-        task.eta, task.created, task.expires, attempts, state, reason, now,
-    )  # fmt: skip
+    return {
+        "id": task.id,
+        "queue": task.queue,
+        "name": task.name,
+        "callable_name": task.callable_name,
+        "url": task.url,
+        "target": task.target,
+        "audience": task.audience,
+        "eta": task.eta,
+        "created": task.created,
+        "expires": task.expires,
+        "attempts": attempts,
+        "state": state,
+        "reason": reason,
+        "ended": now,
+    }
 
 
 def dead_values(
