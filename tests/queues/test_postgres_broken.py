@@ -1,0 +1,370 @@
+"""What a PostgreSQL queue does when its connections, its server or its neighbours fail it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import asyncpg
+import psycopg
+import pytest
+
+from safedefer.errors import QueueUnavailable
+from safedefer.ledger import Admission
+from safedefer.queues import postgres_engine, postgres_producers
+from safedefer.queues.postgres import PostgresQueue, migrate
+from tests.postgres.server import Server
+from tests.queues.contract import DONE, execution_of, ids
+from tests.queues.test_postgres import ask, lease_now, task_now
+
+OURS = "FROM pg_stat_activity WHERE application_name LIKE 'safedefer%%'"
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server(durable=True).start()
+    migrate(server.dsn())
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def dsn(server):
+    ask(
+        server.dsn(),
+        "TRUNCATE safedefer.pgqueuer, safedefer.names, safedefer.ended, safedefer.ledger, safedefer.controls",
+    )
+    return server.dsn()
+
+
+@pytest.fixture
+def queue(dsn):
+    queue = PostgresQueue(dsn)
+    yield queue
+    queue.close()
+
+
+@contextlib.contextmanager
+def broken_after_the_commit(dsn):
+    """Commits wait for a standby that is not there, and their connections are ended: done, and never heard of."""
+    over = threading.Event()
+
+    def end(connection):
+        ended = 0
+        while not ended and not over.wait(0.01):
+            ended += len(
+                connection.execute(f"SELECT pg_terminate_backend(pid) {OURS} AND wait_event = 'SyncRep'").fetchall()
+            )
+        connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        connection.execute("SELECT pg_reload_conf()")
+        return ended
+
+    with psycopg.connect(dsn, autocommit=True) as connection, ThreadPoolExecutor(1) as pool:
+        connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        connection.execute("SELECT pg_reload_conf()")
+        while connection.execute("SHOW synchronous_standby_names").fetchone() != ("nobody",):
+            time.sleep(0.01)
+        ended = pool.submit(end, connection)
+        try:
+            yield
+        finally:
+            over.set()
+            assert ended.result(10.0) == 1
+
+
+# --- Answers that are lost ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 600])
+def test_what_was_committed_and_never_answered_is_acknowledged_and_there_once(queue, dsn, count):
+    tasks = [task_now(name="n"), *(task_now() for _ in range(count - 1))]
+    queue.stats(now=0.0)
+    with broken_after_the_commit(dsn):
+        queue.enqueue_many(iter(tasks))
+    assert queue.stats(now=0.0)[0].waiting == count
+
+
+def test_a_run_whose_admission_was_never_answered_is_admitted_at_once(queue, dsn):
+    run = execution_of(task_now())
+    queue.stats(now=0.0)
+    with broken_after_the_commit(dsn):
+        assert queue.ledger.begin(run, now=0.0, lease=60.0) is Admission.RUN
+    assert ask(dsn, "SELECT count(*) FROM safedefer.ledger WHERE state = 'running'") == [(1,)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"name": "n"}, {"unique_key": "u"}])
+def test_a_try_that_is_still_being_committed_is_waited_for(queue, dsn, changes):
+    """The connection breaks while the server still stores what came by it, as it may with a network between them."""
+    producers, task = queue._open().producers, task_now(**changes)
+    store, slow = producers._store, psycopg.connect(dsn)
+    committing = threading.Timer(0.3, slow.commit)
+
+    def first(connection, made):
+        producers._store = store
+        store(slow, made)
+        committing.start()
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    producers._store = first
+    queue.enqueue(task)
+    committing.join()
+    slow.close()
+    assert ids(lease_now(queue)) == [task.id]
+
+
+def test_an_answer_that_stays_lost_is_said_to_be_lost(queue, dsn, monkeypatch):
+    monkeypatch.setattr(postgres_producers, "_PATIENCE", 0.3)
+    producers = queue._open().producers
+    store = producers._store
+
+    def unheard(connection, made):
+        store(connection, made)
+        producers._connect = refuse
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    def refuse():
+        raise psycopg.OperationalError("connection refused")
+
+    producers._store = unheard
+    with pytest.raises(QueueUnavailable, match="whether the tasks were stored is not known"):
+        queue.enqueue(task_now())
+
+
+def test_a_database_error_of_whoever_makes_the_tasks_is_theirs(queue):
+    def tasks():
+        for _ in range(600):
+            yield task_now()
+        raise psycopg.OperationalError("not of this database")
+
+    with pytest.raises(psycopg.OperationalError, match="not of this database"):
+        queue.enqueue_many(tasks())
+    assert list(queue.stats(now=0.0)) == []
+
+
+# --- Connections ----------------------------------------------------------------------------------
+
+
+def test_connections_that_end_at_any_moment_are_an_unavailable_queue_and_nothing_else(queue, dsn):
+    over, errors, done = threading.Event(), [], []
+
+    def work():
+        while not over.is_set():
+            try:
+                done.append(queue.ledger.begin(execution_of(task_now()), now=0.0, lease=60.0))
+            except QueueUnavailable:
+                continue
+            except BaseException as error:
+                errors.append(error)
+
+    with ThreadPoolExecutor(6) as pool, psycopg.connect(dsn, autocommit=True) as connection:
+        for _ in range(6):
+            pool.submit(work)
+        until = time.monotonic() + 2.0
+        while time.monotonic() < until:
+            connection.execute(f"SELECT pg_terminate_backend(pid) {OURS}")
+            time.sleep(0.01)
+        over.set()
+    assert errors == []
+    assert queue.ledger.begin(execution_of(task_now()), now=0.0, lease=60.0) is Admission.RUN
+
+
+def test_producers_are_back_as_soon_as_the_server_is(server, queue, monkeypatch):
+    monkeypatch.setattr(postgres_producers, "_PATIENCE", 1.0)
+    queue.enqueue(task_now())
+    server.stop(immediate=True)
+    for _ in range(2):
+        with pytest.raises(QueueUnavailable):
+            queue.enqueue(task_now())
+    server.start()
+    began = time.monotonic()
+    queue.enqueue(task_now())
+    assert time.monotonic() - began < 0.5
+
+
+def test_a_restart_within_its_patience_is_nothing_to_a_producer(server, queue):
+    queue.enqueue(task_now())
+    server.stop(immediate=True)
+    with ThreadPoolExecutor(1) as pool:
+        enqueued = pool.submit(queue.enqueue, task_now())
+        time.sleep(0.5)
+        server.start()
+        enqueued.result(5.0)
+    assert queue.stats(now=0.0)[0].waiting == 2
+
+
+def test_a_server_without_free_connections_is_unavailable_until_there_are_some(queue, dsn, monkeypatch):
+    monkeypatch.setattr(postgres_producers, "_PATIENCE", 0.3)
+    with contextlib.ExitStack() as taken:
+        with pytest.raises(psycopg.OperationalError):
+            while True:
+                taken.enter_context(psycopg.connect(dsn))
+        with pytest.raises(QueueUnavailable):
+            queue.enqueue(task_now())
+        with pytest.raises(QueueUnavailable):
+            lease_now(queue)
+    deadline = time.monotonic() + 5.0
+    while True:  # the server takes a moment to notice who has gone
+        try:
+            queue.enqueue(task_now())
+        except QueueUnavailable:
+            assert time.monotonic() < deadline
+        else:
+            break
+    assert len(lease_now(queue)) == 1
+
+
+def test_many_threads_share_few_connections(dsn):
+    queue = PostgresQueue(dsn, producers=2)
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda _: queue.enqueue(task_now()), range(200)))
+    assert queue.stats(now=0.0)[0].waiting == 200
+    assert ask(
+        dsn,
+        "SELECT count(*) <= 2 FROM pg_stat_activity WHERE application_name = 'safedefer' AND query ILIKE '%%insert%%'",
+    )
+    assert queue._open().producers._open <= 2
+    queue.close()
+
+
+def test_who_gets_no_connection_in_time_is_told_so(dsn, monkeypatch):
+    monkeypatch.setattr(postgres_producers, "_PATIENCE", 0.2)
+    queue = PostgresQueue(dsn, producers=1)
+    producers = queue._open().producers
+    connection = producers._take(time.monotonic() + 5.0)
+    with pytest.raises(QueueUnavailable, match="other threads have all 1 connections"):
+        queue.enqueue(task_now())
+    producers._give(connection)
+    queue.enqueue(task_now())
+    queue.close()
+    with pytest.raises(QueueUnavailable, match="closed"):
+        producers._take(time.monotonic() + 5.0)
+
+
+def test_a_connection_that_nobody_has_needed_for_long_is_closed(queue, monkeypatch):
+    producers = queue._open().producers
+    first, second = (producers._take(time.monotonic() + 5.0) for _ in range(2))
+    producers._give(first)
+    monkeypatch.setattr(postgres_producers, "_IDLE_SECONDS", 0.0)
+    producers._give(second)
+    assert first.closed
+    assert producers._open == 1
+
+
+def test_threads_that_connect_first_at_once_wait_for_one_attempt(monkeypatch):
+    monkeypatch.setattr(postgres_engine, "_CONNECT_SECONDS", 1)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(100)
+        queue = PostgresQueue(f"postgresql://postgres@127.0.0.1:{deaf.getsockname()[1]}/nothing")
+
+        def ask_for():
+            with pytest.raises(QueueUnavailable):
+                queue.stats(now=0.0)
+
+        began = time.monotonic()
+        with ThreadPoolExecutor(5) as pool:
+            for asked in [pool.submit(ask_for) for _ in range(5)]:
+                asked.result(20.0)
+        assert time.monotonic() - began < 3.0
+        queue.close()
+
+
+# --- Neighbours -----------------------------------------------------------------------------------
+
+
+def test_a_machine_that_stands_still_within_a_transaction_keeps_nobody_waiting(dsn, monkeypatch):
+    settings = {**postgres_engine._MISSED, "idle_in_transaction_session_timeout": "500ms"}
+    monkeypatch.setattr(postgres_engine, "_MISSED", settings)
+    still, other = PostgresQueue(dsn), PostgresQueue(dsn)
+    other.enqueue(task_now())
+    other.pause("paused", paused=True, now=0.0)
+    held = threading.Event()
+
+    async def stand_still(connection):
+        await connection.fetch("SELECT FROM safedefer.controls FOR UPDATE")
+        held.set()
+        await asyncio.sleep(3.0)
+        await connection.fetch("SELECT 1")
+
+    with ThreadPoolExecutor(1) as pool:
+        standing = pool.submit(still.run, stand_still, transaction=True)
+        assert held.wait(10.0)
+        began = time.monotonic()
+        assert len(lease_now(other)) == 1
+        assert time.monotonic() - began < 2.0
+        with pytest.raises(QueueUnavailable):
+            standing.result(10.0)
+    still.close()
+    other.close()
+
+
+# --- Leases and wake-ups --------------------------------------------------------------------------
+
+
+def test_what_was_leased_is_leased_although_nothing_can_be_pruned(queue, monkeypatch):
+    def refuse(*, now):
+        raise QueueUnavailable("not now")
+
+    monkeypatch.setattr(queue, "prune", refuse)
+    task = task_now()
+    queue.enqueue(task)
+    assert ids(lease_now(queue)) == [task.id]
+
+
+def test_a_settlement_that_is_made_twice_changes_nothing_the_second_time(queue):
+    queue.enqueue(task_now())
+    (lease,) = lease_now(queue)
+    assert list(queue.settle_many([(lease, DONE)], now=0.0)) == [True]
+    assert list(queue.settle_many([(lease, DONE)], now=0.0)) == [False]
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), asyncpg.InternalClientError("odd"), OSError("odd")])
+def test_whatever_ends_the_connection_that_listens_it_is_made_anew(queue, error):
+    connections, calls = queue._open(), []
+    listen = connections._listen_once
+
+    async def fail_first():
+        calls.append(1)
+        if len(calls) < 3:
+            raise error
+        await listen()
+
+    connections._listen_once = fail_first
+    lease_now(queue)
+    deadline = time.monotonic() + 10.0
+    while len(calls) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert queue.wait(10.0) is True  # what came meanwhile nobody has heard
+    while queue.wait(0.2):
+        pass
+    other = PostgresQueue(queue._dsn)
+    other.enqueue(task_now())
+    assert queue.wait(10.0) is True
+    other.close()
+
+
+# --- Closing --------------------------------------------------------------------------------------
+
+
+def test_closing_keeps_nobody_waiting(dsn, monkeypatch):
+    monkeypatch.setattr(postgres_engine, "_CONNECT_SECONDS", 2)
+    queue = PostgresQueue(dsn, workers=2)
+    connections = queue._open()
+
+    def sleep():
+        with pytest.raises(QueueUnavailable):
+            queue.run(lambda connection: connection.fetch("SELECT pg_sleep(30)"))
+
+    with ThreadPoolExecutor(3) as pool:
+        asleep = [pool.submit(sleep) for _ in range(3)]
+        time.sleep(0.5)
+        queue.close()
+        for one in asleep:
+            one.result(5.0)
+    with pytest.raises(QueueUnavailable, match="closed"):
+        connections.run(lambda connection: connection.fetch("SELECT 1"), durable=True, transaction=False)
