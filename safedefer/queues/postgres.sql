@@ -1,6 +1,10 @@
 -- The PostgreSQL queue: the jobs are pgqueuer's, in the tables that it makes in the schema safedefer; here is
 -- what App Engine's semantics need beside them. Placeholders are PostgreSQL's own, for every driver.
 --
+-- A statement looks up as many rows as it is given, by index, whatever the planner believes of the tables: they grow and
+-- shrink faster than they are counted. So connections have sequential scans and hash and merge joins off, and
+-- OFFSET 0 keeps a look-up from becoming a scan.
+--
 -- Who may run what when goes by the database's clock (now()), which all machines share. Times for people, and
 -- those of tombstones and history, are seconds since the epoch by the clock of whoever wrote them.
 
@@ -154,7 +158,9 @@ CREATE INDEX attempts_stray ON safedefer.attempts (ended) WHERE stray;
 CREATE FUNCTION safedefer.admit(
     ids text[], queues text[], names text[], created double precision[], unique_keys text[],
     blob_ids text[], blob_data bytea[], blob_limit bigint
-) RETURNS text[] LANGUAGE plpgsql AS $$
+) RETURNS text[] LANGUAGE plpgsql
+-- Some ids are looked up in tables that may have grown by any number of rows since the planner last counted.
+SET enable_seqscan = off AS $$
 DECLARE
     item record;
     known text;
@@ -409,9 +415,9 @@ INSERT INTO safedefer.attempts (
 )
 SELECT given.*, NOT (
     EXISTS (SELECT FROM safedefer.pgqueuer AS job
-            WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked'))
-    OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id)
-    OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id)
+            WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked') OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id OFFSET 0)
 )
 FROM json_to_recordset($1::json) AS given (
         task_id text, audience text, started double precision, ended double precision, outcome text, status integer,
@@ -462,9 +468,9 @@ WITH recorded AS (
     )
     SELECT given.*, NOT (
         EXISTS (SELECT FROM safedefer.pgqueuer AS job
-                WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked'))
-        OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id)
-        OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id)
+                WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked') OFFSET 0)
+        OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id OFFSET 0)
+        OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id OFFSET 0)
     )
     FROM json_to_recordset($2::json) AS given (
         task_id text, audience text, started double precision, ended double precision, outcome text, status integer,

@@ -44,6 +44,8 @@ MIGRATIONS: Final = ("migration_1",)
 _MIGRATION_LOCK: Final = 0x5AFE_DEFE
 _CONNECT_SECONDS: Final = 10
 _STATEMENT_SECONDS: Final = 60.0
+#: Every statement looks up some rows by index, whatever the planner believes of tables that come and go by the thousand.
+_BY_INDEX: Final = {"jit": "off", "enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 #: A machine that is gone, or stands still, holds rows that others wait for: the server lets go of them.
 _MISSED: Final = {
     "idle_in_transaction_session_timeout": "20s",
@@ -211,7 +213,7 @@ class Connections:
         for durable in (True, False):
             # Its begin, its ends and what it enqueues survive a crash of the server. A lease or a settlement
             # that does not is made up for by the next delivery.
-            settings = {"application_name": "safedefer", "jit": "off", **_MISSED}
+            settings = {"application_name": "safedefer", **_BY_INDEX, **_MISSED}
             self._pools[durable] = asyncpg.create_pool(
                 self._dsn,
                 min_size=0,

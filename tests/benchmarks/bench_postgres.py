@@ -48,7 +48,7 @@ class Safedefer:
             keyring=Keyring(Key("bench", secrets.token_bytes(32))),
             policy=Policy("tests.benchmarks.noop"),
             queue=dsn,
-            concurrency=concurrency * 2,
+            concurrency=1000,
         )
         self._app.delivery  # noqa: B018 - imports what the policy names
 
