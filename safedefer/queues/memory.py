@@ -402,14 +402,16 @@ class MemoryQueue:
             return True
         entry = self._ledger.entry(row.task)
         state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
-        reason = settlement.reason
+        reason, charged = settlement.reason, settlement.charged
         # The ledger has the last word: it knows how the run ended, also when the dispatcher that saw
         # it died, and the next one got no more than "duplicate".
         if entry is not None and entry.ended and entry.state != state:
             state = EndState(entry.state)
             if state is EndState.FAILED:
                 reason = self._ledger.last_reason(row.task.id) or reason
-        self._end(row, state, now=now, reason=reason, charged=settlement.charged)
+        if entry is not None and entry.ended and not entry.uncharged:
+            charged = False  # the run was charged when its lease ran out, and this delivery found it ended
+        self._end(row, state, now=now, reason=reason, charged=charged)
         return True
 
     def _retry(self, row: _Row, settlement: Settlement, *, now: float) -> None:

@@ -348,7 +348,7 @@ WHERE id = $1 AND queue_manager_id = $2 AND updated = timestamptz 'epoch' + $3::
 
 -- name: held
 -- The leases that are still ours, locked, with what the ledger knows of them.
-SELECT job.id, entry.state
+SELECT job.id, entry.state, entry.uncharged
 FROM json_to_recordset($1::json) AS lease (id bigint, manager uuid, updated bigint, audience text, task_id text)
 JOIN safedefer.pgqueuer AS job ON job.id = lease.id AND job.queue_manager_id = lease.manager
     AND job.updated = timestamptz 'epoch' + lease.updated * interval '1 microsecond' AND job.status = 'picked'

@@ -409,7 +409,7 @@ async def settle(
         if hold is not None
     }
     found = await connection.fetch(SQL["held"], to_json(list(asked.values())))
-    held = {row["id"]: row["state"] for row in found}
+    held = {row["id"]: {"known": row["state"], "uncharged": row["uncharged"]} for row in found}
     results, ends, retries, records = [], [], [], []
     for hold, (lease, settlement) in zip(holds, settlements, strict=True):
         ours = hold is not None and hold.job in held and asked[hold.job]["updated"] == hold.updated
@@ -421,7 +421,7 @@ async def settle(
         if settlement.verdict is Verdict.RETRY:
             retries.append((hold, lease, settlement))
         else:
-            ends.append(_end(hold, lease, settlement, held[hold.job]))
+            ends.append(_end(hold, lease, settlement, **held[hold.job]))
         del held[hold.job]
     await add_records(connection, records)
     if retries:
@@ -431,13 +431,16 @@ async def settle(
     return results
 
 
-def _end(hold: Hold, lease: Lease, settlement: Settlement, known: str | None) -> End:
+def _end(hold: Hold, lease: Lease, settlement: Settlement, *, known: str | None, uncharged: bool | None) -> End:
     state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
+    charged = settlement.charged
     # The ledger has the last word: it knows how the run ended, also when the dispatcher that saw it
     # died, and the next one got no more than "duplicate".
     if known is not None and known in _ENDED:
         state = EndState(known)
-    attempts = lease.attempts + settlement.charged
+        # What is not uncharged was charged when its lease ran out, and this delivery found it ended.
+        charged = charged and bool(uncharged)
+    attempts = lease.attempts + charged
     return End(lease.task, hold.job, state, settlement.reason, attempts, known, has_progress=lease.retries > 0)
 
 

@@ -214,13 +214,15 @@ def _end_as_settled(
 ) -> None:
     entry = find_ledger(connection, row.audience, task_id)
     state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
-    reason = settlement.reason
+    reason, charged = settlement.reason, settlement.charged
     # The ledger has the last word: it knows how the run ended, also when the dispatcher that saw it
     # died, and the next one got no more than "duplicate".
     if entry is not None and entry.state in _ENDED and entry.state != state:
         state = EndState(entry.state)
         if state is EndState.FAILED:
             reason = connection.execute(SQL["attempts_last_reason"], (task_id,)).get or reason
+    if entry is not None and entry.state in _ENDED and not entry.uncharged:
+        charged = False  # the run was charged when its lease ran out, and this delivery found it ended
     end(
         connection,
         task_id,
@@ -228,7 +230,7 @@ def _end_as_settled(
         state,
         now=now,
         reason=reason,
-        charged=settlement.charged,
+        charged=charged,
         tombstone_seconds=tombstone_seconds,
     )
 

@@ -278,7 +278,10 @@ def outage(*, seconds: float = 20.0, around: float = 5.0, per_second: float = 10
         cast.check_output()
         lying = [when for when in account.acknowledgements if since < when < until]
         if lying or set(attempts) != {1} or not account.refused:
-            raise Failed(f"acknowledged while down: {len(lying)}; attempts {dict(attempts)}; refused {account.refused}")
+            raise Failed(
+                f"acknowledged while down: {len(lying)}; attempts {dict(attempts)}; refused {account.refused}; "
+                f"{cast.store.tried_again()}"
+            )
         first_ack = min(when for when in account.acknowledgements if when > until) - started
         first_run = min(when for runs in account.runs.values() for when, _ in runs if when > until) - started
         last_run = max(when for ends in account.ends.values() for when, _ in ends)

@@ -144,6 +144,13 @@ class PostgresDatabase:
     def attempts(self) -> Counter[int]:
         return Counter(dict(self.query("SELECT attempts, count(*) FROM safedefer.ended GROUP BY attempts")))  # type: ignore[arg-type]
 
+    def tried_again(self) -> list[tuple[Any, ...]]:
+        """Return the records of what was charged more than one attempt."""
+        return self.query("""
+            SELECT task_id, started, ended, outcome, status, reason, exception_type FROM safedefer.attempts
+            WHERE task_id IN (SELECT id FROM safedefer.ended WHERE attempts > 1) ORDER BY task_id, seq LIMIT 20
+        """)
+
     def dead(self, callable_name: str) -> list[tuple[str, int]]:
         return self.query(f"SELECT reason, attempts FROM safedefer.dead WHERE callable_name LIKE '%{callable_name}'")  # type: ignore[return-value]
 

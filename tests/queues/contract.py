@@ -402,6 +402,19 @@ class QueueContract:
         assert take_one(queue, now=160.0).attempts == 1
         assert [record.outcome for record in queue.find(task.id).records] == ["retry"]
 
+    @pytest.mark.parametrize("state", [EndState.SUCCEEDED, EndState.FAILED])
+    def test_a_run_that_was_charged_with_its_lost_lease_is_not_charged_by_who_finds_it_ended(self, queue, state):
+        task = make_task()
+        queue.enqueue(task)
+        take_one(queue)
+        run = execution_of(task)
+        queue.ledger.begin(run, now=101.0, lease=30.0)
+        queue.ledger.finish(run, state, record_of(task))
+        again = take_one(queue, now=160.0)
+        assert again.attempts == 1
+        queue.settle(again, DONE, now=161.0)
+        assert queue.find(task.id).attempts == 1
+
     def test_a_settled_delivery_is_not_charged_twice(self, queue):
         task = make_task()
         queue.enqueue(task)
