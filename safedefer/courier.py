@@ -118,7 +118,11 @@ class Courier:
 
     async def _recorded_reason(self, task_id: str) -> str | None:
         """Return what the handler wrote down of the attempt before it answered."""
-        view = await self._in_thread(partial(self._queue.find, task_id))
+        try:
+            view = await self._in_thread(partial(self._queue.find, task_id))
+        except QueueError as error:
+            _log.error("why the task %a failed cannot be looked up (%s)", task_id, name_of(error))
+            return None
         return view.records[-1].reason if view is not None and view.records else None
 
     def _place(self, task: QueuedTask) -> str:

@@ -188,7 +188,9 @@ class Dispatcher:
                         await self._rest()
                 except Exception as error:  # noqa: BLE001  # the storage's, or of a row that somebody wrote into it
                     _log.error("the queue is unavailable (%s); trying again", name_of(error))
-                    await self._sleep(1.0)
+                    self._changed.clear()  # a place that is free does not help
+                    if not self._stopping.is_set():
+                        await self._sleep(1.0)
             await self._drain()
         finally:
             await self._end(helpers)

@@ -19,6 +19,8 @@ _log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: Seconds between two tries to settle.
 _SETTLE_AGAIN: Final = 0.5
+#: Seconds between two tries to prolong, at most.
+_EXTEND_AGAIN: Final = 1.0
 
 _Settled: TypeAlias = tuple[Lease, Settlement]
 
@@ -117,17 +119,22 @@ class Leases:
 
     async def keep_extending(self) -> None:
         """Prolong what is held, three times in the length of a lease, until it is cancelled."""
+        pause = self._seconds / 3
         while True:
-            await asyncio.sleep(self._seconds / 3)
+            await asyncio.sleep(pause)
+            pause = self._seconds / 3
             held = list(self._held.values())
             if not held:
                 continue
-            for extended in await self._in_thread(partial(self._extend, held)):
+            prolonged, complete = await self._in_thread(partial(self._extend, held))
+            for extended in prolonged:
                 if extended.owner in self._held:
                     self._held[extended.owner] = extended
+            if not complete:
+                pause = min(pause, _EXTEND_AGAIN)
 
-    def _extend(self, held: Sequence[Lease]) -> list[Lease]:
-        """Prolong leases, one after the other; in a thread. Returns those that were."""
+    def _extend(self, held: Sequence[Lease]) -> tuple[list[Lease], bool]:
+        """Prolong leases, one after the other; in a thread. Returns those that were, and whether storage did not fail."""
         extended = []
         for lease in held:
             try:
@@ -136,8 +143,8 @@ class Leases:
                 continue  # its settlement will say so
             except Exception as error:  # noqa: BLE001  # the next turn may go better
                 _log.error("leases cannot be prolonged (%s)", name_of(error))
-                break
-        return extended
+                return extended, False
+        return extended, True
 
 
 def name_of(error: BaseException) -> str:

@@ -1,0 +1,112 @@
+"""What a dispatcher does while its queue is away: it waits, keeps what it has, and says what it knows."""
+
+import asyncio
+import time
+
+from safedefer.dispatcher import Dispatcher, DispatcherOptions
+from safedefer.errors import QueueUnavailable
+from safedefer.ledger import AttemptRecord, EndState, Execution
+from safedefer.queues.base import TaskState
+from safedefer.queues.memory import MemoryQueue
+from tests.unit.test_dispatcher import answer, task_of
+
+
+class Away(MemoryQueue):
+    """A queue that is away while ``away`` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.away = False
+        self.leased = 0
+        self.extended = []
+
+    def _check_here(self):
+        if self.away:
+            raise QueueUnavailable("away")
+
+    def lease(self, **arguments):
+        self.leased += 1
+        self._check_here()
+        return super().lease(**arguments)
+
+    def next_due(self, **arguments):
+        self._check_here()
+        return super().next_due(**arguments)
+
+    def settle_many(self, settlements, *, now):
+        self._check_here()
+        return super().settle_many(settlements, now=now)
+
+    def extend(self, lease, **arguments):
+        self.extended.append(time.monotonic())
+        self._check_here()
+        return super().extend(lease, **arguments)
+
+    def find(self, task_id):
+        self._check_here()
+        return super().find(task_id)
+
+
+def dispatch(queue, deliver, **options):
+    return Dispatcher(queue, deliver, clock=time.time, options=DispatcherOptions(**options))
+
+
+async def test_a_queue_that_is_away_is_asked_about_once_a_second():
+    queue = Away()
+    for number in range(4):
+        queue.enqueue(task_of(number, eta=0.0))
+
+    async def deliver(task, headers):
+        queue.away = True  # and now a place is free, which is no reason to ask at once
+        await asyncio.sleep(0.05)
+        return answer(200, "succeeded")
+
+    dispatcher = dispatch(queue, deliver, concurrency=2)
+    running = asyncio.create_task(dispatcher.run())
+    await asyncio.sleep(1.5)
+    assert 2 <= queue.leased <= 8
+    began = time.monotonic()
+    dispatcher.stop()
+    queue.away = False
+    await running
+    assert time.monotonic() - began < 1.5
+
+
+async def test_leases_are_prolonged_as_soon_as_that_is_possible_again():
+    queue = Away()
+    queue.enqueue(task_of(eta=0.0))
+
+    async def deliver(task, headers):
+        await asyncio.sleep(3.6)
+        return answer(200, "succeeded")
+
+    running = asyncio.create_task(dispatch(queue, deliver, lease_seconds=4.5).run_until_empty())
+    await asyncio.sleep(1.3)
+    queue.away = True
+    await asyncio.sleep(0.6)
+    queue.away = False
+    back = time.monotonic()
+    await running
+    assert min(when - back for when in queue.extended if when > back) < 1.1  # not a third of the lease later
+    assert queue.find(task_of().id).state is TaskState.SUCCEEDED
+
+
+async def test_a_failed_task_whose_reason_cannot_be_looked_up_is_dead_all_the_same():
+    queue = Away()
+    queue.enqueue(task_of(eta=0.0))
+
+    async def deliver(task, headers):
+        run = Execution(audience=task.audience, task_id=task.id, digest=task.digest, owner="run", expires=task.expires)
+        record = AttemptRecord(
+            task_id=task.id, audience=task.audience, started=0.0, ended=0.0, outcome="failed", status=200, reason="why"
+        )
+        queue.ledger.begin(run, now=time.time(), lease=60.0)
+        queue.ledger.finish(run, EndState.FAILED, record)
+        queue.away = True
+        asyncio.get_running_loop().call_later(0.3, setattr, queue, "away", False)
+        return answer(200, "failed")
+
+    await dispatch(queue, deliver).run_until_empty()
+    view = queue.find(task_of().id)
+    assert (view.state, [record.outcome for record in view.records]) == (TaskState.DEAD, ["failed"])
+    assert view.attempts == 1
