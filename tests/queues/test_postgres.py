@@ -478,3 +478,18 @@ def test_a_queue_of_our_own_runs_the_calls_that_were_deferred(real_dsn):
         app.close()
 
     asyncio.run(work())
+
+
+def test_pgqueuers_own_commands_work_on_our_jobs(queue, real_dsn):
+    queue.enqueue_many([task_now(), task_now(queue="mail")])
+    (lease,) = lease_now(queue, queues=["default"])
+    queue.settle(lease, DEAD, now=time.time())
+    environment = {**os.environ, "PGQUEUER_SCHEMA": "safedefer", "PGDSN": real_dsn}
+
+    def pgq(*arguments):
+        command = [sys.executable, "-m", "pgqueuer", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment).stdout
+
+    assert "present" in pgq("verify", "--expect", "present")
+    assert "default" in pgq("failed")
+    assert "mail" in pgq("backlog")
