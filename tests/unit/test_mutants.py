@@ -1,13 +1,19 @@
 """What no test had noticed when mutation testing changed it."""
 
+import json
 import tracemalloc
 from base64 import urlsafe_b64decode
 
 import pytest
 
-from safedefer.errors import MalformedToken
+from safedefer.claims import Claims, Limits
+from safedefer.errors import BadSignature, MalformedToken, NotDeferrable, PolicyViolation, WrongAudience
 from safedefer.keys import Key, Keyring
+from safedefer.policy import Policy
+from safedefer.signing import Serves, Signer, Verifier
 from safedefer.token import Token, decode_segment, encode_segment
+
+NOW = 1_700_000_000
 
 
 @pytest.mark.parametrize(
@@ -32,3 +38,72 @@ def test_a_megabyte_of_dots_is_not_split_into_a_million_parts():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_100_000, "three parts share the million bytes among them"
+
+
+@pytest.mark.parametrize(
+    "segment", [b"!!!!", b"AAAA!!!!", b"!!!!AAAA", b"AA!!!!AA", b"AAAA\n\n\n\nAAAA", b"AAAA    AA", b"A~A~A~A~"]
+)
+def test_what_a_lax_decoder_skips_is_refused(segment):
+    with pytest.raises(MalformedToken, match="canonical"):
+        decode_segment(segment)
+
+
+def token(key, payload=b"x", **parts):
+    found = Token.parse(Keyring(key).sign(payload), max_bytes=1_000)._replace(**parts)
+    return found._replace(signing_input=found.header + b"." + found.payload)
+
+
+@pytest.mark.parametrize("mac", [b"A" * 42 + b"B", b"!" * 43])
+def test_a_mac_of_a_known_key_that_is_no_base64url_is_malformed(mac):
+    key = Key("k", bytes(range(3, 40)))
+    with pytest.raises(MalformedToken):
+        Keyring(key).verify(token(key, mac=mac))
+    with pytest.raises(BadSignature):
+        Keyring(key).verify(token(key, mac=b"A" * 43))
+
+
+def signed(**claims):
+    ring = Keyring(Key("a", bytes(range(3, 40)), pickle=True))
+    claims = {
+        "v": 1, "jti": "a" * 32, "iat": NOW, "nbf": NOW, "exp": NOW + 100, "aud": "prod:default:default:/u", "cty": "typed",
+        "call": {"kind": "function", "module": "tests.zoo.callables", "qualname": "function"}, "args": [1], "kwargs": {},
+    } | claims  # fmt: skip
+    text = json.dumps({name: value for name, value in claims.items() if value is not None})
+    verifier = Verifier(ring, Policy("tests.zoo.callables"), serves=Serves(environment="prod"), limits=Limits())
+    return verifier, ring.sign(text.encode())
+
+
+def test_pickled_arguments_are_off_unless_they_are_turned_on():
+    verifier, data = signed(cty="pickle")
+    with pytest.raises(PolicyViolation, match="pickled"):
+        verifier.verify(data, url="/u", now=NOW)
+
+
+def test_a_pointer_says_which_key_signed_it():
+    blob = {"id": "b" * 32, "sha256": "0" * 64, "length": 1}
+    verifier, data = signed(blob=blob, call=None, args=None, kwargs=None)
+    found = verifier.verify(data, url="/u", now=NOW)
+    assert (found.kid, found.identity.kid) == ("a", "a")
+
+
+def test_a_refusal_says_which_key_signed():
+    verifier, data = signed()
+    with pytest.raises(WrongAudience) as caught:
+        verifier.verify(data, url="/v", now=NOW)
+    assert caught.value.identity.kid == "a"
+
+
+def test_a_payload_in_our_own_spelling_is_known_as_such():
+    verifier, data = signed()
+    assert verifier.verify(data, url="/u", now=NOW).canonical is False
+    ours = Signer(Keyring(Key("a", bytes(range(3, 40)))), Policy(), limits=Limits())
+    claims = Claims.model_validate_json(decode_segment(data.split(b".")[1])).to_document()
+    assert verifier.verify(ours.sign(claims), url="/u", now=NOW).canonical is True
+
+
+def test_a_key_without_pickle_says_so_by_a_slug():
+    verifier, data = signed()
+    claims = Claims.model_validate_json(decode_segment(data.split(b".")[1])).to_document()
+    with pytest.raises(NotDeferrable) as caught:
+        Signer(Keyring(Key("a", bytes(range(3, 40)))), Policy(), limits=Limits()).sign(claims | {"cty": "pickle"})
+    assert caught.value.reason == "pickle-off"
