@@ -1,15 +1,26 @@
 """What no test had noticed when mutation testing changed it."""
 
 import json
+import sys
 import tracemalloc
+from abc import ABCMeta
 from base64 import urlsafe_b64decode
+from types import FunctionType, ModuleType
 
 import pytest
 
 from safedefer.claims import Claims, Limits
-from safedefer.errors import BadSignature, MalformedToken, NotDeferrable, PolicyViolation, WrongAudience
+from safedefer.errors import (
+    BadSignature,
+    MalformedToken,
+    NotDeferrable,
+    PolicyViolation,
+    UnresolvableCallable,
+    WrongAudience,
+)
 from safedefer.keys import Key, Keyring
 from safedefer.policy import Policy
+from safedefer.refs import CallableRef, Found, FoundClass, find
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.token import Token, decode_segment, encode_segment
 
@@ -107,3 +118,68 @@ def test_a_key_without_pickle_says_so_by_a_slug():
     with pytest.raises(NotDeferrable) as caught:
         Signer(Keyring(Key("a", bytes(range(3, 40)))), Policy(), limits=Limits()).sign(claims | {"cty": "pickle"})
     assert caught.value.reason == "pickle-off"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A module with a function and a class, found in ``sys.modules``."""
+    found = ModuleType("tests.found")
+    found.ABCMeta = ABCMeta
+    exec("def f(): pass\nclass C(metaclass=ABCMeta): pass\nclass D:\n    class E: pass\n", found.__dict__)
+    monkeypatch.setitem(sys.modules, "tests.found", found)
+    return found
+
+
+def test_a_remembered_function_is_what_was_proved(module):
+    ref = CallableRef.of(module.f)
+    found = Found.of(ref, module.f)
+    assert found == Found(ref, module.f, module, vars(module), "tests.found", "f", module.f.__code__, "f")
+    assert found.holds()
+
+
+@pytest.mark.parametrize("change", [
+    lambda module, f: delattr(module, "f"),
+    lambda module, f: setattr(module, "f", FunctionType(f.__code__, vars(module))),
+    lambda module, f: sys.modules.pop("tests.found"),
+    lambda module, f: sys.modules.update({"tests.found": ModuleType("tests.found")}),
+    lambda module, f: setattr(f, "__qualname__", "g"),
+    lambda module, f: setattr(f, "__module__", "tests"),
+    lambda module, f: setattr(f, "__code__", f.__code__.replace(co_name="g")),
+    lambda module, f: setattr(f, "__name__", "g"),
+])  # fmt: skip
+def test_a_remembered_function_that_changed_is_looked_up_again(module, change):
+    found = Found.of(CallableRef.of(module.f), module.f)
+    change(module, module.f)
+    assert not found.holds()
+
+
+def test_a_remembered_class_is_what_was_proved(module):
+    found = FoundClass.of("tests.found:C", module.C)
+    assert found == FoundClass("tests.found:C", "C", module.C, ABCMeta, "tests.found", module, vars(module))
+    assert found.holds()
+    assert FoundClass.of("tests.found:D.E", module.D.E) is None, "a nested class takes several looks"
+
+
+class Meta(ABCMeta):
+    pass
+
+
+@pytest.mark.parametrize("change", [
+    lambda module, cls: delattr(module, "C"),
+    lambda module, cls: setattr(module, "C", ABCMeta("C", (), {"__module__": "tests.found"})),
+    lambda module, cls: sys.modules.pop("tests.found"),
+    lambda module, cls: sys.modules.update({"tests.found": ModuleType("tests.found")}),
+    lambda module, cls: setattr(cls, "__class__", Meta),
+    lambda module, cls: setattr(cls, "__qualname__", "D"),
+    lambda module, cls: setattr(cls, "__module__", "tests"),
+])  # fmt: skip
+def test_a_remembered_class_that_changed_is_looked_up_again(module, change):
+    found = FoundClass.of("tests.found:C", module.C)
+    change(module, module.C)
+    assert not found.holds()
+
+
+def test_a_class_within_a_class_that_is_missing_does_not_exist(module):
+    for name in ("D.F", "D.F.G", "f.G"):
+        with pytest.raises(UnresolvableCallable, match="does not exist"):
+            find("tests.found", name)
