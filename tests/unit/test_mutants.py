@@ -1,6 +1,8 @@
 """What no test had noticed when mutation testing changed it."""
 
+import cmath
 import json
+import math
 import sys
 import tracemalloc
 from abc import ABCMeta
@@ -20,7 +22,7 @@ from safedefer.errors import (
 )
 from safedefer.keys import Key, Keyring
 from safedefer.policy import Policy
-from safedefer.refs import CallableRef, Found, FoundClass, find
+from safedefer.refs import METACLASSES, UNBOUND, CallableRef, Found, FoundClass, find
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.token import Token, decode_segment, encode_segment
 
@@ -183,3 +185,60 @@ def test_a_class_within_a_class_that_is_missing_does_not_exist(module):
     for name in ("D.F", "D.F.G", "f.G"):
         with pytest.raises(UnresolvableCallable, match="does not exist"):
             find("tests.found", name)
+
+
+@pytest.fixture
+def odd(module):
+    """A module with classes of a metaclass that a policy has to name."""
+    code = (
+        "class M(metaclass=Meta):\n    def go(self): pass\n    def __call__(self): pass\n"
+        "    @classmethod\n    def make(cls): pass\n"
+        "class L(list, metaclass=Meta): pass\n"
+    )
+    module.Meta = Meta
+    exec(code, module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("take", [
+    lambda odd: (odd.M, UNBOUND), lambda odd: (odd.M.make, UNBOUND), lambda odd: ((m := odd.M()), m), lambda odd: ((m := odd.M()).go, m),
+    lambda odd: ((m := odd.L()).append, m),
+])  # fmt: skip
+def test_a_further_metaclass_counts_for_every_kind(odd, take):
+    obj, bound = take(odd)
+    ref = CallableRef.of(obj, metaclasses=METACLASSES | {Meta})
+    assert ref.resolve(bound, metaclasses=METACLASSES | {Meta}) == obj
+    with pytest.raises(NotDeferrable) as caught:
+        CallableRef.of(obj)
+    assert caught.value.reason == "metaclass"
+    with pytest.raises(UnresolvableCallable):
+        ref.resolve(bound)
+
+
+def test_a_built_in_is_found_in_the_module_that_holds_it_or_in_the_one_it_names(monkeypatch):
+    monkeypatch.setattr(math.sqrt, "__module__", "nowhere")
+    assert str(CallableRef.of(math.sqrt)) == "math:sqrt"
+    monkeypatch.delattr(math, "sqrt")
+    sqrt = cmath.sqrt
+    monkeypatch.delattr(cmath, "sqrt")
+    with pytest.raises(NotDeferrable) as caught:
+        CallableRef.of(sqrt)
+    assert caught.value.reason == "not-found"
+    home = ModuleType("m" * 255)
+    home.sqrt = sqrt
+    monkeypatch.setitem(sys.modules, "m" * 255, home)
+    monkeypatch.setattr(sqrt, "__module__", "m" * 255)
+    assert str(CallableRef.of(sqrt)) == "m" * 255 + ":sqrt"
+
+
+@pytest.mark.parametrize(("of_module", "of_function", "right"), [(255, 255, True), (256, 1, False), (1, 256, False)])
+def test_a_name_may_have_255_characters(monkeypatch, of_module, of_function, right):
+    module = ModuleType("m" * of_module)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(f"def {'f' * of_function}(): pass", module.__dict__)
+    function = getattr(module, "f" * of_function)
+    if right:
+        assert CallableRef.of(function).resolve() is function
+    else:
+        with pytest.raises(NotDeferrable, match="255"):
+            CallableRef.of(function)
