@@ -14,6 +14,7 @@ import pytest
 from safedefer.claims import Claims, Limits
 from safedefer.errors import (
     BadSignature,
+    ConfigurationError,
     MalformedToken,
     NotDeferrable,
     PolicyViolation,
@@ -21,7 +22,7 @@ from safedefer.errors import (
     WrongAudience,
 )
 from safedefer.keys import Key, Keyring
-from safedefer.policy import Policy
+from safedefer.policy import Policy, deferrable
 from safedefer.refs import METACLASSES, UNBOUND, CallableRef, Found, FoundClass, find
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.token import Token, decode_segment, encode_segment
@@ -242,3 +243,92 @@ def test_a_name_may_have_255_characters(monkeypatch, of_module, of_function, rig
     else:
         with pytest.raises(NotDeferrable, match="255"):
             CallableRef.of(function)
+
+
+@pytest.mark.parametrize(("length", "right"), [(255, True), (256, False)])
+def test_a_method_may_have_a_name_of_255_characters(module, length, right):
+    name = "f" * length
+    exec(f"class N:\n    def {name}(self): pass", module.__dict__)
+    method = getattr(module.N(), name)
+    if right:
+        assert CallableRef.of(method).member == name
+    else:
+        with pytest.raises(NotDeferrable, match="255"):
+            CallableRef.of(method)
+
+
+def test_a_built_in_method_under_the_name_of_another_is_not_that_other(module):
+    exec("class L(list):\n    append = list.pop", module.__dict__)
+    hidden = super(module.L, module.L([1])).append
+    with pytest.raises(NotDeferrable) as caught:
+        CallableRef.of(hidden)
+    assert caught.value.reason == "overridden"
+
+
+def test_classes_are_marked_and_admitted_by_their_marks(module):
+    assert deferrable(module.C) is module.C
+    policy = Policy(deferrable=True)
+    assert policy.callable_ref(module.C).qualname == "C"
+    with pytest.raises(NotDeferrable):
+        policy.callable_ref(module.D)
+
+
+def test_modules_after_one_that_moved_are_imported_all_the_same():
+    policy = Policy("tests.a_gone", "tests.z_missing", moved={"tests.a_gone:f": "tests.zoo.callables:function"})
+    with pytest.raises(ConfigurationError, match="z_missing"):
+        policy.load()
+
+
+def test_a_policy_does_not_prove_again_what_it_has_proved(odd, monkeypatch):
+    policy = Policy("tests.found")
+
+    def look():
+        ref = policy.callable_ref(odd.f)
+        return ref, policy.load_callable(ref), policy.class_name(odd.C), policy.load_class("tests.found:C")
+
+    def trap(*args, **kwargs):
+        raise AssertionError("proved again")
+
+    before = look()
+    assert before[1:] == (odd.f, "tests.found:C", odd.C)
+    for name in ("refs._classify", "refs.find", "policy.find", "policy.check_class"):
+        monkeypatch.setattr(f"safedefer.{name}", trap)
+    assert look() == before
+
+
+def test_a_policy_that_names_a_metaclass_admits_its_classes_everywhere(odd):
+    policy, without = Policy("tests.found", metaclasses=[Meta]), Policy("tests.found")
+    method = odd.M().go
+    ref = policy.callable_ref(method)
+    assert policy.load_callable(ref, method.__self__) == method
+    assert policy.class_name(odd.M) == "tests.found:M"
+    assert policy.load_class("tests.found:M") is odd.M
+    for call in (lambda: without.callable_ref(method), lambda: without.class_name(odd.M)):
+        with pytest.raises(NotDeferrable):
+            call()
+    for call in (lambda: without.load_callable(ref, method.__self__), lambda: without.load_class("tests.found:M")):
+        with pytest.raises(UnresolvableCallable):
+            call()
+
+
+def test_a_built_in_method_of_a_class_without_harmless_ones_is_refused(module):
+    exec("from io import BytesIO\nclass B(BytesIO): pass", module.__dict__)
+    policy, bound = Policy("tests.found"), module.B(b"x")
+    ref = CallableRef.of(bound.getvalue)
+    with pytest.raises(PolicyViolation, match="built-in method"):
+        policy.load_callable(ref, bound)
+
+
+@pytest.mark.parametrize(("extra", "right"), [("", True), ("C", False)])
+def test_the_name_of_a_class_may_have_511_characters(extra, right):
+    policy, name = Policy("m" * 255), "m" * 255 + ":" + "C" * 255 + extra
+    if right:
+        assert policy.check_class_name(name) == name
+    else:
+        with pytest.raises(PolicyViolation):
+            policy.check_class_name(name)
+
+
+def test_an_exact_pattern_may_lie_deep(module):
+    exec("class O:\n    class I:\n        def run(self): pass", module.__dict__)
+    assert repr(Policy("xml.sax.saxutils:escape", "tests.found:O.I.run")).count(":") == 2
