@@ -427,7 +427,8 @@ class MemoryQueue:
         row.due = now if settlement.at is None else settlement.at
         self._schedule(row)
         entry = self._ledger.entry(row.task)
-        if entry is not None:
+        # A run that another delivery began, and that goes on, is not charged yet.
+        if entry is not None and (settlement.charged or entry.state == EndState.RETRY):
             entry.uncharged = False
 
     def _end(self, row: _Row, state: EndState, *, now: float, reason: str | None, charged: bool) -> None:

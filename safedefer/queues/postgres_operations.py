@@ -410,7 +410,7 @@ async def settle(
     }
     found = await connection.fetch(SQL["held"], to_json(list(asked.values())))
     held = {row["id"]: {"known": row["state"], "uncharged": row["uncharged"]} for row in found}
-    results, ends, retries, records = [], [], [], []
+    results, ends, retries, over, records = [], [], [], [], []
     for hold, (lease, settlement) in zip(holds, settlements, strict=True):
         ours = hold is not None and hold.job in held and asked[hold.job]["updated"] == hold.updated
         results.append(ours)
@@ -420,12 +420,17 @@ async def settle(
             records.append(settlement.record)
         if settlement.verdict is Verdict.RETRY:
             retries.append((hold, lease, settlement))
+            # A run that another delivery began, and that goes on, is not charged yet.
+            if settlement.charged or held[hold.job]["known"] == EndState.RETRY:
+                over.append(lease.task)
         else:
             ends.append(_end(hold, lease, settlement, **held[hold.job]))
         del held[hold.job]
     await add_records(connection, records)
     if retries:
         await _retry(connection, statements, retries, now=now)
+        if over:
+            await connection.execute(SQL["ledger_charged"], keys(over))
     if ends:
         await end(connection, statements, ends, now=now, tombstone_seconds=tombstone_seconds)
     return results
@@ -458,7 +463,6 @@ async def _retry(
     await connection.executemany(statements.retry, delays)
     after = [Progress.after(lease, settlement, hold, now=now) for hold, lease, settlement in retries]
     await connection.execute(SQL["progress_set"], to_json([asdict(row) for row in after]))
-    await connection.execute(SQL["ledger_charged"], keys(lease.task for _, lease, _ in retries))
     for _, lease, _ in retries:
         if lease.retries >= RECORDS_KEPT:
             await connection.execute(SQL["attempts_trim"], lease.task.id, RECORDS_KEPT)

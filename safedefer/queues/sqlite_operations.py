@@ -199,7 +199,10 @@ def settle(
             "reason": settlement.reason,
         },
     )
-    connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": held.task.id})
+    entry = find_ledger(connection, row.audience, held.task.id)
+    # A run that another delivery began, and that goes on, is not charged yet.
+    if entry is not None and (settlement.charged or entry.state == EndState.RETRY):
+        connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": held.task.id})
     return True
 
 

@@ -51,6 +51,7 @@ def of_postgres(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
     """Return those of a server that several machines share."""
     return {
         "machines": [partial(machines.several, seed=seed, tasks=tasks) for seed in range(1, seeds + 1)],
+        "pair": [machines.calm],
         "outage": [machines.outage],
         "rescue": [machines.rescue],
     }

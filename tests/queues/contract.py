@@ -415,6 +415,30 @@ class QueueContract:
         queue.settle(again, DONE, now=161.0)
         assert queue.find(task.id).attempts == 1
 
+    def test_a_run_that_goes_on_is_charged_in_the_end_although_another_delivery_met_it(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        lease = take_one(queue)
+        run = execution_of(task)
+        queue.ledger.begin(run, now=101.0, lease=30.0)
+        met = Settlement(verdict=Verdict.RETRY, charged=False, status=409, reason="running")
+        queue.settle(lease, met, now=102.0)
+        queue.ledger.finish(run, EndState.SUCCEEDED, record_of(task))
+        queue.settle(take_one(queue, now=103.0), DONE, now=104.0)
+        assert queue.find(task.id).attempts == 1
+
+    def test_a_run_that_ended_and_was_not_to_be_charged_is_not_charged_with_a_later_lease(self, queue):
+        task = make_task()
+        queue.enqueue(task)
+        lease = take_one(queue)
+        run = execution_of(task)
+        queue.ledger.begin(run, now=101.0, lease=30.0)
+        queue.ledger.finish(run, EndState.RETRY, record_of(task, "rejected"))
+        rejected = Settlement(verdict=Verdict.RETRY, charged=False, rejected=True, status=500, reason="rejected")
+        queue.settle(lease, rejected, now=102.0)
+        take_one(queue, now=103.0)
+        assert take_one(queue, now=163.0).attempts == 0
+
     def test_a_settled_delivery_is_not_charged_twice(self, queue):
         task = make_task()
         queue.enqueue(task)
