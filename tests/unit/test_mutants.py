@@ -332,3 +332,13 @@ def test_the_name_of_a_class_may_have_511_characters(extra, right):
 def test_an_exact_pattern_may_lie_deep(module):
     exec("class O:\n    class I:\n        def run(self): pass", module.__dict__)
     assert repr(Policy("xml.sax.saxutils:escape", "tests.found:O.I.run")).count(":") == 2
+
+
+def test_a_class_in_a_named_class_in_a_class_goes_with_that_one(module):
+    code = "class O:\n    class I:\n        class X: pass"
+    exec(code, module.__dict__)
+    policy = Policy("tests.found:O.I")
+    assert policy.load_class("tests.found:O.I.X") is module.O.I.X
+    exec(code, module.__dict__)
+    with pytest.raises(PolicyViolation, match="not the class that the exact pattern named"):
+        policy.load_class("tests.found:O.I.X")
