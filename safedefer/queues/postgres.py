@@ -31,7 +31,7 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
 )
-from safedefer.queues.postgres_engine import STATEMENTS, Connections, Watch, migrate
+from safedefer.queues.postgres_engine import STATEMENTS, Connections, Purpose, Watch, migrate
 from safedefer.queues.postgres_errors import closed, place, refusal
 from safedefer.queues.postgres_ledger import LEEWAY, PostgresBlobs, PostgresLedger
 from safedefer.queues.postgres_operations import SQL, ago
@@ -172,6 +172,7 @@ class PostgresQueue:
         /,
         *,
         durable: bool = True,
+        leases: bool = False,
         transaction: bool = False,
         again: bool = False,
     ) -> _T:
@@ -180,7 +181,8 @@ class PostgresQueue:
         Without ``durable`` a crash of the server may undo it shortly after; without ``transaction`` each statement
         is one of its own; with ``again`` it is done a second time where the connection breaks.
         """
-        return self._open().run(action, durable=durable, transaction=transaction, again=again)
+        purpose: Purpose = "leases" if leases else "durable" if durable else "relaxed"
+        return self._open().run(action, purpose=purpose, transaction=transaction, again=again)
 
     # --- Giving tasks -----------------------------------------------------------------------------
 
@@ -312,7 +314,7 @@ class PostgresQueue:
                 now=now,
                 queues=queues,
             ),
-            durable=False,
+            leases=True,
         )
         if now >= self._next_prune:
             self._next_prune = now + _PRUNE_EVERY
@@ -470,7 +472,7 @@ async def _fetch(connection: Connection, *, statement: str, values: Sequence[obj
 async def _list(connection: Connection, state: TaskState, queue: str | None, limit: int) -> list[TaskView]:
     if state in {TaskState.WAITING, TaskState.RUNNING}:
         status = "queued" if state is TaskState.WAITING else "picked"
-        condition = f"WHERE job.status = '{status}' AND ($1::text IS NULL OR job.entrypoint = $1)"
+        condition = f"WHERE job.status = '{status}' AND ($1::text IS NULL OR job.entrypoint IN ($1, $1 || '@later'))"
         statement = f"{SQL['view_jobs']} {condition} ORDER BY job.id DESC LIMIT $2"
         return await _job_views(connection, await connection.fetch(statement, queue, limit))
     if state is TaskState.DEAD:

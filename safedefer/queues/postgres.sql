@@ -1,6 +1,10 @@
 -- The PostgreSQL queue: the jobs are pgqueuer's, in the tables that it makes in the schema safedefer; here is
 -- what App Engine's semantics need beside them. Placeholders are PostgreSQL's own, for every driver.
 --
+-- Jobs that fall due later than in some seconds are put aside, under the entrypoint of their queue with "@later" behind it,
+-- and come back when they are due. So the jobs of a queue's own entrypoint are due, nearly all of them, and pgqueuer finds
+-- the first by its number, however many wait: it goes through them in that order, past those that are not due.
+--
 -- A statement looks up as many rows as it is given, by index, whatever the planner believes of the tables: they grow and
 -- shrink faster than they are counted. So connections have sequential scans and hash and merge joins off, and
 -- OFFSET 0 keeps a look-up from becoming a scan.
@@ -152,11 +156,11 @@ CREATE TABLE safedefer.attempts (
 CREATE INDEX attempts_task ON safedefer.attempts (task_id, seq);
 CREATE INDEX attempts_stray ON safedefer.attempts (ended) WHERE stray;
 
--- What must hold before tasks become jobs, in the transaction that makes them; it gives back the queues. It raises SD001 (the id is here),
+-- What must hold before tasks become jobs, in the transaction that makes them; it gives back the entrypoints. It raises SD001 (the id is here),
 -- SD002 (the id has ended), SD003 (the name is taken), SD004 (its tombstone), SD005 (the unique key is taken),
 -- SD006 (the blob is another's) and SD007 (there is no room for blobs); DETAIL is the id, or the seconds left.
 CREATE FUNCTION safedefer.admit(
-    ids text[], queues text[], names text[], created double precision[], unique_keys text[],
+    entrypoints text[], ids text[], queues text[], names text[], created double precision[], unique_keys text[],
     blob_ids text[], blob_data bytea[], blob_limit bigint
 ) RETURNS text[] LANGUAGE plpgsql
 -- Some ids are looked up in tables that may have grown by any number of rows since the planner last counted.
@@ -230,7 +234,7 @@ BEGIN
             END IF;
         END LOOP;
     END IF;
-    RETURN queues;
+    RETURN entrypoints;
 END $$;
 
 CREATE FUNCTION safedefer.count_blobs(change bigint) RETURNS void LANGUAGE plpgsql AS $$
@@ -271,7 +275,7 @@ UPDATE safedefer.settings SET lease_seconds = $1;
 
 -- name: admit
 safedefer.admit(
-    $5::text[], $2::text[], $7::text[], $8::double precision[], $9::text[], $10::text[], $11::bytea[], $12::bigint
+    $2::text[], $5::text[], $13::text[], $7::text[], $8::double precision[], $9::text[], $10::text[], $11::bytea[], $12::bigint
 )
 
 -- name: look
@@ -289,11 +293,33 @@ WITH RECURSIVE names (queue) AS (
     FROM safedefer.pgqueuer WHERE status = 'picked' AND heartbeat < now() - $1::interval + interval '1 second'
 )
 SELECT
-    ARRAY (SELECT queue FROM names WHERE queue IS NOT NULL UNION SELECT entrypoint FROM stale) AS queues,
+    ARRAY (
+        SELECT split_part(queue, '@', 1) FROM names WHERE queue IS NOT NULL UNION SELECT entrypoint FROM stale
+    ) AS queues,
+    ARRAY (
+        SELECT queue FROM names WHERE queue LIKE '%@later' AND EXISTS (
+            SELECT FROM safedefer.pgqueuer AS job
+            WHERE job.entrypoint = names.queue AND job.status = 'queued' AND job.execute_after <= now() OFFSET 0
+        )
+    ) AS fallen_due,
     ARRAY (SELECT id FROM stale ORDER BY id) AS stale,
     ARRAY (SELECT leased FROM stale ORDER BY id) AS leased,
     EXISTS (SELECT FROM safedefer.controls) AS controlled,
     extract(epoch FROM now())::double precision AS now;
+
+-- name: promote
+-- Jobs that were put aside until they fall due, the first of them first.
+UPDATE safedefer.pgqueuer SET entrypoint = split_part(entrypoint, '@', 1) WHERE id IN (
+    SELECT due.id FROM unnest($1::text[]) AS aside (entrypoint) CROSS JOIN LATERAL (
+        SELECT job.id FROM safedefer.pgqueuer AS job
+        WHERE job.entrypoint = aside.entrypoint AND job.status = 'queued' AND job.execute_after <= now()
+        ORDER BY job.execute_after LIMIT $2 FOR UPDATE SKIP LOCKED
+    ) AS due
+);
+
+-- name: put_aside
+UPDATE safedefer.pgqueuer SET entrypoint = entrypoint || '@later'
+WHERE id = ANY ($1::bigint[]) AND status = 'queued' AND entrypoint NOT LIKE '%@later';
 
 -- name: clock
 SELECT extract(epoch FROM now())::double precision AS now;
@@ -501,6 +527,8 @@ WHERE entry.state IN ('running', 'retry');
 SELECT given.queue, extract(epoch FROM least(
     (SELECT execute_after FROM safedefer.pgqueuer
      WHERE entrypoint = given.queue AND status = 'queued' ORDER BY execute_after LIMIT 1),
+    (SELECT execute_after FROM safedefer.pgqueuer
+     WHERE entrypoint = given.queue || '@later' AND status = 'queued' ORDER BY execute_after LIMIT 1),
     (SELECT min(heartbeat) + $2::interval FROM safedefer.pgqueuer
      WHERE entrypoint = given.queue AND status = 'picked')
 ))::double precision AS due
@@ -509,7 +537,7 @@ FROM unnest($1::text[]) AS given (queue);
 -- name: queues_with_jobs
 SELECT DISTINCT entrypoint AS queue FROM safedefer.pgqueuer WHERE status = 'picked'
 UNION
-SELECT queue FROM (
+SELECT split_part(queue, '@', 1) FROM (
     WITH RECURSIVE names (queue) AS (
         SELECT (SELECT min(entrypoint) FROM safedefer.pgqueuer WHERE status = 'queued')
         UNION ALL
@@ -522,12 +550,12 @@ SELECT queue FROM (
 ) AS waiting;
 
 -- name: stats
-SELECT entrypoint AS queue,
+SELECT split_part(entrypoint, '@', 1) AS queue,
     count(*) FILTER (WHERE status = 'queued' OR heartbeat < now() - $1::interval) AS waiting,
     count(*) FILTER (WHERE status = 'picked' AND heartbeat >= now() - $1::interval) AS running,
     extract(epoch FROM min(CASE WHEN status = 'queued' THEN execute_after
         WHEN heartbeat < now() - $1::interval THEN heartbeat + $1::interval END))::double precision AS oldest
-FROM safedefer.pgqueuer WHERE status IN ('queued', 'picked') GROUP BY entrypoint;
+FROM safedefer.pgqueuer WHERE status IN ('queued', 'picked') GROUP BY 1;
 
 -- name: stats_dead
 SELECT queue, count(*) AS dead FROM safedefer.dead WHERE archived IS NULL GROUP BY queue;
@@ -576,7 +604,7 @@ WITH excess AS (
 
 -- name: purge_next
 SELECT id, dedupe_key FROM safedefer.pgqueuer
-WHERE status IN ('queued', 'picked') AND entrypoint = $1 AND id > $2 AND id <= $3 ORDER BY id LIMIT $4;
+WHERE status IN ('queued', 'picked') AND entrypoint IN ($1, $1 || '@later') AND id > $2 AND id <= $3 ORDER BY id LIMIT $4;
 
 -- name: newest_job
 SELECT coalesce(max(id), 0) AS newest FROM safedefer.pgqueuer;

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar
 
 import asyncpg
 from pgqueuer._version import version as pgqueuer_version
@@ -44,6 +44,15 @@ MIGRATIONS: Final = ("migration_1",)
 _MIGRATION_LOCK: Final = 0x5AFE_DEFE
 _CONNECT_SECONDS: Final = 10
 _STATEMENT_SECONDS: Final = 60.0
+#: What a connection is for. The begin of a run, its end, and what is enqueued survive a crash of the server; a settlement
+#: or a lease that does not is made up for by the next delivery. To lease, jobs are gone through in the order of their
+#: index: to sort those that are due would take seconds where a million are.
+Purpose: TypeAlias = Literal["durable", "relaxed", "leases"]
+_SETTINGS: Final[Mapping[Purpose, Mapping[str, str]]] = {
+    "durable": {},
+    "relaxed": {"synchronous_commit": "off"},
+    "leases": {"synchronous_commit": "off", "enable_sort": "off"},
+}
 #: Every statement looks up some rows by index, whatever the planner believes of tables that come and go by the thousand.
 _BY_INDEX: Final = {"jit": "off", "enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 #: A machine that is gone, or stands still, holds rows that others wait for: the server lets go of them.
@@ -181,7 +190,7 @@ class Connections:
         self._dsn = dsn
         self._watch = watch
         self._workers = workers
-        self._pools: dict[bool, asyncpg.Pool] = {}
+        self._pools: dict[Purpose, asyncpg.Pool] = {}
         self._listener: asyncio.Task[None] | None = None
         self._listening = False
         self._loop = asyncio.new_event_loop()
@@ -210,26 +219,23 @@ class Connections:
             raise closed(self._dsn) from None
 
     async def _start(self) -> tuple[str, float]:
-        for durable in (True, False):
-            # Its begin, its ends and what it enqueues survive a crash of the server. A lease or a settlement
-            # that does not is made up for by the next delivery.
-            settings = {"application_name": "safedefer", **_BY_INDEX, **_MISSED}
-            self._pools[durable] = asyncpg.create_pool(
+        for purpose, settings in _SETTINGS.items():
+            self._pools[purpose] = asyncpg.create_pool(
                 self._dsn,
                 min_size=0,
                 max_size=max(self._workers // 2, 1),
                 command_timeout=_STATEMENT_SECONDS,
                 timeout=_CONNECT_SECONDS,
                 reset=_keep,
-                server_settings=settings if durable else {**settings, "synchronous_commit": "off"},
+                server_settings={"application_name": "safedefer", **_BY_INDEX, **_MISSED, **settings},
                 loop=self._loop,
             )
-            await self._pools[durable]
-        async with self._connection(self._pools[True]) as connection:
+            await self._pools[purpose]
+        async with self._connection(self._pools["durable"]) as connection:
             return await _check_schema(connection)
 
     def run(
-        self, action: Callable[[Connection], Awaitable[_T]], *, durable: bool, transaction: bool, again: bool = False
+        self, action: Callable[[Connection], Awaitable[_T]], *, purpose: Purpose, transaction: bool, again: bool = False
     ) -> _T:
         """Run an action on a connection of the loop, and wait for what it returns.
 
@@ -239,15 +245,15 @@ class Connections:
             QueueUnavailable: The database failed, or a refusal.
         """
         try:
-            return self._call(self._run(action, durable=durable, transaction=transaction, again=again))
+            return self._call(self._run(action, purpose=purpose, transaction=transaction, again=again))
         except BROKEN as error:
             raise refusal(error) or failure(self._dsn, error) from error
 
     async def _run(
-        self, action: Callable[[Any], Awaitable[_T]], *, durable: bool, transaction: bool, again: bool
+        self, action: Callable[[Any], Awaitable[_T]], *, purpose: Purpose, transaction: bool, again: bool
     ) -> _T:
         try:
-            async with self._connection(self._pools[durable]) as connection:
+            async with self._connection(self._pools[purpose]) as connection:
                 if not transaction:
                     return await action(connection)
                 async with connection.transaction():
@@ -255,7 +261,7 @@ class Connections:
         except BROKEN as error:
             if not again or not is_gone(error):
                 raise
-        return await self._run(action, durable=durable, transaction=transaction, again=False)
+        return await self._run(action, purpose=purpose, transaction=transaction, again=False)
 
     @contextlib.asynccontextmanager
     async def _connection(self, pool: asyncpg.Pool) -> AsyncIterator[Any]:

@@ -16,10 +16,12 @@ from safedefer.ledger import AttemptRecord, EndState
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Verdict, task_digest
 from safedefer.queues.postgres_rows import (
     LOST_LEASE,
+    SOON,
     Hold,
     Progress,
     dead_values,
     ended_values,
+    entrypoint,
     keys,
     microseconds,
     read_task,
@@ -41,6 +43,8 @@ RECORDS_KEPT: Final = 100
 """The newest attempt records that are kept of one task."""
 
 _ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
+#: Of each queue, before a lease.
+_PROMOTED_AT_ONCE: Final = 1_000
 #: How pgqueuer logs the end of a job; it deletes those that have not failed, and holds the others.
 _LOGGED: Final = {EndState.SUCCEEDED: "successful", EndState.CANCELLED: "canceled", EndState.FAILED: "failed"}
 
@@ -72,7 +76,7 @@ class Statements(Protocol):
     def enqueue(self) -> str:
         """Admit and insert jobs: arrays of priority, entrypoint, payload, execute_after, dedupe_key and headers.
 
-        Then of name, created, unique key, blob id and blob, each None where no task has one; and the limit of blobs.
+        Then of name, created, unique key, blob id and blob, each None where no task has one; the limit of blobs; and the queues.
         """
         ...
 
@@ -108,7 +112,7 @@ def enqueue(tasks: Sequence[QueuedTask], *, blob_limit: int) -> tuple[object, ..
     oversize = any(task.blob is not None for task in tasks)
     return (
         [0] * len(tasks),
-        [task.queue for task in tasks],
+        [entrypoint(task.queue, task.eta - task.created) for task in tasks],
         [task.token for task in tasks],
         # A span, which the database adds to its own clock: producers' clocks need not agree with it.
         [ago(task.eta - task.created) for task in tasks],
@@ -120,6 +124,7 @@ def enqueue(tasks: Sequence[QueuedTask], *, blob_limit: int) -> tuple[object, ..
         [None if task.blob is None else task.blob.id for task in tasks] if oversize else None,
         [None if task.blob is None else task.blob.data for task in tasks] if oversize else None,
         blob_limit,
+        [task.queue for task in tasks],
     )
 
 
@@ -131,6 +136,8 @@ class Look:
     """What ``look`` found."""
 
     queues: list[str]
+    fallen_due: list[str]
+    """Entrypoints of jobs that were put aside, some of which are due."""
     lost: dict[int, float]
     """Jobs whose lease has run out, or nearly: when they were leased."""
     controlled: bool
@@ -142,7 +149,7 @@ async def look(connection: Connection, *, seconds: float) -> Look:
     """Return which queues have jobs, and what was lost."""
     (row,) = await connection.fetch(SQL["look"], ago(seconds))
     lost = dict(zip(row["stale"], row["leased"], strict=True))
-    return Look(row["queues"], lost, row["controlled"], row["now"])
+    return Look(row["queues"], row["fallen_due"], lost, row["controlled"], row["now"])
 
 
 async def lease(
@@ -161,6 +168,9 @@ async def lease(
     names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
     if limit < 1 or not names:
         return []
+    fallen_due = [aside for aside in seen.fallen_due if aside.partition("@")[0] in names]
+    if fallen_due:
+        await connection.execute(SQL["promote"], fallen_due, _PROMOTED_AT_ONCE)
     if seen.controlled:
         async with connection.transaction():
             jobs: Sequence[Mapping[str, Any]] = await _dequeue_under_control(
@@ -461,6 +471,9 @@ async def _retry(
         for hold, _, settlement in retries
     ]
     await connection.executemany(statements.retry, delays)
+    aside = [job for job, delay, _ in delays if delay.total_seconds() > SOON]
+    if aside:
+        await connection.execute(SQL["put_aside"], aside)
     after = [Progress.after(lease, settlement, hold, now=now) for hold, lease, settlement in retries]
     await connection.execute(SQL["progress_set"], to_json([asdict(row) for row in after]))
     for _, lease, _ in retries:

@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 LOST_LEASE: Final = "lease-expired"
 """The reason of a delivery that ended with its lease, and not with an answer."""
 
+SOON: Final = 5.0
+"""Seconds: what falls due later is put aside until then."""
+
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _MOST: Final = 2**62
 _MOST_SECONDS: Final = 1e18
+
+
+def entrypoint(queue: str, wait: float) -> str:
+    """Return the entrypoint of a task that falls due in some seconds: its queue, or where it is put aside."""
+    return queue if wait <= SOON else f"{queue}@later"
 
 
 def write_hints(task: QueuedTask) -> str:
@@ -78,7 +86,7 @@ def read_task(job: Mapping[str, Any]) -> QueuedTask:
     token = b"" if job["payload"] is None else job["payload"]
     return QueuedTask(
         id=job["dedupe_key"] or f"job-{job['id']}",
-        queue=job["entrypoint"],
+        queue=job["entrypoint"].partition("@")[0],
         token=token,
         audience=audience,
         url=_text(more.get("url")) or url,

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from uuid import uuid4
 
 import asyncpg
 import psycopg
@@ -18,7 +21,7 @@ from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyEx
 from safedefer.ledger import Admission
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
 from safedefer.queues.postgres import PostgresQueue, migrate
-from safedefer.queues.postgres_engine import _queries
+from safedefer.queues.postgres_engine import STATEMENTS, _queries
 from tests import sample_tasks
 from tests.postgres.server import Server, fresh_database, shared_server
 from tests.queues.clocked import CLOCK, Clocked
@@ -404,7 +407,7 @@ def test_pgqueuers_own_tools_read_our_jobs(queue, real_dsn):
         )
 
     sizes, failed, statistics, headers = read_with_pgqueuer(real_dsn, look)
-    assert sizes == {("default", "failed"): 1, ("default", "queued"): 1, ("default", "picked"): 1}
+    assert sizes == {("default", "failed"): 1, ("default@later", "queued"): 1, ("default", "picked"): 1}
     assert failed == [("default", second.task.token)]
     assert statistics["successful"] == 1
     assert statistics["failed"] == 1
@@ -493,3 +496,78 @@ def test_pgqueuers_own_commands_work_on_our_jobs(queue, real_dsn):
     assert "present" in pgq("verify", "--expect", "present")
     assert "default" in pgq("failed")
     assert "mail" in pgq("backlog")
+
+
+# --- Put aside until it is due --------------------------------------------------------------------
+
+
+def entrypoints(dsn):
+    return dict(ask(dsn, "SELECT entrypoint, count(*) FROM safedefer.pgqueuer GROUP BY 1 ORDER BY 1"))
+
+
+def test_what_falls_due_later_is_put_aside_and_shown_in_its_queue(queue, real_dsn):
+    now = time.time()
+    far = [task_now(eta=now + 500, queue="mail", name=f"n{n}") for n in range(3)]
+    queue.enqueue_many([*far, task_now(queue="mail"), task_now(eta=now + 3)])
+    assert entrypoints(real_dsn) == {"default": 1, "mail": 1, "mail@later": 3}
+    assert [(stats.queue, stats.waiting) for stats in queue.stats(now=now)] == [("default", 1), ("mail", 4)]
+    assert queue.find(far[0].id).queue == "mail"
+    assert len(queue.tasks(queue="mail")) == 4
+    assert len(lease_now(queue)) == 1
+    with pytest.raises(TaskAlreadyExistsError):
+        queue.enqueue(task_now(queue="mail", name="n0"))
+    assert queue.next_due(now=now, queues=["mail"]) < now + 61
+    assert queue.cancel(far[0].id, now=now)
+    assert queue.purge("mail", now=now) == 2
+    assert entrypoints(real_dsn) == {"default": 1, "mail": 1}
+
+
+def test_what_was_put_aside_comes_back_when_it_is_due(queue, real_dsn):
+    now = time.time()
+    queue.enqueue_many([task_now(created=now, eta=now + 6, queue=name) for name in ("mail", "default", "mail")])
+    queue.enqueue(task_now(created=now, eta=now + 900, queue="mail"))
+    assert queue.next_due(now=time.time()) == pytest.approx(now + 6, abs=1.0)
+    assert lease_now(queue) == []
+    ask(real_dsn, "UPDATE safedefer.pgqueuer SET execute_after = execute_after - interval '7 seconds'")
+    assert [lease.task.queue for lease in lease_now(queue, queues=["default"])] == ["default"]
+    assert entrypoints(real_dsn) == {"default": 1, "mail@later": 3}
+    assert [lease.task.queue for lease in lease_now(queue)] == ["mail", "mail"]
+    assert entrypoints(real_dsn) == {"default": 1, "mail": 2, "mail@later": 1}
+
+
+def test_a_retry_that_is_far_off_is_put_aside(queue, real_dsn):
+    queue.enqueue_many([task_now(), task_now()])
+    near, far = lease_now(queue)
+    now = time.time()
+    settlements = [(near, now + 1.0), (far, now + 100.0)]
+    assert all(
+        queue.settle_many([(lease, Settlement(verdict=Verdict.RETRY, at=at)) for lease, at in settlements], now=now)
+    )
+    assert entrypoints(real_dsn) == {"default": 1, "default@later": 1}
+    ask(real_dsn, "UPDATE safedefer.pgqueuer SET execute_after = now() - interval '1 second'")
+    assert {lease.attempts for lease in lease_now(queue)} == {1}
+    assert entrypoints(real_dsn) == {"default": 2}
+
+
+def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue, real_dsn):
+    """Ten thousand that were analysed as due much later, and as many that are due: no plan sorts or scans them all."""
+    now = time.time()
+    queue.enqueue_many(task_now(created=now, eta=now + 100_000) for _ in range(10_000))
+    ask(real_dsn, "ANALYZE safedefer.pgqueuer")
+    queue.enqueue_many(task_now(created=now, eta=now) for _ in range(10_000))
+    dequeue = STATEMENTS._builder.build_dequeue_query(
+        batch_size=100, entrypoints=["default"], concurrency_limits=[0], queue_manager_id=uuid4(),
+        global_concurrency_limit=None, heartbeat_timeout=timedelta(seconds=60),
+    )  # fmt: skip
+
+    async def explain(connection):
+        rows = await connection.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {dequeue.sql}", *dequeue.args)
+        return json.loads(rows[0]["QUERY PLAN"])[0]["Plan"]
+
+    def nodes(plan):
+        yield plan
+        for child in plan.get("Plans", ()):
+            yield from nodes(child)
+
+    most = max(node["Actual Rows"] * node["Actual Loops"] for node in nodes(queue.run(explain, leases=True)))
+    assert most <= 400
