@@ -12,7 +12,9 @@ from tests.chaos.cast import Cast, Failed
 from tests.chaos.tasks import die, mark
 
 
-def kills(*, seed: int = 1, tasks: int = 10_000, least: int = 15, per_second: float = 700.0, store: str = "sqlite") -> str:
+def kills(
+    *, seed: int = 1, tasks: int = 10_000, least: int = 15, per_second: float = 700.0, store: str = "sqlite"
+) -> str:
     """SIGKILL over producer, dispatcher and handler."""
     rng = random.Random(seed)
     with Cast(lease=2.0, store=store) as cast:

@@ -156,7 +156,9 @@ class Breaker(threading.Thread):
         until = time.monotonic() + 0.3
         condition = " AND state <> 'idle'" if within else ""
         while time.monotonic() < until:
-            if connection.execute(f"{_OURS}{condition} AND pid <> pg_backend_pid() ORDER BY random() LIMIT 1").fetchall():
+            if connection.execute(
+                f"{_OURS}{condition} AND pid <> pg_backend_pid() ORDER BY random() LIMIT 1"
+            ).fetchall():
                 self.broken += 1
                 self.broken_within += within
                 return
@@ -204,7 +206,9 @@ def several(
             cast.kill(cast.roles[name])
             time.sleep(rng.choice((0.0, 0.0, 0.5)))
             if name.startswith("producer"):
-                mine = [n for n in cast.account().attempted if n < ends[name] and (n >= tasks // 2) == (name[-1] == "2")]
+                mine = [
+                    n for n in cast.account().attempted if n < ends[name] and (n >= tasks // 2) == (name[-1] == "2")
+                ]
                 produce(name, max(mine, default=ends[name] - tasks // 2 - 1) + 1)
             else:
                 cast.again(name)
@@ -219,7 +223,9 @@ def several(
                 time.sleep(rng.uniform(0.3, 1.7) * spacing)
                 cast.check_alive()
                 event()
-            cast.until(lambda: cast.roles["producer-1"].poll() == 0 == cast.roles["producer-2"].poll(), 600, "producers go on")
+            cast.until(
+                lambda: cast.roles["producer-1"].poll() == 0 == cast.roles["producer-2"].poll(), 600, "producers go on"
+            )
         cast.drained(180.0)
         cast.check_alive()
         account, attempts = cast.account(), cast.attempts()
@@ -267,7 +273,6 @@ def outage(*, seconds: float = 20.0, around: float = 5.0, per_second: float = 10
         until = now()
         cast.check_alive()
         cast.server.start()
-        started = now()
         cast.until(lambda: producer.poll() is not None, 120, "the producer goes on")
         cast.drained()
         ended = now()
@@ -282,8 +287,8 @@ def outage(*, seconds: float = 20.0, around: float = 5.0, per_second: float = 10
                 f"acknowledged while down: {len(lying)}; attempts {dict(attempts)}; refused {account.refused}; "
                 f"{cast.store.tried_again()}"
             )
-        first_ack = min(when for when in account.acknowledgements if when > until) - started
-        first_run = min(when for runs in account.runs.values() for when, _ in runs if when > until) - started
+        first_ack = min(when for when in account.acknowledgements if when > until) - until
+        first_run = min(when for runs in account.runs.values() for when, _ in runs if when > until) - until
         last_run = max(when for ends in account.ends.values() for when, _ in ends)
         idle = ended - last_run
         return (

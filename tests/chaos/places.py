@@ -144,7 +144,15 @@ def _handle_and_dispatch(app: object) -> None:
     app.close()  # type: ignore[attr-defined]
 
 
-def rates(*, tasks: int = 300, rate: float = 60.0, bucket: int = 10, most: int = 3, dispatchers: int = 3, store: str = "sqlite") -> str:
+def rates(
+    *,
+    tasks: int = 300,
+    rate: float = 60.0,
+    bucket: int = 10,
+    most: int = 3,
+    dispatchers: int = 3,
+    store: str = "sqlite",
+) -> str:
     """One rate and one cap hold for several dispatcher processes together."""
     with Cast(lease=30.0, store=store) as cast:
         path = cast.folder / "queue.yaml"
