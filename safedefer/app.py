@@ -49,6 +49,7 @@ from safedefer.errors import (
     CapabilityExceeded,
     ConfigurationError,
     InvalidTaskError,
+    InvalidTaskRetryOptionsError,
     InvalidUrlError,
     NotDeferrable,
     PermanentTaskFailure,
@@ -794,7 +795,7 @@ class App:
         # Decoded under the limits of the key that signed: signing again must not widen what it could name.
         prepare(task, self._codecs)
         now = self._clock()
-        retry_options = TaskRetryOptions.from_given(view.retry_options) if view.retry_options else None
+        retry_options = _hinted(view.retry_options)
         environment, old_queue, target, url = task.claims.audience
         options = Options(
             headers=task.claims.headers or {},
@@ -964,9 +965,16 @@ def _task_of(view: TaskView | QueuedTask) -> Task:
         headers=view.headers,
         payload=view.token,
         eta=datetime.fromtimestamp(view.eta, UTC),
-        retry_options=TaskRetryOptions.from_given(view.retry_options) if view.retry_options else None,
+        retry_options=_hinted(view.retry_options),
         was_enqueued=True,
     )
+
+
+def _hinted(values: Mapping[str, float]) -> TaskRetryOptions | None:
+    try:
+        return TaskRetryOptions.from_given(values) if values else None
+    except InvalidTaskRetryOptionsError:  # a hint in the storage, which nobody signed: the queue's own will do
+        return None
 
 
 def _callable_name(call: Document) -> str:

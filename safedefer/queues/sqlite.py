@@ -6,7 +6,7 @@ import atexit
 import os
 import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safedefer.errors import ConfigurationError, LeaseLost
 from safedefer.queues import sqlite_controls as controls
@@ -25,16 +25,20 @@ from safedefer.queues.base import (
 from safedefer.queues.sqlite_connection import SQL, Handle, register_fork
 from safedefer.queues.sqlite_ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite_ledger import prune as prune_ledger
-from safedefer.queues.sqlite_rows import attempt_record, task_view
+from safedefer.queues.sqlite_mending import mend
+from safedefer.queues.sqlite_rows import attempt_record, first_row, task_view
 from safedefer.queues.sqlite_watch import Watch
 from safedefer.queues.sqlite_writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import apsw
 
+    from safedefer.ledger import AttemptRecord
     from safedefer.queues.rates import QueueControl, QueueLimits
+
+T = TypeVar("T")
 
 _PRUNE_EVERY: Final = 60.0
 _PRUNE_AGAIN: Final = 0.2
@@ -180,8 +184,7 @@ class SQLiteQueue:
 
     def controls(self, *, now: float) -> Sequence[QueueControl]:
         """What holds queues back, as it stands, sorted by name."""
-        with self._reader.use() as connection:
-            return [control.refill(now) for control in controls.read(connection).values()]
+        return self._read(lambda connection: [control.refill(now) for control in controls.read(connection).values()])
 
     def pause(self, queue: str, *, paused: bool, now: float) -> None:
         """Lease nothing of a queue until it is resumed; what runs goes on."""
@@ -194,8 +197,7 @@ class SQLiteQueue:
 
     def purge(self, queue: str, *, now: float) -> int:
         """Cancel all that waits in a queue at the time of the call, some hundreds in a transaction; returns how many."""
-        with self._reader.use() as connection:
-            newest = operations.newest_seq(connection)
+        newest = self._read(operations.newest_seq)
         total, position = 0, 0
         while True:
 
@@ -267,15 +269,7 @@ class SQLiteQueue:
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
         """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
-        with self._reader.use() as connection:
-            controlled = controls.in_force(connection, now=now, queues=queues)
-            if controlled:
-                return controls.next_due(connection, controlled, now=now, queues=queues)
-            if queues is None:
-                due: float | None = connection.execute(SQL["next_due_of_all"]).get
-                return due
-            found = (connection.execute(SQL["next_due_of_queue"], (queue,)).get for queue in queues)
-            return min((due for due in found if due is not None), default=None)
+        return self._read(lambda connection: _next_due(connection, now=now, queues=queues))
 
     def wait(self, timeout: float) -> bool:
         """Block until a task is enqueued (by any process) or ``timeout`` seconds pass.
@@ -307,41 +301,39 @@ class SQLiteQueue:
 
     # --- Looking ----------------------------------------------------------------------------------
 
+    def _read(self, look: Callable[[apsw.Connection], T]) -> T:
+        """Look at the file as it is at one moment. What cannot be read is mended first."""
+        try:
+            return self._read_once(look)
+        except UnicodeDecodeError:
+            pass  # and its traceback goes, with the statement that holds on to that moment
+        self._writer.run(mend)
+        return self._read_once(look)
+
+    def _read_once(self, look: Callable[[apsw.Connection], T]) -> T:
+        with self._reader.use() as connection, connection:
+            found = look(connection)
+        return found  # noqa: RET504 - to mypy, `with` may swallow
+
     def stats(self, *, now: float) -> Sequence[QueueStats]:
         """Counts of every queue that has a task or a dead letter, sorted by name."""
-        with self._reader.use() as connection, connection:
-            tasks = _counts(connection.execute(SQL["stats_tasks"]))
-            running = _counts(connection.execute(SQL["stats_running"], {"now": now}))
-            dead = _counts(connection.execute(SQL["stats_dead"]))
-            queues = sorted({*tasks, *dead})
-            oldest = [connection.execute(SQL["stats_oldest"], {"queue": name, "now": now}).get for name in queues]
-        return [
-            QueueStats(
-                queue=queue,
-                waiting=tasks.get(queue, 0) - running.get(queue, 0),
-                running=running.get(queue, 0),
-                dead=dead.get(queue, 0),
-                oldest=due,
-            )
-            for queue, due in zip(queues, oldest, strict=True)
-        ]
+        return self._read(lambda connection: _stats(connection, now=now))
 
     def tasks(
         self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
     ) -> Sequence[TaskView]:
         """List tasks, newest first, without records; without ``states``: waiting, running and dead."""
-        found: list[TaskView] = []
-        with self._reader.use() as connection, connection:
+        of_queue = "" if queue is None else " AND queue = :queue"
+
+        def look(connection: apsw.Connection) -> list[TaskView]:
+            found: list[TaskView] = []
             for state in dict.fromkeys(states or _DEFAULT_STATES):
                 view, condition = _VIEWS[state]
-                of_queue = "" if queue is None else " AND queue = :queue"
-                found += map(
-                    task_view,
-                    connection.execute(
-                        f"{SQL[view]} {condition}{of_queue} ORDER BY seq DESC LIMIT :limit",
-                        {"queue": queue, "limit": limit},
-                    ),
-                )
+                statement = f"{SQL[view]} {condition}{of_queue} ORDER BY seq DESC LIMIT :limit"
+                found += map(task_view, connection.execute(statement, {"queue": queue, "limit": limit}))
+            return found
+
+        found = self._read(look)
         found.sort(key=lambda task: task.created, reverse=True)
         return found[:limit]
 
@@ -361,22 +353,55 @@ class SQLiteQueue:
             "after_id": task_id,
             "limit": limit,
         }
-        with self._reader.use() as connection, connection:
+
+        def look(connection: apsw.Connection) -> list[TaskView]:
             rows = connection.execute(SQL["dead_letters"], values).fetchall()
-            records = [connection.execute(SQL["attempts_of"], (row[0],)).fetchall() for row in rows]
-        return [task_view(row, [*map(attempt_record, of)]) for row, of in zip(rows, records, strict=True)]
+            return [task_view(row, _records(connection, str(row[0]))) for row in rows]
+
+        return self._read(look)
 
     def find(self, task_id: str) -> TaskView | None:
         """One task in whatever state, with the records of its attempts; ended ones without a token."""
-        values = {"id": task_id}
-        rows: list[tuple[Any, ...]] = []
-        with self._reader.use() as connection, connection:
+
+        def look(connection: apsw.Connection) -> TaskView | None:
             for view in ("view_tasks", "view_dead", "view_ended"):
-                rows = connection.execute(f"{SQL[view]} WHERE id = :id", values).fetchall()
-                if rows:
-                    break
-            records = [attempt_record(row) for row in connection.execute(SQL["attempts_of"], values)]
-        return task_view(rows[0], records) if rows else None
+                row = first_row(connection.execute(f"{SQL[view]} WHERE id = :id", {"id": task_id}))
+                if row is not None:
+                    return task_view(row, _records(connection, task_id))
+            return None
+
+        return self._read(look)
+
+
+def _next_due(connection: apsw.Connection, *, now: float, queues: Sequence[str] | None) -> float | None:
+    controlled = controls.in_force(connection, now=now, queues=queues)
+    if controlled:
+        return controls.next_due(connection, controlled, now=now, queues=queues)
+    if queues is None:
+        due: float | None = connection.execute(SQL["next_due_of_all"]).get
+        return due
+    found = (connection.execute(SQL["next_due_of_queue"], (queue,)).get for queue in queues)
+    return min((due for due in found if due is not None), default=None)
+
+
+def _stats(connection: apsw.Connection, *, now: float) -> list[QueueStats]:
+    tasks = _counts(connection.execute(SQL["stats_tasks"]))
+    running = _counts(connection.execute(SQL["stats_running"], {"now": now}))
+    dead = _counts(connection.execute(SQL["stats_dead"]))
+    return [
+        QueueStats(
+            queue=queue,
+            waiting=tasks.get(queue, 0) - running.get(queue, 0),
+            running=running.get(queue, 0),
+            dead=dead.get(queue, 0),
+            oldest=connection.execute(SQL["stats_oldest"], {"queue": queue, "now": now}).get,
+        )
+        for queue in sorted({*tasks, *dead})
+    ]
+
+
+def _records(connection: apsw.Connection, task_id: str) -> list[AttemptRecord]:
+    return [attempt_record(row) for row in connection.execute(SQL["attempts_of"], (task_id,))]
 
 
 def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask], blob_limit: int) -> int:

@@ -302,7 +302,8 @@ SET owner = NULL, leased_at = NULL, due = :at,
 WHERE seq = :seq;
 
 -- name: task_to_dead
-INSERT INTO safedefer_dead (
+-- A row of the same id that is there already is not ours: an id is in one table at a time.
+INSERT OR REPLACE INTO safedefer_dead (
     id, queue, name, callable_name, url, target, audience, headers, retry_options,
     eta, created, expires, attempts, reason, ended, token
 )
@@ -312,7 +313,7 @@ SELECT id, queue, name, callable_name, url, target, audience, headers, retry_opt
 FROM safedefer_tasks WHERE seq = :seq;
 
 -- name: task_to_ended
-INSERT INTO safedefer_ended (
+INSERT OR REPLACE INTO safedefer_ended (
     id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, reason, ended
 )
 SELECT id, queue, name, callable_name, url, target, audience, eta, created, expires,

@@ -1,7 +1,7 @@
 """The one writer: concurrent operations share a transaction, and so one fsync (group commit).
 
-Each operation runs in a savepoint, so that one which fails does not spoil the others. Nobody is told
-of success before COMMIT has returned.
+Each operation runs in a savepoint, so that one which fails does not spoil the others. One that meets text
+which cannot be read runs again, once the text is mended. Nobody is told of success before COMMIT has returned.
 
 What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
 again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
@@ -19,6 +19,7 @@ import apsw
 
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.sqlite_connection import Handle, forked, register_fork, unavailable
+from safedefer.queues.sqlite_mending import mend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,6 +187,16 @@ class _Batch:
             raise
 
     def _attempt(
+        self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
+    ) -> tuple[Any, BaseException | None]:
+        result, failure = self._try(connection, action)
+        if isinstance(failure, UnicodeDecodeError):
+            # One row that somebody wrote must not keep the others from being settled.
+            result, failure = self._try(connection, mend)
+            return (result, failure) if failure else self._try(connection, action)
+        return result, failure
+
+    def _try(
         self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
     ) -> tuple[Any, BaseException | None]:
         connection.execute("SAVEPOINT operation")

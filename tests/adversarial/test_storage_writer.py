@@ -1,15 +1,18 @@
 """Whoever writes the queue's storage, without a key: everything beside the token is a hint, and the token is signed."""
 
 import asyncio
+import json
 import logging
 import random
 
 import apsw
 import pytest
 
+from safedefer.cli_common import summary
 from safedefer.dispatcher import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.errors import Error
-from safedefer.queues.base import TaskState
+from safedefer.ledger import AttemptRecord, EndState, Execution
+from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
 from safedefer.web.server import serving
 from tests.adversarial import victim
 from tests.adversarial.forge import NOW, URL, Clock, make_app, post
@@ -257,3 +260,155 @@ async def test_a_poisoned_row_does_not_reach_another_handler_by_http(app, path, 
         dispatcher = Dispatcher(app.queue, deliver, clock=clock, options=DispatcherOptions(poll_seconds=0.05))
         await asyncio.wait_for(dispatcher.run_until_empty(), 20)
     assert ran == [(("fine",), {})]
+
+
+# --- What has ended, and what is being settled ------------------------------------------------------
+
+NO_TEXT = "CAST(x'61ff' AS TEXT)"
+NUMBERS = [
+    "eta = 9e999",
+    "created = -9e999",
+    "expires = 9223372036854775807",
+    "attempts = -9223372036854775808",
+    "ended = 9e999",
+    "ended = -1e308",
+]
+JSON = [
+    "'[]'",
+    "'null'",
+    "'no json'",
+    "''",
+    "'NaN'",
+    "'{\"a\": {}}'",
+    '\'{"task_retry_limit": "x"}\'',
+    "'{\"a\": 1e999}'",
+    "printf('%.*c', 100000, '[')",
+]
+ENDED = ["id", "queue", "name", "callable_name", "url", "target", "audience", "reason"]
+POISONED_DEAD = [
+    *[f"{column} = {NO_TEXT}" for column in [*ENDED, "headers", "retry_options"]],
+    *[f"{column} = {value}" for column in ("headers", "retry_options") for value in JSON],
+    *NUMBERS,
+    "token = x''",
+    "token = x'ff00'",
+]  # fmt: skip
+POISONED_ATTEMPT = [
+    f"{column} = {NO_TEXT}" for column in ("task_id", "audience", "outcome", "reason", "exception_type", "traceback")
+] + ["started = 9e999", "ended = -9e999", "status = 9223372036854775807"]
+
+
+def look(queue, *states):
+    """Everything that there is to see, in pages of one, as the commands print it."""
+    letters, after = [], None
+    while page := queue.dead_letters(DeadFilter(), after=after, limit=1):
+        letters += page
+        after = (page[-1].ended or 0.0, page[-1].id)
+        assert len(letters) < 10, "the pages have no end"
+    queue.stats(now=NOW)
+    views = [*letters, *queue.tasks(states=states)]
+    for view in views:
+        json.dumps(summary(view))
+    return {view.id for view in letters}, {view.id for view in views}
+
+
+def test_every_text_of_what_has_ended_is_attacked(app, path):
+    app.queue.stats(now=NOW)
+    for table, columns in (("dead", {*ENDED, "headers", "retry_options"}), ("ended", {*ENDED, "state"})):
+        rows = read(path, f"PRAGMA table_info(safedefer_{table})")
+        assert {row[1] for row in rows if row[2] == "TEXT"} == columns
+
+
+@pytest.mark.parametrize("poison", POISONED_DEAD)
+async def test_a_poisoned_dead_letter_leaves_its_neighbours_in_sight_and_lets_them_run_again(
+    app, path, clock, ran, poison
+):
+    before, target, after = (app.options(name=name).defer(victim.fail, name) for name in ("a", "b", "c"))
+    await dispatch(app, clock)
+    ran.clear()
+    write(path, f"UPDATE safedefer_dead SET {poison} WHERE id = ?", (target.id,))
+    letters, views = look(app.queue)
+    assert {before.id, after.id} <= letters & views
+    assert app.queue.find(before.id).state is TaskState.DEAD
+    clock.now += 1
+    again, _ = app.retry_all(DeadFilter())
+    assert len(again) in {2, 3}
+    await dispatch(app, clock)
+    assert {("fail", ("a",)), ("fail", ("c",))} <= set(ran)
+
+
+@pytest.mark.parametrize("poison", [f"{column} = {NO_TEXT}" for column in ENDED] + NUMBERS)
+async def test_a_poisoned_row_of_the_history_leaves_its_neighbours_in_sight(app, path, clock, poison):
+    before, target, after = (app.defer(victim.note, name) for name in "abc")
+    await dispatch(app, clock)
+    write(path, f"UPDATE safedefer_ended SET {poison} WHERE id = ?", (target.id,))
+    _, views = look(app.queue, TaskState.SUCCEEDED)
+    assert {before.id, after.id} <= views
+    assert app.queue.find(after.id).state is TaskState.SUCCEEDED
+
+
+@pytest.mark.parametrize("poison", POISONED_ATTEMPT)
+async def test_a_poisoned_record_hides_no_task(app, path, clock, poison):
+    before, target = app.defer(victim.fail, "a"), app.defer(victim.fail, "b")
+    await dispatch(app, clock)
+    write(path, f"UPDATE safedefer_attempts SET {poison} WHERE task_id = ?", (target.id,))
+    assert look(app.queue)[0] == {before.id, target.id}
+    assert app.queue.find(target.id).state is TaskState.DEAD
+    assert app.queue.find(before.id).records
+
+
+@pytest.mark.parametrize(
+    "column", ["id", "queue", "name", "callable_name", "url", "target", "audience", "headers", "retry_options", "owner"]
+)
+def test_a_poisoned_row_that_waits_leaves_its_neighbours_in_sight(app, path, column):
+    before, target, after = (app.defer(victim.note, name) for name in "abc")
+    write(path, f"UPDATE safedefer_tasks SET {column} = {NO_TEXT} WHERE id = ?", (target.id,))
+    assert {before.id, after.id} <= look(app.queue)[1]
+    assert app.queue.find(after.id).state is TaskState.WAITING
+
+
+#: What the attacker does while three tasks run; ? is the id of the second.
+MEANWHILE = [
+    *[f"UPDATE safedefer_tasks SET {column} = {value} WHERE id = ?" for column, value in HOSTILE],
+    *[f"UPDATE safedefer_ledger SET {column} = {NO_TEXT} WHERE task_id = ?" for column in ("audience", "task_id", "owner")],
+    f"UPDATE safedefer_attempts SET reason = {NO_TEXT} WHERE task_id = ?",
+    f"UPDATE safedefer_names SET name = {NO_TEXT} WHERE name = 'b' AND ? != ''",
+    "DELETE FROM safedefer_tasks WHERE id = ?",
+    *[
+        f"INSERT INTO safedefer_{table} SELECT 1, id, queue, name, callable_name, url, target, audience, {columns}"
+        " FROM safedefer_tasks WHERE id = ?"
+        for table, columns in {
+            "dead": "headers, retry_options, eta, created, expires, 1, NULL, 0.0, token, NULL",
+            "ended": "eta, created, expires, 1, 'succeeded', NULL, 0.0",
+        }.items()
+    ],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "verdict"), [
+    (EndState.SUCCEEDED, Verdict.DONE), (EndState.FAILED, Verdict.DEAD), (EndState.FAILED, Verdict.DONE), (None, Verdict.RETRY),
+])  # fmt: skip
+@pytest.mark.parametrize("poison", MEANWHILE, ids=lambda text: text[:70])
+def test_a_row_poisoned_while_it_runs_lets_its_neighbours_be_settled(app, path, poison, verdict, state):
+    tasks = [app.options(name=name).defer(victim.note, name) for name in "abc"]
+    leases = app.queue.lease(owner="w", limit=3, seconds=60, now=NOW)
+    for held in leases:
+        task = held.task
+        run = Execution(audience=task.audience, task_id=task.id, digest=task.digest, owner="w", expires=task.expires)
+        app.queue.ledger.begin(run, now=NOW, lease=60)
+        if state is not None:
+            record = AttemptRecord(
+                task_id=task.id, audience=task.audience, started=NOW, ended=NOW, outcome="x", status=200
+            )
+            app.queue.ledger.finish(run, state, record)
+    write(path, poison.replace("?", f"'{tasks[1].id}'"))
+    settlement = Settlement(verdict=verdict, reason="why", at=NOW + 5)
+    first, _, last = app.queue.settle_many([(held, settlement) for held in leases], now=NOW + 1)
+    assert (first, last) == (True, True)
+    for task in (tasks[0], tasks[2]):
+        found = app.queue.find(task.id).state
+        assert (
+            found
+            is {EndState.SUCCEEDED: TaskState.SUCCEEDED, EndState.FAILED: TaskState.DEAD, None: TaskState.WAITING}[
+                state
+            ]
+        )
