@@ -163,8 +163,8 @@ CREATE FUNCTION safedefer.admit(
     entrypoints text[], ids text[], queues text[], names text[], created double precision[], unique_keys text[],
     blob_ids text[], blob_data bytea[], blob_limit bigint
 ) RETURNS text[] LANGUAGE plpgsql
--- Some ids are looked up in tables that may have grown by any number of rows since the planner last counted.
-SET enable_seqscan = off AS $$
+-- Some ids are looked up in tables that may have grown by any number of rows since a plan was made, or they were counted.
+SET enable_seqscan = off SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
     item record;
     known text;

@@ -44,6 +44,8 @@ MIGRATIONS: Final = ("migration_1",)
 _MIGRATION_LOCK: Final = 0x5AFE_DEFE
 _CONNECT_SECONDS: Final = 10
 _STATEMENT_SECONDS: Final = 60.0
+#: A plan that was made while a table was empty goes through all of it when it is not. So plans are made anew now and then.
+_PLANNED_SECONDS: Final = 5
 #: What a connection is for. The begin of a run, its end, and what is enqueued survive a crash of the server; a settlement
 #: or a lease that does not is made up for by the next delivery. To lease, jobs are gone through in the order of their
 #: index: to sort those that are due would take seconds where a million are.
@@ -226,6 +228,7 @@ class Connections:
                 max_size=max(self._workers // 2, 1),
                 command_timeout=_STATEMENT_SECONDS,
                 timeout=_CONNECT_SECONDS,
+                max_cached_statement_lifetime=_PLANNED_SECONDS,
                 reset=_keep,
                 server_settings={"application_name": "safedefer", **_BY_INDEX, **_MISSED, **settings},
                 loop=self._loop,
