@@ -186,6 +186,7 @@ def several(
     silences: int = 1,
     per_second: float = 250.0,
     break_every: float = 0.7,
+    later_every: int = 25,
 ) -> str:
     """SIGKILL over all, immediate shutdowns of PostgreSQL, broken connections, and none to be had."""
     rng = random.Random(seed)
@@ -195,7 +196,7 @@ def several(
 
         def produce(name: str, first: int) -> None:
             rate = str(per_second / 2)
-            options = ("--slow-every", "20", "--in-doubt")
+            options = ("--slow-every", "20", "--later-every", str(later_every), "--in-doubt")
             cast.roles[name] = cast.producer(first, ends[name], float(rate), *options)
 
         produce("producer-1", 0)

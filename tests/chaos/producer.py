@@ -22,9 +22,11 @@ def produce(
     per_second: float = 1e9,
     large_every: int = 50,
     slow_every: int = 10**9,
+    later_every: int = 10**9,
     in_doubt: bool = False,
 ) -> None:
-    """Defer ``mark(n)`` for ``first <= n < stop``; every ``large_every``-th is oversize, every ``slow_every``-th slow.
+    """Defer ``mark(n)`` for ``first <= n < stop``; every ``large_every``-th is oversize, every ``slow_every``-th slow, and
+    every ``later_every``-th falls due some seconds later.
 
     Where a refusal may be wrong (the connection broke, and whether the task was stored is not known), every second
     task has a name, under which it is deferred until it is known to be there; the others are tried once.
@@ -35,14 +37,15 @@ def produce(
     def defer(number: int) -> None:
         padding = "x" * 20_000 if number % large_every == 0 else ""
         pause = 0.2 if number % slow_every == slow_every - 1 else 0.0
+        options = {"countdown": 6.0} if number % later_every == later_every - 1 else {}
         if in_doubt and number % 2:
             try:
-                app.options(name=f"n{number}").defer(mark, number, pause, padding=padding)
+                app.options(name=f"n{number}", **options).defer(mark, number, pause, padding=padding)
             except (TaskAlreadyExistsError, TombstonedTaskError):
                 if number not in refused:
                     raise
         else:
-            app.defer(mark, number, pause, padding=padding)
+            app.options(**options).defer(mark, number, pause, padding=padding)
 
     refused: set[int] = set()
 
@@ -80,11 +83,13 @@ if __name__ == "__main__":
     parser.add_argument("stop", type=int)
     parser.add_argument("per_second", type=float)
     parser.add_argument("--slow-every", type=int, default=10**9)
+    parser.add_argument("--later-every", type=int, default=10**9)
     parser.add_argument("--in-doubt", action="store_true")
     chosen = parser.parse_args()
     own = App.from_settings()
     produce(
         own, chosen.first, chosen.stop,
-        per_second=chosen.per_second, slow_every=chosen.slow_every, in_doubt=chosen.in_doubt,
+        per_second=chosen.per_second, slow_every=chosen.slow_every, later_every=chosen.later_every,
+        in_doubt=chosen.in_doubt,
     )  # fmt: skip
     own.close()

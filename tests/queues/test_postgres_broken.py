@@ -353,7 +353,7 @@ def test_whatever_ends_the_connection_that_listens_it_is_made_anew(queue, error)
 
 def test_closing_keeps_nobody_waiting(dsn, monkeypatch):
     monkeypatch.setattr(postgres_engine, "_CONNECT_SECONDS", 2)
-    queue = PostgresQueue(dsn, workers=2)
+    queue = PostgresQueue(dsn, workers=1)
     connections = queue._open()
 
     def sleep():
@@ -367,4 +367,4 @@ def test_closing_keeps_nobody_waiting(dsn, monkeypatch):
         for one in asleep:
             one.result(5.0)
     with pytest.raises(QueueUnavailable, match="closed"):
-        connections.run(lambda connection: connection.fetch("SELECT 1"), durable=True, transaction=False)
+        connections.run(lambda connection: connection.fetch("SELECT 1"), purpose="durable", transaction=False)
