@@ -68,7 +68,7 @@ class PostgresQueue:
         dead_seconds: Older dead letters are archived.
         dead_limit: Of more dead letters the oldest are archived.
         producers: Connections at most through which this process enqueues.
-        workers: Connections at most through which it leases, settles and keeps the ledger, besides one that listens.
+        workers: Connections at most for each of leasing, settling and keeping the ledger, besides one that listens.
 
     Nothing is connected before the first call. Every method may raise ``QueueUnavailable``, and the first
     ``ConfigurationError`` if the database was not migrated.
@@ -84,7 +84,7 @@ class PostgresQueue:
         dead_seconds: float = 90 * 86400,
         dead_limit: int = 100_000,
         producers: int = 8,
-        workers: int = 8,
+        workers: int = 4,
     ) -> None:
         self._dsn = dsn
         self._tombstone_seconds = tombstone_seconds

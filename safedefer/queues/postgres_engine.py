@@ -225,7 +225,7 @@ class Connections:
             self._pools[purpose] = asyncpg.create_pool(
                 self._dsn,
                 min_size=0,
-                max_size=max(self._workers // 2, 1),
+                max_size=self._workers,
                 command_timeout=_STATEMENT_SECONDS,
                 timeout=_CONNECT_SECONDS,
                 max_cached_statement_lifetime=_PLANNED_SECONDS,

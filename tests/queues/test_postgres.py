@@ -586,7 +586,7 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
 
 def test_a_plan_that_was_made_for_an_empty_table_does_not_last(real_dsn, monkeypatch):
     monkeypatch.setattr(postgres_engine, "_PLANNED_SECONDS", 1)
-    queue = PostgresQueue(real_dsn, workers=2)
+    queue = PostgresQueue(real_dsn, workers=1)
 
     def run(count):
         queue.enqueue_many([task_now() for _ in range(count)])
