@@ -261,19 +261,6 @@ SELECT seq, id, queue, name, callable_name, url, target, audience, headers, retr
     rejections, first_rejection, previous_response, retry_reason, token, unique_key
 FROM safedefer_tasks WHERE seq = :seq;
 
--- name: task_texts
-SELECT CAST(id AS BLOB), CAST(queue AS BLOB), CAST(name AS BLOB), CAST(callable_name AS BLOB), CAST(url AS BLOB),
-    CAST(target AS BLOB), CAST(audience AS BLOB), CAST(headers AS BLOB), CAST(retry_options AS BLOB),
-    CAST(blob_id AS BLOB), CAST(retry_reason AS BLOB), CAST(unique_key AS BLOB)
-FROM safedefer_tasks WHERE seq = :seq;
-
--- name: task_mend
-UPDATE OR REPLACE safedefer_tasks
-SET id = :id, queue = :queue, name = :name, callable_name = :callable_name, url = :url, target = :target,
-    audience = :audience, headers = :headers, retry_options = :retry_options, blob_id = :blob_id,
-    retry_reason = :retry_reason, unique_key = :unique_key, owner = NULL
-WHERE seq = :seq;
-
 -- name: task_lease
 -- Counters stop at a value that one more does not overflow, whatever somebody wrote into the file.
 UPDATE safedefer_tasks

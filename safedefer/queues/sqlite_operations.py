@@ -100,7 +100,7 @@ def lease(
     """Claim what is due, in the order in which it fell due."""
     leases = []
     for seq in _due(connection, limit=limit, now=now, queues=queues):
-        row = _read_task(connection, seq)
+        row = TaskRow._make(connection.execute(SQL["task_by_seq"], (seq,)).get)
         if row.owner is not None:
             row = _after_lost_lease(connection, row, now=now)
         lease_owner = f"{owner}:{secrets.token_hex(8)}"
@@ -120,17 +120,6 @@ def lease(
         )
         leases.append(leased_task(row, owner=lease_owner, until=until))
     return leases
-
-
-def _read_task(connection: apsw.Connection, seq: int) -> TaskRow:
-    """Read a row. Text that is no UTF-8, which this library never writes, is mended: its neighbours must not wait for it."""
-    try:
-        return TaskRow._make(connection.execute(SQL["task_by_seq"], (seq,)).get)
-    except UnicodeDecodeError:
-        texts: tuple[bytes | None, ...] = connection.execute(SQL["task_texts"], (seq,)).get
-        mended = [None if text is None else text.decode(errors="backslashreplace") for text in texts]
-        connection.execute(SQL["task_mend"], (*mended, seq))
-        return TaskRow._make(connection.execute(SQL["task_by_seq"], (seq,)).get)
 
 
 def _due(connection: apsw.Connection, *, limit: int, now: float, queues: Sequence[str] | None) -> list[int]:
