@@ -6,7 +6,7 @@ from tests.chaos import deaths, machines
 
 
 def test_several_machines_lose_nothing_whoever_dies_the_server_too():
-    machines.several(seed=3, tasks=400, least=3, restarts=1, per_second=90.0, later_every=10**9)
+    machines.several(seed=3, tasks=300, least=3, restarts=1, per_second=90.0, later_every=10**9)
 
 
 def test_an_outage_of_the_server_charges_nothing_and_all_go_on_by_themselves():
