@@ -313,7 +313,7 @@ class SQLiteQueue:
     def _read_once(self, look: Callable[[apsw.Connection], T]) -> T:
         with self._reader.use() as connection, connection:
             found = look(connection)
-        return found  # noqa: RET504 - to mypy, `with` may swallow
+        return found  # noqa: RET504  # pyright: ignore[reportReturnType]  # to type checkers, `with` may swallow
 
     def stats(self, *, now: float) -> Sequence[QueueStats]:
         """Counts of every queue that has a task or a dead letter, sorted by name."""

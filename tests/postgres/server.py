@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from importlib.util import find_spec
@@ -28,6 +29,18 @@ _START_SECONDS: Final = 60.0
 _SETTINGS: Final = ("max_connections=200", "shared_buffers=128MB", "timezone=UTC", "log_min_messages=error")
 _FAST: Final = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 _numbers = itertools.count(1)
+#: Reads until whoever has the other end of its pipe is gone, however that ended; then the server goes too.
+_WATCH: Final = """
+import os, shutil, signal, sys
+folder = sys.argv[1]
+sys.stdin.buffer.read()
+try:
+    with open(folder + "/data/postmaster.pid") as file:
+        os.kill(int(file.readline()), signal.SIGQUIT)
+except (OSError, ValueError):
+    pass
+shutil.rmtree(folder, ignore_errors=True)
+"""
 
 
 class Server:
@@ -59,6 +72,8 @@ class Server:
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
+        command = [sys.executable, "-I", "-S", "-c", _WATCH, str(self._folder)]
+        self._watch = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         atexit.register(self.close)
 
     def _find_binaries(self) -> Path:
@@ -153,7 +168,7 @@ class Server:
         """Stop, and remove every trace."""
         atexit.unregister(self.close)
         self.stop(immediate=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._watch.communicate()
 
 
 class Given:
