@@ -48,6 +48,7 @@ from safedefer.errors import (
     BadTransactionStateError,
     CapabilityExceeded,
     ConfigurationError,
+    Error,
     InvalidTaskError,
     InvalidTaskRetryOptionsError,
     InvalidUrlError,
@@ -826,10 +827,16 @@ class App:
         again, queued = self._package(renewed.to_document(), options, now)
         return again if self.queue.replace_dead(task_id, queued, now=now) else None
 
-    def retry_all(self, where: DeadFilter, *, queue: str | None = None) -> tuple[list[Task], dict[str, RejectedTask]]:
-        """Re-run every dead letter that ``where`` means; return the new tasks, and what does not verify now by id."""
+    def retry_all(self, where: DeadFilter, *, queue: str | None = None) -> tuple[list[Task], dict[str, Error]]:
+        """Re-run every dead letter that ``where`` means; return the new tasks, and by id why others stay.
+
+        Raises:
+            UnknownQueueError: There is no such ``queue``.
+        """
+        if queue is not None:
+            self.check_queue(queue)
         tasks: list[Task] = []
-        refused: dict[str, RejectedTask] = {}
+        refused: dict[str, Error] = {}
         after: tuple[float, str] | None = None
         started = self._clock()
         # What dies again meanwhile is for the next time.
@@ -839,7 +846,7 @@ class App:
                 after = (view.ended or 0.0, view.id)
                 try:
                     task = self.retry(view.id, queue=queue)
-                except RejectedTask as error:
+                except (RejectedTask, UnknownQueueError) as error:  # the latter: our key may not sign for its queue
                     refused[view.id] = error
                 else:
                     tasks += [] if task is None else [task]

@@ -13,7 +13,7 @@ import click
 
 from safedefer.app import App
 from safedefer.cli_common import app_option, load_app, plain, summary, time_text
-from safedefer.errors import RejectedTask
+from safedefer.errors import Error, RejectedTask
 from safedefer.queues.base import DeadFilter, TaskState, TaskView
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -193,7 +193,7 @@ def dead_retry(
     loaded = load_app(app)
     if every == bool(task_ids) or (every and seconds is not None):
         raise click.UsageError("name tasks, with --in if you like, or say --all, with filters if you like")
-    refused: dict[str, RejectedTask] = {}
+    refused: dict[str, Error] = {}
     if every:
         tasks, refused = loaded.retry_all(_where(**given), queue=to_queue)
         click.echo(f"{len(tasks)} run again")

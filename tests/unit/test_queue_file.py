@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from click.testing import CliRunner
 
-from safedefer import App, Keyring, Policy, TaskRetryOptions
+from safedefer import App, Key, Keyring, KeyState, Policy, TaskRetryOptions
 from safedefer.claims import Options
 from safedefer.cli import main
 from safedefer.delivery import Response
@@ -310,6 +310,21 @@ def test_all_that_a_filter_means_run_again_and_the_rest_is_told(tmp_path):
     assert all(isinstance(error, RejectedTask) for error in refused.values())
     assert len(stranger.queue.dead_letters(DeadFilter())) == 3
     stranger.close()
+
+
+def test_a_letter_that_our_key_may_not_sign_keeps_no_other_from_running_again(tmp_path):
+    path = f"sqlite:///{tmp_path}/tasks.db"
+    secret = bytes(range(7, 39))
+    app = make_app(queue=path, keyring=Keyring(Key("k1", secret)))
+    (stays,), others = die(app, 1), die(app, 3, queue="mail")
+    app.close()
+    keys = [Key("k1", secret, KeyState.VERIFY_ONLY), Key("k2", bytes(range(60, 99)), KeyState.ACTIVE, queues=["mail"])]
+    limited = make_app(queue=path, keyring=Keyring(*keys))
+    tasks_again, refused = limited.retry_all(DeadFilter())
+    assert len(tasks_again) == len(others)
+    assert [(task_id, error.slug) for task_id, error in refused.items()] == [(stays.id, "unknown-queue-error")]
+    assert limited.queue.find(stays.id).state is TaskState.DEAD
+    limited.close()
 
 
 # --- The command line ---------------------------------------------------------------------------
