@@ -261,9 +261,9 @@ def calm(*, tasks: int = 2_000) -> str:
         return f"{account.line()} attempts={dict(attempts)} by_handler={sorted(pids.values())}"
 
 
-def outage(*, seconds: float = 20.0, around: float = 5.0, per_second: float = 100.0) -> str:
+def outage(*, seconds: float = 20.0, around: float = 5.0, per_second: float = 100.0, lease: float = 60.0) -> str:
     """PostgreSQL is down for a while: nothing is lost or charged, producers are told, all go on by themselves."""
-    with machines(lease=60.0) as cast:
+    with machines(lease=lease) as cast:
         cast.begin()
         tasks = int((2 * around + seconds) * per_second)
         producer = cast.roles["producer-1"] = cast.producer(0, tasks, per_second, "--slow-every", "20", "--in-doubt")

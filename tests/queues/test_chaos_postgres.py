@@ -10,7 +10,7 @@ def test_several_machines_lose_nothing_whoever_dies_the_server_too():
 
 
 def test_an_outage_of_the_server_charges_nothing_and_all_go_on_by_themselves():
-    machines.outage(seconds=5.5, around=1.0, per_second=50.0)
+    machines.outage(seconds=5.5, around=1.0, per_second=50.0, lease=15.0)
 
 
 def test_a_dispatcher_that_was_stopped_settles_nothing_of_what_others_have():
