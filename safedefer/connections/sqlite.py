@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import apsw
 
 from safedefer.connections.base import Opener, Source
+from safedefer.errors import BadTransactionStateError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,9 +35,9 @@ class _SQLite:
     async def check(self) -> None:
         """Nothing to check: the library asks SQLite."""
 
-    async def run(self, statement: str, values: Sequence[object], /) -> None:
-        """PostgreSQL's alone."""
-        raise NotImplementedError
+    async def run(self, statement: str, values: Sequence[object], /) -> None:  # noqa: ARG002 - the seam has them
+        """Refuse: a queue's own statements are PostgreSQL's, and ``native`` says that they do not run here."""
+        raise BadTransactionStateError("a SQLite connection runs no statement of PostgreSQL's; use the outbox")
 
 
 class SQLite3Source(_SQLite):

@@ -18,8 +18,7 @@ import pytest
 from safedefer.deliveries import InProcessDelivery
 from safedefer.dispatcher import Dispatcher
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
-from safedefer.ledger import Admission, EndState
-from safedefer.queues import postgres_engine
+from safedefer.ledger import Admission
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
 from safedefer.queues.postgres import PostgresQueue, migrate
 from safedefer.queues.postgres_engine import STATEMENTS, _queries
@@ -34,7 +33,6 @@ from tests.queues.contract import (
     execution_of,
     ids,
     make_task,
-    record_of,
     rests,
 )
 from tests.unit.apps import make_app
@@ -582,42 +580,3 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
 
     most = max(node["Actual Rows"] * node["Actual Loops"] for node in nodes(queue.run(explain, leases=True)))
     assert most <= 400
-
-
-def test_a_plan_that_was_made_for_an_empty_table_does_not_last(real_dsn, monkeypatch):
-    monkeypatch.setattr(postgres_engine, "_PLANNED_SECONDS", 1)
-    queue = PostgresQueue(real_dsn, workers=1)
-
-    def run(count):
-        queue.enqueue_many([task_now() for _ in range(count)])
-        leases = lease_now(queue)
-        runs = [execution_of(lease.task, owner=lease.task.id) for lease in leases]
-        queue.ledger.begin_many(runs, now=time.time(), lease=60.0)
-        queue.ledger.finish_many(
-            [(run, EndState.SUCCEEDED, record_of(lease.task)) for run, lease in zip(runs, leases, strict=True)]
-        )
-        assert all(queue.settle_many([(lease, DONE) for lease in leases], now=time.time()))
-
-    def read():
-        ask(real_dsn, "SELECT pg_stat_force_next_flush()")
-        tables = "SELECT coalesce(sum(idx_tup_read), 0) FROM pg_stat_user_indexes WHERE schemaname = 'safedefer'"
-        return ask(real_dsn, tables)[0][0]
-
-    ask(real_dsn, "ALTER TABLE safedefer.pgqueuer SET (autovacuum_enabled = off)")
-    for _ in range(12):
-        run(2)
-    queue.enqueue(task_now())
-    ask(
-        real_dsn,
-        "INSERT INTO safedefer.pgqueuer (priority, entrypoint, payload, execute_after, dedupe_key, headers, status)"
-        " SELECT -1, 'default', payload, now(), 'x' || number, headers, 'queued'"
-        " FROM (SELECT * FROM safedefer.pgqueuer LIMIT 1) AS job, generate_series(1, 30000) AS number",
-    )
-    time.sleep(1.1)
-    run(50)
-    time.sleep(1.5)  # until backends have told what they read
-    before = read()
-    run(50)
-    time.sleep(1.5)
-    assert read() - before < 15_000
-    queue.close()

@@ -196,3 +196,14 @@ def test_unique_has_no_name_and_comes_alone(app):
     with pytest.raises(TaskAlreadyExistsError):
         app.options(name="n").defer(tasks.add, 1)
         app.options(name="n").defer(tasks.add, 1)
+
+
+def test_a_sqlite_connection_runs_no_statement_of_postgresqls():
+    from safedefer.connections.base import run_now
+    from safedefer.connections.sqlite import SQLite3Source
+
+    with closing(sqlite3.connect(":memory:")) as connection:
+        source = SQLite3Source(connection)
+        assert source.native is False
+        with pytest.raises(BadTransactionStateError, match="use the outbox"):
+            run_now(source.run("SELECT $1", (1,)))
