@@ -16,7 +16,6 @@ def one_input(data: bytes) -> None:
             pass
         else:
             assert b".".join((token.header, token.payload, token.mac)) == data
-            assert token.signing_input == data[: -len(token.mac) - 1]
             if is_canonical(token.payload):
                 assert encode_segment(decode_segment(token.payload)) == token.payload
             _verify(token)
@@ -24,16 +23,16 @@ def one_input(data: bytes) -> None:
             assert encode_segment(decode_segment(data)) == data
         if data:
             signed = KEYRING.sign(data)
-            assert KEYRING.verify(Token.parse(signed, max_bytes=len(signed))).payload == data
+            assert KEYRING.verify(Token.parse(signed, max_bytes=len(signed)))[1] == data
 
 
 def _verify(token: Token) -> None:
     try:
-        authenticated = KEYRING.verify(token)
+        key, _ = KEYRING.verify(token)
     except RejectedTask:
         return
     # Whatever is accepted, its key would have written: byte for byte, but for the header's order.
-    assert authenticated.key.mac(token.signing_input) == token.mac
+    assert key.mac_after(token.header + b".")(token.payload) == token.mac
 
 
 def seeds() -> list[bytes]:

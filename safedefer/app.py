@@ -16,10 +16,11 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, cast, overload
 
 from safedefer.binding import check_binds
 from safedefer.blobs import Blob
@@ -30,18 +31,17 @@ from safedefer.claims import (
     LIFETIME,
     MAX_LIFETIME,
     VERSION,
+    Call,
     Claims,
-    Document,
     Limits,
     Options,
     TaskRetryOptions,
-    call_document,
+    callable_name,
     split_audience,
     write_json,
 )
 from safedefer.codecs.pickled import PickledCodec
 from safedefer.codecs.typed import TypedCodec
-from safedefer.codecs.walk import CallData
 from safedefer.connections import AwaitedConnection
 from safedefer.delivery import Delivery, DeliveryOptions, Response
 from safedefer.errors import (
@@ -56,7 +56,6 @@ from safedefer.errors import (
     PermanentTaskFailure,
     QueueUnavailable,
     RejectedTask,
-    TaskTooLargeError,
     UnknownQueueError,
 )
 from safedefer.events import LogObserver, Observer, TaskEnqueued, notify
@@ -77,7 +76,7 @@ from safedefer.queues.base import (
 )
 from safedefer.queues.config import QueueFile
 from safedefer.queues.gaps import refuse_gaps
-from safedefer.refs import bound_object
+from safedefer.refs import UNBOUND, bound_object
 from safedefer.settings import Settings
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.task import Task, VerifiedPointer, VerifiedTask
@@ -185,6 +184,7 @@ class App:
         self._queue: PullQueue | str = queue
         limit = None if self.queue_file is None else self.queue_file.total_storage_limit
         self._storage = storage if limit is None else replace(storage or StorageOptions(), blob_limit=limit)
+        self._default_route = self._route(_DEFAULTS)
         self.outbox = Outbox(lambda: self.queue, urls=outboxes, clock=clock)
         # Reentrant: loading the policy imports modules, and one of them may defer something.
         self._lock = RLock()
@@ -472,7 +472,7 @@ class App:
 
     def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
         """Return the signed token of a call, for the default queue and URL; enqueues nothing."""
-        return self._sign(self._claims(_DEFAULTS, obj, args, kwargs, self._clock()))
+        return self._signer.sign(self._claims(_DEFAULTS, obj, args, kwargs, self._clock()))
 
     def _build(
         self,
@@ -495,16 +495,16 @@ class App:
             refuse_gaps(capabilities, queued)
         return task, queued
 
-    def _package(self, claims: Document, options: Options, now: float) -> tuple[Task, QueuedTask]:
+    def _package(self, claims: Claims, options: Options, now: float) -> tuple[Task, QueuedTask]:
         """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize."""
-        payload = token = self._sign(claims)
+        payload = token = self._signer.sign(claims)
         digest = sha256(token)
         blob = None
         if len(token) > self._inline_limit:
             blob = Blob(_random_id(), token)
             pointer = {"id": blob.id, "sha256": digest.hexdigest(), "length": len(token)}
-            shared = {name: claims[name] for name in _POINTER_CLAIMS if name in claims}
-            payload = self._sign(Claims.model_validate({**shared, "blob": pointer}).to_document())
+            shared = {name: value for name, value in claims.items() if name in _POINTER_CLAIMS}
+            payload = self._signer.sign(cast("Claims", {**shared, "blob": pointer}))
         eta = options.due(now)
         _, queue, target, url = split_audience(claims["aud"])
         trace = claims.get("trace")
@@ -525,7 +525,7 @@ class App:
             digest=digest.digest(),
             blob=blob,
             blob_id=None if blob is None else blob.id,
-            callable_name=_callable_name(claims["call"]),
+            callable_name=callable_name(claims["call"]),
         )
         task = Task(
             id=queued.id,
@@ -548,54 +548,66 @@ class App:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         now: float,
-    ) -> Document:
-        signer = self._signer
-        ref = signer.gate.callable_ref(obj)
+    ) -> Claims:
+        gate = self._signer.gate
+        ref = gate.callable_ref(obj)
         try:
             check_binds(obj, args, kwargs)
         except TypeError as error:
             raise TypeError(
                 f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
             ) from None
-        cty = "pickle" if options.pickle else "typed"
-        codec = self._codecs.get(cty)
-        if codec is None:
-            raise NotDeferrable("pickled arguments are off; make the App with allow_pickle=True", reason="pickle-off")
-        if options.pickle and not self._keyring.active.pickle:
-            raise NotDeferrable(
-                f"key {self._keyring.active.kid} may not sign pickled arguments; give it pickle=True, or use another",
-                reason="pickle-key",
-            )
+        codec = self._pickled() if options.pickle else self._codecs["typed"]
         # What makes a call unique is compared as trees, whose members can be sorted.
         encode = codec.encode if options.unique else codec.write
-        data = encode(CallData(bound_object(obj), tuple(args), dict(kwargs)), signer.gate)
-        due = int(now if options is _DEFAULTS else options.due(now))
-        url = self.url if options.url == DEFAULT_URL else options.path
-        retry_options = self._retry_options(options.queue, options.retry_options)
+        bound, positional, named = encode((bound_object(obj), tuple(args), dict(kwargs)), gate)
+        made = due = int(now)
+        audience, lifetime = self._default_route
+        if options is not _DEFAULTS:
+            due = int(options.due(now))
+            audience, lifetime = self._route(options)
         # Every part was checked by itself.
-        claims: Document = {
+        claims: Claims = {
             "v": VERSION,
             "jti": new_task_id(now),
-            "iat": int(now),
+            "iat": made,
             "nbf": due,
-            "exp": due + _lifetime(retry_options),
-            "aud": f"{self.environment}:{options.queue}:{options.target or self._target(options.queue)}:{url}",
-            "cty": cty,
-            "call": call_document(ref, data.bound),
-            "args": data.args,
-            "kwargs": data.kwargs,
+            "exp": due + lifetime,
+            "aud": audience,
+            "cty": "pickle" if options.pickle else "typed",
         }
         if options.name is not None:
             claims["name"] = options.name
+        call: Call = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname}
+        if ref.member is not None:
+            call["member"] = ref.member
+        if bound is not UNBOUND:
+            call["bound"] = bound
+        claims["call"] = call
+        claims["args"] = positional
+        claims["kwargs"] = named
         if options.headers:
             claims["headers"] = dict(options.headers)
         return claims
 
-    def _sign(self, claims: Document) -> bytes:
-        try:
-            return self._signer.sign(claims)
-        except RecursionError:  # the codec's limits are below this, unless they were raised
-            raise TaskTooLargeError("the arguments nest too deeply; pass an id instead of the data") from None
+    def _pickled(self) -> Codec:
+        """Return the codec of pickled arguments. Raises ``NotDeferrable`` if they may not be sent."""
+        codec = self._codecs.get("pickle")
+        if codec is None:
+            raise NotDeferrable("pickled arguments are off; make the App with allow_pickle=True", reason="pickle-off")
+        if not self._keyring.active.pickle:
+            raise NotDeferrable(
+                f"key {self._keyring.active.kid} may not sign pickled arguments; give it pickle=True, or use another",
+                reason="pickle-key",
+            )
+        return codec
+
+    def _route(self, options: Options) -> tuple[str, int]:
+        """Return the audience of a task, and for how many seconds after its eta it lives."""
+        url = self.url if options.url == DEFAULT_URL else options.path
+        target = options.target or self._target(options.queue)
+        retry_options = self._retry_options(options.queue, options.retry_options)
+        return f"{self.environment}:{options.queue}:{target}:{url}", _lifetime(retry_options)
 
     def check_queue(self, name: str) -> None:
         """Check that a queue may exist.
@@ -700,13 +712,15 @@ class App:
         """
         if asyncio._get_running_loop() is not None:  # noqa: SLF001  # public in asyncio's words: in events.__all__
             raise RuntimeError("run() blocks and an event loop runs here; await run_async() instead")
-        result = prepare(self._runnable(data), self._codecs)()
+        target, args, kwargs = prepare(self._runnable(data), self._codecs)
+        result = target(*args, **kwargs)
         return asyncio.run(_awaited(result)) if result is not None and inspect.isawaitable(result) else result
 
     async def run_async(self, data: bytes) -> object:
         """Do what ``run`` does inside a running loop: plain callables run in a thread."""
-        prepared = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
-        result = prepared() if is_async(prepared.target) else await call_in_thread(prepared)
+        target, args, kwargs = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
+        call = partial(target, *args, **kwargs)
+        result = call() if is_async(target) else await call_in_thread(call)
         return await _awaited(result) if inspect.isawaitable(result) else result
 
     def run_from_datastore(self, key: str) -> object:
@@ -729,7 +743,7 @@ class App:
     def _runnable(self, data: bytes) -> VerifiedTask:
         if not self._loaded:
             self._load_policy()
-        verified = self._verifier.verify(data, url=self._own_urls, now=self._clock())
+        verified = self._verifier.verify(data, self._own_urls, self._clock())
         return verified if type(verified) is VerifiedTask else self.follow(verified)
 
     def _load_policy(self) -> None:
@@ -747,11 +761,11 @@ class App:
         """
         if isinstance(verified, VerifiedTask):
             return verified
-        data = self.queue.blobs.get(verified.blob.id)
+        data = self.queue.blobs.get(verified.blob["id"])
         if data is None:
             raise PermanentTaskFailure("the stored token is gone; the task has ended, or the blob was lost")
         return self._verifier.verify_stored(
-            verified, data, url=verified.claims.audience[3], now=self._clock(), expired=expired
+            verified, data, url=split_audience(verified.claims["aud"])[3], now=self._clock(), expired=expired
         )
 
     # --- Looking after tasks ---
@@ -797,9 +811,9 @@ class App:
         prepare(task, self._codecs)
         now = self._clock()
         retry_options = _hinted(view.retry_options)
-        environment, old_queue, target, url = task.claims.audience
+        environment, old_queue, target, url = split_audience(task.claims["aud"])
         options = Options(
-            headers=task.claims.headers or {},
+            headers=task.claims.get("headers", {}),
             retry_options=retry_options,
             queue=queue or old_queue,
             eta=eta,
@@ -813,18 +827,17 @@ class App:
                 f"key {key.kid} may not sign for the queue {options.queue!a}; defer the task anew there"
             )
         due = int(options.due(now))
-        renewed = task.claims.model_copy(
-            update={
-                "jti": new_task_id(now),
-                "iat": int(now),
-                "nbf": due,
-                "exp": due + _lifetime(self._retry_options(options.queue, retry_options)),
-                "aud": f"{environment}:{options.queue}:{target}:{options.path}",
-                "name": None,
-                "retry_of": task_id,
-            }
-        )
-        again, queued = self._package(renewed.to_document(), options, now)
+        renewed: Claims = {
+            **task.claims,
+            "jti": new_task_id(now),
+            "iat": int(now),
+            "nbf": due,
+            "exp": due + _lifetime(self._retry_options(options.queue, retry_options)),
+            "aud": f"{environment}:{options.queue}:{target}:{options.path}",
+            "retry_of": task_id,
+        }
+        renewed.pop("name", None)
+        again, queued = self._package(renewed, options, now)
         return again if self.queue.replace_dead(task_id, queued, now=now) else None
 
     def retry_all(self, where: DeadFilter, *, queue: str | None = None) -> tuple[list[Task], dict[str, Error]]:
@@ -912,15 +925,15 @@ class _OwnUrls(Container[str]):
 
     def __contains__(self, path: object) -> bool:
         return (
-            self._url is None
-            or path == self._url
+            path == self._url
+            or self._url is None
             or (isinstance(path, str) and path.startswith(_QUEUE_URLS) and "/" not in path[len(_QUEUE_URLS) :])
         )
 
 
 _MAX_LEASE: Final = 86_400
 _MAX_EFFECT: Final = 700
-_POINTER_CLAIMS: Final = ("v", "jti", "iat", "nbf", "exp", "aud", "cty", "name")
+_POINTER_CLAIMS: Final = frozenset({"v", "jti", "iat", "nbf", "exp", "aud", "cty", "name"})
 _OF_ONE_TASK: Final = frozenset({"jti", "iat", "nbf", "exp", "trace"})
 
 
@@ -930,7 +943,7 @@ def new_task_id(now: float) -> str:
         noise = _noise.pop()
     except IndexError:
         noise = _more_noise()
-    return f"{int(now * 1000) & 0xFFFF_FFFF_FFFF:012x}{noise}"
+    return (int(now * 1000) & 0xFFFF_FFFF_FFFF).to_bytes(6, "big").hex() + noise
 
 
 #: The parts of ids that are not the time, made many at once: to ask the system for each would take half of their cost.
@@ -940,16 +953,18 @@ os.register_at_fork(after_in_child=_noise.clear)
 
 
 def _more_noise() -> str:
-    digits = os.urandom(_NOISE_BYTES * _NOISES).hex()
-    _noise.extend(
-        f"7{digits[at : at + 3]}{'89ab'[int(digits[at + 3], 16) & 3]}{digits[at + 4 : at + 19]}"
-        for at in range(0, len(digits), 2 * _NOISE_BYTES)
-    )
+    noise = bytearray(os.urandom(_NOISE_BYTES * _NOISES))
+    noise[0::_NOISE_BYTES] = noise[0::_NOISE_BYTES].translate(_VERSION_7)
+    noise[2::_NOISE_BYTES] = noise[2::_NOISE_BYTES].translate(_VARIANT_10)
+    digits = noise.hex()
+    _noise.extend(digits[at : at + 2 * _NOISE_BYTES] for at in range(0, len(digits), 2 * _NOISE_BYTES))
     return _noise.pop()
 
 
 _NOISE_BYTES: Final = 10
 _NOISES: Final = 64
+_VERSION_7: Final = bytes(0x70 | byte & 0x0F for byte in range(256))
+_VARIANT_10: Final = bytes(0x80 | byte & 0x3F for byte in range(256))
 
 
 def _check_effect(effect: str) -> None:
@@ -984,12 +999,7 @@ def _hinted(values: Mapping[str, float]) -> TaskRetryOptions | None:
         return None
 
 
-def _callable_name(call: Document) -> str:
-    member = f".{call['member']}" if "member" in call else ""
-    return f"{call['module']}:{call['qualname']}{member}"
-
-
-def _unique_key(claims: Document) -> str:
+def _unique_key(claims: Claims) -> str:
     """Return what tasks of the same call and destination have in common."""
     same = {name: value for name, value in claims.items() if name not in _OF_ONE_TASK}
     return sha256(write_json({**same, "kwargs": dict(sorted(claims["kwargs"].items()))})).hexdigest()

@@ -89,7 +89,7 @@ def check_binds(target: Callable[..., object], args: Sequence[Any], kwargs: Mapp
     Raises:
         TypeError: It does not; the message is Python's own.
     """
-    shape, before = _shape_of(target)
+    shape, before = (_shape(target), 0) if type(target) is FunctionType else _shape_of(target)
     if shape is None:
         return
     given = (before + len(args), *kwargs)

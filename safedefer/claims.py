@@ -1,9 +1,9 @@
-"""Claims: the signed facts about a task, as pydantic models, and their one JSON spelling.
+"""Claims: the signed facts about a task, as one JSON object, and its one spelling.
 
-The payload of a token is one JSON object (RFC 7519, section 4), with duplicate members refused at every
-depth: what we wrote is known by writing it again, and other spellings are parsed by jiter, the parser
-inside pydantic, with every name compared. It is validated by strict models: unknown members, null for an
-absent claim, floats for integers and strings for numbers are refused.
+The payload of a token is one JSON object (RFC 7519, section 4), which pydantic parses and validates in one
+step: unknown members, null for an absent claim, floats for integers and strings for numbers are refused.
+Duplicate members are refused at every depth: what we wrote is known by writing it again, and other
+spellings are parsed with every name compared. The parser is jiter, pydantic's own, for both.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache
 from gc import get_referents
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, NoReturn, Required, Self
 
 import jiter
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from safedefer.errors import (
     InvalidClaims,
@@ -29,7 +29,7 @@ from safedefer.errors import (
     InvalidTaskRetryOptionsError,
     InvalidUrlError,
 )
-from safedefer.refs import UNBOUND, CallableRef
+from safedefer.refs import UNBOUND, KindName, MemberName, ModuleName, Qualname
 
 #: The version of the claims that this library writes and reads.
 VERSION: Final = 1
@@ -68,23 +68,6 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # The last second of the year 9999; what no datetime can say is no time.
 NumericDate = Annotated[int, Field(ge=0, le=253_402_300_799)]
 
-
-class _Absent:
-    """Where None says that a claim is absent: the token itself may not hold null."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema: Any = handler(source)
-        assert schema["type"] == "nullable"
-        return cast("CoreSchema", schema["schema"])
-
-
-_ABSENT: Final = _Absent()
-
-#: How deep brackets nest in a text that is known as canonical: what 64 plain values and the claims take.
-CANONICAL_BRACKETS: Final = 66
-#: Members of a JSON object that ``write_json`` can write.
-Document: TypeAlias = dict[str, Any]
-
 _STRICT: Final = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
@@ -102,38 +85,53 @@ class Limits:
     """Decimal digits of an integer."""
 
 
-class Call(CallableRef):
+@with_config(_STRICT)
+class Call(TypedDict, total=False):
     """The ``call`` claim: a reference, and the typed value of the object that it is bound to."""
 
-    bound: Any = Field(default=None, repr=False, description="A typed value; absent where the kind needs none.")
+    kind: Required[KindName]
+    module: Required[ModuleName]
+    qualname: Required[Qualname]
+    member: MemberName
+    bound: Annotated[Any, Field(description="A typed value; absent where the kind needs none.")]
 
-    @property
-    def has_bound(self) -> bool:
-        """Whether ``bound`` is present."""
-        return "bound" in self.__pydantic_fields_set__
 
-    def to_document(self) -> Document:
-        """Return the claim as ``write_json`` takes it."""
-        return call_document(self, self.bound if self.has_bound else UNBOUND)
+@with_config(_STRICT)
+class BlobPointer(TypedDict):
+    """The ``blob`` claim: where the token of an oversize task is, and what it must be."""
 
-    def check_shape(self) -> None:
-        """Check that ``member`` and ``bound`` are there for the kinds that need them, and for no other.
+    id: TaskId
+    sha256: Sha256
+    length: Annotated[int, Field(ge=1)]
 
-        Raises:
-            InvalidClaims: They are not.
-        """
-        given, needed = self.__pydantic_fields_set__, _MEMBERS[self.kind]
-        if given != needed:
-            if ("member" in given) is not ("member" in needed):
-                raise InvalidClaims(
-                    "call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere"
-                )
-            raise InvalidClaims(
-                "call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere"
-            )
-        if needed is not _NAMES and None in map(self.__dict__.get, needed):
-            raise InvalidClaims("the call has a null member; leave absent members out")
 
+@with_config(_STRICT)
+class Claims(TypedDict, total=False):
+    """The payload of a task token: either ``call``, ``args`` and ``kwargs``, or ``blob``."""
+
+    # In the order in which they are written. An absent claim is an absent member, never null.
+
+    v: Required[Literal[1]]
+    jti: Required[TaskId]
+    iat: Required[NumericDate]
+    nbf: Required[NumericDate]
+    exp: Required[NumericDate]
+    aud: Required[Audience]
+    cty: Required[Literal["typed", "pickle"]]
+    name: TaskName
+    call: Call
+    args: list[Any]
+    kwargs: dict[str, Any]
+    blob: BlobPointer
+    retry_of: TaskId
+    headers: dict[HeaderName, HeaderValue]
+    trace: TraceParent
+
+
+#: The adapter that validates the claims of every token.
+CLAIMS: Final[TypeAdapter[Claims]] = TypeAdapter(Claims)
+_validate: Final[Callable[[Any], Claims]] = CLAIMS.validator.validate_python
+_parse: Final[Callable[[bytes], Claims]] = CLAIMS.validator.validate_json
 
 _NAMES: Final = frozenset({"kind", "module", "qualname"})
 #: By kind, the members that a call has.
@@ -146,116 +144,102 @@ _MEMBERS: Final = {
     "builtin": _NAMES,
     "builtin_method": _NAMES | {"member", "bound"},
 }
+_TASK: Final = frozenset({"call", "args", "kwargs"})
 
 
-def call_document(ref: CallableRef, bound: Any = UNBOUND) -> Document:
-    """Return the ``call`` claim of a proved reference and an encoded object, as ``write_json`` takes it."""
-    document: Document = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname}
-    if ref.member is not None:
-        document["member"] = ref.member
-    if bound is not UNBOUND:
-        document["bound"] = bound
+def read_claims(payload: bytes) -> tuple[Claims, bool]:
+    """Parse and validate a payload whose signature was verified: pydantic does both in one step.
+
+    Returns:
+        The claims, and whether the payload is canonical: spelled as ``write_json`` spells it, and not deep.
+
+    Raises:
+        InvalidClaims: It is not strict JSON, has a duplicate, unknown, missing or null member,
+            or a member of another type or shape. The message names members, never values.
+    """
+    claims: Claims | None = None
+    canonical = False
+    try:
+        claims = _parse(payload) if len(payload) <= SHORT else _validate(_load(payload))
+        # If writing what was read gives back the text, no member of it was a duplicate and no number was rounded.
+        canonical = orjson.dumps(claims, None, _WRITE) == payload
+    except (ValueError, TypeError):  # a ValidationError is a ValueError
+        pass
+    if claims is None or not canonical:
+        claims = _read_strictly(payload)
+    _check_shape(claims)
+    return claims, canonical
+
+
+#: Up to this many bytes pydantic's own parser is the faster one, and brackets cannot nest too deeply.
+SHORT: Final = 512
+#: How deep brackets nest in a longer text that is known as canonical: what 64 plain values and the claims take.
+CANONICAL_BRACKETS: Final = 66
+# In a longer text than this it costs as much to count brackets as to look at the document.
+_LONG: Final = 16_384
+
+
+def _load(payload: bytes) -> Any:
+    """Parse a longer payload with orjson, which is believed only as far as its writer proves it.
+
+    Raises:
+        ValueError: It is not JSON, or is deep: jiter says how deep it may be.
+    """
+    document = orjson.loads(payload)
+    if len(payload) >= _LONG or payload.count(b"[") + payload.count(b"{") > CANONICAL_BRACKETS:
+        level = [document]
+        for _ in range(CANONICAL_BRACKETS + 1):
+            # Lists and dicts show what they hold to the garbage collector: one step in C a level.
+            level = get_referents(*level)
+            if not level:
+                return document
+        raise ValueError("deep")
     return document
 
 
-class BlobPointer(BaseModel):
-    """The ``blob`` claim: where the token of an oversize task is, and what it must be."""
-
-    model_config = _STRICT
-
-    id: TaskId
-    sha256: Sha256
-    length: Annotated[int, Field(ge=1)]
-
-
-class Claims(BaseModel):
-    """The payload of a task token: either ``call``, ``args`` and ``kwargs``, or ``blob``."""
-
-    model_config = _STRICT
-
-    v: Literal[1]
-    jti: TaskId
-    iat: NumericDate
-    nbf: NumericDate
-    exp: NumericDate
-    aud: Audience
-    cty: Literal["typed", "pickle"]
-    name: Annotated[TaskName | None, _ABSENT] = None
-    call: Annotated[Call | None, _ABSENT] = None
-    # Arguments are not for logs: their repr is left out.
-    args: Annotated[list[Any] | None, _ABSENT] = Field(default=None, repr=False)
-    kwargs: Annotated[dict[str, Any] | None, _ABSENT] = Field(default=None, repr=False)
-    blob: Annotated[BlobPointer | None, _ABSENT] = None
-    retry_of: Annotated[TaskId | None, _ABSENT] = None
-    headers: Annotated[dict[HeaderName, HeaderValue] | None, _ABSENT] = Field(default=None, repr=False)
-    trace: Annotated[TraceParent | None, _ABSENT] = None
-
-    @property
-    def audience(self) -> tuple[str, str, str, str]:
-        """Environment, queue, target and URL path."""
-        return split_audience(self.aud)
-
-    def to_document(self) -> Document:
-        """Return the members of the payload as ``write_json`` takes them, absent claims left out."""
-        document = {name: value for name, value in self.__dict__.items() if value is not None}
-        if self.call is not None:
-            document["call"] = self.call.to_document()
-        if self.blob is not None:
-            document["blob"] = self.blob.__dict__
-        return document
-
-    def to_json(self) -> bytes:
-        """Return the payload: compact JSON, absent claims left out."""
-        return write_json(self.to_document())
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> Claims:
-        """Parse and validate a payload whose signature was verified. Raises ``InvalidClaims``, see ``read``."""
-        return cls.read(payload)[0]
-
-    @classmethod
-    def read(cls, payload: bytes) -> tuple[Claims, bool]:
-        """Parse and validate a payload whose signature was verified.
-
-        Returns:
-            The claims, and whether the payload is canonical: spelled as ``write_json`` spells it, and not deep.
-
-        Raises:
-            InvalidClaims: It is not strict JSON, has a duplicate, unknown, missing or null member,
-                or a member of another type or shape. The message names members, never values.
-        """
-        raw, canonical = _read_json(payload)
-        if type(raw) is not dict:
-            raise InvalidClaims("the payload is not an object; mint tokens as schema/README.md says")
-        if type(raw.get("v")) is not int:  # pydantic takes true and 1.0 for the Literal 1
-            raise InvalidClaims("v is not an integer; write the version of the claims as 1")
-        try:
-            claims = _validate(raw)
-        except ValidationError as error:
-            # `from None`: the error holds the claims.
-            raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from None
-        claims.check_shape()
-        return claims, canonical
-
-    def check_shape(self) -> None:
-        """Check what spans several claims.
-
-        Raises:
-            InvalidClaims: Times are out of order or too far apart, or call and blob are not alternatives.
-        """
-        call = self.call
-        if call is None:
-            whole = self.args is None and self.kwargs is None and self.blob is not None
-        else:
-            whole = self.args is not None and self.kwargs is not None and self.blob is None
-            call.check_shape()
-        if not whole:
-            raise InvalidClaims("claims need either call, args and kwargs, or blob alone; write one of the two")
-        if not self.nbf <= self.exp <= self.nbf + MAX_LIFETIME:
-            raise InvalidClaims("exp must lie between nbf and 92 days after it; mint a token with such times")
+def _read_strictly(payload: bytes) -> Claims:
+    """Parse what others minted, who may spell it otherwise: with every name compared."""
+    try:
+        raw = jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True)
+    except ValueError:
+        # `from None`: the parser's message quotes a duplicate member's name.
+        raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from None
+    if type(raw) is not dict:
+        raise InvalidClaims("the payload is not an object; mint tokens as schema/README.md says")
+    if type(raw.get("v")) is not int:  # pydantic takes true and 1.0 for the Literal 1
+        raise InvalidClaims("v is not an integer; write the version of the claims as 1")
+    try:
+        return _validate(raw)
+    except ValidationError as error:
+        # `from None`: the error holds the claims.
+        raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from None
 
 
-_validate: Final[Callable[[Any], Claims]] = Claims.__pydantic_validator__.validate_python
+def _check_shape(claims: Claims) -> None:
+    """Check what spans several claims.
+
+    Raises:
+        InvalidClaims: Times are out of order or too far apart, call and blob are not alternatives, or a call
+            lacks what its kind needs.
+    """
+    if "call" in claims and "args" in claims and "kwargs" in claims and "blob" not in claims:
+        call = claims["call"]
+        if call.keys() != _MEMBERS[call["kind"]]:
+            _refuse_members(call)
+        if call.get("bound", UNBOUND) is None:
+            raise InvalidClaims("the call has a null member; leave absent members out")
+    elif "blob" not in claims or not _TASK.isdisjoint(claims):
+        raise InvalidClaims("claims need either call, args and kwargs, or blob alone; write one of the two")
+    if not claims["nbf"] <= claims["exp"] <= claims["nbf"] + MAX_LIFETIME:
+        raise InvalidClaims("exp must lie between nbf and 92 days after it; mint a token with such times")
+
+
+def _refuse_members(call: Call) -> NoReturn:
+    if ("member" in call) is not ("member" in _MEMBERS[call["kind"]]):
+        raise InvalidClaims(
+            "call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere"
+        )
+    raise InvalidClaims("call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere")
 
 
 @lru_cache(maxsize=256)
@@ -263,6 +247,12 @@ def split_audience(audience: str) -> tuple[str, str, str, str]:
     """Return the environment, queue, target and URL path of an ``aud`` claim."""
     environment, queue, target, url = audience.split(":", 3)
     return environment, queue, target, url
+
+
+def callable_name(call: Call) -> str:
+    """Return ``module:qualname`` or ``module:qualname.member``, as a reference says it."""
+    name = f"{call['module']}:{call['qualname']}"
+    return f"{name}.{call['member']}" if "member" in call else name
 
 
 def write_json(document: Any) -> bytes:
@@ -281,47 +271,6 @@ _WRITE: Final = (
     | orjson.OPT_PASSTHROUGH_SUBCLASS
     | orjson.OPT_STRICT_INTEGER
 )
-
-
-def _read_json(payload: bytes) -> tuple[Any, bool]:
-    """Parse strict JSON: no duplicate members, NaN, BOM, lone surrogates or trailing bytes.
-
-    Returns:
-        The document, and whether its text is canonical: as ``write_json`` writes it, and not deep.
-
-    Raises:
-        InvalidClaims: It is not strict JSON.
-    """
-    try:
-        raw = orjson.loads(payload)
-        # If writing what was read gives back the text, no member of it was a duplicate and no number was rounded.
-        if orjson.dumps(raw, None, _WRITE) == payload and not _is_deep(raw, payload):
-            return raw, True
-    except (ValueError, TypeError):
-        pass
-    try:
-        # What others minted may be spelled otherwise.
-        return jiter.from_json(payload, allow_inf_nan=False, catch_duplicate_keys=True), False
-    except ValueError:
-        # `from None`: the parser's message quotes a duplicate member's name.
-        raise InvalidClaims("the payload is not strict JSON; mint tokens with a strict JSON writer") from None
-
-
-def _is_deep(document: Any, text: bytes) -> bool:
-    """Whether brackets may nest deeper than ``CANONICAL_BRACKETS``."""
-    # In a long text it costs as much to count brackets as to look at the document.
-    if len(text) < _LONG and text.count(b"[") + text.count(b"{") <= CANONICAL_BRACKETS:
-        return False
-    level = [document]
-    for _ in range(CANONICAL_BRACKETS + 1):
-        # Lists and dicts show what they hold to the garbage collector: one step in C a level.
-        level = get_referents(*level)
-        if not level:
-            return False
-    return True
-
-
-_LONG: Final = 16_384
 
 
 def _summary(error: ValidationError) -> str:

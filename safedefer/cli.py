@@ -348,13 +348,13 @@ def inspect(*, app: str | None, token: str) -> None:
     except RejectedTask as error:
         raise click.ClickException(f"{error.slug}: {error}") from error
     claims = verified.claims
-    document = json.loads(claims.to_json())
+    document: dict[str, Any] = dict(claims)
     if pointer is not None:
-        document["blob"] = {**dict(pointer), "found": not isinstance(verified, VerifiedPointer)}
+        document["blob"] = {**pointer, "found": not isinstance(verified, VerifiedPointer)}
     document["signed_by"] = verified.identity.kid
     document["calls"] = verified.identity.callable_name or None
     document.update({name: time_text(document[name]) for name in ("iat", "nbf", "exp")})
-    document["expired"] = claims.exp < time.time()
+    document["expired"] = claims["exp"] < time.time()
     click.echo(json.dumps(document, indent=2))
 
 

@@ -252,7 +252,7 @@ class Delivery:
 
     async def _fetch(self, run: Run, pointer: VerifiedPointer, url: str | Container[str]) -> VerifiedTask | None:
         run.pointer = pointer
-        data = await self._storage(partial(self._blobs().get, pointer.blob.id))
+        data = await self._storage(partial(self._blobs().get, pointer.blob["id"]))
         if data is None:
             return None
         return self._verifier.verify_stored(pointer, data, url=url, now=run.started)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache, partial
 from types import CoroutineType, FunctionType, MethodType
-from typing import Any, Final, Literal, Protocol, TypeVar, cast, final, get_type_hints
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from safedefer.binding import check_binds
 from safedefer.codecs.plain import may_hold_tags
-from safedefer.codecs.walk import CallData
+from safedefer.codecs.walk import Values
 from safedefer.errors import (
     ExpiredTask,
     InvalidArguments,
@@ -37,6 +37,7 @@ from safedefer.task import VerifiedTask
 from safedefer.threads import InThread
 
 _T = TypeVar("_T")
+_tuple: Final = tuple.__new__
 Validate = Literal["annotations"] | None
 
 
@@ -90,29 +91,25 @@ def current_task() -> TaskContext | None:
 class Codec(Protocol):
     """Turns the arguments of a call into JSON and back."""
 
-    def encode(self, call: CallData, gate: Gate) -> CallData:
+    def encode(self, call: Values, gate: Gate) -> Values:
         """Return trees of JSON. Raises ``UnencodableArgument``."""
         ...
 
-    def write(self, call: CallData, gate: Gate) -> CallData:
+    def write(self, call: Values, gate: Gate) -> Values:
         """Return what ``claims.write_json`` writes: trees of JSON, or text. Raises ``UnencodableArgument``."""
         ...
 
-    def decode(self, call: CallData, gate: Gate, *, text: bytes, canonical: bool = False) -> CallData:
+    def decode(self, call: Values, gate: Gate, text: bytes, canonical: bool = False) -> Values:  # noqa: FBT002  # a keyword costs
         """Return the values. Raises a ``RejectedTask``."""
         ...
 
 
-@final
-class Prepared:
+class Prepared(NamedTuple):
     """A callable and its arguments, ready to be called."""
 
-    __slots__ = ("args", "kwargs", "target")
-
-    def __init__(self, target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.target = target
-        self.args = args
-        self.kwargs = kwargs
+    target: Callable[..., object]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
 
     def __call__(self) -> object:
         """Call it."""
@@ -128,21 +125,21 @@ def prepare(task: VerifiedTask, codecs: Mapping[str, Codec], *, validate: Valida
         PolicyViolation: The policy does not admit what was found, or a class inside the arguments.
         CapabilityExceeded: The key that signed may not name it.
     """
-    claims, call, gate = task.claims, task.call, task.gate
-    codec = codecs.get(claims.cty)
+    claims, ref, gate, _, _, text, canonical = task
+    codec = codecs.get(claims["cty"])
     if codec is None:
-        raise UnresolvableCallable(f"no codec for {claims.cty} arguments; configure the handler as the sender")
-    bound = call.bound if call.has_bound else UNBOUND
-    target = gate.load_callable(call) if bound is UNBOUND else None
-    data = CallData(bound, claims.args or [], claims.kwargs or {})
-    bound, args, kwargs = codec.decode(data, gate, text=task.text, canonical=task.canonical)
+        raise UnresolvableCallable(f"no codec for {claims['cty']} arguments; configure the handler as the sender")
+    bound = claims["call"].get("bound", UNBOUND)
+    target = gate.load_callable(ref) if bound is UNBOUND else None
+    sent = bound, claims["args"], claims["kwargs"]
+    bound, args, kwargs = codec.decode(sent, gate, text, canonical)
     if target is None:
-        target = gate.load_callable(call, bound)
+        target = gate.load_callable(ref, bound)
     try:
         check_binds(target, args, kwargs)
     except TypeError as error:
         raise UnresolvableCallable(f"{task.ref} takes other arguments now: {error}; deploy both ends alike") from error
-    prepared = Prepared(target, args, kwargs)
+    prepared = _tuple(Prepared, (target, args, kwargs))
     if validate is not None:
         _check_annotations(prepared)
     return prepared
@@ -220,9 +217,9 @@ def _is_at_hand(task: VerifiedTask) -> bool:
         ref.parts in _known
         and ref.module in sys.modules
         and len(text) <= _SHORT
-        and claims.cty == "typed"
+        and claims["cty"] == "typed"
         and not may_hold_tags(text)
-        and not task.call.has_bound
+        and "bound" not in claims["call"]
     )
 
 

@@ -7,15 +7,16 @@ keys could have written, and is never parsed.
 
 from __future__ import annotations
 
-import hmac
 import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from hashlib import sha256
+from hmac import compare_digest
 from itertools import chain, permutations
 from types import MappingProxyType
-from typing import Annotated, Final, Literal, NamedTuple, NoReturn, Protocol, Self, TypeVar, final
+from typing import Annotated, Final, Literal, NoReturn, Protocol, Self, TypeAlias, TypeVar, final
 
+from pybase64 import b64encode
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safedefer.errors import BadSignature, ConfigurationError, MalformedToken, RevokedKey, UnknownKey, WeakKey
@@ -43,6 +44,9 @@ class KeyState(StrEnum):
     """Verifies: a key that is about to be promoted, or one whose tasks are still in flight."""
     REVOKED = "revoked"
     """Refused. Whoever has it can back-date a task, so no time bound would help."""
+
+
+_REVOKED: Final = KeyState.REVOKED
 
 
 class _Hash(Protocol):
@@ -112,15 +116,24 @@ class Key:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def mac(self, *message: bytes) -> bytes:
-        """Return the encoded HMAC-SHA-256 of the parts of a message: 43 characters of base64url."""
-        # RFC 2104 with the two key blocks hashed beforehand: a MAC is two copies and two updates.
-        inner = self._inner.copy()
-        for part in message:
-            inner.update(part)
-        outer = self._outer.copy()
-        outer.update(inner.digest())
-        return encode_segment(outer.digest())
+    def mac_after(self, start: bytes) -> Callable[[bytes], bytes]:
+        """Return what makes MACs of messages that begin with ``start`` of the rest of them.
+
+        Returns:
+            A function from the rest of a message to the encoded HMAC-SHA-256 of all of it: 43 characters of base64url.
+        """
+        # RFC 2104, and what is the same in every message hashed beforehand: a MAC is two copies and two updates.
+        begun, last = self._inner.copy(), self._outer
+        begun.update(start)
+
+        def mac(rest: bytes) -> bytes:
+            inner = begun.copy()
+            inner.update(rest)
+            outer = last.copy()
+            outer.update(inner.digest())
+            return b64encode(outer.digest(), b"-_").rstrip(b"=")
+
+        return mac
 
     def __repr__(self) -> str:
         """Show what is not secret."""
@@ -137,17 +150,6 @@ class Key:
         raise TypeError("a Key is not pickled or copied; load it where it is used")
 
 
-class Authenticated(NamedTuple):
-    """Bytes that a holder of ``key`` wrote. Only ``Keyring.verify`` makes one."""
-
-    key: Key
-    payload: bytes
-
-    def __repr__(self) -> str:
-        """Show the key's name alone: logs identify, they do not quote."""
-        return f"Authenticated({self.key!r})"
-
-
 @final
 class Keyring:
     """The keys of an application: exactly one active, which signs; all others verify, or are revoked.
@@ -160,10 +162,10 @@ class Keyring:
         WeakKey: Two share a secret.
     """
 
-    __slots__ = ("_active", "_decoy", "_headers", "_keys", "_prefix")
+    __slots__ = ("_active", "_decoy", "_headers", "_keys", "_mac", "_prefix")
 
     _active: Key
-    _headers: Mapping[bytes, Key]
+    _headers: Mapping[bytes, _Entry]
     _keys: tuple[Key, ...]
 
     def __init__(self, *keys: Key | Iterable[Key]) -> None:
@@ -174,8 +176,12 @@ class Keyring:
         self._keys = given
         self._active = next(key for key in given if key.state is KeyState.ACTIVE)
         self._prefix = _headers(self._active.kid)[0] + b"."
-        self._headers = MappingProxyType({header: key for key in given for header in _headers(key.kid)})
-        self._decoy = Key("decoy", bytes(range(MIN_SECRET_BYTES)), KeyState.REVOKED)
+        self._mac = self._active.mac_after(self._prefix)
+        self._headers = MappingProxyType(
+            {header: (key, key.mac_after(header + b".")) for key in given for header in _headers(key.kid)}
+        )
+        decoy = Key("decoy", bytes(range(MIN_SECRET_BYTES)), KeyState.REVOKED)
+        self._decoy: _Entry = None, decoy.mac_after(self._prefix)
 
     @staticmethod
     def _check(keys: tuple[Key, ...]) -> None:
@@ -184,7 +190,7 @@ class Keyring:
             raise ConfigurationError(f"a keyring needs exactly one active key and has {len(active)}; {_MAKE_ONE}")
         if len({key.kid for key in keys}) != len(keys):
             raise ConfigurationError("two keys have the same kid; give every key its own")
-        if len({key.mac(b"") for key in keys}) != len(keys):
+        if len({key.mac_after(b"")(b"") for key in keys}) != len(keys):
             raise WeakKey(f"two keys have the same secret; {_MAKE_ONE}")
 
     @property
@@ -199,13 +205,16 @@ class Keyring:
 
     def sign(self, payload: bytes) -> bytes:
         """Return the token of a payload, signed with the active key."""
-        prefix, segment = self._prefix, encode_segment(payload)
-        return b"".join((prefix, segment, b".", self._active.mac(prefix, segment)))
+        segment = encode_segment(payload)
+        return b"%b%b.%b" % (self._prefix, segment, self._mac(segment))
 
-    def verify(self, token: Token) -> Authenticated:
+    def verify(self, token: Token) -> tuple[Key, bytes]:
         """Verify the MAC over the raw segments, then decode the payload.
 
         An unknown key costs the same work as a known one.
+
+        Returns:
+            The key, and the payload, which a holder of it wrote.
 
         Raises:
             UnknownKey: No key of the ring could have written the header.
@@ -213,18 +222,18 @@ class Keyring:
             RevokedKey: It matches, but the key is revoked.
             MalformedToken: A segment is not canonical base64url.
         """
-        key = self._headers.get(token.header)
+        header, payload, mac = token
+        key, right = self._headers.get(header, self._decoy)
         # The right MAC of a forged token is never a local variable: tracebacks with locals reach logs.
-        matches = hmac.compare_digest((key or self._decoy).mac(token.signing_input), token.mac)
+        matches = compare_digest(right(payload), mac)
         if key is None or not matches:
             token.check_spelling()
-        if key is None:
-            raise UnknownKey("no key of this ring wrote the token's header; add the key that signs, as verify_only")
-        if not matches:
+            if key is None:
+                raise UnknownKey("no key of this ring wrote the token's header; add the key that signs, as verify_only")
             raise BadSignature("the signature does not match; the token was altered, or a key of the same kid differs")
-        if key.state is KeyState.REVOKED:
+        if key.state is _REVOKED:
             raise RevokedKey(f"key {key.kid} is revoked; re-run the task from its origin if it was wanted")
-        return Authenticated(key, decode_segment(token.payload))
+        return key, decode_segment(payload)
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -254,6 +263,10 @@ class Keyring:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Keyring is not pickled or copied; load it where it is used")
+
+
+#: The key that wrote a header, None if none did, and what makes the MACs of tokens with it.
+_Entry: TypeAlias = tuple[Key | None, Callable[[bytes], bytes]]
 
 
 class _Jwk(BaseModel):

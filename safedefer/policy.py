@@ -54,6 +54,7 @@ from safedefer.refs import (
     find_member,
     is_found,
     mro,
+    reference,
 )
 
 _T = TypeVar("_T")
@@ -68,6 +69,8 @@ _MAX_NAME: Final = 511
 #: Modules that are run again under another name when they are imported so.
 _OTHER_MODULES: Final = frozenset({"__main__", "__mp_main__", "__init__"})
 
+#: Stands for a reference that was never asked for.
+_NOTHING: Final[tuple[None, Any]] = (None, None)
 #: Marked objects by identity. The object is kept, so that its id is never another's.
 _MARKED: Final[dict[int, object]] = {}
 
@@ -152,11 +155,11 @@ class Policy:
     _deferrable: bool
     _moved: Mapping[str, str]
     _metaclasses: frozenset[type]
-    _admitted: set[tuple[str, str, str, str | None]]
+    _admitted: dict[int, CallableRef]
     _named: dict[object, Found]
     _named_classes: dict[int, FoundClass]
     _found_classes: dict[str, FoundClass]
-    _found: dict[tuple[str, str, str, str | None], Found]
+    _found: dict[int, tuple[CallableRef, Found]]
 
     def __init__(
         self,
@@ -183,7 +186,7 @@ class Policy:
         self._set("_deferrable", deferrable)
         self._set("_moved", MappingProxyType(moved))
         self._set("_metaclasses", METACLASSES | {_metaclass(item) for item in metaclasses})
-        self._set("_admitted", set())
+        self._set("_admitted", {})
         self._set("_named", {})
         self._set("_found", {})
         self._set("_named_classes", {})
@@ -244,15 +247,15 @@ class Policy:
         Raises:
             PolicyViolation: No pattern admits it.
         """
-        parts = ref.parts
-        if parts in self._admitted:
+        # By identity: the same name is the same object (refs.reference), and what is kept here stays that object.
+        if self._admitted.get(id(ref)) is ref:
             return ref
         self._check_names(ref)
         moved = self._follow(ref)
         if moved is not ref:
             self._check_names(moved)
-        elif not self._deferrable and len(self._admitted) < _CACHE_SIZE:
-            self._admitted.add(parts)
+        elif not self._deferrable and len(self._admitted) < _CACHE_SIZE and reference(*ref.parts) is ref:
+            self._admitted[id(ref)] = ref
         return moved
 
     def _check_names(self, ref: CallableRef) -> None:
@@ -319,7 +322,7 @@ class Policy:
             target, _, member = target.rpartition(".")
         module, _, qualname = target.partition(":")
         try:
-            return CallableRef(kind=ref.kind, module=module, qualname=qualname, member=member)
+            return reference(ref.kind, module, qualname, member)
         except ValidationError:
             _deny(ref, "moved maps a method to something that is none")
 
@@ -467,15 +470,14 @@ class Policy:
 
     def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
         """Find a callable. See ``Gate.load_callable``."""
-        parts = ref.parts
-        known = self._found.get(parts)
-        if known is not None and bound is UNBOUND and known.holds():
+        asked, known = self._found.get(id(ref), _NOTHING)
+        if asked is ref and bound is UNBOUND and known.holds():
             return known.function
-        ref = self.check(ref)
-        found = ref.resolve(bound, metaclasses=self._metaclasses)
-        self._check_object(ref)
-        if type(found) is FunctionType and len(self._found) < _CACHE_SIZE:
-            self._found[parts] = Found.of(ref, found)
+        now = self.check(ref)
+        found = now.resolve(bound, metaclasses=self._metaclasses)
+        self._check_object(now)
+        if type(found) is FunctionType and len(self._found) < _CACHE_SIZE and reference(*ref.parts) is ref:
+            self._found[id(ref)] = ref, Found.of(now, found)
         return found
 
 

@@ -22,7 +22,7 @@ from abc import ABCMeta
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, EnumType, StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from types import (
     BuiltinFunctionType,
@@ -89,6 +89,9 @@ class Kind(StrEnum):
     BUILTIN_METHOD = "builtin_method"
 
 
+KindName: TypeAlias = Literal["function", "class", "instance", "method", "classmethod", "builtin", "builtin_method"]
+
+
 class CallableRef(BaseModel):
     """The name of a callable: enough to find it again, never the callable itself.
 
@@ -98,7 +101,7 @@ class CallableRef(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    kind: Literal["function", "class", "instance", "method", "classmethod", "builtin", "builtin_method"]
+    kind: KindName
     module: ModuleName
     qualname: Qualname
     member: MemberName | None = None
@@ -108,7 +111,7 @@ class CallableRef(BaseModel):
         return f"{self.module}:{self.qualname}" + (f".{self.member}" if self.member is not None else "")
 
     @property
-    def parts(self) -> tuple[str, str, str, str | None]:
+    def parts(self) -> tuple[KindName, str, str, str | None]:
         """Kind, module, qualname and member: what makes two references, of whichever class, the same."""
         return self.kind, self.module, self.qualname, self.member
 
@@ -170,6 +173,16 @@ class CallableRef(BaseModel):
                 return _bind_method(owner, self.member, bound) if type(bound) is owner else None
             case _:  # builtin_method
                 return _bind_builtin(owner, self.member, bound)
+
+
+@lru_cache(maxsize=4096)
+def reference(kind: KindName, module: str, qualname: str, member: str | None) -> CallableRef:
+    """Return the reference of a name. The same name gives the same object, so that what it led to can be kept by it.
+
+    Raises:
+        pydantic.ValidationError: It is no name.
+    """
+    return CallableRef(kind=kind, module=module, qualname=qualname, member=member)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +360,7 @@ def _classify(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         return _builtin(obj, metaclasses)
     if _is_class(obj):
         module, qualname = check_class(cast("type", obj), metaclasses=metaclasses)
-        return _ref("class", module, qualname)
+        return reference("class", module, qualname, None)
     return _instance(obj, metaclasses)
 
 
@@ -359,7 +372,7 @@ def _function(func: FunctionType) -> CallableRef:
     if "." in qualname:
         _refuse_unbound(module, qualname)
     _prove(func, module, qualname)
-    return _ref("function", module, qualname)
+    return reference("function", module, qualname, None)
 
 
 def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
@@ -384,7 +397,7 @@ def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
     elif raw is not func:
         _refuse_member(qualname, member, raw)
     _check_home(func, definer, member)
-    return _ref("classmethod" if is_class else "method", module, qualname, member)
+    return reference("classmethod" if is_class else "method", module, qualname, member)
 
 
 def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
@@ -399,14 +412,14 @@ def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     _, raw = _static_member(cls, name)
     if type(raw) is staticmethod or not _same_builtin(_bind_raw(raw, owner, cls), obj):
         _refuse_member(qualname, name, raw)
-    return _ref("builtin_method", module, qualname, name)
+    return reference("builtin_method", module, qualname, name)
 
 
 def _builtin_function(obj: object, home: ModuleType | None, name: str) -> CallableRef:
     modules = [_MODULE_DICT(home).get("__name__")] if home is not None else []
     for module in map(_text, (*modules, cast("Any", obj).__module__)):
         if len(module) <= _MAX_NAME and is_found(obj, module, name):
-            return _ref("builtin", module, name)
+            return reference("builtin", module, name, None)
     if "." in cast("Any", obj).__qualname__:  # such as str.maketrans
         _refuse("static-method", f"the built-in {name} is a static method", "defer a function that calls it")
     return _refuse("not-found", f"the built-in {name} is not found by its name", "defer a function that calls it")
@@ -435,7 +448,7 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     module, qualname = check_class(cls, metaclasses=metaclasses)
     # `__call__ = run` in the class itself is one more name for a method of it.
     _check_home(call, definer, _text(call.__qualname__).rpartition(".")[2])
-    return _ref("instance", module, qualname)
+    return reference("instance", module, qualname, None)
 
 
 # --- Proofs ---------------------------------------------------------------------------------------
@@ -607,10 +620,6 @@ def _main_file() -> str:
 def _text(value: object) -> str:
     """Return a name as it is if it is exactly text, else empty: a subclass of ``str`` brings methods of its own."""
     return value if type(value) is str else ""
-
-
-def _ref(kind: str, module: str, qualname: str, member: str | None = None) -> CallableRef:
-    return CallableRef(kind=cast("Any", kind), module=module, qualname=qualname, member=member)
 
 
 def _refuse(reason: str, problem: str, remedy: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from safedefer.claims import split_audience
 from safedefer.errors import TaskIdentity
 from safedefer.events import TaskHandled
 from safedefer.execution import TaskContext
@@ -30,28 +31,28 @@ class Run:
     def ask(self, owner: str) -> Execution:
         """Return what the ledger is asked: whether ``owner`` may run the task."""
         if self.pointer is not None:
-            claims, digest = self.pointer.claims, bytes.fromhex(self.pointer.blob.sha256)
+            claims, digest = self.pointer.claims, bytes.fromhex(self.pointer.blob["sha256"])
         else:
             assert self.task is not None  # verified, or pointed to
             claims, digest = self.task.claims, self.task.digest
         self.execution = Execution(
-            audience=claims.aud, task_id=claims.jti, digest=digest, owner=owner, expires=claims.exp
+            audience=claims["aud"], task_id=claims["jti"], digest=digest, owner=owner, expires=claims["exp"]
         )
         return self.execution
 
     def context(self, task: VerifiedTask) -> TaskContext:
         """Return what the task may know of itself."""
         claims = task.claims
-        _, queue, _, url = claims.audience
+        _, queue, _, url = split_audience(claims["aud"])
         return TaskContext(
-            id=claims.jti,
-            name=claims.name,
+            id=claims["jti"],
+            name=claims.get("name"),
             queue_name=queue,
             url=url,
-            headers=claims.headers or {},
+            headers=claims.get("headers", {}),
             retry_count=self.retries,
-            trace=claims.trace,
-            retry_of=claims.retry_of,
+            trace=claims.get("trace"),
+            retry_of=claims.get("retry_of"),
         )
 
     def record(

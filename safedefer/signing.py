@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final, final
 
-from safedefer.claims import LEEWAY, Claims, Document, Limits, split_audience, write_json
+from safedefer.claims import LEEWAY, Claims, Limits, read_claims, split_audience, write_json
 from safedefer.errors import (
     CapabilityExceeded,
     ConfigurationError,
@@ -34,11 +34,13 @@ from safedefer.errors import (
 )
 from safedefer.keys import Key, Keyring, KeyState
 from safedefer.policy import Gate, Policy
+from safedefer.refs import reference
 from safedefer.task import VerifiedPointer, VerifiedTask, identify
 from safedefer.token import Token
 
 #: What a pointer and the stored token that it points to have in common.
 _SHARED: Final = ("jti", "aud", "nbf", "exp", "name")
+_tuple: Final = tuple.__new__
 
 
 @final
@@ -53,19 +55,20 @@ class Signer:
 
     def __init__(self, keyring: Keyring, policy: Policy, *, limits: Limits) -> None:
         self._keyring = keyring
-        self._limits = limits
+        self._key = keyring.active
+        self._max_bytes = limits.token_bytes
         self.gate: Gate = _gate(policy, keyring.active)
         """What codecs ask: the policy within the limits of the active key."""
 
-    def sign(self, claims: Document) -> bytes:
-        """Return the token of some claims: what ``Claims.to_document`` returns, or was put together from checked parts.
+    def sign(self, claims: Claims) -> bytes:
+        """Return the token of some claims, which were put together from checked parts: their shape is not checked again.
 
         Raises:
             TaskTooLargeError: The token is over the limit.
             UnknownQueueError: The active key may not sign for the queue.
             NotDeferrable: The active key may not sign pickled arguments.
         """
-        key = self._keyring.active
+        key = self._key
         if key.queues is not None and (queue := split_audience(claims["aud"])[1]) not in key.queues:
             raise UnknownQueueError(f"key {key.kid} may not sign for the queue {queue!a}; use another queue or key")
         if claims["cty"] == "pickle" and not key.pickle:
@@ -73,13 +76,17 @@ class Signer:
                 f"key {key.kid} may not sign pickled arguments; make it Key(..., pickle=True), or send typed ones",
                 reason="pickle-off",
             )
-        token = self._keyring.sign(write_json(claims))
-        if len(token) > self._limits.token_bytes:
+        try:
+            payload = write_json(claims)
+        except RecursionError:  # the codec's limits are below this, unless they were raised
+            raise TaskTooLargeError("the arguments nest too deeply; pass an id instead of the data") from None
+        token = self._keyring.sign(payload)
+        if len(token) > self._max_bytes:
             raise TaskTooLargeError(
-                f"the task is {len(token)} bytes signed, over the limit of {self._limits.token_bytes}; "
+                f"the task is {len(token)} bytes signed, over the limit of {self._max_bytes}; "
                 "store the data and pass its id",
                 size=len(token),
-                limit=self._limits.token_bytes,
+                limit=self._max_bytes,
             )
         return token
 
@@ -126,7 +133,7 @@ class Verifier:
         self._gates: dict[str, Gate] = {key.kid: _gate(policy, key) for key in keys}
 
     def verify(
-        self, data: bytes, *, url: str | Container[str], now: float, queue: str | None = None, expired: bool = False
+        self, data: bytes, url: str | Container[str], now: float, queue: str | None = None, *, expired: bool = False
     ) -> VerifiedTask | VerifiedPointer:
         """Verify a token.
 
@@ -143,25 +150,25 @@ class Verifier:
         Raises:
             RejectedTask: One of its subclasses, by the first check that fails.
         """
-        token = Token.parse(data, max_bytes=self._max_bytes)
+        token = Token.parse(data, self._max_bytes)
         key, payload = self._keyring.verify(token)
-        claims, canonical = Claims.read(payload)
-        kid, call = key.kid, claims.call
+        claims, canonical = read_claims(payload)
+        kid = key.kid
         try:
-            self._check_audience(claims, url, queue)
-            if key.queues is not None or claims.cty != "typed":
+            self._check_audience(claims["aud"], url, queue)
+            if key.queues is not None or claims["cty"] != "typed":
                 self._check_key(claims, key)
             if not expired:
                 _check_time(claims, now)
-            if call is None:
-                assert claims.blob is not None  # call or blob: check_shape
-                return VerifiedPointer(claims, claims.blob, kid)
-            gate = self._gates[kid]
-            gate.check(call)
+            if "call" not in claims:
+                return VerifiedPointer(claims, claims["blob"], kid)
+            call, gate = claims["call"], self._gates[kid]
+            ref = reference(call["kind"], call["module"], call["qualname"], call.get("member"))
+            gate.check(ref)
         except RejectedTask as error:
             error.identity = identify(claims, kid)
             raise
-        return VerifiedTask(claims, call, gate, kid, data, payload, canonical)
+        return _tuple(VerifiedTask, (claims, ref, gate, kid, data, payload, canonical))  # as VerifiedTask(...), faster
 
     def verify_stored(
         self, pointer: VerifiedPointer, data: bytes, *, url: str | Container[str], now: float, expired: bool = False
@@ -173,17 +180,17 @@ class Verifier:
             RejectedTask: As ``verify``.
         """
         # Both are public to whoever writes the store, so a plain comparison gives nothing away.
-        if len(data) != pointer.blob.length or sha256(data).hexdigest() != pointer.blob.sha256:
+        if len(data) != pointer.blob["length"] or sha256(data).hexdigest() != pointer.blob["sha256"]:
             raise InvalidClaims("the stored token is not the one that was pointed to; restore the blob from a backup")
         task = self.verify(data, url=url, now=now, expired=expired)
         if not isinstance(task, VerifiedTask):
             raise InvalidClaims("a stored token points to another one; store the task itself")
-        if any(getattr(task.claims, name) != getattr(pointer.claims, name) for name in _SHARED):
+        if any(task.claims.get(name) != pointer.claims.get(name) for name in _SHARED):
             raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
         return task
 
-    def _check_audience(self, claims: Claims, url: str | Container[str], queue: str | None) -> None:
-        environment, named, target, path = split_audience(claims.aud)
+    def _check_audience(self, audience: str, url: str | Container[str], queue: str | None) -> None:
+        environment, named, target, path = split_audience(audience)
         serves = self._serves
         if (
             environment != serves.environment
@@ -195,9 +202,9 @@ class Verifier:
             raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
 
     def _check_key(self, claims: Claims, key: Key) -> None:
-        if key.queues is not None and claims.audience[1] not in key.queues:
+        if key.queues is not None and split_audience(claims["aud"])[1] not in key.queues:
             raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
-        if claims.cty == "pickle":
+        if claims["cty"] == "pickle":
             if not key.pickle:
                 raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
             if not self._allow_pickle:
@@ -205,10 +212,11 @@ class Verifier:
 
 
 def _check_time(claims: Claims, now: float) -> None:
-    ahead = max(claims.nbf, claims.iat) - now
-    if ahead > LEEWAY:
-        raise NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead - LEEWAY) + 1)
-    if now > claims.exp + LEEWAY:
+    soon = now + LEEWAY
+    if claims["nbf"] > soon or claims["iat"] > soon:
+        ahead = max(claims["nbf"], claims["iat"]) - soon
+        raise NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead) + 1)
+    if now > claims["exp"] + LEEWAY:
         raise ExpiredTask("the task's time is over; re-run it from the dead letters if it is still wanted")
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from hashlib import sha256
 from typing import NamedTuple
 
-from safedefer.claims import BlobPointer, Call, Claims, TaskRetryOptions
+from safedefer.claims import BlobPointer, Claims, TaskRetryOptions, callable_name
 from safedefer.errors import TaskIdentity
 from safedefer.policy import Gate
 from safedefer.refs import CallableRef
@@ -48,10 +48,10 @@ class Task:
 def identify(claims: Claims, kid: str) -> TaskIdentity:
     """Say which task some claims are of, for logs and records."""
     return TaskIdentity(
-        task_id=claims.jti,
-        audience=claims.aud,
+        task_id=claims["jti"],
+        audience=claims["aud"],
         kid=kid,
-        callable_name="" if claims.call is None else str(claims.call),
+        callable_name=callable_name(claims["call"]) if "call" in claims else "",
     )
 
 
@@ -59,7 +59,7 @@ def identify(claims: Claims, kid: str) -> TaskIdentity:
 class VerifiedPointer:
     """A verified claim that the task is a stored token. Only ``Verifier`` makes one."""
 
-    claims: Claims
+    claims: Claims = field(repr=False)
     blob: BlobPointer
     kid: str
 
@@ -73,7 +73,8 @@ class VerifiedTask(NamedTuple):
     """A task that a holder of one of our keys signed for us, now, within the policy. Only ``Verifier`` makes one."""
 
     claims: Claims
-    call: Call
+    ref: CallableRef
+    """What it calls."""
     gate: Gate
     """The policy, within the limits of the key that signed."""
     kid: str
@@ -87,12 +88,7 @@ class VerifiedTask(NamedTuple):
 
     def __repr__(self) -> str:
         """Show which task it is: logs identify, they do not quote."""
-        return f"<VerifiedTask {self.claims.jti} {self.call}>"
-
-    @property
-    def ref(self) -> CallableRef:
-        """The reference of ``call``, which is one, with the bound object beside it."""
-        return self.call
+        return f"<VerifiedTask {self.claims['jti']} {self.ref}>"
 
     @property
     def identity(self) -> TaskIdentity:

@@ -20,8 +20,11 @@ _MAX_HEADER: Final = 512
 
 _ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _PADDING: Final = (b"", b"", b"==", b"=")
-#: By length modulo 4, the characters that may end a segment: those whose unused bits are zero.
-_LAST: Final = {0: frozenset(_ALPHABET), 2: frozenset(_ALPHABET[::16]), 3: frozenset(_ALPHABET[::4])}
+_LETTERS: Final = [bytes([letter]) for letter in _ALPHABET]
+#: By length modulo 4, what may end a segment: characters whose unused bits are zero, or nothing.
+_LAST: Final = ({b"", *_LETTERS}, set[bytes](), set(_LETTERS[::16]), set(_LETTERS[::4]))
+# Looked for as numbers: ``in`` is several times faster for them than for bytes.
+_DOT, _PLUS, _SLASH = b".+/"
 
 
 def encode_segment(data: bytes) -> bytes:
@@ -35,10 +38,11 @@ def decode_segment(segment: bytes) -> bytes:
     Raises:
         MalformedToken: It is not canonical base64url.
     """
+    over = len(segment) % 4
     try:
-        # The decoder takes the standard alphabet's own two characters as well.
-        if _ends_canonically(segment) and b"+" not in segment and b"/" not in segment:
-            return b64decode(segment + _PADDING[len(segment) % 4], b"-_", True)  # validate
+        # The decoder takes the standard alphabet's own two characters as well, and any bits in the last one.
+        if segment[-1:] in _LAST[over] and _PLUS not in segment and _SLASH not in segment:
+            return b64decode(segment + _PADDING[over], b"-_", True)  # validate
     except ValueError:
         pass  # a character outside the alphabet
     raise MalformedToken("not canonical base64url; encode without padding and with zero unused bits")
@@ -50,7 +54,10 @@ def is_canonical(segment: bytes) -> bool:
 
 
 def _ends_canonically(segment: bytes) -> bool:
-    return not segment or segment[-1] in _LAST.get(len(segment) % 4, ())
+    return segment[-1:] in _LAST[len(segment) % 4]
+
+
+_tuple: Final = tuple.__new__
 
 
 class Token(NamedTuple):
@@ -61,16 +68,14 @@ class Token(NamedTuple):
     payload: bytes
     """The encoded payload: ``Keyring.verify`` decodes it when the MAC has matched."""
     mac: bytes
-    """The encoded MAC."""
-    signing_input: bytes
-    """What the MAC is of: header, dot and payload (RFC 7515, section 5.1)."""
+    """The encoded MAC of header, dot and payload (RFC 7515, section 5.1)."""
 
     def __repr__(self) -> str:
         """Show the header alone: logs identify, they do not quote."""
         return f"Token(header={self.header!r})"
 
     @classmethod
-    def parse(cls, data: bytes, *, max_bytes: int) -> Self:
+    def parse(cls, data: bytes, max_bytes: int) -> Self:
         """Split a token into its segments.
 
         Raises:
@@ -80,13 +85,13 @@ class Token(NamedTuple):
             raise MalformedToken("a token is bytes; send what serialize() returned")
         if len(data) > max_bytes:
             raise MalformedToken("the token is over the size limit; pass an id instead of the data")
-        signing_input, _, mac = data.rpartition(b".")
-        header, dot, payload = signing_input.partition(b".")
-        if not dot or b"." in payload:
+        header, _, rest = data.partition(b".")
+        payload, dot, mac = rest.rpartition(b".")
+        if not dot or _DOT in payload:
             raise MalformedToken("a token is three segments joined by dots; send what serialize() returned")
         if len(header) > _MAX_HEADER or not payload or len(mac) != MAC_CHARS:
             raise MalformedToken("a segment of the token has an impossible length; send what serialize() returned")
-        return cls(header, payload, mac, signing_input)
+        return _tuple(cls, (header, payload, mac))  # as cls(...), in half the time
 
     def check_spelling(self) -> None:
         """Say so if a token that no key wrote is not even base64url. What a key wrote is.

@@ -42,11 +42,11 @@ import cloudpickle  # type: ignore[import-untyped]
 from safedefer.claims import Limits
 from safedefer.codecs.statics import derives
 from safedefer.codecs.tags_exceptions import BUILTIN_EXCEPTIONS
-from safedefer.codecs.walk import CallData
+from safedefer.codecs.walk import CallData, Values
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
 from safedefer.policy import Gate
-from safedefer.refs import UNBOUND, CallableRef
+from safedefer.refs import UNBOUND, reference
 
 _PROTOCOL: Final = 5
 _PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -146,17 +146,18 @@ class PickledCodec:
         self._limits = limits
         self._by_value = by_value_runs_code
 
-    def encode(self, call: CallData, gate: Gate) -> CallData:
+    def encode(self, call: Values, gate: Gate) -> Values:
         """Return the call as one pickle.
 
         Raises:
             UnencodableArgument: It cannot be pickled, or names what the gate does not admit.
         """
-        bound = () if call.bound is UNBOUND else (call.bound,)
+        owner, positional, named = call
+        bound = () if owner is UNBOUND else (owner,)
         out = io.BytesIO()
         pickler = _ByValue(out, _PROTOCOL) if self._by_value else _ByReference(out, gate)
         try:
-            pickler.dump((bound, tuple(call.args), dict(call.kwargs)))
+            pickler.dump((bound, tuple(positional), dict(named)))
             data = out.getvalue()
             _scan(data, self._limits)
         except _Refused as error:
@@ -166,11 +167,11 @@ class PickledCodec:
         text = b2a_base64(data, newline=False).decode("ascii")
         return CallData(UNBOUND if not bound else dict(_BOUND), [text, _PYTHON, cloudpickle.__version__], {})
 
-    def write(self, call: CallData, gate: Gate) -> CallData:
+    def write(self, call: Values, gate: Gate) -> Values:
         """Do what ``encode`` does: codecs are called alike."""
         return self.encode(call, gate)
 
-    def decode(self, call: CallData, gate: Gate, *, text: bytes, canonical: bool = False) -> CallData:  # noqa: ARG002 - as above
+    def decode(self, call: Values, gate: Gate, text: bytes, canonical: bool = False) -> Values:  # noqa: ARG002, FBT002 - as above
         """Return the values of a pickle.
 
         Raises:
@@ -195,20 +196,19 @@ class PickledCodec:
         if type(values) is not tuple or list(map(type, values)) != [tuple, tuple, dict]:
             raise InvalidArguments("$: the pickle holds no call; do not sign pickles that are not of this library")
         bound, args, kwargs = values
-        if len(bound) != (call.bound is not UNBOUND) or not all(type(name) is str for name in kwargs):
+        if len(bound) != (call[0] is not UNBOUND) or not all(type(name) is str for name in kwargs):
             raise InvalidArguments("$: the pickle holds another call; do not sign pickles that are not of this library")
         return CallData(bound[0] if bound else UNBOUND, args, kwargs)
 
-    def _open(self, call: CallData) -> bytes:
-        if len(call.args) != 3 or not all(type(each) is str for each in call.args) or call.kwargs:  # noqa: PLR2004
+    def _open(self, call: Values) -> bytes:
+        bound, args, kwargs = call
+        if len(args) != 3 or not all(type(each) is str for each in args) or kwargs:  # noqa: PLR2004
             raise InvalidArguments("$: pickled arguments are [base64, Python, cloudpickle]; see schema/README.md")
-        if call.bound is not UNBOUND and not (
-            type(call.bound) is dict and call.bound == _BOUND and type(call.bound["$pickle"]) is int
-        ):
+        if bound is not UNBOUND and not (type(bound) is dict and bound == _BOUND and type(bound["$pickle"]) is int):
             raise InvalidArguments(
                 '$.bound: beside pickled arguments it is {"$pickle": 0}; see schema/README.md', path="$.bound"
             )
-        text, python, cloud = call.args
+        text, python, cloud = args
         if (python, cloud) != (_PYTHON, cloudpickle.__version__):
             raise UnresolvableCallable(
                 f"the arguments were pickled by another Python or cloudpickle than {_PYTHON} and "
@@ -357,9 +357,9 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         try:
             self._gate.load_class(f"{module}:{name}")
         except UnresolvableCallable:
-            return self._gate.load_callable(CallableRef(kind="function", module=module, qualname=name))
+            return self._gate.load_callable(reference("function", module, name, None))
         # A class here may be called: the gate is asked as if it were the task's own callable.
-        return self._gate.load_callable(CallableRef(kind="class", module=module, qualname=name))
+        return self._gate.load_callable(reference("class", module, name, None))
 
     def _check_call(self, func: object, args: object) -> None:
         if id(func) not in self._callees or type(args) is not tuple:

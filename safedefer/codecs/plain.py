@@ -14,8 +14,9 @@ from operator import is_
 from types import NoneType
 from typing import Any, Final
 
-from safedefer.claims import CANONICAL_BRACKETS, Limits, write_json
-from safedefer.codecs.walk import SAFE_INT, is_text
+from safedefer.claims import CANONICAL_BRACKETS, SHORT, Limits, write_json
+from safedefer.codecs.walk import SAFE_INT, Values, is_text
+from safedefer.refs import UNBOUND
 
 _PLAIN: Final[tuple[type, ...]] = (str, int, float, bool, NoneType, list, dict)
 # Below this many values a loop in Python is faster than setting out for C.
@@ -46,7 +47,7 @@ def are_few_scalars(args: _Group, kwargs: dict[str, Any], limits: Limits) -> boo
         elif value is not None and kind is not bool:
             return False
     for name in kwargs:  # noqa: SIM110  # a generator costs more than the loop
-        if type(name) is not str or not name.isascii() or name[:1] == "$":
+        if type(name) is not str or not name.isascii() or "$" in name:
             return False
     return True
 
@@ -227,18 +228,43 @@ def _columns_of_rows(dicts: Sequence[dict[str, Any]]) -> list[_Group]:
 # Digits and the plus of an exponent become 0, and whatever may stand before a number becomes a comma.
 _SHAPE: Final = bytes.maketrans(b"123456789+[:- \t\n\rE", b"0000000000,,,,,,,e")
 
+_DOLLAR, _BACKSLASH = b"$\\"
+
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
 
 
 def may_hold_tags(text: bytes) -> bool:
     """Say whether the JSON text may hold a member name that begins with ``$``."""
-    # One byte first: to search for it is several times faster than for two.
-    if b"$" not in text and b"\\" not in text:
+    # One byte first, as a number: to search for it is several times faster than for bytes.
+    if _DOLLAR not in text and _BACKSLASH not in text:
         return False
     return b'"$' in text or rb"\u0024" in text
 
 
-def may_break_limits(text: bytes, limits: Limits, *, canonical: bool = False) -> bool:
+def is_canonical_plain(call: Values, text: bytes, limits: Limits) -> bool:
+    """Say whether values are themselves, and within limits, that were parsed from a canonical text.
+
+    Its numbers are plain. False is only "not certainly".
+    """
+    if _DOLLAR in text or _BACKSLASH in text or (len(text) > 2 * limits.items and _may_hold_many(text, limits)):
+        return False
+    if len(text) > SHORT and limits.depth >= CANONICAL_BRACKETS - 2:
+        return True
+    bound, args, kwargs = call
+    # Lists and dicts show what they hold to the garbage collector: one step in C a level.
+    level = get_referents(*args, *kwargs.values())
+    if bound is not UNBOUND:
+        level += get_referents(bound)
+    if not level:
+        return True
+    for _ in range(limits.depth - 1):
+        level = get_referents(*level)
+        if not level:
+            return True
+    return False
+
+
+def may_break_limits(text: bytes, limits: Limits) -> bool:
     """Say whether the JSON text may hold too many values, too deep ones, or numbers that are not plain.
 
     A cheap over-estimate: it may say yes without cause, never no.
@@ -246,18 +272,19 @@ def may_break_limits(text: bytes, limits: Limits, *, canonical: bool = False) ->
     Args:
         text: The text.
         limits: ``depth`` and ``items``.
-        canonical: ``Claims.read`` said that the text is: then it holds plain numbers only, and is not deep.
     """
-    # A value takes at least two bytes of text.
-    if len(text) > 2 * limits.items and text.count(b"[") + text.count(b"{") + text.count(b",") > limits.items:
+    if len(text) > 2 * limits.items and _may_hold_many(text, limits):
         return True
-    if canonical and limits.depth >= CANONICAL_BRACKETS - 2:
-        return False
     if len(text) > limits.depth and _may_be_deep(text, limits.depth):
         return True
     shape = text.translate(_SHAPE)
     # An integer beyond 2**53-1 has at least 16 digits; an infinity has that many too, or an exponent of three.
     return b",0000000000000000" in shape or b"0e000" in shape
+
+
+def _may_hold_many(text: bytes, limits: Limits) -> bool:
+    # A value takes at least two bytes of text, so that a short one needs not be asked.
+    return text.count(b"[") + text.count(b"{") + text.count(b",") > limits.items
 
 
 def _may_be_deep(text: bytes, depth: int) -> bool:

@@ -34,7 +34,7 @@ from safedefer.codecs.tags_containers import fill_dict, fill_set, hashed, member
 from safedefer.codecs.tags_exceptions import decode_exception, encode_exception
 from safedefer.codecs.walk import SAFE_INT, Json, Refusal, is_text
 from safedefer.errors import NotDeferrable
-from safedefer.refs import UNBOUND, CallableRef, bound_object
+from safedefer.refs import UNBOUND, CallableRef, bound_object, reference
 
 _CALLABLES: Final = (FunctionType, BuiltinFunctionType, MethodType)
 
@@ -78,7 +78,7 @@ def _decode_callable(dec: Decoder, payload: Json, depth: int) -> object:
     if "bound" in parts:
         bound = dec.value(parts.pop("bound"), depth + 1)
     try:
-        ref = CallableRef.model_validate(parts)
+        ref = reference(*CallableRef.model_validate(parts).parts)
     except ValidationError:
         raise Refusal("$callable is the reference of a callable, as in the claim `call`") from None
     if ref.kind in ("class", "instance") or (parts.get("member", "") is None):

@@ -15,9 +15,16 @@ from safedefer.claims import Limits
 from safedefer.codecs import tags_containers, tags_exceptions, tags_objects, tags_scalars
 from safedefer.codecs.decoder import Decoder
 from safedefer.codecs.encoder import Encoder
-from safedefer.codecs.plain import are_few_scalars, is_plain, may_break_limits, may_hold_tags, written_plainly
+from safedefer.codecs.plain import (
+    are_few_scalars,
+    is_canonical_plain,
+    is_plain,
+    may_break_limits,
+    may_hold_tags,
+    written_plainly,
+)
 from safedefer.codecs.registry import REGISTRY, TypeRegistry
-from safedefer.codecs.walk import CallData, Json, Refusal
+from safedefer.codecs.walk import CallData, Json, Refusal, Values
 from safedefer.errors import InvalidArguments, UnencodableArgument
 from safedefer.policy import Gate
 from safedefer.refs import UNBOUND
@@ -51,7 +58,7 @@ class TypedCodec:
         self._limits = limits
         self._registry = registry
 
-    def encode(self, call: CallData, gate: Gate) -> CallData:
+    def encode(self, call: Values, gate: Gate) -> Values:
         """Return the call as trees of JSON. Plain values are returned as they are, not copied.
 
         Args:
@@ -64,15 +71,16 @@ class TypedCodec:
         Raises:
             UnencodableArgument: A value cannot arrive as it is. ``path`` names it.
         """
-        args, kwargs = list(call.args), call.kwargs
-        if call.bound is UNBOUND and are_few_scalars(args, kwargs, self._limits):
+        bound, positional, kwargs = call
+        args = list(positional)
+        if bound is UNBOUND and are_few_scalars(args, kwargs, self._limits):
             return CallData(UNBOUND, args, kwargs)
-        top = [kwargs, *args] if call.bound is UNBOUND else [kwargs, call.bound, *args]
+        top = [kwargs, *args] if bound is UNBOUND else [kwargs, bound, *args]
         if is_plain(top, self._limits):
-            return CallData(call.bound, args, kwargs)
+            return CallData(bound, args, kwargs)
         return self._walk(call, gate)
 
-    def write(self, call: CallData, gate: Gate) -> CallData:
+    def write(self, call: Values, gate: Gate) -> Values:
         """Do what ``encode`` does, for ``write_json``: plain ``args`` and ``kwargs`` may be its fragments.
 
         Raises:
@@ -88,12 +96,12 @@ class TypedCodec:
             return self._walk(call, gate)
         return CallData(UNBOUND, orjson.Fragment(texts[0]), orjson.Fragment(texts[1]))
 
-    def _walk(self, call: CallData, gate: Gate) -> CallData:
-        args, kwargs = list(call.args), call.kwargs
+    def _walk(self, call: Values, gate: Gate) -> Values:
+        bound, positional, kwargs = call
+        args = list(positional)
         enc = Encoder(gate, self._limits, self._registry, _ENCODERS, tags_objects.encode_other)
         at = ""
         try:
-            bound = call.bound
             if bound is not UNBOUND:
                 at = ".bound"
                 bound = enc.value(bound, 1)
@@ -116,14 +124,14 @@ class TypedCodec:
             _check_brackets([bound, trees, named])
         return out
 
-    def decode(self, call: CallData, gate: Gate, *, text: bytes, canonical: bool = False) -> CallData:
+    def decode(self, call: Values, gate: Gate, text: bytes, canonical: bool = False) -> Values:  # noqa: FBT002
         """Return the values of trees of JSON.
 
         Args:
             call: The trees as jiter parsed them, duplicate names refused; ``bound`` may be ``UNBOUND``.
             gate: Finds the classes and callables that they name.
             text: The JSON text that they were parsed from; it may hold more than them.
-            canonical: ``Claims.read`` said that the text is.
+            canonical: ``claims.read_claims`` said that the text is.
 
         Returns:
             The values. Plain trees are returned as they are.
@@ -132,25 +140,27 @@ class TypedCodec:
             InvalidArguments: A tree is malformed, or over a limit. ``path`` names it.
             RejectedTask: The gate does not admit or find what a tree names.
         """
+        if canonical and is_canonical_plain(call, text, self._limits):
+            return call
+        bound, trees, named = call
         if not may_hold_tags(text):
-            if not may_break_limits(text, self._limits, canonical=canonical):
+            if not may_break_limits(text, self._limits):
                 return call
-            top = [call.kwargs, *call.args] if call.bound is UNBOUND else [call.kwargs, call.bound, *call.args]
+            top = [named, *trees] if bound is UNBOUND else [named, bound, *trees]
             if is_plain(top, self._limits):
                 return call
         dec = Decoder(gate, self._limits, self._registry, _DECODERS, tags_objects.decode_other)
         at = ""
         try:
-            bound = call.bound
             if bound is not UNBOUND:
                 at = ".bound"
                 bound = dec.value(bound, 1)
             args: list[Any] = []
             kwargs: dict[str, Any] = {}
             at = ".args"
-            dec.fill(args, call.args, 1)
+            dec.fill(args, trees, 1)
             at = ".kwargs"
-            dec.members(kwargs, call.kwargs, 1)
+            dec.members(kwargs, named, 1)
         except Refusal as refusal:
             refusal.trail.append(at)
             raise InvalidArguments(f"{refusal.path}: {refusal.why}", path=refusal.path) from (

@@ -14,6 +14,10 @@ SAFE_INT: Final = 2**53 - 1
 _ATTRIBUTE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 
 
+#: The three parts of a ``CallData``: plain tuples of them will do, and cost less.
+Values: TypeAlias = tuple[Any, Any, Any]
+
+
 class CallData(NamedTuple):
     """The values of one call.
 

@@ -80,7 +80,7 @@ def tampered(draw):
 def test_nothing_that_we_accept_is_refused_or_read_otherwise_by_any_of_them(token):
     ring = Keyring.from_jwks(json.dumps(vectors.jwks()))
     try:
-        payload = ring.verify(Token.parse(token, max_bytes=2**20)).payload
+        payload = ring.verify(Token.parse(token, max_bytes=2**20))[1]
     except RejectedTask:
         return
     for name, read in LIBRARIES.items():
@@ -90,7 +90,7 @@ def test_nothing_that_we_accept_is_refused_or_read_otherwise_by_any_of_them(toke
 def test_the_control_of_that_property_accepts_some_and_refuses_some():
     ring = Keyring.from_jwks(json.dumps(vectors.jwks()))
     good = vectors.mint(b"x").encode()
-    assert ring.verify(Token.parse(good, max_bytes=1000)).payload == b"x"
+    assert ring.verify(Token.parse(good, max_bytes=1000))[1] == b"x"
     for name, read in LIBRARIES.items():
         assert read(good, vectors.secret("now")) == b"x", name
         with pytest.raises(Exception):

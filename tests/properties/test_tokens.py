@@ -12,7 +12,8 @@ from joserfc.jwk import OctKey
 from jwcrypto import jwk as jwcrypto_jwk
 from jwcrypto import jws as jwcrypto_jws
 
-from safedefer.claims import Claims, Limits, Options, TaskRetryOptions
+from safedefer.claims import CLAIMS as ADAPTER
+from safedefer.claims import Claims, Limits, Options, TaskRetryOptions, read_claims, write_json
 from safedefer.errors import (
     BadSignature,
     InvalidClaims,
@@ -36,11 +37,11 @@ NOW = 1_700_000_000
 POLICY = Policy("tests.zoo.callables")
 LIMITS = Limits()
 VERIFIER = Verifier(RING, POLICY, serves=Serves(environment="prod"), limits=LIMITS)
-CLAIMS = Claims.model_validate({
+CLAIMS = ADAPTER.validate_python({
     "v": 1, "jti": "a" * 32, "iat": NOW, "nbf": NOW, "exp": NOW + 100, "aud": "prod:default:default:/u", "cty": "typed",
     "call": {"kind": "function", "module": "tests.zoo.callables", "qualname": "function"}, "args": ["é", 1, None], "kwargs": {"a": [True]},
 })  # fmt: skip
-TOKEN = Signer(RING, POLICY, limits=LIMITS).sign(CLAIMS.to_document())
+TOKEN = Signer(RING, POLICY, limits=LIMITS).sign(CLAIMS)
 
 
 def parse(data):
@@ -76,10 +77,10 @@ def test_a_segment_is_canonical_exactly_if_encoding_gives_it_back(text):
 
 @given(own.payloads())
 def test_any_right_payload_comes_back_as_it_was(payload):
-    claims = Claims.from_json(json.dumps(payload).encode())
-    assert json.loads(claims.to_json()) == payload
-    assert Claims.from_json(claims.to_json()) == claims
-    assert ":".join(claims.audience) == payload["aud"]
+    claims, _ = read_claims(json.dumps(payload).encode())
+    assert json.loads(write_json(claims)) == payload
+    assert read_claims(write_json(claims)) == (claims, True)
+    assert claims["aud"] == payload["aud"]
 
 
 @given(own.payloads(), own.secrets)
@@ -87,7 +88,7 @@ def test_a_signed_payload_verifies_under_its_key_alone(payload, secret):
     assume(secret != SECRET)
     data = json.dumps(payload).encode()
     token = Keyring(Key("a", secret)).sign(data)
-    assert Keyring(Key("a", secret)).verify(parse(token)).payload == data
+    assert Keyring(Key("a", secret)).verify(parse(token))[1] == data
     with pytest.raises(BadSignature):
         RING.verify(parse(token))
 
@@ -97,16 +98,16 @@ def test_a_payload_without_one_member_or_with_one_more_is_refused_unless_it_may_
     name = data.draw(st.sampled_from(sorted(payload)))
     less = {key: value for key, value in payload.items() if key != name}
     if name in {"name", "retry_of"}:
-        assert Claims.from_json(json.dumps(less).encode())
+        assert read_claims(json.dumps(less).encode())
     else:
         with pytest.raises(InvalidClaims):
-            Claims.from_json(json.dumps(less).encode())
-    extra = data.draw(st.text(max_size=8).filter(lambda text: text not in Claims.model_fields))
+            read_claims(json.dumps(less).encode())
+    extra = data.draw(st.text(max_size=8).filter(lambda text: text not in Claims.__annotations__))
     with pytest.raises(InvalidClaims):
-        Claims.from_json(json.dumps(payload | {extra: 1}).encode())
+        read_claims(json.dumps(payload | {extra: 1}).encode())
     twice = json.dumps(payload)[:-1] + f",{json.dumps(name)}:{json.dumps(payload[name])}}}"
     with pytest.raises(InvalidClaims):
-        Claims.from_json(twice.encode())
+        read_claims(twice.encode())
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | own.json_values.map(json.dumps).map(str.encode))
@@ -116,7 +117,7 @@ def test_a_payload_without_one_member_or_with_one_more_is_refused_unless_it_may_
 @example(b'{"v":1e999}')
 def test_any_other_payload_is_refused_and_by_no_other_error(data):
     with pytest.raises(InvalidClaims):
-        Claims.from_json(data)
+        read_claims(data)
 
 
 # --- Anything near a token ------------------------------------------------------------------------
@@ -257,14 +258,14 @@ def with_jwcrypto(payload, kid):
 @pytest.mark.parametrize("mint", [with_pyjwt, with_joserfc, with_jwcrypto])
 @given(own.payloads())
 def test_what_other_libraries_mint_verifies_here(mint, payload):
-    assert json.loads(RING.verify(parse(mint(payload, "a"))).payload) == payload
+    assert json.loads(RING.verify(parse(mint(payload, "a")))[1]) == payload
     with pytest.raises(UnknownKey):
         RING.verify(parse(mint(payload, "b")))
 
 
 @pytest.mark.parametrize("mint", [with_pyjwt, with_joserfc, with_jwcrypto])
 def test_a_task_that_another_library_minted_runs_under_the_same_checks(mint):
-    task = VERIFIER.verify(mint(json.loads(CLAIMS.to_json()), "a"), url="/u", now=NOW)
+    task = VERIFIER.verify(mint(CLAIMS, "a"), url="/u", now=NOW)
     assert isinstance(task, VerifiedTask)
     assert task.claims == CLAIMS
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from safedefer import App, Deferral, Key, Keyring, KeyState, Options, Policy, TaskRetryOptions, configure, defer
-from safedefer.claims import LIFETIME, MAX_LIFETIME
+from safedefer.claims import LIFETIME, MAX_LIFETIME, callable_name
 from safedefer.errors import (
     BadTransactionStateError,
     ConfigurationError,
@@ -69,14 +69,14 @@ def test_the_token_says_the_same_signed(app):
         tasks.add, 1, scale=2
     )
     claims = claims_of(app, task)
-    assert claims.jti == task.id
-    assert claims.aud == "test:mail:default:/_ah/queue/deferred"
-    assert (claims.iat, claims.nbf) == (int(NOW), int(NOW + 60))
-    assert claims.exp == claims.nbf + LIFETIME
-    assert claims.name == "receipt-1"
-    assert claims.headers == {"X-Shop": "1"}
-    assert str(claims.call) == "tests.sample_tasks:add"
-    assert (claims.args, claims.kwargs) == ([1], {"scale": 2})
+    assert claims["jti"] == task.id
+    assert claims["aud"] == "test:mail:default:/_ah/queue/deferred"
+    assert (claims["iat"], claims["nbf"]) == (int(NOW), int(NOW + 60))
+    assert claims["exp"] == claims["nbf"] + LIFETIME
+    assert claims.get("name") == "receipt-1"
+    assert claims.get("headers") == {"X-Shop": "1"}
+    assert callable_name(claims["call"]) == "tests.sample_tasks:add"
+    assert (claims["args"], claims["kwargs"]) == ([1], {"scale": 2})
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_token_says_the_same_signed(app):
 def test_a_token_lives_as_long_as_its_age_limit_and_no_longer_than_92_days(app, age, lifetime):
     task = app.options(retry_options=TaskRetryOptions(task_age_limit=age)).defer(tasks.add, 1)
     claims = claims_of(app, task)
-    assert claims.exp - claims.nbf == lifetime
+    assert claims["exp"] - claims["nbf"] == lifetime
 
 
 def test_ids_are_version_7_uuids_and_sort_by_time():
@@ -100,7 +100,7 @@ def test_ids_are_version_7_uuids_and_sort_by_time():
 def test_arguments_of_any_name_reach_the_callable(app):
     app.defer(tasks.keywords, self=1, obj=2, args=3, kwargs=4, _countdown=5)
     view = app.queue.tasks()[0]
-    assert app.verify(view.token).claims.kwargs == {"self": 1, "obj": 2, "args": 3, "kwargs": 4, "_countdown": 5}
+    assert app.verify(view.token).claims["kwargs"] == {"self": 1, "obj": 2, "args": 3, "kwargs": 4, "_countdown": 5}
 
 
 # --- What is refused at the call ------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_pickled_arguments_run_where_all_agree():
     tasks.reset()
     app = make_app(allow_pickle=True)
     task = app.options(pickle=True).defer(tasks.add, 1, 2)
-    assert claims_of(app, task).cty == "pickle"
+    assert claims_of(app, task)["cty"] == "pickle"
     assert handle(app, task.payload).status == 200
     assert tasks.RAN == [("add", 1, 2, 1)]
 
@@ -242,9 +242,9 @@ def test_a_large_task_is_stored_as_a_blob_and_pointed_to(app):
     followed = app.follow(pointer)
     assert type(followed) is VerifiedTask
     for name in ("jti", "aud", "nbf", "exp", "name"):
-        assert getattr(pointer.claims, name) == getattr(followed.claims, name)
-    assert pointer.blob.length > 20_000
-    assert followed.claims.args == ["x" * 20_000]
+        assert pointer.claims.get(name) == followed.claims.get(name)
+    assert pointer.blob["length"] > 20_000
+    assert followed.claims["args"] == ["x" * 20_000]
 
 
 def test_the_limit_of_inline_tokens_is_exact():
@@ -283,16 +283,16 @@ def test_a_stored_token_runs_by_its_key_and_is_deleted():
     tasks.reset()
     app = make_app()
     blob = app.verify(app.defer(tasks.add, "x" * 20_000, "y").payload).blob
-    assert app.run_from_datastore(blob.id) == "x" * 20_000 + "y"
-    assert app.queue.blobs.get(blob.id) is None
+    assert app.run_from_datastore(blob["id"]) == "x" * 20_000 + "y"
+    assert app.queue.blobs.get(blob["id"]) is None
 
 
 def test_a_stored_token_that_must_be_retried_stays():
     app = make_app()
     blob = app.verify(app.defer(tasks.fail, "x" * 20_000).payload).blob
     with pytest.raises(ValueError, match="xxx"):
-        app.run_from_datastore(blob.id)
-    assert app.queue.blobs.get(blob.id) is not None
+        app.run_from_datastore(blob["id"])
+    assert app.queue.blobs.get(blob["id"]) is not None
 
 
 # --- Running --------------------------------------------------------------------------------------
@@ -368,8 +368,8 @@ def test_a_dead_letter_runs_again_as_a_new_task(app):
     again = app.retry(dead.id)
     assert again.id != dead.id
     claims = claims_of(app, again)
-    assert claims.retry_of == dead.id
-    assert (claims.name, claims.headers, again.headers, again.queue_name) == (
+    assert claims.get("retry_of") == dead.id
+    assert (claims.get("name"), claims.get("headers"), again.headers, again.queue_name) == (
         None,
         {"X-Shop": "1"},
         {"X-Shop": "1"},
@@ -383,7 +383,7 @@ def test_a_dead_letter_runs_again_as_a_new_task(app):
 def test_a_large_dead_letter_runs_again(app):
     dead = bury(app, tasks.add, "x" * 20_000)
     again = app.retry(dead.id)
-    assert app.follow(app.verify(again.payload)).claims.args == ["x" * 20_000]
+    assert app.follow(app.verify(again.payload)).claims["args"] == ["x" * 20_000]
 
 
 def test_a_dead_letter_that_does_not_verify_now_is_not_signed_again():
@@ -498,7 +498,7 @@ def test_an_absolute_url_below_a_target_is_that_target_and_a_path(url, target, p
     app = make_app(targets=TARGETS)
     task = app.options(url=url).defer(tasks.add, 1)
     assert (task.target, task.url) == (target, path)
-    assert app.verify(task.payload).claims.aud.split(":", 3)[2:] == [target, path]
+    assert app.verify(task.payload).claims["aud"].split(":", 3)[2:] == [target, path]
     app.close()
 
 

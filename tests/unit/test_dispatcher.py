@@ -700,7 +700,7 @@ async def test_a_dead_letter_has_the_reason_of_its_last_attempt(call, reason):
     view = app.queue.find(task.id)
     assert (view.state, view.reason) == (TaskState.DEAD, reason)
     assert view.records[-1].reason == reason
-    assert app.verify(view.token, expired=True).claims.jti == task.id
+    assert app.verify(view.token, expired=True).claims["jti"] == task.id
 
 
 async def test_a_rejected_task_dies_after_an_hour_with_its_reason():

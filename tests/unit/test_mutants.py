@@ -11,7 +11,7 @@ from types import FunctionType, ModuleType
 
 import pytest
 
-from safedefer.claims import Claims, Limits
+from safedefer.claims import Limits, read_claims
 from safedefer.errors import (
     BadSignature,
     ConfigurationError,
@@ -63,8 +63,7 @@ def test_what_a_lax_decoder_skips_is_refused(segment):
 
 
 def token(key, payload=b"x", **parts):
-    found = Token.parse(Keyring(key).sign(payload), max_bytes=1_000)._replace(**parts)
-    return found._replace(signing_input=found.header + b"." + found.payload)
+    return Token.parse(Keyring(key).sign(payload), max_bytes=1_000)._replace(**parts)
 
 
 @pytest.mark.parametrize("mac", [b"A" * 42 + b"B", b"!" * 43])
@@ -111,13 +110,13 @@ def test_a_payload_in_our_own_spelling_is_known_as_such():
     verifier, data = signed()
     assert verifier.verify(data, url="/u", now=NOW).canonical is False
     ours = Signer(Keyring(Key("a", bytes(range(3, 40)))), Policy(), limits=Limits())
-    claims = Claims.model_validate_json(decode_segment(data.split(b".")[1])).to_document()
+    claims = read_claims(decode_segment(data.split(b".")[1]))[0]
     assert verifier.verify(ours.sign(claims), url="/u", now=NOW).canonical is True
 
 
 def test_a_key_without_pickle_says_so_by_a_slug():
     verifier, data = signed()
-    claims = Claims.model_validate_json(decode_segment(data.split(b".")[1])).to_document()
+    claims = read_claims(decode_segment(data.split(b".")[1]))[0]
     with pytest.raises(NotDeferrable) as caught:
         Signer(Keyring(Key("a", bytes(range(3, 40)))), Policy(), limits=Limits()).sign(claims | {"cty": "pickle"})
     assert caught.value.reason == "pickle-off"

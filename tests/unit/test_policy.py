@@ -25,7 +25,7 @@ from safedefer.gadgets import (
     is_standard_library,
 )
 from safedefer.policy import Policy, deferrable
-from safedefer.refs import UNBOUND, CallableRef, bound_object
+from safedefer.refs import UNBOUND, CallableRef, bound_object, reference
 from tests.zoo import callables as zoo
 from tests.zoo import decorators
 
@@ -647,7 +647,8 @@ def test_the_memory_of_a_policy_is_bounded(monkeypatch):
     monkeypatch.setattr("safedefer.policy._CACHE_SIZE", 3)
     policy = Policy(ZOO)
     for number in range(10):
-        policy.check(ref(f"{ZOO}:f{number}"))
+        policy.check(reference("function", ZOO, f"f{number}", None))
+        policy.check(ref(f"{ZOO}:g{number}"))  # no shared object: not kept
     assert len(policy._admitted) == 3
     policy = Policy("tests.zoo.*")
     functions = [zoo.function, zoo.coroutine, zoo.decorated, zoo.Function, zoo.claimed]

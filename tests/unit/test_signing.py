@@ -9,7 +9,7 @@ import re
 import pytest
 
 from safedefer import claims as claims_module
-from safedefer.claims import LEEWAY, Claims, Limits
+from safedefer.claims import LEEWAY, Limits, write_json
 from safedefer.errors import (
     BadSignature,
     CapabilityExceeded,
@@ -82,13 +82,13 @@ def refused(error, data, using=None, **options):
 
 
 def test_a_signed_task_is_verified_with_all_that_it_said():
-    task = Claims.model_validate(make(name="n", headers={"X-A": "b"}, retry_of="r" * 16))
-    data = Signer(RING, POLICY, limits=Limits()).sign(task.to_document())
+    task = dict(make(name="n", headers={"X-A": "b"}, retry_of="r" * 16))
+    data = Signer(RING, POLICY, limits=Limits()).sign(task)
     done = verify(data)
     assert isinstance(done, VerifiedTask)
     assert done.claims == task
     assert done.digest == hashlib.sha256(data).digest()
-    assert done.text == task.to_json()
+    assert done.text == write_json(task)
     assert done.ref.parts == ("function", "tests.zoo.callables", "function", None)
     assert done.gate is POLICY
     assert (done.identity.task_id, done.identity.kid, done.identity.audience) == ("a" * 32, "a", BASE["aud"])
@@ -238,7 +238,7 @@ def signer(limits=None, **key):
 
 
 def test_the_size_limit_is_exact_on_both_ends():
-    task = Claims.model_validate(make()).to_document()
+    task = make()
     data = signer().sign(task)
     exact, short = Limits(token_bytes=len(data)), Limits(token_bytes=len(data) - 1)
     assert signer(exact).sign(task) == data
@@ -285,7 +285,7 @@ def test_a_pointer_leads_to_the_stored_token():
     data = signed(name="n")
     pointer = pointer_to(data, name="n")
     assert pointer.identity.callable_name == ""
-    assert pointer.blob.length == len(data)
+    assert pointer.blob["length"] == len(data)
     task = stored(pointer, data)
     assert task.digest == hashlib.sha256(data).digest()
     assert task.identity.task_id == pointer.identity.task_id

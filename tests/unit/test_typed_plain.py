@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safedefer.claims import Limits
-from safedefer.codecs.plain import is_plain, may_break_limits, written_plainly
+from safedefer.claims import Limits, read_claims, write_json
+from safedefer.codecs.plain import is_canonical_plain, is_plain, may_break_limits, written_plainly
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import InvalidArguments, UnencodableArgument
 from safedefer.refs import UNBOUND
@@ -16,6 +16,10 @@ from tests.zoo import values as zoo
 from tests.zoo.exactly import CODEC, POLICY, assert_exact, carry, carry_one, parse
 
 LIMITS = Limits()
+BASE = {
+    "v": 1, "jti": "a" * 16, "iat": 1, "nbf": 1, "exp": 2, "aud": "e:q:t:/", "cty": "typed",
+    "call": {"kind": "function", "module": "m", "qualname": "f"},
+}  # fmt: skip
 ODD = {
     "str subclass": zoo.MyStr("x"),
     "int subclass": zoo.MyInt(1),
@@ -162,6 +166,50 @@ def test_plain_numbers_need_no_walk_or_pass_it(number):
     call = CODEC.decode(parse(text), POLICY, text=text)
     assert call.args == jiter.from_json(text)["args"]
     assert number in ("1e308", "1e+15", "-1.5e-300") or not may_break_limits(text, LIMITS)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 63, 64, 65, 100])
+@pytest.mark.parametrize("nested", [0, 1, 2, 3, 4, 62, 63, 64, 65, 66, 67, 99, 101])
+@pytest.mark.parametrize("filler", ["", "x" * 400, "x" * 20_000])
+@pytest.mark.parametrize("make", [lambda inner: [inner], lambda inner: {"a": inner}, lambda inner: [{}, inner, []]])
+@pytest.mark.parametrize("place", ["args", "kwargs", "bound"])
+def test_what_is_canonical_is_judged_as_by_the_walk(make, filler, nested, depth, place):
+    tree = 1
+    for _ in range(nested):
+        tree = make(tree)
+    claims = BASE | {"args": [filler, 1], "kwargs": {"b": None}}
+    if place == "bound":
+        claims["call"] = {"kind": "method", "module": "m", "qualname": "Q", "member": "f", "bound": tree}
+    elif place == "args":
+        claims["args"] = [tree, filler]
+    else:
+        claims["kwargs"] = {"a": tree, "b": None}
+    text = write_json(claims)
+    read, canonical = read_claims(text)
+    codec, call = (
+        TypedCodec(limits=Limits(depth=depth)),
+        (tree if place == "bound" else UNBOUND, read["args"], read["kwargs"]),
+    )
+    if nested > depth:
+        for hint in {canonical, False}:
+            with pytest.raises(InvalidArguments, match="deeper"):
+                codec.decode(call, POLICY, text, hint)
+    else:
+        assert codec.decode(call, POLICY, text, canonical)[1:] == codec.decode(call, POLICY, text + b'"$', False)[1:]
+
+
+@pytest.mark.parametrize("kwargs", [{"a": "$"}, {"a": {"$set": [1]}}, {"a": "\\"}, {"a": [{"\n": 1}]}])
+def test_what_may_be_a_tag_is_not_taken_as_it_is_because_it_is_canonical(kwargs):
+    text = write_json({"args": [], "kwargs": kwargs})
+    assert not is_canonical_plain((UNBOUND, [], kwargs), text, LIMITS)
+    assert is_canonical_plain((UNBOUND, [], {"a": "b"}), b'{"args":[],"kwargs":{"a":"b"}}', LIMITS)
+
+
+def test_many_values_are_counted_in_what_is_canonical():
+    args = list(range(10, 60))
+    text = write_json({"args": args, "kwargs": {}})
+    assert is_canonical_plain((UNBOUND, args, {}), text, Limits(items=60))
+    assert not is_canonical_plain((UNBOUND, args, {}), text, Limits(items=49))
 
 
 @pytest.mark.parametrize("label", VALUES)
