@@ -171,9 +171,12 @@ def test_plain_numbers_need_no_walk_or_pass_it(number):
 @pytest.mark.parametrize("depth", [1, 3, 63, 64, 65, 100])
 @pytest.mark.parametrize("nested", [0, 1, 2, 3, 4, 62, 63, 64, 65, 66, 67, 99, 101])
 @pytest.mark.parametrize("filler", ["", "x" * 400, "x" * 20_000])
-@pytest.mark.parametrize("make", [lambda inner: [inner], lambda inner: {"a": inner}, lambda inner: [{}, inner, []]])
+@pytest.mark.parametrize(
+    ("make", "beside"),
+    [(lambda inner: [inner], 0), (lambda inner: {"a": inner}, 0), (lambda inner: [{}, inner, []], 1)],
+)
 @pytest.mark.parametrize("place", ["args", "kwargs", "bound"])
-def test_what_is_canonical_is_judged_as_by_the_walk(make, filler, nested, depth, place):
+def test_what_is_canonical_is_judged_as_by_the_walk(make, beside, filler, nested, depth, place):
     tree = 1
     for _ in range(nested):
         tree = make(tree)
@@ -190,7 +193,7 @@ def test_what_is_canonical_is_judged_as_by_the_walk(make, filler, nested, depth,
         TypedCodec(limits=Limits(depth=depth)),
         (tree if place == "bound" else UNBOUND, read["args"], read["kwargs"]),
     )
-    if nested > depth:
+    if nested and nested + beside > depth:
         for hint in {canonical, False}:
             with pytest.raises(InvalidArguments, match="deeper"):
                 codec.decode(call, POLICY, text, hint)
