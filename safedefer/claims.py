@@ -9,7 +9,7 @@ spellings are parsed with every name compared. The parser is jiter, pydantic's o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import lru_cache
@@ -186,15 +186,21 @@ def _load(payload: bytes) -> Any:
         ValueError: It is not JSON, or is deep: jiter says how deep it may be.
     """
     document = orjson.loads(payload)
-    if len(payload) >= _LONG or payload.count(b"[") + payload.count(b"{") > CANONICAL_BRACKETS:
-        level = [document]
-        for _ in range(CANONICAL_BRACKETS + 1):
-            # Lists and dicts show what they hold to the garbage collector: one step in C a level.
-            level = get_referents(*level)
-            if not level:
-                return document
+    many = len(payload) >= _LONG or payload.count(b"[") + payload.count(b"{") > CANONICAL_BRACKETS
+    if many and is_deeper([document], CANONICAL_BRACKETS):
         raise ValueError("deep")
     return document
+
+
+def is_deeper(values: Sequence[object], levels: int) -> bool:
+    """Whether lists and dicts nest more than ``levels`` deep in a sequence of trees of JSON; those in it are the first."""
+    level = values
+    for _ in range(levels):
+        # Lists and dicts show what they hold to the garbage collector: one step in C a level.
+        level = get_referents(*level)
+        if not level:
+            return False
+    return any(type(value) is list or type(value) is dict for value in level)
 
 
 def _read_strictly(payload: bytes) -> Claims:

@@ -14,7 +14,7 @@ from operator import is_
 from types import NoneType
 from typing import Any, Final
 
-from safedefer.claims import CANONICAL_BRACKETS, SHORT, Limits, write_json
+from safedefer.claims import CANONICAL_BRACKETS, SHORT, Limits, is_deeper, write_json
 from safedefer.codecs.walk import SAFE_INT, Values, is_text
 from safedefer.refs import UNBOUND
 
@@ -230,6 +230,7 @@ _SHAPE: Final = bytes.maketrans(b"123456789+[:- \t\n\rE", b"0000000000,,,,,,,e")
 
 _DOLLAR, _BACKSLASH = b"$\\"
 
+_ONE_KIND: Final = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
 
 
@@ -251,17 +252,11 @@ def is_canonical_plain(call: Values, text: bytes, limits: Limits) -> bool:
     if len(text) > SHORT and limits.depth >= CANONICAL_BRACKETS - 2:
         return True
     bound, args, kwargs = call
-    # Lists and dicts show what they hold to the garbage collector: one step in C a level.
-    level = get_referents(*args, *kwargs.values())
+    # What lists and dicts show to the garbage collector is what they hold, and scalars show nothing.
+    inner = get_referents(*args, *kwargs.values())
     if bound is not UNBOUND:
-        level += get_referents(bound)
-    if not level:
-        return True
-    for _ in range(limits.depth - 1):
-        level = get_referents(*level)
-        if not level:
-            return True
-    return False
+        inner += get_referents(bound)
+    return not inner or not is_deeper(inner, limits.depth - 1)
 
 
 def may_break_limits(text: bytes, limits: Limits) -> bool:
@@ -289,8 +284,8 @@ def _may_hold_many(text: bytes, limits: Limits) -> bool:
 
 def _may_be_deep(text: bytes, depth: int) -> bool:
     """Say whether brackets may nest deeper than ``depth`` inside the two that every value is in."""
-    skeleton = text.translate(None, _NO_BRACKETS)
-    if skeleton.count(b"[") + skeleton.count(b"{") <= depth:
+    skeleton = text.translate(_ONE_KIND, _NO_BRACKETS)
+    if skeleton.count(b"[") <= depth:
         return False
     if b"\\" in skeleton:
         return True
@@ -302,6 +297,6 @@ def _may_be_deep(text: bytes, depth: int) -> bool:
     for _ in range(depth + 2):
         if not skeleton:
             return False
-        # At least the innermost level goes.
-        skeleton = skeleton.replace(b"{}", b"").replace(b"[]", b"")
+        # The innermost level goes, and no other.
+        skeleton = skeleton.replace(b"[]", b"")
     return bool(skeleton)
