@@ -157,18 +157,17 @@ def read_claims(payload: bytes) -> tuple[Claims, bool]:
         InvalidClaims: It is not strict JSON, has a duplicate, unknown, missing or null member,
             or a member of another type or shape. The message names members, never values.
     """
-    claims: Claims | None = None
-    canonical = False
     try:
         claims = _parse(payload) if len(payload) <= SHORT else _validate(_load(payload))
         # If writing what was read gives back the text, no member of it was a duplicate and no number was rounded.
-        canonical = orjson.dumps(claims, None, _WRITE) == payload
-    except (ValueError, TypeError):  # a ValidationError is a ValueError
+        if orjson.dumps(claims, None, _WRITE) == payload:
+            _check_shape(claims)
+            return claims, True
+    except (ValueError, TypeError):  # a ValidationError is a ValueError; an InvalidClaims is not
         pass
-    if claims is None or not canonical:
-        claims = _read_strictly(payload)
+    claims = _read_strictly(payload)
     _check_shape(claims)
-    return claims, canonical
+    return claims, False
 
 
 #: Up to this many bytes pydantic's own parser is the faster one, and brackets cannot nest too deeply.
