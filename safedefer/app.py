@@ -58,7 +58,7 @@ from safedefer.errors import (
     RejectedTask,
     UnknownQueueError,
 )
-from safedefer.events import LogObserver, Observer, TaskEnqueued, notify
+from safedefer.events import LogObserver, Observer, TaskEnqueued, hears_enqueued, notify
 from safedefer.execution import Codec, Validate, call_in_thread, current_task, is_async, prepare
 from safedefer.keys import Keyring
 from safedefer.outbox import Outbox
@@ -641,6 +641,8 @@ class App:
         return TaskRetryOptions.from_given({**section.retry_parameters.given(), **(own.given() if own else {})})
 
     def _tell(self, queued: QueuedTask) -> None:
+        if not hears_enqueued(self.observer):
+            return
         notify(
             self.observer,
             TaskEnqueued(task_id=queued.id, queue=queued.queue, callable=queued.callable_name, size=len(queued.token)),

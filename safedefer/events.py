@@ -92,6 +92,11 @@ class LogObserver:
         return logging.WARNING if outcome == "retry" else self.level
 
 
+def hears_enqueued(observer: Observer) -> bool:
+    """Whether an observer would do anything with ``TaskEnqueued``."""
+    return type(observer) is not LogObserver or _log.isEnabledFor(logging.DEBUG)
+
+
 def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:
     """Whether an observer would do anything with ``TaskHandled``: a log whose level is off would not."""
     if isinstance(observer, LogObserver) and type(observer) is LogObserver:  # a subclass may do more

@@ -97,8 +97,13 @@ class Statements(Protocol):
         ...
 
 
+_NO_TIME: Final = timedelta()
+
+
 def ago(seconds: float) -> timedelta:
     """Return seconds as an interval that PostgreSQL takes."""
+    if not seconds:
+        return _NO_TIME
     return timedelta(seconds=min(max(seconds, -1e9), 1e9))
 
 

@@ -65,6 +65,8 @@ def write_hints(task: QueuedTask) -> str:
         more["blob_id"] = task.blob.id if task.blob else task.blob_id
     if task.unique_key is not None:
         more["unique_key"] = task.unique_key
+    if not more and plain.isascii() and plain.isprintable() and '"' not in plain and "\\" not in plain:
+        return f'{{"safedefer": "{plain}"}}'  # as below, in a tenth of the time
     return json.dumps({"safedefer": plain, "safedefer_more": more} if more else {"safedefer": plain})
 
 
