@@ -52,7 +52,7 @@ _CAPABILITIES: Final = Capabilities(streams=True, due_order=False, exact_wake=Fa
 _PRUNE_EVERY: Final = 60.0
 _PRUNE_AGAIN: Final = 0.2
 _AT_ONCE: Final = 500
-_STORED_AT_ONCE: Final = 250
+_STORED_AT_ONCE: Final = 100
 _FOREVER: Final = 1e18
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 

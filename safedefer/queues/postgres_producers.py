@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
+from psycopg.types.array import ListBinaryDumper
 from psycopg.types.datetime import TimedeltaBinaryDumper
 from psycopg.types.numeric import FloatBinaryDumper, IntBinaryDumper
 from psycopg.types.string import BytesBinaryDumper, StrBinaryDumper
@@ -37,6 +37,7 @@ _Connection: TypeAlias = psycopg.Connection[Any]
 
 #: Arrays of these go as they are: as text, each element is quoted and parsed again, and a batch took twice as long.
 _BINARY: Final = (
+    (list, ListBinaryDumper),
     (str, StrBinaryDumper),
     (bytes, BytesBinaryDumper),
     (int, IntBinaryDumper),
@@ -190,12 +191,10 @@ class Producers:
         if following is None:  # one statement is one transaction
             self._insert(connection, first)
             return True
-        with connection.transaction(), ThreadPoolExecutor(1, "safedefer-store") as thread:
-            under_way = thread.submit(self._insert, connection, first)
-            for batch in chain((following,), batches):
-                under_way.result()
-                under_way = thread.submit(self._insert, connection, batch)
-            under_way.result()
+        # No answer is waited for before the end: the server stores a batch while the next one is made.
+        with connection.pipeline(), connection.transaction():
+            for batch in chain((first, following), batches):
+                self._insert(connection, batch)
         return True
 
     def _insert(self, connection: _Connection, values: tuple[object, ...]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from uuid import uuid4
 
@@ -580,3 +581,15 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
 
     most = max(node["Actual Rows"] * node["Actual Loops"] for node in nodes(queue.run(explain, leases=True)))
     assert most <= 400
+
+
+@pytest.mark.parametrize("at", [0, 99, 100, 250, 349])
+def test_a_stream_of_which_one_is_refused_is_stored_not_at_all(queue, at):
+    tasks = [task_now() for _ in range(350)]
+    queue.enqueue(task_now(name="taken"))
+    tasks[at] = replace(tasks[at], name="taken")
+    with pytest.raises(TaskAlreadyExistsError, match="taken"):
+        queue.enqueue_many(iter(tasks))
+    assert [each.waiting for each in queue.stats(now=0.0)] == [1]
+    queue.enqueue_many(iter(tasks[:at] + tasks[at + 1 :]))
+    assert [each.waiting for each in queue.stats(now=0.0)] == [350]
