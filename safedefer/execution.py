@@ -126,15 +126,20 @@ def prepare(task: VerifiedTask, codecs: Mapping[str, Codec], *, validate: Valida
         CapabilityExceeded: The key that signed may not name it.
     """
     claims, ref, gate, _, _, text, canonical = task
-    codec = codecs.get(claims["cty"])
-    if codec is None:
-        raise UnresolvableCallable(f"no codec for {claims['cty']} arguments; configure the handler as the sender")
-    bound = claims["call"].get("bound", UNBOUND)
-    target = gate.load_callable(ref) if bound is UNBOUND else None
-    sent = bound, claims["args"], claims["kwargs"]
-    bound, args, kwargs = codec.decode(sent, gate, text, canonical)
-    if target is None:
+    try:
+        codec = codecs[claims["cty"]]
+    except KeyError:
+        raise UnresolvableCallable(
+            f"no codec for {claims['cty']} arguments; configure the handler as the sender"
+        ) from None
+    call = claims["call"]
+    if "bound" in call:
+        sent = call["bound"], claims["args"], claims["kwargs"]
+        bound, args, kwargs = codec.decode(sent, gate, text, canonical)
         target = gate.load_callable(ref, bound)
+    else:
+        target = gate.load_callable(ref)
+        _, args, kwargs = codec.decode((UNBOUND, claims["args"], claims["kwargs"]), gate, text, canonical)
     try:
         check_binds(target, args, kwargs)
     except TypeError as error:

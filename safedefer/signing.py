@@ -153,13 +153,24 @@ class Verifier:
         token = Token.parse(data, self._max_bytes)
         key, payload = self._keyring.verify(token)
         claims, canonical = read_claims(payload)
-        kid = key.kid
+        kid, serves = key.kid, self._serves
         try:
-            self._check_audience(claims["aud"], url, queue)
+            environment, named, target, path = split_audience(claims["aud"])
+            if (
+                environment != serves.environment
+                or (serves.queues is not None and named not in serves.queues)
+                or (serves.targets is not None and target not in serves.targets)
+                or (path != url if isinstance(url, str) else path not in url)
+                or (queue is not None and queue != named)
+            ):
+                raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
             if key.queues is not None or claims["cty"] != "typed":
                 self._check_key(claims, key)
             if not expired:
-                _check_time(claims, now)
+                if claims["nbf"] > now + LEEWAY or claims["iat"] > now + LEEWAY:
+                    raise _not_yet(claims, now)
+                if now > claims["exp"] + LEEWAY:
+                    raise ExpiredTask("the task's time is over; re-run it from the dead letters if it is still wanted")
             if "call" not in claims:
                 return VerifiedPointer(claims, claims["blob"], kid)
             call, gate = claims["call"], self._gates[kid]
@@ -189,18 +200,6 @@ class Verifier:
             raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
         return task
 
-    def _check_audience(self, audience: str, url: str | Container[str], queue: str | None) -> None:
-        environment, named, target, path = split_audience(audience)
-        serves = self._serves
-        if (
-            environment != serves.environment
-            or (serves.queues is not None and named not in serves.queues)
-            or (serves.targets is not None and target not in serves.targets)
-            or (path != url if isinstance(url, str) else path not in url)
-            or (queue is not None and queue != named)
-        ):
-            raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
-
     def _check_key(self, claims: Claims, key: Key) -> None:
         if key.queues is not None and split_audience(claims["aud"])[1] not in key.queues:
             raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
@@ -211,13 +210,9 @@ class Verifier:
                 raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
 
 
-def _check_time(claims: Claims, now: float) -> None:
-    soon = now + LEEWAY
-    if claims["nbf"] > soon or claims["iat"] > soon:
-        ahead = max(claims["nbf"], claims["iat"]) - soon
-        raise NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead) + 1)
-    if now > claims["exp"] + LEEWAY:
-        raise ExpiredTask("the task's time is over; re-run it from the dead letters if it is still wanted")
+def _not_yet(claims: Claims, now: float) -> NotYetValid:
+    ahead = max(claims["nbf"], claims["iat"]) - now - LEEWAY
+    return NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead) + 1)
 
 
 def _gate(policy: Policy, key: Key) -> Gate:

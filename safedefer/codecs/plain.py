@@ -24,7 +24,7 @@ _FEW: Final = 64
 # From this many containers of one length on, their values are judged by column; with more columns, at once.
 _COLUMNS: Final = 16
 
-_HANDFUL: Final = 16
+_HANDFUL: Final = 8
 
 _Group = Sequence[Any]
 
@@ -34,20 +34,31 @@ def are_few_scalars(args: _Group, kwargs: dict[str, Any], limits: Limits) -> boo
 
     False is only "not certainly".
     """
-    if len(args) + len(kwargs) > _HANDFUL or limits.items < _HANDFUL:
+    if len(args) > _HANDFUL or len(kwargs) > _HANDFUL or limits.items < 2 * _HANDFUL:
         return False
-    for value in (*args, *kwargs.values()) if kwargs else args:
+    # The conditions stand twice: a call costs more than the question, and this is asked of every task.
+    for value in args:
         kind = type(value)
-        if kind is str:
-            if not value.isascii():
-                return False
-        elif kind is int:
-            if not -SAFE_INT <= value <= SAFE_INT:
-                return False
-        elif value is not None and kind is not bool:
+        if not (
+            (kind is str and value.isascii())
+            or (kind is int and -SAFE_INT <= value <= SAFE_INT)
+            or value is None
+            or kind is bool
+        ):
             return False
-    for name in kwargs:  # noqa: SIM110  # a generator costs more than the loop
-        if type(name) is not str or not name.isascii() or "$" in name:
+    for name, value in kwargs.items():
+        kind = type(value)
+        if (
+            type(name) is not str
+            or not name.isascii()
+            or "$" in name
+            or not (
+                (kind is str and value.isascii())
+                or (kind is int and -SAFE_INT <= value <= SAFE_INT)
+                or value is None
+                or kind is bool
+            )
+        ):
             return False
     return True
 
@@ -228,7 +239,7 @@ def _columns_of_rows(dicts: Sequence[dict[str, Any]]) -> list[_Group]:
 # Digits and the plus of an exponent become 0, and whatever may stand before a number becomes a comma.
 _SHAPE: Final = bytes.maketrans(b"123456789+[:- \t\n\rE", b"0000000000,,,,,,,e")
 
-_DOLLAR, _BACKSLASH = b"$\\"
+DOLLAR, _BACKSLASH = b"$\\"
 
 _ONE_KIND: Final = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
@@ -237,7 +248,7 @@ _NO_BRACKETS: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
 def may_hold_tags(text: bytes) -> bool:
     """Say whether the JSON text may hold a member name that begins with ``$``."""
     # One byte first, as a number: to search for it is several times faster than for bytes.
-    if _DOLLAR not in text and _BACKSLASH not in text:
+    if DOLLAR not in text and _BACKSLASH not in text:
         return False
     return b'"$' in text or rb"\u0024" in text
 
@@ -247,7 +258,8 @@ def is_canonical_plain(call: Values, text: bytes, limits: Limits) -> bool:
 
     Its numbers are plain. False is only "not certainly".
     """
-    if _DOLLAR in text or _BACKSLASH in text or (len(text) > 2 * limits.items and _may_hold_many(text, limits)):
+    # Of tags, too: what is canonical spells a dollar sign in one way only.
+    if DOLLAR in text or (len(text) > 2 * limits.items and _may_hold_many(text, limits)):
         return False
     if len(text) > SHORT and limits.depth >= CANONICAL_BRACKETS - 2:
         return True
