@@ -23,7 +23,7 @@ from safedefer.errors import (
 )
 from safedefer.keys import Key, Keyring
 from safedefer.policy import Policy, deferrable
-from safedefer.refs import METACLASSES, UNBOUND, CallableRef, Found, FoundClass, find
+from safedefer.refs import METACLASSES, UNBOUND, CallableRef, Found, FoundClass, find, reference
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.token import Token, decode_segment, encode_segment
 
@@ -293,6 +293,13 @@ def test_a_policy_does_not_prove_again_what_it_has_proved(odd, monkeypatch):
     for name in ("refs._classify", "refs.find", "policy.find", "policy.check_class"):
         monkeypatch.setattr(f"safedefer.{name}", trap)
     assert look() == before
+
+
+def test_a_policy_does_not_judge_a_name_again_that_it_has_admitted(monkeypatch):
+    policy, name = Policy("tests.found"), reference("function", "tests.found", "f", None)
+    assert policy.check(name) is name
+    monkeypatch.setattr(Policy, "_check_names", lambda self, ref: pytest.fail("judged again"))
+    assert policy.check(name) is name
 
 
 def test_a_policy_that_names_a_metaclass_admits_its_classes_everywhere(odd):

@@ -650,6 +650,7 @@ def test_the_memory_of_a_policy_is_bounded(monkeypatch):
         policy.check(reference("function", ZOO, f"f{number}", None))
         policy.check(ref(f"{ZOO}:g{number}"))  # no shared object: not kept
     assert len(policy._admitted) == 3
+    assert all(reference(*kept.parts) is kept for kept in policy._admitted.values())
     policy = Policy("tests.zoo.*")
     functions = [zoo.function, zoo.coroutine, zoo.decorated, zoo.Function, zoo.claimed]
     for function in functions * 2:
