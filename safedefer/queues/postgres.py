@@ -33,7 +33,7 @@ from safedefer.queues.base import (
 )
 from safedefer.queues.postgres_engine import STATEMENTS, Connections, Purpose, Watch, migrate
 from safedefer.queues.postgres_errors import closed, place, refusal
-from safedefer.queues.postgres_ledger import LEEWAY, PostgresBlobs, PostgresLedger
+from safedefer.queues.postgres_ledger import LEEWAY, PostgresBlobs, PostgresLedger, recorded_success
 from safedefer.queues.postgres_operations import SQL, ago
 from safedefer.queues.postgres_rows import Hold, attempt_record, ended_view, job_view, read_task
 
@@ -451,15 +451,15 @@ class PostgresQueue:
         """One task in whatever state, with the records of its attempts; ended ones without a token."""
 
         async def action(connection: Connection) -> TaskView | None:
-            records = (await _records(connection, [task_id])).get(task_id, ())
+            records = (await _records(connection, [task_id])).get(task_id, [])
             condition = "WHERE job.dedupe_key = $1 AND job.status IN ('queued', 'picked')"
             jobs = await connection.fetch(f"{SQL['view_jobs']} {condition}", task_id)
             if jobs:
-                return (await _job_views(connection, jobs, records))[0]
+                return await _with_success(connection, (await _job_views(connection, jobs, records))[0])
             for view in ("view_dead", "view_ended"):
                 rows = await connection.fetch(f"{SQL[view]} WHERE id = $1", task_id)
                 if rows:
-                    return ended_view(rows[0], records)
+                    return await _with_success(connection, ended_view(rows[0], records))
             return None
 
         return self.run(action, again=True)
@@ -501,6 +501,17 @@ async def _records(connection: Connection, task_ids: Sequence[str]) -> dict[str,
     for row in await connection.fetch(SQL["attempts_of"], task_ids):
         found.setdefault(row["task_id"], []).append(attempt_record(row))
     return {task_id: records[-operations.RECORDS_KEPT :] for task_id, records in found.items()}
+
+
+async def _with_success(connection: Connection, view: TaskView) -> TaskView:
+    """Return a task with the record of its success, which came before those that began after it."""
+    success = await recorded_success(connection, audience=view.audience, task_id=view.id)
+    if not success:
+        return view
+    ended = success[0].ended
+    before = [record for record in view.records if record.started < ended]
+    after = [record for record in view.records if record.started >= ended]
+    return replace(view, records=[*before, *success, *after])
 
 
 def _lost(lease: Lease) -> LeaseLost:

@@ -124,7 +124,8 @@ CREATE TABLE safedefer.ended (
 CREATE INDEX ended_ended ON safedefer.ended (ended);
 
 -- `uncharged` is true from the begin of a run until its delivery is settled, or charged because the
--- lease ran out: so a run is charged once, and a delivery that never ran is not.
+-- lease ran out: so a run is charged once, and a delivery that never ran is not. A run that succeeded has its record here,
+-- in the row that is written anyway: when it began and ended is all that there is to say of it.
 CREATE TABLE safedefer.ledger (
     audience text NOT NULL,
     task_id text NOT NULL,
@@ -134,6 +135,8 @@ CREATE TABLE safedefer.ledger (
     until timestamptz,
     expires bigint NOT NULL,
     uncharged boolean NOT NULL,
+    began double precision,
+    finished double precision,
     PRIMARY KEY (audience, task_id)
 ) WITH (fillfactor = 80);
 CREATE INDEX ledger_expires ON safedefer.ledger (expires);
@@ -488,7 +491,8 @@ UPDATE safedefer.ledger SET until = now() + $4::interval
 WHERE audience = $1 AND task_id = $2 AND owner = $3 AND state = 'running' RETURNING task_id;
 
 -- name: ledger_finish
--- The ends of runs and their records, in one statement and so in one transaction; those that were ours come back.
+-- The ends of runs and their records, in one statement and so in one transaction; those that were ours come back, also
+-- those of a success that is told a second time, because nobody heard the answer to the first.
 WITH recorded AS (
     INSERT INTO safedefer.attempts (
         task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
@@ -504,11 +508,19 @@ WITH recorded AS (
         reason text, exception_type text, traceback text
     )
 )
-UPDATE safedefer.ledger AS entry SET state = given.state, owner = NULL, until = NULL
-FROM json_to_recordset($1::json) AS given (audience text, task_id text, owner text, state text)
-WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.owner = given.owner
-    AND entry.state = 'running'
+UPDATE safedefer.ledger AS entry
+SET state = given.state, owner = NULL, until = NULL, began = given.began, finished = given.finished
+FROM json_to_recordset($1::json) AS given (
+    audience text, task_id text, owner text, state text, began double precision, finished double precision
+)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND (
+    (entry.state = 'running' AND entry.owner = given.owner)
+    OR (entry.state = given.state AND entry.began = given.began AND entry.finished = given.finished)
+)
 RETURNING entry.audience, entry.task_id, given.owner;
+
+-- name: ledger_success
+SELECT began, finished FROM safedefer.ledger WHERE audience = $1 AND task_id = $2 AND began IS NOT NULL;
 
 -- name: ledger_charged
 UPDATE safedefer.ledger AS entry SET uncharged = false

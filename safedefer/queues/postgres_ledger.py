@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+OK: Final = 200
 LEEWAY: Final = 3600
 """Seconds that an entry is kept after its token expired."""
 
@@ -87,14 +88,55 @@ def _name(run: Execution) -> tuple[str, str]:
 
 async def finish_many(connection: Connection, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> list[bool]:
     """Store the ends of runs, and their records in either case."""
-    rows = [
-        {"audience": run.audience, "task_id": run.task_id, "owner": run.owner, "state": str(state)}
-        for run, state, _ in ends
-    ]
-    records = [record_values(record) for _, _, record in ends]
+    rows: list[dict[str, object]] = []
+    records: list[dict[str, object]] = []
+    for run, state, record in ends:
+        row: dict[str, object] = {
+            "audience": run.audience,
+            "task_id": run.task_id,
+            "owner": run.owner,
+            "state": str(state),
+        }
+        if state is EndState.SUCCEEDED and _says_no_more(record, run):
+            row["began"], row["finished"] = record.started, record.ended
+        else:
+            records.append(record_values(record))
+        rows.append(row)
     changed = await connection.fetch(SQL["ledger_finish"], to_json(rows), to_json(records))
     ours = {(row["audience"], row["task_id"], row["owner"]) for row in changed}
-    return [(run.audience, run.task_id, run.owner) in ours for run, _, _ in ends]
+    results = [(run.audience, run.task_id, run.owner) in ours for run, _, _ in ends]
+    # A success that found the ledger to be another's is remembered as well.
+    unheld = [
+        record for (_, _, record), row, held in zip(ends, rows, results, strict=True) if "began" in row and not held
+    ]
+    await add_records(connection, unheld)
+    return results
+
+
+def _says_no_more(record: AttemptRecord, run: Execution) -> bool:
+    """Whether the record of a success says nothing but when it was: the ledger's own row says that."""
+    return (
+        record.outcome == EndState.SUCCEEDED
+        and record.status == OK
+        and record.reason is record.exception_type is record.traceback is None
+        and record.task_id == run.task_id
+        and record.audience == run.audience
+    )
+
+
+async def recorded_success(connection: Connection, *, audience: str, task_id: str) -> list[AttemptRecord]:
+    """Return the record of the run that succeeded, if the ledger has it."""
+    return [
+        AttemptRecord(
+            task_id=task_id,
+            audience=audience,
+            started=row["began"],
+            ended=row["finished"],
+            outcome=EndState.SUCCEEDED,
+            status=OK,
+        )
+        for row in await connection.fetch(SQL["ledger_success"], audience, task_id)
+    ]
 
 
 class PostgresLedger:

@@ -19,7 +19,7 @@ import pytest
 from safedefer.deliveries import InProcessDelivery
 from safedefer.dispatcher import Dispatcher
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
-from safedefer.ledger import Admission
+from safedefer.ledger import Admission, EndState
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
 from safedefer.queues.postgres import PostgresQueue, migrate
 from safedefer.queues.postgres_engine import STATEMENTS, _queries
@@ -34,6 +34,7 @@ from tests.queues.contract import (
     execution_of,
     ids,
     make_task,
+    record_of,
     rests,
 )
 from tests.unit.apps import make_app
@@ -593,3 +594,69 @@ def test_a_stream_of_which_one_is_refused_is_stored_not_at_all(queue, at):
     assert [each.waiting for each in queue.stats(now=0.0)] == [1]
     queue.enqueue_many(iter(tasks[:at] + tasks[at + 1 :]))
     assert [each.waiting for each in queue.stats(now=0.0)] == [350]
+
+
+# --- The record of a success is the ledger's row --------------------------------------------------
+
+
+def ran(queue, *ends):
+    """Run a task once for each end of a run, and return its records as ``find`` has them."""
+    task = task_now()
+    queue.enqueue(task)
+    for number, (state, changes) in enumerate(ends):
+        run = execution_of(task, owner=f"run-{number}")
+        assert queue.ledger.begin(run, now=0.0, lease=60.0) is Admission.RUN
+        assert queue.ledger.finish(run, state, record_of(task, **changes))
+    return task, list(queue.find(task.id).records)
+
+
+def stored_attempts(queue):
+    async def action(connection):
+        return (await connection.fetch("SELECT count(*) AS number FROM safedefer.attempts"))[0]["number"]
+
+    return queue.run(action)
+
+
+def test_a_success_has_no_row_of_its_own_and_stands_where_it_was(queue):
+    failed = {"outcome": "retry", "status": 500, "reason": "exception", "started": 1.0, "ended": 2.0}
+    before = stored_attempts(queue)
+    task, records = ran(queue, (EndState.RETRY, failed), (EndState.SUCCEEDED, {"started": 3.0, "ended": 4.5}))
+    assert records == [record_of(task, **failed), record_of(task, started=3.0, ended=4.5)]
+    assert stored_attempts(queue) == before + 1
+    refused = record_of(task, outcome="rejected", status=500, reason="policy-violation", started=9.0, ended=9.0)
+    queue.ledger.record(refused)
+    assert list(queue.find(task.id).records) == [*records, refused]
+    (lease,) = lease_now(queue)
+    queue.settle(lease, DONE, now=time.time())
+    assert [record.outcome for record in queue.find(task.id).records] == ["retry", "succeeded", "rejected"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reason": "x"},
+        {"status": 201},
+        {"status": None},
+        {"outcome": "done"},
+        {"exception_type": "E"},
+        {"traceback": "t"},
+    ],
+)
+def test_a_success_of_which_more_is_to_be_said_has_a_row(queue, changes):
+    before = stored_attempts(queue)
+    task, records = ran(queue, (EndState.SUCCEEDED, changes))
+    assert records == [record_of(task, **changes)]
+    assert stored_attempts(queue) == before + 1
+
+
+def test_a_success_that_is_told_twice_is_remembered_once_and_another_ones_as_well(queue):
+    task, records = ran(queue, (EndState.SUCCEEDED, {}))
+    again, other = execution_of(task, owner="run-0"), execution_of(task, owner="run-9")
+    assert queue.ledger.finish_many([(again, EndState.SUCCEEDED, record_of(task))]) == [True]
+    assert list(queue.find(task.id).records) == records == [record_of(task)]
+    late = record_of(task, started=90.0, ended=95.0)
+    assert queue.ledger.finish_many([(other, EndState.SUCCEEDED, late)]) == [False]
+    assert list(queue.find(task.id).records) == [late, *records]
+    failed = record_of(task, outcome="failed")
+    assert queue.ledger.finish_many([(again, EndState.FAILED, failed)]) == [False]
+    assert queue.ledger.begin(other, now=0.0, lease=60.0) is Admission.DUPLICATE
