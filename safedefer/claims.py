@@ -110,7 +110,6 @@ class Claims(TypedDict, total=False):
     """The payload of a task token: either ``call``, ``args`` and ``kwargs``, or ``blob``."""
 
     # In the order in which they are written. An absent claim is an absent member, never null.
-
     v: Required[Literal[1]]
     jti: Required[TaskId]
     iat: Required[NumericDate]
