@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 _WATCHED = (
     "import", "exec", "compile", "code.__new__", "function.__new__", "open", "socket.", "subprocess.", "os.system", "os.exec", "os.fork",
@@ -46,6 +47,10 @@ def _is_harmless_file(args: tuple[object, ...]) -> bool:
 with suppress(ModuleNotFoundError):
     for _package in pkgutil.walk_packages(import_module("tzdata").__path__, "tzdata."):
         import_module(_package.name)
+
+# Where a zone is not found, it imports what reads the resources of packages.
+with suppress(ZoneInfoNotFoundError):
+    ZoneInfo("No/Where")
 
 sys.addaudithook(_hook)
 
