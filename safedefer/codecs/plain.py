@@ -200,7 +200,7 @@ def _names_are_plain(dicts: Sequence[dict[str, Any]]) -> bool:
         )
     names = list(dicts[0])
     # Rows mostly have the names of the first row, in its order, as the very same objects.
-    if not all(map(is_, chain.from_iterable(dicts), cycle(names))):
+    if not names or not all(map(is_, chain.from_iterable(dicts), cycle(names))):  # of no names a cycle has none
         names = list(chain.from_iterable(dicts))
     if not all(map(is_, map(type, names), repeat(str))):
         return False

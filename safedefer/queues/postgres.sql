@@ -282,6 +282,14 @@ safedefer.admit(
     $2::text[], $5::text[], $13::text[], $7::text[], $8::double precision[], $9::text[], $10::text[], $11::bytea[], $12::bigint
 )
 
+-- name: stored
+-- How many of some tasks are here, or have ended here.
+SELECT count(*) AS number FROM unnest($1::text[]) AS given (id) WHERE
+    EXISTS (SELECT FROM safedefer.pgqueuer AS job
+            WHERE job.dedupe_key = given.id AND job.status IN ('queued', 'picked') OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.id OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.id OFFSET 0);
+
 -- name: look
 -- Before a lease: which queues have jobs (a skip-scan: one look-up for each, however many jobs it has), and which
 -- leases have run out, or nearly. A job that is leased in spite of being among these was lost by somebody.

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -22,7 +23,7 @@ from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.queues.postgres_errors import about, closed, failure, is_gone, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 #: Seconds that a producer waits: for a connection that another thread has, for a server that is being restarted,
 #: and, where an answer was lost, to learn whether its tasks were stored.
@@ -57,12 +58,14 @@ class Producers:
         dsn: The database.
         most: Connections at most.
         statement: What enqueues a batch of tasks.
+        stored: What counts which of some ids are stored.
     """
 
-    def __init__(self, dsn: str, most: int, statement: str) -> None:
+    def __init__(self, dsn: str, most: int, statement: str, stored: str) -> None:
         self._dsn = dsn
         self._most = most
         self._statement = statement.encode()
+        self._stored = stored.encode()
         self._changed = threading.Condition()
         self._idle: deque[tuple[float, _Connection]] = deque()
         """With the time since when; the one that was used last is at the end."""
@@ -146,7 +149,7 @@ class Producers:
         """Enqueue all batches of tasks, each as its values and ids, in one transaction; whether there were any.
 
         Where the connection breaks, it is done again on another. If its answer was lost, and not its work, it is
-        refused then, because its own ids are there: so it was done.
+        refused then, because its own ids are there, and all of them: so it was done.
 
         Raises:
             QueueUnavailable: The database failed, or a refusal, or what the iterator raises.
@@ -163,7 +166,7 @@ class Producers:
                 if error is attempt.made.failure:
                     raise
                 if connection is not None and not connection.closed and not is_gone(error):
-                    if attempt.was_done(self._dsn, error):
+                    if attempt.was_done(self._dsn, error, partial(self._are_stored, connection)):
                         return True
                 elif attempt.may_go_on(sent=connection is not None):
                     self._recover(connection)
@@ -196,6 +199,14 @@ class Producers:
             for batch in chain((first, following), batches):
                 self._insert(connection, batch)
         return True
+
+    def _are_stored(self, connection: _Connection, ids: set[str]) -> bool:
+        try:
+            cursor = psycopg.RawCursor(connection).execute(self._stored, ([*ids],))
+            (number,) = cursor.fetchone() or (0,)
+        except psycopg.Error as error:
+            raise failure(self._dsn, error, in_doubt=True) from error
+        return bool(number == len(ids))
 
     def _insert(self, connection: _Connection, values: tuple[object, ...]) -> None:
         psycopg.RawCursor(connection).execute(self._statement, values)
@@ -242,15 +253,17 @@ class _Attempt:
             self.in_doubt, self.deadline = True, time.monotonic() + _PATIENCE
         return time.monotonic() < self.deadline
 
-    def was_done(self, dsn: str, error: psycopg.Error) -> bool:
+    def was_done(self, dsn: str, error: psycopg.Error, are_stored: Callable[[set[str]], bool]) -> bool:
         """Whether a refusal says that a try before was committed; False to try once more. Raises what else it says."""
         if isinstance(error, psycopg.errors.DeadlockDetected) and time.monotonic() < self.deadline:
             return False
         refused = refusal(error)
         if self.in_doubt and isinstance(refused, TaskAlreadyExistsError | TombstonedTaskError):
             if about(error) in self.made.ids:
-                return True
-            if not self._looked:
+                # One that is there may have been there before, and a try that was undone has left no other.
+                if are_stored(self.made.ids):
+                    return True
+            elif not self._looked:
                 # What was in the way may be the try before, which has been committed just now.
                 self._looked = True
                 return False

@@ -13,9 +13,10 @@ import asyncpg
 import psycopg
 import pytest
 
-from safedefer.errors import QueueUnavailable
+from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError
 from safedefer.ledger import Admission
 from safedefer.queues import postgres_engine, postgres_producers
+from safedefer.queues.base import Settlement, Verdict
 from safedefer.queues.postgres import PostgresQueue, migrate
 from tests.postgres.server import Server
 from tests.queues.contract import DONE, execution_of, ids
@@ -86,6 +87,76 @@ def test_what_was_committed_and_never_answered_is_acknowledged_and_there_once(qu
     with broken_after_the_commit(dsn):
         queue.enqueue_many(iter(tasks))
     assert queue.stats(now=0.0)[0].waiting == count
+
+
+@contextlib.contextmanager
+def broken_before_it_is_stored(dsn):
+    """Whoever enqueues waits for a lock, and its connection is ended: nothing was stored, and nobody heard of that."""
+    with (
+        psycopg.connect(dsn) as locking,
+        psycopg.connect(dsn, autocommit=True) as connection,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        locking.execute("LOCK TABLE safedefer.pgqueuer IN ACCESS EXCLUSIVE MODE")
+
+        def end():
+            for _ in range(1000):
+                if connection.execute(
+                    f"SELECT pg_terminate_backend(pid) {OURS} AND wait_event_type = 'Lock'"
+                ).fetchall():
+                    break
+                time.sleep(0.01)
+            locking.rollback()
+
+        ended = pool.submit(end)
+        try:
+            yield
+        finally:
+            ended.result(20.0)
+
+
+@pytest.mark.parametrize("count", [2, 100, 350])
+@pytest.mark.parametrize("at", [0, -1])
+def test_one_that_was_there_before_does_not_stand_for_those_that_were_never_stored(queue, dsn, count, at):
+    known, tasks = task_now(), [task_now() for _ in range(count)]
+    tasks[at] = known
+    queue.enqueue(known)
+    with broken_before_it_is_stored(dsn), pytest.raises(TaskAlreadyExistsError):
+        queue.enqueue_many(iter(tasks))
+    assert queue.stats(now=0.0)[0].waiting == 1
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_was_never_answered_is_stored_also_if_some_of_it_has_ended_meanwhile(queue, dsn, ended):
+    tasks = [task_now() for _ in range(3)]
+    producers = queue._open().producers
+    store = producers._store
+
+    def unheard(connection, made):
+        producers._store = store
+        store(connection, made)
+        for lease in lease_now(queue)[:2]:
+            settlement = Settlement(verdict=Verdict.DONE if ended else Verdict.DEAD, charged=True)
+            queue.settle(lease, settlement, now=time.time())
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    producers._store = unheard
+    queue.enqueue_many(iter(tasks))
+    assert [queue.find(task.id).state for task in tasks].count("running") == 1
+
+
+def test_a_database_that_goes_while_it_is_asked_what_is_stored_leaves_it_in_doubt(queue, dsn, monkeypatch):
+    producers, task = queue._open().producers, task_now()
+    store = producers._store
+
+    def unheard(connection, made):
+        producers._store = store
+        store(connection, made)
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    producers._store, producers._stored = unheard, b"SELECT 1 / 0"
+    with pytest.raises(QueueUnavailable, match="whether the tasks were stored is not known"):
+        queue.enqueue(task)
 
 
 def test_a_run_whose_admission_was_never_answered_is_admitted_at_once(queue, dsn):

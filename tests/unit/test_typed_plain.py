@@ -201,6 +201,33 @@ def test_what_is_canonical_is_judged_as_by_the_walk(make, beside, filler, nested
         assert codec.decode(call, POLICY, text, canonical)[1:] == codec.decode(call, POLICY, text + b'"$', False)[1:]
 
 
+@pytest.mark.parametrize("first", [[], [{}], [{}, {}], [{"a": 1}], [{"a": 1}, {}]])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"$bytes": "aGk="},
+        {"$object": {"class": "m:C"}},
+        {"$": 1},
+        {1: 2},
+        {zoo.MyStr("a"): 1},
+        {"\ud800": 1},
+        {"$a": 1, "b": 2},
+    ],
+)
+@pytest.mark.parametrize("count", [0, 1, 13, 14, 15, 16, 17, 40])
+def test_no_row_is_taken_for_plain_because_another_is_empty(first, odd, count):
+    rows = [*first, odd, *({"a": number} for number in range(count))]
+    assert not is_plain([rows], LIMITS)
+    assert not is_plain(rows, LIMITS)
+    for bound, args, kwargs in ((UNBOUND, [rows], {}), (UNBOUND, rows, {}), (UNBOUND, [], {"a": rows}), (rows, [], {})):
+        if not any(type(name) is zoo.MyStr for name in odd):
+            tree = CODEC.encode(CallData(bound, args, kwargs), POLICY)
+            text = write_json(
+                {"bound": tree.bound if bound is not UNBOUND else None, "args": tree.args, "kwargs": tree.kwargs}
+            )
+            assert_exact([bound, args, kwargs], list(CODEC.decode(tree, POLICY, text=text)))
+
+
 @pytest.mark.parametrize("kwargs", [{"a": "$"}, {"a": {"$set": [1]}}, {"$a": 1}, {"a": [{"$": 1}]}])
 def test_what_may_be_a_tag_is_not_taken_as_it_is_because_it_is_canonical(kwargs):
     text = write_json({"args": [], "kwargs": kwargs})
