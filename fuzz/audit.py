@@ -50,7 +50,7 @@ with suppress(ModuleNotFoundError):
 
 # Where a zone is not found, it imports what reads the resources of packages.
 with suppress(ZoneInfoNotFoundError):
-    ZoneInfo("No/Where")
+    ZoneInfo("Europe/Nowhere")
 
 sys.addaudithook(_hook)
 
