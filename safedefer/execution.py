@@ -111,6 +111,10 @@ class Prepared(NamedTuple):
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        """Show how many arguments there are: logs identify, they do not quote."""
+        return f"<Prepared with {len(self.args)} and {len(self.kwargs)} named arguments>"
+
     def __call__(self) -> object:
         """Call it."""
         return self.target(*self.args, **self.kwargs)

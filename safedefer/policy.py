@@ -254,7 +254,8 @@ class Policy:
         moved = self._follow(ref)
         if moved is not ref:
             self._check_names(moved)
-        elif not self._deferrable and len(self._admitted) < _CACHE_SIZE and reference(*ref.parts) is ref:
+        elif not self._deferrable and reference(*ref.parts) is ref:
+            _make_room(self._admitted)
             self._admitted[id(ref)] = ref
         return moved
 
@@ -476,9 +477,16 @@ class Policy:
         now = self.check(ref)
         found = now.resolve(bound, metaclasses=self._metaclasses)
         self._check_object(now)
-        if type(found) is FunctionType and len(self._found) < _CACHE_SIZE and reference(*ref.parts) is ref:
+        if type(found) is FunctionType and reference(*ref.parts) is ref:
+            _make_room(self._found)
             self._found[id(ref)] = ref, Found.of(now, found)
         return found
+
+
+def _make_room(known: dict[int, Any]) -> None:
+    """Forget what is known when it is too much: names that a key holder made up must not keep others out for ever."""
+    if len(known) >= _CACHE_SIZE:
+        known.clear()
 
 
 @final

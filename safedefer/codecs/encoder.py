@@ -80,7 +80,7 @@ class Encoder:
         if (
             value is None
             or kind is bool
-            or (kind is str and value.isascii())
+            or (kind is str and is_text(value))
             or (kind is int and -SAFE_INT <= value <= SAFE_INT)
             or (kind is float and value - value == 0.0)  # neither NaN nor infinite
         ):

@@ -124,7 +124,7 @@ def enqueue(tasks: Sequence[QueuedTask], *, blob_limit: int) -> tuple[object, ..
         [task.id for task in tasks],
         [write_hints(task) for task in tasks],
         [task.name for task in tasks] if named else None,
-        [task.created for task in tasks] if named else None,
+        [float(task.created) for task in tasks] if named else None,  # drivers take no array of two types
         [task.unique_key for task in tasks] if unique else None,
         [None if task.blob is None else task.blob.id for task in tasks] if oversize else None,
         [None if task.blob is None else task.blob.data for task in tasks] if oversize else None,

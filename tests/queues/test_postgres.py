@@ -660,3 +660,9 @@ def test_a_success_that_is_told_twice_is_remembered_once_and_another_ones_as_wel
     failed = record_of(task, outcome="failed")
     assert queue.ledger.finish_many([(again, EndState.FAILED, failed)]) == [False]
     assert queue.ledger.begin(other, now=0.0, lease=60.0) is Admission.DUPLICATE
+
+
+def test_named_tasks_of_clocks_of_two_types_are_stored_together(queue):
+    now = time.time()
+    queue.enqueue_many([task_now(name="a", created=now), task_now(name="b", created=int(now))])
+    assert queue.stats(now=0.0)[0].waiting == 2

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from safedefer import Policy, current_task, execution
-from safedefer.execution import Interrupted, Result, TaskContext, call_in_thread, execute, is_async
+from safedefer.execution import Interrupted, Prepared, Result, TaskContext, call_in_thread, execute, is_async
 from safedefer.task import VerifiedTask
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
@@ -234,3 +234,8 @@ async def test_a_policy_that_changed_since_rejects(app):
 
     token = sender.serialize(operator.sub, 2, 1)
     assert (await app.handle({"Content-Type": "application/jose"}, token)).status == 500
+
+
+def test_what_is_prepared_shows_none_of_its_arguments():
+    shown = repr(Prepared(len, ["4111-card"], {"password": "secret"}))
+    assert shown == "<Prepared with 1 and 1 named arguments>"

@@ -649,13 +649,14 @@ def test_the_memory_of_a_policy_is_bounded(monkeypatch):
     for number in range(10):
         policy.check(reference("function", ZOO, f"f{number}", None))
         policy.check(ref(f"{ZOO}:g{number}"))  # no shared object: not kept
-    assert len(policy._admitted) == 3
+    assert len(policy._admitted) == 1, "room was made three times: what somebody made up keeps nothing out"
     assert all(reference(*kept.parts) is kept for kept in policy._admitted.values())
     policy = Policy("tests.zoo.*")
     functions = [zoo.function, zoo.coroutine, zoo.decorated, zoo.Function, zoo.claimed]
     for function in functions * 2:
         assert policy.load_callable(policy.callable_ref(function)) is function
-    assert len(policy._named) == len(policy._found) == 3
+    assert len(policy._named) == 3
+    assert 1 <= len(policy._found) <= 3
 
 
 # --- Loading --------------------------------------------------------------------------------------

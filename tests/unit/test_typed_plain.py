@@ -228,6 +228,17 @@ def test_no_row_is_taken_for_plain_because_another_is_empty(first, odd, count):
             assert_exact([bound, args, kwargs], list(CODEC.decode(tree, POLICY, text=text)))
 
 
+@pytest.mark.parametrize("text", ["e", "\u00e9", "\U0001f600"])
+@pytest.mark.parametrize("beside", [(), ((1,),)])
+def test_a_text_is_no_level_of_its_own_whatever_its_letters(text, beside):
+    tree = text
+    for _ in range(64):
+        tree = [tree]
+    assert_exact([tree, *beside], carry(tree, *beside).args)
+    with pytest.raises(UnencodableArgument, match="deeper"):
+        carry([tree], *beside)
+
+
 @pytest.mark.parametrize("kwargs", [{"a": "$"}, {"a": {"$set": [1]}}, {"$a": 1}, {"a": [{"$": 1}]}])
 def test_what_may_be_a_tag_is_not_taken_as_it_is_because_it_is_canonical(kwargs):
     text = write_json({"args": [], "kwargs": kwargs})
