@@ -279,17 +279,18 @@ class Delivery:
             outcome = await execute(
                 task, self._codecs, run.context(task), in_thread=self._threads, validate=self._options.validate
             )
+            status, outcome_name = _STATUS[outcome.result]
+            if outcome.reason == SingularTaskFailure.slug:
+                status = 408
+            await self._finish(run, execution, outcome, status)
         except Interrupted:
             # The process ends, and the coroutine with it: the task may run again, and at once. A thread goes on
             # after a cancellation: then the ledger keeps the run until its lease is over.
             await self._finish(run, execution, Outcome(result=Result.RETRY, reason="cancelled"), None)
             raise
         finally:
+            # Not before its end is written down: while that is tried again, nobody else may run it.
             self._books.keeper.remove(execution)
-        status, outcome_name = _STATUS[outcome.result]
-        if outcome.reason == SingularTaskFailure.slug:
-            status = 408
-        await self._finish(run, execution, outcome, status)
         if outcome.reason in _UNAUTHENTIC_REASONS:
             return self._refuse(403, outcome.reason)
         return self._answer(run, status, outcome_name, outcome.reason)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.blobs import Blob
 from safedefer.connections import Opener, Source
-from safedefer.errors import DeferError, Error, QueueError, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.queues.base import QueuedTask
+from safedefer.errors import Error, QueueError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.base import BlobsFull, QueuedTask
 
 if TYPE_CHECKING:
     from safedefer.queues.base import Queue
@@ -72,8 +72,10 @@ async def relay(source: Source, queue: Queue) -> int:
         position: dict[str, object] = {"created": -1.0, "id": ""}
         while rows := await source.rows(_NEXT.format(table=table), {**position, "limit": _BATCH}):
             await _end_read(source)
-            arrived = _hand_over(queue, [(str(row[0]), str(row[2])) for row in rows])
+            arrived, failure = _hand_over(queue, [(str(row[0]), str(row[2])) for row in rows])
             moved += await _delete(source, _DELETE.format(table=table), arrived)
+            if failure is not None:
+                raise failure
             position = {"created": float(rows[-1][1]), "id": str(rows[-1][0])}
     await _end_read(source)
     return moved
@@ -96,19 +98,44 @@ async def _end_read(source: Source) -> None:
         await source.rollback()
 
 
-def _hand_over(queue: Queue, rows: list[tuple[str, str]]) -> list[str]:
-    """Enqueue tasks; return the ids of those that the queue has now."""
+def _hand_over(queue: Queue, rows: list[tuple[str, str]]) -> tuple[list[str], QueueUnavailable | None]:
+    """Enqueue tasks; return the ids of those that the queue has now, and why it takes no more, if it does not."""
     tasks = []
     for task_id, text in rows:
         try:
-            tasks.append(from_text(text))
-        except (ValueError, TypeError, KeyError) as error:
+            task = from_text(text)
+            if task.id != task_id:
+                raise ValueError("another task's id")  # noqa: TRY301  # it is as unreadable as the others
+        except Exception as error:  # noqa: BLE001  # whatever somebody has written there
             _log.error("the outbox has a row that is no task (%s): %a; look at it", slug(error), task_id)
+        else:
+            tasks.append(task)
     try:
         queue.enqueue_many(tasks)
-    except DeferError:  # one of them is there already: one by one
-        return [task.id for task in tasks if _enqueued(queue, task)]
-    return [task.id for task in tasks]
+    except QueueUnavailable as error:
+        if not isinstance(error, BlobsFull):
+            return [], error
+    except Exception as error:  # noqa: BLE001  # one of them is there already, or is of a kind that no queue takes
+        _log.debug("the outbox is emptied one by one (%s)", slug(error))
+    else:
+        return [task.id for task in tasks], None
+    return _one_by_one(queue, tasks)
+
+
+def _one_by_one(queue: Queue, tasks: list[QueuedTask]) -> tuple[list[str], QueueUnavailable | None]:
+    """Enqueue tasks of which one is refused: it stays where it is, and the others go on."""
+    arrived = []
+    for task in tasks:
+        try:
+            if _enqueued(queue, task):
+                arrived.append(task.id)
+        except BlobsFull as error:
+            _log.warning("task %s stays in the outbox: %s", task.id, error)
+        except QueueUnavailable as error:
+            return arrived, error
+        except Exception as error:  # noqa: BLE001  # see above
+            _log.error("the queue does not take task %a of the outbox (%s); look at it", task.id, slug(error))
+    return arrived, None
 
 
 def _enqueued(queue: Queue, task: QueuedTask) -> bool:
@@ -314,9 +341,26 @@ def to_text(task: QueuedTask) -> str:
     return json.dumps(document)
 
 
+_TEXT: Final = (str,)
+_TEXT_OR_NONE: Final = (str, type(None))
+_NUMBER: Final = (int, float)
+#: What the members of a row are: a queue would say of anything else that it is not there.
+_KINDS: Final = {
+    **dict.fromkeys(("id", "queue", "token", "audience", "url", "target", "digest", "callable_name"), _TEXT),
+    **dict.fromkeys(("name", "blob_id", "unique_key"), _TEXT_OR_NONE),
+    **dict.fromkeys(("headers", "retry_options"), (dict,)),
+    "eta": _NUMBER,
+    "created": _NUMBER,
+    "expires": (int,),
+}
+
+
 def from_text(text: str) -> QueuedTask:
-    """Return the task that ``to_text`` wrote. Raises ``ValueError``, ``TypeError`` or ``KeyError``."""
+    """Return the task that ``to_text`` wrote. What it did not write raises, in whatever way."""
     document: Mapping[str, Any] = json.loads(text)
+    for name, kinds in _KINDS.items():
+        if type(document[name]) not in kinds:
+            raise ValueError(name)
     blob = document["blob"]
     return QueuedTask(
         **{

@@ -15,7 +15,7 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, Protocol, TypeGuard
 
-from safedefer.errors import TaskAlreadyExistsError
+from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError
 
 if TYPE_CHECKING:
     from safedefer.blobs import Blob, BlobStore
@@ -99,6 +99,19 @@ class QueuedTask:
 def task_digest(task: QueuedTask) -> bytes:
     """Return the ledger's digest of a task, computed where the task does not say it."""
     return task.digest or sha256(task.blob.data if task.blob else task.token).digest()
+
+
+class BlobsFull(QueueUnavailable):
+    """There is no room for the stored token of an oversize task; others are taken."""
+
+    # To callers it is what it is to them: a queue that does not take the task now.
+    slug = QueueUnavailable.slug
+
+    def __init__(self, limit: object) -> None:
+        super().__init__(
+            f"the stored tokens of oversize tasks would take more than {limit} bytes; "
+            "let some of these tasks end, or raise blob_limit"
+        )
 
 
 class AlreadyWaiting(TaskAlreadyExistsError):

@@ -16,6 +16,7 @@ from safedefer.ledger import AttemptRecord, EndState
 from safedefer.queues.base import (
     FULL,
     AlreadyWaiting,
+    BlobsFull,
     Capabilities,
     DeadFilter,
     Lease,
@@ -171,10 +172,7 @@ class MemoryQueue:
                 )
             room -= len(task.blob.data) if task.blob else 0
             if task.blob and room < 0:
-                raise QueueUnavailable(
-                    f"the stored tokens of oversize tasks would take more than {self._blob_limit} bytes; "
-                    "let some of these tasks end, or raise blob_limit"
-                )
+                raise BlobsFull(self._blob_limit)
             ids.add(task.id)
             names.add((task.queue, task.name))
             blobs.update({task.blob.id} if task.blob else ())

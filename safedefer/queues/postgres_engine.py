@@ -29,7 +29,7 @@ from safedefer.queues.postgres_operations import SQL, ago
 from safedefer.queues.postgres_producers import Producers
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
     from uuid import UUID
 
     from safedefer.queues.postgres_operations import Connection
@@ -82,6 +82,8 @@ _NAMES: Final = DBSettings(
     durability=Durability.durable,
     widen_id=True,
 )
+#: It tempts the planner: see the statement that drops it.
+_UNWANTED_INDEX: Final = f"{_NAMES.queue_table}_priority_id_id1_idx"
 _SLOT_INDEX: Final = f"{_NAMES.queue_table}_picked_slot_idx"
 
 #: What these statements raise when the connection, or the server behind it, is not there.
@@ -378,7 +380,7 @@ async def _check_schema(connection: Any) -> tuple[str, float]:
         )
     if settings["pgqueuer"] != pgqueuer_version:
         plan = await _queries(connection).plan_upgrade()
-        if plan.statements:
+        if _wanted(plan.statements):
             raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']}; {REMEDY_MIGRATE}")
     return settings["marker"], settings["lease_seconds"]
 
@@ -392,6 +394,11 @@ def _queries(connection: Any) -> Queries:
     )
 
 
+def _wanted(statements: Iterable[str]) -> list[str]:
+    """Return which statements of an upgrade of pgqueuer's tables are wanted: not the index that ``migrate`` drops."""
+    return [statement for statement in statements if _UNWANTED_INDEX not in statement]
+
+
 async def _migrate(dsn: str) -> list[str]:
     connection = await asyncpg.connect(dsn, timeout=_CONNECT_SECONDS, server_settings={"application_name": "safedefer"})
     done = []
@@ -401,12 +408,14 @@ async def _migrate(dsn: str) -> list[str]:
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
         queries = _queries(connection)
         if await queries.schema_is_installed():
-            plan = await queries.apply_upgrade()
-            done += [f"pgqueuer: {statement}" for statement in plan.statements]
+            if wanted := _wanted((await queries.plan_upgrade()).statements):
+                await queries.apply_upgrade()
+            done += [f"pgqueuer: {statement}" for statement in wanted]
         else:
             await queries.install(create_schema=False)
             await queries.optimize_autovacuum()
             done.append(f"pgqueuer: installed {pgqueuer_version}")
+        await connection.execute(SQL["drop_tempting_index"])
         settings = None
         if (await connection.fetchrow(SQL["has_settings"]))["found"]:
             settings = await connection.fetchrow(SQL["settings"])

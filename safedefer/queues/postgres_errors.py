@@ -6,7 +6,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.queues.base import AlreadyWaiting
+from safedefer.queues.base import AlreadyWaiting, BlobsFull
 
 REMEDY_MIGRATE: Final = "run `safedefer migrate`"
 
@@ -70,10 +70,7 @@ def refusal(error: BaseException) -> Exception | None:
         case "SD006":
             return TaskAlreadyExistsError(f"the blob {detail} belongs to another task; give every blob its own id")
         case "SD007":
-            return QueueUnavailable(
-                f"the stored tokens of oversize tasks would take more than {detail} bytes; "
-                "let some of these tasks end, or raise blob_limit"
-            )
+            return BlobsFull(detail)
         case "23505":
             return TaskAlreadyExistsError("a task of this id is in this queue already; enqueue it once")
         case "3F000" | "42P01" | "42883":

@@ -8,9 +8,9 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Final
 
-from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState
-from safedefer.queues.base import AlreadyWaiting, Lease, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict
 from safedefer.queues.sqlite_connection import SQL
 from safedefer.queues.sqlite_controls import due_under_control, in_force
 from safedefer.queues.sqlite_rows import (
@@ -69,10 +69,7 @@ def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -
         if connection.execute(SQL["blob_taken"], values).get is not None:
             raise TaskAlreadyExistsError(f"the blob {task.blob.id} belongs to another task; give every blob its own id")
         if connection.execute(SQL["blob_bytes"]).get + len(task.blob.data) > blob_limit:
-            raise QueueUnavailable(
-                f"the stored tokens of oversize tasks would take more than {blob_limit} bytes; "
-                "let some of these tasks end, or raise blob_limit"
-            )
+            raise BlobsFull(blob_limit)
         connection.execute(SQL["blob_insert"], (task.blob.id, seq, task.blob.data))
 
 
