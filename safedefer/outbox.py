@@ -159,13 +159,18 @@ class Block(ABC, Generic[_T]):
                 await self._undo()
             else:
                 # The transaction is the caller's, and may be committed yet.
-                with contextlib.suppress(Exception):
+                try:
                     await self._write_rest()
+                except Exception as failure:  # noqa: BLE001  # what went wrong before is what should be seen
+                    error.add_note(
+                        f"tasks that were deferred in this block were not written ({failure}); roll its transaction back"
+                    )
+                    _log.error("tasks of a block that ended with %s were not written", type(error).__name__)
         finally:
             source, self._entered = self.source, None
             self._end()
-        if error is None or not self._began:
-            self._after(source)
+            if error is None or not self._began:
+                self._after(source)  # a commit that failed, too: it may have been done, and its answer lost
 
     async def _finish(self) -> None:
         try:

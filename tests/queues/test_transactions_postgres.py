@@ -746,6 +746,40 @@ def test_a_lost_connection_is_not_said_to_be_committed(database, outbox):
         connection.close()
 
 
+def test_a_commit_that_was_done_and_never_answered_is_looked_for(database, outbox, queue, monkeypatch):
+    with psycopg.connect(database.dsn) as connection:
+        kind = type(source_of(connection))
+        commit = kind.commit
+
+        async def unheard(source):
+            monkeypatch.setattr(kind, "commit", commit)
+            await commit(source)
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+        monkeypatch.setattr(kind, "commit", unheard)
+        task = make_task()
+        with pytest.raises(psycopg.OperationalError), outbox.transaction(connection):
+            outbox.put(task)
+        until(lambda: waiting(queue) == {task.id})
+
+
+async def test_a_block_that_cannot_write_its_tasks_says_so_with_the_error_that_ended_it(app, database, caplog):
+    connection = await asyncpg.connect(database.dsn)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("INSERT INTO orders VALUES (1)")
+    with pytest.raises(LookupError) as ended:
+        async with app.transaction(connection):
+            app.options(transactional=True).defer(tasks.add, 1)
+            with contextlib.suppress(asyncpg.PostgresError):
+                await connection.execute("SELECT 1 / 0")  # and the transaction takes nothing more
+            raise LookupError("the user's own")
+    assert "not written" in ended.value.__notes__[0]
+    assert "tasks of a block that ended with LookupError were not written" in caplog.text
+    await transaction.rollback()
+    await connection.close()
+
+
 def test_a_block_is_entered_once_at_a_time(database, outbox):
     with psycopg.connect(database.dsn) as connection:
         block = outbox.transaction(connection)

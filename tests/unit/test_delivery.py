@@ -62,6 +62,25 @@ def test_a_run_whose_end_cannot_be_written_down_is_tried_again_while_nobody_else
     app.close()
 
 
+def test_a_run_is_kept_alive_until_its_end_is_written_down(monkeypatch):
+    app = make_app(lease_seconds=0.3)
+    finish, extended = app.queue.ledger.finish_many, []
+    failures = iter([QueueUnavailable("the disk is full")] * 3)
+
+    def fail(ends):
+        for error in failures:
+            raise error
+        return finish(ends)
+
+    monkeypatch.setattr("safedefer.books._STORE_AGAIN", 0.09)
+    monkeypatch.setattr(app.queue.ledger, "finish_many", fail)
+    monkeypatch.setattr(app.queue.ledger, "extend", lambda execution, **more: extended.append(execution.task_id))
+    token = app.serialize(tasks.add, 1)
+    assert outcome(asyncio.run(app.handle({"Content-Type": "application/jose"}, token))) == (200, "succeeded")
+    assert extended, "its end was written after 0.27 s, and a beat is a sixth of the lease"
+    app.close()
+
+
 def test_headers_are_found_in_any_case_and_repeated_ones_agree_with_nothing(app):
     task = app.options(queue="mail").defer(tasks.add, 1)
     for headers in (
