@@ -156,6 +156,17 @@ def test_migrating_again_does_nothing_and_at_once_does_it_once(dsn):
     assert migrate(dsn) == []
 
 
+def test_an_index_that_ignores_the_queue_does_not_tempt_the_planner(dsn):
+    migrate(dsn)
+    indexes = [name for (name,) in ask(dsn, "SELECT indexname FROM pg_indexes WHERE tablename = 'pgqueuer'")]
+    assert "pgqueuer_ep_prio_id_idx" in indexes
+    assert "pgqueuer_priority_id_id1_idx" not in indexes
+    ask(dsn, "UPDATE safedefer.settings SET pgqueuer = '1.6.0-before'")  # another release with the same tables
+    with contextlib.closing(PostgresQueue(dsn)) as queue:
+        queue.enqueue(task_now())
+    assert migrate(dsn) == []
+
+
 def test_a_newer_schema_is_refused(real_dsn):
     ask(real_dsn, "UPDATE safedefer.settings SET version = 99")
     queue = PostgresQueue(real_dsn)
