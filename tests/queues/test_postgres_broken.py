@@ -37,7 +37,7 @@ def server():
 def dsn(server):
     ask(
         server.dsn(),
-        "TRUNCATE safedefer.pgqueuer, safedefer.names, safedefer.ended, safedefer.ledger, safedefer.controls",
+        "TRUNCATE safedefer.pgqueuer, safedefer.names, safedefer.ended, safedefer.dead, safedefer.ledger, safedefer.controls",
     )
     return server.dsn()
 
