@@ -78,7 +78,7 @@ class Signer:
             )
         try:
             payload = write_json(claims)
-        except RecursionError:  # the codec's limits are below this, unless they were raised
+        except TypeError:  # deeper than the writer goes: the codec's limits are below this, unless they were raised
             raise TaskTooLargeError("the arguments nest too deeply; pass an id instead of the data") from None
         token = self._keyring.sign(payload)
         if len(token) > self._max_bytes:

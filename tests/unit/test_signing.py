@@ -249,6 +249,14 @@ def test_the_size_limit_is_exact_on_both_ends():
     refused(MalformedToken, data, verifier(limits=short))
 
 
+def test_what_nests_deeper_than_the_writer_goes_is_too_large():
+    tree = 1
+    for _ in range(300):
+        tree = [tree]
+    with pytest.raises(TaskTooLargeError, match="nest too deeply; pass an id"):
+        signer().sign(make(args=[tree]))
+
+
 def test_the_signer_keeps_within_its_key():
     with pytest.raises(UnknownQueueError):
         signer(queues=["mail"]).sign(make())
