@@ -169,7 +169,7 @@ def read_claims(payload: bytes) -> tuple[Claims, bool]:
     return claims, False
 
 
-#: Up to this many bytes pydantic's own parser is the faster one, and brackets cannot nest too deeply.
+#: Up to this many bytes pydantic's own parser is the faster one. What nests in so few, it reads; the codec judges how deep.
 SHORT: Final = 512
 #: How deep brackets nest in a longer text that is known as canonical: what 64 plain values and the claims take.
 CANONICAL_BRACKETS: Final = 66
