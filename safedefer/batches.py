@@ -1,13 +1,10 @@
-"""Batches: calls to storage that come while one is under way are made together, in one transaction."""
+"""Batches: calls to storage that come together are made together, in one transaction."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
-
-from safedefer.threads import InThread
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -20,19 +17,16 @@ class Batches(Generic[_T, _R]):
     """Gathers items of one event loop, and hands them to one call at a time.
 
     Args:
-        in_thread: Where the call runs.
         call: Takes a list of items and returns a result for each, or raises for all.
         orphaned: Told of each item for which the call raised, and whose caller was cancelled meanwhile.
     """
 
     def __init__(
         self,
-        in_thread: InThread,
-        call: Callable[[list[_T]], Sequence[_R]],
+        call: Callable[[list[_T]], Awaitable[Sequence[_R]]],
         *,
         orphaned: Callable[[_T, BaseException], None] | None = None,
     ) -> None:
-        self._in_thread = in_thread
         self._call = call
         self._orphaned = orphaned
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -61,14 +55,7 @@ class Batches(Generic[_T, _R]):
         if not batch:
             self._under_way = False
             return
-        try:
-            running = self._in_thread(partial(self._call, [item for item, _ in batch]))
-        except RuntimeError as error:  # the threads were let go of
-            self._under_way = False
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(error)
-            return
+        running = asyncio.ensure_future(self._call([item for item, _ in batch]), loop=loop)
         running.add_done_callback(lambda done: self._end(loop, batch, done))
 
     def _end(

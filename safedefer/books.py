@@ -11,19 +11,17 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final
 
 from safedefer.batches import Batches
 from safedefer.errors import QueueUnavailable
 from safedefer.keeper import Keeper
-from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, Ledger
+from safedefer.ledger import Admission, AttemptRecord, Execution, Ledger, RunEnd
+from safedefer.queues.calls import ledger_here
 from safedefer.threads import InThread
 
 #: Seconds between two tries to write down how a run ended.
 _STORE_AGAIN: Final = 0.25
-
-#: What ``Ledger.finish`` takes.
-End: TypeAlias = tuple[Execution, EndState, AttemptRecord]
 
 
 class Books:
@@ -46,9 +44,9 @@ class Books:
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._late: set[asyncio.Task[None]] = set()
-        self.begin: Batches[Execution, Admission] = Batches(in_thread, self._begin_many)
+        self.begin: Batches[Execution, Admission] = Batches(self._begin_many)
         """Ask to run."""
-        self.end: Batches[End, bool] = Batches(in_thread, self._end_many, orphaned=self._orphaned)
+        self.end: Batches[RunEnd, bool] = Batches(self._end_many, orphaned=self._orphaned)
         """Write down how a run ended; as ``finish``, but tried once."""
         self.keeper = Keeper(ledger, in_thread, clock=clock, seconds=seconds)
 
@@ -57,17 +55,25 @@ class Books:
         # With the process: a forked one has the same name and numbers.
         return f"{self._name}-{os.getpid()}-{next(self._numbers)}"
 
-    def _begin_many(self, executions: list[Execution]) -> Sequence[Admission]:
-        return self._ledger().begin_many(executions, now=self._clock(), lease=self._seconds)
+    async def _begin_many(self, executions: list[Execution]) -> Sequence[Admission]:
+        ledger = self._ledger()
+        here, now = ledger_here(ledger), self._clock()
+        if here is not None:
+            return await here.begin_many(executions, now=now, lease=self._seconds)
+        return await self._in_thread(partial(ledger.begin_many, executions, now=now, lease=self._seconds))
 
-    def _end_many(self, ends: list[End]) -> Sequence[bool]:
-        return self._ledger().finish_many(ends)
+    async def _end_many(self, ends: list[RunEnd]) -> Sequence[bool]:
+        ledger = self._ledger()
+        here = ledger_here(ledger)
+        if here is not None:
+            return await here.finish_many(ends)
+        return await self._in_thread(partial(ledger.finish_many, ends))
 
     async def record(self, record: AttemptRecord) -> None:
         """Write down an attempt that never came to run."""
         await self._in_thread(partial(self._ledger().record, record))
 
-    async def finish(self, end: End) -> None:
+    async def finish(self, end: RunEnd) -> None:
         """Write down how a run ended: also if the caller is cancelled meanwhile, and again if the storage fails.
 
         Raises:
@@ -78,7 +84,7 @@ class Books:
         except QueueUnavailable as error:
             await asyncio.shield(self._finish_late(end, error))
 
-    async def _finish_late(self, end: End, error: BaseException) -> None:
+    async def _finish_late(self, end: RunEnd, error: BaseException) -> None:
         """Try again: the disk is full, say. Late is better than run again, as long as nobody else may run it."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._seconds
@@ -92,7 +98,7 @@ class Books:
                 return
         raise error
 
-    def _orphaned(self, end: End, error: BaseException) -> None:
+    def _orphaned(self, end: RunEnd, error: BaseException) -> None:
         """Go on where the caller has hung up, and the end of its run was not written down."""
         late = asyncio.get_running_loop().create_task(self._finish_late(end, error))
         self._late.add(late)

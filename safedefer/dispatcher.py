@@ -28,7 +28,8 @@ from safedefer.courier import Courier
 from safedefer.deliveries import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
 from safedefer.errors import InvalidTaskRetryOptionsError, QueueError
 from safedefer.leases import Leases, name_of
-from safedefer.queues.base import Lease, PullQueue
+from safedefer.queues.base import Lease, PullQueue, Settlement
+from safedefer.queues.calls import QueueCalls, ThreadedQueue, queue_calls
 from safedefer.queues.rates import QueueLimits
 from safedefer.threads import Threads
 from safedefer.verdicts import (
@@ -155,11 +156,13 @@ class Dispatcher:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._threads: Threads | None = None
+        self._calls: QueueCalls = ThreadedQueue(queue, self._in_thread)
 
     def _begin(self) -> _State:
         options = self._options
         leases = Leases(
             self._queue,
+            self._settle_many,
             self._in_thread,
             clock=self._clock,
             seconds=options.lease_seconds,
@@ -178,6 +181,10 @@ class Dispatcher:
     async def run(self) -> None:
         """Work until ``stop``. Storage that fails is tried again; nothing else ends it."""
         self._threads = Threads(_THREADS, "safedefer-dispatcher")
+        async with queue_calls(self._queue, self._in_thread) as self._calls:
+            await self._work()
+
+    async def _work(self) -> None:
         leases = self._state.leases
         helpers = [asyncio.create_task(leases.keep_settling()), asyncio.create_task(leases.keep_extending())]
         try:
@@ -233,15 +240,13 @@ class Dispatcher:
         state.leasing = True
         try:
             began = time.monotonic()
-            lease = partial(
-                self._queue.lease,
+            leases = await self._calls.lease(
                 owner=self._owner,
                 limit=wanted,
                 seconds=self._options.lease_seconds,
                 now=self._clock(),
                 queues=self._options.queues,
             )
-            leases = await self._in_thread(lease)
             state.lease_took = (state.lease_took + time.monotonic() - began) / 2
             state.dry = len(leases) < wanted
             if self._options.retry_options:
@@ -363,6 +368,9 @@ class Dispatcher:
             self._threads.close(wait=False)
         self._state = self._begin()
         self._stopping.clear()
+
+    async def _settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
+        return await self._calls.settle_many(settlements, now=now)
 
     def _in_thread(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
         assert self._threads is not None  # run() makes them

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from safedefer.errors import Error, LeaseLost
 from safedefer.queues.base import Lease, PullQueue, Settlement, Verdict
@@ -25,12 +25,21 @@ _EXTEND_AGAIN: Final = 1.0
 _Settled: TypeAlias = tuple[Lease, Settlement]
 
 
+class SettleMany(Protocol):
+    """``PullQueue.settle_many``, awaited."""
+
+    async def __call__(self, settlements: Sequence[_Settled], /, *, now: float) -> Sequence[bool]:
+        """Settle tasks."""
+        ...
+
+
 class Leases:
     """What was leased and is not settled yet.
 
     Args:
         queue: The queue.
-        in_thread: How it is called.
+        settle_many: How tasks are settled in it.
+        in_thread: How it is called otherwise.
         clock: Seconds since the epoch.
         seconds: How long a lease lasts that is not prolonged.
         patience: How long a cancelled settling is waited for, in seconds.
@@ -40,6 +49,7 @@ class Leases:
     def __init__(
         self,
         queue: PullQueue,
+        settle_many: SettleMany,
         in_thread: InThread,
         *,
         clock: Callable[[], float],
@@ -48,6 +58,7 @@ class Leases:
         makes_room: bool,
     ) -> None:
         self._queue = queue
+        self._settle_many = settle_many
         self._in_thread = in_thread
         self._clock = clock
         self._seconds = seconds
@@ -94,12 +105,11 @@ class Leases:
                 self._settling = False
 
     async def _settle_batch(self, batch: list[_Settled]) -> None:
-        settle = partial(self._queue.settle_many, batch, now=self._clock())
-        settling = self._in_thread(settle)
+        settling = asyncio.ensure_future(self._settle_many(batch, now=self._clock()))
         try:
             kept: Sequence[bool] = await asyncio.shield(settling)
         except asyncio.CancelledError:
-            # Its thread goes on. Settled a second time, which changes nothing, the tasks would look lost.
+            # The call goes on. Settled a second time, which changes nothing, the tasks would look lost.
             await asyncio.wait({settling}, timeout=self._patience)
             if settling.done() and not settling.cancelled() and settling.exception() is None:
                 self._note(batch, settling.result())

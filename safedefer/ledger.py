@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 
 class Admission(StrEnum):
@@ -72,6 +72,10 @@ class AttemptRecord:
     """Redacted: frames and the exception's type and text, never local values."""
 
 
+RunEnd: TypeAlias = tuple[Execution, EndState, AttemptRecord]
+"""How a run ended: what ``Ledger.finish`` takes."""
+
+
 class Ledger(Protocol):
     """Where runs are admitted and their ends are remembered. Every method is thread-safe."""
 
@@ -94,7 +98,7 @@ class Ledger(Protocol):
         """
         ...
 
-    def finish_many(self, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> Sequence[bool]:
+    def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Do what ``finish`` does for each, in one transaction."""
         ...
 

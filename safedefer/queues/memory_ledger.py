@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
 from safedefer.queues.base import task_digest
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class MemoryLedger:
                 entry.state, entry.owner, entry.until = str(state), None, 0.0
             return entry is not None
 
-    def finish_many(self, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> Sequence[bool]:
+    def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Do what ``finish`` does for each."""
         return [self.finish(*end) for end in ends]
 

@@ -7,13 +7,14 @@ ledger, blobs and dead letters. All of it is in the schema ``safedefer``, made b
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import os
 import threading
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -31,14 +32,15 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
 )
-from safedefer.queues.postgres_engine import STATEMENTS, Connections, Purpose, Watch, migrate
+from safedefer.queues.postgres_calls import PostgresCalls
+from safedefer.queues.postgres_engine import STATEMENTS, Connections, Pools, Purpose, Watch, migrate
 from safedefer.queues.postgres_errors import closed, place, refusal
 from safedefer.queues.postgres_ledger import LEEWAY, PostgresBlobs, PostgresLedger, recorded_success
 from safedefer.queues.postgres_operations import SQL, ago
-from safedefer.queues.postgres_rows import Hold, attempt_record, ended_view, job_view, read_task
+from safedefer.queues.postgres_rows import Hold, attempt_record, dead_view, ended_view, job_view, read_task
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
     from safedefer.ledger import AttemptRecord
     from safedefer.queues.postgres_operations import Connection
@@ -55,6 +57,15 @@ _AT_ONCE: Final = 500
 _STORED_AT_ONCE: Final = 100
 _FOREVER: Final = 1e18
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
+
+
+@dataclass(slots=True)
+class _Here:
+    """What there is of an event loop that is not the engine's own."""
+
+    calls: PostgresCalls
+    pools: Pools
+    users: int = 0
 
 
 class PostgresQueue:
@@ -87,13 +98,13 @@ class PostgresQueue:
         workers: int = 4,
     ) -> None:
         self._dsn = dsn
-        self._tombstone_seconds = tombstone_seconds
+        self.tombstone_seconds = tombstone_seconds
         self._history_seconds = history_seconds
         self._blob_limit = blob_limit
         self._dead_seconds = dead_seconds
         self._dead_limit = dead_limit
         self._sizes = (producers, workers)
-        self._lease_seconds: float | None = None
+        self.lease_seconds: float | None = None
         self._next_prune = float("-inf")
         self._closed = False
         self._after_fork()
@@ -104,9 +115,10 @@ class PostgresQueue:
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self._connections: Connections | None = None
+        self._loops: dict[asyncio.AbstractEventLoop, _Here] = {}
         self._failed: tuple[float, QueueUnavailable | None] = (0.0, None)
         """When it was last tried in vain to connect, and why."""
-        self._manager = uuid4()
+        self.manager = uuid4()
         self.watch = Watch()
 
     def before_fork_in_child(self) -> None:
@@ -137,7 +149,7 @@ class PostgresQueue:
     @property
     def marker(self) -> str:
         """A text that names the database."""
-        return self._open().marker
+        return self.open().marker
 
     def close(self) -> None:
         """Finish what was accepted and disconnect. Later calls raise ``QueueUnavailable``."""
@@ -150,7 +162,13 @@ class PostgresQueue:
 
     # --- Connections ------------------------------------------------------------------------------
 
-    def _open(self) -> Connections:
+    @property
+    def is_open(self) -> bool:
+        """Whether ``open`` would not block."""
+        return self._connections is not None
+
+    def open(self) -> Connections:
+        """Connect and check the tables, if that was not done."""
         asked = time.monotonic()
         with self._lock:
             if self._closed:
@@ -182,7 +200,39 @@ class PostgresQueue:
         is one of its own; with ``again`` it is done a second time where the connection breaks.
         """
         purpose: Purpose = "leases" if leases else "durable" if durable else "relaxed"
-        return self._open().run(action, purpose=purpose, transaction=transaction, again=again)
+        return self.open().run(action, purpose=purpose, transaction=transaction, again=again)
+
+    def wait_for(self, call: Callable[[PostgresCalls], Coroutine[Any, Any, _T]], /) -> _T:
+        """Make one of the calls that every task costs on the engine's own loop, and wait for it."""
+        connections = self.open()
+        return connections.wait_for(call(PostgresCalls(self, connections.pools)))
+
+    @contextlib.asynccontextmanager
+    async def on_loop(self) -> AsyncIterator[PostgresCalls]:
+        """Have connections of the running loop while the context lasts: the ledger's ``here`` has them then.
+
+        Up to ``workers`` for each of leasing, settling and keeping the ledger; made when they are needed.
+        """
+        loop = asyncio.get_running_loop()
+        here = self._loops.get(loop)
+        if here is None:
+            pools = Pools(self._dsn, self._sizes[1])
+            here = self._loops[loop] = _Here(PostgresCalls(self, pools), pools)
+        here.users += 1
+        try:
+            yield here.calls
+        finally:
+            here.users -= 1
+            if not here.users:
+                if self._loops.get(loop) is here:
+                    del self._loops[loop]
+                await here.pools.close()
+
+    @property
+    def here(self) -> PostgresCalls | None:
+        """The calls of the running loop, within ``on_loop``."""
+        here = self._loops.get(asyncio.get_running_loop())
+        return None if here is None else here.calls
 
     # --- Giving tasks -----------------------------------------------------------------------------
 
@@ -203,7 +253,7 @@ class PostgresQueue:
         values = (
             (operations.enqueue(batch, blob_limit=self._blob_limit), {task.id for task in batch}) for batch in batches
         )
-        if self._open().producers.store(values):
+        if self.open().producers.store(values):
             self.watch.changed()
 
     def enqueue_statements(self, tasks: Sequence[QueuedTask], /) -> list[tuple[str, tuple[object, ...]]]:
@@ -229,7 +279,7 @@ class PostgresQueue:
                 task_ids=task_ids,
                 now=now,
                 seconds=self._seconds(),
-                tombstone_seconds=self._tombstone_seconds,
+                tombstone_seconds=self.tombstone_seconds,
             ),
             transaction=True,
         )
@@ -299,38 +349,12 @@ class PostgresQueue:
         A lease ends ``seconds`` after the last sign of life, as whoever looks for lost ones counts them: all
         dispatchers of a database should be given the same.
         """
-        self.watch.seen()
-        self._open().listen()
-        if seconds != self._lease_seconds:
-            self._note_seconds(seconds)
-        leases = self.run(
-            partial(
-                operations.lease,
-                statements=STATEMENTS,
-                owner=owner,
-                manager=self._manager,
-                limit=limit,
-                seconds=seconds,
-                now=now,
-                queues=queues,
-            ),
-            leases=True,
+        return self.wait_for(
+            lambda calls: calls.lease(owner=owner, limit=limit, seconds=seconds, now=now, queues=queues)
         )
-        if now >= self._next_prune:
-            self._next_prune = now + _PRUNE_EVERY
-            with contextlib.suppress(QueueUnavailable):  # what was leased is leased
-                if self.prune(now=now) >= _AT_ONCE:
-                    self._next_prune = now + _PRUNE_AGAIN
-        return leases
-
-    def _note_seconds(self, seconds: float) -> None:
-        known = self._open().lease_seconds
-        if known != seconds:
-            self.run(lambda connection: connection.execute(SQL["settings_lease"], seconds))
-        self._lease_seconds = seconds
 
     def _seconds(self) -> float:
-        return self._open().lease_seconds if self._lease_seconds is None else self._lease_seconds
+        return self.open().lease_seconds if self.lease_seconds is None else self.lease_seconds
 
     def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
         """Prolong a lease. Raises ``LeaseLost``."""
@@ -350,20 +374,7 @@ class PostgresQueue:
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Settle several in one transaction; False stands for a lost lease."""
-        if not settlements:
-            return ()
-        return self.run(
-            partial(
-                operations.settle,
-                statements=STATEMENTS,
-                settlements=settlements,
-                now=now,
-                tombstone_seconds=self._tombstone_seconds,
-            ),
-            transaction=True,
-            # What a crash of the server undoes, the next delivery finds in the ledger, which is synced.
-            durable=False,
-        )
+        return self.wait_for(lambda calls: calls.settle_many(settlements, now=now))
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
         """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
@@ -371,7 +382,7 @@ class PostgresQueue:
 
     def wait(self, timeout: float) -> bool:
         """Block until a task may have been enqueued (by any process) or ``timeout`` seconds pass."""
-        self._open().listen()
+        self.open().listen()
         return self.watch.wait(timeout)
 
     def wake(self) -> None:
@@ -383,18 +394,30 @@ class PostgresQueue:
 
         Does a bounded amount in one call. ``lease`` has it done about once a minute, and sooner if much is old.
         """
-        return self.run(
-            partial(
-                operations.prune,
-                now=now,
-                history_seconds=self._history_seconds,
-                dead_seconds=self._dead_seconds,
-                dead_limit=self._dead_limit,
-                leeway=LEEWAY,
-                limit=_AT_ONCE,
-            ),
-            durable=False,
+        return self.run(self._pruning(now), durable=False)
+
+    def _pruning(self, now: float) -> Callable[[Connection], Awaitable[int]]:
+        return partial(
+            operations.prune,
+            now=now,
+            history_seconds=self._history_seconds,
+            dead_seconds=self._dead_seconds,
+            dead_limit=self._dead_limit,
+            leeway=LEEWAY,
+            limit=_AT_ONCE,
         )
+
+    def is_time_to_prune(self, now: float) -> bool:
+        """Whether it is about a minute since the last time; asked by ``lease``."""
+        return now >= self._next_prune
+
+    async def prune_here(self, pools: Pools, *, now: float) -> int:
+        """Do what ``prune`` does, on connections of the running loop, and say when it is time again."""
+        self._next_prune = now + _PRUNE_EVERY
+        pruned = await pools.run(self._pruning(now), purpose="relaxed")
+        if pruned >= _AT_ONCE:
+            self._next_prune = now + _PRUNE_AGAIN
+        return pruned
 
     # --- Looking ----------------------------------------------------------------------------------
 
@@ -443,7 +466,7 @@ class PostgresQueue:
         async def action(connection: Connection) -> list[TaskView]:
             rows = await connection.fetch(SQL["dead_letters"], *values)
             records = await _records(connection, [row["id"] for row in rows])
-            return [ended_view(row, records.get(row["id"], ())) for row in rows]
+            return [dead_view(row, records.get(row["id"], ())) for row in rows]
 
         return self.run(action)
 
@@ -456,10 +479,10 @@ class PostgresQueue:
             jobs = await connection.fetch(f"{SQL['view_jobs']} {condition}", task_id)
             if jobs:
                 return await _with_success(connection, (await _job_views(connection, jobs, records))[0])
-            for view in ("view_dead", "view_ended"):
+            for view, show in (("view_dead", dead_view), ("view_ended", ended_view)):
                 rows = await connection.fetch(f"{SQL[view]} WHERE id = $1", task_id)
                 if rows:
-                    return await _with_success(connection, ended_view(rows[0], records))
+                    return await _with_success(connection, show(rows[0], records))
             return None
 
         return self.run(action, again=True)
@@ -478,9 +501,9 @@ async def _list(connection: Connection, state: TaskState, queue: str | None, lim
     if state is TaskState.DEAD:
         statement = f"{SQL['view_dead']} WHERE archived IS NULL AND ($1::text IS NULL OR queue = $1)"
         rows = await connection.fetch(f"{statement} ORDER BY ended DESC LIMIT $2", queue, limit)
-    else:
-        statement = f"{SQL['view_ended']} WHERE state = $3 AND ($1::text IS NULL OR queue = $1)"
-        rows = await connection.fetch(f"{statement} ORDER BY id DESC LIMIT $2", queue, limit, str(state))
+        return [dead_view(row) for row in rows]
+    statement = f"{SQL['view_ended']} WHERE state = $3 AND ($1::text IS NULL OR queue = $1)"
+    rows = await connection.fetch(f"{statement} ORDER BY id DESC LIMIT $2", queue, limit, str(state))
     return [ended_view(row) for row in rows]
 
 

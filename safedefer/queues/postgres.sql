@@ -105,17 +105,11 @@ CREATE TABLE safedefer.dead (
 CREATE INDEX dead_ended ON safedefer.dead (ended, id COLLATE "C");
 CREATE INDEX dead_current ON safedefer.dead (ended, id COLLATE "C") WHERE archived IS NULL;
 
+-- What it was is in the headers that its job had, which are copied as they are.
 CREATE TABLE safedefer.ended (
     id text PRIMARY KEY,
     queue text NOT NULL,
-    name text,
-    callable_name text NOT NULL,
-    url text NOT NULL,
-    target text NOT NULL,
-    audience text NOT NULL,
-    eta double precision NOT NULL,
-    created double precision NOT NULL,
-    expires bigint NOT NULL,
+    headers jsonb NOT NULL,
     attempts bigint NOT NULL,
     state text NOT NULL,
     reason text,
@@ -407,14 +401,43 @@ WHERE job.dedupe_key = ANY ($1::text[])
 ORDER BY job.id FOR UPDATE OF job;
 
 -- name: ended_insert
-INSERT INTO safedefer.ended (
-    id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, reason, ended
-)
-SELECT * FROM json_to_recordset($1::json) AS given (
-    id text, queue text, name text, callable_name text, url text, target text, audience text, eta double precision,
-    created double precision, expires bigint, attempts bigint, state text, reason text, ended double precision
-)
+-- Before the jobs go.
+INSERT INTO safedefer.ended (id, queue, headers, attempts, state, reason, ended)
+SELECT given.id, split_part(job.entrypoint, '@', 1), coalesce(job.headers, '{}'), given.attempts, given.state, given.reason, $2
+FROM json_to_recordset($1::json) AS given (id text, job_id bigint, attempts bigint, state text, reason text)
+JOIN safedefer.pgqueuer AS job ON job.id = given.job_id
 ON CONFLICT (id) DO NOTHING;
+
+-- name: done
+-- What ends nearly all tasks, in one statement: if all these leases are still ours, and by the ledger all these runs have
+-- succeeded, the jobs go as pgqueuer's own statement has them go; if not, nothing happens. The tasks have no names, keys and
+-- blobs, and were delivered once.
+WITH given AS MATERIALIZED (
+    SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) AS lease (id, updated, audience, task_id)
+), leased AS MATERIALIZED (
+    SELECT job.id, job.entrypoint, job.headers, given.task_id, entry.uncharged
+    FROM given
+    CROSS JOIN LATERAL (
+        SELECT id, status, queue_manager_id, updated, entrypoint, headers FROM safedefer.pgqueuer
+        WHERE pgqueuer.id = given.id FOR UPDATE OFFSET 0
+    ) AS job
+    CROSS JOIN LATERAL (
+        SELECT state, uncharged FROM safedefer.ledger
+        WHERE ledger.audience = given.audience AND ledger.task_id = given.task_id OFFSET 0
+    ) AS entry
+    WHERE job.status = 'picked' AND job.queue_manager_id = $5::uuid AND entry.state = 'succeeded'
+        AND job.updated = timestamptz 'epoch' + given.updated * interval '1 microsecond'
+), ours AS MATERIALIZED (
+    SELECT * FROM leased WHERE (SELECT count(*) FROM leased) = (SELECT count(*) FROM given)
+), history AS (
+    INSERT INTO safedefer.ended (id, queue, headers, attempts, state, ended)
+    SELECT task_id, split_part(entrypoint, '@', 1), coalesce(headers, '{}'), uncharged::integer, 'succeeded', $6 FROM ours
+    ON CONFLICT (id) DO NOTHING
+), deleted AS (
+    DELETE FROM safedefer.pgqueuer WHERE id IN (SELECT id FROM ours) RETURNING id, entrypoint, priority
+)
+INSERT INTO safedefer.pgqueuer_log (job_id, status, entrypoint, priority)
+SELECT id, 'successful', entrypoint, priority FROM deleted;
 
 -- name: dead_insert
 INSERT INTO safedefer.dead (
@@ -480,21 +503,20 @@ FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
 UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
 
 -- name: ledger_begin
--- Runs that may begin come back; each pair of audience and task is in the arrays once.
+-- As many rows as there are runs that may begin; each pair of audience and task is in the arrays once.
 INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
-SELECT given.audience, given.task_id, decode(given.digest, 'hex'), 'running', given.owner, now() + $2::interval,
-    given.expires, true
-FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text, owner text, expires bigint)
+SELECT given.audience, given.task_id, given.digest, 'running', given.owner, now() + $6::interval, given.expires, true
+FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
+    AS given (audience, task_id, digest, owner, expires)
 ON CONFLICT (audience, task_id) DO UPDATE
 SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = true
 WHERE entry.digest = excluded.digest AND (
     entry.state = 'retry'
     OR (entry.state = 'running' AND (entry.until <= now() OR entry.owner = excluded.owner))
-)
-RETURNING entry.audience, entry.task_id;
+);
 
 -- name: ledger_find
-SELECT entry.audience, entry.task_id, entry.digest, entry.state, entry.uncharged, entry.until > now() AS alive
+SELECT entry.audience, entry.task_id, entry.digest, entry.state, entry.owner, entry.uncharged, entry.until > now() AS alive
 FROM safedefer.ledger AS entry
 JOIN json_to_recordset($1::json) AS given (audience text, task_id text)
     ON entry.audience = given.audience AND entry.task_id = given.task_id;
@@ -502,6 +524,15 @@ JOIN json_to_recordset($1::json) AS given (audience text, task_id text)
 -- name: ledger_extend
 UPDATE safedefer.ledger SET until = now() + $4::interval
 WHERE audience = $1 AND task_id = $2 AND owner = $3 AND state = 'running' RETURNING task_id;
+
+-- name: ledger_succeed
+-- As many rows as there are runs that were ours, and have succeeded.
+UPDATE safedefer.ledger AS entry
+SET state = 'succeeded', owner = NULL, until = NULL, began = given.began, finished = given.finished
+FROM unnest($1::text[], $2::text[], $3::text[], $4::double precision[], $5::double precision[])
+    AS given (audience, task_id, owner, began, finished)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id
+    AND entry.state = 'running' AND entry.owner = given.owner;
 
 -- name: ledger_finish
 -- The ends of runs and their records, in one statement and so in one transaction; those that were ours come back, also
@@ -597,9 +628,7 @@ SELECT id, queue, 'dead' AS state, name, callable_name, url, target, audience, h
 FROM safedefer.dead
 
 -- name: view_ended
-SELECT id, queue, state, name, callable_name, url, target, audience, '{}' AS headers, '{}' AS retry_options,
-    eta, created, expires, attempts, reason, ended, ''::bytea AS token
-FROM safedefer.ended
+SELECT id, queue, state, headers, attempts, reason, ended FROM safedefer.ended
 
 -- name: blobs_of
 SELECT id, task_id, data FROM safedefer.blobs WHERE id = ANY ($1::text[]);

@@ -100,6 +100,9 @@ BROKEN: Final = (
 
 #: Where pgqueuer's insertion takes the entrypoints: there the admission is asked, and hands them on.
 _ENTRYPOINTS: Final = "$2::text[]"
+#: What its statement that picks jobs gives back, and what is needed of it.
+_PICKED: Final = "SELECT * FROM claimed"
+_NEEDED: Final = "SELECT id, dedupe_key, entrypoint, headers, payload, attempts, updated FROM claimed"
 
 
 class Statements:
@@ -107,15 +110,10 @@ class Statements:
 
     def __init__(self) -> None:
         self._builder = QueryQueueBuilder(settings=_NAMES)
-        insertion = self._builder.build_enqueue_query()
-        if insertion.count(_ENTRYPOINTS) != 1:
-            raise ConfigurationError(
-                f"pgqueuer {pgqueuer_version} inserts jobs in a way that is not known here; install an older one"
-            )
-        # One statement is one transaction, and the database is asked once.
-        self.enqueue = insertion.replace(_ENTRYPOINTS, SQL["admit"])
         self.retry = self._builder.build_retry_job_query()
         self.log = self._builder.build_log_job_query()
+        # One statement is one transaction, and the database is asked once.
+        self.enqueue = _with_ours(self._builder.build_enqueue_query(), {_ENTRYPOINTS: SQL["admit"]})
 
     async def dequeue(
         self, connection: Connection, queues: Mapping[str, int], *, limit: int, seconds: float, manager: UUID
@@ -129,17 +127,29 @@ class Statements:
             global_concurrency_limit=None,
             heartbeat_timeout=ago(seconds),
         )
+        statement = _with_ours(query.sql, {_PICKED: _NEEDED})
         if not any(queues.values()):
-            return await connection.fetch(query.sql, *query.args)
+            return await connection.fetch(statement, *query.args)
         try:
             async with connection.transaction():
-                return await connection.fetch(query.sql, *query.args)
+                return await connection.fetch(statement, *query.args)
         except asyncpg.UniqueViolationError as error:
             if getattr(error, "constraint_name", None) != _SLOT_INDEX:
                 raise
         except asyncpg.DeadlockDetectedError:
             pass
         return ()  # another dispatcher took the last place: as good as nothing due
+
+
+def _with_ours(statement: str, parts: Mapping[str, str]) -> str:
+    """Return a statement of pgqueuer's with parts of ours in it."""
+    for theirs, ours in parts.items():
+        if statement.count(theirs) != 1:
+            raise ConfigurationError(
+                f"pgqueuer {pgqueuer_version} has statements that are not known here; install an older one"
+            )
+        statement = statement.replace(theirs, ours)
+    return statement
 
 
 STATEMENTS: Final = Statements()
@@ -187,62 +197,43 @@ async def _keep(_connection: object) -> None:
     """Reset nothing: only our own statements run on these connections."""
 
 
-class Connections:
-    """What one process has open: a thread with an event loop for asyncpg's, and those of producers."""
+class Pools:
+    """The connections of one event loop, by what they are for; made when they are needed.
 
-    def __init__(self, dsn: str, producers: int, workers: int, *, watch: Watch) -> None:
+    Args:
+        dsn: The database.
+        most: Connections at most for each purpose.
+    """
+
+    def __init__(self, dsn: str, most: int) -> None:
         self._dsn = dsn
-        self._watch = watch
-        self._workers = workers
+        self._most = most
         self._pools: dict[Purpose, asyncpg.Pool] = {}
-        self._listener: asyncio.Task[None] | None = None
-        self._listening = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="safedefer-postgres", daemon=True)
-        self._thread.start()
-        self.producers = Producers(dsn, producers, STATEMENTS.enqueue, SQL["stored"])
-        self._lock = threading.Lock()
-        self._closed = False
-        try:
-            self.marker, self.lease_seconds = self._call(self._start())
-        except BaseException as error:
-            self.close()
-            if isinstance(error, BROKEN):
-                raise failure(dsn, error) from error
-            raise
 
-    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        with self._lock:
-            if self._closed:
-                coroutine.close()
-                raise closed(self._dsn)
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except CancelledError:
-            raise closed(self._dsn) from None
-
-    async def _start(self) -> tuple[str, float]:
-        for purpose, settings in _SETTINGS.items():
-            self._pools[purpose] = asyncpg.create_pool(
+    async def _pool(self, purpose: Purpose) -> asyncpg.Pool:
+        pool = self._pools.get(purpose)
+        if pool is None:  # within the loop, and not connected yet
+            pool = self._pools[purpose] = await asyncpg.create_pool(
                 self._dsn,
                 min_size=0,
-                max_size=self._workers,
+                max_size=self._most,
                 command_timeout=_STATEMENT_SECONDS,
                 timeout=_CONNECT_SECONDS,
                 max_cached_statement_lifetime=_PLANNED_SECONDS,
                 reset=_keep,
-                server_settings={"application_name": "safedefer", **_BY_INDEX, **_MISSED, **settings},
-                loop=self._loop,
+                server_settings={"application_name": "safedefer", **_BY_INDEX, **_MISSED, **_SETTINGS[purpose]},
             )
-            await self._pools[purpose]
-        async with self._connection(self._pools["durable"]) as connection:
-            return await _check_schema(connection)
+        return pool
 
-    def run(
-        self, action: Callable[[Connection], Awaitable[_T]], *, purpose: Purpose, transaction: bool, again: bool = False
+    async def run(
+        self,
+        action: Callable[[Connection], Awaitable[_T]],
+        *,
+        purpose: Purpose,
+        transaction: bool = False,
+        again: bool = False,
     ) -> _T:
-        """Run an action on a connection of the loop, and wait for what it returns.
+        """Run an action on a connection and return what it returns.
 
         With ``again`` it may be done twice: it is, where the connection breaks.
 
@@ -250,7 +241,7 @@ class Connections:
             QueueUnavailable: The database failed, or a refusal.
         """
         try:
-            return self._call(self._run(action, purpose=purpose, transaction=transaction, again=again))
+            return await self._run(action, purpose=purpose, transaction=transaction, again=again)
         except BROKEN as error:
             raise refusal(error) or failure(self._dsn, error) from error
 
@@ -258,7 +249,7 @@ class Connections:
         self, action: Callable[[Any], Awaitable[_T]], *, purpose: Purpose, transaction: bool, again: bool
     ) -> _T:
         try:
-            async with self._connection(self._pools[purpose]) as connection:
+            async with self._connection(await self._pool(purpose)) as connection:
                 if not transaction:
                     return await action(connection)
                 async with connection.transaction():
@@ -283,6 +274,57 @@ class Connections:
         finally:
             with contextlib.suppress(*BROKEN):  # what was done is done, also if the connection ends now
                 await pool.release(connection)
+
+    async def close(self) -> None:
+        """Let what runs end, for a while, and disconnect."""
+        for pool in list(self._pools.values()):
+            try:
+                await asyncio.wait_for(pool.close(), _CONNECT_SECONDS / 2)
+            except BROKEN:
+                pool.terminate()
+
+
+class Connections:
+    """What one process has open: a thread with an event loop for asyncpg's, and those of producers."""
+
+    def __init__(self, dsn: str, producers: int, workers: int, *, watch: Watch) -> None:
+        self._dsn = dsn
+        self._watch = watch
+        self.pools = Pools(dsn, workers)
+        self._listener: asyncio.Task[None] | None = None
+        self._listening = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="safedefer-postgres", daemon=True)
+        self._thread.start()
+        self.producers = Producers(dsn, producers, STATEMENTS.enqueue, SQL["stored"])
+        self._lock = threading.Lock()
+        self._closed = False
+        try:
+            self.marker, self.lease_seconds = self.wait_for(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    def wait_for(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine on the loop of the thread, and wait for what it returns."""
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise closed(self._dsn)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise closed(self._dsn) from None
+
+    async def _start(self) -> tuple[str, float]:
+        return await self.pools.run(_check_schema, purpose="durable")
+
+    def run(
+        self, action: Callable[[Connection], Awaitable[_T]], *, purpose: Purpose, transaction: bool, again: bool = False
+    ) -> _T:
+        """Do what ``Pools.run`` does, on the loop of the thread, and wait for it."""
+        return self.wait_for(self.pools.run(action, purpose=purpose, transaction=transaction, again=again))
 
     def listen(self) -> None:
         """Hear of new tasks from now on."""
@@ -347,11 +389,7 @@ class Connections:
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.gather(self._listener, return_exceptions=True)
-        for pool in self._pools.values():
-            try:
-                await asyncio.wait_for(pool.close(), _CONNECT_SECONDS / 2)
-            except BROKEN:
-                pool.terminate()
+        await self.pools.close()
         # Whoever waits for one of these would wait for ever.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
-from safedefer.queues.postgres_operations import RECORDS_KEPT, SQL, add_records, ago
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
+from safedefer.queues.postgres_operations import RECORDS_KEPT, SQL, add_records, ago, changed
 from safedefer.queues.postgres_rows import record_values, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
+    from safedefer.queues.postgres_calls import PostgresCalls
     from safedefer.queues.postgres_operations import Connection
 
 _T = TypeVar("_T")
@@ -27,6 +28,15 @@ class Engine(Protocol):
 
     def run(self, action: Callable[[Connection], Awaitable[_T]], /, *, durable: bool = True, again: bool = False) -> _T:
         """Run an action on a connection and wait for what it returns; ``again``: twice, where the connection breaks."""
+        ...
+
+    def wait_for(self, call: Callable[[PostgresCalls], Coroutine[Any, Any, _T]], /) -> _T:
+        """Make one of the calls that every task costs, and wait for it."""
+        ...
+
+    @property
+    def here(self) -> PostgresCalls | None:
+        """The calls of the running loop, if there are connections of it."""
         ...
 
 
@@ -52,28 +62,28 @@ async def _begin_each_once(
     *,
     lease: float,
 ) -> None:
-    asked = [executions[index] for index in which.values()]
-    rows = [
-        {
-            "audience": run.audience,
-            "task_id": run.task_id,
-            "digest": run.digest.hex(),
-            "owner": run.owner,
-            "expires": run.expires,
-        }
-        # In one order, so that two batches do not wait for each other.
-        for run in sorted(asked, key=_name)
-    ]
-    begun = await connection.fetch(SQL["ledger_begin"], to_json(rows), ago(lease))
-    for row in begun:
-        results[which.pop((row["audience"], row["task_id"]))] = Admission.RUN
-    if not which:
+    # In one order, so that two batches do not wait for each other.
+    asked = sorted((executions[index] for index in which.values()), key=_name)
+    begun = await connection.execute(
+        SQL["ledger_begin"],
+        [run.audience for run in asked],
+        [run.task_id for run in asked],
+        [run.digest for run in asked],
+        [run.owner for run in asked],
+        [run.expires for run in asked],
+        ago(lease),
+    )
+    if changed(begun) == len(asked):
+        for index in which.values():
+            results[index] = Admission.RUN
         return
     names = to_json([{"audience": audience, "task_id": task_id} for audience, task_id in which])
     for row in await connection.fetch(SQL["ledger_find"], names):
         index = which.pop((row["audience"], row["task_id"]))
         if bytes(row["digest"]) != executions[index].digest:
             results[index] = Admission.CONFLICT
+        elif row["state"] == "running" and row["owner"] == executions[index].owner:
+            results[index] = Admission.RUN
         elif row["state"] in {"running", "retry"}:
             results[index] = Admission.RUNNING
         else:
@@ -86,8 +96,20 @@ def _name(run: Execution) -> tuple[str, str]:
     return run.audience, run.task_id
 
 
-async def finish_many(connection: Connection, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> list[bool]:
+async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bool]:
     """Store the ends of runs, and their records in either case."""
+    if all(state is EndState.SUCCEEDED and _says_no_more(record, run) for run, state, record in ends):
+        succeeded = await connection.execute(
+            SQL["ledger_succeed"],
+            [run.audience for run, _, _ in ends],
+            [run.task_id for run, _, _ in ends],
+            [run.owner for run, _, _ in ends],
+            [record.started for _, _, record in ends],
+            [record.ended for _, _, record in ends],
+        )
+        if changed(succeeded) == len(ends):
+            return [True] * len(ends)
+    # What was changed so is found again, as a success that is told a second time.
     rows: list[dict[str, object]] = []
     records: list[dict[str, object]] = []
     for run, state, record in ends:
@@ -102,8 +124,8 @@ async def finish_many(connection: Connection, ends: Sequence[tuple[Execution, En
         else:
             records.append(record_values(record))
         rows.append(row)
-    changed = await connection.fetch(SQL["ledger_finish"], to_json(rows), to_json(records))
-    ours = {(row["audience"], row["task_id"], row["owner"]) for row in changed}
+    found = await connection.fetch(SQL["ledger_finish"], to_json(rows), to_json(records))
+    ours = {(row["audience"], row["task_id"], row["owner"]) for row in found}
     results = [(run.audience, run.task_id, run.owner) in ours for run, _, _ in ends]
     # A success that found the ledger to be another's is remembered as well.
     unheld = [
@@ -145,14 +167,18 @@ class PostgresLedger:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
+    @property
+    def here(self) -> PostgresCalls | None:
+        """The calls of the running loop, within ``PostgresQueue.on_loop``."""
+        return self._engine.here
+
     def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
         """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
         return self.begin_many((execution,), now=now, lease=lease)[0]
 
-    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:  # noqa: ARG002 - the seam has it
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
         """Do what ``begin`` does for each."""
-        # Who asks again is let in again: or else what was committed, and whose answer was lost, waits for the lease.
-        return self._engine.run(lambda connection: begin_many(connection, executions, lease=lease), again=True)
+        return self._engine.wait_for(lambda calls: calls.begin_many(executions, now=now, lease=lease))
 
     def extend(self, execution: Execution, *, now: float, lease: float) -> bool:  # noqa: ARG002 - the seam has it
         """Prolong the run; False if it is no longer ours."""
@@ -166,9 +192,9 @@ class PostgresLedger:
         """Store the end of a run and its record in one transaction; False if it is no longer ours."""
         return self.finish_many(((execution, state, record),))[0]
 
-    def finish_many(self, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> Sequence[bool]:
+    def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Do what ``finish`` does for each, in one transaction."""
-        return self._engine.run(lambda connection: finish_many(connection, ends))
+        return self._engine.wait_for(lambda calls: calls.finish_many(ends))
 
     def record(self, record: AttemptRecord) -> None:
         """Store an attempt that never came to run."""

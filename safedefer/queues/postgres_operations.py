@@ -20,7 +20,6 @@ from safedefer.queues.postgres_rows import (
     Hold,
     Progress,
     dead_values,
-    ended_values,
     entrypoint,
     keys,
     microseconds,
@@ -105,6 +104,11 @@ def ago(seconds: float) -> timedelta:
     if not seconds:
         return _NO_TIME
     return timedelta(seconds=min(max(seconds, -1e9), 1e9))
+
+
+def changed(status: object) -> int:
+    """Return how many rows a statement has changed, by what the server says of it."""
+    return int(str(status).rpartition(" ")[2])
 
 
 # --- Enqueue --------------------------------------------------------------------------------------
@@ -410,7 +414,76 @@ async def settle(
     now: float,
     tombstone_seconds: float,
 ) -> list[bool]:
-    """Apply what a dispatcher says of deliveries; False, and nothing, for tasks that are not its own now."""
+    """Apply what a dispatcher says of deliveries, in one transaction; False, and nothing, for tasks that are not its own now."""
+    plain = [index for index, (lease, settlement) in enumerate(settlements) if _is_plain(lease, settlement)]
+    others = len(settlements) - len(plain)
+    if plain and not others and await _settle_plain(connection, settlements, now=now):
+        return [True] * len(settlements)
+    async with connection.transaction():
+        results = [True] * len(settlements)
+        rest: Sequence[int] = range(len(settlements))
+        if plain and others:
+            ended = [settlements[index] for index in plain]
+            if await _settle_plain(connection, ended, now=now):
+                rest = sorted({*rest} - {*plain})
+        kept = await _settle_each(
+            connection,
+            statements,
+            [settlements[index] for index in rest],
+            now=now,
+            tombstone_seconds=tombstone_seconds,
+        )
+        for index, ours in zip(rest, kept, strict=True):
+            results[index] = ours
+        return results
+
+
+async def _settle_plain(
+    connection: Connection, settlements: Sequence[tuple[Lease, Settlement]], *, now: float
+) -> bool:
+    """End tasks that succeeded at once, in one statement; False, and nothing, if one of them is not what it seems."""
+    held: dict[int, tuple[int, QueuedTask]] = {}
+    managers = set()
+    for lease, _ in settlements:
+        hold = Hold.read(lease.owner)
+        if hold is None:
+            return False
+        held[hold.job] = hold.updated, lease.task
+        managers.add(hold.manager)
+    if len(held) != len(settlements) or len(managers) != 1:
+        return False
+    jobs = sorted(held)  # in one order, so that two batches do not wait for each other
+    rows = await connection.execute(
+        SQL["done"],
+        jobs,
+        [held[job][0] for job in jobs],
+        [held[job][1].audience for job in jobs],
+        [held[job][1].id for job in jobs],
+        managers.pop(),
+        now,
+    )
+    return changed(rows) > 0
+
+
+def _is_plain(lease: Lease, settlement: Settlement) -> bool:
+    """Whether a task ends by its first delivery, and leaves nothing to be forgotten but its job."""
+    task = lease.task
+    return (
+        settlement.verdict is Verdict.DONE
+        and settlement.reason is settlement.record is task.name is task.unique_key is task.blob_id is None
+        and lease.retries == 0
+        and settlement.charged
+    )
+
+
+async def _settle_each(
+    connection: Connection,
+    statements: Statements,
+    settlements: Sequence[tuple[Lease, Settlement]],
+    *,
+    now: float,
+    tombstone_seconds: float,
+) -> list[bool]:
     holds = [Hold.read(lease.owner) for lease, _ in settlements]
     asked = {
         hold.job: {
@@ -490,13 +563,19 @@ async def end(
     connection: Connection, statements: Statements, ends: Sequence[End], *, now: float, tombstone_seconds: float
 ) -> None:
     """End tasks: history or dead letter, tombstone, ledger; their jobs and blobs go."""
-    history = [
-        ended_values(item.task, item.state, reason=item.reason, attempts=item.attempts, now=now)
+    history: list[dict[str, object]] = [
+        {
+            "id": item.task.id,
+            "job_id": item.job_id,
+            "attempts": item.attempts,
+            "state": str(item.state),
+            "reason": item.reason,
+        }
         for item in ends
         if item.state is not EndState.FAILED
     ]
     if history:
-        await connection.execute(SQL["ended_insert"], to_json(history))
+        await connection.execute(SQL["ended_insert"], to_json(history), now)
     for item in ends:
         if item.state is EndState.FAILED:
             values = dead_values(
@@ -582,6 +661,11 @@ async def drop_dead(connection: Connection, statements: Statements, task_ids: Se
         jobs = [row["job_id"] for row in dropped]
         await connection.execute(statements.log, jobs, ["deleted"] * len(jobs), [None] * len(jobs))
     return len(dropped)
+
+
+async def execute(connection: Connection, *, statement: str, values: Sequence[object]) -> None:
+    """Run one statement."""
+    await connection.execute(statement, *values)
 
 
 # --- Records --------------------------------------------------------------------------------------

@@ -252,26 +252,6 @@ def _storable(text: str | None) -> str | None:
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
 
 
-def ended_values(task: QueuedTask, state: str, *, reason: str | None, attempts: int, now: float) -> dict[str, object]:
-    """Return one row for ``ended_insert``."""
-    return {
-        "id": task.id,
-        "queue": task.queue,
-        "name": task.name,
-        "callable_name": task.callable_name,
-        "url": task.url,
-        "target": task.target,
-        "audience": task.audience,
-        "eta": task.eta,
-        "created": task.created,
-        "expires": task.expires,
-        "attempts": attempts,
-        "state": state,
-        "reason": reason,
-        "ended": now,
-    }
-
-
 def dead_values(
     task: QueuedTask, job_id: int, *, reason: str | None, last_reason: bool, attempts: int, now: float
 ) -> tuple[object, ...]:
@@ -308,7 +288,32 @@ def job_view(job: Mapping[str, Any], blob: bytes | None, records: Sequence[Attem
 
 
 def ended_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -> TaskView:
-    """Return what a row of ``view_dead`` or ``view_ended`` shows."""
+    """Return what a row of ``view_ended`` shows: neither token nor what else came with it."""
+    hints = {"id": 0, "dedupe_key": row["id"], "entrypoint": row["queue"], "headers": row["headers"], "payload": None}
+    task = read_task(hints)
+    return TaskView(
+        id=task.id,
+        queue=task.queue,
+        state=TaskState(row["state"]),
+        name=task.name,
+        callable_name=task.callable_name,
+        url=task.url,
+        target=task.target,
+        audience=task.audience,
+        headers={},
+        eta=task.eta,
+        created=task.created,
+        expires=task.expires,
+        attempts=row["attempts"],
+        token=b"",
+        reason=row["reason"],
+        ended=row["ended"],
+        records=records,
+    )
+
+
+def dead_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -> TaskView:
+    """Return what a row of ``view_dead`` shows."""
     values = dict(row)
     for name in ("headers", "retry_options"):
         values[name] = _object(json.loads(values[name]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
 from safedefer.queues import sqlite_operations as operations
 from safedefer.queues.sqlite_connection import SQL, Handle
 
@@ -47,7 +47,7 @@ class SQLiteLedger:
         """Store the end of a run and its record in one transaction; False if it is no longer ours."""
         return self._writer.run(lambda connection: finish(connection, execution, state, record))
 
-    def finish_many(self, ends: Sequence[tuple[Execution, EndState, AttemptRecord]]) -> Sequence[bool]:
+    def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Do what ``finish`` does for each, in one transaction."""
         return self._writer.run(lambda connection: [finish(connection, *end) for end in ends])
 

@@ -96,7 +96,8 @@ _IMPOSSIBLE: Final = {
     "the sum of the blobs": """SELECT 1 WHERE (SELECT coalesce(sum(bytes), 0) FROM safedefer.blob_totals)
         != (SELECT coalesce(sum(length), 0) FROM safedefer.blobs)""",
     "ended, and the ledger does not know": """SELECT id FROM safedefer.ended AS e WHERE NOT EXISTS (
-        SELECT FROM safedefer.ledger AS l WHERE l.audience = e.audience AND l.task_id = e.id AND l.state = e.state)""",
+        SELECT FROM safedefer.ledger AS l WHERE l.audience = split_part(e.headers->>'safedefer', ' ', 5)
+            AND l.task_id = e.id AND l.state = e.state)""",
     "dead, and the ledger does not know": """SELECT id FROM safedefer.dead AS d WHERE NOT EXISTS (
         SELECT FROM safedefer.ledger AS l WHERE l.audience = d.audience AND l.task_id = d.id AND l.state = 'failed')""",
     "a name that nobody has": f"""SELECT name FROM safedefer.names WHERE until IS NULL

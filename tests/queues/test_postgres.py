@@ -342,7 +342,7 @@ def test_the_queue_goes_on_when_the_server_was_restarted():
 @pytest.mark.parametrize("count", [1, 1000])
 def test_a_try_that_was_committed_unheard_is_not_made_twice(queue, count):
     """The connection breaks between the commit and its answer: the second try finds its own tasks."""
-    producers, calls = queue._open().producers, []
+    producers, calls = queue.open().producers, []
     store = producers._store
 
     def unheard(connection, made):
@@ -677,3 +677,121 @@ def test_named_tasks_of_clocks_of_two_types_are_stored_together(queue):
     now = time.time()
     queue.enqueue_many([task_now(name="a", created=now), task_now(name="b", created=int(now))])
     assert queue.stats(now=0.0)[0].waiting == 2
+
+
+# --- On the caller's own loop ---------------------------------------------------------------------
+
+
+def test_within_on_loop_the_loop_has_connections_of_its_own_and_none_after(queue):
+    async def mine():
+        with psycopg.connect(queue._dsn) as connection:
+            return connection.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'safedefer'"
+            ).fetchone()[0]
+
+    async def work():
+        assert queue.here is queue.ledger.here is None
+        before = await mine()
+        async with queue.on_loop() as calls, queue.on_loop() as again:
+            assert queue.here is queue.ledger.here is calls is again
+            now = time.time()
+            (lease,) = await calls.lease(owner="o", limit=5, seconds=60.0, now=now)
+            execution = execution_of(lease.task)
+            assert await calls.begin_many([execution], now=now, lease=60.0) == [Admission.RUN]
+            end = execution, EndState.SUCCEEDED, record_of(lease.task, outcome="succeeded", status=200)
+            assert await calls.finish_many([end]) == [True]
+            assert await calls.settle_many([(lease, DONE)], now=now) == [True]
+            assert await mine() > before
+        assert queue.here is None
+        assert await mine() == before
+
+    queue.enqueue(make_task(eta=0.0, created=0.0))
+    queue.stats(now=0.0)
+    asyncio.run(work())
+    assert [task.state for task in queue.tasks(states=[TaskState.SUCCEEDED])] == [TaskState.SUCCEEDED]
+
+
+def test_of_two_that_share_a_loop_the_first_to_leave_takes_nothing_from_the_other(queue):
+    async def work():
+        async with queue.on_loop() as calls:
+            async with queue.on_loop():
+                pass
+            assert queue.here is calls
+            assert await calls.lease(owner="o", limit=5, seconds=60.0, now=time.time()) == []
+
+    asyncio.run(work())
+
+
+def test_a_queue_that_is_closed_says_so_on_every_loop(queue):
+    async def work():
+        async with queue.on_loop() as calls:
+            await calls.lease(owner="o", limit=5, seconds=60.0, now=time.time())
+            queue.close()
+            with pytest.raises(QueueUnavailable, match="closed"):
+                await calls.lease(owner="o", limit=5, seconds=60.0, now=time.time())
+
+    asyncio.run(work())
+
+
+def test_a_loop_can_be_there_before_the_database_is():
+    queue = PostgresQueue("postgresql:///nowhere?host=/nonexistent")
+
+    async def work():
+        async with queue.on_loop() as calls:
+            with pytest.raises(QueueUnavailable, match="failed"):
+                await calls.lease(owner="o", limit=5, seconds=60.0, now=time.time())
+
+    asyncio.run(work())
+    queue.close()
+
+
+@pytest.mark.parametrize("odd", ["lost", "named", "retried", "twice", "ended otherwise", "unknown to the ledger"])
+def test_what_is_settled_together_ends_as_it_would_alone(queue, odd):
+    """Tasks that succeeded at once are ended by one statement; one that is not like the others spoils none of them."""
+    now = time.time()
+    names = ["odd" if odd == "named" else None, None, None]
+    for number, name in enumerate(names):
+        queue.enqueue(make_task(eta=now, created=now, name=name))
+    leases = queue.lease(owner="o", limit=5, seconds=60.0, now=now)
+    for number, lease in enumerate(leases):
+        if number or odd != "unknown to the ledger":
+            execution = execution_of(lease.task)
+            assert queue.ledger.begin(execution, now=now, lease=60.0) is Admission.RUN
+            state = EndState.FAILED if odd == "ended otherwise" and not number else EndState.SUCCEEDED
+            queue.ledger.finish(execution, state, record_of(lease.task, outcome=str(state), status=200))
+    settlements = [(lease, DONE) for lease in leases]
+    if odd == "lost":
+        with psycopg.connect(queue._dsn, autocommit=True) as connection:
+            connection.execute("UPDATE safedefer.pgqueuer SET updated = now() WHERE dedupe_key = %s", (leases[0].task.id,))
+    elif odd == "retried":
+        settlements[0] = leases[0], Settlement(verdict=Verdict.RETRY, at=now + 60)
+    elif odd == "twice":
+        settlements.append(settlements[0])
+    kept = queue.settle_many(settlements, now=now)
+    assert kept == {"lost": [False, True, True], "twice": [True, True, True, False]}.get(odd, [True] * 3)
+    state = {"lost": TaskState.RUNNING, "retried": TaskState.WAITING, "ended otherwise": TaskState.DEAD}.get(odd, TaskState.SUCCEEDED)
+    assert [queue.find(lease.task.id).state for lease in leases] == [state, TaskState.SUCCEEDED, TaskState.SUCCEEDED]
+    assert [queue.find(lease.task.id).attempts for lease in leases[1:]] == [1, 1]
+    if odd == "named":
+        assert queue.find(leases[0].task.id).name == "odd"
+
+
+def test_pgqueuer_logs_the_end_of_a_job_the_same_whichever_statement_ends_it(queue):
+    now = time.time()
+    for number in range(2):
+        queue.enqueue(make_task(eta=now, created=now))
+    leases = queue.lease(owner="o", limit=5, seconds=60.0, now=now)
+    for lease in leases:
+        queue.ledger.begin(execution_of(lease.task), now=now, lease=60.0)
+        queue.ledger.finish(
+            execution_of(lease.task), EndState.SUCCEEDED, record_of(lease.task, outcome="succeeded", status=200)
+        )
+    assert queue.settle_many([(leases[0], DONE)], now=now) == [True]
+    assert queue.settle_many([(leases[1], replace(DONE, reason="by the long way"))], now=now) == [True]
+    with psycopg.connect(queue._dsn) as connection:
+        rows = connection.execute(
+            "SELECT status, entrypoint, priority, traceback FROM safedefer.pgqueuer_log WHERE status NOT IN ('queued', 'picked')"
+        ).fetchall()
+        assert len(rows) == 2
+        assert rows[0] == rows[1]
+        assert connection.execute("SELECT count(*) FROM safedefer.pgqueuer").fetchone() == (0,)

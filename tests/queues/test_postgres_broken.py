@@ -129,7 +129,7 @@ def test_one_that_was_there_before_does_not_stand_for_those_that_were_never_stor
 @pytest.mark.parametrize("ended", [True, False])
 def test_what_was_never_answered_is_stored_also_if_some_of_it_has_ended_meanwhile(queue, dsn, ended):
     tasks = [task_now() for _ in range(3)]
-    producers = queue._open().producers
+    producers = queue.open().producers
     store = producers._store
 
     def unheard(connection, made):
@@ -146,7 +146,7 @@ def test_what_was_never_answered_is_stored_also_if_some_of_it_has_ended_meanwhil
 
 
 def test_a_database_that_goes_while_it_is_asked_what_is_stored_leaves_it_in_doubt(queue, dsn, monkeypatch):
-    producers, task = queue._open().producers, task_now()
+    producers, task = queue.open().producers, task_now()
     store = producers._store
 
     def unheard(connection, made):
@@ -170,7 +170,7 @@ def test_a_run_whose_admission_was_never_answered_is_admitted_at_once(queue, dsn
 @pytest.mark.parametrize("changes", [{}, {"name": "n"}, {"unique_key": "u"}])
 def test_a_try_that_is_still_being_committed_is_waited_for(queue, dsn, changes):
     """The connection breaks while the server still stores what came by it, as it may with a network between them."""
-    producers, task = queue._open().producers, task_now(**changes)
+    producers, task = queue.open().producers, task_now(**changes)
     store, slow = producers._store, psycopg.connect(dsn)
     committing = threading.Timer(0.3, slow.commit)
 
@@ -189,7 +189,7 @@ def test_a_try_that_is_still_being_committed_is_waited_for(queue, dsn, changes):
 
 def test_an_answer_that_stays_lost_is_said_to_be_lost(queue, dsn, monkeypatch):
     monkeypatch.setattr(postgres_producers, "_PATIENCE", 0.3)
-    producers = queue._open().producers
+    producers = queue.open().producers
     store = producers._store
 
     def unheard(connection, made):
@@ -297,14 +297,14 @@ def test_many_threads_share_few_connections(dsn):
         dsn,
         "SELECT count(*) <= 2 FROM pg_stat_activity WHERE application_name = 'safedefer' AND query ILIKE '%%insert%%'",
     )
-    assert queue._open().producers._open <= 2
+    assert queue.open().producers._open <= 2
     queue.close()
 
 
 def test_who_gets_no_connection_in_time_is_told_so(dsn, monkeypatch):
     monkeypatch.setattr(postgres_producers, "_PATIENCE", 0.2)
     queue = PostgresQueue(dsn, producers=1)
-    producers = queue._open().producers
+    producers = queue.open().producers
     connection = producers._take(time.monotonic() + 5.0)
     with pytest.raises(QueueUnavailable, match="other threads have all 1 connections"):
         queue.enqueue(task_now())
@@ -316,7 +316,7 @@ def test_who_gets_no_connection_in_time_is_told_so(dsn, monkeypatch):
 
 
 def test_a_connection_that_nobody_has_needed_for_long_is_closed(queue, monkeypatch):
-    producers = queue._open().producers
+    producers = queue.open().producers
     first, second = (producers._take(time.monotonic() + 5.0) for _ in range(2))
     producers._give(first)
     monkeypatch.setattr(postgres_producers, "_IDLE_SECONDS", 0.0)
@@ -395,7 +395,7 @@ def test_a_settlement_that_is_made_twice_changes_nothing_the_second_time(queue):
 
 @pytest.mark.parametrize("error", [ValueError("odd"), asyncpg.InternalClientError("odd"), OSError("odd")])
 def test_whatever_ends_the_connection_that_listens_it_is_made_anew(queue, error):
-    connections, calls = queue._open(), []
+    connections, calls = queue.open(), []
     listen = connections._listen_once
 
     async def fail_first():
@@ -425,7 +425,7 @@ def test_whatever_ends_the_connection_that_listens_it_is_made_anew(queue, error)
 def test_closing_keeps_nobody_waiting(dsn, monkeypatch):
     monkeypatch.setattr(postgres_engine, "_CONNECT_SECONDS", 2)
     queue = PostgresQueue(dsn, workers=1)
-    connections = queue._open()
+    connections = queue.open()
 
     def sleep():
         with pytest.raises(QueueUnavailable):

@@ -5,6 +5,7 @@ import secrets
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -245,6 +246,13 @@ def threads(most):
     found.close(wait=True)
 
 
+def threaded(in_thread, call):
+    async def called(items):
+        return await in_thread(partial(call, items))
+
+    return called
+
+
 async def test_what_comes_while_a_call_is_under_way_is_called_together():
     calls = []
 
@@ -254,14 +262,14 @@ async def test_what_comes_while_a_call_is_under_way_is_called_together():
         return [item * 2 for item in items]
 
     with threads(2) as in_thread:
-        batches = Batches(in_thread, call)
+        batches = Batches(threaded(in_thread, call))
         assert await asyncio.gather(*(batches(n) for n in range(600))) == [n * 2 for n in range(600)]
         assert calls == [256, 256, 88]
 
 
 async def test_batches_whose_threads_are_gone_say_so():
     with threads(1) as in_thread:
-        batches = Batches(in_thread, lambda items: items)
+        batches = Batches(threaded(in_thread, lambda items: items))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="let go"):
             await batches(1)
@@ -274,7 +282,7 @@ async def test_a_failed_call_fails_for_its_own_callers_alone():
         return items
 
     with threads(1) as in_thread:
-        batches = Batches(in_thread, call)
+        batches = Batches(threaded(in_thread, call))
         with pytest.raises(QueueUnavailable):
             await batches("bad")
         assert await batches("good") == "good"
@@ -286,7 +294,7 @@ async def test_a_failed_call_fails_for_its_own_callers_alone():
 
 def test_batches_outlive_the_loop_that_was_left_in_the_middle():
     with threads(1) as in_thread:
-        batches = Batches(in_thread, lambda items: [time.sleep(0.05), *items][1:])
+        batches = Batches(threaded(in_thread, lambda items: [time.sleep(0.05), *items][1:]))
 
         async def leave():
             task = asyncio.create_task(batches(1))
