@@ -490,7 +490,7 @@ class App:
         claims = self._claims(options, obj, args, kwargs, now)
         task, queued = self._package(claims, options, now)
         if options.unique:
-            queued = replace(queued, unique_key=_unique_key(claims))
+            queued = queued._replace(unique_key=_unique_key(claims))
         if (capabilities := self.queue.capabilities) is not FULL:
             refuse_gaps(capabilities, queued)
         return task, queued

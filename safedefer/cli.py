@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -302,7 +301,7 @@ def tasks_show(*, app: str | None, task_id: str) -> None:
     view = load_app(app).queue.find(task_id)
     if view is None:
         raise click.ClickException(f"there is no task {plain(task_id)}; `safedefer tasks list` shows those there are")
-    document = {**summary(view), "headers": dict(view.headers), "attempts": [asdict(r) for r in view.records]}
+    document = {**summary(view), "headers": dict(view.headers), "attempts": [r._asdict() for r in view.records]}
     click.echo(json.dumps(document, indent=2))
 
 

@@ -240,5 +240,5 @@ def _document(view: TaskView) -> dict[str, Any]:
         **summary(view),
         "headers": dict(view.headers),
         "retry_options": dict(view.retry_options),
-        "attempts": [asdict(record) for record in view.records],
+        "attempts": [record._asdict() for record in view.records],
     }

@@ -34,7 +34,7 @@ class Interrupted(Exception):
 class Deliver(Protocol):
     """How one request gets to a handler."""
 
-    async def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Response:
+    def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
         """POST the task's token. Raises ``Unreachable`` or ``Interrupted``."""
         ...
 
@@ -101,6 +101,6 @@ class InProcessDelivery:
     def __init__(self, handle: Callable[..., Awaitable[Response]]) -> None:
         self._handle = handle
 
-    async def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Response:
+    def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
         """Hand one task to the handler."""
-        return await self._handle(headers, task.token, path=task.url)
+        return self._handle(headers, task.token, path=task.url)

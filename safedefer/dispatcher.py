@@ -18,7 +18,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
@@ -268,7 +268,7 @@ class Dispatcher:
             TaskRetryOptions.from_given(merged)
         except InvalidTaskRetryOptionsError:  # the file has changed since: the task's own count
             return lease
-        return replace(lease, task=replace(lease.task, retry_options=merged))
+        return lease._replace(task=lease.task._replace(retry_options=merged))
 
     def _wanted(self) -> int:
         """How many tasks to lease now: for the free places, and a little ahead where tasks are short."""

@@ -63,8 +63,7 @@ class Outcome:
     error: BaseException | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskContext:
+class TaskContext(NamedTuple):
     """What a running task may know of itself: ``safedefer.current_task()``."""
 
     id: str
@@ -302,9 +301,11 @@ def _outcome(error: BaseException, *, started: bool) -> Outcome:
 
 def is_async(target: object) -> bool:
     """Whether calling it makes a coroutine: a coroutine function, or an object with an async ``__call__``."""
+    kind = type(target)
+    if kind is FunctionType and cast("FunctionType", target).__code__.co_flags & inspect.CO_COROUTINE:
+        return True  # what inspect would find, in a tenth of the time
     if inspect.iscoroutinefunction(target):
         return True
-    kind = type(target)
     plain = kind is FunctionType or kind is MethodType or issubclass(kind, type)
     return not plain and inspect.iscoroutinefunction(getattr(kind, "__call__", None))  # noqa: B004  # not a test of callability
 

@@ -10,9 +10,8 @@ Ledgers carry opaque values: nothing here can decode, import or run a task.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 
 class Admission(StrEnum):
@@ -38,8 +37,7 @@ class EndState(StrEnum):
     """Not ended: the run is over, and the task may run again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Execution:
+class Execution(NamedTuple):
     """One permission to run a task. ``owner`` fences it: a later run has another owner."""
 
     audience: str
@@ -52,8 +50,7 @@ class Execution:
     """The token's ``exp``, in seconds since the epoch: the entry is kept until then plus leeway."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptRecord:
+class AttemptRecord(NamedTuple):
     """What is remembered of one attempt, for dead letters and for whoever asks what went wrong."""
 
     task_id: str

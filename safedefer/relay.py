@@ -15,7 +15,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.blobs import Blob
@@ -333,7 +332,7 @@ def _sweep_loop(reference: weakref.ref[Relay]) -> None:
 
 def to_text(task: QueuedTask) -> str:
     """Return a task as JSON text; bytes as Latin-1, one character for each."""
-    document: dict[str, Any] = {item.name: getattr(task, item.name) for item in fields(task)}
+    document: dict[str, Any] = task._asdict()
     document["token"] = task.token.decode("latin-1")
     document["digest"] = task.digest.decode("latin-1")
     document["headers"], document["retry_options"] = dict(task.headers), dict(task.retry_options)

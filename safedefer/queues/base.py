@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final, Protocol, TypeGuard
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeGuard
 
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError
 
@@ -64,8 +65,10 @@ class StorageOptions:
     """Of more dead letters the oldest are archived."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueuedTask:
+_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+class QueuedTask(NamedTuple):
     """A token and the hints that a queue needs to hand it on."""
 
     id: str
@@ -82,11 +85,11 @@ class QueuedTask:
     expires: int
     """The token's ``exp``."""
     name: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    retry_options: Mapping[str, float] = field(default_factory=dict)
+    headers: Mapping[str, str] = _NONE
+    retry_options: Mapping[str, float] = _NONE
     """The task's own ``TaskRetryOptions``, those that were given; empty: the queue's."""
     digest: bytes = b""
-    """SHA-256 of the token, of the stored one where the task is oversize: the ledger's digest."""
+    """SHA-256 of the token, of the stored one where the task is oversize: the ledger's digest. Empty: not computed yet."""
     blob: Blob | None = None
     """To be stored in the same transaction. None in what ``lease`` returns."""
     blob_id: str | None = None
@@ -122,8 +125,7 @@ class AlreadyWaiting(TaskAlreadyExistsError):
         self.task_id = task_id
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
+class Lease(NamedTuple):
     """A claim on a task until a time. ``owner`` fences it: only the newest owner can settle."""
 
     task: QueuedTask

@@ -202,7 +202,7 @@ class MemoryQueue:
                 self._state.names[task.queue, task.name] = None
             if task.unique_key is not None:
                 self._state.unique[task.queue, task.unique_key] = task.id
-            stored = replace(task, blob=None, blob_id=blob_id, digest=task_digest(task))
+            stored = task._replace(blob=None, blob_id=blob_id, digest=task_digest(task))
             self._state.rows[task.id] = row = _Row(self._newest, stored, task.eta)
             self._schedule(row)
         self._changed.notify_all()
@@ -377,7 +377,7 @@ class MemoryQueue:
                 raise _lost(lease)
             row.due = now + seconds
             self._schedule(row)
-            return replace(lease, until=row.due)
+            return lease._replace(until=row.due)
 
     def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
         """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""

@@ -364,7 +364,7 @@ class PostgresQueue:
             durable=False,
             again=True,
         ):
-            return replace(lease, until=now + seconds)
+            return lease._replace(until=now + seconds)
         raise _lost(lease)
 
     def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:

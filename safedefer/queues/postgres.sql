@@ -132,7 +132,7 @@ CREATE TABLE safedefer.ledger (
     began double precision,
     finished double precision,
     PRIMARY KEY (audience, task_id)
-) WITH (fillfactor = 80);
+) WITH (fillfactor = 50);
 CREATE INDEX ledger_expires ON safedefer.ledger (expires);
 
 -- The records of a task go with what is left of it. A stray one belongs to no task that is known here,
@@ -411,15 +411,14 @@ ON CONFLICT (id) DO NOTHING;
 -- name: done
 -- What ends nearly all tasks, in one statement: if all these leases are still ours, and by the ledger all these runs have
 -- succeeded, the jobs go as pgqueuer's own statement has them go; if not, nothing happens. The tasks have no names, keys and
--- blobs, and were delivered once.
+-- blobs, and were delivered once. As many rows as jobs went: fewer than all if somebody took over leases in between.
 WITH given AS MATERIALIZED (
     SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) AS lease (id, updated, audience, task_id)
-), leased AS MATERIALIZED (
-    SELECT job.id, job.entrypoint, job.headers, given.task_id, entry.uncharged
+), found AS MATERIALIZED (
+    SELECT job.id, job.updated, given.task_id, entry.uncharged
     FROM given
     CROSS JOIN LATERAL (
-        SELECT id, status, queue_manager_id, updated, entrypoint, headers FROM safedefer.pgqueuer
-        WHERE pgqueuer.id = given.id FOR UPDATE OFFSET 0
+        SELECT id, status, queue_manager_id, updated FROM safedefer.pgqueuer WHERE pgqueuer.id = given.id OFFSET 0
     ) AS job
     CROSS JOIN LATERAL (
         SELECT state, uncharged FROM safedefer.ledger
@@ -427,17 +426,21 @@ WITH given AS MATERIALIZED (
     ) AS entry
     WHERE job.status = 'picked' AND job.queue_manager_id = $5::uuid AND entry.state = 'succeeded'
         AND job.updated = timestamptz 'epoch' + given.updated * interval '1 microsecond'
-), ours AS MATERIALIZED (
-    SELECT * FROM leased WHERE (SELECT count(*) FROM leased) = (SELECT count(*) FROM given)
+), deleted AS (
+    DELETE FROM safedefer.pgqueuer AS job USING found
+    WHERE job.id = found.id AND job.updated = found.updated AND job.queue_manager_id = $5::uuid AND job.status = 'picked'
+        AND (SELECT count(*) FROM found) = (SELECT count(*) FROM given)
+    RETURNING job.id, job.entrypoint, job.priority, job.headers, found.task_id, found.uncharged
 ), history AS (
     INSERT INTO safedefer.ended (id, queue, headers, attempts, state, ended)
-    SELECT task_id, split_part(entrypoint, '@', 1), coalesce(headers, '{}'), uncharged::integer, 'succeeded', $6 FROM ours
+    SELECT task_id, split_part(entrypoint, '@', 1), coalesce(headers, '{}'), uncharged::integer, 'succeeded', $6 FROM deleted
     ON CONFLICT (id) DO NOTHING
-), deleted AS (
-    DELETE FROM safedefer.pgqueuer WHERE id IN (SELECT id FROM ours) RETURNING id, entrypoint, priority
 )
 INSERT INTO safedefer.pgqueuer_log (job_id, status, entrypoint, priority)
 SELECT id, 'successful', entrypoint, priority FROM deleted;
+
+-- name: jobs_left
+SELECT id FROM safedefer.pgqueuer WHERE id = ANY ($1::bigint[]);
 
 -- name: dead_insert
 INSERT INTO safedefer.dead (

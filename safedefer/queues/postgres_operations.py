@@ -22,11 +22,11 @@ from safedefer.queues.postgres_rows import (
     dead_values,
     entrypoint,
     keys,
-    microseconds,
     read_task,
     record_values,
     to_json,
     write_hints,
+    write_holds,
 )
 from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.statements import load_statements
@@ -197,10 +197,10 @@ async def lease(
         async with connection.transaction():
             progress |= await _after_lost_lease(connection, tasks, lost, progress, now=now)
     leases = []
-    for job in sorted(jobs, key=_number):
-        hold = Hold(manager.hex, job["id"], microseconds(job["updated"]), now)
-        counters = progress.get(job["id"]) or Progress(job_id=job["id"])
-        leases.append(counters.leased(tasks[job["id"]], owner=hold.write(owner), until=now + seconds))
+    jobs, until = sorted(jobs, key=_number), now + seconds
+    for job, name in zip(jobs, write_holds(owner, manager.hex, jobs, leased=now), strict=True):
+        task, counters = tasks[job["id"]], progress.get(job["id"])
+        leases.append(Lease(task, name, until) if counters is None else counters.leased(task, owner=name, until=until))
     return leases
 
 
@@ -416,42 +416,38 @@ async def settle(
 ) -> list[bool]:
     """Apply what a dispatcher says of deliveries, in one transaction; False, and nothing, for tasks that are not its own now."""
     plain = [index for index, (lease, settlement) in enumerate(settlements) if _is_plain(lease, settlement)]
-    others = len(settlements) - len(plain)
-    if plain and not others and await _settle_plain(connection, settlements, now=now):
-        return [True] * len(settlements)
+    if len(plain) == len(settlements):
+        ended = await _settle_plain(connection, settlements, now=now)
+        if ended is not None:
+            return ended
+        plain = []
+    results = [False] * len(settlements)
     async with connection.transaction():
-        results = [True] * len(settlements)
-        rest: Sequence[int] = range(len(settlements))
-        if plain and others:
-            ended = [settlements[index] for index in plain]
-            if await _settle_plain(connection, ended, now=now):
-                rest = sorted({*rest} - {*plain})
+        ended = await _settle_plain(connection, [settlements[index] for index in plain], now=now) if plain else None
+        together = [] if ended is None else plain
+        apart = sorted({*range(len(settlements))}.difference(together))
         kept = await _settle_each(
-            connection,
-            statements,
-            [settlements[index] for index in rest],
-            now=now,
-            tombstone_seconds=tombstone_seconds,
+            connection, statements, [settlements[index] for index in apart], now=now, tombstone_seconds=tombstone_seconds
         )
-        for index, ours in zip(rest, kept, strict=True):
+        for index, ours in (*zip(together, ended or (), strict=True), *zip(apart, kept, strict=True)):
             results[index] = ours
-        return results
+    return results
 
 
 async def _settle_plain(
     connection: Connection, settlements: Sequence[tuple[Lease, Settlement]], *, now: float
-) -> bool:
-    """End tasks that succeeded at once, in one statement; False, and nothing, if one of them is not what it seems."""
+) -> list[bool] | None:
+    """End tasks that succeeded at once, in one statement; None, and nothing, if one of them is not what it seems."""
     held: dict[int, tuple[int, QueuedTask]] = {}
     managers = set()
     for lease, _ in settlements:
         hold = Hold.read(lease.owner)
         if hold is None:
-            return False
+            return None
         held[hold.job] = hold.updated, lease.task
         managers.add(hold.manager)
     if len(held) != len(settlements) or len(managers) != 1:
-        return False
+        return None
     jobs = sorted(held)  # in one order, so that two batches do not wait for each other
     rows = await connection.execute(
         SQL["done"],
@@ -462,7 +458,11 @@ async def _settle_plain(
         managers.pop(),
         now,
     )
-    return changed(rows) > 0
+    if changed(rows) in {0, len(jobs)}:
+        return [True] * len(jobs) if changed(rows) else None
+    # Somebody took over a lease just then: what is there still was not ended, and is not ours.
+    left = {row["id"] for row in await connection.fetch(SQL["jobs_left"], jobs)}
+    return [job not in left for job in held]
 
 
 def _is_plain(lease: Lease, settlement: Settlement) -> bool:

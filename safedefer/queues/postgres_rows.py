@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -34,6 +35,10 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _MOST: Final = 2**62
 _MOST_SECONDS: Final = 1e18
+#: Parts of the text that every job has in its headers.
+_PLAIN: Final = 5
+#: Destinations are remembered, if they are no longer than this.
+_COMMON: Final = 500
 
 
 def entrypoint(queue: str, wait: float) -> str:
@@ -80,30 +85,56 @@ def audience_parts(audience: str) -> tuple[str, str, str, str]:
 def read_task(job: Mapping[str, Any]) -> QueuedTask:
     """Return the task of a job, without its blob; hints of a wrong type are left out."""
     hints = _read_object(job["headers"])
-    more = _object(hints.get("safedefer_more"))
     plain = (_text(hints.get("safedefer")) or "").split(" ", 4)
-    eta, created, expires, digest, rest = plain + [""] * (5 - len(plain))
-    audience, _, callable_name = rest.rpartition(" ")
-    _, _, target, url = audience_parts(audience)
+    eta, created, expires, digest, rest = plain if len(plain) == _PLAIN else plain + [""] * (_PLAIN - len(plain))
+    audience, target, url, callable_name = _destination(rest) if len(rest) <= _COMMON else _read_destination(rest)
     token = b"" if job["payload"] is None else job["payload"]
-    return QueuedTask(
-        id=job["dedupe_key"] or f"job-{job['id']}",
-        queue=job["entrypoint"].partition("@")[0],
-        token=token,
-        audience=audience,
-        url=_text(more.get("url")) or url,
-        target=_text(more.get("target")) or target,
-        eta=_number(eta),
-        created=_number(created),
-        expires=_integer(expires),
+    task = QueuedTask(
+        job["dedupe_key"] or f"job-{job['id']}",
+        job["entrypoint"].partition("@")[0],
+        token,
+        audience,
+        url,
+        target,
+        *_read_times(eta, created, expires),
+        digest=sha256(token).digest() if digest in {"-", ""} else _bytes(digest),
+        callable_name=callable_name,
+    )
+    more = hints.get("safedefer_more")
+    return task if more is None else _completed(task, _object(more))
+
+
+def _completed(task: QueuedTask, more: Mapping[str, Any]) -> QueuedTask:
+    """Return a task with what not every one has."""
+    return task._replace(
+        url=_text(more.get("url")) or task.url,
+        target=_text(more.get("target")) or task.target,
         name=_text(more.get("name")),
         headers=_object(more.get("headers")),
         retry_options=_object(more.get("retry_options")),
-        digest=sha256(token).digest() if digest in {"-", ""} else _bytes(digest),
         blob_id=_text(more.get("blob_id")),
-        callable_name=callable_name,
         unique_key=_text(more.get("unique_key")),
     )
+
+
+def _read_destination(text: str) -> tuple[str, str, str, str]:
+    """Return audience, target, URL and callable name."""
+    audience, _, callable_name = text.rpartition(" ")
+    _, _, target, url = audience_parts(audience)
+    return audience, target, url, callable_name
+
+
+_destination: Final = lru_cache(maxsize=1024)(_read_destination)
+
+
+def _read_times(eta: str, created: str, expires: str) -> tuple[float, float, int]:
+    try:
+        times = float(eta), float(created), int(expires)
+    except ValueError:
+        return _number(eta), _number(created), _integer(expires)
+    if -_MOST < times[0] < _MOST and -_MOST < times[1] < _MOST and -_MOST < times[2] < _MOST:
+        return times
+    return _number(eta), _number(created), _integer(expires)
 
 
 def _read_object(text: object) -> dict[str, Any]:
@@ -155,18 +186,25 @@ class Hold(NamedTuple):
     leased: float
     """By the clock of the dispatcher."""
 
-    def write(self, owner: str) -> str:
-        """Return the ``owner`` of a lease."""
-        return f"{owner}:{self.manager}:{self.job}:{self.updated}:{self.leased!r}"
-
     @classmethod
     def read(cls, owner: str) -> Hold | None:
-        """Return what ``write`` wrote; None for anything else."""
+        """Return what ``write_holds`` wrote; None for anything else."""
         try:
-            _, manager, job, updated, leased = owner.rsplit(":", 4)
+            _, manager, leased, updated, job = owner.rsplit(":", 4)
             return cls(manager, int(job), int(updated), float(leased))
         except ValueError:
             return None
+
+
+def write_holds(owner: str, manager: str, jobs: Iterable[Mapping[str, Any]], *, leased: float) -> list[str]:
+    """Return the ``owner`` of the lease of each job. Those that were picked together have one time."""
+    found, moment, prefix = [], None, ""
+    for job in jobs:
+        if job["updated"] != moment:
+            moment = job["updated"]
+            prefix = f"{owner}:{manager}:{leased!r}:{microseconds(moment)}:"
+        found.append(f"{prefix}{job['id']}")
+    return found
 
 
 def microseconds(moment: datetime) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safedefer.errors import ConfigurationError, LeaseLost
@@ -248,7 +247,7 @@ class SQLiteQueue:
 
         if not self._writer.run(action, durable=False):
             raise _lost(lease)
-        return replace(lease, until=until)
+        return lease._replace(until=until)
 
     def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
         """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from dataclasses import replace
 
 import pytest
 
@@ -90,7 +89,7 @@ HOSTILE_URLS = [
 @pytest.mark.parametrize("url", HOSTILE_URLS)
 async def test_no_stored_url_leads_elsewhere_or_writes_a_header(url):
     async with Recorder(OK) as elsewhere, Recorder(OK) as handler:
-        await dispatch(replace(TASK, url=url.format(port=elsewhere.port)), HttpDelivery(handler.url))
+        await dispatch(TASK._replace(url=url.format(port=elsewhere.port)), HttpDelivery(handler.url))
         assert elsewhere.requests == []
         for head in handler.requests:
             lines = head.split("\r\n")
@@ -105,10 +104,10 @@ async def test_no_stored_url_leads_elsewhere_or_writes_a_header(url):
 )
 async def test_a_stored_target_chooses_among_the_listed_addresses_only(target):
     async with Recorder(OK) as elsewhere, Recorder(OK) as handler, Recorder(OK) as mail:
-        await dispatch(replace(TASK, target=target), HttpDelivery(handler.url, targets={"mail": mail.url}))
+        await dispatch(TASK._replace(target=target), HttpDelivery(handler.url, targets={"mail": mail.url}))
         assert elsewhere.requests == mail.requests == []
         assert len(handler.requests) <= 1
-        await dispatch(replace(TASK, target="mail"), HttpDelivery(handler.url, targets={"mail": mail.url}))
+        await dispatch(TASK._replace(target="mail"), HttpDelivery(handler.url, targets={"mail": mail.url}))
         assert len(mail.requests) == 1
 
 
@@ -124,7 +123,7 @@ async def test_a_stored_target_chooses_among_the_listed_addresses_only(target):
 )  # fmt: skip
 async def test_no_stored_header_changes_where_or_how_a_request_arrives(headers):
     async with Recorder(OK) as handler:
-        await dispatch(replace(TASK, headers=headers), HttpDelivery(handler.url))
+        await dispatch(TASK._replace(headers=headers), HttpDelivery(handler.url))
         assert handler.requests == []
 
 
@@ -151,7 +150,7 @@ async def test_no_cookie_comes_back():
         queue = MemoryQueue()
         async with HttpDelivery(handler.url) as deliver:
             for number in range(2):
-                await deliver(replace(TASK, id=f"{number:032x}"), {})
+                await deliver(TASK._replace(id=f"{number:032x}"), {})
         queue.close()
         assert len(handler.requests) == 2
         assert not any("sid=1" in head for head in handler.requests)

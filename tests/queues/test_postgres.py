@@ -599,7 +599,7 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
 def test_a_stream_of_which_one_is_refused_is_stored_not_at_all(queue, at):
     tasks = [task_now() for _ in range(350)]
     queue.enqueue(task_now(name="taken"))
-    tasks[at] = replace(tasks[at], name="taken")
+    tasks[at] = tasks[at]._replace(name="taken")
     with pytest.raises(TaskAlreadyExistsError, match="taken"):
         queue.enqueue_many(iter(tasks))
     assert [each.waiting for each in queue.stats(now=0.0)] == [1]

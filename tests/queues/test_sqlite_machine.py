@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import apsw
@@ -89,7 +89,7 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
         return TaskAlreadyExistsError if until is None else TombstonedTaskError
 
     def added(self, task: QueuedTask):
-        stored = replace(task, blob=None, blob_id=task.blob.id if task.blob else None)
+        stored = task._replace(blob=None, blob_id=task.blob.id if task.blob else None)
         self.models[task.id] = Model(stored, self.tasks_made, task.eta)
         self.tasks_made += 1
         if task.name is not None:
@@ -278,7 +278,7 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
             expected = Admission.RUN if model.ledger is None else Admission.CONFLICT
             if expected is Admission.RUN:
                 return  # Nothing is known yet that this digest could contradict.
-            run = replace(run, digest=b"another")
+            run = run._replace(digest=b"another")
         elif model.ledger in ("succeeded", "failed", "cancelled"):
             expected = Admission.DUPLICATE
         elif model.ledger == "running" and model.run_until > self.now:
