@@ -671,6 +671,8 @@ class App:
         """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
         if path is None:
             return self._own_urls
+        if not self.prefix:
+            return path
         return path.removeprefix(self.prefix) if path.startswith(f"{self.prefix}/") else path
 
     @property

@@ -35,9 +35,10 @@ class Batches(Generic[_T, _R]):
     def _begin(self) -> None:
         self._pending: list[tuple[_T, asyncio.Future[_R]]] = []
         self._under_way = False
+        self._running: asyncio.Future[Sequence[_R]] | None = None
 
-    async def __call__(self, item: _T) -> _R:
-        """Return the result for ``item``, or raise what its call raised. Cancelled, it leaves the item where it is."""
+    def __call__(self, item: _T) -> asyncio.Future[_R]:
+        """Return a future of the result for ``item``, or of what its call raised. Cancelled, it leaves the item where it is."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:  # what another loop left behind, it left for good
             self._loop = loop
@@ -48,15 +49,16 @@ class Batches(Generic[_T, _R]):
             self._under_way = True
             # Not at once: what else this turn of the loop brings comes along.
             loop.call_soon(self._start, loop)
-        return await future
+        return future
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         batch, self._pending = self._pending[:_MOST], self._pending[_MOST:]
         if not batch:
             self._under_way = False
             return
-        running = asyncio.ensure_future(self._call([item for item, _ in batch]), loop=loop)
-        running.add_done_callback(lambda done: self._end(loop, batch, done))
+        # Kept, or else nobody but the loop's weak set would have it.
+        self._running = asyncio.ensure_future(self._call([item for item, _ in batch]), loop=loop)
+        self._running.add_done_callback(lambda done: self._end(loop, batch, done))
 
     def _end(
         self,

@@ -227,12 +227,10 @@ class Delivery:
     async def _handle(self, run: Run, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
             verified = self._verifier.verify(body, url=url, now=run.started, queue=hints.queue)
-            run.identity = verified.identity
             if isinstance(verified, VerifiedPointer):
                 task = await self._fetch(run, verified, url)
                 if task is None:
                     return await self._missing_blob(run)
-                run.identity = task.identity  # a pointer names no callable
             else:
                 task = verified
             run.task = task
@@ -303,7 +301,7 @@ class Delivery:
     async def _rejected(self, run: Run, error: RejectedTask) -> Response:
         if not error.authentic:
             return self._refuse(403, error.slug)
-        run.identity = error.identity or run.identity
+        run.refused = error.identity or run.identity
         if isinstance(error, NotYetValid):
             return self._answer(run, 503, "early", error.slug, {"Retry-After": str(error.retry_after)})
         failed = isinstance(error, ExpiredTask | InvalidArguments)
@@ -322,8 +320,7 @@ class Delivery:
     def _answer(
         self, run: Run, status: int, outcome: str, reason: str | None, headers: Mapping[str, str] | None = None
     ) -> Response:
-        identity = run.identity
-        if identity is not None and is_heard(self._observer, outcome, reason):
+        if is_heard(self._observer, outcome, reason) and (identity := run.identity) is not None:
             notify(self._observer, run.event(identity, status, outcome, reason, ended=self._clock()))
         named = {OUTCOME_HEADER: outcome}
         if headers is not None:

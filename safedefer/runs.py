@@ -23,10 +23,18 @@ class Run:
     pointer: VerifiedPointer | None = None
     """What was sent, where the task is oversize."""
     task: VerifiedTask | None = None
-    identity: TaskIdentity | None = None
-    """Known as soon as a signature was verified."""
+    refused: TaskIdentity | None = None
+    """Which task it was, as far as the verifier could tell before it refused it."""
     execution: Execution | None = None
     """What the ledger was asked for."""
+
+    @property
+    def identity(self) -> TaskIdentity | None:
+        """Which task it is: known as soon as a signature was verified."""
+        if self.refused is not None:
+            return self.refused
+        verified = self.pointer if self.task is None else self.task  # a pointer names no callable
+        return None if verified is None else verified.identity
 
     def ask(self, owner: str) -> Execution:
         """Return what the ledger is asked: whether ``owner`` may run the task."""
@@ -59,10 +67,15 @@ class Run:
         self, outcome: str, status: int | None, reason: str | None, error: BaseException | None, *, ended: float
     ) -> AttemptRecord:
         """Return what is remembered of the attempt."""
-        assert self.identity is not None  # nothing is remembered of what nobody signed
+        if self.task is not None and self.refused is None:
+            task_id, audience = self.task.claims["jti"], self.task.claims["aud"]
+        else:
+            identity = self.identity
+            assert identity is not None  # nothing is remembered of what nobody signed
+            task_id, audience = identity.task_id, identity.audience
         return AttemptRecord(
-            task_id=self.identity.task_id,
-            audience=self.identity.audience,
+            task_id=task_id,
+            audience=audience,
             started=self.started,
             ended=ended,
             outcome=outcome,

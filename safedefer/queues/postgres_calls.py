@@ -115,7 +115,9 @@ class PostgresCalls:
         """Do what ``PostgresLedger.begin_many`` does."""
         await self._ready()
         # Who asks again is let in again: or else what was committed, and whose answer was lost, waits for the lease.
-        return await self._pools.run(partial(begin_many, executions=executions, lease=lease), purpose="durable", again=True)
+        return await self._pools.run(
+            partial(begin_many, executions=executions, lease=lease), purpose="durable", again=True
+        )
 
     async def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Do what ``PostgresLedger.finish_many`` does."""

@@ -427,7 +427,11 @@ async def settle(
         together = [] if ended is None else plain
         apart = sorted({*range(len(settlements))}.difference(together))
         kept = await _settle_each(
-            connection, statements, [settlements[index] for index in apart], now=now, tombstone_seconds=tombstone_seconds
+            connection,
+            statements,
+            [settlements[index] for index in apart],
+            now=now,
+            tombstone_seconds=tombstone_seconds,
         )
         for index, ours in (*zip(together, ended or (), strict=True), *zip(apart, kept, strict=True)):
             results[index] = ours
@@ -470,9 +474,13 @@ def _is_plain(lease: Lease, settlement: Settlement) -> bool:
     task = lease.task
     return (
         settlement.verdict is Verdict.DONE
-        and settlement.reason is settlement.record is task.name is task.unique_key is task.blob_id is None
-        and lease.retries == 0
         and settlement.charged
+        and settlement.reason is None
+        and settlement.record is None
+        and lease.retries == 0
+        and task.name is None
+        and task.unique_key is None
+        and task.blob_id is None
     )
 
 

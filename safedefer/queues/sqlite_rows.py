@@ -160,12 +160,12 @@ def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> Ta
 
 def record_values(record: AttemptRecord) -> dict[str, Any]:
     """Return the bindings of ``attempt_insert``."""
-    return {name: getattr(record, name) for name in AttemptRecord.__slots__}
+    return record._asdict()
 
 
 def attempt_record(row: tuple[Any, ...]) -> AttemptRecord:
     """Return the record of a row of ``attempts_of``."""
-    return AttemptRecord(**dict(zip(AttemptRecord.__slots__, row, strict=True)))
+    return AttemptRecord._make(row)
 
 
 def _hints(text: str) -> dict[str, Any]:

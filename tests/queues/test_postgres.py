@@ -762,14 +762,18 @@ def test_what_is_settled_together_ends_as_it_would_alone(queue, odd):
     settlements = [(lease, DONE) for lease in leases]
     if odd == "lost":
         with psycopg.connect(queue._dsn, autocommit=True) as connection:
-            connection.execute("UPDATE safedefer.pgqueuer SET updated = now() WHERE dedupe_key = %s", (leases[0].task.id,))
+            connection.execute(
+                "UPDATE safedefer.pgqueuer SET updated = now() WHERE dedupe_key = %s", (leases[0].task.id,)
+            )
     elif odd == "retried":
         settlements[0] = leases[0], Settlement(verdict=Verdict.RETRY, at=now + 60)
     elif odd == "twice":
         settlements.append(settlements[0])
     kept = queue.settle_many(settlements, now=now)
     assert kept == {"lost": [False, True, True], "twice": [True, True, True, False]}.get(odd, [True] * 3)
-    state = {"lost": TaskState.RUNNING, "retried": TaskState.WAITING, "ended otherwise": TaskState.DEAD}.get(odd, TaskState.SUCCEEDED)
+    state = {"lost": TaskState.RUNNING, "retried": TaskState.WAITING, "ended otherwise": TaskState.DEAD}.get(
+        odd, TaskState.SUCCEEDED
+    )
     assert [queue.find(lease.task.id).state for lease in leases] == [state, TaskState.SUCCEEDED, TaskState.SUCCEEDED]
     assert [queue.find(lease.task.id).attempts for lease in leases[1:]] == [1, 1]
     if odd == "named":

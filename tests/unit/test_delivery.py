@@ -286,7 +286,7 @@ async def test_a_failed_call_fails_for_its_own_callers_alone():
         with pytest.raises(QueueUnavailable):
             await batches("bad")
         assert await batches("good") == "good"
-        waiting = asyncio.create_task(batches("late"))
+        waiting = asyncio.ensure_future(batches("late"))
         await asyncio.sleep(0)
         waiting.cancel()
         assert await batches("next") == "next"
@@ -297,7 +297,7 @@ def test_batches_outlive_the_loop_that_was_left_in_the_middle():
         batches = Batches(threaded(in_thread, lambda items: [time.sleep(0.05), *items][1:]))
 
         async def leave():
-            task = asyncio.create_task(batches(1))
+            task = asyncio.ensure_future(batches(1))
             await asyncio.sleep(0.01)
             task.cancel()
 

@@ -44,7 +44,7 @@ def task_of(number=1, **changes):
 
 
 def lease_of(**changes):
-    task = {name: changes.pop(name) for name in list(changes) if name in QueuedTask.__slots__}
+    task = {name: changes.pop(name) for name in list(changes) if name in QueuedTask._fields}
     return Lease(**{"task": task_of(**task), "owner": "me", "until": NOW + 60, **changes})
 
 
