@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Final
 
 from safedefer.claims import Options
 from safedefer.errors import InvalidTaskError
-from safedefer.messages import CONTENT_TYPE, QUEUE_HEADER, RETRY_HEADER
+from safedefer.messages import CONTENT_TYPE, QUEUE_HEADER, RETRY_HEADER, Hints
 from safedefer.queues.base import Lease, QueuedTask
 
 _SLUG: Final = re.compile("[a-z0-9-]{1,100}")
@@ -16,6 +17,36 @@ _TRACE: Final = re.compile("[0-9a-f-]{1,100}")
 _TRACE_HEADER: Final = "traceparent"
 #: What names and ids are made of: whatever else there is, ``Options`` says what is wrong with it.
 _NAME: Final = re.compile("[a-zA-Z0-9_-]{1,500}")
+
+
+class AttemptHeaders(Mapping[str, str]):
+    """What ``attempt_headers`` returns or raises, made when it is read: a handler in this process reads ``hints`` alone."""
+
+    __slots__ = ("_lease", "_made")
+
+    def __init__(self, lease: Lease) -> None:
+        _check_hints(lease.task)
+        self._lease = lease
+        self._made: dict[str, str] | None = None
+
+    @property
+    def hints(self) -> Hints:
+        """What ``read_hints`` would read in them."""
+        return Hints(None, CONTENT_TYPE, self._lease.task.queue, self._lease.retries)
+
+    def _headers(self) -> dict[str, str]:
+        if self._made is None:
+            self._made = attempt_headers(self._lease)
+        return self._made
+
+    def __getitem__(self, name: str) -> str:
+        return self._headers()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers())
+
+    def __len__(self) -> int:
+        return len(self._headers())
 
 
 def attempt_headers(lease: Lease) -> dict[str, str]:

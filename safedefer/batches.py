@@ -56,9 +56,9 @@ class Batches(Generic[_T, _R]):
         if not batch:
             self._under_way = False
             return
-        # Kept, or else nobody but the loop's weak set would have it.
-        self._running = asyncio.ensure_future(self._call([item for item, _ in batch]), loop=loop)
-        self._running.add_done_callback(lambda done: self._end(loop, batch, done))
+        running = asyncio.ensure_future(self._call([item for item, _ in batch]), loop=loop)  # noqa: RUF006 - kept below
+        self._running = running
+        running.add_done_callback(lambda done: self._end(loop, batch, done))
 
     def _end(
         self,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from safedefer.attempts import attempt_headers
+from safedefer.attempts import AttemptHeaders
 from safedefer.deliveries import Deliver, Interrupted, Unreachable
 from safedefer.errors import QueueError
 from safedefer.leases import name_of
@@ -71,7 +71,7 @@ class Courier:
         task, places = lease.task, self.places
         down = places.probe(self._place(task)) if places else None
         try:
-            response = await self._deliver(task, attempt_headers(lease))
+            response = await self._deliver(task, AttemptHeaders(lease))
         except Unreachable as error:
             return places.missed(error, now=self._clock(), jitter=jitter)
         except Interrupted:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from safedefer.attempts import AttemptHeaders
 from safedefer.blobs import BlobStore
 from safedefer.books import Books
 from safedefer.errors import (
@@ -201,7 +202,7 @@ class Delivery:
         Returns:
             The answer. Nothing is raised but the cancellation of the caller.
         """
-        hints = read_hints(headers)
+        hints = headers.hints if type(headers) is AttemptHeaders else read_hints(headers)
         early = self._check(method, hints, len(body))
         if early is not None:
             return early

@@ -413,7 +413,8 @@ ON CONFLICT (id) DO NOTHING;
 -- succeeded, the jobs go as pgqueuer's own statement has them go; if not, nothing happens. The tasks have no names, keys and
 -- blobs, and were delivered once. As many rows as jobs went: fewer than all if somebody took over leases in between.
 WITH given AS MATERIALIZED (
-    SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[]) AS lease (id, updated, audience, task_id)
+    SELECT id::bigint, updated::bigint, audience, task_id
+    FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) AS lease (id, updated, audience, task_id)
 ), found AS MATERIALIZED (
     SELECT job.id, job.updated, given.task_id, entry.uncharged
     FROM given
@@ -505,11 +506,13 @@ FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
 -- name: attempts_become_stray
 UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
 
+-- Of what every task costs, numbers come as texts: asyncpg looks at each number of an array four times.
+
 -- name: ledger_begin
 -- As many rows as there are runs that may begin; each pair of audience and task is in the arrays once.
 INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
-SELECT given.audience, given.task_id, given.digest, 'running', given.owner, now() + $6::interval, given.expires, true
-FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::bigint[])
+SELECT given.audience, given.task_id, given.digest, 'running', given.owner, now() + $6::interval, given.expires::bigint, true
+FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::text[])
     AS given (audience, task_id, digest, owner, expires)
 ON CONFLICT (audience, task_id) DO UPDATE
 SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = true
@@ -531,8 +534,9 @@ WHERE audience = $1 AND task_id = $2 AND owner = $3 AND state = 'running' RETURN
 -- name: ledger_succeed
 -- As many rows as there are runs that were ours, and have succeeded.
 UPDATE safedefer.ledger AS entry
-SET state = 'succeeded', owner = NULL, until = NULL, began = given.began, finished = given.finished
-FROM unnest($1::text[], $2::text[], $3::text[], $4::double precision[], $5::double precision[])
+SET state = 'succeeded', owner = NULL, until = NULL, began = given.began::double precision,
+    finished = given.finished::double precision
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
     AS given (audience, task_id, owner, began, finished)
 WHERE entry.audience = given.audience AND entry.task_id = given.task_id
     AND entry.state = 'running' AND entry.owner = given.owner;

@@ -70,7 +70,7 @@ async def _begin_each_once(
         [run.task_id for run in asked],
         [run.digest for run in asked],
         [run.owner for run in asked],
-        [run.expires for run in asked],
+        [str(run.expires) for run in asked],
         ago(lease),
     )
     if changed(begun) == len(asked):
@@ -104,8 +104,8 @@ async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bo
             [run.audience for run, _, _ in ends],
             [run.task_id for run, _, _ in ends],
             [run.owner for run, _, _ in ends],
-            [record.started for _, _, record in ends],
-            [record.ended for _, _, record in ends],
+            [repr(record.started) for _, _, record in ends],
+            [repr(record.ended) for _, _, record in ends],
         )
         if changed(succeeded) == len(ends):
             return [True] * len(ends)

@@ -455,8 +455,8 @@ async def _settle_plain(
     jobs = sorted(held)  # in one order, so that two batches do not wait for each other
     rows = await connection.execute(
         SQL["done"],
-        jobs,
-        [held[job][0] for job in jobs],
+        [str(job) for job in jobs],
+        [str(held[job][0]) for job in jobs],
         [held[job][1].audience for job in jobs],
         [held[job][1].id for job in jobs],
         managers.pop(),
