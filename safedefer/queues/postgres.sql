@@ -7,7 +7,7 @@
 --
 -- A statement looks up as many rows as it is given, by index, whatever the planner believes of the tables: they grow and
 -- shrink faster than they are counted. So connections have sequential scans and hash and merge joins off, and
--- OFFSET 0 keeps a look-up from becoming a scan.
+-- OFFSET 0 keeps a look-up from becoming a scan. What every task costs takes its columns as texts, split at the separator $1.
 --
 -- Who may run what when goes by the database's clock (now()), which all machines share. Times for people, and
 -- those of tombstones and history, are seconds since the epoch by the clock of whoever wrote them.
@@ -414,7 +414,8 @@ ON CONFLICT (id) DO NOTHING;
 -- blobs, and were delivered once. As many rows as jobs went: fewer than all if somebody took over leases in between.
 WITH given AS MATERIALIZED (
     SELECT id::bigint, updated::bigint, audience, task_id
-    FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) AS lease (id, updated, audience, task_id)
+    FROM unnest(string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1))
+        AS lease (id, updated, audience, task_id)
 ), found AS MATERIALIZED (
     SELECT job.id, job.updated, given.task_id, entry.uncharged
     FROM given
@@ -425,16 +426,16 @@ WITH given AS MATERIALIZED (
         SELECT state, uncharged FROM safedefer.ledger
         WHERE ledger.audience = given.audience AND ledger.task_id = given.task_id OFFSET 0
     ) AS entry
-    WHERE job.status = 'picked' AND job.queue_manager_id = $5::uuid AND entry.state = 'succeeded'
+    WHERE job.status = 'picked' AND job.queue_manager_id = $6::uuid AND entry.state = 'succeeded'
         AND job.updated = timestamptz 'epoch' + given.updated * interval '1 microsecond'
 ), deleted AS (
     DELETE FROM safedefer.pgqueuer AS job USING found
-    WHERE job.id = found.id AND job.updated = found.updated AND job.queue_manager_id = $5::uuid AND job.status = 'picked'
+    WHERE job.id = found.id AND job.updated = found.updated AND job.queue_manager_id = $6::uuid AND job.status = 'picked'
         AND (SELECT count(*) FROM found) = (SELECT count(*) FROM given)
     RETURNING job.id, job.entrypoint, job.priority, job.headers, found.task_id, found.uncharged
 ), history AS (
     INSERT INTO safedefer.ended (id, queue, headers, attempts, state, ended)
-    SELECT task_id, split_part(entrypoint, '@', 1), coalesce(headers, '{}'), uncharged::integer, 'succeeded', $6 FROM deleted
+    SELECT task_id, split_part(entrypoint, '@', 1), coalesce(headers, '{}'), uncharged::integer, 'succeeded', $7 FROM deleted
     ON CONFLICT (id) DO NOTHING
 )
 INSERT INTO safedefer.pgqueuer_log (job_id, status, entrypoint, priority)
@@ -506,14 +507,14 @@ FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
 -- name: attempts_become_stray
 UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
 
--- Of what every task costs, numbers come as texts: asyncpg looks at each number of an array four times.
-
 -- name: ledger_begin
 -- As many rows as there are runs that may begin; each pair of audience and task is in the arrays once.
 INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
-SELECT given.audience, given.task_id, given.digest, 'running', given.owner, now() + $6::interval, given.expires::bigint, true
-FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::text[])
-    AS given (audience, task_id, digest, owner, expires)
+SELECT given.audience, given.task_id, decode(given.digest, 'hex'), 'running', given.owner, now() + $7::interval,
+    given.expires::bigint, true
+FROM unnest(
+    string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1), string_to_array($6, $1)
+) AS given (audience, task_id, digest, owner, expires)
 ON CONFLICT (audience, task_id) DO UPDATE
 SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = true
 WHERE entry.digest = excluded.digest AND (
@@ -536,8 +537,9 @@ WHERE audience = $1 AND task_id = $2 AND owner = $3 AND state = 'running' RETURN
 UPDATE safedefer.ledger AS entry
 SET state = 'succeeded', owner = NULL, until = NULL, began = given.began::double precision,
     finished = given.finished::double precision
-FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
-    AS given (audience, task_id, owner, began, finished)
+FROM unnest(
+    string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1), string_to_array($6, $1)
+) AS given (audience, task_id, owner, began, finished)
 WHERE entry.audience = given.audience AND entry.task_id = given.task_id
     AND entry.state = 'running' AND entry.owner = given.owner;
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
 from safedefer.queues.postgres_operations import RECORDS_KEPT, SQL, add_records, ago, changed
-from safedefer.queues.postgres_rows import record_values, to_json
+from safedefer.queues.postgres_rows import joined, record_values, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -66,11 +66,13 @@ async def _begin_each_once(
     asked = sorted((executions[index] for index in which.values()), key=_name)
     begun = await connection.execute(
         SQL["ledger_begin"],
-        [run.audience for run in asked],
-        [run.task_id for run in asked],
-        [run.digest for run in asked],
-        [run.owner for run in asked],
-        [str(run.expires) for run in asked],
+        *joined(
+            [run.audience for run in asked],
+            [run.task_id for run in asked],
+            [run.digest.hex() for run in asked],
+            [run.owner for run in asked],
+            [str(run.expires) for run in asked],
+        ),
         ago(lease),
     )
     if changed(begun) == len(asked):
@@ -101,11 +103,13 @@ async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bo
     if all(state is EndState.SUCCEEDED and _says_no_more(record, run) for run, state, record in ends):
         succeeded = await connection.execute(
             SQL["ledger_succeed"],
-            [run.audience for run, _, _ in ends],
-            [run.task_id for run, _, _ in ends],
-            [run.owner for run, _, _ in ends],
-            [repr(record.started) for _, _, record in ends],
-            [repr(record.ended) for _, _, record in ends],
+            *joined(
+                [run.audience for run, _, _ in ends],
+                [run.task_id for run, _, _ in ends],
+                [run.owner for run, _, _ in ends],
+                [repr(record.started) for _, _, record in ends],
+                [repr(record.ended) for _, _, record in ends],
+            ),
         )
         if changed(succeeded) == len(ends):
             return [True] * len(ends)

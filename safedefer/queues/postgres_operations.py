@@ -21,6 +21,7 @@ from safedefer.queues.postgres_rows import (
     Progress,
     dead_values,
     entrypoint,
+    joined,
     keys,
     read_task,
     record_values,
@@ -455,10 +456,12 @@ async def _settle_plain(
     jobs = sorted(held)  # in one order, so that two batches do not wait for each other
     rows = await connection.execute(
         SQL["done"],
-        [str(job) for job in jobs],
-        [str(held[job][0]) for job in jobs],
-        [held[job][1].audience for job in jobs],
-        [held[job][1].id for job in jobs],
+        *joined(
+            [str(job) for job in jobs],
+            [str(held[job][0]) for job in jobs],
+            [held[job][1].audience for job in jobs],
+            [held[job][1].id for job in jobs],
+        ),
         managers.pop(),
         now,
     )
