@@ -23,6 +23,8 @@ _log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: The first hold of a queue whose handler is at capacity; it doubles with each such answer in a row.
 _BUSY_SECONDS: Final = 0.02
+#: With these a handler may ask for a pause.
+_WAITING: Final = frozenset({429, 503})
 
 
 class Courier:
@@ -84,7 +86,8 @@ class Courier:
             places.found(self._place(task))
         answer = read_answer(response)
         settlement = judge_answer(lease, answer, now=self._clock(), jitter=jitter)
-        await self._slow(task.queue, answer)
+        if self._busy or answer.status in _WAITING:
+            await self._slow(task.queue, answer)
         if settlement.verdict is Verdict.DONE:
             if answer.outcome is None:
                 self._warn(task, answer)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -294,10 +294,10 @@ class Delivery:
             return self._refuse(403, outcome.reason)
         return self._answer(run, status, outcome_name, outcome.reason)
 
-    async def _finish(self, run: Run, execution: Execution, outcome: Outcome, status: int | None) -> None:
+    def _finish(self, run: Run, execution: Execution, outcome: Outcome, status: int | None) -> Awaitable[None]:
         """Write down how a run ended, before the answer goes out: also if the caller hangs up meanwhile."""
         record = run.record(_STATUS[outcome.result][1], status, outcome.reason, outcome.error, ended=self._clock())
-        await self._books.finish((execution, _END[outcome.result], record))
+        return self._books.finish((execution, _END[outcome.result], record))
 
     async def _rejected(self, run: Run, error: RejectedTask) -> Response:
         if not error.authentic:
