@@ -3,6 +3,9 @@
 All in one process on one server that syncs every commit, round by round in turn, each in a database of its own. What
 is compared is the ratio to the others of the same run; the absolute figures are of the machine and its neighbours.
 
+Tasks are executed by one process. pgqueuer runs whatever it has fetched at once, in batches, and sets itself no limit; this
+project and procrastinate have the places that they are given, four for each job of such a batch.
+
 ``pip install procrastinate`` for its rows; without it they are left out.
 """
 
@@ -34,6 +37,7 @@ from tests.postgres.server import Server, fresh_database
 
 #: What pgqueuer carries instead: as many bytes as a token has.
 PAYLOAD_BYTES = 450
+PLACES_PER_JOB = 4
 
 
 class Safedefer:
@@ -41,9 +45,9 @@ class Safedefer:
 
     name = "safedefer"
 
-    def __init__(self, dsn: str, concurrency: int) -> None:
+    def __init__(self, dsn: str, places: int) -> None:
         migrate_queue(dsn)
-        self._concurrency = concurrency
+        self._places = places
         self._app = App(
             keyring=Keyring(Key("bench", secrets.token_bytes(32))),
             policy=Policy("tests.benchmarks.noop"),
@@ -59,7 +63,7 @@ class Safedefer:
         self._app.defer_many([(noop, (1,), {})] * count)
 
     def _dispatcher(self) -> Dispatcher:
-        options = DispatcherOptions(concurrency=self._concurrency)
+        options = DispatcherOptions(concurrency=self._places)
         return Dispatcher(self._app.queue, InProcessDelivery(self._app.handle), options=options, clock=time.time)
 
     async def drain(self, count: int) -> None:
@@ -87,9 +91,9 @@ class Pgqueuer:
 
     name = "pgqueuer"
 
-    def __init__(self, dsn: str, concurrency: int) -> None:
+    def __init__(self, dsn: str, places: int) -> None:
         self._dsn = dsn
-        self._batch = concurrency
+        self._batch = places // PLACES_PER_JOB
         self._payload = b"x" * PAYLOAD_BYTES
         asyncio.run(self._install())
         self._connection = psycopg.connect(dsn, autocommit=True)
@@ -148,10 +152,10 @@ class Procrastinate:
 
     name = "procrastinate"
 
-    def __init__(self, dsn: str, concurrency: int) -> None:
+    def __init__(self, dsn: str, places: int) -> None:
         import procrastinate
 
-        self._concurrency = concurrency
+        self._places = places
         sync = procrastinate.App(connector=procrastinate.SyncPsycopgConnector(conninfo=dsn))
         sync.open()
         sync.schema_manager.apply_schema()
@@ -176,13 +180,13 @@ class Procrastinate:
 
     async def drain(self, count: int) -> None:
         async with self._app.open_async():
-            await self._app.run_worker_async(concurrency=self._concurrency, wait=False, install_signal_handlers=False)
+            await self._app.run_worker_async(concurrency=self._places, wait=False, install_signal_handlers=False)
 
     @contextlib.asynccontextmanager
     async def working(self):
         async with self._app.open_async():
             run = asyncio.create_task(
-                self._app.run_worker_async(concurrency=self._concurrency, install_signal_handlers=False)
+                self._app.run_worker_async(concurrency=self._places, install_signal_handlers=False)
             )
             await asyncio.sleep(0.5)
             yield
@@ -240,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=4000)
-    parser.add_argument("--concurrency", type=int, default=100, help="places, and pgqueuer's batch size")
+    parser.add_argument("--places", type=int, default=400, help="tasks that run at once; pgqueuer's batch is a quarter")
     parser.add_argument("--only", nargs="*", default=None)
     options = parser.parse_args()
     kinds = [Safedefer, Pgqueuer, *([Procrastinate] if find_spec("procrastinate") else [])]
@@ -251,7 +255,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         systems = []
         for kind in kinds:
-            system = kind(server.dsn(stack.enter_context(fresh_database(server))), options.concurrency)
+            system = kind(server.dsn(stack.enter_context(fresh_database(server))), options.places)
             stack.callback(system.close)
             systems.append(system)
         for number in range(options.rounds + 1):  # the first warms up
