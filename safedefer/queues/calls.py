@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol, TypeGuard
 
 from safedefer.ledger import Admission, Execution, Ledger, RunEnd
-from safedefer.queues.base import Lease, PullQueue, Settlement
+from safedefer.queues.base import Lease, PullQueue, Queue, Settlement
 from safedefer.threads import InThread
 
 
@@ -59,7 +59,7 @@ class LoopLedger(Ledger, Protocol):
         ...
 
 
-def _is_loop_queue(queue: PullQueue) -> TypeGuard[LoopQueue]:
+def _is_loop_queue(queue: Queue) -> TypeGuard[LoopQueue]:
     return hasattr(queue, "on_loop")
 
 
@@ -94,6 +94,16 @@ async def queue_calls(queue: PullQueue, in_thread: InThread) -> AsyncIterator[Qu
         return
     async with queue.on_loop() as calls:
         yield calls
+
+
+@contextlib.asynccontextmanager
+async def on_loop(queue: Queue) -> AsyncIterator[None]:
+    """Let a queue, and so its ledger, have connections of the running loop while the context lasts, if the engine can."""
+    if not _is_loop_queue(queue):
+        yield
+        return
+    async with queue.on_loop():
+        yield
 
 
 def ledger_here(ledger: Ledger) -> LedgerCalls | None:
