@@ -79,6 +79,7 @@ class PostgresCalls:
             if connections.lease_seconds != seconds:
                 note = partial(operations.execute, statement=SQL["settings_lease"], values=(seconds,))
                 await self._pools.run(note, purpose="durable")
+                connections.lease_seconds = seconds
             host.lease_seconds = seconds
         action = partial(
             operations.lease,

@@ -799,3 +799,48 @@ def test_pgqueuer_logs_the_end_of_a_job_the_same_whichever_statement_ends_it(que
         assert len(rows) == 2
         assert rows[0] == rows[1]
         assert connection.execute("SELECT count(*) FROM safedefer.pgqueuer").fetchone() == (0,)
+
+
+def test_a_handler_calls_the_ledger_on_its_loop_while_that_has_connections_and_in_threads_then(queue, monkeypatch):
+    app = make_app(queue=queue)
+    tasks = [app.defer(sample_tasks.add, 1, number) for number in range(2)]
+    threads = []
+    begin = type(queue.ledger).begin_many
+    monkeypatch.setattr(
+        type(queue.ledger), "begin_many", lambda *args, **named: [threads.append(1), begin(*args, **named)][1]
+    )
+
+    async def work():
+        headers = {"Content-Type": "application/jose"}
+        async with queue.on_loop():
+            assert (await app.handle(headers, tasks[0].payload))[1]["Safedefer-Outcome"] == "succeeded"
+            assert threads == []
+        assert (await app.handle(headers, tasks[1].payload))[1]["Safedefer-Outcome"] == "succeeded"
+        assert threads == [1]
+
+    asyncio.run(work())
+    app.close()
+
+
+def test_the_lease_that_dispatchers_have_is_known_to_who_looks_whatever_it_was_before(queue):
+    for seconds in (30.0, 60.0, 30.0, 60.0):
+        queue.lease(owner="o", limit=1, seconds=seconds, now=time.time())
+        with psycopg.connect(queue._dsn) as connection:
+            assert connection.execute("SELECT lease_seconds FROM safedefer.settings").fetchone() == (seconds,)
+
+
+@pytest.mark.parametrize("text", ["\x1f", "a\x1fb\x1f", "NULL", "{a,b}", 'a"b\\', "ä\n€"])
+def test_whatever_names_a_run_it_is_one_value(queue, text):
+    """Columns travel as one text each, joined by a separator, which a value may have in it."""
+    runs = [
+        execution_of(make_task(), owner=f"{text}{number}", audience=f"{text}{number % 2}", task_id=f"{number}{text}")
+        for number in range(4)
+    ]
+    begun = queue.ledger.begin_many(runs, now=0.0, lease=60.0)
+    assert begun == [Admission.RUN] * 4
+    records = [record_of(make_task(), task_id=run.task_id, audience=run.audience) for run in runs]
+    ends = [(run, EndState.SUCCEEDED, record) for run, record in zip(runs, records, strict=True)]
+    assert queue.ledger.finish_many(ends[:3]) == [True] * 3
+    other = runs[3]._replace(owner="another")
+    assert queue.ledger.finish_many([(other, EndState.SUCCEEDED, records[3])]) == [False]
+    assert queue.ledger.begin_many(runs, now=0.0, lease=60.0) == [*[Admission.DUPLICATE] * 3, Admission.RUN]
