@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
+
+from safedefer.errors import QueueUnavailable
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -17,13 +19,14 @@ class Batches(Generic[_T, _R]):
     """Gathers items of one event loop, and hands them to one call at a time.
 
     Args:
-        call: Takes a list of items and returns a result for each, or raises for all.
+        call: Takes a list of items, and whether a caller was cancelled meanwhile; returns a future of a result for each, or
+            of an error for all.
         orphaned: Told of each item for which the call raised, and whose caller was cancelled meanwhile.
     """
 
     def __init__(
         self,
-        call: Callable[[list[_T]], Awaitable[Sequence[_R]]],
+        call: Callable[[list[_T], bool], asyncio.Future[Sequence[_R]]],
         *,
         orphaned: Callable[[_T, BaseException], None] | None = None,
     ) -> None:
@@ -56,9 +59,15 @@ class Batches(Generic[_T, _R]):
         if not batch:
             self._under_way = False
             return
-        running = asyncio.ensure_future(self._call([item for item, _ in batch]), loop=loop)  # noqa: RUF006 - kept below
-        self._running = running
-        running.add_done_callback(lambda done: self._end(loop, batch, done))
+        try:
+            self._running = self._call([item for item, _ in batch], any(future.done() for _, future in batch))
+        except Exception as error:  # noqa: BLE001  # the threads were let go of, say: whoever waits is told
+            self._under_way = False
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        self._running.add_done_callback(lambda done: self._end(loop, batch, done))
 
     def _end(
         self,
@@ -66,11 +75,14 @@ class Batches(Generic[_T, _R]):
         batch: list[tuple[_T, asyncio.Future[_R]]],
         done: asyncio.Future[Sequence[_R]],
     ) -> None:
-        failure = asyncio.CancelledError() if done.cancelled() else done.exception()
+        # A cancellation is for whoever was cancelled: to the others the storage did not answer.
+        failure = (
+            QueueUnavailable("the event loop is being closed; try again") if done.cancelled() else done.exception()
+        )
         results = done.result() if failure is None else ()
         for number, (item, future) in enumerate(batch):
             if future.done():  # its caller was cancelled
-                if failure is not None and self._orphaned is not None:
+                if failure is not None and self._orphaned is not None and not done.cancelled():
                     self._orphaned(item, failure)
             elif failure is None:
                 future.set_result(results[number])

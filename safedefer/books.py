@@ -55,19 +55,23 @@ class Books:
         # With the process: a forked one has the same name and numbers.
         return f"{self._name}-{os.getpid()}-{next(self._numbers)}"
 
-    async def _begin_many(self, executions: list[Execution]) -> Sequence[Admission]:
+    def _begin_many(self, executions: list[Execution], _gone: bool) -> asyncio.Future[Sequence[Admission]]:
         ledger = self._ledger()
         here, now = ledger_here(ledger), self._clock()
         if here is not None:
-            return await here.begin_many(executions, now=now, lease=self._seconds)
-        return await self._in_thread(partial(ledger.begin_many, executions, now=now, lease=self._seconds))
+            return asyncio.ensure_future(here.begin_many(executions, now=now, lease=self._seconds))
+        return self._in_thread(partial(ledger.begin_many, executions, now=now, lease=self._seconds))
 
-    async def _end_many(self, ends: list[RunEnd]) -> Sequence[bool]:
+    def _end_many(self, ends: list[RunEnd], gone: bool) -> asyncio.Future[Sequence[bool]]:
         ledger = self._ledger()
         here = ledger_here(ledger)
-        if here is not None:
-            return await here.finish_many(ends)
-        return await self._in_thread(partial(ledger.finish_many, ends))
+        in_thread = partial(self._in_thread, partial(ledger.finish_many, ends))
+        if here is None or gone:
+            return in_thread()
+        ending = asyncio.ensure_future(here.finish_many(ends))
+        # The loop may be taken down, and cancels whatever it has: a thread goes on, and told twice is told once.
+        ending.add_done_callback(lambda done: in_thread() if done.cancelled() else None)
+        return ending
 
     async def record(self, record: AttemptRecord) -> None:
         """Write down an attempt that never came to run."""

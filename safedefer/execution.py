@@ -63,7 +63,8 @@ class Outcome:
     error: BaseException | None = None
 
 
-class TaskContext(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskContext:
     """What a running task may know of itself: ``safedefer.current_task()``."""
 
     id: str

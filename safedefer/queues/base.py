@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeGuard
 
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError
@@ -65,7 +64,8 @@ class StorageOptions:
     """Of more dead letters the oldest are archived."""
 
 
-_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
+#: Shared by all tasks that have nothing there: nobody changes it.
+_NONE: Final[Mapping[str, Any]] = {}
 
 
 class QueuedTask(NamedTuple):

@@ -60,11 +60,11 @@ class LoopLedger(Ledger, Protocol):
 
 
 def _is_loop_queue(queue: Queue) -> TypeGuard[LoopQueue]:
-    return hasattr(queue, "on_loop")
+    return hasattr(type(queue), "on_loop")  # of the class: what wraps a queue is to be called itself
 
 
 def _is_loop_ledger(ledger: Ledger) -> TypeGuard[LoopLedger]:
-    return hasattr(ledger, "here")
+    return hasattr(type(ledger), "here")
 
 
 class ThreadedQueue:

@@ -65,6 +65,7 @@ class _Here:
 
     calls: PostgresCalls
     pools: Pools
+    process: int
     users: int = 0
 
 
@@ -79,7 +80,8 @@ class PostgresQueue:
         dead_seconds: Older dead letters are archived.
         dead_limit: Of more dead letters the oldest are archived.
         producers: Connections at most through which this process enqueues.
-        workers: Connections at most for each of leasing, settling and keeping the ledger, besides one that listens.
+        workers: Connections at most for each of leasing, settling and keeping the ledger, of each event loop within
+            ``on_loop`` and of the engine's own; one more listens.
 
     Nothing is connected before the first call. Every method may raise ``QueueUnavailable``, and the first
     ``ConfigurationError`` if the database was not migrated.
@@ -125,6 +127,7 @@ class PostgresQueue:
         """Let go of what is the parent's; its connections are kept, unused, so that nobody ends them."""
         if self._connections is not None:
             _inherited.append(self._connections)
+        _inherited.append(self._loops)
         self._after_fork()
 
     def __repr__(self) -> str:
@@ -156,6 +159,10 @@ class PostgresQueue:
         with self._lock:
             self._closed = True
             connections, self._connections = self._connections, None
+            loops, self._loops = self._loops, {}
+        for loop, here in loops.items():
+            with contextlib.suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(here.pools.terminate)
         self.watch.wake()
         if connections is not None:
             connections.close()
@@ -214,16 +221,18 @@ class PostgresQueue:
         Up to ``workers`` for each of leasing, settling and keeping the ledger; made when they are needed.
         """
         loop = asyncio.get_running_loop()
+        for other in [other for other in self._loops if other.is_closed()]:
+            self._loops.pop(other).pools.terminate()
         here = self._loops.get(loop)
         if here is None:
             pools = Pools(self._dsn, self._sizes[1])
-            here = self._loops[loop] = _Here(PostgresCalls(self, pools), pools)
+            here = self._loops[loop] = _Here(PostgresCalls(self, pools), pools, os.getpid())
         here.users += 1
         try:
             yield here.calls
         finally:
             here.users -= 1
-            if not here.users:
+            if not here.users and here.process == os.getpid():  # a forked child's connections are its parent's
                 if self._loops.get(loop) is here:
                     del self._loops[loop]
                 await here.pools.close()
@@ -542,7 +551,7 @@ def _lost(lease: Lease) -> LeaseLost:
 
 
 _queues: Final[weakref.WeakSet[PostgresQueue]] = weakref.WeakSet()
-_inherited: Final[list[Connections]] = []
+_inherited: Final[list[object]] = []
 
 
 def _after_fork_in_child() -> None:

@@ -7,7 +7,8 @@
 --
 -- A statement looks up as many rows as it is given, by index, whatever the planner believes of the tables: they grow and
 -- shrink faster than they are counted. So connections have sequential scans and hash and merge joins off, and
--- OFFSET 0 keeps a look-up from becoming a scan. What every task costs takes its columns as texts, split at the separator $1.
+-- OFFSET 0 keeps a look-up from becoming a scan. What every task costs takes its columns as texts, split at the separator $1: an empty text
+-- is no element of its own then, but NULL.
 --
 -- Who may run what when goes by the database's clock (now()), which all machines share. Times for people, and
 -- those of tombstones and history, are seconds since the epoch by the clock of whoever wrote them.
@@ -105,7 +106,7 @@ CREATE TABLE safedefer.dead (
 CREATE INDEX dead_ended ON safedefer.dead (ended, id COLLATE "C");
 CREATE INDEX dead_current ON safedefer.dead (ended, id COLLATE "C") WHERE archived IS NULL;
 
--- What it was is in the headers that its job had, which are copied as they are.
+-- What it was is in the headers that its job had, without what came with the token: its own headers and options.
 CREATE TABLE safedefer.ended (
     id text PRIMARY KEY,
     queue text NOT NULL,
@@ -386,11 +387,16 @@ WHERE id = $1 AND queue_manager_id = $2 AND updated = timestamptz 'epoch' + $3::
 -- name: held
 -- The leases that are still ours, locked, with what the ledger knows of them.
 SELECT job.id, entry.state, entry.uncharged
-FROM json_to_recordset($1::json) AS lease (id bigint, manager uuid, updated bigint, audience text, task_id text)
-JOIN safedefer.pgqueuer AS job ON job.id = lease.id AND job.queue_manager_id = lease.manager
-    AND job.updated = timestamptz 'epoch' + lease.updated * interval '1 microsecond' AND job.status = 'picked'
+FROM (
+    SELECT * FROM json_to_recordset($1::json)
+        AS given (id bigint, manager uuid, updated bigint, audience text, task_id text) ORDER BY id
+) AS lease
+CROSS JOIN LATERAL (
+    SELECT id, status, queue_manager_id, updated FROM safedefer.pgqueuer WHERE pgqueuer.id = lease.id FOR UPDATE OFFSET 0
+) AS job
 LEFT JOIN safedefer.ledger AS entry ON entry.audience = lease.audience AND entry.task_id = lease.task_id
-ORDER BY job.id FOR UPDATE OF job;
+WHERE job.queue_manager_id = lease.manager AND job.status = 'picked'
+    AND job.updated = timestamptz 'epoch' + lease.updated * interval '1 microsecond';
 
 -- name: waiting_of
 -- Of the given tasks those that wait, or whose lease has run out, locked, with what the ledger knows of them.
@@ -401,11 +407,9 @@ WHERE job.dedupe_key = ANY ($1::text[])
 ORDER BY job.id FOR UPDATE OF job;
 
 -- name: ended_insert
--- Before the jobs go.
 INSERT INTO safedefer.ended (id, queue, headers, attempts, state, reason, ended)
-SELECT given.id, split_part(job.entrypoint, '@', 1), coalesce(job.headers, '{}'), given.attempts, given.state, given.reason, $2
-FROM json_to_recordset($1::json) AS given (id text, job_id bigint, attempts bigint, state text, reason text)
-JOIN safedefer.pgqueuer AS job ON job.id = given.job_id
+SELECT id, queue, headers::jsonb, attempts, state, reason, $2
+FROM json_to_recordset($1::json) AS given (id text, queue text, headers text, attempts bigint, state text, reason text)
 ON CONFLICT (id) DO NOTHING;
 
 -- name: done
@@ -420,7 +424,7 @@ WITH given AS MATERIALIZED (
     SELECT job.id, job.updated, given.task_id, entry.uncharged
     FROM given
     CROSS JOIN LATERAL (
-        SELECT id, status, queue_manager_id, updated FROM safedefer.pgqueuer WHERE pgqueuer.id = given.id OFFSET 0
+        SELECT id, status, queue_manager_id, updated, headers FROM safedefer.pgqueuer WHERE pgqueuer.id = given.id OFFSET 0
     ) AS job
     CROSS JOIN LATERAL (
         SELECT state, uncharged FROM safedefer.ledger
@@ -428,21 +432,30 @@ WITH given AS MATERIALIZED (
     ) AS entry
     WHERE job.status = 'picked' AND job.queue_manager_id = $6::uuid AND entry.state = 'succeeded'
         AND job.updated = timestamptz 'epoch' + given.updated * interval '1 microsecond'
+        AND jsonb_typeof(job.headers) = 'object' -- a driver may have made a text of them
 ), deleted AS (
+    -- Whoever picks or ends a job changes `updated`; to which nothing is added so that the index of the id is taken.
     DELETE FROM safedefer.pgqueuer AS job USING found
-    WHERE job.id = found.id AND job.updated = found.updated AND job.queue_manager_id = $6::uuid AND job.status = 'picked'
+    WHERE job.id = found.id AND job.updated + interval '0' = found.updated
         AND (SELECT count(*) FROM found) = (SELECT count(*) FROM given)
     RETURNING job.id, job.entrypoint, job.priority, job.headers, found.task_id, found.uncharged
 ), history AS (
     INSERT INTO safedefer.ended (id, queue, headers, attempts, state, ended)
-    SELECT task_id, split_part(entrypoint, '@', 1), coalesce(headers, '{}'), uncharged::integer, 'succeeded', $7 FROM deleted
+    SELECT task_id, split_part(entrypoint, '@', 1),
+        headers #- '{safedefer_more,headers}' #- '{safedefer_more,retry_options}', uncharged::integer, 'succeeded', $7
+    FROM deleted
     ON CONFLICT (id) DO NOTHING
 )
 INSERT INTO safedefer.pgqueuer_log (job_id, status, entrypoint, priority)
 SELECT id, 'successful', entrypoint, priority FROM deleted;
 
--- name: jobs_left
-SELECT id FROM safedefer.pgqueuer WHERE id = ANY ($1::bigint[]);
+-- name: done_now
+-- Which tasks were ended at a time: that of the statement before.
+SELECT id FROM safedefer.ended WHERE id = ANY ($1::text[]) AND ended = $2;
+
+-- name: lock_jobs
+-- In one order, whichever statements end or retry them then: or two batches would wait for each other.
+SELECT id FROM safedefer.pgqueuer WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
 
 -- name: dead_insert
 INSERT INTO safedefer.dead (
@@ -510,8 +523,8 @@ UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
 -- name: ledger_begin
 -- As many rows as there are runs that may begin; each pair of audience and task is in the arrays once.
 INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
-SELECT given.audience, given.task_id, decode(given.digest, 'hex'), 'running', given.owner, now() + $7::interval,
-    given.expires::bigint, true
+SELECT coalesce(given.audience, ''), coalesce(given.task_id, ''), decode(coalesce(given.digest, ''), 'hex'), 'running',
+    coalesce(given.owner, ''), now() + $7::interval, given.expires::bigint, true
 FROM unnest(
     string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1), string_to_array($6, $1)
 ) AS given (audience, task_id, digest, owner, expires)
@@ -540,8 +553,8 @@ SET state = 'succeeded', owner = NULL, until = NULL, began = given.began::double
 FROM unnest(
     string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1), string_to_array($6, $1)
 ) AS given (audience, task_id, owner, began, finished)
-WHERE entry.audience = given.audience AND entry.task_id = given.task_id
-    AND entry.state = 'running' AND entry.owner = given.owner;
+WHERE entry.audience = coalesce(given.audience, '') AND entry.task_id = coalesce(given.task_id, '')
+    AND entry.state = 'running' AND entry.owner = coalesce(given.owner, '');
 
 -- name: ledger_finish
 -- The ends of runs and their records, in one statement and so in one transaction; those that were ours come back, also

@@ -1,6 +1,7 @@
 """The four calls that every task costs, on the connections of one event loop: to lease, begin, finish and settle.
 
-The loop is that of whoever calls, or the one of the engine's own thread, for those who would block.
+The loop is that of whoever calls, or the one of the engine's own thread, for those who would block. A task may block the
+caller's loop: so nothing holds rows there, each statement is a transaction, and what takes more goes to the engine's loop.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class PostgresCalls:
         action = partial(
             operations.lease,
             statements=STATEMENTS,
+            apart=partial(connections.apart, purpose="leases"),
             owner=owner,
             manager=host.manager,
             limit=limit,
@@ -101,10 +103,11 @@ class PostgresCalls:
         """Do what ``PostgresQueue.settle_many`` does."""
         if not settlements:
             return ()
-        await self._ready()
+        connections = await self._ready()
         action = partial(
             operations.settle,
             statements=STATEMENTS,
+            apart=partial(connections.apart, purpose="relaxed"),
             settlements=settlements,
             now=now,
             tombstone_seconds=self._host.tombstone_seconds,

@@ -209,8 +209,11 @@ class Pools:
         self._dsn = dsn
         self._most = most
         self._pools: dict[Purpose, asyncpg.Pool] = {}
+        self._closed = False
 
     async def _pool(self, purpose: Purpose) -> asyncpg.Pool:
+        if self._closed:
+            raise closed(self._dsn)
         pool = self._pools.get(purpose)
         if pool is None:  # within the loop, and not connected yet
             pool = self._pools[purpose] = await asyncpg.create_pool(
@@ -277,10 +280,21 @@ class Pools:
 
     async def close(self) -> None:
         """Let what runs end, for a while, and disconnect."""
-        for pool in list(self._pools.values()):
-            try:
-                await asyncio.wait_for(pool.close(), _CONNECT_SECONDS / 2)
-            except BROKEN:
+        self._closed = True
+        pools = list(self._pools.values())
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS / 2):
+                await asyncio.gather(*(pool.close() for pool in pools))
+        except BaseException as error:
+            self.terminate()
+            if not isinstance(error, BROKEN):
+                raise
+
+    def terminate(self) -> None:
+        """Disconnect at once."""
+        self._closed = True
+        for pool in self._pools.values():
+            with contextlib.suppress(*BROKEN, RuntimeError):  # whose loop is closed, say
                 pool.terminate()
 
 
@@ -316,6 +330,24 @@ class Connections:
             return future.result()
         except CancelledError:
             raise closed(self._dsn) from None
+
+    async def apart(self, action: Callable[[Connection], Awaitable[_T]], /, *, purpose: Purpose) -> _T:
+        """Do an action in a transaction on the loop of the thread, and await it on whatever loop.
+
+        What takes several statements holds rows in between: it must not wait for a loop that some task blocks.
+        """
+        with self._lock:
+            if self._closed:
+                raise closed(self._dsn)
+            running = self.pools.run(action, purpose=purpose, transaction=True)
+            future = asyncio.run_coroutine_threadsafe(running, self._loop)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if future.cancelled() and (current is None or not current.cancelling()):
+                raise closed(self._dsn) from None
+            raise
 
     async def _start(self) -> tuple[str, float]:
         return await self.pools.run(_check_schema, purpose="durable")

@@ -100,7 +100,8 @@ def _name(run: Execution) -> tuple[str, str]:
 
 async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bool]:
     """Store the ends of runs, and their records in either case."""
-    if all(state is EndState.SUCCEEDED and _says_no_more(record, run) for run, state, record in ends):
+    told_once = len({(run.audience, run.task_id) for run, _, _ in ends}) == len(ends)
+    if told_once and all(state is EndState.SUCCEEDED and _says_no_more(record, run) for run, state, record in ends):
         succeeded = await connection.execute(
             SQL["ledger_succeed"],
             *joined(
@@ -197,7 +198,7 @@ class PostgresLedger:
         return self.finish_many(((execution, state, record),))[0]
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Do what ``finish`` does for each, in one transaction."""
+        """Do what ``finish`` does for each. What is stored when the rest fails is found stored when it is told again."""
         return self._engine.wait_for(lambda calls: calls.finish_many(ends))
 
     def record(self, record: AttemptRecord) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from safedefer.ledger import AttemptRecord, EndState
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Verdict, task_digest
@@ -33,8 +34,10 @@ from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.statements import load_statements
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
     from uuid import UUID
+
+_T = TypeVar("_T")
 
 SQL: Final = load_statements("postgres.sql")
 """The statements of ``postgres.sql`` by name."""
@@ -66,6 +69,14 @@ class Connection(Protocol):
 
     def transaction(self) -> AbstractAsyncContextManager[Any]:
         """Open a transaction, or a savepoint within one."""
+        ...
+
+
+class Apart(Protocol):
+    """Does what takes several statements in a transaction of its own, on a loop that no task blocks."""
+
+    async def __call__(self, action: Callable[[Connection], Awaitable[_T]], /) -> _T:
+        """Return what the action returns."""
         ...
 
 
@@ -165,6 +176,7 @@ async def look(connection: Connection, *, seconds: float) -> Look:
 async def lease(
     connection: Connection,
     statements: Statements,
+    apart: Apart,
     *,
     owner: str,
     manager: UUID,
@@ -173,7 +185,10 @@ async def lease(
     now: float,
     queues: Sequence[str] | None,
 ) -> list[Lease]:
-    """Claim what is due, what was enqueued first before the others."""
+    """Claim what is due, what was enqueued first before the others.
+
+    On ``connection`` each statement is a transaction; what is more than one goes to ``apart``.
+    """
     seen = await look(connection, seconds=seconds)
     names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
     if limit < 1 or not names:
@@ -182,10 +197,10 @@ async def lease(
     if fallen_due:
         await connection.execute(SQL["promote"], fallen_due, _PROMOTED_AT_ONCE)
     if seen.controlled:
-        async with connection.transaction():
-            jobs: Sequence[Mapping[str, Any]] = await _dequeue_under_control(
-                connection, statements, names, limit=limit, seconds=seconds, now=seen.now, manager=manager
-            )
+        picking = partial(_dequeue_under_control, statements=statements, queues=names, limit=limit)
+        jobs: Sequence[Mapping[str, Any]] = await apart(
+            partial(picking, seconds=seconds, now=seen.now, manager=manager)
+        )
     else:
         free = dict.fromkeys(names, 0)
         jobs = await statements.dequeue(connection, free, limit=limit, seconds=seconds, manager=manager)
@@ -195,8 +210,7 @@ async def lease(
     progress = await _progress(connection, again) if again else {}
     lost = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
     if lost:
-        async with connection.transaction():
-            progress |= await _after_lost_lease(connection, tasks, lost, progress, now=now)
+        progress |= await apart(partial(_after_lost_lease, tasks=tasks, lost=lost, progress=progress, now=now))
     leases = []
     jobs, until = sorted(jobs, key=_number), now + seconds
     for job, name in zip(jobs, write_holds(owner, manager.hex, jobs, leased=now), strict=True):
@@ -410,32 +424,50 @@ class End:
 async def settle(
     connection: Connection,
     statements: Statements,
+    apart: Apart,
     settlements: Sequence[tuple[Lease, Settlement]],
     *,
     now: float,
     tombstone_seconds: float,
 ) -> list[bool]:
-    """Apply what a dispatcher says of deliveries, in one transaction; False, and nothing, for tasks that are not its own now."""
+    """Apply what a dispatcher says of deliveries, in one transaction; False, and nothing, for tasks that are not its own now.
+
+    On ``connection`` each statement is a transaction; what is more than one goes to ``apart``.
+    """
     plain = [index for index, (lease, settlement) in enumerate(settlements) if _is_plain(lease, settlement)]
-    if len(plain) == len(settlements):
+    if len({lease.owner for lease, _ in settlements}) != len(settlements):
+        plain = []  # told twice: the first counts
+    if plain and len(plain) == len(settlements):
         ended = await _settle_plain(connection, settlements, now=now)
         if ended is not None:
             return ended
         plain = []
-    results = [False] * len(settlements)
-    async with connection.transaction():
-        ended = await _settle_plain(connection, [settlements[index] for index in plain], now=now) if plain else None
-        together = [] if ended is None else plain
-        apart = sorted({*range(len(settlements))}.difference(together))
-        kept = await _settle_each(
-            connection,
-            statements,
-            [settlements[index] for index in apart],
-            now=now,
-            tombstone_seconds=tombstone_seconds,
-        )
-        for index, ours in (*zip(together, ended or (), strict=True), *zip(apart, kept, strict=True)):
-            results[index] = ours
+    mixed = partial(_settle_mixed, statements=statements, settlements=settlements, plain=plain)
+    return await apart(partial(mixed, now=now, tombstone_seconds=tombstone_seconds))
+
+
+async def _settle_mixed(
+    connection: Connection,
+    *,
+    statements: Statements,
+    settlements: Sequence[tuple[Lease, Settlement]],
+    plain: Sequence[int],
+    now: float,
+    tombstone_seconds: float,
+) -> list[bool]:
+    """Settle tasks of which some, ``plain``, may end together."""
+    results, ended = [False] * len(settlements), None
+    if plain:
+        holds = (Hold.read(lease.owner) for lease, _ in settlements)
+        await connection.fetch(SQL["lock_jobs"], [hold.job for hold in holds if hold is not None])
+        ended = await _settle_plain(connection, [settlements[index] for index in plain], now=now)
+    together = () if ended is None else plain
+    others = sorted({*range(len(settlements))}.difference(together))
+    kept = await _settle_each(
+        connection, statements, [settlements[index] for index in others], now=now, tombstone_seconds=tombstone_seconds
+    )
+    for index, ours in (*zip(together, ended or (), strict=True), *zip(others, kept, strict=True)):
+        results[index] = ours
     return results
 
 
@@ -467,9 +499,10 @@ async def _settle_plain(
     )
     if changed(rows) in {0, len(jobs)}:
         return [True] * len(jobs) if changed(rows) else None
-    # Somebody took over a lease just then: what is there still was not ended, and is not ours.
-    left = {row["id"] for row in await connection.fetch(SQL["jobs_left"], jobs)}
-    return [job not in left for job in held]
+    # Somebody took over a lease, or ended a task, just then.
+    ids = [task.id for _, task in held.values()]
+    ours = {row["id"] for row in await connection.fetch(SQL["done_now"], ids, now)}
+    return [task_id in ours for task_id in ids]
 
 
 def _is_plain(lease: Lease, settlement: Settlement) -> bool:
@@ -577,7 +610,8 @@ async def end(
     history: list[dict[str, object]] = [
         {
             "id": item.task.id,
-            "job_id": item.job_id,
+            "queue": item.task.queue,
+            "headers": write_hints(item.task._replace(headers={}, retry_options={}, unique_key=None)),
             "attempts": item.attempts,
             "state": str(item.state),
             "reason": item.reason,

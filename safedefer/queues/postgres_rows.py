@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from hashlib import sha256
 from secrets import token_hex
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import orjson
@@ -123,7 +122,7 @@ def _read_destination(text: str) -> tuple[str, str, str, str]:
 
 
 _tuple: Final = tuple.__new__
-_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
+_NONE: Final = QueuedTask._field_defaults["headers"]
 _destination: Final = lru_cache(maxsize=1024)(_read_destination)
 
 
@@ -141,7 +140,7 @@ def _read_object(text: object) -> dict[str, Any]:
     try:
         value = orjson.loads(text)  # type: ignore[arg-type]  # NULL is no text, and an error
         # A driver that makes JSON of what it is given may have made it twice.
-        return _object(orjson.loads(value) if type(value) is str else value)
+        return _object(orjson.loads(value.replace("\\u0000", "")) if type(value) is str else value)
     except orjson.JSONDecodeError:
         return {}
 

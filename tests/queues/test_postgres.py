@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,6 +24,9 @@ from safedefer.ledger import Admission, EndState
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
 from safedefer.queues.postgres import PostgresQueue, migrate
 from safedefer.queues.postgres_engine import STATEMENTS, _queries
+from safedefer.queues.postgres_operations import SQL
+from safedefer.queues.postgres_rows import joined, to_json
+from safedefer.queues.rates import QueueLimits
 from tests import sample_tasks
 from tests.postgres.server import Server, fresh_database, shared_server
 from tests.queues.clocked import CLOCK, Clocked
@@ -37,7 +41,7 @@ from tests.queues.contract import (
     record_of,
     rests,
 )
-from tests.unit.apps import make_app
+from tests.unit.apps import JOSE, handle, make_app
 
 TABLES = (
     "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
@@ -829,7 +833,7 @@ def test_the_lease_that_dispatchers_have_is_known_to_who_looks_whatever_it_was_b
             assert connection.execute("SELECT lease_seconds FROM safedefer.settings").fetchone() == (seconds,)
 
 
-@pytest.mark.parametrize("text", ["\x1f", "a\x1fb\x1f", "NULL", "{a,b}", 'a"b\\', "ä\n€"])
+@pytest.mark.parametrize("text", ["", "\x1f", "a\x1fb\x1f", "NULL", "{a,b}", 'a"b\\', "ä\n€"])
 def test_whatever_names_a_run_it_is_one_value(queue, text):
     """Columns travel as one text each, joined by a separator, which a value may have in it."""
     runs = [
@@ -844,3 +848,172 @@ def test_whatever_names_a_run_it_is_one_value(queue, text):
     other = runs[3]._replace(owner="another")
     assert queue.ledger.finish_many([(other, EndState.SUCCEEDED, records[3])]) == [False]
     assert queue.ledger.begin_many(runs, now=0.0, lease=60.0) == [*[Admission.DUPLICATE] * 3, Admission.RUN]
+
+
+def succeeded(queue, leases, *, now):
+    runs = [execution_of(lease.task) for lease in leases]
+    queue.ledger.begin_many(runs, now=now, lease=60.0)
+    queue.ledger.finish_many(
+        [(run, EndState.SUCCEEDED, record_of(lease.task)) for run, lease in zip(runs, leases, strict=True)]
+    )
+
+
+def test_what_is_settled_together_is_locked_in_one_order_whatever_becomes_of_it(queue):
+    """Or else a batch that ends some and retries others waits for a purge that waits for it."""
+    now = time.time()
+    queue.enqueue_many([task_now() for _ in range(2)])
+    first, last = lease_now(queue)
+    succeeded(queue, [last], now=now)
+    settlements = [(last, DONE), (first, Settlement(verdict=Verdict.RETRY, at=now))]
+    jobs = "SELECT id FROM safedefer.pgqueuer ORDER BY id"
+    with psycopg.connect(queue._dsn) as other, psycopg.connect(queue._dsn) as third, ThreadPoolExecutor(1) as pool:
+        low, high = (row[0] for row in third.execute(jobs))
+        third.rollback()
+        other.execute("SELECT FROM safedefer.pgqueuer WHERE id = %s FOR UPDATE", (low,))
+        settling = pool.submit(queue.settle_many, settlements, now=now)
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        for _ in range(500):
+            if third.execute(waiting).fetchone() != (0,):
+                break
+            third.rollback()
+            time.sleep(0.01)
+        third.execute("SELECT FROM safedefer.pgqueuer WHERE id = %s FOR UPDATE NOWAIT", (high,))
+        third.rollback()
+        other.rollback()
+        assert settling.result(10) == [True, True]
+
+
+def test_a_task_that_somebody_else_ended_meanwhile_is_not_ours(queue):
+    now = time.time()
+    queue.enqueue_many([task_now() for _ in range(2)])
+    leases = lease_now(queue)
+    succeeded(queue, leases, now=now)
+    with psycopg.connect(queue._dsn) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("DELETE FROM safedefer.pgqueuer WHERE dedupe_key = %s", (leases[1].task.id,))
+        settling = pool.submit(queue.settle_many, [(lease, DONE) for lease in leases], now=now)
+        time.sleep(0.3)
+        other.commit()
+        assert settling.result(10) == [True, False]
+
+
+def test_of_a_lease_that_is_settled_twice_in_a_batch_the_first_counts(queue):
+    now = time.time()
+    queue.enqueue_many([task_now() for _ in range(2)])
+    leases = lease_now(queue)
+    succeeded(queue, leases, now=now)
+    retry = Settlement(verdict=Verdict.RETRY, at=now)
+    assert queue.settle_many([(leases[0], retry), (leases[0], DONE), (leases[1], DONE)], now=now) == [True, False, True]
+    assert queue.find(leases[0].task.id).state is TaskState.WAITING
+
+
+def test_jobs_are_ended_by_their_ids_whatever_the_planner_has_counted(queue):
+    queue.enqueue_many([task_now() for _ in range(4000)])
+    with psycopg.connect(queue._dsn, autocommit=True) as connection:
+        connection.execute("ANALYZE safedefer.pgqueuer")
+    for _ in range(3):
+        leases = queue.lease(owner="d", limit=1000, seconds=60.0, now=time.time())
+    values = joined(["1"] * 200, ["1"] * 200, ["a"] * 200, ["t"] * 200)
+
+    async def explain(connection):
+        rows = await connection.fetch(f"EXPLAIN {SQL['done']}", *values, queue.manager, 1.0)
+        held = to_json([{"id": 1, "manager": str(queue.manager), "updated": 1, "audience": "a", "task_id": "t"}] * 200)
+        rows += await connection.fetch(f"EXPLAIN {SQL['held']}", held)
+        return "\n".join(row[0] for row in rows)
+
+    plan = queue.run(explain, durable=False)
+    assert len(leases) == 1000
+    assert plan.count("pgqueuer_pkey") == 3
+    assert "picked" not in plan.replace("'picked'", "")
+
+
+@pytest.mark.parametrize("end", ["succeeded", "cancelled", "by the long way"])
+def test_history_keeps_nothing_that_came_with_the_token(queue, end):
+    task = task_now(headers={"X-Api-Key": "s3cret"}, retry_options={"task_retry_limit": 7.0})
+    queue.enqueue(task)
+    if end == "cancelled":
+        assert queue.cancel(task.id, now=time.time())
+    else:
+        (lease,) = lease_now(queue)
+        succeeded(queue, [lease], now=time.time())
+        queue.settle(lease, DONE if end == "succeeded" else replace(DONE, reason="odd"), now=time.time())
+    with psycopg.connect(queue._dsn) as connection:
+        ((kept,),) = connection.execute("SELECT headers::text FROM safedefer.ended").fetchall()
+    assert "s3cret" not in kept
+    assert "task_retry_limit" not in kept
+    view = queue.find(task.id)
+    assert (view.audience, view.url, view.expires, view.headers) == (task.audience, task.url, task.expires, {})
+
+
+def test_a_task_that_blocks_the_loop_keeps_no_other_dispatcher_from_leasing(queue):
+    """What takes several statements holds rows: under a control, a lease is not made on the caller's loop."""
+    queue.configure([QueueLimits(queue="default", rate=1000.0, bucket_size=1000)], now=0.0)
+    queue.enqueue_many([task_now() for _ in range(3)])
+    other = PostgresQueue(queue._dsn)
+    waited = []
+
+    def lease_elsewhere():
+        before = time.monotonic()
+        other.lease(owner="other", limit=1, seconds=60.0, now=time.time())
+        waited.append(time.monotonic() - before)
+
+    async def work(turns):
+        async with queue.on_loop() as calls:
+            await calls.lease(owner="o", limit=0, seconds=60.0, now=time.time())
+            leasing = asyncio.create_task(calls.lease(owner="o", limit=1, seconds=60.0, now=time.time()))
+            for _ in range(turns):
+                await asyncio.sleep(0.001)
+            elsewhere = threading.Thread(target=lease_elsewhere)
+            elsewhere.start()
+            time.sleep(1.5)  # noqa: ASYNC251 - as a task that blocks does
+            elsewhere.join()
+            await leasing
+
+    other.lease(owner="other", limit=0, seconds=60.0, now=time.time())
+    for turns in range(5):
+        asyncio.run(work(turns))
+    other.close()
+    assert max(waited) < 1.0
+
+
+def test_leaving_on_loop_ends_what_still_runs_and_what_comes_after_it_is_refused(queue):
+    async def work():
+        async with queue.on_loop() as calls:
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+        with pytest.raises(QueueUnavailable, match="closed"):
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("on_loop", [True, False])
+def test_the_end_of_a_run_is_written_although_its_loop_is_taken_down(queue, on_loop):
+    app = make_app(queue=queue)
+    sent = [app.defer(sample_tasks.add, 1, number) for number in range(4)]
+    assert handle(app, sent[0].payload).headers["Safedefer-Outcome"] == "succeeded"
+
+    async def hold():
+        async with queue.on_loop():
+            await asyncio.sleep(60)
+
+    async def leave(payload, turns):
+        end = app.delivery._books.end
+        holding = asyncio.create_task(hold()) if on_loop else None
+        await asyncio.sleep(0.05)
+        before, running = end._running, asyncio.create_task(app.handle(JOSE, payload))
+        while end._running is before and not end._pending:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        del holding, running
+
+    for turns, task in enumerate(sent[1:]):
+        asyncio.run(leave(task.payload, turns))
+        for _ in range(100):
+            outcome = handle(app, task.payload).headers["Safedefer-Outcome"]
+            if outcome != "running":
+                break
+            time.sleep(0.02)
+        assert outcome == "duplicate"
+    app.close()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from safedefer import books
 from safedefer.batches import Batches
-from safedefer.delivery import redacted_traceback
+from safedefer.delivery import OUTCOME_HEADER, redacted_traceback
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
@@ -247,10 +247,7 @@ def threads(most):
 
 
 def threaded(in_thread, call):
-    async def called(items):
-        return await in_thread(partial(call, items))
-
-    return called
+    return lambda items, _gone: in_thread(partial(call, items))
 
 
 async def test_what_comes_while_a_call_is_under_way_is_called_together():
@@ -331,3 +328,37 @@ def test_many_runs_begin_and_end_as_one_would(kind, tmp_path):
     assert queue.ledger.begin(runs[0], now=3.0, lease=60.0) is Admission.DUPLICATE
     assert queue.ledger.begin(runs[1], now=3.0, lease=60.0) is Admission.RUN
     queue.close()
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_what_has_run_is_written_down_although_its_loop_is_taken_down(kind, tmp_path):
+    app = make_app(queue="memory://" if kind == "memory" else f"sqlite:///{tmp_path}/q.db")
+    sent = [app.defer(tasks.add, 1, number) for number in range(2)]
+    assert handle(app, sent[0].payload).headers[OUTCOME_HEADER] == "succeeded"
+
+    async def leave():
+        running = asyncio.create_task(app.handle(JOSE, sent[1].payload))
+        end = app.delivery._books.end
+        before = end._running
+        while end._running is before and not end._pending:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        del running
+
+    asyncio.run(leave())
+    for _ in range(100):
+        outcome = handle(app, sent[1].payload).headers[OUTCOME_HEADER]
+        if outcome != "running":
+            break
+        time.sleep(0.02)
+    assert outcome == "duplicate"
+    app.close()
+
+
+async def test_a_cancelled_call_is_an_unavailable_queue_to_those_who_were_not_cancelled():
+    never = asyncio.get_running_loop().create_future()
+    batches = Batches(lambda _items, _gone: never)
+    waiting = batches(1)
+    await asyncio.sleep(0)
+    never.cancel()
+    with pytest.raises(QueueUnavailable):
+        await waiting
