@@ -212,7 +212,7 @@ class PostgresQueue:
     def wait_for(self, call: Callable[[PostgresCalls], Coroutine[Any, Any, _T]], /) -> _T:
         """Make one of the calls that every task costs on the engine's own loop, and wait for it."""
         connections = self.open()
-        return connections.wait_for(call(PostgresCalls(self, connections.pools)))
+        return connections.wait_for(call(PostgresCalls(self, connections.pools, engines=True)))
 
     @contextlib.asynccontextmanager
     async def on_loop(self) -> AsyncIterator[PostgresCalls]:
@@ -226,7 +226,7 @@ class PostgresQueue:
         here = self._loops.get(loop)
         if here is None:
             pools = Pools(self._dsn, self._sizes[1])
-            here = self._loops[loop] = _Here(PostgresCalls(self, pools), pools, os.getpid())
+            here = self._loops[loop] = _Here(PostgresCalls(self, pools, engines=False), pools, os.getpid())
         here.users += 1
         try:
             yield here.calls

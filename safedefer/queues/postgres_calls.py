@@ -59,11 +59,13 @@ class PostgresCalls:
     Args:
         host: The queue.
         pools: The connections.
+        engines: Whether the loop is the engine's own.
     """
 
-    def __init__(self, host: Host, pools: Pools) -> None:
+    def __init__(self, host: Host, pools: Pools, *, engines: bool) -> None:
         self._host = host
         self._pools = pools
+        self._engines = engines
 
     async def _ready(self) -> Connections:
         return self._host.open() if self._host.is_open else await asyncio.to_thread(self._host.open)
@@ -85,7 +87,7 @@ class PostgresCalls:
         action = partial(
             operations.lease,
             statements=STATEMENTS,
-            apart=partial(connections.apart, purpose="leases"),
+            apart=None if self._engines else partial(connections.apart, purpose="leases"),
             owner=owner,
             manager=host.manager,
             limit=limit,
@@ -107,7 +109,7 @@ class PostgresCalls:
         action = partial(
             operations.settle,
             statements=STATEMENTS,
-            apart=partial(connections.apart, purpose="relaxed"),
+            apart=None if self._engines else partial(connections.apart, purpose="relaxed"),
             settlements=settlements,
             now=now,
             tombstone_seconds=self._host.tombstone_seconds,

@@ -118,6 +118,15 @@ def ago(seconds: float) -> timedelta:
     return timedelta(seconds=min(max(seconds, -1e9), 1e9))
 
 
+async def _together(
+    connection: Connection, apart: Apart | None, action: Callable[[Connection], Awaitable[_T]], /
+) -> _T:
+    if apart is not None:
+        return await apart(action)
+    async with connection.transaction():
+        return await action(connection)
+
+
 def changed(status: object) -> int:
     """Return how many rows a statement has changed, by what the server says of it."""
     return int(str(status).rpartition(" ")[2])
@@ -176,7 +185,7 @@ async def look(connection: Connection, *, seconds: float) -> Look:
 async def lease(
     connection: Connection,
     statements: Statements,
-    apart: Apart,
+    apart: Apart | None,
     *,
     owner: str,
     manager: UUID,
@@ -187,7 +196,7 @@ async def lease(
 ) -> list[Lease]:
     """Claim what is due, what was enqueued first before the others.
 
-    On ``connection`` each statement is a transaction; what is more than one goes to ``apart``.
+    What is more than one statement is done in a transaction, by ``apart`` if that is given.
     """
     seen = await look(connection, seconds=seconds)
     names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
@@ -198,9 +207,8 @@ async def lease(
         await connection.execute(SQL["promote"], fallen_due, _PROMOTED_AT_ONCE)
     if seen.controlled:
         picking = partial(_dequeue_under_control, statements=statements, queues=names, limit=limit)
-        jobs: Sequence[Mapping[str, Any]] = await apart(
-            partial(picking, seconds=seconds, now=seen.now, manager=manager)
-        )
+        picked = partial(picking, seconds=seconds, now=seen.now, manager=manager)
+        jobs: Sequence[Mapping[str, Any]] = await _together(connection, apart, picked)
     else:
         free = dict.fromkeys(names, 0)
         jobs = await statements.dequeue(connection, free, limit=limit, seconds=seconds, manager=manager)
@@ -210,7 +218,8 @@ async def lease(
     progress = await _progress(connection, again) if again else {}
     lost = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
     if lost:
-        progress |= await apart(partial(_after_lost_lease, tasks=tasks, lost=lost, progress=progress, now=now))
+        charging = partial(_after_lost_lease, tasks=tasks, lost=lost, progress=progress, now=now)
+        progress |= await _together(connection, apart, charging)
     leases = []
     jobs, until = sorted(jobs, key=_number), now + seconds
     for job, name in zip(jobs, write_holds(owner, manager.hex, jobs, leased=now), strict=True):
@@ -424,7 +433,7 @@ class End:
 async def settle(
     connection: Connection,
     statements: Statements,
-    apart: Apart,
+    apart: Apart | None,
     settlements: Sequence[tuple[Lease, Settlement]],
     *,
     now: float,
@@ -432,7 +441,7 @@ async def settle(
 ) -> list[bool]:
     """Apply what a dispatcher says of deliveries, in one transaction; False, and nothing, for tasks that are not its own now.
 
-    On ``connection`` each statement is a transaction; what is more than one goes to ``apart``.
+    What is more than one statement is done in a transaction, by ``apart`` if that is given.
     """
     plain = [index for index, (lease, settlement) in enumerate(settlements) if _is_plain(lease, settlement)]
     if len({lease.owner for lease, _ in settlements}) != len(settlements):
@@ -443,7 +452,7 @@ async def settle(
             return ended
         plain = []
     mixed = partial(_settle_mixed, statements=statements, settlements=settlements, plain=plain)
-    return await apart(partial(mixed, now=now, tombstone_seconds=tombstone_seconds))
+    return await _together(connection, apart, partial(mixed, now=now, tombstone_seconds=tombstone_seconds))
 
 
 async def _settle_mixed(

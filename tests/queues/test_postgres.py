@@ -1017,3 +1017,33 @@ def test_the_end_of_a_run_is_written_although_its_loop_is_taken_down(queue, on_l
             time.sleep(0.02)
         assert outcome == "duplicate"
     app.close()
+
+
+@pytest.mark.parametrize("on_loop", [True, False])
+def test_more_calls_at_once_than_there_are_connections_wait_for_each_other_and_end(real_dsn, on_loop):
+    queue = PostgresQueue(real_dsn, workers=1)
+    queue.configure([QueueLimits(queue="default", rate=1e6, bucket_size=10**6)], now=0.0)
+    queue.enqueue_many([task_now(name=f"n{number}") for number in range(40)])
+    now = time.time()
+
+    async def work():
+        async with queue.on_loop() as calls:
+
+            async def once():
+                leases = await calls.lease(owner="o", limit=4, seconds=60.0, now=now)
+                return await calls.settle_many([(lease, DONE) for lease in leases], now=now)
+
+            async with asyncio.timeout(8):
+                return await asyncio.gather(*(once() for _ in range(10)))
+
+    def once(_):
+        leases = queue.lease(owner="o", limit=4, seconds=60.0, now=now)
+        return queue.settle_many([(lease, DONE) for lease in leases], now=now)
+
+    if on_loop:
+        kept = asyncio.run(work())
+    else:
+        with ThreadPoolExecutor(10) as pool:
+            kept = list(pool.map(once, range(10)))
+    assert [ours for each in kept for ours in each] == [True] * 40
+    queue.close()
