@@ -131,7 +131,7 @@ def _read_times(eta: str, created: str, expires: str) -> tuple[float, float, int
         times = float(eta), float(created), int(expires)
     except ValueError:
         return _number(eta), _number(created), _integer(expires)
-    if -_MOST < times[0] < _MOST and -_MOST < times[1] < _MOST and -_MOST < times[2] < _MOST:
+    if abs(times[0]) < _MOST_SECONDS and abs(times[1]) < _MOST_SECONDS and abs(times[2]) < _MOST:
         return times
     return _number(eta), _number(created), _integer(expires)
 

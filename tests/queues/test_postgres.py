@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -1047,3 +1048,42 @@ def test_more_calls_at_once_than_there_are_connections_wait_for_each_other_and_e
             kept = list(pool.map(once, range(10)))
     assert [ours for each in kept for ours in each] == [True] * 40
     queue.close()
+
+
+@pytest.mark.filterwarnings("ignore")  # sockets of a closed loop are closed by nobody but the collector
+def test_connections_of_a_loop_that_was_closed_in_the_middle_go_with_the_next_one(queue):
+    async def enter():
+        context = queue.on_loop()
+        calls = await context.__aenter__()
+        await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+        return context
+
+    left = []
+    for _ in range(3):
+        loop = asyncio.new_event_loop()
+        left.append(loop.run_until_complete(enter()))
+        loop.close()
+    assert len(queue._loops) == 1
+
+    async def use():
+        async with queue.on_loop():
+            assert len(queue._loops) == 1
+
+    asyncio.run(use())
+    assert queue._loops == {}
+    del left, loop
+    gc.collect()
+
+
+def test_closing_the_queue_disconnects_every_loop(queue):
+    async def work():
+        async with queue.on_loop() as calls:
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+            dsn = queue._dsn
+            await asyncio.to_thread(queue.close)
+            await asyncio.sleep(0.1)
+            with psycopg.connect(dsn) as connection:
+                open_ = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'safedefer'"
+                assert connection.execute(open_).fetchone() == (0,)
+
+    asyncio.run(work())
