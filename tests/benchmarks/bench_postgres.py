@@ -243,7 +243,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tasks", type=int, default=4000)
+    parser.add_argument("--tasks", type=int, default=12_000, help="so many that starting to work is a small part")
     parser.add_argument("--places", type=int, default=400, help="tasks that run at once; pgqueuer's batch is a quarter")
     parser.add_argument("--only", nargs="*", default=None)
     options = parser.parse_args()
