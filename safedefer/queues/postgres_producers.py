@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections import deque
@@ -47,6 +48,12 @@ _BINARY: Final = (
 )
 
 
+#: The parameters that have a value for each task, and never none. Of a single task they go without an array, whose making
+#: took psycopg half as long as all the rest of it.
+_OF_EACH: Final = frozenset({1, 2, 3, 4, 5, 6, 13})
+_EACH: Final = re.compile(rf"\$({'|'.join(map(str, sorted(_OF_EACH)))})::([a-z]+)\[\]")
+
+
 class _Exhausted(Exception):
     """Other threads have all the connections."""
 
@@ -65,6 +72,7 @@ class Producers:
         self._dsn = dsn
         self._most = most
         self._statement = statement.encode()
+        self._statement_of_one = _EACH.sub(r"ARRAY[$\1::\2]", statement).encode()
         self._stored = stored.encode()
         self._changed = threading.Condition()
         self._idle: deque[tuple[float, _Connection]] = deque()
@@ -208,8 +216,12 @@ class Producers:
             raise failure(self._dsn, error, in_doubt=True) from error
         return bool(number == len(ids))
 
-    def _insert(self, connection: _Connection, values: tuple[object, ...]) -> None:
-        psycopg.RawCursor(connection).execute(self._statement, values)
+    def _insert(self, connection: _Connection, values: tuple[Any, ...]) -> None:
+        statement = self._statement
+        if len(values[0]) == 1:
+            statement = self._statement_of_one
+            values = tuple(value[0] if number in _OF_EACH else value for number, value in enumerate(values, start=1))
+        psycopg.RawCursor(connection).execute(statement, values)
 
 
 class _Made:
