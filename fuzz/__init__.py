@@ -12,7 +12,7 @@ def _import_instrumented() -> None:
         import safedefer.app
         import safedefer.codecs.pickled
         import safedefer.deferred
-        import safedefer.queues.memory  # noqa: F401
+        import safedefer.queues.memory.queue  # noqa: F401
 
 
 if any(arg.startswith("fuzz.fuzz_") for arg in sys.orig_argv):

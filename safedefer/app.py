@@ -22,7 +22,6 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, cast, overload
 
-from safedefer.binding import check_binds
 from safedefer.blobs import Blob
 from safedefer.claims import (
     DEFAULT_QUEUE,
@@ -42,8 +41,7 @@ from safedefer.claims import (
 )
 from safedefer.codecs.pickled import PickledCodec
 from safedefer.codecs.typed import TypedCodec
-from safedefer.connections import AwaitedConnection
-from safedefer.delivery import Delivery, DeliveryOptions, Response
+from safedefer.delivery.handler import Delivery, DeliveryOptions, Response
 from safedefer.errors import (
     BadTransactionStateError,
     CapabilityExceeded,
@@ -59,9 +57,9 @@ from safedefer.errors import (
     UnknownQueueError,
 )
 from safedefer.events import LogObserver, Observer, TaskEnqueued, hears_enqueued, notify
-from safedefer.execution import Codec, Validate, call_in_thread, current_task, is_async, prepare
+from safedefer.execution.binding import check_binds
+from safedefer.execution.run import Codec, Validate, call_in_thread, current_task, is_async, prepare
 from safedefer.keys import Keyring
-from safedefer.outbox import Outbox
 from safedefer.policy import Policy
 from safedefer.queues import open_queue
 from safedefer.queues.base import (
@@ -74,12 +72,14 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
 )
+from safedefer.queues.capabilities import refuse_gaps
 from safedefer.queues.config import QueueFile
-from safedefer.queues.gaps import refuse_gaps
 from safedefer.refs import UNBOUND, bound_object
 from safedefer.settings import Settings
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.task import Task, VerifiedPointer, VerifiedTask
+from safedefer.transactions.databases import AwaitedConnection
+from safedefer.transactions.outbox import Outbox
 
 if TYPE_CHECKING:
     from aiohttp.web import AbstractRouteDef

@@ -36,13 +36,13 @@ from typing import Any, Final, Self
 
 from safedefer import deferred
 from safedefer.app import App
-from safedefer.dispatcher import Dispatcher, InProcessDelivery
+from safedefer.dispatcher.loop import Dispatcher, InProcessDelivery
 from safedefer.errors import ConfigurationError
 from safedefer.events import Event, LogObserver, TaskHandled
 from safedefer.keys import MIN_SECRET_BYTES, Key, Keyring, KeyState
 from safedefer.policy import Policy
 from safedefer.queues.base import TaskState, TaskView
-from safedefer.queues.memory import MemoryQueue
+from safedefer.queues.memory.queue import MemoryQueue
 
 __all__ = ["Clock", "Ran", "TaskFailed", "TestApp"]
 

@@ -73,12 +73,12 @@ def test_the_contracts_of_the_layers_are_kept():
     ("pickletools", {"codecs/pickled.py"}),
     ("marshal", set()),
     ("ctypes", set()),
-    ("apsw", {"connections/__init__.py", "connections/sqlite.py", *(name for name in SOURCES if name.startswith("queues/sqlite"))}),
-    ("aiohttp", {name for name in SOURCES if name == "deliveries.py" or name.startswith("web/")}),
-    ("asyncpg", {"connections/postgres.py", "queues/postgres_engine.py"}),
-    ("psycopg", {"connections/postgres.py", "queues/postgres_producers.py"}),
-    ("pgqueuer", {"queues/postgres_engine.py"}),
-    ("click", {name for name in SOURCES if name.startswith(("cli", "demo/"))}),
+    ("apsw", {name for name in SOURCES if name.startswith(("queues/sqlite/", "transactions/databases/"))}),
+    ("aiohttp", {name for name in SOURCES if name == "dispatcher/transport.py" or name.startswith("web/")}),
+    ("asyncpg", {"transactions/databases/postgres.py", "queues/postgres/store.py"}),
+    ("psycopg", {"transactions/databases/postgres.py", "queues/postgres/producers.py"}),
+    ("pgqueuer", {"queues/postgres/store.py"}),
+    ("click", {name for name in SOURCES if name.startswith(("cli/", "demo/"))}),
 ])  # fmt: skip
 def test_a_package_is_imported_only_where_it_belongs(package, allowed):
     assert importers(package) <= allowed

@@ -18,7 +18,7 @@ from safedefer.claims import Claims, Limits
 from safedefer.codecs.registry import CORE_TAGS
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import RejectedTask
-from safedefer.execution import prepare
+from safedefer.execution.run import prepare
 from safedefer.keys import Keyring
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND, Kind

@@ -7,7 +7,7 @@ from typing import Any, Final, TypeAlias, cast
 
 from safedefer.claims import Limits
 from safedefer.codecs.registry import TypeRegistry
-from safedefer.codecs.walk import SAFE_INT, Json, Refusal, step
+from safedefer.codecs.shared import SAFE_INT, Json, Refusal, step
 from safedefer.errors import NotDeferrable, PolicyViolation
 from safedefer.policy import Gate
 

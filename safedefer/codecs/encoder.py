@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 from safedefer.claims import Limits
+from safedefer.codecs.inspect_safely import type_name
 from safedefer.codecs.registry import TypeRegistry
-from safedefer.codecs.statics import type_name
-from safedefer.codecs.walk import SAFE_INT, Json, Refusal, is_text, step
+from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text, step
 from safedefer.errors import NotDeferrable
 from safedefer.policy import Gate
 

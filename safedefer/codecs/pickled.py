@@ -40,9 +40,9 @@ from zoneinfo import ZoneInfo
 import cloudpickle  # type: ignore[import-untyped]
 
 from safedefer.claims import Limits
-from safedefer.codecs.statics import derives
-from safedefer.codecs.tags_exceptions import BUILTIN_EXCEPTIONS
-from safedefer.codecs.walk import CallData, Values
+from safedefer.codecs.inspect_safely import derives
+from safedefer.codecs.shared import CallData, Values
+from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
 from safedefer.policy import Gate

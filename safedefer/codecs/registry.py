@@ -15,8 +15,8 @@ from importlib.metadata import entry_points
 from threading import RLock
 from typing import Any, Final, TypeVar
 
-from safedefer.codecs import attrs_types
-from safedefer.codecs.families import ClassFamily
+from safedefer.codecs.class_families import ClassFamily
+from safedefer.codecs.types import attrs as attrs_types
 from safedefer.errors import ConfigurationError
 
 _T = TypeVar("_T")

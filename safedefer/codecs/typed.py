@@ -13,10 +13,9 @@ from typing import Any, Final
 import orjson
 
 from safedefer.claims import SHORT, Limits
-from safedefer.codecs import tags_containers, tags_exceptions, tags_objects, tags_scalars
 from safedefer.codecs.decoder import Decoder
 from safedefer.codecs.encoder import Encoder
-from safedefer.codecs.plain import (
+from safedefer.codecs.fast_path import (
     DOLLAR,
     are_few_scalars,
     is_canonical_plain,
@@ -26,7 +25,8 @@ from safedefer.codecs.plain import (
     written_plainly,
 )
 from safedefer.codecs.registry import REGISTRY, TypeRegistry
-from safedefer.codecs.walk import CallData, Json, Refusal, Values
+from safedefer.codecs.shared import CallData, Json, Refusal, Values
+from safedefer.codecs.tags import containers, exceptions, objects, scalars
 from safedefer.errors import InvalidArguments, UnencodableArgument
 from safedefer.policy import Gate
 from safedefer.refs import UNBOUND
@@ -34,12 +34,12 @@ from safedefer.refs import UNBOUND
 __all__ = ["CallData", "TypedCodec"]
 
 _ENCODERS: Final[dict[type, Any]] = {
-    **tags_scalars.ENCODERS,
-    **tags_containers.ENCODERS,
-    **tags_exceptions.ENCODERS,
-    **tags_objects.ENCODERS,
+    **scalars.ENCODERS,
+    **containers.ENCODERS,
+    **exceptions.ENCODERS,
+    **objects.ENCODERS,
 }
-_DECODERS: Final[dict[str, Any]] = {**tags_scalars.DECODERS, **tags_containers.DECODERS, **tags_objects.DECODERS}
+_DECODERS: Final[dict[str, Any]] = {**scalars.DECODERS, **containers.DECODERS, **objects.DECODERS}
 
 # The parser of the claims stops at 200 brackets, and the claims themselves take two.
 _MAX_BRACKETS: Final = 198
@@ -103,7 +103,7 @@ class TypedCodec:
     def _walk(self, call: Values, gate: Gate) -> Values:
         bound, positional, kwargs = call
         args = list(positional)
-        enc = Encoder(gate, self._limits, self._registry, _ENCODERS, tags_objects.encode_other)
+        enc = Encoder(gate, self._limits, self._registry, _ENCODERS, objects.encode_other)
         at = ""
         try:
             if bound is not UNBOUND:
@@ -162,7 +162,7 @@ class TypedCodec:
             top = [named, *trees] if bound is UNBOUND else [named, bound, *trees]
             if is_plain(top, self._limits):
                 return call
-        dec = Decoder(gate, self._limits, self._registry, _DECODERS, tags_objects.decode_other)
+        dec = Decoder(gate, self._limits, self._registry, _DECODERS, objects.decode_other)
         at = ""
         try:
             if bound is not UNBOUND:

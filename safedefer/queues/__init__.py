@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
 from safedefer.errors import ConfigurationError, MissingExtra
-from safedefer.queues.memory import MemoryQueue
-from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.queues.memory.queue import MemoryQueue
+from safedefer.queues.sqlite.queue import SQLiteQueue
 
 if TYPE_CHECKING:
     from types import ModuleType

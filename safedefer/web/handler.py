@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from aiohttp import ClientError, web
 from aiohttp.http import HttpProcessingError
 
-from safedefer.delivery import Delivery
+from safedefer.delivery.handler import Delivery
 
 #: A body that takes longer than this many seconds is nobody's: tokens are a megabyte at most.
 BODY_TIMEOUT: Final = 30.0

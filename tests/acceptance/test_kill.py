@@ -5,7 +5,7 @@ import time
 from collections import Counter
 
 from safedefer.queues.base import TaskState
-from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.queues.sqlite.queue import SQLiteQueue
 
 TASKS = 300
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from safedefer.dispatcher import Dispatcher, DispatcherOptions, InProcessDelivery
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.queues.base import TaskState
 from tests.adversarial import victim
 from tests.adversarial.forge import DAY, HEADERS, NOW, URL, Clock, make_app, mint, post

@@ -7,7 +7,7 @@ import pytest
 
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import InvalidArguments, InvalidClaims, RejectedTask, UnresolvableCallable
-from safedefer.execution import prepare
+from safedefer.execution.run import prepare
 from tests.adversarial.forge import URL, make_app, mint, post
 from tests.schema import vectors
 

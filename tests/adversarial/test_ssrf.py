@@ -5,10 +5,10 @@ import contextlib
 
 import pytest
 
-from safedefer.dispatcher import Dispatcher, DispatcherOptions, HttpDelivery
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery
 from safedefer.errors import ConfigurationError
 from safedefer.queues.base import QueuedTask
-from safedefer.queues.memory import MemoryQueue
+from safedefer.queues.memory.queue import MemoryQueue
 from tests.adversarial.forge import NOW, URL
 
 TASK = QueuedTask(

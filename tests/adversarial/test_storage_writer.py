@@ -8,8 +8,8 @@ import random
 import apsw
 import pytest
 
-from safedefer.cli_common import summary
-from safedefer.dispatcher import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
+from safedefer.cli.common import summary
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.errors import Error
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict

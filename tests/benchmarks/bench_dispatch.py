@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 
 import safedefer
-from safedefer.delivery import Response
-from safedefer.dispatcher import Dispatcher, DispatcherOptions, InProcessDelivery
+from safedefer.delivery.handler import Response
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
 from safedefer.queues.base import FULL, Settlement, Verdict

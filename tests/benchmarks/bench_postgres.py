@@ -27,8 +27,8 @@ from pgqueuer.queries import Queries, SyncQueries
 from pgqueuer.types import QueueExecutionMode
 
 from safedefer.app import App
-from safedefer.deliveries import InProcessDelivery
-from safedefer.dispatcher import Dispatcher, DispatcherOptions
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions
+from safedefer.dispatcher.transport import InProcessDelivery
 from safedefer.keys import Key, Keyring
 from safedefer.policy import Policy
 from safedefer.queues import migrate_queue

@@ -17,8 +17,8 @@ import psutil
 import psycopg
 
 from safedefer.app import App
-from safedefer.deliveries import InProcessDelivery
-from safedefer.dispatcher import Dispatcher, DispatcherOptions
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions
+from safedefer.dispatcher.transport import InProcessDelivery
 from safedefer.keys import Key, Keyring
 from safedefer.policy import Policy
 from safedefer.queues import migrate_queue, open_queue

@@ -133,7 +133,7 @@ def _produce(app: object, first: int, each: int) -> None:
 def _handle_and_dispatch(app: object) -> None:
     import signal
 
-    from safedefer.dispatcher import Dispatcher, InProcessDelivery
+    from safedefer.dispatcher.loop import Dispatcher, InProcessDelivery
 
     async def work() -> None:
         dispatcher = Dispatcher(app.queue, InProcessDelivery(app.handle), clock=time.time)  # type: ignore[attr-defined]

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import apsw
 
-from safedefer.delivery import Response
-from safedefer.dispatcher import Dispatcher
+from safedefer.delivery.handler import Response
+from safedefer.dispatcher.loop import Dispatcher
 from safedefer.queues.base import Settlement, Verdict
-from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.chaos.cast import Cast, Failed
 from tests.queues.contract import make_task
 

@@ -148,7 +148,7 @@ class PostgresDatabase:
     def tried_again(self) -> list[tuple[Any, ...]]:
         """Return the records of what was charged more than one attempt."""
         return self.query("""
-            SELECT task_id, started, ended, outcome, status, reason, exception_type FROM safedefer.attempts
+            SELECT task_id, started, ended, outcome, status, reason, exception_type FROM safedefer.dispatcher.request_headers
             WHERE task_id IN (SELECT id FROM safedefer.ended WHERE attempts > 1) ORDER BY task_id, seq LIMIT 20
         """)
 

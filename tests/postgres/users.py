@@ -18,7 +18,7 @@ from django.db import connections, transaction
 from sqlalchemy import orm
 from sqlalchemy.ext import asyncio as aio
 
-from safedefer.connections import run_now
+from safedefer.transactions.databases import run_now
 
 
 class User:

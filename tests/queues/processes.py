@@ -13,7 +13,7 @@ _PRELUDE = """
 import os, sys, threading, time
 from safedefer.errors import *
 from safedefer.queues.base import *
-from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.queues.contract import DONE, ids, make_task, take
 queue = SQLiteQueue(sys.argv[1])
 """

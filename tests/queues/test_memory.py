@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from safedefer.queues.memory import MemoryQueue
+from safedefer.queues.memory.queue import MemoryQueue
 from tests.queues.contract import QUEUE_OPTIONS, QueueContract
 
 

@@ -14,12 +14,12 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import orm
 
-from safedefer.connections import opener_of, run_now, source_of
 from safedefer.errors import BadTransactionStateError, ConfigurationError, QueueUnavailable
-from safedefer.outbox import Outbox
-from safedefer.queues.memory import MemoryQueue
-from safedefer.queues.sqlite import SQLiteQueue
-from safedefer.relay import from_text, to_text
+from safedefer.queues.memory.queue import MemoryQueue
+from safedefer.queues.sqlite.queue import SQLiteQueue
+from safedefer.transactions.databases import opener_of, run_now, source_of
+from safedefer.transactions.outbox import Outbox
+from safedefer.transactions.relay import from_text, to_text
 from tests.queues.contract import DONE, make_task, oversize_task, take, whole
 from tests.queues.processes import start
 
@@ -250,7 +250,7 @@ def test_a_queue_that_takes_nothing_now_gets_it_later(outbox, queue, tmp_path):
 
 def test_an_outbox_that_cannot_be_read_right_after_the_commit_is_relayed_later(outbox, queue, tmp_path, monkeypatch):
     # Another process has the user's database to itself just after the commit; shorter patience makes a shorter test.
-    monkeypatch.setattr("safedefer.connections.sqlite._PATIENCE", 0.05)
+    monkeypatch.setattr("safedefer.transactions.databases.sqlite._PATIENCE", 0.05)
     task, path = make_task(), tmp_path / "shop.db"
     greedy = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     with closing(greedy), closing(sqlite3.connect(path)) as connection:
@@ -294,7 +294,7 @@ def test_a_row_that_is_no_task_is_left_and_the_others_go(outbox, queue, tmp_path
 def test_a_process_that_dies_after_the_commit_has_lost_nothing(queue, tmp_path):
     program = """
         import sqlite3, signal
-        from safedefer.outbox import Outbox
+        from safedefer.transactions.outbox import Outbox
         def never(tasks): os.kill(os.getpid(), signal.SIGKILL)
         queue.enqueue_many = never
         outbox = Outbox(lambda: queue, clock=time.time)

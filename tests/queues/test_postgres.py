@@ -18,15 +18,15 @@ import asyncpg
 import psycopg
 import pytest
 
-from safedefer.deliveries import InProcessDelivery
-from safedefer.dispatcher import Dispatcher
+from safedefer.dispatcher.loop import Dispatcher
+from safedefer.dispatcher.transport import InProcessDelivery
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.ledger import Admission, EndState
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
-from safedefer.queues.postgres import PostgresQueue, migrate
-from safedefer.queues.postgres_engine import STATEMENTS, _queries
-from safedefer.queues.postgres_operations import SQL
-from safedefer.queues.postgres_rows import joined, to_json
+from safedefer.queues.postgres.operations import SQL
+from safedefer.queues.postgres.queue import PostgresQueue, migrate
+from safedefer.queues.postgres.rows import joined, to_json
+from safedefer.queues.postgres.store import STATEMENTS, _queries
 from safedefer.queues.rates import QueueLimits
 from tests import sample_tasks
 from tests.postgres.server import Server, fresh_database, shared_server
@@ -196,7 +196,7 @@ def test_tables_of_another_pgqueuer_are_migrated_first(real_dsn):
 
 def test_the_environment_of_the_users_own_pgqueuer_changes_no_name(real_dsn):
     code = f"""
-from safedefer.queues.postgres import PostgresQueue
+from safedefer.queues.postgres.queue import PostgresQueue
 from tests.queues.test_postgres import task_now
 queue = PostgresQueue({real_dsn!r})
 queue.enqueue(task_now())
@@ -272,7 +272,7 @@ def test_two_batches_with_the_same_names_in_other_orders_do_not_lock_each_other_
 def test_a_task_of_another_process_ends_a_wait_at_once(queue, real_dsn):
     code = f"""
 import sys, time
-from safedefer.queues.postgres import PostgresQueue
+from safedefer.queues.postgres.queue import PostgresQueue
 from tests.queues.test_postgres import task_now
 queue = PostgresQueue({real_dsn!r})
 queue.stats(now=0.0)
@@ -999,7 +999,7 @@ def test_the_end_of_a_run_is_written_although_its_loop_is_taken_down(queue, on_l
             await asyncio.sleep(60)
 
     async def leave(payload, turns):
-        end = app.delivery._books.end
+        end = app.delivery._ledger_client.end
         holding = asyncio.create_task(hold()) if on_loop else None
         await asyncio.sleep(0.05)
         before, running = end._running, asyncio.create_task(app.handle(JOSE, payload))

@@ -15,9 +15,10 @@ import pytest
 
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError
 from safedefer.ledger import Admission
-from safedefer.queues import postgres_engine, postgres_producers
 from safedefer.queues.base import Settlement, Verdict
-from safedefer.queues.postgres import PostgresQueue, migrate
+from safedefer.queues.postgres import producers as postgres_producers
+from safedefer.queues.postgres import store as postgres_engine
+from safedefer.queues.postgres.queue import PostgresQueue, migrate
 from tests.postgres.server import Server
 from tests.queues.contract import DONE, execution_of, ids
 from tests.queues.test_postgres import ask, lease_now, task_now

@@ -17,9 +17,9 @@ from safedefer.blobs import Blob
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.queues import open_queue
 from safedefer.queues.base import DeadFilter
-from safedefer.queues.memory import MemoryQueue
-from safedefer.queues.sqlite import SQLiteQueue
-from safedefer.queues.sqlite_connection import MIGRATIONS, SQL
+from safedefer.queues.memory.queue import MemoryQueue
+from safedefer.queues.sqlite.connection import MIGRATIONS, SQL
+from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.queues.contract import DONE, QUEUE_OPTIONS, QueueContract, ids, make_task, oversize_task, take, take_one
 
 
@@ -148,7 +148,7 @@ def test_a_queue_that_is_collected_during_a_fork_holds_nobody_up(path):
 
 def test_a_process_that_forgets_to_close_ends_and_has_stored_its_task(path):
     program = (
-        "import sys; from safedefer.queues.sqlite import SQLiteQueue; from tests.queues.contract import make_task\n"
+        "import sys; from safedefer.queues.sqlite.queue import SQLiteQueue; from tests.queues.contract import make_task\n"
         "queue = SQLiteQueue(sys.argv[1]); queue.enqueue(make_task()); print('stored')"
     )
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=30, check=True)
@@ -362,7 +362,7 @@ def test_a_full_device_fails_the_commit_for_everybody_and_passes(path):
     program = (
         "import resource, signal, sys\n"
         "from safedefer.errors import QueueUnavailable\n"
-        "from safedefer.queues.sqlite import SQLiteQueue\n"
+        "from safedefer.queues.sqlite.queue import SQLiteQueue\n"
         "from tests.queues.contract import make_task, take\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "queue = SQLiteQueue(sys.argv[1]); queue.enqueue(make_task())\n"

@@ -15,7 +15,7 @@ from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import Admission, EndState
 from safedefer.queues.base import Lease, QueuedTask, QueueStats, Settlement, TaskState, Verdict
 from safedefer.queues.rates import FULL_LOOK, PAUSED_LOOK, QueueLimits
-from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.queues.contract import execution_of, make_task, oversize_task, record_of
 
 TOMBSTONE = 50.0

@@ -10,7 +10,7 @@ import time
 import apsw
 import pytest
 
-from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.queues.contract import ids, make_task, take
 from tests.queues.processes import run, start
 

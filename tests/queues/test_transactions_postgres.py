@@ -19,8 +19,7 @@ import psycopg
 import pytest
 import sqlalchemy
 
-from safedefer.connections import opener_of, source_of
-from safedefer.dispatcher import Dispatcher, InProcessDelivery
+from safedefer.dispatcher.loop import Dispatcher, InProcessDelivery
 from safedefer.errors import (
     BadTransactionStateError,
     ConfigurationError,
@@ -28,10 +27,11 @@ from safedefer.errors import (
     QueueUnavailable,
     TaskAlreadyExistsError,
 )
-from safedefer.outbox import Outbox
-from safedefer.queues.memory import MemoryQueue
-from safedefer.queues.postgres import PostgresQueue, migrate
-from safedefer.queues.sqlite import SQLiteQueue
+from safedefer.queues.memory.queue import MemoryQueue
+from safedefer.queues.postgres.queue import PostgresQueue, migrate
+from safedefer.queues.sqlite.queue import SQLiteQueue
+from safedefer.transactions.databases import opener_of, source_of
+from safedefer.transactions.outbox import Outbox
 from tests import sample_tasks as tasks
 from tests.postgres.server import fresh_database, shared_server
 from tests.postgres.users import (
@@ -851,8 +851,8 @@ def test_without_psycopg_a_url_is_opened_by_asyncpg(database, queue, monkeypatch
 PRODUCER = """
     import os, signal, sys, time
     import psycopg
-    from safedefer.outbox import Outbox
-    from safedefer.queues.memory import MemoryQueue
+    from safedefer.transactions.outbox import Outbox
+    from safedefer.queues.memory.queue import MemoryQueue
     from tests.queues.contract import make_task
 
     class Never(MemoryQueue):
@@ -970,7 +970,7 @@ def test_what_was_enqueued_and_not_deleted_is_not_enqueued_again(database, outbo
 
 def test_a_process_that_has_left_nothing_for_long_looks_less_often(outbox, monkeypatch):
     assert outbox._relay.longest_pause == 2.0
-    monkeypatch.setattr("safedefer.relay._IDLE_AFTER", -1.0)
+    monkeypatch.setattr("safedefer.transactions.relay._IDLE_AFTER", -1.0)
     outbox._relay.expect()
     assert outbox._relay.longest_pause == 30.0
     outbox.start()

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from safedefer import App, Deferral, Task, TaskContext, TaskRetryOptions, current_task, deferrable, deferred
-from safedefer.delivery import Response
+from safedefer.delivery.handler import Response
 from safedefer.testing import Ran, TestApp
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedefer.binding import _MAX_FITTING, _shape_of, check_binds, signature_of
+from safedefer.execution.binding import _MAX_FITTING, _shape_of, check_binds, signature_of
 
 
 def plain(a, b=1): ...

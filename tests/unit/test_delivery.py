@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedefer import books
-from safedefer.batches import Batches
-from safedefer.delivery import OUTCOME_HEADER, redacted_traceback
+from safedefer.concurrency.batches import Batches
+from safedefer.concurrency.threads import Threads
+from safedefer.delivery import ledger_client
+from safedefer.delivery.handler import OUTCOME_HEADER, redacted_traceback
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
-from safedefer.threads import Threads
 from tests import sample_tasks as tasks
 from tests.unit.apps import JOSE, handle, make_app
 
@@ -73,7 +73,7 @@ def test_a_run_is_kept_alive_until_its_end_is_written_down(monkeypatch):
             raise error
         return finish(ends)
 
-    monkeypatch.setattr("safedefer.books._STORE_AGAIN", 0.09)
+    monkeypatch.setattr("safedefer.delivery.ledger_client._STORE_AGAIN", 0.09)
     monkeypatch.setattr(app.queue.ledger, "finish_many", fail)
     monkeypatch.setattr(app.queue.ledger, "extend", lambda execution, **more: extended.append(execution.task_id))
     token = app.serialize(tasks.add, 1)
@@ -139,7 +139,7 @@ async def test_the_record_is_stored_before_the_answer_even_if_nobody_waits(app):
 
 @pytest.mark.parametrize(("failures", "stored"), [(2, ["succeeded"]), (1000, [])])
 async def test_an_end_that_could_not_be_written_is_written_later_even_if_nobody_waits(failures, stored, monkeypatch):
-    monkeypatch.setattr(books, "_STORE_AGAIN", 0.01)
+    monkeypatch.setattr(ledger_client, "_STORE_AGAIN", 0.01)
     tasks.reset()
     app = make_app(lease_seconds=1.0)
     task = app.defer(tasks.add_later, 1)
@@ -162,9 +162,9 @@ async def test_an_end_that_could_not_be_written_is_written_later_even_if_nobody_
     go.set()
     for _ in range(300):
         await asyncio.sleep(0.01)
-        if not app.delivery._books._late and left[0] < failures:
+        if not app.delivery._ledger_client._late and left[0] < failures:
             break
-    assert not app.delivery._books._late
+    assert not app.delivery._ledger_client._late
     assert [record.outcome for record in app.queue.find(task.id).records] == stored
     assert len(tasks.RAN) == 1
     app.close()
@@ -338,7 +338,7 @@ def test_what_has_run_is_written_down_although_its_loop_is_taken_down(kind, tmp_
 
     async def leave():
         running = asyncio.create_task(app.handle(JOSE, sent[1].payload))
-        end = app.delivery._books.end
+        end = app.delivery._ledger_client.end
         before = end._running
         while end._running is before and not end._pending:  # noqa: ASYNC110
             await asyncio.sleep(0)

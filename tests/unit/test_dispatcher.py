@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedefer import TaskRetryOptions
-from safedefer.delivery import Response
-from safedefer.dispatcher import (
+from safedefer.delivery.handler import Response
+from safedefer.dispatcher.loop import (
     REJECT_LIMIT,
     REJECT_SECONDS,
     Dispatcher,
@@ -28,7 +28,7 @@ from safedefer.dispatcher import (
 from safedefer.errors import InvalidTaskError, LeaseLost, QueueUnavailable
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, Verdict
-from safedefer.queues.memory import MemoryQueue
+from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from safedefer import Policy, current_task, execution
-from safedefer.execution import Interrupted, Prepared, Result, TaskContext, call_in_thread, execute, is_async
+from safedefer.execution.run import Interrupted, Prepared, Result, TaskContext, call_in_thread, execute, is_async
 from safedefer.task import VerifiedTask
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app

@@ -3,11 +3,11 @@
 import asyncio
 import time
 
-from safedefer.dispatcher import Dispatcher, DispatcherOptions
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.queues.base import TaskState
-from safedefer.queues.memory import MemoryQueue
+from safedefer.queues.memory.queue import MemoryQueue
 from tests.unit.test_dispatcher import answer, task_of
 
 

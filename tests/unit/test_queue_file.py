@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from safedefer import App, Key, Keyring, KeyState, Policy, TaskRetryOptions
 from safedefer.claims import Options
 from safedefer.cli import main
-from safedefer.delivery import Response
-from safedefer.dispatcher import Dispatcher, DispatcherOptions, InProcessDelivery, asks_to_wait, judge
+from safedefer.delivery.handler import Response
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery, asks_to_wait, judge
 from safedefer.errors import (
     ConfigurationError,
     InvalidTaskRetryOptionsError,

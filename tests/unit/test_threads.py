@@ -1,4 +1,4 @@
-"""Threads for what blocks, and the keeper of what runs in them."""
+"""Threads for what blocks, and the renewal of what runs in them."""
 
 import asyncio
 import gc
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from safedefer import threads as module
+from safedefer.concurrency import threads as module
+from safedefer.concurrency.threads import Threads
+from safedefer.delivery.ledger_client import RunRenewal
 from safedefer.errors import QueueUnavailable
-from safedefer.keeper import Keeper
 from safedefer.ledger import Execution
-from safedefer.threads import Threads
 
 
 @contextmanager
@@ -164,7 +164,7 @@ async def test_a_result_is_kept_by_nobody():
 def test_an_interpreter_that_forgets_to_close_ends():
     code = """
 import asyncio, time
-from safedefer.threads import Threads
+from safedefer.concurrency.threads import Threads
 async def main():
     threads = Threads(8, "test")
     await asyncio.gather(*(threads(lambda: time.sleep(0.01)) for _ in range(8)))
@@ -173,7 +173,7 @@ asyncio.run(main())
     subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
 
 
-# --- The keeper -----------------------------------------------------------------------------------
+# --- The renewal of runs -----------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -192,20 +192,20 @@ def run_of(owner):
     return Execution(audience="a", task_id="i", digest=b"", owner=owner, expires=10**9)
 
 
-def keeper_of(ledger, threads, seconds):
-    return Keeper(lambda: ledger, threads, clock=time.time, seconds=seconds)
+def renewal_of(ledger, threads, seconds):
+    return RunRenewal(lambda: ledger, threads, clock=time.time, seconds=seconds)
 
 
 async def test_runs_are_prolonged_in_time_while_they_last():
     ledger = Recorder(fails={"bad"})
     with open_threads(1) as threads:
-        keeper = keeper_of(ledger, threads, 0.3)
+        renewal = renewal_of(ledger, threads, 0.3)
         for owner in ("bad", "long", "short"):
-            keeper.add(run_of(owner))
-        keeper.remove(run_of("short"))
+            renewal.add(run_of(owner))
+        renewal.remove(run_of("short"))
         await asyncio.sleep(0.65)
-        keeper.remove(run_of("long"))
-        keeper.remove(run_of("bad"))
+        renewal.remove(run_of("long"))
+        renewal.remove(run_of("bad"))
         await asyncio.sleep(0.1)
         count = len(ledger.calls)
         await asyncio.sleep(0.2)
@@ -214,16 +214,16 @@ async def test_runs_are_prolonged_in_time_while_they_last():
     assert 3 <= ledger.calls.count("long") <= 7
 
 
-def test_the_keeper_of_a_loop_that_was_left_serves_the_next():
+def test_the_renewal_of_a_loop_that_was_left_serves_the_next():
     ledger = Recorder()
     with open_threads(1) as threads:
-        keeper = keeper_of(ledger, threads, 0.12)
+        renewal = renewal_of(ledger, threads, 0.12)
 
         async def leave():
-            keeper.add(run_of("left"))
+            renewal.add(run_of("left"))
 
         async def use():
-            keeper.add(run_of("next"))
+            renewal.add(run_of("next"))
             await asyncio.sleep(0.2)
 
         asyncio.run(leave())

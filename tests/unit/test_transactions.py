@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, orm, text
 
 import safedefer
 from safedefer import Policy, deferred
-from safedefer.dispatcher import Dispatcher, InProcessDelivery
+from safedefer.dispatcher.loop import Dispatcher, InProcessDelivery
 from safedefer.errors import (
     BadTransactionStateError,
     InvalidTaskError,
@@ -199,8 +199,8 @@ def test_unique_has_no_name_and_comes_alone(app):
 
 
 def test_a_sqlite_connection_runs_no_statement_of_postgresqls():
-    from safedefer.connections.base import run_now
-    from safedefer.connections.sqlite import SQLite3Source
+    from safedefer.transactions.databases.base import run_now
+    from safedefer.transactions.databases.sqlite import SQLite3Source
 
     with closing(sqlite3.connect(":memory:")) as connection:
         source = SQLite3Source(connection)

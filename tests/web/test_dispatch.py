@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from safedefer import Key, Keyring, KeyState, Policy, TaskRetryOptions
-from safedefer.dispatcher import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.queues.base import TaskState
 from safedefer.web.server import serving
 from tests import sample_tasks as tasks

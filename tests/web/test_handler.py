@@ -546,7 +546,7 @@ async def test_a_url_of_ones_own_is_served_by_handler_for(tmp_path, path):
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
-        from safedefer.dispatcher import HttpDelivery, attempt_headers
+        from safedefer.dispatcher.loop import HttpDelivery, attempt_headers
 
         task = app.options(url=path).defer(tasks.add, 1)
         (lease,) = app.queue.lease(owner="t", limit=1, seconds=60, now=time.time())

@@ -1,0 +1,233 @@
+"""How the objects of a class are taken apart and put together: decided once for each class.
+
+A plan is made by looking, never by running: which tag the class has, where its objects keep their
+state, and which of the state hooks of Python's data model (``__getstate__``, ``__setstate__``,
+``__getnewargs__``, ``__new__``) are its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import copyreg
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, EnumType, Flag
+from inspect import signature
+from types import FunctionType, MemberDescriptorType
+from typing import Any, Final, cast
+
+from pydantic import BaseModel, RootModel
+
+from safedefer.codecs import inspect_safely
+from safedefer.codecs.registry import TypeRegistry
+
+#: Built-in bases whose contents a subclass's object carries, and how: one value, items, or keys and values.
+CONTENTS: Final[dict[type, str]] = {
+    int: "value",
+    float: "value",
+    complex: "value",
+    str: "value",
+    bytes: "value",
+    tuple: "items",
+    frozenset: "items",
+    list: "items",
+    set: "items",
+    dict: "keys",
+}
+#: Of those, the ones that are filled after they are made.
+MUTABLE: Final[tuple[type, ...]] = (list, set, dict)
+
+REMEDY: Final = "register the type (safedefer.register_type), pass an id, or opt in to pickle"
+_NAMEDTUPLE_ARGS: Final = cast("Any", collections.namedtuple("_Probe", "a")).__getnewargs__.__code__  # noqa: PYI024
+# dataclasses writes these for slotted frozen classes; they read and set the fields, and nothing else.
+_DATACLASS_STATE: Final = tuple(
+    getattr(dataclasses, name) for name in ("_dataclass_getstate", "_dataclass_setstate") if hasattr(dataclasses, name)
+)
+_MODEL_STATE: Final = tuple(
+    vars(base)[name] for base in (BaseModel, RootModel) for name in ("__getstate__", "__setstate__")
+)
+
+# What these do when hashed or compared is known.
+_KNOWN: Final[tuple[type, ...]] = (BaseModel, RootModel, Enum, Flag)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """How objects of one class travel."""
+
+    cls: type
+    tag: str
+    base: type = object
+    state_of: Callable[[object], Any] | None = None
+    slots: dict[str, MemberDescriptorType] = field(default_factory=dict)
+    shadowed: tuple[MemberDescriptorType, ...] = ()
+    getstate: FunctionType | None = None
+    setstate: FunctionType | None = None
+    newargs: FunctionType | None = None
+    newargs_ex: FunctionType | None = None
+    new: FunctionType | None = None
+    definers: tuple[type, ...] = ()
+    """Classes of the MRO, other than the class, whose hooks or finalizer run: they must be admitted too."""
+    hash_definers: tuple[type, ...] = ()
+    """The same for ``__hash__`` and ``__eq__``, which run when an object is a key or in a set."""
+    identity_hash: bool = True
+
+
+def make_plan(cls: type, registry: TypeRegistry) -> Plan:
+    """Decide how objects of a class travel. Runs no code of the class or of its metaclass.
+
+    Raises:
+        ValueError: They do not; the message says why, and what to do.
+    """
+    if inspect_safely.derives(type(cls), EnumType):
+        return Plan(cls, "$enum", hash_definers=_hash_definers(cls))
+    base = inspect_safely.solid_base(cls)
+    exception = inspect_safely.derives(base, BaseException)
+    if (base is cls and not exception and cls is not object) or (
+        base is not object and base not in CONTENTS and not exception
+    ):
+        what = (
+            "its state is kept in C, or it is a resource of this process"
+            if base is cls
+            else f"a subclass of {inspect_safely.type_name(base)} may hide state in C"
+        )
+        raise ValueError(f"{what}; {REMEDY}")
+    if cls is object:
+        raise ValueError(
+            "a bare object() is nothing but its identity, which does not travel; use None or an enum member"
+        )
+    _refuse_reducers(cls, base)
+    slots, shadowed = _slots(cls, base)
+    tag, ignored = _tag(cls, base, registry)
+    hooks = {
+        name: _own_hook(cls, name)
+        for name in ("__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__", "__new__")
+    }
+    definers = tuple(
+        {
+            id(d): d
+            for hook in hooks.values()
+            if hook is not None and not ignored(hook[1]) and (d := hook[0]) is not cls and _is_foreign(d)
+        }.values()
+    )
+    # A finalizer runs as soon as the object is let go: on whatever state a token gave it.
+    finalizer = inspect_safely.lookup(cls, "__del__")
+    if finalizer is not None and finalizer[0] is not cls and _is_foreign(finalizer[0]):
+        definers += (finalizer[0],)
+    own = {name: None if hook is None or ignored(hook[1]) else hook[1] for name, hook in hooks.items()}
+    if any(own.values()):
+        if exception:
+            raise ValueError(f"an exception with state hooks or a __new__ of its own is not carried; {REMEDY}")
+        tag = "$object"
+    if own["__new__"] and not (own["__getnewargs__"] or own["__getnewargs_ex__"]):
+        if base in CONTENTS and base not in MUTABLE:
+            own["__new__"] = None  # the value is carried whole: the class's __new__ would change it again
+        else:
+            _check_bare_new(own["__new__"], cls)
+    return Plan(
+        cls,
+        tag,
+        base,
+        inspect_safely.dict_getter(cls),
+        slots,
+        shadowed,
+        own["__getstate__"],
+        own["__setstate__"],
+        own["__getnewargs__"],
+        own["__getnewargs_ex__"],
+        own["__new__"],
+        definers,
+        _hash_definers(cls),
+        (found := inspect_safely.lookup(cls, "__hash__")) is not None and found[0] is object,
+    )
+
+
+def _refuse_reducers(cls: type, base: type) -> None:
+    """Refuse a class that says itself how it is pickled: only pickle runs that."""
+    for name in ("__reduce_ex__", "__reduce__"):
+        found = inspect_safely.lookup(cls, name)
+        if found is not None and found[0] is not object and not inspect_safely.derives(base, found[0]):
+            raise ValueError(f"{inspect_safely.type_name(found[0])} defines {name}, which is not run; {REMEDY}")
+    if any(known is cls for known in copyreg.dispatch_table):
+        raise ValueError(f"copyreg has a reducer for it, which is not run; {REMEDY}")
+
+
+def _slots(cls: type, base: type) -> tuple[dict[str, MemberDescriptorType], tuple[MemberDescriptorType, ...]]:
+    visible: dict[str, MemberDescriptorType] = {}
+    shadowed: list[MemberDescriptorType] = []
+    for name, descriptor, hidden in inspect_safely.slots(cls, stop=base):
+        if hidden:
+            shadowed.append(descriptor)
+        else:
+            visible[name] = descriptor
+    return visible, tuple(shadowed)
+
+
+def _tag(cls: type, base: type, registry: TypeRegistry) -> tuple[str, Callable[[object], bool]]:
+    """Return the tag of a class, and what says whether a hook is generated, so that it need not run."""
+    if inspect_safely.derives(base, BaseException):
+        return "$exception", _never
+    if base is tuple and _is_namedtuple(cls):
+        return "$namedtuple", _is_namedtuple_hook
+    if base is object and inspect_safely.derives(cls, BaseModel):
+        return "$model", lambda hook: any(hook is known for known in _MODEL_STATE)
+    if base is object and (family := registry.family_of(cls)) is not None:
+        return family.tag, cast("Callable[[object], bool]", family.generated)
+    if base is object and "__dataclass_fields__" in inspect_safely.namespace(cls):
+        return "$dataclass", lambda hook: any(hook is known for known in _DATACLASS_STATE)
+    return "$object", lambda hook: any(hook is known for known in _DATACLASS_STATE)
+
+
+def _never(_hook: object) -> bool:
+    return False
+
+
+def _is_namedtuple(cls: type) -> bool:
+    found = inspect_safely.lookup(cls, "_fields")
+    return found is not None and type(found[1]) is tuple and _fields_home(found[0])
+
+
+def _fields_home(cls: type) -> bool:
+    args = inspect_safely.namespace(cls).get("__getnewargs__")
+    return type(args) is FunctionType and args.__code__ is _NAMEDTUPLE_ARGS
+
+
+def _is_namedtuple_hook(hook: object) -> bool:
+    if type(hook) is not FunctionType:
+        return False
+    # The generated __new__ calls `tuple.__new__`, and is compiled in a namespace of its own.
+    home = str(hook.__globals__.get("__name__", ""))
+    return hook.__code__ is _NAMEDTUPLE_ARGS or (hook.__name__ == "__new__" and home.startswith("namedtuple_"))
+
+
+def _own_hook(cls: type, name: str) -> tuple[type, FunctionType] | None:
+    """Return the class that defines a hook in Python, and the function; None if the built-in one holds.
+
+    Raises:
+        ValueError: The hook is there, and no plain function.
+    """
+    found = inspect_safely.lookup(cls, name)
+    if found is None or not inspect_safely.made_in_python(found[0]):
+        return None
+    raw = found[1].__func__ if type(found[1]) is staticmethod and name == "__new__" else found[1]
+    if type(raw) is not FunctionType:
+        raise ValueError(f"its {name} is not a plain function; {REMEDY}")
+    return found[0], raw
+
+
+def _check_bare_new(new: FunctionType, cls: type) -> None:
+    try:
+        signature(new, follow_wrapped=False).bind(cls)
+    except (TypeError, ValueError):
+        raise ValueError(f"its __new__ needs arguments that nobody knows; define __getnewargs__, or {REMEDY}") from None
+
+
+def _hash_definers(cls: type) -> tuple[type, ...]:
+    found = (inspect_safely.lookup(cls, name) for name in ("__hash__", "__eq__"))
+    return tuple(each[0] for each in found if each is not None and each[0] is not cls and _is_foreign(each[0]))
+
+
+def _is_foreign(cls: type) -> bool:
+    """Say whether a class is neither built in nor of a library whose comparisons are known to be harmless."""
+    return inspect_safely.made_in_python(cls) and not any(cls is known for known in _KNOWN)

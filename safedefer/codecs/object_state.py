@@ -1,0 +1,178 @@
+"""Taking the state of an object out and putting it back, by the plan of its class."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import chain
+from types import MemberDescriptorType
+from typing import Any
+
+from safedefer.codecs import inspect_safely
+from safedefer.codecs.class_layout import REMEDY, Plan, make_plan
+from safedefer.codecs.decoder import Decoder, record, string
+from safedefer.codecs.encoder import Encoder
+from safedefer.codecs.registry import TypeRegistry
+from safedefer.codecs.shared import Json, Refusal, step
+
+_Pairs = chain[tuple[Any, Any]]
+
+
+def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a hook of an admitted class, or a registered function.
+
+    Raises:
+        Refusal: It raised.
+    """
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        name = getattr(function, "__qualname__", "a hook of the class")
+        raise Refusal(f"{name} raised {type(error).__name__}; correct the class") from error
+
+
+def _plan(cls: type, registry: TypeRegistry) -> Plan:
+    plan: Plan | None = registry.plans.get(id(cls))
+    if plan is None:
+        try:
+            plan = make_plan(cls, registry)
+        except ValueError as error:
+            raise Refusal(str(error)) from None
+    return plan
+
+
+def planned(enc: Encoder, cls: type) -> Plan:
+    """Return the plan of an admitted class.
+
+    Raises:
+        Refusal: Its objects do not travel, or the gate does not admit it.
+    """
+    plan = _plan(cls, enc.registry)
+    enc.name(cls)
+    # Only now: what a policy admits is found by name, so the plans kept are bounded.
+    enc.registry.plans[id(cls)] = plan
+    return plan
+
+
+def planned_class(dec: Decoder, name: Json, tag: str) -> Plan:
+    """Return the plan of a class that a token names.
+
+    Raises:
+        Refusal: Its objects travel by another tag, or not at all.
+        RejectedTask: The gate does not admit it, or does not find it.
+    """
+    cls = dec.gate.load_class(string(name))
+    plan = _plan(cls, dec.registry)
+    if plan.tag != tag:
+        raise Refusal(f"objects of this class are not written as {tag}; deploy the code that the task was made for")
+    dec.registry.plans[id(cls)] = plan
+    if dec.keyed:
+        dec.check_hash(cls)
+    return plan
+
+
+def begin(enc: Encoder, value: object, plan: Plan) -> None:
+    """Note that the object is unfinished on the other side, while what is inside it is made."""
+    if not plan.identity_hash:
+        enc.open.add(id(value))
+
+
+def begin_decoded(dec: Decoder, number: int, plan: Plan) -> None:
+    """Note that the object of a number is unfinished."""
+    if not plan.identity_hash:
+        dec.open.add(number)
+
+
+def slot_value(slot: MemberDescriptorType, value: object) -> Any:
+    """Return what a slot holds, or ``MISSING``."""
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return inspect_safely.MISSING
+
+
+def attributes(enc: Encoder, value: object, plan: Plan) -> _Pairs:
+    """Return the attributes that are the state of an object: its ``__dict__``, then its slots.
+
+    Raises:
+        Refusal: They cannot be told apart, or ``__getstate__`` returns another shape.
+    """
+    if plan.getstate is not None:
+        return _pairs_of(enc, hook_state(enc, value, plan))
+    held = _slots(value, plan)
+    own = _own_dict(enc, value, plan)
+    _check_apart(own, held)
+    return chain(own.items(), held.items())
+
+
+def hook_state(enc: Encoder, value: object, plan: Plan) -> Any:
+    """Return what ``__getstate__`` returns, or what ``object.__getstate__`` would."""
+    if plan.getstate is not None:
+        state = run(plan.getstate, value)
+        enc.hold(state)
+        return state
+    own, held = dict(_own_dict(enc, value, plan)), _slots(value, plan)
+    default = (own or None, held) if held else own or None
+    enc.hold(default)
+    return default
+
+
+def _slots(value: object, plan: Plan) -> dict[str, Any]:
+    if any(slot_value(slot, value) is not inspect_safely.MISSING for slot in plan.shadowed):
+        raise Refusal(f"a base class has a slot of the same name; {REMEDY}")
+    held = ((name, slot_value(slot, value)) for name, slot in plan.slots.items())
+    return {name: each for name, each in held if each is not inspect_safely.MISSING}
+
+
+def _own_dict(enc: Encoder, value: object, plan: Plan) -> dict[Any, Any]:
+    if plan.state_of is None:
+        return {}
+    own = plan.state_of(value)
+    if type(own) is not dict:
+        raise Refusal(f"its __dict__ is not exactly a dict; {REMEDY}")
+    enc.own_state(own)
+    return own
+
+
+def _check_apart(own: dict[Any, Any], held: dict[str, Any]) -> None:
+    if held and any(type(name) is str and name in held for name in own):
+        raise Refusal(f"its __dict__ and its slots share a name; {REMEDY}")
+
+
+def _pairs_of(enc: Encoder, state: Any) -> _Pairs:
+    """Read a state as Python does for a class without ``__setstate__``: a dict, or a pair of dicts."""
+    own, held = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004
+    own, held = ({} if each is None else each for each in (own, held))
+    if type(own) is not dict or type(held) is not dict:
+        raise Refusal("its __getstate__ returns no dict, and it has no __setstate__; define one")
+    enc.own_state(own, held)
+    _check_apart(own, held)
+    return chain(own.items(), held.items())
+
+
+def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> None:
+    """Set attributes as ``object.__setattr__`` would, without running anything of the class.
+
+    Raises:
+        Refusal: The object has no place for one.
+    """
+    own = plan.state_of(value) if plan.state_of is not None else None
+    trees = record(tree)
+    dec.add(len(trees))
+    name = ""
+    try:
+        for name, each in trees.items():
+            if name[:1] == "$":
+                raise Refusal("no attribute begins with '$'")  # noqa: TRY301 - the path is added below
+            slot = plan.slots.get(name)
+            if slot is not None:
+                slot.__set__(value, dec.value(each, depth))
+            elif type(own) is dict:
+                own[sys.intern(name)] = dec.value(each, depth)
+            else:
+                raise Refusal(  # noqa: TRY301 - the path is added below
+                    "objects of the class have no such attribute; deploy the code that the task was made for"
+                )
+    except Refusal as refusal:
+        refusal.trail.append(step(name))
+        raise

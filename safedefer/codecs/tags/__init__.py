@@ -1,0 +1,1 @@
+"""The tags of typed values, by what they carry."""

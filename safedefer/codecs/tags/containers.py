@@ -1,0 +1,290 @@
+"""Tags of containers of the standard library, and ``$ref``.
+
+Lists and dicts with plain keys need no tag. Mutable containers are counted for ``$ref``, so that what
+was one arrives as one; tuples, frozensets and slices are not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from safedefer.codecs.decoder import Decoder, array
+from safedefer.codecs.encoder import Encoder
+from safedefer.codecs.inspect_safely import dict_getter
+from safedefer.codecs.shared import Json, Refusal, is_text, step
+
+_DEQUE_MAX: Final = 2**53 - 1
+
+
+def _encode_list(enc: Encoder, value: list[Any], depth: int) -> Json:
+    return enc.enter(value) or enc.sequence(value, depth + 1)
+
+
+def _encode_tuple(enc: Encoder, value: tuple[Any, ...], depth: int) -> Json:
+    return {"$tuple": enc.sequence(value, depth + 1)}
+
+
+def _decode_tuple(dec: Decoder, payload: Json, depth: int) -> tuple[object, ...]:
+    return tuple(dec.items(payload, depth + 1))
+
+
+def _encode_slice(enc: Encoder, value: slice, depth: int) -> Json:
+    return {"$slice": enc.sequence((value.start, value.stop, value.step), depth + 1)}
+
+
+def _decode_slice(dec: Decoder, payload: Json, depth: int) -> slice:
+    return slice(*dec.items(array(payload, least=3, most=3), depth + 1))
+
+
+# --- Sets -----------------------------------------------------------------------------------------
+
+
+def members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[Json]:
+    """Return the trees of what is hashed on the other side."""
+    enc.add(size)
+    out: list[Json] = []
+    try:
+        for value in values:
+            out.append(enc.key(value, depth))  # noqa: PERF401 - the length of `out` is the path
+    except Refusal as refusal:
+        refusal.trail.append(f"{{{len(out)}}}")
+        raise
+    return out
+
+
+def read_members(dec: Decoder, payload: Json, depth: int) -> list[Any]:
+    """Return values that are about to be hashed."""
+    trees = array(payload)
+    dec.add(len(trees))
+    out: list[Any] = []
+    try:
+        for tree in trees:
+            out.append(dec.key(tree, depth))  # noqa: PERF401 - the length of `out` is the path
+    except Refusal as refusal:
+        refusal.trail.append(f"{{{len(out)}}}")
+        raise
+    return out
+
+
+def hashed(make: Any, values: Sequence[Any]) -> Any:
+    """Return a set of the values.
+
+    Raises:
+        Refusal: One cannot be hashed, or two are equal.
+    """
+    try:
+        made = make(values)
+    except Exception as error:  # an admitted class's own __hash__ or __eq__ may raise anything
+        raise Refusal("a set member or dict key cannot be hashed") from error
+    return made
+
+
+def _distinct(size: int, values: Sequence[Any]) -> None:
+    if size != len(values):
+        raise Refusal("two set members or dict keys are equal")
+
+
+def _encode_set(enc: Encoder, value: set[Any], depth: int) -> Json:
+    return enc.enter(value) or {"$set": members(enc, value, len(value), depth + 1)}
+
+
+def _decode_set(dec: Decoder, payload: Json, depth: int) -> set[Any]:
+    out: set[Any] = set()
+    dec.share(out)
+    fill_set(out, read_members(dec, payload, depth + 1))
+    return out
+
+
+def fill_set(out: set[Any], values: Sequence[Any]) -> None:
+    """Add values to a set, or to an object of a subclass."""
+    hashed(lambda values: set.update(out, values), values)
+    _distinct(set.__len__(out), values)
+
+
+def _encode_frozenset(enc: Encoder, value: frozenset[Any], depth: int) -> Json:
+    return {"$frozenset": members(enc, value, len(value), depth + 1)}
+
+
+def _decode_frozenset(dec: Decoder, payload: Json, depth: int) -> frozenset[Any]:
+    values = read_members(dec, payload, depth + 1)
+    made: frozenset[Any] = hashed(frozenset, values)
+    _distinct(len(made), values)
+    return made
+
+
+# --- Dicts ----------------------------------------------------------------------------------------
+
+
+def plain_names(keys: Iterable[Any]) -> bool:
+    """Say whether the keys may be the names of a JSON object: exactly str, text, and no tags."""
+    # A loop rather than all(): most dicts are small.
+    for key in keys:  # noqa: SIM110
+        if type(key) is not str or key[:1] == "$" or not (key.isascii() or is_text(key)):
+            return False
+    return True
+
+
+def _encode_dict(enc: Encoder, value: dict[Any, Any], depth: int) -> Json:
+    ref = enc.enter(value)
+    if ref is not None:
+        return ref
+    if plain_names(value):
+        return enc.attributes(value.items(), depth + 1)
+    return {"$dict": _pairs(enc, value.items(), len(value), depth + 1)}
+
+
+def _decode_dict(dec: Decoder, payload: Json, depth: int) -> dict[Any, Any]:
+    out: dict[Any, Any] = {}
+    dec.share(out)
+    _fill_pairs(dec, out, array(payload), depth + 1)
+    if plain_names(out):
+        raise Refusal("a dict whose keys are plain strings is written as a plain object")
+    return out
+
+
+def _pairs(enc: Encoder, pairs: Iterable[tuple[Any, Any]], size: int, depth: int) -> list[Json]:
+    enc.add(2 * size)
+    out: list[Json] = []
+    where = ""
+    try:
+        for key, value in pairs:
+            where = f"{{{len(out)}}}"
+            tree = enc.key(key, depth)
+            named = step(key)
+            where = where if named == "{}" else named
+            out.append([tree, enc.value(value, depth)])
+    except Refusal as refusal:
+        refusal.trail.append(where)
+        raise
+    return out
+
+
+def _fill_pairs(dec: Decoder, out: dict[Any, Any], payload: list[Json], depth: int) -> None:
+    dec.add(2 * len(payload))
+    pairs: list[tuple[Any, Any]] = []
+    try:
+        for pair in payload:
+            key, value = array(pair, least=2, most=2)
+            pairs.append((dec.key(key, depth), dec.value(value, depth)))
+    except Refusal as refusal:
+        refusal.trail.append(f"{{{len(pairs)}}}")
+        raise
+    fill_dict(out, pairs)
+
+
+def fill_dict(out: dict[Any, Any], pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Add pairs to a dict, or to an object of a subclass, whose own methods do not run."""
+    insert: Any = OrderedDict.__setitem__ if type(out) is OrderedDict else dict.__setitem__
+
+    def fill(pairs: Sequence[tuple[Any, Any]]) -> None:
+        for key, value in pairs:
+            insert(out, key, value)
+
+    hashed(fill, pairs)
+    _distinct(dict.__len__(out), pairs)
+
+
+def _no_attributes(value: object) -> None:
+    getter = dict_getter(type(value))
+    if getter is not None and getter(value):
+        raise Refusal("attributes were added to it; pass them as arguments of their own")
+
+
+def _encode_ordereddict(enc: Encoder, value: OrderedDict[Any, Any], depth: int) -> Json:
+    _no_attributes(value)
+    return enc.enter(value) or {"$ordereddict": _pairs(enc, value.items(), len(value), depth + 1)}
+
+
+def _decode_ordereddict(dec: Decoder, payload: Json, depth: int) -> OrderedDict[Any, Any]:
+    out: OrderedDict[Any, Any] = OrderedDict()
+    dec.share(out)
+    _fill_pairs(dec, out, array(payload), depth + 1)
+    return out
+
+
+def _encode_counter(enc: Encoder, value: Counter[Any], depth: int) -> Json:
+    _no_attributes(value)
+    return enc.enter(value) or {"$counter": _pairs(enc, value.items(), len(value), depth + 1)}
+
+
+def _decode_counter(dec: Decoder, payload: Json, depth: int) -> Counter[Any]:
+    out: Counter[Any] = Counter()
+    dec.share(out)
+    _fill_pairs(dec, out, array(payload), depth + 1)
+    return out
+
+
+def _encode_defaultdict(enc: Encoder, value: defaultdict[Any, Any], depth: int) -> Json:
+    ref = enc.enter(value)
+    if ref is not None:
+        return ref
+    try:
+        factory = enc.value(value.default_factory, depth + 1)
+    except Refusal as refusal:
+        refusal.trail.append(".default_factory")
+        raise
+    return {"$defaultdict": [factory, *_pairs(enc, value.items(), len(value), depth + 1)]}
+
+
+def _decode_defaultdict(dec: Decoder, payload: Json, depth: int) -> defaultdict[Any, Any]:
+    out: defaultdict[Any, Any] = defaultdict()
+    dec.share(out)
+    factory, *pairs = array(payload, least=1)
+    made = dec.value(factory, depth + 1)
+    try:
+        # The constructor asks in C whether it can be called; the attribute takes anything.
+        out.default_factory = defaultdict(made).default_factory
+    except TypeError:
+        raise Refusal("$defaultdict begins with a callable or null") from None
+    _fill_pairs(dec, out, pairs, depth + 1)
+    return out
+
+
+def _encode_deque(enc: Encoder, value: deque[Any], depth: int) -> Json:
+    ref = enc.enter(value)
+    if ref is not None:
+        return ref
+    return {"$deque": [value.maxlen, *enc.sequence(value, depth + 1)]}
+
+
+def _decode_deque(dec: Decoder, payload: Json, depth: int) -> deque[Any]:
+    maxlen, *items = array(payload, least=1)
+    if maxlen is not None and (type(maxlen) is not int or not len(items) <= maxlen <= _DEQUE_MAX):
+        raise Refusal("$deque begins with null or a length that its items fit in")
+    out: deque[Any] = deque(maxlen=maxlen)
+    dec.share(out)
+    out.extend(dec.items(items, depth + 1))
+    return out
+
+
+def _decode_ref(dec: Decoder, payload: Json, _depth: int) -> object:
+    return dec.shared(payload)
+
+
+ENCODERS: Final[dict[type, Any]] = {
+    list: _encode_list,
+    dict: _encode_dict,
+    tuple: _encode_tuple,
+    slice: _encode_slice,
+    set: _encode_set,
+    frozenset: _encode_frozenset,
+    OrderedDict: _encode_ordereddict,
+    Counter: _encode_counter,
+    defaultdict: _encode_defaultdict,
+    deque: _encode_deque,
+}
+
+DECODERS: Final[dict[str, Any]] = {
+    "$tuple": _decode_tuple,
+    "$slice": _decode_slice,
+    "$set": _decode_set,
+    "$frozenset": _decode_frozenset,
+    "$dict": _decode_dict,
+    "$ordereddict": _decode_ordereddict,
+    "$counter": _decode_counter,
+    "$defaultdict": _decode_defaultdict,
+    "$deque": _decode_deque,
+    "$ref": _decode_ref,
+}

@@ -1,0 +1,444 @@
+"""Tags of objects of classes: enums, named tuples, dataclasses, models, objects, callables, classes.
+
+Every class is named by the gate (the policy), and found again by it: nothing here imports or looks
+names up. The order when encoding is: look (``plans``), ask the gate, and only then run a hook.
+"""
+
+from __future__ import annotations
+
+from enum import Flag
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, Final, cast
+
+from pydantic import BaseModel, RootModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from safedefer.codecs import inspect_safely
+from safedefer.codecs.class_families import ClassFamily
+from safedefer.codecs.class_layout import CONTENTS, MUTABLE, REMEDY, Plan
+from safedefer.codecs.decoder import Decoder, array, integer, record, string
+from safedefer.codecs.encoder import Encoder
+from safedefer.codecs.object_state import (
+    attributes,
+    begin,
+    begin_decoded,
+    hook_state,
+    planned,
+    planned_class,
+    restore,
+    run,
+    slot_value,
+)
+from safedefer.codecs.registry import RegisteredType
+from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text
+from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, members, read_members
+from safedefer.codecs.tags.exceptions import decode_exception, encode_exception
+from safedefer.errors import NotDeferrable
+from safedefer.refs import UNBOUND, CallableRef, bound_object, reference
+
+_CALLABLES: Final = (FunctionType, BuiltinFunctionType, MethodType)
+
+
+def encode_other(enc: Encoder, value: Any, depth: int) -> Json:
+    """Encode what no exact built-in type claims: registered types, classes, objects of classes."""
+    cls = type(value)
+    entry = enc.registry.by_class(cls)
+    if entry is not None:
+        return _encode_registered(enc, value, depth, entry)
+    if inspect_safely.derives(cls, type):
+        return {"$class": enc.name(value)}
+    plan = planned(enc, cls)
+    if enc.keyed:
+        enc.check_hash(cls)
+    return _BY_TAG.get(plan.tag, _encode_family)(enc, value, depth, plan)
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def _encode_callable(enc: Encoder, value: Any, depth: int) -> Json:
+    try:
+        ref = enc.gate.callable_ref(value)
+    except NotDeferrable as error:
+        raise Refusal(str(error)) from error
+    tree: dict[str, Json] = ref.model_dump(exclude_none=True)
+    bound = bound_object(value)
+    if bound is not UNBOUND:
+        try:
+            tree["bound"] = enc.value(bound, depth + 1)
+        except Refusal as refusal:
+            refusal.trail.append(".__self__")
+            raise
+    return {"$callable": tree}
+
+
+def _decode_callable(dec: Decoder, payload: Json, depth: int) -> object:
+    parts = dict(record(payload))
+    bound: object = UNBOUND
+    if "bound" in parts:
+        bound = dec.value(parts.pop("bound"), depth + 1)
+    try:
+        ref = reference(*CallableRef.model_validate(parts).parts)
+    except ValidationError:
+        raise Refusal("$callable is the reference of a callable, as in the claim `call`") from None
+    if ref.kind in ("class", "instance") or (parts.get("member", "") is None):
+        raise Refusal("a class is written as $class, and an instance as an object")
+    return dec.gate.load_callable(ref, bound)
+
+
+def _decode_class(dec: Decoder, payload: Json, _depth: int) -> type:
+    return dec.gate.load_class(string(payload))
+
+
+# --- Enums and named tuples -----------------------------------------------------------------------
+
+
+def _encode_enum(enc: Encoder, value: Any, _depth: int, plan: Plan) -> Json:
+    cls = plan.cls
+    name = _name_of(value)
+    if type(name) is str and _members_of(cls).get(name) is value and is_text(name):
+        return {"$enum": [enc.name(cls), name]}
+    number = _value_of(value)
+    if type(number) is int and -SAFE_INT <= number <= SAFE_INT and _flag_by_value(cls):
+        return {"$enum": [enc.name(cls), number]}
+    raise Refusal(f"the member is not found by its name; {REMEDY}")
+
+
+def _name_of(member: object) -> object:
+    return _own_dict(member).get("_name_")
+
+
+def _value_of(member: object) -> object:
+    return _own_dict(member).get("_value_")
+
+
+def _own_dict(member: object) -> dict[str, object]:
+    getter = inspect_safely.dict_getter(type(member))
+    return getter(member) if getter is not None else {}
+
+
+def _members_of(cls: type) -> dict[str, object]:
+    return cast("dict[str, object]", inspect_safely.namespace(cls).get("_member_map_", {}))
+
+
+def _flag_by_value(cls: type) -> bool:
+    """Say whether combinations of flags are made by ``enum`` itself, not by code of the class."""
+    missing = inspect_safely.lookup(cls, "_missing_")
+    return inspect_safely.derives(cls, Flag) and missing is not None and missing[0] is Flag
+
+
+def _decode_enum(dec: Decoder, payload: Json, _depth: int) -> object:
+    name, key = array(payload, least=2, most=2)
+    cls = planned_class(dec, name, "$enum").cls
+    if type(key) is str:
+        if (member := _members_of(cls).get(key)) is None or _name_of(member) != key:
+            raise Refusal("the enum has no member of that name; deploy the code that has it")
+        return member
+    number = integer(key, -SAFE_INT, SAFE_INT)
+    if not _flag_by_value(cls):
+        raise Refusal("$enum is [class, name], or [class, number] for a combination of flags")
+    made = run(cls, number)
+    if type(made) is not cls or _value_of(made) != number or _members_of(cls).get(cast("str", _name_of(made))) is made:
+        raise Refusal("$enum is [class, number] only for a combination of flags that has no name")
+    return made
+
+
+def _encode_namedtuple(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
+    if plan.state_of is not None and plan.state_of(value):
+        raise Refusal("attributes were added to the named tuple; pass them as arguments of their own")
+    return {"$namedtuple": [enc.name(plan.cls), *enc.sequence(tuple(tuple.__iter__(value)), depth + 1)]}
+
+
+def _decode_namedtuple(dec: Decoder, payload: Json, depth: int) -> object:
+    name, *items = array(payload, least=1)
+    cls = planned_class(dec, name, "$namedtuple").cls
+    values = dec.items(items, depth + 1)
+    found = inspect_safely.lookup(cls, "_fields")
+    if found is None or len(found[1]) != len(values):
+        raise Refusal("the named tuple has another number of fields; deploy the code that the task was made for")
+    return tuple.__new__(cls, values)
+
+
+# --- Dataclasses, and families of libraries that make classes -------------------------------------
+
+
+def _encode_family(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
+    name = enc.name(plan.cls)
+    ref = enc.enter(value)
+    if ref is not None:
+        return ref
+    begin(enc, value, plan)
+    tree = {plan.tag: [name, enc.attributes(attributes(enc, value, plan), depth + 1)]}
+    enc.open.discard(id(value))
+    return tree
+
+
+def _decode_family(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
+    name, state = array(payload, least=2, most=2)
+    plan = planned_class(dec, name, tag)
+    value = run(object.__new__, plan.cls)
+    number = dec.share(value)
+    begin_decoded(dec, number, plan)
+    restore(dec, value, plan, state, depth + 1)
+    dec.open.discard(number)
+    return value
+
+
+def _decode_dataclass(dec: Decoder, payload: Json, depth: int) -> object:
+    return _decode_family(dec, "$dataclass", payload, depth)
+
+
+# --- Types of third parties -----------------------------------------------------------------------
+
+
+def _encode_registered(enc: Encoder, value: Any, depth: int, entry: RegisteredType) -> Json:
+    ref = enc.enter(value)
+    if ref is not None:
+        return ref
+    inner = run(entry.encode, value)
+    enc.hold(inner)
+    enc.opaque.add(id(value))
+    tree = {entry.tag: enc.value(inner, depth + 1)}
+    enc.opaque.discard(id(value))
+    return tree
+
+
+def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
+    """Decode what no core tag claims."""
+    entry = dec.registry.by_tag(tag)
+    if entry is None:
+        raise Refusal("there is no such tag; register the type at this end too")
+    if type(entry) is ClassFamily:
+        return _decode_family(dec, tag, payload, depth)
+    entry = cast("RegisteredType", entry)
+    number = dec.reserve()
+    value = run(entry.decode, dec.value(payload, depth + 1))
+    if type(value) is not entry.cls:
+        raise Refusal("the registered decoder returned an object of another type; correct it")
+    dec.settle(number, value)
+    return value
+
+
+# --- pydantic models ------------------------------------------------------------------------------
+
+_FIELDS_SET, _EXTRA, _PRIVATE = (
+    BaseModel.__dict__[name] for name in ("__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
+)
+_MODEL_SLOTS: Final = frozenset({"__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__"})
+
+
+def _encode_model(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
+    name = enc.name(plan.cls)
+    ref = enc.enter(value)
+    if ref is not None:
+        return ref
+    fields_set = slot_value(_FIELDS_SET, value)
+    if not plan.slots.keys() <= _MODEL_SLOTS or type(fields_set) is not set or plan.state_of is None:
+        raise Refusal(f"a model with slots of its own, or one that was not made completely; {REMEDY}")
+    if not all(type(field) is str and is_text(field) for field in fields_set):
+        raise Refusal("its set of given fields holds what is no name; correct it")
+    begin(enc, value, plan)
+    enc.own_state(fields_set)
+    tree: list[Json] = [name, _part(enc, plan.state_of(value), depth), sorted(fields_set)]
+    enc.add(len(fields_set))
+    tree.append(_part(enc, slot_value(_EXTRA, value), depth))
+    private = slot_value(_PRIVATE, value)
+    if type(private) is dict and any(each is PydanticUndefined for each in private.values()):
+        # Declared and never set: pydantic leaves these out of its own state too.
+        private = {key: each for key, each in private.items() if each is not PydanticUndefined}
+    tree.append(_part(enc, private, depth))
+    enc.open.discard(id(value))
+    return {"$model": tree}
+
+
+def _part(enc: Encoder, part: object, depth: int) -> Json:
+    if part is None or part is inspect_safely.MISSING:
+        return None
+    if type(part) is not dict:
+        raise Refusal(f"its fields are not kept in a dict; {REMEDY}")
+    enc.own_state(part)
+    return enc.attributes(part.items(), depth + 1)
+
+
+def _decode_model(dec: Decoder, payload: Json, depth: int) -> object:
+    name, fields, names, extra, private = array(payload, least=5, most=5)
+    plan = planned_class(dec, name, "$model")
+    value = run(object.__new__, plan.cls)
+    number = dec.share(value)
+    begin_decoded(dec, number, plan)
+    state = plan.state_of(value) if plan.state_of is not None else {}
+    dec.members(state, record(fields), depth + 1)
+    dec.add(len(array(names)))
+    given = {string(each) for each in names}
+    if len(given) != len(names):
+        raise Refusal("a field is given twice")
+    _FIELDS_SET.__set__(value, given)
+    for slot, part in ((_EXTRA, extra), (_PRIVATE, private)):
+        if part is not None:
+            members_of: dict[str, object] = {}
+            dec.members(members_of, record(part), depth + 1)
+            slot.__set__(value, members_of)
+        elif not inspect_safely.derives(plan.cls, RootModel):
+            slot.__set__(value, None)
+    dec.open.discard(number)
+    return value
+
+
+# --- Other objects --------------------------------------------------------------------------------
+
+
+def _encode_object(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
+    tree: dict[str, Json] = {"class": enc.name(plan.cls)}
+    for definer in plan.definers:
+        enc.name(definer)
+    ref = enc.enter(value)
+    if ref is not None:
+        return ref
+    begin(enc, value, plan)
+    has_args = plan.newargs is not None or plan.newargs_ex is not None
+    enc.opaque.add(id(value))
+    if has_args:
+        args, kwargs = _new_args(enc, value, plan)
+        tree["args"] = enc.sequence(args, depth + 1)
+        if kwargs:
+            tree["kwargs"] = enc.attributes(kwargs.items(), depth + 1)
+    elif plan.base in CONTENTS and plan.base not in MUTABLE:
+        _encode_contents(enc, value, plan, tree, depth)
+    enc.opaque.discard(id(value))
+    if plan.base in MUTABLE:
+        _encode_contents(enc, value, plan, tree, depth)
+    if plan.setstate is not None:
+        state = hook_state(enc, value, plan)
+        if state is not None:
+            tree["setstate"] = enc.value(state, depth + 1)
+    elif attrs := enc.attributes(attributes(enc, value, plan), depth + 1):
+        tree["state"] = attrs
+    enc.open.discard(id(value))
+    return {"$object": tree}
+
+
+def _new_args(enc: Encoder, value: object, plan: Plan) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if plan.newargs_ex is not None:
+        result = run(plan.newargs_ex, value)
+        if type(result) is tuple and len(result) == 2:  # noqa: PLR2004 - (args, kwargs)
+            args, kwargs = result
+        else:
+            args = kwargs = None
+    else:
+        args, kwargs = run(cast("FunctionType", plan.newargs), value), {}
+    if type(args) is not tuple or type(kwargs) is not dict:
+        raise Refusal("its __getnewargs__ or __getnewargs_ex__ returns another shape than Python's data model says")
+    enc.hold((args, kwargs))
+    return args, kwargs
+
+
+def _encode_contents(enc: Encoder, value: Any, plan: Plan, tree: dict[str, Json], depth: int) -> None:
+    """Add what the built-in base holds, read by the base's own methods."""
+    base: Any = plan.base
+    match CONTENTS[base]:
+        case "value":
+            parts = base.__getnewargs__(value)
+            tree["value"] = enc.value(complex(*parts) if base is complex else parts[0], depth + 1)
+        case "keys":
+            tree["keys"] = members(enc, dict.keys(value), dict.__len__(value), depth + 1)
+            tree["values"] = enc.sequence(list(dict.values(value)), depth + 1)
+        case _ if base is set or base is frozenset:
+            tree["items"] = members(enc, base.__iter__(value), base.__len__(value), depth + 1)
+        case _:
+            tree["items"] = enc.sequence(tuple(base.__iter__(value)), depth + 1)
+
+
+def _decode_object(dec: Decoder, payload: Json, depth: int) -> object:
+    parts = record(payload)
+    plan = planned_class(dec, parts.get("class"), "$object")
+    for definer in plan.definers:
+        dec.admit(definer)
+    _check_parts(parts, plan)
+    number = dec.reserve()
+    value: Any = _make(dec, parts, plan, depth)
+    if type(value) is not plan.cls:
+        raise Refusal("its __new__ returned an object of another type")
+    dec.settle(number, value)
+    begin_decoded(dec, number, plan)
+    _fill(dec, value, parts, plan, depth)
+    if "setstate" in parts:
+        run(cast("FunctionType", plan.setstate), value, dec.value(parts["setstate"], depth + 1))
+    elif "state" in parts:
+        restore(dec, value, plan, parts["state"], depth + 1)
+    dec.open.discard(number)
+    return value
+
+
+def _fill(dec: Decoder, value: Any, parts: dict[str, Json], plan: Plan, depth: int) -> None:
+    base: Any = plan.base
+    if base is list:
+        list.extend(value, dec.items(parts["items"], depth + 1))
+    elif base is set:
+        fill_set(value, read_members(dec, parts["items"], depth + 1))
+    elif base is dict:
+        keys = read_members(dec, parts["keys"], depth + 1)
+        values = dec.items(parts["values"], depth + 1)
+        if len(keys) != len(values):
+            raise Refusal("$object has another number of keys than of values")
+        fill_dict(value, list(zip(keys, values, strict=True)))
+
+
+def _check_parts(parts: dict[str, Json], plan: Plan) -> None:
+    """Refuse parts that are missing, or that the class has no use for."""
+    has_args = plan.newargs is not None or plan.newargs_ex is not None
+    needed = {"class"} | ({"args"} if has_args else set())
+    if plan.base in MUTABLE or (plan.base in CONTENTS and not has_args):
+        contents = CONTENTS[plan.base]
+        needed |= {"keys", "values"} if contents == "keys" else {contents}
+    allowed = needed | {"setstate" if plan.setstate is not None else "state"}
+    if plan.newargs_ex is not None:
+        allowed |= {"kwargs"}
+    if not needed <= parts.keys() <= allowed:
+        raise Refusal("$object lacks a part, or has one that objects of the class have no use for")
+
+
+def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> object:
+    """Return the object as ``__new__`` makes it."""
+    base: Any = plan.base
+    new: Any = plan.new or base.__new__
+    if "args" in parts:
+        kwargs: dict[str, object] = {}
+        args = dec.items(parts["args"], depth + 1)
+        dec.members(kwargs, record(parts.get("kwargs", {})), depth + 1)
+        return run(new, plan.cls, *args, **kwargs)
+    if "value" in parts:
+        value = dec.value(parts["value"], depth + 1)
+        if type(value) is not base:
+            raise Refusal("the value of $object is of another type than the class is built on")
+        return base.__new__(plan.cls, value)
+    if base is tuple:
+        return tuple.__new__(plan.cls, dec.items(parts["items"], depth + 1))
+    if base is frozenset:
+        values = read_members(dec, parts["items"], depth + 1)
+        made: Any = hashed(lambda values: frozenset.__new__(plan.cls, values), values)
+        if frozenset.__len__(made) != len(values):
+            raise Refusal("two set members are equal")
+        return made
+    return run(new, plan.cls)
+
+
+_BY_TAG: Final[dict[str, Any]] = {
+    "$enum": _encode_enum,
+    "$namedtuple": _encode_namedtuple,
+    "$model": _encode_model,
+    "$exception": encode_exception,
+    "$object": _encode_object,
+}
+
+ENCODERS: Final[dict[type, Any]] = dict.fromkeys(_CALLABLES, _encode_callable)
+
+DECODERS: Final[dict[str, Any]] = {
+    "$callable": _decode_callable,
+    "$class": _decode_class,
+    "$enum": _decode_enum,
+    "$namedtuple": _decode_namedtuple,
+    "$dataclass": _decode_dataclass,
+    "$model": _decode_model,
+    "$exception": decode_exception,
+    "$object": _decode_object,
+}

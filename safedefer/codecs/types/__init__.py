@@ -1,0 +1,1 @@
+"""Values of well-known libraries."""

@@ -1,0 +1,1 @@
+"""Threads, batches and forks: what several rooms need to run things at once."""

@@ -1,0 +1,354 @@
+"""Delivery: the whole handler without a framework. Headers and body in; status, headers and body out.
+
+Every way in ends here: the aiohttp handler, in-process delivery by the dispatcher, and whoever calls
+``App.handle`` from another framework. Nothing runs that was not verified in this call.
+
+The answers are those of App Engine's push queues, made exact (status, ``Safedefer-Outcome``):
+
+======================================================  ======  ===============
+returned                                                200     ``succeeded``
+ledger: ended already                                   200     ``duplicate``
+ledger: running elsewhere                               409     ``running``
+``SingularTaskFailure``                                 408     ``retry``
+any other exception                                     500     ``retry``
+``PermanentTaskFailure``, expired, arguments undecodable  200   ``failed``
+unresolvable, refused by policy, claims unknown         500     ``rejected``
+too early                                               503     ``early``
+not authentic                                           403     ``refused``
+not POST, too large, wrong type or any encoding         405, 413, 415  ``refused``
+a body that breaks off, or does not come                400, 408  ``refused``
+at capacity, shutting down                              503     ``busy``
+======================================================  ======  ===============
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Container, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from safedefer.blobs import BlobStore
+from safedefer.concurrency.threads import Threads
+from safedefer.delivery.ledger_client import LedgerClient
+from safedefer.delivery.redaction import redacted_traceback
+from safedefer.delivery.request import Run
+from safedefer.errors import (
+    ExpiredTask,
+    InvalidArguments,
+    InvalidClaims,
+    NotYetValid,
+    QueueUnavailable,
+    RejectedTask,
+    ReplayedTask,
+    SingularTaskFailure,
+)
+from safedefer.events import Observer, RequestRefused, is_heard, notify
+from safedefer.execution.run import Codec, Interrupted, Outcome, Result, Validate, execute
+from safedefer.headers import (
+    CONTENT_TYPE,
+    CONTENT_TYPES,
+    OUTCOME_HEADER,
+    QUEUE_HEADER,
+    RETRY_HEADER,
+    AttemptHeaders,
+    Hints,
+    Response,
+    read_hints,
+)
+from safedefer.ledger import Admission, EndState, Execution, Ledger
+from safedefer.signing import Verifier
+from safedefer.task import VerifiedPointer, VerifiedTask
+
+__all__ = [
+    "CONTENT_TYPES",
+    "OUTCOME_HEADER",
+    "QUEUE_HEADER",
+    "RETRY_HEADER",
+    "Delivery",
+    "DeliveryOptions",
+    "Response",
+    "redacted_traceback",
+]
+
+_log: Final = logging.getLogger("safedefer")
+
+_REFUSED_BODY: Final = b"refused\n"
+_STORAGE_THREADS: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryOptions:
+    """How a handler runs tasks."""
+
+    max_bytes: int = 1_048_576
+    """The largest body, in bytes."""
+    concurrency: int = 16
+    """How many tasks run at once; one more is answered ``busy``."""
+    lease_seconds: float = 60.0
+    """How long the ledger believes that a silent run is alive; a live one prolongs it."""
+    validate: Validate = None
+    """``"annotations"``: arguments are checked against the callable's annotations before the call."""
+
+
+class Delivery:
+    """Verifies, asks the ledger, runs, records, answers.
+
+    Args:
+        verifier: Turns bytes into verified tasks.
+        codecs: By ``cty``.
+        ledger: Where runs are admitted; called in a thread.
+        blobs: Where oversize tokens are; called in a thread.
+        clock: Seconds since the epoch.
+        observer: Told of every answer.
+        options: How tasks are run.
+    """
+
+    def __init__(
+        self,
+        *,
+        verifier: Verifier,
+        codecs: Mapping[str, Codec],
+        ledger: Callable[[], Ledger],
+        blobs: Callable[[], BlobStore],
+        clock: Callable[[], float],
+        observer: Observer,
+        options: DeliveryOptions,
+    ) -> None:
+        self._verifier = verifier
+        self._codecs = codecs
+        self._blobs = blobs
+        self._clock = clock
+        self._observer = observer
+        self._options = options
+        self._running = 0
+        self._abandoned = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._threads = Threads(options.concurrency, "safedefer-task")
+        # Storage has threads of its own: a task that blocks must not keep its neighbour's end from being written.
+        self._storage = Threads(_STORAGE_THREADS, "safedefer-ledger")
+        self._ledger_client = LedgerClient(ledger, self._storage, clock=clock, seconds=options.lease_seconds)
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest body, in bytes."""
+        return self._options.max_bytes
+
+    @property
+    def running(self) -> int:
+        """How many tasks run now, those in threads that nobody waits for any more among them."""
+        return self._running + self._abandoned
+
+    def drain(self) -> None:
+        """Answer ``busy`` from now on; what runs goes on."""
+        self._draining = True
+
+    async def drained(self, seconds: float) -> bool:
+        """Wait up to ``seconds`` until nothing runs; whether that is so."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self._running:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            return False
+        return not self._abandoned
+
+    def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
+        """Refuse what can be refused before the body is read; None if nothing speaks against it."""
+        return self._check(method, read_hints(headers), length)
+
+    def _check(self, method: str, hints: Hints, length: int | None) -> Response | None:
+        if method != "POST":
+            return self._refuse(405, "method-not-allowed", {"Allow": "POST"})
+        if hints.encoding is not None:
+            return self._refuse(415, "content-encoding")
+        if hints.type != CONTENT_TYPE:
+            kind = (hints.type or "").partition(";")[0].strip().lower()
+            if kind not in CONTENT_TYPES:
+                return self._refuse(415, "content-type")
+        if length is not None and length > self._options.max_bytes:
+            return self.too_large()
+        if self._draining or self._running >= self._options.concurrency:
+            return Response(503, {OUTCOME_HEADER: "busy", "Retry-After": "1"}, b"busy\n")
+        return None
+
+    def too_large(self) -> Response:
+        """Return the answer to a body over the limit."""
+        return self._refuse(413, "too-large")
+
+    def timed_out(self) -> Response:
+        """Return the answer to a body that does not come."""
+        return self._refuse(408, "body-timeout")
+
+    def broken(self) -> Response:
+        """Return the answer to a body that ends before its end."""
+        return self._refuse(400, "body-broken")
+
+    async def handle(
+        self, headers: Mapping[str, str], body: bytes, *, url: str | Container[str], method: str = "POST"
+    ) -> Response:
+        """Handle one request.
+
+        Args:
+            headers: The request's headers; names in any case.
+            body: The raw body.
+            url: The path that it came on, which the token must name.
+            method: The request's method.
+
+        Returns:
+            The answer. Nothing is raised but the cancellation of the caller.
+        """
+        hints = headers.hints if type(headers) is AttemptHeaders else read_hints(headers)
+        early = self._check(method, hints, len(body))
+        if early is not None:
+            return early
+        run = Run(self._clock(), hints.retries)
+        self._running += 1
+        try:
+            return await self._handle(run, hints, body, url)
+        except QueueUnavailable:
+            return self._answer(run, 503, "busy", QueueUnavailable.slug, {"Retry-After": "1"})
+        except Exception as error:  # noqa: BLE001  # whatever it is, the caller needs an answer
+            _log.error("the handler failed (%s); report it", type(error).__name__)
+            return self._answer(run, 500, "retry", "internal-error")
+        except Interrupted:
+            raise
+        except asyncio.CancelledError:
+            self._abandoned += 1
+            raise
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def _handle(self, run: Run, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
+        try:
+            verified = self._verifier.verify(body, url=url, now=run.started, queue=hints.queue)
+            if isinstance(verified, VerifiedPointer):
+                task = await self._fetch(run, verified, url)
+                if task is None:
+                    return await self._missing_blob(run)
+            else:
+                task = verified
+            run.task = task
+            execution = run.ask(self._ledger_client.owner())
+            admission = await self._ledger_client.begin(execution)
+            if admission is not Admission.RUN:
+                return self._not_admitted(run, admission)
+            return await self._run(run, task, execution)
+        except RejectedTask as error:
+            rejection = error
+        try:
+            return await self._rejected(run, rejection)
+        finally:
+            del rejection  # its traceback holds this frame: the two would wait for the garbage collector
+
+    # --- Before the run ---
+
+    async def _fetch(self, run: Run, pointer: VerifiedPointer, url: str | Container[str]) -> VerifiedTask | None:
+        run.pointer = pointer
+        data = await self._storage(partial(self._blobs().get, pointer.blob["id"]))
+        if data is None:
+            return None
+        return self._verifier.verify_stored(pointer, data, url=url, now=run.started)
+
+    async def _missing_blob(self, run: Run) -> Response:
+        # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.
+        admission = await self._ledger_client.begin(run.ask(self._ledger_client.owner()))
+        if admission is not Admission.RUN:
+            return self._not_admitted(run, admission)
+        return await self._rejected(run, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
+
+    def _not_admitted(self, run: Run, admission: Admission) -> Response:
+        if admission is Admission.DUPLICATE:
+            return self._answer(run, 200, "duplicate", None)
+        if admission is Admission.RUNNING:
+            return self._answer(run, 409, "running", None)
+        return self._refuse(403, ReplayedTask.slug)
+
+    # --- The run and its end ---
+
+    async def _run(self, run: Run, task: VerifiedTask, execution: Execution) -> Response:
+        self._ledger_client.renewal.add(execution)
+        try:
+            outcome = await execute(
+                task, self._codecs, run.context(task), in_thread=self._threads, validate=self._options.validate
+            )
+            status, outcome_name = _STATUS[outcome.result]
+            if outcome.reason == SingularTaskFailure.slug:
+                status = 408
+            await self._finish(run, execution, outcome, status)
+        except Interrupted:
+            # The process ends, and the coroutine with it: the task may run again, and at once. A thread goes on
+            # after a cancellation: then the ledger keeps the run until its lease is over.
+            await self._finish(run, execution, Outcome(result=Result.RETRY, reason="cancelled"), None)
+            raise
+        finally:
+            # Not before its end is written down: while that is tried again, nobody else may run it.
+            self._ledger_client.renewal.remove(execution)
+        if outcome.reason in _UNAUTHENTIC_REASONS:
+            return self._refuse(403, outcome.reason)
+        return self._answer(run, status, outcome_name, outcome.reason)
+
+    def _finish(self, run: Run, execution: Execution, outcome: Outcome, status: int | None) -> Awaitable[None]:
+        """Write down how a run ended, before the answer goes out: also if the caller hangs up meanwhile."""
+        record = run.record(_STATUS[outcome.result][1], status, outcome.reason, outcome.error, ended=self._clock())
+        return self._ledger_client.finish((execution, _END[outcome.result], record))
+
+    async def _rejected(self, run: Run, error: RejectedTask) -> Response:
+        if not error.authentic:
+            return self._refuse(403, error.slug)
+        run.refused = error.identity or run.identity
+        if isinstance(error, NotYetValid):
+            return self._answer(run, 503, "early", error.slug, {"Retry-After": str(error.retry_after)})
+        failed = isinstance(error, ExpiredTask | InvalidArguments)
+        status, outcome = (200, "failed") if failed else (500, "rejected")
+        if run.execution is not None:
+            end = EndState.FAILED if failed else EndState.RETRY
+            record = run.record(outcome, status, error.slug, error, ended=self._clock())
+            await self._ledger_client.end((run.execution, end, record))
+        elif run.identity is not None:
+            record = run.record(outcome, status, error.slug, error, ended=self._clock())
+            await self._ledger_client.record(record)
+        return self._answer(run, status, outcome, error.slug)
+
+    # --- Answers ---
+
+    def _answer(
+        self, run: Run, status: int, outcome: str, reason: str | None, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        if is_heard(self._observer, outcome, reason) and (identity := run.identity) is not None:
+            notify(self._observer, run.event(identity, status, outcome, reason, ended=self._clock()))
+        named = {OUTCOME_HEADER: outcome}
+        if headers is not None:
+            named.update(headers)
+        return Response(status, named, f"{outcome}\n".encode())
+
+    def _refuse(self, status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
+        notify(self._observer, RequestRefused(status=status, reason=reason))
+        return Response(status, {OUTCOME_HEADER: "refused", **(headers or {})}, _REFUSED_BODY)
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._threads.close(wait=False, cancel=True)
+        self._storage.close(wait=True)
+
+
+_STATUS: Final = {
+    Result.SUCCEEDED: (200, "succeeded"),
+    Result.RETRY: (500, "retry"),
+    Result.FAILED: (200, "failed"),
+    Result.REJECTED: (500, "rejected"),
+}
+_END: Final = {
+    Result.SUCCEEDED: EndState.SUCCEEDED,
+    Result.RETRY: EndState.RETRY,
+    Result.FAILED: EndState.FAILED,
+    Result.REJECTED: EndState.RETRY,
+}
+#: Found while the arguments were decoded, yet answered like any token that is not for us.
+_UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})

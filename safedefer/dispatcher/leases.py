@@ -1,0 +1,162 @@
+"""The leases that a dispatcher has: prolonged while they last, and settled in batches.
+
+All that ended while one call to the storage was under way is settled by the next one, in one transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Final, Protocol, TypeAlias
+
+from safedefer.concurrency.threads import InThread
+from safedefer.errors import Error, LeaseLost
+from safedefer.queues.base import Lease, PullQueue, Settlement, Verdict
+
+_log: Final = logging.getLogger("safedefer.dispatcher")
+
+#: Seconds between two tries to settle.
+_SETTLE_AGAIN: Final = 0.5
+#: Seconds between two tries to prolong, at most.
+_EXTEND_AGAIN: Final = 1.0
+
+_Settled: TypeAlias = tuple[Lease, Settlement]
+
+
+class SettleMany(Protocol):
+    """``PullQueue.settle_many``, awaited."""
+
+    async def __call__(self, settlements: Sequence[_Settled], /, *, now: float) -> Sequence[bool]:
+        """Settle tasks."""
+        ...
+
+
+class Leases:
+    """What was leased and is not settled yet.
+
+    Args:
+        queue: The queue.
+        settle_many: How tasks are settled in it.
+        in_thread: How it is called otherwise.
+        clock: Seconds since the epoch.
+        seconds: How long a lease lasts that is not prolonged.
+        patience: How long a cancelled settling is waited for, in seconds.
+        makes_room: Whether what has ended lets others be leased: something has a cap.
+    """
+
+    def __init__(
+        self,
+        queue: PullQueue,
+        settle_many: SettleMany,
+        in_thread: InThread,
+        *,
+        clock: Callable[[], float],
+        seconds: float,
+        patience: float,
+        makes_room: bool,
+    ) -> None:
+        self._queue = queue
+        self._settle_many = settle_many
+        self._in_thread = in_thread
+        self._clock = clock
+        self._seconds = seconds
+        self._patience = patience
+        self._makes_room = makes_room
+        self._held: dict[str, Lease] = {}
+        self._ended: list[_Settled] = []
+        self._settling = False
+        self._settle_now = asyncio.Event()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all are settled."""
+        return not (self._held or self._ended or self._settling)
+
+    def add(self, leases: Iterable[Lease]) -> None:
+        """Look after some leases from now on."""
+        self._held.update((lease.owner, lease) for lease in leases)
+
+    def settle(self, lease: Lease, settlement: Settlement) -> None:
+        """Have a task settled, soon."""
+        self._ended.append((lease, settlement))
+        self._settle_now.set()
+
+    async def keep_settling(self) -> None:
+        """Settle what has ended, until it is cancelled."""
+        while True:
+            await self._settle_now.wait()
+            self._settle_now.clear()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Settle what has ended. Storage that fails is tried again."""
+        while self._ended:
+            batch, self._ended = self._ended, []
+            self._settling = True
+            try:
+                await self._settle_batch(batch)
+            except Exception as error:  # noqa: BLE001  # whatever it is, the tasks are ours until it is stored
+                _log.error("settling failed (%s); trying again", name_of(error))
+                self._ended = batch + self._ended
+                await asyncio.sleep(_SETTLE_AGAIN)
+            finally:
+                self._settling = False
+
+    async def _settle_batch(self, batch: list[_Settled]) -> None:
+        settling = asyncio.ensure_future(self._settle_many(batch, now=self._clock()))
+        try:
+            kept: Sequence[bool] = await asyncio.shield(settling)
+        except asyncio.CancelledError:
+            # The call goes on. Settled a second time, which changes nothing, the tasks would look lost.
+            await asyncio.wait({settling}, timeout=self._patience)
+            if settling.done() and not settling.cancelled() and settling.exception() is None:
+                self._note(batch, settling.result())
+            else:
+                self._ended = batch + self._ended
+            raise
+        self._note(batch, kept)
+        if self._makes_room or any(settlement.verdict is Verdict.RETRY for _, settlement in batch):
+            # A retry may fall due before what is waited for, and what has ended makes room under a cap.
+            self._queue.wake()
+
+    def _note(self, batch: Sequence[_Settled], kept: Sequence[bool]) -> None:
+        for (lease, _), ours in zip(batch, kept, strict=True):
+            self._held.pop(lease.owner, None)
+            if not ours:
+                _log.warning("task %a was delivered elsewhere meanwhile", lease.task.id)
+
+    async def keep_extending(self) -> None:
+        """Prolong what is held, three times in the length of a lease, until it is cancelled."""
+        pause = self._seconds / 3
+        while True:
+            await asyncio.sleep(pause)
+            pause = self._seconds / 3
+            held = list(self._held.values())
+            if not held:
+                continue
+            prolonged, complete = await self._in_thread(partial(self._extend, held))
+            for extended in prolonged:
+                if extended.owner in self._held:
+                    self._held[extended.owner] = extended
+            if not complete:
+                pause = min(pause, _EXTEND_AGAIN)
+
+    def _extend(self, held: Sequence[Lease]) -> tuple[list[Lease], bool]:
+        """Prolong leases, one after the other; in a thread. Returns those that were, and whether storage did not fail."""
+        extended = []
+        for lease in held:
+            try:
+                extended.append(self._queue.extend(lease, seconds=self._seconds, now=self._clock()))
+            except LeaseLost:
+                continue  # its settlement will say so
+            except Exception as error:  # noqa: BLE001  # the next turn may go better
+                _log.error("leases cannot be prolonged (%s)", name_of(error))
+                return extended, False
+        return extended, True
+
+
+def name_of(error: BaseException) -> str:
+    """Name an exception for the log, which its text is not for."""
+    return error.slug if isinstance(error, Error) else type(error).__name__

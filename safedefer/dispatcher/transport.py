@@ -1,0 +1,106 @@
+"""Deliveries: how a leased task gets to a handler, by HTTP POST or in this process.
+
+Either way it ends in ``Delivery.handle``, which verifies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol, Self
+
+import aiohttp
+from yarl import URL
+
+from safedefer.headers import Response
+from safedefer.queues.base import QueuedTask
+
+
+class Unreachable(Exception):
+    """No connection to the handler could be made; nothing was sent.
+
+    ``place`` is where it was looked for, and ``everywhere`` whether all tasks go there.
+    """
+
+    def __init__(self, message: str = "", *, place: str = "", everywhere: bool = True) -> None:
+        super().__init__(message)
+        self.place = place
+        self.everywhere = everywhere
+
+
+class Interrupted(Exception):
+    """The request was sent and no answer came: the handler may have run the task."""
+
+
+class Deliver(Protocol):
+    """How one request gets to a handler."""
+
+    def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
+        """POST the task's token. Raises ``Unreachable`` or ``Interrupted``."""
+        ...
+
+
+class HttpDelivery:
+    """Delivers by HTTP POST, to the address of the task's target and to no other. Follows no redirect.
+
+    Args:
+        address: Where tasks without a configured target go: ``http://127.0.0.1:8080``, with a prefix if there is one.
+        targets: Addresses by the names of targets.
+        timeout: Seconds that a handler may take for one task (App Engine: ten minutes).
+        concurrency: Connections at most.
+    """
+
+    def __init__(
+        self, address: str, *, targets: Mapping[str, str] | None = None, timeout: float = 600.0, concurrency: int = 16
+    ) -> None:
+        self._address = address.rstrip("/")
+        self._targets = {name: url.rstrip("/") for name, url in (targets or {}).items()}
+        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=10.0)
+        self._concurrency = concurrency
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            timeout=self._timeout,
+            connector=aiohttp.TCPConnector(limit=self._concurrency),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trust_env=False,
+            skip_auto_headers={"Accept", "Accept-Encoding"},
+        )
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Response:
+        """POST one task. Raises ``Unreachable``, ``Interrupted``, or what aiohttp has against the request."""
+        if self._session is None:
+            raise Unreachable("the delivery is not open; enter it with `async with`")
+        address = self.place(task)
+        # As it was signed: a normalised path is another one, and the handler compares.
+        url = URL(address + task.url, encoded=True)
+        try:
+            async with self._session.post(url, data=task.token, headers=headers, allow_redirects=False) as response:
+                # The body says nothing that the headers do not: it is not read, and cannot fill the memory.
+                return Response(response.status, dict(response.headers), b"")
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            only = all(target == self._address for target in self._targets.values())
+            raise Unreachable(type(error).__name__, place=address, everywhere=only) from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Interrupted(type(error).__name__) from error
+
+    def place(self, task: QueuedTask) -> str:
+        """Return the address that a task is sent to."""
+        return self._targets.get(task.target, self._address)
+
+
+class InProcessDelivery:
+    """Delivers to a handler in this process: the same function that HTTP requests end in."""
+
+    def __init__(self, handle: Callable[..., Awaitable[Response]]) -> None:
+        self._handle = handle
+
+    def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
+        """Hand one task to the handler."""
+        return self._handle(headers, task.token, path=task.url)

@@ -1,0 +1,116 @@
+"""HTTP headers between a dispatcher and a handler: their names, what a request hints, what an answer says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, NamedTuple
+
+#: How a token is POSTed (RFC 7515, section 9.2.1), and how App Engine's library did.
+CONTENT_TYPE: Final = "application/jose"
+CONTENT_TYPES: Final = frozenset({CONTENT_TYPE, "application/octet-stream"})
+OUTCOME_HEADER: Final = "Safedefer-Outcome"
+QUEUE_HEADER: Final = "X-AppEngine-QueueName"
+RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
+
+
+class Response(NamedTuple):
+    """What a handler answers."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class Hints(NamedTuple):
+    """The headers of a request that count. Of a repeated one, all values joined, which then agree with nothing."""
+
+    encoding: str | None
+    type: str | None
+    queue: str | None
+    retries: int
+
+
+class AttemptHeaders(Mapping[str, str]):
+    """The headers of one delivery, made when they are read.
+
+    Args:
+        hints: What ``read_hints`` would read in them.
+        make: Makes them.
+    """
+
+    __slots__ = ("_made", "_make", "hints")
+
+    def __init__(self, hints: Hints, make: Callable[[], dict[str, str]]) -> None:
+        self.hints = hints
+        self._make = make
+        self._made: dict[str, str] | None = None
+
+    def _headers(self) -> dict[str, str]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def __getitem__(self, name: str) -> str:
+        return self._headers()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers())
+
+    def __len__(self) -> int:
+        return len(self._headers())
+
+
+class Answer(NamedTuple):
+    """What a dispatcher reads in a response."""
+
+    status: int
+    outcome: str | None
+    retry_after: str | None
+
+
+_HINTS: Final = {
+    "content-encoding": "encoding",
+    "content-type": "type",
+    QUEUE_HEADER.lower(): "queue",
+    RETRY_HEADER.lower(): "retries",
+}
+#: As dispatchers of ours write them: most names need not be turned into lower case. None: of no account.
+_SPELLED: Final = {
+    "Content-Type": "type",
+    QUEUE_HEADER: "queue",
+    RETRY_HEADER: "retries",
+    "X-AppEngine-TaskName": None,
+    "X-AppEngine-TaskExecutionCount": None,
+    "X-AppEngine-TaskETA": None,
+}
+
+
+def read_hints(headers: Mapping[str, str]) -> Hints:
+    """Read the headers of a request once, whatever their case."""
+    found: dict[str, str] = {}
+    for name, value in headers.items():
+        hint = _SPELLED[name] if name in _SPELLED else _HINTS.get(name.lower())
+        if hint is not None:
+            found[hint] = f"{found[hint]}, {value}" if hint in found else value
+    get = found.get
+    return Hints(get("encoding"), get("type"), get("queue"), _count(get("retries")))
+
+
+def _count(text: str | None) -> int:
+    if text is None or text == "0":
+        return 0
+    return int(text) if _COUNT.fullmatch(text) else 0
+
+
+_COUNT: Final = re.compile("[0-9]{1,9}")
+_OUTCOME: Final = OUTCOME_HEADER.lower()
+
+
+def read_answer(response: Response) -> Answer:
+    """Read the headers of a response once. Proxies write their names as they like."""
+    headers = response.headers
+    if len(headers) == 1 and OUTCOME_HEADER in headers:
+        return Answer(response.status, headers[OUTCOME_HEADER], None)
+    lower = {name.lower(): value for name, value in headers.items()}
+    return Answer(response.status, lower.get(_OUTCOME), lower.get("retry-after"))

@@ -1,0 +1,639 @@
+"""The queue in memory: for tests and for programs of one process that may lose what waits."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import secrets
+import threading
+import time
+from collections import ChainMap
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from safedefer.errors import LeaseLost, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.ledger import AttemptRecord, EndState
+from safedefer.queues.base import (
+    FULL,
+    AlreadyWaiting,
+    BlobsFull,
+    Capabilities,
+    DeadFilter,
+    Lease,
+    QueuedTask,
+    QueueStats,
+    Settlement,
+    TaskState,
+    TaskView,
+    Verdict,
+    task_digest,
+)
+from safedefer.queues.memory.ledger import MemoryBlobs, MemoryLedger
+from safedefer.queues.rates import QueueControl, QueueLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+_PRUNE_EVERY: Final = 60.0
+_LOST_LEASE: Final = "lease-expired"
+_DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
+_VIEW_STATES: Final = {
+    EndState.SUCCEEDED: TaskState.SUCCEEDED,
+    EndState.CANCELLED: TaskState.CANCELLED,
+    EndState.FAILED: TaskState.DEAD,
+}
+
+
+@dataclass(slots=True)
+class _Row:
+    """A task that has not ended. ``due`` is the eta, the time of the retry, or the end of the lease."""
+
+    seq: int
+    task: QueuedTask
+    due: float
+    owner: str | None = None
+    leased_at: float | None = None
+    attempts: int = 0
+    deliveries: int = 0
+    executions: int = 0
+    first_attempt: float | None = None
+    rejections: int = 0
+    first_rejection: float | None = None
+    previous_response: int | None = None
+    retry_reason: str | None = None
+
+
+@dataclass(slots=True)
+class _State:
+    """All that the queue keeps, so that a batch can be checked before it changes anything."""
+
+    rows: dict[str, _Row] = field(default_factory=dict)
+    due: dict[str, list[tuple[float, int, str]]] = field(default_factory=dict)
+    """By queue, a heap of (due, seq, id); entries that a row has moved on from are passed over."""
+    ended: dict[str, TaskView] = field(default_factory=dict)
+    """Dead letters and history."""
+    names: dict[tuple[str, str], float | None] = field(default_factory=dict)
+    """None while the task lives, then the end of its tombstone."""
+    unique: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Ids of waiting and running tasks, by queue and unique key."""
+    archived: set[str] = field(default_factory=set)
+    """Ids of dead letters that were put aside."""
+    controls: dict[str, QueueControl] = field(default_factory=dict)
+
+
+class MemoryQueue:
+    """A ``PullQueue`` in the memory of one process, for any number of its threads.
+
+    ``tombstone_seconds`` is how long the name of an ended task is not free (App Engine: 9 days).
+    ``history_seconds`` is how long ``find`` and ``tasks`` know what succeeded or was cancelled.
+    ``blob_limit`` is the bytes that all stored tokens of oversize tasks may take together. Dead letters
+    older than ``dead_seconds``, and the oldest of more than ``dead_limit``, are archived.
+    """
+
+    def __init__(
+        self,
+        *,
+        tombstone_seconds: float = 9 * 86400,
+        history_seconds: float = 7 * 86400,
+        blob_limit: int = 2**30,
+        dead_seconds: float = 90 * 86400,
+        dead_limit: int = 100_000,
+    ) -> None:
+        self._blob_limit = blob_limit
+        self._dead_seconds = dead_seconds
+        self._dead_limit = dead_limit
+        self._tombstone_seconds = tombstone_seconds
+        self._history_seconds = history_seconds
+        self._changed = threading.Condition()
+        self._state = _State()
+        self._numbers = itertools.count(1)
+        self._newest = self._seen = 0
+        self._wakes = self._wakes_seen = 0
+        self._closed = False
+        self._next_prune = float("-inf")
+        self._ledger = MemoryLedger(self._changed)
+        self._blobs = MemoryBlobs(self._changed, self._points_to)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Everything."""
+        return FULL
+
+    @property
+    def ledger(self) -> MemoryLedger:
+        """The ledger of the same process."""
+        return self._ledger
+
+    @property
+    def blobs(self) -> MemoryBlobs:
+        """The blobs of the same process."""
+        return self._blobs
+
+    def close(self) -> None:
+        """Refuse later tasks with ``QueueUnavailable``, and end every ``wait``."""
+        self._closed = True
+        self.wake()
+
+    # --- Giving tasks -----------------------------------------------------------------------------
+
+    def enqueue(self, task: QueuedTask, /) -> None:
+        """Store a task. Raises ``TaskAlreadyExistsError`` and ``TombstonedTaskError``."""
+        self.enqueue_many((task,))
+
+    def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
+        """Store all tasks or none; raises what ``enqueue`` raises."""
+        tasks = list(tasks)
+        with self._changed:
+            self._check(tasks)
+            self._store(tasks)
+
+    def _check(self, tasks: Sequence[QueuedTask], *, replaced: str | None = None) -> None:
+        if self._closed:
+            raise QueueUnavailable("the queue is closed; open a new one")
+        ids: set[str] = set()
+        names: set[tuple[str, str | None]] = set()
+        unique = ChainMap[tuple[str, str], str]({}, self._state.unique)
+        blobs: set[str] = set()
+        room = self._blob_limit - self._blobs.total if any(task.blob for task in tasks) else 0
+        for task in tasks:
+            ended = None if task.id == replaced else self._state.ended.get(task.id)
+            if ended is not None and ended.state is not TaskState.DEAD:
+                raise TombstonedTaskError(f"the task {task.id} ended in this queue; defer it anew, with a new id")
+            if ended is not None or task.id in ids or task.id in self._state.rows:
+                raise TaskAlreadyExistsError(f"the task {task.id} is in this queue already; enqueue it once")
+            if task.unique_key is not None:
+                if (task.queue, task.unique_key) in unique:
+                    raise AlreadyWaiting(unique[task.queue, task.unique_key])
+                unique[task.queue, task.unique_key] = task.id
+            self._check_name(task, names)
+            if task.blob is not None and (task.blob.id in blobs or self._blobs.get(task.blob.id) is not None):
+                raise TaskAlreadyExistsError(
+                    f"the blob {task.blob.id} belongs to another task; give every blob its own id"
+                )
+            room -= len(task.blob.data) if task.blob else 0
+            if task.blob and room < 0:
+                raise BlobsFull(self._blob_limit)
+            ids.add(task.id)
+            names.add((task.queue, task.name))
+            blobs.update({task.blob.id} if task.blob else ())
+
+    def _check_name(self, task: QueuedTask, taken: set[tuple[str, str | None]]) -> None:
+        if task.name is None:
+            return
+        until = self._state.names.get((task.queue, task.name), 0.0)
+        if until is None or (task.queue, task.name) in taken:
+            raise TaskAlreadyExistsError(
+                f"a task named {task.name!r} is waiting or running in the queue {task.queue!r}; choose another name"
+            )
+        if until > task.created:
+            raise TombstonedTaskError(
+                f"a task named {task.name!r} ended in the queue {task.queue!r}, and its name is free again in "
+                f"{until - task.created:.0f} s; choose another name"
+            )
+
+    def _store(self, tasks: Sequence[QueuedTask]) -> None:
+        for task in tasks:
+            self._newest = next(self._numbers)
+            blob_id = task.blob_id
+            if task.blob is not None:
+                blob_id = task.blob.id
+                self._blobs.put(blob_id, task.blob.data)
+            if task.name is not None:
+                self._state.names[task.queue, task.name] = None
+            if task.unique_key is not None:
+                self._state.unique[task.queue, task.unique_key] = task.id
+            stored = task._replace(blob=None, blob_id=blob_id, digest=task_digest(task))
+            self._state.rows[task.id] = row = _Row(self._newest, stored, task.eta)
+            self._schedule(row)
+        self._changed.notify_all()
+
+    def cancel(self, task_id: str, *, now: float) -> bool:
+        """End a waiting task unrun, in the ledger too; False if it does not wait."""
+        with self._changed:
+            row = self._state.rows.get(task_id)
+            if row is None or (row.owner is not None and row.due > now):
+                return False
+            entry = self._ledger.entry(row.task)
+            if entry is not None and (entry.ended or entry.is_running(now)):
+                return False
+            self._end(row, EndState.CANCELLED, now=now, reason=None, charged=False)
+            return True
+
+    def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:  # noqa: ARG002 - the seam has it
+        """Enqueue ``task`` and remove the dead letter; False if there is none."""
+        with self._changed:
+            dead = self._state.ended.get(task_id)
+            if dead is None or dead.state is not TaskState.DEAD:
+                return False
+            self._check((task,), replaced=task_id)
+            self._forget_dead(task_id)
+            self._store((task,))
+            return True
+
+    def drop_dead(self, task_ids: Sequence[str]) -> int:
+        """Delete dead letters, archived ones too; returns how many there were."""
+        with self._changed:
+            found = [task_id for task_id in dict.fromkeys(task_ids) if self._is_dead(task_id)]
+            for task_id in found:
+                self._forget_dead(task_id)
+            return len(found)
+
+    def _is_dead(self, task_id: str) -> bool:
+        view = self._state.ended.get(task_id)
+        return view is not None and view.state is TaskState.DEAD
+
+    def _forget_dead(self, task_id: str) -> None:
+        del self._state.ended[task_id]
+        self._state.archived.discard(task_id)
+
+    # --- Holding queues back ----------------------------------------------------------------------
+
+    def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
+        """Put the declared limits in force; a queue that is not among them has none."""
+        declared = {item.queue: item for item in limits}
+        with self._changed:
+            for queue in {*declared, *self._state.controls}:
+                control = self._control(queue, now=now)
+                self._put(control.configured(declared.get(queue) or QueueLimits(queue=queue), now=now), now=now)
+
+    def controls(self, *, now: float) -> Sequence[QueueControl]:
+        """What holds queues back, as it stands, sorted by name."""
+        with self._changed:
+            return [control.refill(now) for _, control in sorted(self._state.controls.items())]
+
+    def pause(self, queue: str, *, paused: bool, now: float) -> None:
+        """Lease nothing of a queue until it is resumed; what runs goes on."""
+        with self._changed:
+            self._put(replace(self._control(queue, now=now), paused=paused), now=now)
+        self.wake()
+
+    def hold(self, queue: str, *, until: float, now: float) -> None:
+        """Lease nothing of a queue before ``until``; an earlier time changes nothing."""
+        with self._changed:
+            control = self._control(queue, now=now)
+            self._put(replace(control, held_until=max(until, control.held_until)), now=now)
+
+    def purge(self, queue: str, *, now: float) -> int:
+        """Cancel all that waits in a queue; returns how many."""
+        with self._changed:
+            waiting = [row.task.id for row in self._state.rows.values() if row.task.queue == queue]
+            return sum(self.cancel(task_id, now=now) for task_id in waiting)
+
+    def _control(self, queue: str, *, now: float) -> QueueControl:
+        return self._state.controls.get(queue) or QueueControl.new(QueueLimits(queue=queue), now=now)
+
+    def _put(self, control: QueueControl, *, now: float) -> None:
+        if control.binds(now):
+            self._state.controls[control.queue] = control
+        else:
+            self._state.controls.pop(control.queue, None)
+
+    def _running(self, queue: str, *, now: float) -> int:
+        rows = self._state.rows.values()
+        return sum(row.owner is not None and row.due > now for row in rows if row.task.queue == queue)
+
+    def _open_queues(self, queues: Sequence[str] | None, *, now: float) -> dict[str, int | None]:
+        """Return how many tasks of each queue may be leased now; a queue that gives none is left out."""
+        allowed: dict[str, int | None] = {}
+        for queue in self._state.due if queues is None else queues:
+            control = self._state.controls.get(queue)
+            if control is not None:
+                control = self._state.controls[queue] = control.refill(now)
+                allowed[queue] = control.allowance(now=now, running=self._running(queue, now=now))
+            else:
+                allowed[queue] = None
+        return {queue: most for queue, most in allowed.items() if most != 0}
+
+    # --- Taking tasks -----------------------------------------------------------------------------
+
+    def lease(
+        self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
+    ) -> Sequence[Lease]:
+        """Claim up to ``limit`` due tasks for ``seconds``, the one that fell due first before the others."""
+        leases: list[Lease] = []
+        with self._changed:
+            self._seen = self._newest
+            allowed = self._open_queues(queues, now=now)
+            while len(leases) < limit and (row := self._first([*allowed])) is not None and row.due <= now:
+                leases.append(self._lease(row, owner=owner, until=now + seconds, now=now))
+                queue = row.task.queue
+                if (most := allowed[queue]) is not None:
+                    self._state.controls[queue] = self._state.controls[queue].spend(1)
+                    allowed[queue] = most - 1
+                    if most == 1:
+                        del allowed[queue]
+            if now >= self._next_prune:
+                self._next_prune = now + _PRUNE_EVERY
+                self.prune(now=now)
+        return leases
+
+    def _lease(self, row: _Row, *, owner: str, until: float, now: float) -> Lease:
+        if row.owner is not None:
+            self._after_lost_lease(row, now=now)
+        lease = Lease(
+            task=row.task,
+            owner=f"{owner}:{secrets.token_hex(8)}",
+            until=until,
+            attempts=row.attempts,
+            retries=row.deliveries,
+            executions=row.executions,
+            first_attempt=row.first_attempt,
+            rejections=row.rejections,
+            first_rejection=row.first_rejection,
+            previous_response=row.previous_response,
+            retry_reason=row.retry_reason,
+        )
+        row.owner, row.leased_at, row.due = lease.owner, now, until
+        row.deliveries += 1
+        self._schedule(row)
+        return lease
+
+    def _after_lost_lease(self, row: _Row, *, now: float) -> None:
+        row.retry_reason, row.previous_response = _LOST_LEASE, None
+        entry = self._ledger.entry(row.task)
+        if entry is None or not entry.uncharged:
+            return
+        entry.uncharged = False
+        started = now if row.leased_at is None else row.leased_at
+        if entry.state == "running":
+            record = AttemptRecord(
+                task_id=row.task.id,
+                audience=row.task.audience,
+                started=started,
+                ended=now,
+                outcome="retry",
+                status=None,
+                reason=_LOST_LEASE,
+            )
+            self._ledger.record(record)
+        row.attempts += 1
+        row.first_attempt = started if row.first_attempt is None else row.first_attempt
+
+    def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
+        """Prolong a lease. Raises ``LeaseLost``."""
+        with self._changed:
+            row = self._held(lease)
+            if row is None:
+                raise _lost(lease)
+            row.due = now + seconds
+            self._schedule(row)
+            return lease._replace(until=row.due)
+
+    def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
+        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""
+        if not self.settle_many(((lease, settlement),), now=now)[0]:
+            raise _lost(lease)
+
+    def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
+        """Settle several at once; False stands for a lost lease."""
+        with self._changed:
+            return [self._settle(lease, settlement, now=now) for lease, settlement in settlements]
+
+    def _settle(self, lease: Lease, settlement: Settlement, *, now: float) -> bool:
+        row = self._held(lease)
+        if row is None:
+            return False
+        if settlement.record is not None:
+            self._ledger.record(settlement.record)
+        if settlement.verdict is Verdict.RETRY:
+            self._retry(row, settlement, now=now)
+            return True
+        entry = self._ledger.entry(row.task)
+        state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
+        reason, charged = settlement.reason, settlement.charged
+        # The ledger has the last word: it knows how the run ended, also when the dispatcher that saw
+        # it died, and the next one got no more than "duplicate".
+        if entry is not None and entry.ended and entry.state != state:
+            state = EndState(entry.state)
+            if state is EndState.FAILED:
+                reason = self._ledger.last_reason(row.task.id) or reason
+        if entry is not None and entry.ended and not entry.uncharged:
+            charged = False  # the run was charged when its lease ran out, and this delivery found it ended
+        self._end(row, state, now=now, reason=reason, charged=charged)
+        return True
+
+    def _retry(self, row: _Row, settlement: Settlement, *, now: float) -> None:
+        if settlement.charged and row.first_attempt is None:
+            row.first_attempt = row.leased_at
+        if settlement.rejected and row.first_rejection is None:
+            row.first_rejection = now
+        row.attempts += settlement.charged
+        row.executions += settlement.executed
+        row.rejections += settlement.rejected
+        row.previous_response, row.retry_reason = settlement.status, settlement.reason
+        row.owner = row.leased_at = None
+        row.due = now if settlement.at is None else settlement.at
+        self._schedule(row)
+        entry = self._ledger.entry(row.task)
+        # A run that another delivery began, and that goes on, is not charged yet.
+        if entry is not None and (settlement.charged or entry.state == EndState.RETRY):
+            entry.uncharged = False
+
+    def _end(self, row: _Row, state: EndState, *, now: float, reason: str | None, charged: bool) -> None:
+        task = row.task
+        view = replace(
+            self._view(row), state=_VIEW_STATES[state], attempts=row.attempts + charged, reason=reason, ended=now
+        )
+        if state is not EndState.FAILED:
+            view = replace(view, token=b"", headers={}, retry_options={})
+        self._state.ended[task.id] = view
+        if task.name is not None:
+            self._state.names[task.queue, task.name] = now + self._tombstone_seconds
+        if task.unique_key is not None:
+            del self._state.unique[task.queue, task.unique_key]
+        if task.blob_id is not None:
+            self._blobs.delete(task.blob_id)
+        del self._state.rows[task.id]
+        self._ledger.end(task, state)
+
+    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
+        """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
+        with self._changed:
+            found = []
+            for queue in self._state.due if queues is None else queues:
+                row = self._first([queue])
+                control = self._state.controls.get(queue)
+                if row is not None and control is not None:
+                    running = self._running(queue, now=now)
+                    found.append(control.refill(now).opens(row.due, now=now, running=running))
+                elif row is not None:
+                    found.append(row.due)
+            return min(found, default=None)
+
+    def wait(self, timeout: float) -> bool:
+        """Block until a task is enqueued or ``timeout`` seconds pass.
+
+        True if there is a task that no ``lease`` or ``wait`` has seen yet, or after ``wake``.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            seen = (self._seen, self._wakes_seen)
+            while self._newest <= seen[0] and self._wakes <= seen[1]:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    return False
+            self._seen, self._wakes_seen = self._newest, self._wakes
+            return True
+
+    def wake(self) -> None:
+        """End a ``wait`` early."""
+        with self._changed:
+            self._wakes += 1
+            self._changed.notify_all()
+
+    def prune(self, *, now: float) -> int:
+        """Forget what is too old: tombstones, history with its records, ledger entries; returns how many."""
+        with self._changed:
+            before = now - self._history_seconds
+            old_names = [name for name, until in self._state.names.items() if until is not None and until <= now]
+            for name in old_names:
+                del self._state.names[name]
+            old = [
+                view.id
+                for view in self._state.ended.values()
+                if view.state is not TaskState.DEAD and view.ended is not None and view.ended < before
+            ]
+            for task_id in old:
+                del self._state.ended[task_id]
+            known = {*self._state.rows, *self._state.ended}
+            return (
+                len(old_names)
+                + len(old)
+                + self._archive(now)
+                + self._ledger.prune_all(now=now, before=before, known=known)
+            )
+
+    def _archive(self, now: float) -> int:
+        dead = sorted((view for view in self._current_dead()), key=_dead_order, reverse=True)
+        old = [view.id for view in dead if view.ended is not None and view.ended < now - self._dead_seconds]
+        put_aside = {*old, *(view.id for view in dead[self._dead_limit :])}
+        self._state.archived |= put_aside
+        return len(put_aside)
+
+    def _current_dead(self) -> list[TaskView]:
+        archived = self._state.archived
+        ended = self._state.ended.values()
+        return [view for view in ended if view.state is TaskState.DEAD and view.id not in archived]
+
+    # --- Looking ----------------------------------------------------------------------------------
+
+    def stats(self, *, now: float) -> Sequence[QueueStats]:
+        """Counts of every queue that has a task or a dead letter, sorted by name."""
+        with self._changed:
+            rows = list(self._state.rows.values())
+            dead = [view.queue for view in self._current_dead()]
+        found = []
+        for queue in sorted({*dead, *(row.task.queue for row in rows)}):
+            mine = [row for row in rows if row.task.queue == queue]
+            waiting = [row.due for row in mine if row.owner is None or row.due <= now]
+            found.append(
+                QueueStats(
+                    queue=queue,
+                    waiting=len(waiting),
+                    running=len(mine) - len(waiting),
+                    dead=dead.count(queue),
+                    oldest=min(waiting, default=None),
+                )
+            )
+        return found
+
+    def tasks(
+        self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List tasks, newest first, without records; without ``states``: waiting, running and dead."""
+        with self._changed:
+            ended = [view for view in self._state.ended.values() if view.id not in self._state.archived]
+            views = [*map(self._view, reversed(self._state.rows.values())), *reversed(ended)]
+        wanted = states or _DEFAULT_STATES
+        found = [view for view in views if view.state in wanted and queue in (None, view.queue)]
+        return sorted(found, key=lambda view: view.created, reverse=True)[:limit]
+
+    def dead_letters(
+        self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
+        with self._changed:
+            found = [
+                replace(view, records=self._ledger.records_of(view.id))
+                for view in self._state.ended.values()
+                if view.state is TaskState.DEAD
+                and (view.id in self._state.archived) == where.archived
+                and _matches(view, where)
+                and (after is None or _dead_order(view) > after)
+            ]
+        return sorted(found, key=_dead_order)[:limit]
+
+    def find(self, task_id: str) -> TaskView | None:
+        """One task in whatever state, with the records of its attempts; ended ones without a token."""
+        with self._changed:
+            row = self._state.rows.get(task_id)
+            view = self._state.ended.get(task_id) if row is None else self._view(row)
+            return None if view is None else replace(view, records=self._ledger.records_of(task_id))
+
+    def _view(self, row: _Row) -> TaskView:
+        task = row.task
+        stored = None if task.blob_id is None else self._blobs.get(task.blob_id)
+        return TaskView(
+            id=task.id,
+            queue=task.queue,
+            state=TaskState.WAITING if row.owner is None else TaskState.RUNNING,
+            name=task.name,
+            callable_name=task.callable_name,
+            url=task.url,
+            target=task.target,
+            audience=task.audience,
+            headers=task.headers,
+            eta=task.eta,
+            created=task.created,
+            expires=task.expires,
+            attempts=row.attempts,
+            token=task.token if stored is None else stored,
+            reason=row.retry_reason,
+            retry_options=task.retry_options,
+        )
+
+    # --- Shared -----------------------------------------------------------------------------------
+
+    def _schedule(self, row: _Row) -> None:
+        heapq.heappush(self._state.due.setdefault(row.task.queue, []), (row.due, row.seq, row.task.id))
+
+    def _first(self, queues: Sequence[str] | None) -> _Row | None:
+        """Return the row that falls due first."""
+        names = self._state.due if queues is None else queues
+        return min((row for name in names for row in self._top(name)), key=lambda row: (row.due, row.seq), default=None)
+
+    def _top(self, queue: str) -> Iterator[_Row]:
+        heap = self._state.due.get(queue, [])
+        while heap:
+            due, seq, task_id = heap[0]
+            row = self._state.rows.get(task_id)
+            if row is not None and (row.due, row.seq) == (due, seq):
+                yield row
+                return
+            heapq.heappop(heap)
+
+    def _held(self, lease: Lease) -> _Row | None:
+        row = self._state.rows.get(lease.task.id)
+        return row if row is not None and row.owner == lease.owner else None
+
+    def _points_to(self, blob_id: str) -> bool:
+        return any(row.task.blob_id == blob_id for row in self._state.rows.values())
+
+
+def _dead_order(view: TaskView) -> tuple[float, str]:
+    return (view.ended or 0.0, view.id)
+
+
+def _matches(view: TaskView, where: DeadFilter) -> bool:
+    ended = view.ended or 0.0
+    return (
+        where.queue in (None, view.queue)
+        and where.reason in (None, view.reason)
+        and where.callable_name in (None, view.callable_name)
+        and (where.since is None or ended >= where.since)
+        and (where.before is None or ended < where.before)
+    )
+
+
+def _lost(lease: Lease) -> LeaseLost:
+    return LeaseLost(f"the task {lease.task.id} is no longer ours; leave it to the dispatcher that has it now")

@@ -1,0 +1,282 @@
+"""How threads that enqueue reach PostgreSQL: by psycopg, on connections that are made when they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections import deque
+from datetime import timedelta
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
+from psycopg.types.array import ListBinaryDumper
+from psycopg.types.datetime import TimedeltaBinaryDumper
+from psycopg.types.numeric import FloatBinaryDumper, IntBinaryDumper
+from psycopg.types.string import BytesBinaryDumper, StrBinaryDumper
+
+from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.postgres.errors import about, closed, failure, is_gone, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: Seconds that a producer waits: for a connection that another thread has, for a server that is being restarted,
+#: and, where an answer was lost, to learn whether its tasks were stored.
+_PATIENCE: Final = 5.0
+_CONNECT_SECONDS: Final = 5
+_STATEMENT_SECONDS: Final = 60
+_AGAIN_SECONDS: Final = 0.1
+#: A connection that nobody has needed for so long is closed.
+_IDLE_SECONDS: Final = 300.0
+
+_Connection: TypeAlias = psycopg.Connection[Any]
+
+#: Arrays of these go as they are: as text, each element is quoted and parsed again, and a batch took twice as long.
+_BINARY: Final = (
+    (list, ListBinaryDumper),
+    (str, StrBinaryDumper),
+    (bytes, BytesBinaryDumper),
+    (int, IntBinaryDumper),
+    (float, FloatBinaryDumper),
+    (timedelta, TimedeltaBinaryDumper),
+)
+
+
+#: The parameters that have a value for each task, and never none. Of a single task they go without an array, whose making
+#: took psycopg half as long as all the rest of it.
+_OF_EACH: Final = frozenset({1, 2, 3, 4, 5, 6, 13})
+_EACH: Final = re.compile(rf"\$({'|'.join(map(str, sorted(_OF_EACH)))})::([a-z]+)\[\]")
+
+
+class _Exhausted(Exception):
+    """Other threads have all the connections."""
+
+
+class Producers:
+    """Connections of threads that enqueue.
+
+    Args:
+        dsn: The database.
+        most: Connections at most.
+        statement: What enqueues a batch of tasks.
+        stored: What counts which of some ids are stored.
+    """
+
+    def __init__(self, dsn: str, most: int, statement: str, stored: str) -> None:
+        self._dsn = dsn
+        self._most = most
+        self._statement = statement.encode()
+        self._statement_of_one = _EACH.sub(r"ARRAY[$\1::\2]", statement).encode()
+        self._stored = stored.encode()
+        self._changed = threading.Condition()
+        self._idle: deque[tuple[float, _Connection]] = deque()
+        """With the time since when; the one that was used last is at the end."""
+        self._open = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Disconnect, those that work when they have done so."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._drop_idle()
+
+    # --- Connections ---
+
+    def _take(self, deadline: float) -> _Connection:
+        with self._changed:
+            while not self._closed:
+                if self._idle:
+                    return self._idle.pop()[1]
+                if self._open < self._most:
+                    self._open += 1
+                    break
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise _Exhausted(f"other threads have all {self._most} connections")
+            else:
+                raise closed(self._dsn)
+        try:
+            return self._connect()
+        except BaseException:
+            self._one_less()
+            raise
+
+    def _connect(self) -> _Connection:
+        given = conninfo_to_dict(self._dsn)
+        # A machine that is gone is noticed; the others' parameters are the user's, if there are any.
+        alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+        options = f"-c jit=off -c statement_timeout={_STATEMENT_SECONDS}s {given.get('options', '')}"
+        parameters = {"connect_timeout": _CONNECT_SECONDS, **alive, **given, "options": options}
+        connection = psycopg.connect("", autocommit=True, **{**parameters, "application_name": "safedefer"})  # type: ignore[arg-type]  # libpq's, by name
+        for kind, dumper in _BINARY:
+            connection.adapters.register_dumper(kind, dumper)
+        return connection
+
+    def _give(self, connection: _Connection) -> None:
+        """Take a connection back; one that is not as it was is closed."""
+        usable = not connection.closed and connection.info.transaction_status is TransactionStatus.IDLE
+        with self._changed:
+            if usable and not self._closed:
+                self._idle.append((time.monotonic(), connection))
+                self._changed.notify()
+                connection = self._oldest()
+        if connection is not None:
+            connection.close()
+            self._one_less()
+
+    def _oldest(self) -> Any:
+        """Return a connection that nobody has needed for long, if there is one."""
+        since, connection = self._idle[0]
+        if time.monotonic() - since < _IDLE_SECONDS:
+            return None
+        self._idle.popleft()
+        return connection
+
+    def _one_less(self) -> None:
+        with self._changed:
+            self._open -= 1
+            self._changed.notify()
+
+    def _drop_idle(self) -> None:
+        with self._changed:
+            idle, self._idle = self._idle, deque()
+            self._open -= len(idle)
+            self._changed.notify(len(idle))
+        for _, connection in idle:
+            connection.close()
+
+    # --- Storing ---
+
+    def store(self, batches: Iterator[tuple[tuple[object, ...], set[str]]]) -> bool:
+        """Enqueue all batches of tasks, each as its values and ids, in one transaction; whether there were any.
+
+        Where the connection breaks, it is done again on another. If its answer was lost, and not its work, it is
+        refused then, because its own ids are there, and all of them: so it was done.
+
+        Raises:
+            QueueUnavailable: The database failed, or a refusal, or what the iterator raises.
+        """
+        attempt = _Attempt(_Made(batches), time.monotonic() + _PATIENCE)
+        while True:
+            connection = None
+            try:
+                connection = self._take(attempt.deadline)
+                return self._store(connection, attempt.made)
+            except _Exhausted as error:
+                raise failure(self._dsn, error, in_doubt=attempt.in_doubt) from error
+            except psycopg.Error as error:
+                if error is attempt.made.failure:
+                    raise
+                if connection is not None and not connection.closed and not is_gone(error):
+                    if attempt.was_done(self._dsn, error, partial(self._are_stored, connection)):
+                        return True
+                elif attempt.may_go_on(sent=connection is not None):
+                    self._recover(connection)
+                else:
+                    raise failure(self._dsn, error, in_doubt=attempt.in_doubt) from error
+            finally:
+                if connection is not None:
+                    self._give(connection)
+
+    def _recover(self, connection: _Connection | None) -> None:
+        """Get ready for another try, where one has found no server, or has lost it."""
+        if connection is None:
+            time.sleep(_AGAIN_SECONDS)
+            return
+        with contextlib.suppress(psycopg.Error):
+            connection.close()
+        self._drop_idle()  # what has ended this one has mostly ended them all
+
+    def _store(self, connection: _Connection, made: _Made) -> bool:
+        batches = iter(made)
+        first = next(batches, None)
+        if first is None:
+            return False
+        following = next(batches, None)
+        if following is None:  # one statement is one transaction
+            self._insert(connection, first)
+            return True
+        # No answer is waited for before the end: the server stores a batch while the next one is made.
+        with connection.pipeline(), connection.transaction():
+            for batch in chain((first, following), batches):
+                self._insert(connection, batch)
+        return True
+
+    def _are_stored(self, connection: _Connection, ids: set[str]) -> bool:
+        try:
+            cursor = psycopg.RawCursor(connection).execute(self._stored, ([*ids],))
+            (number,) = cursor.fetchone() or (0,)
+        except psycopg.Error as error:
+            raise failure(self._dsn, error, in_doubt=True) from error
+        return bool(number == len(ids))
+
+    def _insert(self, connection: _Connection, values: tuple[Any, ...]) -> None:
+        statement = self._statement
+        if len(values[0]) == 1:
+            statement = self._statement_of_one
+            values = tuple(value[0] if number in _OF_EACH else value for number, value in enumerate(values, start=1))
+        psycopg.RawCursor(connection).execute(statement, values)
+
+
+class _Made:
+    """Batches that are made once, however often they are gone through."""
+
+    def __init__(self, batches: Iterator[tuple[tuple[object, ...], set[str]]]) -> None:
+        self._batches = batches
+        self._made: list[tuple[object, ...]] = []
+        self.ids: set[str] = set()
+        self.complete = False
+        """Whether all were made: only then can they have been committed."""
+        self.failure: BaseException | None = None
+        """What whoever makes them has raised; there are no more after that, though there should be."""
+
+    def __iter__(self) -> Iterator[tuple[object, ...]]:
+        yield from list(self._made)
+        try:
+            for values, ids in self._batches:
+                self._made.append(values)
+                self.ids |= ids
+                yield values
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.complete = True
+
+
+class _Attempt:
+    """How far it has come to store some tasks."""
+
+    def __init__(self, made: _Made, deadline: float) -> None:
+        self.made = made
+        self.deadline = deadline
+        self.in_doubt = False
+        """Whether they may have been committed, unheard."""
+        self._looked = False
+
+    def may_go_on(self, *, sent: bool) -> bool:
+        """Whether to try again after a connection broke, or was not to be had."""
+        if sent and self.made.complete and not self.in_doubt:
+            self.in_doubt, self.deadline = True, time.monotonic() + _PATIENCE
+        return time.monotonic() < self.deadline
+
+    def was_done(self, dsn: str, error: psycopg.Error, are_stored: Callable[[set[str]], bool]) -> bool:
+        """Whether a refusal says that a try before was committed; False to try once more. Raises what else it says."""
+        if isinstance(error, psycopg.errors.DeadlockDetected) and time.monotonic() < self.deadline:
+            return False
+        refused = refusal(error)
+        if self.in_doubt and isinstance(refused, TaskAlreadyExistsError | TombstonedTaskError):
+            if about(error) in self.made.ids:
+                # One that is there may have been there before, and a try that was undone has left no other.
+                if are_stored(self.made.ids):
+                    return True
+            elif not self._looked:
+                # What was in the way may be the try before, which has been committed just now.
+                self._looked = True
+                return False
+        raise (refused or failure(dsn, error, in_doubt=self.in_doubt)) from error

@@ -1,0 +1,446 @@
+-- The PostgreSQL queue: the jobs are pgqueuer's, in the tables that it makes in the schema safedefer; here is
+-- what App Engine's semantics need beside them. Placeholders are PostgreSQL's own, for every driver.
+--
+-- Jobs that fall due later than in some seconds are put aside, under the entrypoint of their queue with "@later" behind it,
+-- and come back when they are due. So the jobs of a queue's own entrypoint are due, nearly all of them, and pgqueuer finds
+-- the first by its number, however many wait: it goes through them in that order, past those that are not due.
+--
+-- A statement looks up as many rows as it is given, by index, whatever the planner believes of the tables: they grow and
+-- shrink faster than they are counted. So connections have sequential scans and hash and merge joins off, and
+-- OFFSET 0 keeps a look-up from becoming a scan. What every task costs takes its columns as texts, split at the separator $1: an empty text
+-- is no element of its own then, but NULL.
+--
+-- Who may run what when goes by the database's clock (now()), which all machines share. Times for people, and
+-- those of tombstones and history, are seconds since the epoch by the clock of whoever wrote them.
+
+-- name: admit
+safedefer.admit(
+    $2::text[], $5::text[], $13::text[], $7::text[], $8::double precision[], $9::text[], $10::text[], $11::bytea[], $12::bigint
+)
+
+-- name: stored
+-- How many of some tasks are here, or have ended here.
+SELECT count(*) AS number FROM unnest($1::text[]) AS given (id) WHERE
+    EXISTS (SELECT FROM safedefer.pgqueuer AS job
+            WHERE job.dedupe_key = given.id AND job.status IN ('queued', 'picked') OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.id OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.id OFFSET 0);
+
+-- name: look
+-- Before a lease: which queues have jobs (a skip-scan: one look-up for each, however many jobs it has), and which
+-- leases have run out, or nearly. A job that is leased in spite of being among these was lost by somebody.
+WITH RECURSIVE names (queue) AS (
+    SELECT (SELECT min(entrypoint) FROM safedefer.pgqueuer WHERE status = 'queued')
+    UNION ALL
+    SELECT (
+        SELECT min(job.entrypoint) FROM safedefer.pgqueuer AS job
+        WHERE job.status = 'queued' AND job.entrypoint > names.queue
+    ) FROM names WHERE names.queue IS NOT NULL
+), stale AS (
+    SELECT id, entrypoint, round(extract(epoch FROM updated), 3)::double precision AS leased
+    FROM safedefer.pgqueuer WHERE status = 'picked' AND heartbeat < now() - $1::interval + interval '1 second'
+)
+SELECT
+    ARRAY (
+        SELECT split_part(queue, '@', 1) FROM names WHERE queue IS NOT NULL UNION SELECT entrypoint FROM stale
+    ) AS queues,
+    ARRAY (
+        SELECT queue FROM names WHERE queue LIKE '%@later' AND EXISTS (
+            SELECT FROM safedefer.pgqueuer AS job
+            WHERE job.entrypoint = names.queue AND job.status = 'queued' AND job.execute_after <= now() OFFSET 0
+        )
+    ) AS fallen_due,
+    ARRAY (SELECT id FROM stale ORDER BY id) AS stale,
+    ARRAY (SELECT leased FROM stale ORDER BY id) AS leased,
+    EXISTS (SELECT FROM safedefer.controls) AS controlled,
+    extract(epoch FROM now())::double precision AS now;
+
+-- name: promote
+-- Jobs that were put aside until they fall due, the first of them first.
+UPDATE safedefer.pgqueuer SET entrypoint = split_part(entrypoint, '@', 1) WHERE id IN (
+    SELECT due.id FROM unnest($1::text[]) AS aside (entrypoint) CROSS JOIN LATERAL (
+        SELECT job.id FROM safedefer.pgqueuer AS job
+        WHERE job.entrypoint = aside.entrypoint AND job.status = 'queued' AND job.execute_after <= now()
+        ORDER BY job.execute_after LIMIT $2 FOR UPDATE SKIP LOCKED
+    ) AS due
+);
+
+-- name: put_aside
+UPDATE safedefer.pgqueuer SET entrypoint = entrypoint || '@later'
+WHERE id = ANY ($1::bigint[]) AND status = 'queued' AND entrypoint NOT LIKE '%@later';
+
+-- name: clock
+SELECT extract(epoch FROM now())::double precision AS now;
+
+-- name: controls
+SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
+FROM safedefer.controls ORDER BY queue;
+
+-- name: controls_lock
+SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
+FROM safedefer.controls ORDER BY queue FOR UPDATE;
+
+-- name: control_set
+INSERT INTO safedefer.controls (queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+ON CONFLICT (queue) DO UPDATE
+SET rate = excluded.rate, bucket_size = excluded.bucket_size, max_concurrent = excluded.max_concurrent,
+    paused = excluded.paused, held_until = excluded.held_until, tokens = excluded.tokens, refilled = excluded.refilled;
+
+-- name: control_delete
+DELETE FROM safedefer.controls WHERE queue = $1;
+
+-- name: running
+SELECT entrypoint AS queue, count(*) AS running FROM safedefer.pgqueuer
+WHERE status = 'picked' AND entrypoint = ANY ($1::text[]) GROUP BY entrypoint;
+
+-- name: progress
+SELECT job_id, attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response, retry_reason
+FROM safedefer.progress WHERE job_id = ANY ($1::bigint[]);
+
+-- name: progress_set
+INSERT INTO safedefer.progress (
+    job_id, attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response, retry_reason
+)
+SELECT * FROM json_to_recordset($1::json) AS given (
+    job_id bigint, attempts bigint, deliveries bigint, executions bigint, first_attempt double precision,
+    rejections bigint, first_rejection double precision, previous_response integer, retry_reason text
+)
+ON CONFLICT (job_id) DO UPDATE
+SET attempts = excluded.attempts, deliveries = excluded.deliveries, executions = excluded.executions,
+    first_attempt = excluded.first_attempt, rejections = excluded.rejections,
+    first_rejection = excluded.first_rejection, previous_response = excluded.previous_response,
+    retry_reason = excluded.retry_reason;
+
+-- name: progress_delete
+DELETE FROM safedefer.progress WHERE job_id = ANY ($1::bigint[]);
+
+-- name: extend
+UPDATE safedefer.pgqueuer SET heartbeat = now()
+WHERE id = $1 AND queue_manager_id = $2 AND updated = timestamptz 'epoch' + $3::bigint * interval '1 microsecond'
+    AND status = 'picked' RETURNING id;
+
+-- name: held
+-- The leases that are still ours, locked, with what the ledger knows of them.
+SELECT job.id, entry.state, entry.uncharged
+FROM (
+    SELECT * FROM json_to_recordset($1::json)
+        AS given (id bigint, manager uuid, updated bigint, audience text, task_id text) ORDER BY id
+) AS lease
+CROSS JOIN LATERAL (
+    SELECT id, status, queue_manager_id, updated FROM safedefer.pgqueuer WHERE pgqueuer.id = lease.id FOR UPDATE OFFSET 0
+) AS job
+LEFT JOIN safedefer.ledger AS entry ON entry.audience = lease.audience AND entry.task_id = lease.task_id
+WHERE job.queue_manager_id = lease.manager AND job.status = 'picked'
+    AND job.updated = timestamptz 'epoch' + lease.updated * interval '1 microsecond';
+
+-- name: waiting_of
+-- Of the given tasks those that wait, or whose lease has run out, locked, with what the ledger knows of them.
+SELECT job.id, job.dedupe_key, job.entrypoint, job.headers, job.payload
+FROM safedefer.pgqueuer AS job
+WHERE job.dedupe_key = ANY ($1::text[])
+    AND (job.status = 'queued' OR (job.status = 'picked' AND job.heartbeat < now() - $2::interval))
+ORDER BY job.id FOR UPDATE OF job;
+
+-- name: ended_insert
+INSERT INTO safedefer.ended (id, queue, headers, attempts, state, reason, ended)
+SELECT id, queue, headers::jsonb, attempts, state, reason, $2
+FROM json_to_recordset($1::json) AS given (id text, queue text, headers text, attempts bigint, state text, reason text)
+ON CONFLICT (id) DO NOTHING;
+
+-- name: done
+-- What ends nearly all tasks, in one statement: if all these leases are still ours, and by the ledger all these runs have
+-- succeeded, the jobs go as pgqueuer's own statement has them go; if not, nothing happens. The tasks have no names, keys and
+-- blobs, and were delivered once. As many rows as jobs went: fewer than all if somebody took over leases in between.
+WITH given AS MATERIALIZED (
+    SELECT id::bigint, updated::bigint, audience, task_id
+    FROM unnest(string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1))
+        AS lease (id, updated, audience, task_id)
+), found AS MATERIALIZED (
+    SELECT job.id, job.updated, given.task_id, entry.uncharged
+    FROM given
+    CROSS JOIN LATERAL (
+        SELECT id, status, queue_manager_id, updated, headers FROM safedefer.pgqueuer WHERE pgqueuer.id = given.id OFFSET 0
+    ) AS job
+    CROSS JOIN LATERAL (
+        SELECT state, uncharged FROM safedefer.ledger
+        WHERE ledger.audience = given.audience AND ledger.task_id = given.task_id OFFSET 0
+    ) AS entry
+    WHERE job.status = 'picked' AND job.queue_manager_id = $6::uuid AND entry.state = 'succeeded'
+        AND job.updated = timestamptz 'epoch' + given.updated * interval '1 microsecond'
+        AND jsonb_typeof(job.headers) = 'object' -- a driver may have made a text of them
+), deleted AS (
+    -- Whoever picks or ends a job changes `updated`; to which nothing is added so that the index of the id is taken.
+    DELETE FROM safedefer.pgqueuer AS job USING found
+    WHERE job.id = found.id AND job.updated + interval '0' = found.updated
+        AND (SELECT count(*) FROM found) = (SELECT count(*) FROM given)
+    RETURNING job.id, job.entrypoint, job.priority, job.headers, found.task_id, found.uncharged
+), history AS (
+    INSERT INTO safedefer.ended (id, queue, headers, attempts, state, ended)
+    SELECT task_id, split_part(entrypoint, '@', 1),
+        headers #- '{safedefer_more,headers}' #- '{safedefer_more,retry_options}', uncharged::integer, 'succeeded', $7
+    FROM deleted
+    ON CONFLICT (id) DO NOTHING
+)
+INSERT INTO safedefer.pgqueuer_log (job_id, status, entrypoint, priority)
+SELECT id, 'successful', entrypoint, priority FROM deleted;
+
+-- name: done_now
+-- Which tasks were ended at a time: that of the statement before.
+SELECT id FROM safedefer.ended WHERE id = ANY ($1::text[]) AND ended = $2;
+
+-- name: lock_jobs
+-- In one order, whichever statements end or retry them then: or two batches would wait for each other.
+SELECT id FROM safedefer.pgqueuer WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
+
+-- name: dead_insert
+INSERT INTO safedefer.dead (
+    id, job_id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created, expires,
+    attempts, reason, ended, token
+)
+VALUES (
+    $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14,
+    coalesce((SELECT reason FROM safedefer.attempts WHERE task_id = $1 AND $15 ORDER BY seq DESC LIMIT 1), $16), $17,
+    coalesce((SELECT data FROM safedefer.blobs WHERE id = $18 AND task_id = $1), $19)
+)
+ON CONFLICT (id) DO UPDATE SET job_id = excluded.job_id, ended = excluded.ended, archived = NULL;
+
+-- name: names_bury
+UPDATE safedefer.names SET until = $3
+FROM unnest($1::text[], $2::text[]) AS given (queue, name)
+WHERE names.queue = given.queue AND names.name = given.name;
+
+-- name: uniques_delete
+DELETE FROM safedefer.uniques WHERE task_id = ANY ($1::text[]) AND (queue, unique_key) IN (
+    SELECT * FROM unnest($2::text[], $3::text[])
+);
+
+-- name: blobs_drop
+SELECT safedefer.drop_blobs($1::text[]) AS dropped;
+
+-- name: blob_get
+SELECT data FROM safedefer.blobs WHERE id = $1;
+
+-- name: blobs_collect
+SELECT safedefer.drop_blobs(ARRAY (
+    SELECT id FROM safedefer.blobs WHERE NOT EXISTS (
+        SELECT FROM safedefer.pgqueuer AS job
+        WHERE job.dedupe_key = blobs.task_id AND job.status IN ('queued', 'picked')
+    )
+)) AS dropped;
+
+-- name: attempts_insert
+INSERT INTO safedefer.attempts (
+    task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
+)
+SELECT given.*, NOT (
+    EXISTS (SELECT FROM safedefer.pgqueuer AS job
+            WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked') OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id OFFSET 0)
+)
+FROM json_to_recordset($1::json) AS given (
+        task_id text, audience text, started double precision, ended double precision, outcome text, status integer,
+        reason text, exception_type text, traceback text
+    );
+
+-- name: attempts_trim
+DELETE FROM safedefer.attempts WHERE task_id = $1 AND seq <= (
+    SELECT seq FROM safedefer.attempts WHERE task_id = $1 ORDER BY seq DESC LIMIT 1 OFFSET $2
+);
+
+-- name: attempts_of
+SELECT task_id, audience, started, ended, outcome, status, reason, exception_type, traceback
+FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
+
+-- name: attempts_become_stray
+UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
+
+-- name: ledger_begin
+-- As many rows as there are runs that may begin; each pair of audience and task is in the arrays once.
+INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
+SELECT coalesce(given.audience, ''), coalesce(given.task_id, ''), decode(coalesce(given.digest, ''), 'hex'), 'running',
+    coalesce(given.owner, ''), now() + $7::interval, given.expires::bigint, true
+FROM unnest(
+    string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1), string_to_array($6, $1)
+) AS given (audience, task_id, digest, owner, expires)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = true
+WHERE entry.digest = excluded.digest AND (
+    entry.state = 'retry'
+    OR (entry.state = 'running' AND (entry.until <= now() OR entry.owner = excluded.owner))
+);
+
+-- name: ledger_find
+SELECT entry.audience, entry.task_id, entry.digest, entry.state, entry.owner, entry.uncharged, entry.until > now() AS alive
+FROM safedefer.ledger AS entry
+JOIN json_to_recordset($1::json) AS given (audience text, task_id text)
+    ON entry.audience = given.audience AND entry.task_id = given.task_id;
+
+-- name: ledger_extend
+UPDATE safedefer.ledger SET until = now() + $4::interval
+WHERE audience = $1 AND task_id = $2 AND owner = $3 AND state = 'running' RETURNING task_id;
+
+-- name: ledger_succeed
+-- As many rows as there are runs that were ours, and have succeeded.
+UPDATE safedefer.ledger AS entry
+SET state = 'succeeded', owner = NULL, until = NULL, began = given.began::double precision,
+    finished = given.finished::double precision
+FROM unnest(
+    string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1), string_to_array($6, $1)
+) AS given (audience, task_id, owner, began, finished)
+WHERE entry.audience = coalesce(given.audience, '') AND entry.task_id = coalesce(given.task_id, '')
+    AND entry.state = 'running' AND entry.owner = coalesce(given.owner, '');
+
+-- name: ledger_finish
+-- The ends of runs and their records, in one statement and so in one transaction; those that were ours come back, also
+-- those of a success that is told a second time, because nobody heard the answer to the first.
+WITH recorded AS (
+    INSERT INTO safedefer.attempts (
+        task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
+    )
+    SELECT given.*, NOT (
+        EXISTS (SELECT FROM safedefer.pgqueuer AS job
+                WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked') OFFSET 0)
+        OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = given.task_id OFFSET 0)
+        OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.task_id OFFSET 0)
+    )
+    FROM json_to_recordset($2::json) AS given (
+        task_id text, audience text, started double precision, ended double precision, outcome text, status integer,
+        reason text, exception_type text, traceback text
+    )
+)
+UPDATE safedefer.ledger AS entry
+SET state = given.state, owner = NULL, until = NULL, began = given.began, finished = given.finished
+FROM json_to_recordset($1::json) AS given (
+    audience text, task_id text, owner text, state text, began double precision, finished double precision
+)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND (
+    (entry.state = 'running' AND entry.owner = given.owner)
+    OR (entry.state = given.state AND entry.began = given.began AND entry.finished = given.finished)
+)
+RETURNING entry.audience, entry.task_id, given.owner;
+
+-- name: ledger_success
+SELECT began, finished FROM safedefer.ledger WHERE audience = $1 AND task_id = $2 AND began IS NOT NULL;
+
+-- name: ledger_charged
+UPDATE safedefer.ledger AS entry SET uncharged = false
+FROM json_to_recordset($1::json) AS given (audience text, task_id text)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.uncharged;
+
+-- name: ledger_end
+INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, expires, uncharged)
+SELECT given.audience, given.task_id, decode(given.digest, 'hex'), given.state, given.expires, false
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text, state text, expires bigint)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = excluded.state, owner = NULL, until = NULL, uncharged = false
+WHERE entry.state IN ('running', 'retry');
+
+-- name: next_due
+-- When the first job or lease of each queue falls due, in seconds by the database's clock.
+SELECT given.queue, extract(epoch FROM least(
+    (SELECT execute_after FROM safedefer.pgqueuer
+     WHERE entrypoint = given.queue AND status = 'queued' ORDER BY execute_after LIMIT 1),
+    (SELECT execute_after FROM safedefer.pgqueuer
+     WHERE entrypoint = given.queue || '@later' AND status = 'queued' ORDER BY execute_after LIMIT 1),
+    (SELECT min(heartbeat) + $2::interval FROM safedefer.pgqueuer
+     WHERE entrypoint = given.queue AND status = 'picked')
+))::double precision AS due
+FROM unnest($1::text[]) AS given (queue);
+
+-- name: queues_with_jobs
+SELECT DISTINCT entrypoint AS queue FROM safedefer.pgqueuer WHERE status = 'picked'
+UNION
+SELECT split_part(queue, '@', 1) FROM (
+    WITH RECURSIVE names (queue) AS (
+        SELECT (SELECT min(entrypoint) FROM safedefer.pgqueuer WHERE status = 'queued')
+        UNION ALL
+        SELECT (
+            SELECT min(job.entrypoint) FROM safedefer.pgqueuer AS job
+            WHERE job.status = 'queued' AND job.entrypoint > names.queue
+        ) FROM names WHERE names.queue IS NOT NULL
+    )
+    SELECT queue FROM names WHERE queue IS NOT NULL
+) AS waiting;
+
+-- name: stats
+SELECT split_part(entrypoint, '@', 1) AS queue,
+    count(*) FILTER (WHERE status = 'queued' OR heartbeat < now() - $1::interval) AS waiting,
+    count(*) FILTER (WHERE status = 'picked' AND heartbeat >= now() - $1::interval) AS running,
+    extract(epoch FROM min(CASE WHEN status = 'queued' THEN execute_after
+        WHEN heartbeat < now() - $1::interval THEN heartbeat + $1::interval END))::double precision AS oldest
+FROM safedefer.pgqueuer WHERE status IN ('queued', 'picked') GROUP BY 1;
+
+-- name: stats_dead
+SELECT queue, count(*) AS dead FROM safedefer.dead WHERE archived IS NULL GROUP BY queue;
+
+-- name: view_jobs
+SELECT job.id AS job_id, job.dedupe_key, job.entrypoint, job.status::text AS status, job.headers, job.payload,
+    coalesce(progress.attempts, 0) AS attempts, progress.retry_reason
+FROM safedefer.pgqueuer AS job LEFT JOIN safedefer.progress ON progress.job_id = job.id
+
+-- name: view_dead
+SELECT id, queue, 'dead' AS state, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, attempts, reason, ended, token
+FROM safedefer.dead
+
+-- name: view_ended
+SELECT id, queue, state, headers, attempts, reason, ended FROM safedefer.ended
+
+-- name: blobs_of
+SELECT id, task_id, data FROM safedefer.blobs WHERE id = ANY ($1::text[]);
+
+-- name: dead_letters
+SELECT id, queue, 'dead' AS state, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, attempts, reason, ended, token
+FROM safedefer.dead
+WHERE (archived IS NOT NULL) = $1
+    AND ($2::text IS NULL OR queue = $2)
+    AND ($3::text IS NULL OR reason = $3)
+    AND ($4::text IS NULL OR callable_name = $4)
+    AND ended >= $5 AND ended < $6 AND (ended, id COLLATE "C") > ($7, $8)
+ORDER BY ended, id COLLATE "C" LIMIT $9;
+
+-- name: dead_delete
+DELETE FROM safedefer.dead WHERE id = ANY ($1::text[]) RETURNING id, job_id;
+
+-- name: dead_archive_old
+WITH old AS (
+    SELECT id FROM safedefer.dead WHERE archived IS NULL AND ended < $2 ORDER BY ended, id COLLATE "C" LIMIT $3
+) UPDATE safedefer.dead SET archived = $1 FROM old WHERE dead.id = old.id RETURNING dead.id;
+
+-- name: dead_archive_excess
+WITH excess AS (
+    SELECT id FROM safedefer.dead WHERE archived IS NULL ORDER BY ended DESC, id COLLATE "C" DESC LIMIT $3 OFFSET $2
+) UPDATE safedefer.dead SET archived = $1 FROM excess WHERE dead.id = excess.id RETURNING dead.id;
+
+-- name: purge_next
+SELECT id, dedupe_key FROM safedefer.pgqueuer
+WHERE status IN ('queued', 'picked') AND entrypoint IN ($1, $1 || '@later') AND id > $2 AND id <= $3 ORDER BY id LIMIT $4;
+
+-- name: newest_job
+SELECT coalesce(max(id), 0) AS newest FROM safedefer.pgqueuer;
+
+-- name: names_prune
+DELETE FROM safedefer.names WHERE (queue, name) IN (
+    SELECT queue, name FROM safedefer.names WHERE until <= $1 LIMIT $2 FOR UPDATE SKIP LOCKED
+) RETURNING 1;
+
+-- name: ended_prune
+WITH old AS (
+    SELECT id FROM safedefer.ended WHERE ended < $1 ORDER BY ended LIMIT $2 FOR UPDATE SKIP LOCKED
+), records AS (
+    DELETE FROM safedefer.attempts WHERE task_id IN (SELECT id FROM old)
+) DELETE FROM safedefer.ended WHERE id IN (SELECT id FROM old) RETURNING 1;
+
+-- name: attempts_prune
+DELETE FROM safedefer.attempts WHERE ctid = ANY (ARRAY (
+    SELECT ctid FROM safedefer.attempts WHERE stray AND ended < $1 LIMIT $2 FOR UPDATE SKIP LOCKED
+)) RETURNING 1;
+
+-- name: ledger_prune
+DELETE FROM safedefer.ledger WHERE (audience, task_id) IN (
+    SELECT audience, task_id FROM safedefer.ledger
+    WHERE expires < $1::double precision AND NOT (state = 'running' AND until > now()) LIMIT $2 FOR UPDATE SKIP LOCKED
+) RETURNING 1;

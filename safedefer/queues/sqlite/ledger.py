@@ -1,0 +1,133 @@
+"""The ledger and the blobs in the queue's SQLite file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
+from safedefer.queues.sqlite import operations
+from safedefer.queues.sqlite.connection import SQL, Handle
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import apsw
+
+    from safedefer.queues.sqlite.writer import Writer
+
+LEEWAY: Final = 3600
+"""Seconds that an entry is kept after its token expired."""
+
+_PRUNED_AT_ONCE: Final = 1000
+
+
+class SQLiteLedger:
+    """A ``Ledger`` in the queue's file."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
+        """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
+        return self._writer.run(lambda connection: begin(connection, execution, now=now, lease=lease), durable=False)
+
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
+        """Do what ``begin`` does for each, in one transaction."""
+        return self._writer.run(
+            lambda connection: [begin(connection, execution, now=now, lease=lease) for execution in executions],
+            durable=False,
+        )
+
+    def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
+        """Prolong the run; False if it is no longer ours."""
+        values: dict[str, str | float] = {**_key(execution), "owner": execution.owner, "until": now + lease}
+        return self._writer.run(lambda connection: _changed(connection, "ledger_extend", values), durable=False)
+
+    def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
+        """Store the end of a run and its record in one transaction; False if it is no longer ours."""
+        return self._writer.run(lambda connection: finish(connection, execution, state, record))
+
+    def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
+        """Do what ``finish`` does for each, in one transaction."""
+        return self._writer.run(lambda connection: [finish(connection, *end) for end in ends])
+
+    def record(self, record: AttemptRecord) -> None:
+        """Store an attempt that never came to run."""
+        self._writer.run(lambda connection: operations.add_record(connection, record))
+
+    def prune(self, *, now: float) -> int:
+        """Forget entries whose ``expires`` is over an hour past; returns how many."""
+        total = 0
+        while removed := self._writer.run(lambda connection: prune(connection, now=now, limit=_PRUNED_AT_ONCE)):
+            total += removed
+        return total
+
+
+def begin(connection: apsw.Connection, execution: Execution, *, now: float, lease: float) -> Admission:
+    """Admit a run, within a transaction."""
+    entry = operations.find_ledger(connection, execution.audience, execution.task_id)
+    if entry is not None:
+        if entry.digest != execution.digest:
+            return Admission.CONFLICT
+        if entry.state not in ("running", "retry"):
+            return Admission.DUPLICATE
+        if entry.state == "running" and entry.until > now and entry.owner != execution.owner:
+            return Admission.RUNNING
+    values = {
+        **_key(execution),
+        "digest": execution.digest,
+        "owner": execution.owner,
+        "until": now + lease,
+        "expires": execution.expires,
+    }
+    connection.execute(SQL["ledger_begin"], values)
+    return Admission.RUN
+
+
+def finish(connection: apsw.Connection, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
+    """Store the end of a run, within a transaction. The record is stored in either case."""
+    operations.add_record(connection, record)
+    values: dict[str, str | float] = {**_key(execution), "owner": execution.owner, "state": str(state)}
+    return _changed(connection, "ledger_finish", values)
+
+
+def prune(connection: apsw.Connection, *, now: float, limit: int) -> int:
+    """Forget up to ``limit`` entries whose token expired, within a transaction."""
+    connection.execute(SQL["ledger_prune"], {"now": now, "before": now - LEEWAY, "limit": limit})
+    return connection.changes()
+
+
+def _key(execution: Execution) -> dict[str, str]:
+    return {"audience": execution.audience, "task_id": execution.task_id}
+
+
+def _changed(connection: apsw.Connection, name: str, values: dict[str, str | float]) -> bool:
+    connection.execute(SQL[name], values)
+    return connection.changes() > 0
+
+
+class SQLiteBlobs:
+    """A ``BlobStore`` in the queue's file."""
+
+    def __init__(self, writer: Writer, reader: Handle) -> None:
+        self._writer = writer
+        self._reader = reader
+
+    def get(self, blob_id: str) -> bytes | None:
+        """Return the bytes, or None if there are none. Raises ``QueueUnavailable``."""
+        with self._reader.use() as connection:
+            data: bytes | None = connection.execute(SQL["blob_get"], (blob_id,)).get
+            return data
+
+    def delete(self, blob_id: str) -> None:
+        """Delete a blob; nothing happens if there is none."""
+        self._writer.run(lambda connection: connection.execute(SQL["blob_delete"], (blob_id,)).close())
+
+    def collect(self, *, now: float) -> int:  # noqa: ARG002 - other stores need the time
+        """Delete blobs that no waiting task points to; returns how many."""
+        return self._writer.run(_collect)
+
+
+def _collect(connection: apsw.Connection) -> int:
+    connection.execute(SQL["blobs_collect"])
+    return connection.changes()

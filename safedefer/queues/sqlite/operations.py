@@ -1,0 +1,358 @@
+"""What the SQLite engine does within a transaction: one function for each step of a task's life.
+
+Every function takes the connection first, and leaves BEGIN, COMMIT and undoing to the writer.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Final
+
+from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.ledger import AttemptRecord, EndState
+from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict
+from safedefer.queues.sqlite.connection import SQL
+from safedefer.queues.sqlite.controls import due_under_control, in_force
+from safedefer.queues.sqlite.rows import (
+    LedgerRow,
+    Standing,
+    TaskRow,
+    first_row,
+    leased_task,
+    record_values,
+    task_values,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import apsw
+
+RECORDS_KEPT: Final = 100
+"""The newest attempt records that are kept of one task."""
+
+LOST_LEASE: Final = "lease-expired"
+"""The reason of a delivery that ended with its lease, and not with an answer."""
+
+_MOST_ATTEMPTS: Final = 2**31 - 2
+_ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
+
+
+def newest_seq(connection: apsw.Connection) -> int:
+    """Return the number of the newest task that was ever enqueued."""
+    return int(connection.execute(SQL["newest_seq"]).get)
+
+
+# --- Enqueue --------------------------------------------------------------------------------------
+
+
+def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -> None:
+    """Store a task, its name and its blob, as long as all blobs together have at most ``blob_limit`` bytes.
+
+    Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``.
+    """
+    values = task_values(task)
+    state = connection.execute(SQL["id_taken"], values).get
+    if state == "ended":
+        raise TombstonedTaskError(f"the task {task.id} ended in this queue; defer it anew, with a new id")
+    if state is not None:
+        raise TaskAlreadyExistsError(f"the task {task.id} is in this queue already; enqueue it once")
+    if task.unique_key is not None:
+        waiting = connection.execute(SQL["unique_taken"], values).get
+        if waiting is not None:
+            raise AlreadyWaiting(waiting)
+    if task.name is not None:
+        _take_name(connection, task, task.name)
+    connection.execute(SQL["task_insert"], values)
+    if task.blob is not None:
+        seq = connection.last_insert_rowid()
+        if connection.execute(SQL["blob_taken"], values).get is not None:
+            raise TaskAlreadyExistsError(f"the blob {task.blob.id} belongs to another task; give every blob its own id")
+        if connection.execute(SQL["blob_bytes"]).get + len(task.blob.data) > blob_limit:
+            raise BlobsFull(blob_limit)
+        connection.execute(SQL["blob_insert"], (task.blob.id, seq, task.blob.data))
+
+
+def _take_name(connection: apsw.Connection, task: QueuedTask, name: str) -> None:
+    key = {"queue": task.queue, "name": name}
+    row = first_row(connection.execute(SQL["name_until"], key))
+    if row is not None and row[0] is None:
+        raise TaskAlreadyExistsError(
+            f"a task named {name!r} is waiting or running in the queue {task.queue!r}; choose another name"
+        )
+    if row is not None and row[0] > task.created:
+        raise TombstonedTaskError(
+            f"a task named {name!r} ended in the queue {task.queue!r}, and its name is free again in "
+            f"{row[0] - task.created:.0f} s; choose another name"
+        )
+    connection.execute(SQL["name_take"], key)
+
+
+# --- Lease ----------------------------------------------------------------------------------------
+
+
+def lease(
+    connection: apsw.Connection, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None
+) -> list[Lease]:
+    """Claim what is due, in the order in which it fell due."""
+    leases = []
+    for seq in _due(connection, limit=limit, now=now, queues=queues):
+        row = TaskRow._make(connection.execute(SQL["task_by_seq"], (seq,)).get)
+        if row.owner is not None:
+            row = _after_lost_lease(connection, row, now=now)
+        lease_owner = f"{owner}:{secrets.token_hex(8)}"
+        until = now + seconds
+        connection.execute(
+            SQL["task_lease"],
+            {
+                "seq": seq,
+                "owner": lease_owner,
+                "now": now,
+                "until": until,
+                "attempts": row.attempts,
+                "first_attempt": row.first_attempt,
+                "retry_reason": row.retry_reason,
+                "previous_response": row.previous_response,
+            },
+        )
+        leases.append(leased_task(row, owner=lease_owner, until=until))
+    return leases
+
+
+def _due(connection: apsw.Connection, *, limit: int, now: float, queues: Sequence[str] | None) -> list[int]:
+    if limit < 1:
+        return []
+    controls = in_force(connection, now=now, queues=queues)
+    if controls:
+        return due_under_control(connection, controls, limit=limit, now=now, queues=queues)
+    if queues is None:
+        return [seq for _, seq in connection.execute(SQL["due_of_all"], {"now": now, "limit": limit})]
+    found: list[tuple[float, int]] = []
+    for queue in dict.fromkeys(queues):
+        found += connection.execute(SQL["due_of_queue"], {"queue": queue, "now": now, "limit": limit})
+    return [seq for _, seq in sorted(found)[:limit]]
+
+
+def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) -> TaskRow:
+    """Return the row as the delivery that nobody settled leaves it: charged if its run had begun."""
+    row = row._replace(retry_reason=LOST_LEASE, previous_response=None)
+    entry = find_ledger(connection, row.audience, row.id)
+    if entry is None or not entry.uncharged:
+        return row
+    connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": row.id})
+    started = now if row.leased_at is None else row.leased_at
+    if entry.state == "running":
+        # A run that ended has left a record of its own.
+        record = AttemptRecord(
+            task_id=row.id,
+            audience=row.audience,
+            started=started,
+            ended=now,
+            outcome="retry",
+            status=None,
+            reason=LOST_LEASE,
+        )
+        add_record(connection, record)
+    first = started if row.first_attempt is None else row.first_attempt
+    return row._replace(attempts=min(row.attempts, _MOST_ATTEMPTS) + 1, first_attempt=first)
+
+
+# --- Settle ---------------------------------------------------------------------------------------
+
+
+def settle(
+    connection: apsw.Connection, held: Lease, settlement: Settlement, *, now: float, tombstone_seconds: float
+) -> bool:
+    """Apply what a dispatcher says of a delivery; False, and nothing, if the task is not its own now."""
+    row = standing(connection, held.task.id)
+    if row is None or row.owner != held.owner:
+        return False
+    if settlement.record is not None:
+        add_record(connection, settlement.record)
+    if settlement.verdict is not Verdict.RETRY:
+        _end_as_settled(connection, held.task.id, row, settlement, now=now, tombstone_seconds=tombstone_seconds)
+        return True
+    connection.execute(
+        SQL["task_retry"],
+        {
+            "seq": row.seq,
+            "at": now if settlement.at is None else settlement.at,
+            "now": now,
+            "charged": int(settlement.charged),
+            "executed": int(settlement.executed),
+            "rejected": int(settlement.rejected),
+            "status": settlement.status,
+            "reason": settlement.reason,
+        },
+    )
+    entry = find_ledger(connection, row.audience, held.task.id)
+    # A run that another delivery began, and that goes on, is not charged yet.
+    if entry is not None and (settlement.charged or entry.state == EndState.RETRY):
+        connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": held.task.id})
+    return True
+
+
+def _end_as_settled(
+    connection: apsw.Connection,
+    task_id: str,
+    row: Standing,
+    settlement: Settlement,
+    *,
+    now: float,
+    tombstone_seconds: float,
+) -> None:
+    entry = find_ledger(connection, row.audience, task_id)
+    state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
+    reason, charged = settlement.reason, settlement.charged
+    # The ledger has the last word: it knows how the run ended, also when the dispatcher that saw it
+    # died, and the next one got no more than "duplicate".
+    if entry is not None and entry.state in _ENDED and entry.state != state:
+        state = EndState(entry.state)
+        if state is EndState.FAILED:
+            reason = connection.execute(SQL["attempts_last_reason"], (task_id,)).get or reason
+    if entry is not None and entry.state in _ENDED and not entry.uncharged:
+        charged = False  # the run was charged when its lease ran out, and this delivery found it ended
+    end(
+        connection,
+        task_id,
+        row,
+        state,
+        now=now,
+        reason=reason,
+        charged=charged,
+        tombstone_seconds=tombstone_seconds,
+    )
+
+
+def end(
+    connection: apsw.Connection,
+    task_id: str,
+    row: Standing,
+    state: EndState,
+    *,
+    now: float,
+    reason: str | None,
+    charged: bool,
+    tombstone_seconds: float,
+) -> None:
+    """End a task: history or dead letter, tombstone, ledger; its row and its blob go."""
+    values = {"seq": row.seq, "state": str(state), "now": now, "reason": reason, "charged": int(charged)}
+    connection.execute(SQL["task_to_dead" if state is EndState.FAILED else "task_to_ended"], values)
+    if row.name is not None:
+        connection.execute(SQL["name_bury"], {"queue": row.queue, "name": row.name, "until": now + tombstone_seconds})
+    connection.execute(SQL["task_delete"], (row.seq,))
+    connection.execute(
+        SQL["ledger_end"],
+        {
+            "audience": row.audience,
+            "task_id": task_id,
+            "digest": row.digest,
+            "state": str(state),
+            "expires": row.expires,
+        },
+    )
+
+
+def cancel(connection: apsw.Connection, task_id: str, *, now: float, tombstone_seconds: float) -> bool:
+    """End a waiting task unrun; False if it does not wait, runs now, or has ended by the ledger."""
+    row = standing(connection, task_id)
+    if row is None or (row.owner is not None and row.due > now):
+        return False
+    entry = find_ledger(connection, row.audience, task_id)
+    if entry is not None and (entry.state in _ENDED or (entry.state == "running" and entry.until > now)):
+        return False
+    end(
+        connection,
+        task_id,
+        row,
+        EndState.CANCELLED,
+        now=now,
+        reason=None,
+        charged=False,
+        tombstone_seconds=tombstone_seconds,
+    )
+    return True
+
+
+def replace_dead(connection: apsw.Connection, task_id: str, task: QueuedTask, *, blob_limit: int) -> bool:
+    """Enqueue ``task`` in the place of a dead letter; False if there is none."""
+    connection.execute(SQL["dead_delete"], (task_id,))
+    if not connection.changes():
+        return False
+    connection.execute(SQL["attempts_become_stray"], (task_id,))
+    enqueue(connection, task, blob_limit=blob_limit)
+    return True
+
+
+def drop_dead(connection: apsw.Connection, task_ids: Sequence[str]) -> int:
+    """Delete dead letters; their records go with time. Returns how many there were."""
+    dropped = 0
+    for task_id in task_ids:
+        connection.execute(SQL["dead_delete"], (task_id,))
+        if connection.changes():
+            dropped += 1
+            connection.execute(SQL["attempts_become_stray"], (task_id,))
+    return dropped
+
+
+def purge(
+    connection: apsw.Connection,
+    queue: str,
+    *,
+    after: int,
+    newest: int,
+    limit: int,
+    now: float,
+    tombstone_seconds: float,
+) -> tuple[int | None, int]:
+    """Cancel what waits among the next ``limit`` tasks of a queue.
+
+    Returns the ``seq`` to go on after, None at the end, and how many were cancelled.
+    """
+    values: dict[str, str | int] = {"queue": queue, "after": after, "newest": newest, "limit": limit}
+    rows = connection.execute(SQL["purge_next"], values).fetchall()
+    cancelled = sum(
+        cancel(connection, str(task_id), now=now, tombstone_seconds=tombstone_seconds) for _, task_id in rows
+    )
+    return (int(rows[-1][0]) if rows else None), cancelled  # type: ignore[arg-type]  # a row has any values
+
+
+# --- Shared ---------------------------------------------------------------------------------------
+
+
+def standing(connection: apsw.Connection, task_id: str) -> Standing | None:
+    """Return how a task that has not ended stands."""
+    row = first_row(connection.execute(SQL["task_standing"], (task_id,)))
+    return None if row is None else Standing(*row)
+
+
+def find_ledger(connection: apsw.Connection, audience: str, task_id: str) -> LedgerRow | None:
+    """Return the ledger's entry of a task."""
+    row = first_row(connection.execute(SQL["ledger_find"], {"audience": audience, "task_id": task_id}))
+    return None if row is None else LedgerRow(*row)
+
+
+def add_record(connection: apsw.Connection, record: AttemptRecord) -> None:
+    """Store the record of an attempt, and drop the oldest of more than ``RECORDS_KEPT``."""
+    connection.execute(SQL["attempt_insert"], record_values(record))
+    connection.execute(SQL["attempts_trim"], {"task_id": record.task_id, "keep": RECORDS_KEPT})
+
+
+def archive(connection: apsw.Connection, *, now: float, dead_seconds: float, dead_limit: int, limit: int) -> int:
+    """Put aside dead letters that are too old or too many, up to ``limit`` of either; returns how many."""
+    values = {"now": now, "before": now - dead_seconds, "keep": dead_limit, "limit": limit}
+    archived = 0
+    for name in ("dead_archive_old", "dead_archive_excess"):
+        connection.execute(SQL[name], values)
+        archived += connection.changes()
+    return archived
+
+
+def prune(connection: apsw.Connection, *, now: float, history_seconds: float, limit: int) -> int:
+    """Forget tombstones, history and stray records by age, up to ``limit`` of each."""
+    values = {"now": now, "before": now - history_seconds, "limit": limit}
+    removed = 0
+    for name in ("names_prune", "attempts_of_ended_prune", "ended_prune", "attempts_stray_prune"):
+        connection.execute(SQL[name], values)
+        removed += connection.changes()
+    return removed

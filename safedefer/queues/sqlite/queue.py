@@ -1,0 +1,431 @@
+"""The SQLite queue: one file, whose every acknowledged task survives a crash and a power cut."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from safedefer.errors import ConfigurationError, LeaseLost
+from safedefer.queues.base import (
+    FULL,
+    Capabilities,
+    DeadFilter,
+    Lease,
+    QueuedTask,
+    QueueStats,
+    Settlement,
+    TaskState,
+    TaskView,
+)
+from safedefer.queues.sqlite import controls, operations
+from safedefer.queues.sqlite.connection import SQL, Handle, register_fork
+from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
+from safedefer.queues.sqlite.ledger import prune as prune_ledger
+from safedefer.queues.sqlite.repair import mend
+from safedefer.queues.sqlite.rows import attempt_record, first_row, task_view
+from safedefer.queues.sqlite.watch import Watch
+from safedefer.queues.sqlite.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import apsw
+
+    from safedefer.ledger import AttemptRecord
+    from safedefer.queues.rates import QueueControl, QueueLimits
+
+T = TypeVar("T")
+
+_PRUNE_EVERY: Final = 60.0
+_PRUNE_AGAIN: Final = 0.2
+_PRUNED_AT_ONCE: Final = 500
+_PURGED_AT_ONCE: Final = 500
+_FOREVER: Final = 1e18
+_DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
+
+_VIEWS: Final = {
+    TaskState.WAITING: ("view_tasks", "WHERE owner IS NULL"),
+    # Few tasks run at a time; without the hint SQLite looks for them among all that wait.
+    TaskState.RUNNING: ("view_tasks", "INDEXED BY safedefer_tasks_leased WHERE owner IS NOT NULL"),
+    TaskState.DEAD: ("view_dead", "WHERE archived IS NULL"),
+    TaskState.SUCCEEDED: ("view_ended", "WHERE state = 'succeeded'"),
+    TaskState.CANCELLED: ("view_ended", "WHERE state = 'cancelled'"),
+}
+
+
+class SQLiteQueue:
+    """A ``PullQueue`` in a SQLite file, for any number of threads and processes of one machine.
+
+    ``path`` is the file, created with mode 0600 when first used. ``tombstone_seconds`` is how long
+    the name of an ended task is not free (App Engine: 9 days). ``history_seconds`` is how long
+    ``find`` and ``tasks`` know what succeeded or was cancelled. ``busy_timeout`` is the seconds to
+    wait for the lock of another process. ``blob_limit`` is the bytes that all stored tokens of oversize
+    tasks may take together. Dead letters older than ``dead_seconds``, and the oldest of more than
+    ``dead_limit``, are archived. Nothing is opened before the first call.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tombstone_seconds: float = 9 * 86400,
+        history_seconds: float = 7 * 86400,
+        busy_timeout: float = 30.0,
+        blob_limit: int = 2**30,
+        dead_seconds: float = 90 * 86400,
+        dead_limit: int = 100_000,
+    ) -> None:
+        text = os.fspath(path)
+        if not text or text == ":memory:" or "\0" in text:
+            raise ConfigurationError(f"{text!r} is not the path of a file; for a queue without one use memory://")
+        self._path = os.path.realpath(text)
+        self._tombstone_seconds = tombstone_seconds
+        self._history_seconds = history_seconds
+        self._blob_limit = blob_limit
+        self._dead_seconds = dead_seconds
+        self._dead_limit = dead_limit
+        self._next_prune = float("-inf")
+        self._writer = Writer(self._path, busy_timeout=busy_timeout)
+        self._reader = Handle(self._path, busy_timeout=busy_timeout)
+        register_fork(self._reader)
+        self._watch = Watch(self._path, busy_timeout=busy_timeout)
+        self._ledger = SQLiteLedger(self._writer)
+        self._blobs = SQLiteBlobs(self._writer, self._reader)
+        self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch, wait=False)
+        self._finalizer.atexit = False
+        _open.add(self)
+
+    def __repr__(self) -> str:
+        """Show the path."""
+        return f"{type(self).__name__}({self._path!r})"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Everything."""
+        return FULL
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the file."""
+        return self._path
+
+    @property
+    def ledger(self) -> SQLiteLedger:
+        """The ledger in the same file."""
+        return self._ledger
+
+    @property
+    def blobs(self) -> SQLiteBlobs:
+        """The blobs in the same file."""
+        return self._blobs
+
+    def close(self) -> None:
+        """Finish what was accepted and close the file. Later calls raise ``QueueUnavailable``."""
+        if self._finalizer.detach() is not None:
+            _close(self._writer, self._reader, self._watch, wait=True)
+
+    # --- Giving tasks -----------------------------------------------------------------------------
+
+    def enqueue(self, task: QueuedTask, /) -> None:
+        """Store a task, with its blob, in one transaction.
+
+        Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``.
+        """
+        self.enqueue_many((task,))
+
+    def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
+        """Store all tasks or none, in one transaction; raises what ``enqueue`` raises."""
+        limit, tasks = self._blob_limit, list(tasks)
+        self._watch.advance(self._writer.run(lambda connection: _enqueue_all(connection, tasks, limit)))
+
+    def enqueue_on(self, connection: apsw.Connection, tasks: Sequence[QueuedTask], /) -> None:
+        """Store tasks in the transaction of an apsw connection to the queue's own file.
+
+        They are enqueued if and only if that transaction commits. Raises what ``enqueue`` raises,
+        ``ConfigurationError`` for a connection to another file, and apsw's errors as they are.
+        """
+        if os.path.realpath(connection.filename) != self._path:
+            raise ConfigurationError(f"the connection's file is not the queue's; connect to {self._path}")
+        with connection:
+            for task in tasks:
+                operations.enqueue(connection, task, blob_limit=self._blob_limit)
+
+    def cancel(self, task_id: str, *, now: float) -> bool:
+        """End a waiting task unrun, in the ledger too; False if it does not wait."""
+        seconds = self._tombstone_seconds
+        return self._writer.run(
+            lambda connection: operations.cancel(connection, task_id, now=now, tombstone_seconds=seconds)
+        )
+
+    def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:  # noqa: ARG002 - the seam has it
+        """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
+
+        def action(connection: apsw.Connection) -> tuple[bool, int]:
+            replaced = operations.replace_dead(connection, task_id, task, blob_limit=self._blob_limit)
+            return replaced, operations.newest_seq(connection)
+
+        replaced, newest = self._writer.run(action)
+        self._watch.advance(newest)
+        return replaced
+
+    def drop_dead(self, task_ids: Sequence[str]) -> int:
+        """Delete dead letters, archived ones too, in one transaction; returns how many there were."""
+        return self._writer.run(lambda connection: operations.drop_dead(connection, task_ids))
+
+    # --- Holding queues back ----------------------------------------------------------------------
+
+    def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
+        """Put the declared limits in force, for every dispatcher of the file."""
+        self._writer.run(lambda connection: controls.configure(connection, limits, now=now))
+
+    def controls(self, *, now: float) -> Sequence[QueueControl]:
+        """What holds queues back, as it stands, sorted by name."""
+        return self._read(lambda connection: [control.refill(now) for control in controls.read(connection).values()])
+
+    def pause(self, queue: str, *, paused: bool, now: float) -> None:
+        """Lease nothing of a queue until it is resumed; what runs goes on."""
+        self._writer.run(lambda connection: controls.pause(connection, queue, paused=paused, now=now))
+        self.wake()
+
+    def hold(self, queue: str, *, until: float, now: float) -> None:
+        """Lease nothing of a queue before ``until``; an earlier time changes nothing."""
+        self._writer.run(lambda connection: controls.hold(connection, queue, until=until, now=now), durable=False)
+
+    def purge(self, queue: str, *, now: float) -> int:
+        """Cancel all that waits in a queue at the time of the call, some hundreds in a transaction; returns how many."""
+        newest = self._read(operations.newest_seq)
+        total, position = 0, 0
+        while True:
+
+            def action(connection: apsw.Connection, after: int = position) -> tuple[int | None, int]:
+                return operations.purge(
+                    connection,
+                    queue,
+                    after=after,
+                    newest=newest,
+                    limit=_PURGED_AT_ONCE,
+                    now=now,
+                    tombstone_seconds=self._tombstone_seconds,
+                )
+
+            following, cancelled = self._writer.run(action)
+            total += cancelled
+            if following is None:
+                return total
+            position = following
+
+    # --- Taking tasks -----------------------------------------------------------------------------
+
+    def lease(
+        self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
+    ) -> Sequence[Lease]:
+        """Claim up to ``limit`` due tasks for ``seconds``, the one that fell due first before the others."""
+
+        def action(connection: apsw.Connection) -> tuple[list[Lease], int]:
+            found = operations.lease(connection, owner=owner, limit=limit, seconds=seconds, now=now, queues=queues)
+            return found, operations.newest_seq(connection)
+
+        leases, newest = self._writer.run(action, durable=False)
+        self._watch.seen(newest)
+        if now >= self._next_prune:
+            # Nobody waits for it: what is not forgotten now is forgotten later.
+            self._next_prune = now + _PRUNE_EVERY
+            self._writer.submit(lambda connection: self._prune(connection, now))
+        return leases
+
+    def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
+        """Prolong a lease. Raises ``LeaseLost``."""
+        until = now + seconds
+        values = {"id": lease.task.id, "owner": lease.owner, "until": until}
+
+        def action(connection: apsw.Connection) -> bool:
+            connection.execute(SQL["task_extend"], values)
+            return connection.changes() > 0
+
+        if not self._writer.run(action, durable=False):
+            raise _lost(lease)
+        return lease._replace(until=until)
+
+    def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
+        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""
+        if not self.settle_many(((lease, settlement),), now=now)[0]:
+            raise _lost(lease)
+
+    def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
+        """Settle several in one transaction; False stands for a lost lease."""
+        seconds = self._tombstone_seconds
+        return self._writer.run(
+            lambda connection: [
+                operations.settle(connection, lease, settlement, now=now, tombstone_seconds=seconds)
+                for lease, settlement in settlements
+            ],
+            # What a power cut undoes, the next delivery finds in the ledger, which is synced.
+            durable=False,
+        )
+
+    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
+        """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
+        return self._read(lambda connection: _next_due(connection, now=now, queues=queues))
+
+    def wait(self, timeout: float) -> bool:
+        """Block until a task is enqueued (by any process) or ``timeout`` seconds pass.
+
+        True if there may be a task that no ``lease`` or ``wait`` has seen yet, or after ``wake``.
+        """
+        return self._watch.wait(timeout)
+
+    def wake(self) -> None:
+        """End a ``wait`` of this process early."""
+        self._watch.wake()
+
+    def prune(self, *, now: float) -> int:
+        """Forget what is too old: tombstones, history, stray records, ledger entries; returns how many.
+
+        Does a bounded amount in one call. ``lease`` has it done about once a minute, and sooner if much is old.
+        """
+        return self._writer.run(lambda connection: self._prune(connection, now))
+
+    def _prune(self, connection: apsw.Connection, now: float) -> int:
+        removed = operations.prune(connection, now=now, history_seconds=self._history_seconds, limit=_PRUNED_AT_ONCE)
+        removed += operations.archive(
+            connection, now=now, dead_seconds=self._dead_seconds, dead_limit=self._dead_limit, limit=_PRUNED_AT_ONCE
+        )
+        removed += prune_ledger(connection, now=now, limit=_PRUNED_AT_ONCE)
+        if removed >= _PRUNED_AT_ONCE:  # there may be more, and more comes all the time
+            self._next_prune = min(self._next_prune, now + _PRUNE_AGAIN)
+        return removed
+
+    # --- Looking ----------------------------------------------------------------------------------
+
+    def _read(self, look: Callable[[apsw.Connection], T]) -> T:
+        """Look at the file as it is at one moment. What cannot be read is mended first."""
+        try:
+            return self._read_once(look)
+        except UnicodeDecodeError:
+            pass  # and its traceback goes, with the statement that holds on to that moment
+        self._writer.run(mend)
+        return self._read_once(look)
+
+    def _read_once(self, look: Callable[[apsw.Connection], T]) -> T:
+        with self._reader.use() as connection, connection:
+            found = look(connection)
+        return found  # noqa: RET504  # pyright: ignore[reportReturnType]  # to type checkers, `with` may swallow
+
+    def stats(self, *, now: float) -> Sequence[QueueStats]:
+        """Counts of every queue that has a task or a dead letter, sorted by name."""
+        return self._read(lambda connection: _stats(connection, now=now))
+
+    def tasks(
+        self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List tasks, newest first, without records; without ``states``: waiting, running and dead."""
+        of_queue = "" if queue is None else " AND queue = :queue"
+
+        def look(connection: apsw.Connection) -> list[TaskView]:
+            found: list[TaskView] = []
+            for state in dict.fromkeys(states or _DEFAULT_STATES):
+                view, condition = _VIEWS[state]
+                statement = f"{SQL[view]} {condition}{of_queue} ORDER BY seq DESC LIMIT :limit"
+                found += map(task_view, connection.execute(statement, {"queue": queue, "limit": limit}))
+            return found
+
+        found = self._read(look)
+        found.sort(key=lambda task: task.created, reverse=True)
+        return found[:limit]
+
+    def dead_letters(
+        self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
+        ended, task_id = after or (-_FOREVER, "")
+        values = {
+            "archived": int(where.archived),
+            "queue": where.queue,
+            "reason": where.reason,
+            "callable_name": where.callable_name,
+            "since": -_FOREVER if where.since is None else where.since,
+            "before": _FOREVER if where.before is None else where.before,
+            "after_ended": ended,
+            "after_id": task_id,
+            "limit": limit,
+        }
+
+        def look(connection: apsw.Connection) -> list[TaskView]:
+            rows = connection.execute(SQL["dead_letters"], values).fetchall()
+            return [task_view(row, _records(connection, str(row[0]))) for row in rows]
+
+        return self._read(look)
+
+    def find(self, task_id: str) -> TaskView | None:
+        """One task in whatever state, with the records of its attempts; ended ones without a token."""
+
+        def look(connection: apsw.Connection) -> TaskView | None:
+            for view in ("view_tasks", "view_dead", "view_ended"):
+                row = first_row(connection.execute(f"{SQL[view]} WHERE id = :id", {"id": task_id}))
+                if row is not None:
+                    return task_view(row, _records(connection, task_id))
+            return None
+
+        return self._read(look)
+
+
+def _next_due(connection: apsw.Connection, *, now: float, queues: Sequence[str] | None) -> float | None:
+    controlled = controls.in_force(connection, now=now, queues=queues)
+    if controlled:
+        return controls.next_due(connection, controlled, now=now, queues=queues)
+    if queues is None:
+        due: float | None = connection.execute(SQL["next_due_of_all"]).get
+        return due
+    found = (connection.execute(SQL["next_due_of_queue"], (queue,)).get for queue in queues)
+    return min((due for due in found if due is not None), default=None)
+
+
+def _stats(connection: apsw.Connection, *, now: float) -> list[QueueStats]:
+    tasks = _counts(connection.execute(SQL["stats_tasks"]))
+    running = _counts(connection.execute(SQL["stats_running"], {"now": now}))
+    dead = _counts(connection.execute(SQL["stats_dead"]))
+    return [
+        QueueStats(
+            queue=queue,
+            waiting=tasks.get(queue, 0) - running.get(queue, 0),
+            running=running.get(queue, 0),
+            dead=dead.get(queue, 0),
+            oldest=connection.execute(SQL["stats_oldest"], {"queue": queue, "now": now}).get,
+        )
+        for queue in sorted({*tasks, *dead})
+    ]
+
+
+def _records(connection: apsw.Connection, task_id: str) -> list[AttemptRecord]:
+    return [attempt_record(row) for row in connection.execute(SQL["attempts_of"], (task_id,))]
+
+
+def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask], blob_limit: int) -> int:
+    for task in tasks:
+        operations.enqueue(connection, task, blob_limit=blob_limit)
+    return operations.newest_seq(connection)
+
+
+def _counts(rows: Iterable[tuple[Any, ...]]) -> dict[str, int]:
+    return {queue: count for queue, count in rows}  # noqa: C416 - dict() would not do: a row has any length
+
+
+def _lost(lease: Lease) -> LeaseLost:
+    return LeaseLost(f"the task {lease.task.id} is no longer ours; leave it to the dispatcher that has it now")
+
+
+def _close(writer: Writer, reader: Handle, watch: Watch, *, wait: bool) -> None:
+    writer.close(wait=wait)
+    reader.close(wait=wait)
+    watch.close(wait=wait)
+
+
+_open: Final[weakref.WeakSet[SQLiteQueue]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for queue in list(_open):
+        queue.close()

@@ -1,0 +1,283 @@
+-- Every statement of the SQLite engine, by name. Times are seconds since the epoch.
+
+-- name: newest_seq
+SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'safedefer_tasks'), 0);
+
+-- name: id_taken
+SELECT 'waiting' FROM safedefer_tasks WHERE id = :id
+UNION ALL SELECT 'dead' FROM safedefer_dead WHERE id = :id
+UNION ALL SELECT 'ended' FROM safedefer_ended WHERE id = :id
+LIMIT 1;
+
+-- name: blob_taken
+SELECT 1 FROM safedefer_blobs WHERE id = :blob_id;
+
+-- name: name_until
+SELECT until FROM safedefer_names WHERE queue = :queue AND name = :name;
+
+-- name: name_take
+INSERT INTO safedefer_names (queue, name, until) VALUES (:queue, :name, NULL)
+ON CONFLICT (queue, name) DO UPDATE SET until = NULL;
+
+-- name: name_bury
+UPDATE safedefer_names SET until = :until WHERE queue = :queue AND name = :name;
+
+-- name: task_insert
+INSERT INTO safedefer_tasks (
+    id, queue, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, digest, blob_id, due, token, unique_key
+) VALUES (
+    :id, :queue, :name, :callable_name, :url, :target, :audience, :headers, :retry_options,
+    :eta, :created, :expires, :digest, :blob_id, :eta, :token, :unique_key
+);
+
+-- name: unique_taken
+SELECT id FROM safedefer_tasks WHERE queue = :queue AND unique_key = :unique_key;
+
+-- name: blob_bytes
+SELECT blob_bytes FROM safedefer_totals;
+
+-- name: blob_insert
+INSERT INTO safedefer_blobs (id, task, data) VALUES (:blob_id, :seq, :data);
+
+-- name: due_of_all
+SELECT due, seq FROM safedefer_tasks WHERE due <= :now ORDER BY due, seq LIMIT :limit;
+
+-- name: due_of_queue
+SELECT due, seq FROM safedefer_tasks WHERE queue = :queue AND due <= :now ORDER BY due, seq LIMIT :limit;
+
+-- name: queues_with_tasks
+-- A skip-scan: one look-up for each queue, however many tasks it has.
+WITH RECURSIVE names (queue) AS (
+    SELECT min(queue) FROM safedefer_tasks
+    UNION ALL
+    SELECT (SELECT min(queue) FROM safedefer_tasks WHERE queue > names.queue) FROM names WHERE names.queue IS NOT NULL
+)
+SELECT queue FROM names WHERE queue IS NOT NULL;
+
+-- name: running_of_queue
+SELECT count(*) FROM safedefer_tasks INDEXED BY safedefer_tasks_leased
+WHERE queue = :queue AND owner IS NOT NULL AND due > :now;
+
+-- name: controls
+SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
+FROM safedefer_controls ORDER BY queue;
+
+-- name: control_set
+INSERT INTO safedefer_controls (queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled)
+VALUES (:queue, :rate, :bucket_size, :max_concurrent, :paused, :held_until, :tokens, :refilled)
+ON CONFLICT (queue) DO UPDATE
+SET rate = excluded.rate, bucket_size = excluded.bucket_size, max_concurrent = excluded.max_concurrent,
+    paused = excluded.paused, held_until = excluded.held_until, tokens = excluded.tokens,
+    refilled = excluded.refilled;
+
+-- name: control_delete
+DELETE FROM safedefer_controls WHERE queue = :queue;
+
+-- name: purge_next
+SELECT seq, id FROM safedefer_tasks WHERE queue = :queue AND seq > :after AND seq <= :newest
+ORDER BY seq LIMIT :limit;
+
+-- name: task_by_seq
+SELECT seq, id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created,
+    expires, digest, blob_id, due, owner, leased_at, attempts, deliveries, executions, first_attempt,
+    rejections, first_rejection, previous_response, retry_reason, token, unique_key
+FROM safedefer_tasks WHERE seq = :seq;
+
+-- name: task_lease
+-- Counters stop at a value that one more does not overflow, whatever somebody wrote into the file.
+UPDATE safedefer_tasks
+SET owner = :owner, leased_at = :now, due = :until, deliveries = min(deliveries, 2147483646) + 1,
+    attempts = :attempts, first_attempt = :first_attempt, retry_reason = :retry_reason,
+    previous_response = :previous_response
+WHERE seq = :seq;
+
+-- name: task_extend
+UPDATE safedefer_tasks SET due = :until WHERE id = :id AND owner = :owner;
+
+-- name: task_standing
+SELECT seq, queue, name, audience, expires, digest, owner, due, leased_at
+FROM safedefer_tasks WHERE id = :id;
+
+-- name: task_retry
+UPDATE safedefer_tasks
+SET owner = NULL, leased_at = NULL, due = :at,
+    attempts = min(attempts, 2147483646) + :charged,
+    first_attempt = CASE WHEN :charged THEN coalesce(first_attempt, leased_at) ELSE first_attempt END,
+    executions = min(executions, 2147483646) + :executed,
+    rejections = min(rejections, 2147483646) + :rejected,
+    first_rejection = CASE WHEN :rejected THEN coalesce(first_rejection, :now) ELSE first_rejection END,
+    previous_response = :status,
+    retry_reason = :reason
+WHERE seq = :seq;
+
+-- name: task_to_dead
+-- A row of the same id that is there already is not ours: an id is in one table at a time.
+INSERT OR REPLACE INTO safedefer_dead (
+    id, queue, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, attempts, reason, ended, token
+)
+SELECT id, queue, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, min(attempts, 2147483646) + :charged, :reason, :now,
+    coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq), token)
+FROM safedefer_tasks WHERE seq = :seq;
+
+-- name: task_to_ended
+INSERT OR REPLACE INTO safedefer_ended (
+    id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, reason, ended
+)
+SELECT id, queue, name, callable_name, url, target, audience, eta, created, expires,
+    min(attempts, 2147483646) + :charged, :state, :reason, :now
+FROM safedefer_tasks WHERE seq = :seq;
+
+-- name: task_delete
+DELETE FROM safedefer_tasks WHERE seq = :seq;
+
+-- name: next_due_of_all
+SELECT min(due) FROM safedefer_tasks;
+
+-- name: next_due_of_queue
+SELECT min(due) FROM safedefer_tasks WHERE queue = :queue;
+
+-- name: stats_tasks
+SELECT queue, count(*) FROM safedefer_tasks GROUP BY queue;
+
+-- name: stats_running
+SELECT queue, count(*) FROM safedefer_tasks WHERE owner IS NOT NULL AND due > :now GROUP BY queue;
+
+-- name: stats_dead
+SELECT queue, count(*) FROM safedefer_dead WHERE archived IS NULL GROUP BY queue;
+
+-- name: stats_oldest
+SELECT due FROM safedefer_tasks WHERE queue = :queue AND (owner IS NULL OR due <= :now) ORDER BY due LIMIT 1;
+
+-- name: view_tasks
+SELECT id, queue, iif(owner IS NULL, 'waiting', 'running'), name, callable_name, url, target, audience, headers,
+    retry_options, eta, created, expires, attempts, retry_reason, NULL,
+    coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq), token)
+FROM safedefer_tasks
+
+-- name: view_dead
+SELECT id, queue, 'dead', name, callable_name, url, target, audience, headers,
+    retry_options, eta, created, expires, attempts, reason, ended, token
+FROM safedefer_dead
+
+-- name: view_ended
+SELECT id, queue, state, name, callable_name, url, target, audience, '{}',
+    '{}', eta, created, expires, attempts, reason, ended, x''
+FROM safedefer_ended
+
+-- name: dead_letters
+SELECT id, queue, 'dead', name, callable_name, url, target, audience, headers,
+    retry_options, eta, created, expires, attempts, reason, ended, token
+FROM safedefer_dead
+WHERE (archived IS NOT NULL) = :archived
+    AND (:queue IS NULL OR queue = :queue)
+    AND (:reason IS NULL OR reason = :reason)
+    AND (:callable_name IS NULL OR callable_name = :callable_name)
+    AND ended >= :since AND ended < :before AND (ended, id) > (:after_ended, :after_id)
+ORDER BY ended, id LIMIT :limit;
+
+-- name: dead_archive_old
+UPDATE safedefer_dead SET archived = :now WHERE seq IN (
+    SELECT seq FROM safedefer_dead WHERE archived IS NULL AND ended < :before ORDER BY ended, id LIMIT :limit
+);
+
+-- name: dead_archive_excess
+UPDATE safedefer_dead SET archived = :now WHERE seq IN (
+    SELECT seq FROM safedefer_dead WHERE archived IS NULL ORDER BY ended DESC, id DESC LIMIT :limit OFFSET :keep
+);
+
+-- name: dead_delete
+DELETE FROM safedefer_dead WHERE id = :id;
+
+-- name: attempt_insert
+INSERT INTO safedefer_attempts (
+    task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
+) VALUES (
+    :task_id, :audience, :started, :ended, :outcome, :status, :reason, :exception_type, :traceback,
+    NOT (
+        EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = :task_id)
+        OR EXISTS (SELECT 1 FROM safedefer_dead WHERE id = :task_id)
+        OR EXISTS (SELECT 1 FROM safedefer_ended WHERE id = :task_id)
+    )
+);
+
+-- name: attempts_trim
+DELETE FROM safedefer_attempts WHERE task_id = :task_id AND seq <= (
+    SELECT seq FROM safedefer_attempts WHERE task_id = :task_id ORDER BY seq DESC LIMIT 1 OFFSET :keep
+);
+
+-- name: attempts_of
+SELECT task_id, audience, started, ended, outcome, status, reason, exception_type, traceback
+FROM safedefer_attempts WHERE task_id = :id ORDER BY seq;
+
+-- name: attempts_last_reason
+SELECT reason FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 1;
+
+-- name: ledger_find
+SELECT digest, state, owner, until, uncharged FROM safedefer_ledger
+WHERE audience = :audience AND task_id = :task_id;
+
+-- name: ledger_begin
+INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, until, expires, uncharged)
+VALUES (:audience, :task_id, :digest, 'running', :owner, :until, :expires, 1)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = 1;
+
+-- name: ledger_extend
+UPDATE safedefer_ledger SET until = :until
+WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
+
+-- name: ledger_finish
+UPDATE safedefer_ledger SET state = :state, owner = NULL, until = 0
+WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
+
+-- name: ledger_charged
+UPDATE safedefer_ledger SET uncharged = 0 WHERE audience = :audience AND task_id = :task_id AND uncharged = 1;
+
+-- name: ledger_end
+INSERT INTO safedefer_ledger (audience, task_id, digest, state, expires)
+VALUES (:audience, :task_id, :digest, :state, :expires)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = excluded.state, owner = NULL, until = 0, uncharged = 0
+WHERE state IN ('running', 'retry');
+
+-- name: ledger_prune
+DELETE FROM safedefer_ledger WHERE (audience, task_id) IN (
+    SELECT audience, task_id FROM safedefer_ledger
+    WHERE expires < :before AND NOT (state = 'running' AND until > :now) LIMIT :limit
+);
+
+-- name: names_prune
+DELETE FROM safedefer_names WHERE (queue, name) IN (
+    SELECT queue, name FROM safedefer_names WHERE until IS NOT NULL AND until <= :now LIMIT :limit
+);
+
+-- name: attempts_of_ended_prune
+-- Runs right before ended_prune, and so sees the same rows.
+DELETE FROM safedefer_attempts WHERE task_id IN (
+    SELECT id FROM safedefer_ended WHERE ended < :before ORDER BY ended, seq LIMIT :limit
+);
+
+-- name: ended_prune
+DELETE FROM safedefer_ended WHERE seq IN (
+    SELECT seq FROM safedefer_ended WHERE ended < :before ORDER BY ended, seq LIMIT :limit
+);
+
+-- name: attempts_stray_prune
+DELETE FROM safedefer_attempts WHERE seq IN (
+    SELECT seq FROM safedefer_attempts WHERE stray AND ended < :before LIMIT :limit
+);
+
+-- name: attempts_become_stray
+UPDATE safedefer_attempts SET stray = 1 WHERE task_id = :id;
+
+-- name: blob_get
+SELECT data FROM safedefer_blobs WHERE id = :id;
+
+-- name: blob_delete
+DELETE FROM safedefer_blobs WHERE id = :id;
+
+-- name: blobs_collect
+DELETE FROM safedefer_blobs WHERE task NOT IN (SELECT seq FROM safedefer_tasks);

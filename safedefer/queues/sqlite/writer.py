@@ -1,0 +1,212 @@
+"""The one writer: concurrent operations share a transaction, and so one fsync (group commit).
+
+Each operation runs in a savepoint, so that one which fails does not spoil the others. One that meets text
+which cannot be read runs again, once the text is mended. Nobody is told of success before COMMIT has returned.
+
+What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
+again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import apsw
+
+from safedefer.errors import QueueUnavailable
+from safedefer.queues.sqlite.connection import Handle, forked, register_fork, unavailable
+from safedefer.queues.sqlite.repair import mend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+_BATCH: Final = 256
+"""The most operations in one transaction: bounds how long another process waits for the lock."""
+
+_Operation = tuple["Callable[[apsw.Connection], Any]", "Future[Any]", bool]
+
+
+class Writer:
+    """Runs operations on one connection, in one thread that is started when there is work."""
+
+    def __init__(self, path: str, *, busy_timeout: float) -> None:
+        self._handle = Handle(path, busy_timeout=busy_timeout)
+        self._begin()
+        register_fork(self)
+
+    def _begin(self) -> None:
+        self._changed = threading.Condition()
+        self._pending: deque[_Operation] = deque()
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+        self._pausing = False
+        self._closed = False
+
+    def run(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> T:
+        """Run ``action`` in a transaction, and return its result once that is committed.
+
+        Without ``durable`` a power cut (not a crash) may undo it, as long as nothing durable came after.
+
+        Raises what ``action`` raised, its changes undone, or ``QueueUnavailable``.
+        """
+        return self.submit(action, durable=durable).result()
+
+    def submit(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> Future[T]:
+        """Have ``action`` run, and return at once; the future is completed after the commit."""
+        future: Future[T] = Future()
+        with self._changed:
+            if self._closed:
+                raise QueueUnavailable("the queue is closed; open a new one")
+            if self._thread is None:
+                self._start()
+            elif self._pid != os.getpid():
+                raise forked(self._handle.path)
+            self._pending.append((action, future, durable))
+            self._changed.notify()
+        return future
+
+    def close(self, *, wait: bool = True) -> None:
+        """Finish what was submitted, then close the connection. Later operations are refused.
+
+        Without ``wait``, the writer's own thread does so after this returned; see ``Handle.close``.
+        """
+        with self._changed:
+            self._closed = True
+            if not wait:
+                self._thread = None
+                self._changed.notify()
+        if wait:
+            self._rest()
+
+    def _start(self) -> None:
+        if not self._pausing:
+            # A daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
+            self._thread = threading.Thread(target=self._work, name="safedefer-writer", daemon=True)
+            self._pid = os.getpid()
+            self._thread.start()
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            _Batch(self._handle, batch).run()
+        if self._closed:
+            # Here and not in close(): the garbage collector may call that one within this thread.
+            self._handle.close()
+
+    def _next_batch(self) -> list[_Operation]:
+        with self._changed:
+            while not self._pending and not self._pausing and not self._closed:
+                self._changed.wait()
+            if self._pausing:
+                return []
+            return [self._pending.popleft() for _ in range(min(_BATCH, len(self._pending)))]
+
+    def _rest(self) -> None:
+        with self._changed:
+            thread, self._thread = self._thread, None
+            self._changed.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def before_fork(self) -> None:
+        """End the thread after its batch: the child has no copy of it."""
+        with self._changed:
+            self._pausing = True
+        self._rest()
+        self._handle.before_fork()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on with what is pending."""
+        self._handle.after_fork_in_parent()
+        with self._changed:
+            self._pausing = False
+            if self._pending:
+                self._start()
+
+    def after_fork_in_child(self) -> None:
+        """Begin with nothing: what is pending is the parent's."""
+        self._handle.after_fork_in_child()
+        closed = self._closed
+        self._begin()
+        self._closed = closed
+
+
+class _Batch:
+    """Some operations in one transaction."""
+
+    def __init__(self, handle: Handle, operations: list[_Operation]) -> None:
+        self._handle = handle
+        self._operations = operations
+        self._outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
+
+    def run(self) -> None:
+        """Run, commit, and complete every future. Never raises."""
+        try:
+            with self._handle.use() as connection:
+                self._transact(connection)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, callers wait for an answer
+            for _, future, _ in self._operations:
+                future.set_exception(self._failure(error))
+            return
+        for future, result, failure in self._outcomes:
+            if failure is None:
+                future.set_result(result)
+            else:
+                future.set_exception(failure)
+
+    def _failure(self, error: BaseException) -> QueueUnavailable:
+        # One exception for each caller: a traceback belongs to one thread.
+        failure = QueueUnavailable(str(error) if isinstance(error, QueueUnavailable) else f"the write failed: {error}")
+        failure.__cause__ = error.__cause__ or error
+        return failure
+
+    def _transact(self, connection: apsw.Connection) -> None:
+        durable = any(durable for _, _, durable in self._operations)
+        if not durable:
+            connection.execute("PRAGMA synchronous = NORMAL")
+        try:
+            self._commit(connection)
+        finally:
+            if not durable:
+                connection.execute("PRAGMA synchronous = FULL")
+
+    def _commit(self, connection: apsw.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for action, future, _ in self._operations:
+                self._outcomes.append((future, *self._attempt(connection, action)))
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _attempt(
+        self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
+    ) -> tuple[Any, BaseException | None]:
+        result, failure = self._try(connection, action)
+        if isinstance(failure, UnicodeDecodeError):
+            # One row that somebody wrote must not keep the others from being settled.
+            result, failure = self._try(connection, mend)
+            return (result, failure) if failure else self._try(connection, action)
+        return result, failure
+
+    def _try(
+        self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
+    ) -> tuple[Any, BaseException | None]:
+        connection.execute("SAVEPOINT operation")
+        try:
+            result = action(connection)
+        except Exception as error:
+            if not connection.in_transaction:
+                raise  # Some errors (disk full, I/O) end the whole transaction.
+            connection.execute("ROLLBACK TO operation")
+            connection.execute("RELEASE operation")
+            return None, unavailable(self._handle.path, error) if isinstance(error, apsw.Error) else error
+        connection.execute("RELEASE operation")
+        return result, None

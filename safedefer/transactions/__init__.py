@@ -1,0 +1,1 @@
+"""Tasks that go with the user's own transaction."""
