@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from safedefer import Policy, current_task, execution
+from safedefer import Policy, current_task
+from safedefer.execution import run as execution
 from safedefer.execution.run import Interrupted, Prepared, Result, TaskContext, call_in_thread, execute, is_async
 from safedefer.task import VerifiedTask
 from tests import sample_tasks as tasks

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from safedefer.codecs import attrs_types, registry
+from safedefer.codecs import registry
 from safedefer.codecs.registry import CORE_TAGS, TypeRegistry
 from safedefer.codecs.typed import CallData, TypedCodec
+from safedefer.codecs.types import attrs as attrs_types
 from safedefer.errors import ConfigurationError, InvalidArguments, UnencodableArgument
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND
