@@ -415,7 +415,7 @@ def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> objec
         return tuple.__new__(plan.cls, dec.items(parts["items"], depth + 1))
     if base is frozenset:
         values = read_members(dec, parts["items"], depth + 1)
-        made: Any = hashed(lambda values: frozenset.__new__(plan.cls, values), values)
+        made: Any = hashed(lambda values: frozenset.__new__(plan.cls, values), values, values)
         if frozenset.__len__(made) != len(values):
             raise Refusal("two set members are equal")
         return made
