@@ -14,7 +14,7 @@ from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any, Final, cast
 
 from safedefer.codecs import inspect_safely
-from safedefer.codecs.class_layout import Plan
+from safedefer.codecs.class_layout import Plan, function_names
 from safedefer.codecs.decoder import Decoder, array, record, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.object_state import attributes, begin, begin_decoded, planned_class, restore, run
@@ -257,7 +257,14 @@ def _builtin_plan(dec: Decoder, name: str) -> Plan | None:
 
 def _plan_of(cls: type) -> Plan:
     """Return the plan of a built-in exception."""
-    return Plan(cls, "$exception", cls, inspect_safely.dict_getter(cls))
+    plan = _PLANS.get(id(cls))
+    if plan is None:
+        getter = inspect_safely.dict_getter(cls)
+        plan = _PLANS[id(cls)] = Plan(cls, "$exception", cls, getter, functions=function_names(cls))
+    return plan
+
+
+_PLANS: Final[dict[int, Plan]] = {}
 
 
 def _encode_builtin(enc: Encoder, value: BaseException, depth: int) -> Json:
