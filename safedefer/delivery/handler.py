@@ -78,6 +78,8 @@ _log: Final = logging.getLogger("safedefer")
 
 _REFUSED_BODY: Final = b"refused\n"
 _STORAGE_THREADS: Final = 4
+#: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
+_LARGE: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +238,8 @@ class Delivery:
 
     async def _handle(self, run: Run, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
-            verified = self._verifier.verify(body, url=url, now=run.started, queue=hints.queue)
+            verify = partial(self._verifier.verify, body, url=url, now=run.started, queue=hints.queue)
+            verified = verify() if len(body) <= _LARGE else await self._threads(verify)
             if isinstance(verified, VerifiedPointer):
                 task = await self._fetch(run, verified, url)
                 if task is None:
@@ -263,7 +266,8 @@ class Delivery:
         data = await self._storage(partial(self._blobs().get, pointer.blob["id"]))
         if data is None:
             return None
-        return self._verifier.verify_stored(pointer, data, url=url, now=run.started)
+        verify = partial(self._verifier.verify_stored, pointer, data, url=url, now=run.started)
+        return verify() if len(data) <= _LARGE else await self._threads(verify)
 
     async def _missing_blob(self, run: Run) -> Response:
         # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.

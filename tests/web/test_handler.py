@@ -4,7 +4,9 @@ import asyncio
 import gzip
 import json
 import logging
+import threading
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -512,6 +514,32 @@ async def test_bodies_that_stop_before_their_end_share_a_budget(tmp_path):
         assert await answers([again], 5.0) == [403], "what was given up is given back"
         assert served.app.delivery.budget.take(10 * size), "all of it"
         again[1].close()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_large_token_does_not_hold_up_the_loop_while_it_is_verified(tmp_path, stored):
+    async with serve(tmp_path) as served:
+        call = {"values": list(range(20_000))}
+        token = (
+            served.app.defer(tasks.keywords, **call).payload if stored else served.app.serialize(tasks.keywords, **call)
+        )
+        where = []
+        verifier = served.app.delivery._verifier
+        name = "verify_stored" if stored else "verify"
+        original = getattr(verifier, name)
+
+        def noted(*args, **kwargs):
+            where.append(threading.current_thread() is threading.main_thread())
+            return original(*args, **kwargs)
+
+        served.app.delivery._verifier = SimpleNamespace(
+            verify=noted if not stored else verifier.verify, verify_stored=noted if stored else verifier.verify_stored
+        )
+        assert await served.outcome(token) == (200, "succeeded")
+        assert where == [False]
+        small = served.app.defer(tasks.add, 1).payload
+        assert await served.outcome(small) == (200, "succeeded")
+        assert where == ([False] if stored else [False, True])
 
 
 @pytest.mark.parametrize("how", ["read", "text", "twice"])
