@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import copyreg
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, EnumType, Flag
 from inspect import signature
@@ -126,6 +126,9 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         }.values()
     )
     own = {name: None if hook is None or ignored(hook[1]) else hook[1] for name, hook in hooks.items()}
+    if base is set or base is frozenset:  # their own __reduce__ asks for no arguments
+        own["__getnewargs__"] = own["__getnewargs_ex__"] = None
+    _pair_hooks(own, hooks)
     if any(own.values()):
         if exception:
             raise ValueError(f"an exception with state hooks or a __new__ of its own is not carried; {REMEDY}")
@@ -152,6 +155,20 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         (found := inspect_safely.lookup(cls, "__hash__")) is not None and found[0] is object,
         function_names(cls),
     )
+
+
+def _pair_hooks(own: dict[str, FunctionType | None], hooks: Mapping[str, tuple[type, FunctionType] | None]) -> None:
+    """Let a hook of the class's own meet its counterpart, which a library generated, as pickle would.
+
+    Raises:
+        ValueError: What one of them takes or returns is the library's own affair.
+    """
+    for name, other in (("__getstate__", "__setstate__"), ("__setstate__", "__getstate__")):
+        if own[name] is not None and own[other] is None and hooks[other] is not None:
+            raise ValueError(f"it defines {name}, and {other} is that of a library; define both, or {REMEDY}")
+    new = hooks["__new__"]
+    if new is not None and (own["__getnewargs__"] is not None or own["__getnewargs_ex__"] is not None):
+        own["__new__"] = new[1]
 
 
 _FUNCTIONS: Final = (

@@ -98,7 +98,7 @@ def attributes(enc: Encoder, value: object, plan: Plan) -> _Pairs:
         Refusal: They cannot be told apart, or ``__getstate__`` returns another shape.
     """
     if plan.getstate is not None:
-        own, held = _halves(enc, hook_state(enc, value, plan))
+        own, held = _halves(enc, hook_state(enc, value, plan), plan)
     else:
         own, held = _own_dict(enc, value, plan), _slots(value, plan)
     _check_apart(own, held)
@@ -151,9 +151,11 @@ def _check_apart(own: dict[Any, Any], held: dict[str, Any]) -> None:
         raise Refusal(f"its __dict__ and its slots share a name; {REMEDY}")
 
 
-def _halves(enc: Encoder, state: Any) -> tuple[dict[Any, Any], dict[str, Any]]:
+def _halves(enc: Encoder, state: Any, plan: Plan) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Read a state as Python does for a class without ``__setstate__``: a dict, or a pair of dicts."""
     own, held = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004
+    if own is not None and plan.state_of is None:
+        raise Refusal("its __getstate__ returns a dict, and its objects have none; return (None, a dict of the slots)")
     own, held = ({} if each is None else each for each in (own, held))
     if type(own) is not dict or type(held) is not dict:
         raise Refusal("its __getstate__ returns no dict, and it has no __setstate__; define one")
