@@ -1,0 +1,31 @@
+"""``safedefer keys``: makes keys."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import UTC, datetime
+
+import click
+
+from safedefer.keys import MIN_SECRET_BYTES
+from safedefer.token import encode_segment
+
+
+@click.group()
+def keys() -> None:
+    """Make keys."""
+
+
+@keys.command("new")
+@click.option("--kid", default=None, help="The key's name in tokens; not secret.")
+@click.option("--jwk", is_flag=True, help="Print a JWK Set for SAFEDEFER_KEYS_FILE instead.")
+def keys_new(*, kid: str | None, jwk: bool) -> None:
+    """Print a new key, in the form that SAFEDEFER_KEYS takes."""
+    kid = kid or f"{datetime.now(UTC):k%Y%m%d}-{secrets.token_hex(2)}"
+    secret = encode_segment(secrets.token_bytes(MIN_SECRET_BYTES)).decode()
+    if jwk:
+        key = {"kty": "oct", "kid": kid, "alg": "HS256", "k": secret, "safedefer_state": "active"}
+        click.echo(json.dumps({"keys": [key]}, indent=2))
+    else:
+        click.echo(f"SAFEDEFER_KEYS={kid}:{secret}")
