@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 
 import click
 
-from safedefer.keys import MIN_SECRET_BYTES
+from safedefer.errors import ConfigurationError
+from safedefer.keys import MIN_SECRET_BYTES, Key
 from safedefer.token import encode_segment
 
 
@@ -22,8 +23,14 @@ def keys() -> None:
 @click.option("--jwk", is_flag=True, help="Print a JWK Set for SAFEDEFER_KEYS_FILE instead.")
 def keys_new(*, kid: str | None, jwk: bool) -> None:
     """Print a new key, in the form that SAFEDEFER_KEYS takes."""
-    kid = kid or f"{datetime.now(UTC):k%Y%m%d}-{secrets.token_hex(2)}"
-    secret = encode_segment(secrets.token_bytes(MIN_SECRET_BYTES)).decode()
+    if kid is None:
+        kid = f"{datetime.now(UTC):k%Y%m%d}-{secrets.token_hex(2)}"
+    raw = secrets.token_bytes(MIN_SECRET_BYTES)
+    try:
+        Key(kid, raw)  # the rule of every kid is its own
+    except ConfigurationError as error:
+        raise click.BadParameter(f"{error}; choose such a name, or leave --kid out", param_hint="--kid") from error
+    secret = encode_segment(raw).decode()
     if jwk:
         key = {"kty": "oct", "kid": kid, "alg": "HS256", "k": secret, "safedefer_state": "active"}
         click.echo(json.dumps({"keys": [key]}, indent=2))

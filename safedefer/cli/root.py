@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import sys
 import time
 from typing import Any
@@ -33,7 +34,20 @@ class _Group(click.Group):
         except Error as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:  # the port is taken, the host is not ours, the disk is full
+            if isinstance(error, BrokenPipeError) and _output_is_closed():
+                raise  # click ends the process without a word
             raise click.ClickException(f"{error.strerror or error}; correct that and start again") from error
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output has left, as ``head`` does; a socket breaks with the same error."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # it is no file
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are reported unasked
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
