@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
-from safedefer.claims import TaskRetryOptions
 from safedefer.concurrency.threads import Threads
 from safedefer.dispatcher.attempt import Courier
 from safedefer.dispatcher.leases import Leases, name_of
@@ -41,6 +40,7 @@ from safedefer.dispatcher.retry_policy import (
 )
 from safedefer.dispatcher.transport import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
 from safedefer.errors import InvalidTaskRetryOptionsError, QueueError
+from safedefer.options import TaskRetryOptions
 from safedefer.queues.base import Lease, PullQueue, Settlement
 from safedefer.queues.loop_calls import QueueCalls, ThreadedQueue, queue_calls
 from safedefer.queues.rates import QueueLimits

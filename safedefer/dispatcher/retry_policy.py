@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
-from safedefer.claims import TaskRetryOptions
 from safedefer.errors import InvalidTaskRetryOptionsError
 from safedefer.headers import Answer, Response, read_answer
 from safedefer.ledger import AttemptRecord
+from safedefer.options import TaskRetryOptions
 from safedefer.queues.base import Lease, Settlement, Verdict
 from safedefer.queues.rates import MAX_HOLD
 
