@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from safedefer.blobs import Blob
-from safedefer.claims import split_audience
 from safedefer.queues.base import QueuedTask
 
 
@@ -103,4 +102,4 @@ def transactional(text: str, task_id: str) -> QueuedTask:
 
 def environment_of(task: QueuedTask) -> str:
     """Return the environment that a task's audience names. Raises ValueError if it names none."""
-    return split_audience(task.audience)[0]
+    return task.audience.partition(":")[0]
