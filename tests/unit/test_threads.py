@@ -157,6 +157,7 @@ async def test_a_result_is_kept_by_nobody(monkeypatch):
         large = await threads(Large)
         there = weakref.ref(large)
         del large
+        await asyncio.sleep(0)  # what resumed this coroutine had it
         await until(lambda: threads._idle)
         gc.collect()
         assert there() is None
