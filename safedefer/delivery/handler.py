@@ -130,6 +130,8 @@ class Delivery:
         self._options = options
         self.budget = ByteBudget(options.unverified_bytes)
         """What bodies that are being read may take together: whoever reads one asks before each chunk."""
+        self.handled = 0
+        """How many requests were taken since the start, to their end."""
         self._running = 0
         self._abandoned = 0
         self._draining = False
@@ -232,6 +234,7 @@ class Delivery:
             self._abandoned += 1
             raise
         finally:
+            self.handled += 1
             self._running -= 1
             if not self._running:
                 self._idle.set()
