@@ -236,9 +236,10 @@ def _check_imports(plan: Plan, state: Mapping[str, object]) -> None:
 
 def imports_when_shown(value: object) -> bool:
     """Whether ``traceback`` would import a module by its name to show this exception."""
-    descriptor = ImportError.__dict__.get(_NAME_FROM)
-    derived = descriptor is not None and inspect_safely.derives(type(value), ImportError)
-    return derived and descriptor.__get__(value) is not None
+    descriptor = ImportError.__dict__.get(_NAME_FROM)  # None before Python 3.12
+    if descriptor is None or not inspect_safely.derives(type(value), ImportError):
+        return False
+    return descriptor.__get__(value) is not None
 
 
 def _set(dec: Decoder, value: object, key: str, descriptor: Any, tree: Json, depth: int) -> None:
