@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from safedefer import deferred, errors
 from safedefer.app import App, Deferral
-from safedefer.claims import DEFAULT_URL, Limits, Options, TaskRetryOptions
+from safedefer.claims import Limits
 from safedefer.codecs.registry import register_type
 from safedefer.deferred import (
     configure,
@@ -41,10 +41,11 @@ from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
 from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
 from safedefer.execution.run import TaskContext, current_task
 from safedefer.keys import Key, Keyring, KeyState
+from safedefer.options import DEFAULT_URL, Options, Task, TaskRetryOptions
 from safedefer.policy import Policy, deferrable
 from safedefer.refs import CallableRef
 from safedefer.signing import Serves, Signer, Verifier
-from safedefer.task import Task, VerifiedPointer, VerifiedTask
+from safedefer.task import VerifiedPointer, VerifiedTask
 
 if TYPE_CHECKING:
     from safedefer.deferred import TaskHandler
