@@ -213,6 +213,27 @@ def test_a_trigger_that_another_role_was_let_put_on_the_own_table_does_not_run(w
     assert "trigger" in caplog.text
 
 
+@pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
+def test_a_trigger_that_comes_between_the_check_and_the_use_is_seen(world, app, level):
+    """By a superuser, whom nobody refuses: what counts is that the lock is waited for, and the table judged after it."""
+    app.outbox._relay.expect = lambda *_: None  # no thread: the sweep is below
+    world.look.execute(f"ALTER ROLE {world.shop} SET default_transaction_isolation = '{level}'")
+    with psycopg.connect(world.url(world.shop)) as connection:
+        defer(app, connection)
+    with psycopg.connect(world.dsn) as other:
+        other.execute(STEAL.format(schema="public"))
+        other.execute(TRAPS["trigger"].format(table="safedefer_outbox", schema="public"))
+        moved = []
+        sweep = threading.Thread(target=lambda: moved.append(app.outbox.sweep()))
+        sweep.start()
+        until(lambda: world.look.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone())
+        other.commit()
+        sweep.join(10.0)
+    assert moved == [0]
+    assert world.count("safedefer_outbox") == 1
+    assert not world.is_robbed()
+
+
 def test_whoever_may_put_triggers_on_the_table_is_named_before_there_is_one(world, app):
     with psycopg.connect(world.url(world.shop)) as connection:
         defer(app, connection)
