@@ -35,6 +35,10 @@ _AGAIN_SECONDS: Final = 0.1
 #: A connection that nobody has needed for so long is closed.
 _IDLE_SECONDS: Final = 300.0
 
+#: The ``search_path`` of all connections of the queue. Functions and operators are those of pg_catalog, which comes before it:
+#: another role may have made some, in a schema such as ``public``, whose types fit better, and they would run as ours.
+SEARCH_PATH: Final = "safedefer"
+
 _Connection: TypeAlias = psycopg.Connection[Any]
 
 #: Arrays of these go as they are: as text, each element is quoted and parsed again, and a batch took twice as long.
@@ -111,7 +115,9 @@ class Producers:
         given = conninfo_to_dict(self._dsn)
         # A machine that is gone is noticed; the others' parameters are the user's, if there are any.
         alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
-        options = f"-c jit=off -c statement_timeout={_STATEMENT_SECONDS}s {given.get('options', '')}"
+        own = f"-c jit=off -c statement_timeout={_STATEMENT_SECONDS}s"
+        # The path comes last: it is not the user's to choose.
+        options = f"{own} {given.get('options', '')} -c search_path={SEARCH_PATH}"
         parameters = {"connect_timeout": _CONNECT_SECONDS, **alive, **given, "options": options}
         connection = psycopg.connect("", autocommit=True, **{**parameters, "application_name": "safedefer"})  # type: ignore[arg-type]  # libpq's, by name
         for kind, dumper in _BINARY:

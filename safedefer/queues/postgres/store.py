@@ -24,6 +24,7 @@ from pgqueuer.queries import Queries
 from pgqueuer.types import Channel, QueueEntrypoint, QueueManagerId
 
 from safedefer.errors import ConfigurationError, QueueUnavailable
+from safedefer.queues.postgres import producers
 from safedefer.queues.postgres.errors import REMEDY_MIGRATE, closed, failure, is_gone, place, refusal
 from safedefer.queues.postgres.operations import SQL, ago
 from safedefer.queues.postgres.producers import Producers
@@ -224,7 +225,13 @@ class Pools:
                 timeout=_CONNECT_SECONDS,
                 max_cached_statement_lifetime=_PLANNED_SECONDS,
                 reset=_keep,
-                server_settings={"application_name": "safedefer", **_BY_INDEX, **_MISSED, **_SETTINGS[purpose]},
+                server_settings={
+                    "application_name": "safedefer",
+                    "search_path": producers.SEARCH_PATH,
+                    **_BY_INDEX,
+                    **_MISSED,
+                    **_SETTINGS[purpose],
+                },
             )
         return pool
 
@@ -382,7 +389,7 @@ class Connections:
     async def _listen_once(self) -> None:
         connection = await asyncpg.connect(
             self._dsn, timeout=_CONNECT_SECONDS, command_timeout=_ALIVE_SECONDS,
-            server_settings={"application_name": "safedefer-listen"},
+            server_settings={"application_name": "safedefer-listen", "search_path": producers.SEARCH_PATH},
         )  # fmt: skip
         try:
             gone = asyncio.Event()
@@ -470,7 +477,11 @@ def _wanted(statements: Iterable[str]) -> list[str]:
 
 
 async def _migrate(dsn: str) -> list[str]:
-    connection = await asyncpg.connect(dsn, timeout=_CONNECT_SECONDS, server_settings={"application_name": "safedefer"})
+    connection = await asyncpg.connect(
+        dsn,
+        timeout=_CONNECT_SECONDS,
+        server_settings={"application_name": "safedefer", "search_path": producers.SEARCH_PATH},
+    )
     done = []
     try:
         # Whoever migrates at the same time waits.
