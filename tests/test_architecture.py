@@ -75,9 +75,12 @@ def test_the_contracts_of_the_layers_are_kept():
     ("ctypes", set()),
     ("apsw", {name for name in SOURCES if name.startswith(("queues/sqlite/", "transactions/databases/"))}),
     ("aiohttp", {name for name in SOURCES if name == "dispatcher/transport.py" or name.startswith("web/")}),
-    ("asyncpg", {"transactions/databases/postgres.py", "queues/postgres/store.py"}),
+    ("asyncpg", {
+        "transactions/databases/postgres.py",
+        *(f"queues/postgres/{name}.py" for name in ("errors", "listener", "migrations", "pgqueuer", "pools")),
+    }),
     ("psycopg", {"transactions/databases/postgres.py", "queues/postgres/producers.py"}),
-    ("pgqueuer", {"queues/postgres/store.py"}),
+    ("pgqueuer", {"queues/postgres/pgqueuer.py", "queues/postgres/migrations.py"}),
     ("click", {name for name in SOURCES if name.startswith(("cli/", "demo/"))}),
 ])  # fmt: skip
 def test_a_package_is_imported_only_where_it_belongs(package, allowed):

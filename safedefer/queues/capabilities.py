@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safedefer.claims import DEFAULT_TARGET
 from safedefer.errors import InvalidTaskError, TaskTooLargeError
+from safedefer.options import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from safedefer.queues.base import Capabilities, QueuedTask

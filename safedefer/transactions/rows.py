@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from safedefer.blobs import Blob
-from safedefer.claims import split_audience
 from safedefer.queues.base import QueuedTask
 
 
@@ -103,4 +102,5 @@ def transactional(text: str, task_id: str) -> QueuedTask:
 
 def environment_of(task: QueuedTask) -> str:
     """Return the environment that a task's audience names. Raises ValueError if it names none."""
-    return split_audience(task.audience)[0]
+    environment, _, _, _ = task.audience.split(":", 3)  # environment, queue, target, path
+    return environment

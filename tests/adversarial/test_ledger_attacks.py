@@ -59,7 +59,7 @@ def purged(app, clock):
 
 
 def given_up(app, clock):
-    from safedefer.claims import TaskRetryOptions
+    from safedefer.options import TaskRetryOptions
 
     task = app.options(retry_options=TaskRetryOptions(task_retry_limit=0)).defer(victim.stumble, 1)
     deliver(app, clock)

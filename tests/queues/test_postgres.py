@@ -23,10 +23,10 @@ from safedefer.dispatcher.transport import InProcessDelivery
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.ledger import Admission, EndState
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
-from safedefer.queues.postgres.operations import SQL
-from safedefer.queues.postgres.queue import PostgresQueue, migrate
-from safedefer.queues.postgres.rows import joined, to_json
-from safedefer.queues.postgres.store import STATEMENTS, _queries
+from safedefer.queues.postgres.migrations import _queries, migrate
+from safedefer.queues.postgres.pgqueuer import STATEMENTS
+from safedefer.queues.postgres.queue import PostgresQueue
+from safedefer.queues.postgres.statements import SQL, joined, to_json
 from safedefer.queues.rates import QueueLimits
 from tests import sample_tasks
 from tests.postgres.server import Server, fresh_database, shared_server
@@ -67,7 +67,7 @@ def clocked_dsn(server):
 class TestPostgresQueue(QueueContract):
     @pytest.fixture
     def queue(self, clocked_dsn, monkeypatch):
-        monkeypatch.setattr("safedefer.queues.postgres.producers.SEARCH_PATH", CLOCKED_PATH)
+        monkeypatch.setattr("safedefer.queues.postgres.errors.SEARCH_PATH", CLOCKED_PATH)
         queue = Clocked(PostgresQueue(clocked_dsn, **QUEUE_OPTIONS), clocked_dsn)
         yield queue
         queue.close()
@@ -348,7 +348,7 @@ def test_the_queue_goes_on_when_the_server_was_restarted():
 @pytest.mark.parametrize("count", [1, 1000])
 def test_a_try_that_was_committed_unheard_is_not_made_twice(queue, count):
     """The connection breaks between the commit and its answer: the second try finds its own tasks."""
-    producers, calls = queue.open().producers, []
+    producers, calls = queue._store.open().producers, []
     store = producers._store
 
     def unheard(connection, made):
@@ -597,7 +597,9 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
         for child in plan.get("Plans", ()):
             yield from nodes(child)
 
-    most = max(node["Actual Rows"] * node["Actual Loops"] for node in nodes(queue.run(explain, leases=True)))
+    most = max(
+        node["Actual Rows"] * node["Actual Loops"] for node in nodes(queue._store.run(explain, purpose="leases"))
+    )
     assert most <= 400
 
 
@@ -631,7 +633,7 @@ def stored_attempts(queue):
     async def action(connection):
         return (await connection.fetch("SELECT count(*) AS number FROM safedefer.attempts"))[0]["number"]
 
-    return queue.run(action)
+    return queue._store.run(action)
 
 
 def test_a_success_has_no_row_of_its_own_and_stands_where_it_was(queue):
@@ -696,19 +698,20 @@ def test_within_on_loop_the_loop_has_connections_of_its_own_and_none_after(queue
             ).fetchone()[0]
 
     async def work():
-        assert queue.here is queue.ledger.here is None
+        assert queue.ledger.here is None
         before = await mine()
         async with queue.on_loop() as calls, queue.on_loop() as again:
-            assert queue.here is queue.ledger.here is calls is again
+            ledger = queue.ledger.here
+            assert ledger._pools is calls._pools is again._pools
             now = time.time()
             (lease,) = await calls.lease(owner="o", limit=5, seconds=60.0, now=now)
             execution = execution_of(lease.task)
-            assert await calls.begin_many([execution], now=now, lease=60.0) == [Admission.RUN]
+            assert await ledger.begin_many([execution], now=now, lease=60.0) == [Admission.RUN]
             end = execution, EndState.SUCCEEDED, record_of(lease.task, outcome="succeeded", status=200)
-            assert await calls.finish_many([end]) == [True]
+            assert await ledger.finish_many([end]) == [True]
             assert await calls.settle_many([(lease, DONE)], now=now) == [True]
             assert await mine() > before
-        assert queue.here is None
+        assert queue.ledger.here is None
         assert await mine() == before
 
     queue.enqueue(make_task(eta=0.0, created=0.0))
@@ -722,7 +725,7 @@ def test_of_two_that_share_a_loop_the_first_to_leave_takes_nothing_from_the_othe
         async with queue.on_loop() as calls:
             async with queue.on_loop():
                 pass
-            assert queue.here is calls
+            assert queue.ledger.here._pools is calls._pools
             assert await calls.lease(owner="o", limit=5, seconds=60.0, now=time.time()) == []
 
     asyncio.run(work())
@@ -919,12 +922,14 @@ def test_jobs_are_ended_by_their_ids_whatever_the_planner_has_counted(queue):
     values = joined(["1"] * 200, ["1"] * 200, ["a"] * 200, ["t"] * 200)
 
     async def explain(connection):
-        rows = await connection.fetch(f"EXPLAIN {SQL['done']}", *values, queue.manager, 1.0)
-        held = to_json([{"id": 1, "manager": str(queue.manager), "updated": 1, "audience": "a", "task_id": "t"}] * 200)
+        rows = await connection.fetch(f"EXPLAIN {SQL['done']}", *values, queue._store.manager, 1.0)
+        held = to_json(
+            [{"id": 1, "manager": str(queue._store.manager), "updated": 1, "audience": "a", "task_id": "t"}] * 200
+        )
         rows += await connection.fetch(f"EXPLAIN {SQL['held']}", held)
         return "\n".join(row[0] for row in rows)
 
-    plan = queue.run(explain, durable=False)
+    plan = queue._store.run(explain, purpose="relaxed")
     assert len(leases) == 1000
     assert plan.count("pgqueuer_pkey") == 3
     assert "picked" not in plan.replace("'picked'", "")
@@ -1064,14 +1069,14 @@ def test_connections_of_a_loop_that_was_closed_in_the_middle_go_with_the_next_on
         loop = asyncio.new_event_loop()
         left.append(loop.run_until_complete(enter()))
         loop.close()
-    assert len(queue._loops) == 1
+    assert len(queue._store._loops) == 1
 
     async def use():
         async with queue.on_loop():
-            assert len(queue._loops) == 1
+            assert len(queue._store._loops) == 1
 
     asyncio.run(use())
-    assert queue._loops == {}
+    assert queue._store._loops == {}
     del left, loop
     gc.collect()
 

@@ -27,7 +27,7 @@ from safedefer.errors import (
     TaskAlreadyExistsError,
 )
 from safedefer.queues.memory.queue import MemoryQueue
-from safedefer.queues.postgres.queue import PostgresQueue, migrate
+from safedefer.queues.postgres import PostgresQueue, migrate
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from safedefer.transactions.databases import opener_of, source_of
 from safedefer.transactions.outbox import Outbox

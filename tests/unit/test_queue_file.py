@@ -13,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 
 from safedefer import App, Key, Keyring, KeyState, Policy, TaskRetryOptions
-from safedefer.claims import Options
 from safedefer.cli import main
 from safedefer.delivery.handler import Response
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery, asks_to_wait, judge
@@ -24,6 +23,7 @@ from safedefer.errors import (
     RejectedTask,
     UnknownQueueError,
 )
+from safedefer.options import Options
 from safedefer.queues.base import DeadFilter, Lease, Settlement, TaskState, Verdict
 from safedefer.queues.config import QueueFile
 from safedefer.queues.rates import QueueLimits

@@ -4,13 +4,17 @@ import asyncio
 import gzip
 import json
 import logging
+import threading
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from safedefer import Key, Keyring, KeyState, Limits, Options, deferred
+from safedefer.delivery.budget import ByteBudget
 from safedefer.queues.base import TaskState
 from safedefer.web import handler as web_handler
 from safedefer.web.handler import handler_for
@@ -466,6 +470,102 @@ async def test_a_body_that_stalls_is_given_up(served, monkeypatch):
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"Safedefer-Outcome: refused" in answer
     assert tasks.RAN == []
+
+
+async def held(served, count, size):
+    """Open requests that stop one byte before their end, and return their streams."""
+    host, port = served.address.removeprefix("http://").split(":")
+    streams = []
+    for _ in range(count):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head(Content_Type="application/jose", Content_Length=size) + b"x" * (size - 1))
+        streams.append((reader, writer))
+    return streams
+
+
+async def answers(streams, wait=0.3):
+    """The statuses of those that are answered by now."""
+    found = []
+    for reader, _ in streams:
+        try:
+            line = await asyncio.wait_for(reader.readline(), wait)
+        except TimeoutError:
+            continue
+        found.append(int(line.split()[1]))
+    return found
+
+
+async def test_bodies_that_stop_before_their_end_share_a_budget(tmp_path):
+    """Without a key, 600 of them took 700 MB."""
+    size = 100_000
+    async with serve(tmp_path) as served:
+        served.app.delivery.budget = ByteBudget(10 * size)
+        streams = await held(served, 30, size)
+        refused = await answers(streams)
+        assert refused == [503] * 20, "what is beyond the budget is told to come again, and keeps nothing"
+        # What comes with its headers takes nothing of it: the neighbours' tasks run.
+        task = served.app.defer(tasks.add, 1)
+        assert await served.outcome(task.payload) == (200, "succeeded")
+        for _, writer in streams:
+            writer.close()
+        await asyncio.sleep(0.2)
+        (again,) = await held(served, 1, size)
+        again[1].write(b"x")
+        assert await answers([again], 5.0) == [403], "what was given up is given back"
+        assert served.app.delivery.budget.take(10 * size), "all of it"
+        again[1].close()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_large_token_does_not_hold_up_the_loop_while_it_is_verified(tmp_path, stored):
+    async with serve(tmp_path) as served:
+        call = {"values": list(range(20_000))}
+        token = (
+            served.app.defer(tasks.keywords, **call).payload if stored else served.app.serialize(tasks.keywords, **call)
+        )
+        where = []
+        verifier = served.app.delivery._verifier
+        name = "verify_stored" if stored else "verify"
+        original = getattr(verifier, name)
+
+        def noted(*args, **kwargs):
+            where.append(threading.current_thread() is threading.main_thread())
+            return original(*args, **kwargs)
+
+        served.app.delivery._verifier = SimpleNamespace(
+            verify=noted if not stored else verifier.verify, verify_stored=noted if stored else verifier.verify_stored
+        )
+        assert await served.outcome(token) == (200, "succeeded")
+        assert where == [False]
+        small = served.app.defer(tasks.add, 1).payload
+        assert await served.outcome(small) == (200, "succeeded")
+        assert where == ([False] if stored else [False, True])
+
+
+@pytest.mark.parametrize("how", ["read", "text", "twice"])
+async def test_a_body_that_a_middleware_has_read_is_taken_from_the_request(tmp_path, how):
+    @web.middleware
+    async def reads(request, handler):
+        await (request.text() if how == "text" else request.read())
+        if how == "twice":
+            await request.read()
+        return await handler(request)
+
+    tasks.reset()
+    app = make_app(keyring=KEYS, queue=f"sqlite:///{tmp_path}/q.db")
+    web_app = web.Application(middlewares=[reads])
+    web_app.add_routes(app.routes())
+    async with TestClient(TestServer(web_app)) as client:
+        for size in (1, 50_000, 300_000):
+            token = app.options(url=URL).defer(tasks.keywords, text="x" * size).payload
+            response = await client.post(URL, data=token, headers=JOSE)
+            assert (response.status, response.headers["Safedefer-Outcome"]) == (200, "succeeded")
+        whole = app.serialize(tasks.keywords, text="y" * 200_000)
+        response = await client.post(URL, data=whole, headers=JOSE)
+        assert response.headers["Safedefer-Outcome"] == "succeeded"
+        response = await client.post(URL, data=b"", headers=JOSE)
+        assert (response.status, response.headers["Safedefer-Outcome"]) == (403, "refused")
+    await asyncio.to_thread(app.close)
 
 
 NASTY = {
