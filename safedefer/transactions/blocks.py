@@ -55,6 +55,12 @@ _FORGET_ONCE: Final = {
         ))
     """,
 }
+#: The queue's functions look up operators by the path of the transaction: see ``tables``. The user's comes back after them.
+_TAKE_PATH: Final = """
+    WITH before AS MATERIALIZED (SELECT pg_catalog.current_setting('search_path'::pg_catalog.text) AS path)
+    SELECT path, pg_catalog.set_config('search_path', 'safedefer', true) FROM before
+"""
+_SET_PATH: Final = "SELECT pg_catalog.set_config('search_path', CAST(:path AS pg_catalog.text), true)"
 
 
 class Way(Enum):
@@ -300,8 +306,11 @@ async def _run_statements(source: Source, queue: TransactionalQueue, tasks: Sequ
     statements = queue.enqueue_statements(tasks)
     try:
         async with Savepoint(source):
+            # An error undoes the path with the savepoint.
+            path = str((await source.rows(_TAKE_PATH))[0][0])
             for statement, values in statements:
                 await source.run(statement, values)
+            await source.rows(_SET_PATH, {"path": path})
     except Exception as error:
         refusal = queue.refusal(error)
         if refusal is None:

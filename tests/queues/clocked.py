@@ -17,10 +17,9 @@ CREATE TABLE clock.time (seconds double precision NOT NULL);
 INSERT INTO clock.time VALUES (0);
 CREATE FUNCTION clock.now() RETURNS timestamptz LANGUAGE sql STABLE AS
     'SELECT pg_catalog.to_timestamp(seconds) FROM clock.time';
-DO $$ BEGIN
-    EXECUTE format('ALTER DATABASE %I SET search_path = clock, pg_catalog, public', current_database());
-END $$;
 """
+#: The ``search_path`` of a queue that goes by it.
+CLOCKED_PATH = "clock,pg_catalog,safedefer"
 
 
 class Clocked:

@@ -30,7 +30,7 @@ from safedefer.queues.postgres.statements import SQL, joined, to_json
 from safedefer.queues.rates import QueueLimits
 from tests import sample_tasks
 from tests.postgres.server import Server, fresh_database, shared_server
-from tests.queues.clocked import CLOCK, Clocked
+from tests.queues.clocked import CLOCK, CLOCKED_PATH, Clocked
 from tests.queues.contract import (
     DEAD,
     DONE,
@@ -66,7 +66,8 @@ def clocked_dsn(server):
 
 class TestPostgresQueue(QueueContract):
     @pytest.fixture
-    def queue(self, clocked_dsn):
+    def queue(self, clocked_dsn, monkeypatch):
+        monkeypatch.setattr("safedefer.queues.postgres.errors.SEARCH_PATH", CLOCKED_PATH)
         queue = Clocked(PostgresQueue(clocked_dsn, **QUEUE_OPTIONS), clocked_dsn)
         yield queue
         queue.close()

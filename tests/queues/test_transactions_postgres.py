@@ -86,7 +86,7 @@ class OwnQueue(MemoryQueue):
     def enqueue_statements(self, given):
         statement = "INSERT INTO safedefer.tasks SELECT * FROM unnest($1::text[], $2::text[], $3::bytea[])"
         return [
-            ("INSERT INTO orders SELECT 1000 WHERE $1", (False,)),
+            ("INSERT INTO public.orders SELECT 1000 WHERE $1", (False,)),
             (statement, ([t.id for t in given], [t.name for t in given], [t.token for t in given])),
         ]
 

@@ -13,6 +13,7 @@ from pgqueuer.db import AsyncpgDriver
 from pgqueuer.queries import Queries
 
 from safedefer.errors import ConfigurationError, QueueUnavailable
+from safedefer.queues.postgres import errors
 from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, REMEDY_MIGRATE, place
 from safedefer.queues.postgres.pgqueuer import NAMES, SCHEMA, UNWANTED_INDEX
 from safedefer.queues.postgres.statements import SQL
@@ -81,7 +82,11 @@ def _wanted(statements: Iterable[str]) -> list[str]:
 
 
 async def _migrate(dsn: str) -> list[str]:
-    connection = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS, server_settings={"application_name": "safedefer"})
+    connection = await asyncpg.connect(
+        dsn,
+        timeout=CONNECT_SECONDS,
+        server_settings={"application_name": "safedefer", "search_path": errors.SEARCH_PATH},
+    )
     done = []
     try:
         # Concurrent migrations wait here, for each other.

@@ -21,6 +21,7 @@ from psycopg.types.numeric import FloatBinaryDumper, IntBinaryDumper
 from psycopg.types.string import BytesBinaryDumper, StrBinaryDumper
 
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.postgres import errors
 from safedefer.queues.postgres.errors import about, closed, failure, is_gone, refusal
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class Producers:
         given = conninfo_to_dict(self._dsn)
         # Defaults that detect a vanished server; parameters in the user's DSN override them.
         alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
-        options = f"-c jit=off -c statement_timeout={_STATEMENT_SECONDS}s {given.get('options', '')}"
+        own = f"-c jit=off -c statement_timeout={_STATEMENT_SECONDS}s"
+        # The last of two settings of one name counts: the path of the DSN does not.
+        options = f"{own} {given.get('options', '')} -c search_path={errors.SEARCH_PATH}"
         parameters = {"connect_timeout": _CONNECT_SECONDS, **alive, **given, "options": options}
         connection = psycopg.connect("", autocommit=True, **{**parameters, "application_name": "safedefer"})  # type: ignore[arg-type]  # libpq's, by name
         for kind, dumper in _BINARY:
