@@ -478,7 +478,7 @@ async def test_a_queue_that_was_held_and_answers_again_begins_anew():
         if not queue.tasks():
             break
         await asyncio.sleep(0.01)
-    assert dispatcher._state.courier._busy == {}
+    assert dispatcher._state.attempts._busy == {}
     dispatcher.stop()
     await running
 
@@ -521,22 +521,22 @@ async def test_there_is_work_while_the_next_is_leased():
     dispatcher = dispatch(queue, Handler(quick), clock=time.time, concurrency=4)
     await dispatcher.run_until_empty()
     assert len(idle) == 600
-    assert sum(1 for places in idle if places) > 100
+    assert sum(1 for slots in idle if slots) > 100
 
 
-async def test_a_place_that_is_down_stops_no_other():
-    class Places(Handler):
-        def place(self, task):
+async def test_a_target_that_is_down_stops_no_other():
+    class Targets(Handler):
+        def address(self, task, /):
             return task.target
 
     def reply(task):
         if task.target == "down":
-            return Unreachable("refused", place="down", everywhere=False)
+            return Unreachable("refused", address="down", everywhere=False)
         return answer(200, "succeeded")
 
     queue = MemoryQueue()
     queue.enqueue_many([task_of(n, target="down" if n % 2 else "up") for n in range(1, 201)])
-    handler = Places(reply)
+    handler = Targets(reply)
     started = time.monotonic()
     await dispatch(queue, handler, concurrency=4).run_until_empty()
     assert time.monotonic() - started < 3
@@ -548,9 +548,9 @@ async def test_a_place_that_is_down_stops_no_other():
     assert len(handler.seen) < 110
 
 
-async def test_a_place_that_hangs_takes_one_place_alone():
-    class Places(Handler):
-        def place(self, task):
+async def test_a_target_that_hangs_takes_one_slot_alone():
+    class Targets(Handler):
+        def address(self, task, /):
             return task.target
 
     moment = [NOW]
@@ -561,14 +561,14 @@ async def test_a_place_that_hangs_takes_one_place_alone():
             return answer(200, "succeeded")
         if len(hanging) < 4:
             hanging.append(task.id)
-            raise Unreachable("refused", place="down", everywhere=False)
+            raise Unreachable("refused", address="down", everywhere=False)
         hanging.append(task.id)
         await asyncio.sleep(0.3)
-        raise Unreachable("timed out", place="down", everywhere=False)
+        raise Unreachable("timed out", address="down", everywhere=False)
 
     queue = MemoryQueue()
     queue.enqueue_many([task_of(n, target="down") for n in range(1, 51)])
-    dispatcher = dispatch(queue, Places(reply), clock=lambda: moment[0], concurrency=4)
+    dispatcher = dispatch(queue, Targets(reply), clock=lambda: moment[0], concurrency=4)
     await dispatcher.run_until_empty()
     known = len(hanging)
     moment[0] += 100
@@ -639,7 +639,7 @@ async def test_what_was_leased_ahead_is_given_back_untouched():
 
     async def quick(task):
         nonlocal most
-        most = max(most, len(dispatcher._state.ready))
+        most = max(most, len(dispatcher._state.prefetch.ready))
         if task.id == task_of(200).id:
             dispatcher.stop()
         return answer(200, "succeeded")
