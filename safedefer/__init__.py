@@ -39,7 +39,7 @@ from safedefer.deferred import (
 )
 from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
 from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
-from safedefer.execution.run import TaskContext, current_task
+from safedefer.execution.context import TaskContext, current_task
 from safedefer.keys import Key, Keyring, KeyState
 from safedefer.options import DEFAULT_URL, Options, Task, TaskRetryOptions
 from safedefer.policy import Policy, deferrable

@@ -35,6 +35,7 @@ from safedefer.claims import (
     write_json,
 )
 from safedefer.codecs.pickled import PickledCodec
+from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.delivery.handler import Delivery, DeliveryOptions, Response
 from safedefer.errors import (
@@ -53,7 +54,8 @@ from safedefer.errors import (
 )
 from safedefer.events import LogObserver, Observer, TaskEnqueued, hears_enqueued, notify
 from safedefer.execution.binding import check_binds
-from safedefer.execution.run import Codec, Validate, call_in_thread, current_task, is_async, prepare
+from safedefer.execution.context import current_task
+from safedefer.execution.run import Validate, call_in_thread, is_async, prepare
 from safedefer.keys import Keyring
 from safedefer.options import (
     DEFAULT_OPTIONS,

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.errors import QueueError
 from safedefer.transactions.databases import Opener, Source
 from safedefer.transactions.transfer import Transfer, slug
@@ -49,9 +50,6 @@ class Relay:
         self.tireless = False
         """Whether looking after what others have left is this process's business."""
         self._begin()
-        # Here: the registry of forks is with the queue's file.
-        from safedefer.queues.sqlite.connection import register_fork  # noqa: PLC0415
-
         register_fork(self, early=True)
 
     def _begin(self) -> None:

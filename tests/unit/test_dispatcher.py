@@ -486,7 +486,7 @@ async def test_a_queue_that_was_held_and_answers_again_begins_anew():
     dispatcher = dispatch(queue, Handler(lambda task: replies.pop(0)), clock=time.time)
     running = asyncio.create_task(dispatcher.run())
     await until(lambda: not queue.tasks())
-    assert dispatcher._state.courier._busy == {}
+    assert dispatcher._state.attempts._busy == {}
     dispatcher.stop()
     await running
 
@@ -529,22 +529,22 @@ async def test_there_is_work_while_the_next_is_leased():
     dispatcher = dispatch(queue, Handler(quick), clock=time.time, concurrency=4)
     await dispatcher.run_until_empty()
     assert len(idle) == 600
-    assert sum(1 for places in idle if places) > 100
+    assert sum(1 for slots in idle if slots) > 100
 
 
-async def test_a_place_that_is_down_stops_no_other():
-    class Places(Handler):
-        def place(self, task):
+async def test_a_target_that_is_down_stops_no_other():
+    class Targets(Handler):
+        def address(self, task, /):
             return task.target
 
     def reply(task):
         if task.target == "down":
-            return Unreachable("refused", place="down", everywhere=False)
+            return Unreachable("refused", address="down", everywhere=False)
         return answer(200, "succeeded")
 
     queue = MemoryQueue()
     queue.enqueue_many([task_of(n, target="down" if n % 2 else "up") for n in range(1, 201)])
-    handler = Places(reply)
+    handler = Targets(reply)
     await asyncio.wait_for(dispatch(queue, handler, concurrency=4).run_until_empty(), 60)
     waiting = queue.tasks(states=[TaskState.WAITING], limit=1000)
     assert len(waiting) == 100
@@ -554,9 +554,9 @@ async def test_a_place_that_is_down_stops_no_other():
     assert len(handler.seen) < 110
 
 
-async def test_a_place_that_hangs_takes_one_place_alone():
-    class Places(Handler):
-        def place(self, task):
+async def test_a_target_that_hangs_takes_one_slot_alone():
+    class Targets(Handler):
+        def address(self, task, /):
             return task.target
 
     moment = [NOW]
@@ -568,11 +568,11 @@ async def test_a_place_that_hangs_takes_one_place_alone():
         tried.append(task.id)
         if len(tried) > 1:
             await over.wait()
-        raise Unreachable("timed out", place="down", everywhere=False)
+        raise Unreachable("timed out", address="down", everywhere=False)
 
     queue = MemoryQueue()
     queue.enqueue_many([task_of(n, target="down") for n in range(1, 51)])
-    dispatcher = dispatch(queue, Places(reply), clock=lambda: moment[0], concurrency=4)
+    dispatcher = dispatch(queue, Targets(reply), clock=lambda: moment[0], concurrency=4)
     running = asyncio.create_task(dispatcher.run())
     await until(lambda: tried and queue.next_due(now=moment[0]) > moment[0])  # all are put off
     moment[0] += 100
@@ -641,7 +641,7 @@ async def test_what_was_leased_ahead_is_given_back_untouched():
 
     async def quick(task):
         nonlocal most
-        most = max(most, len(dispatcher._state.ready))
+        most = max(most, len(dispatcher._state.prefetch.ready))
         if task.id == task_of(200).id:
             dispatcher.stop()
         return answer(200, "succeeded")

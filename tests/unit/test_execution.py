@@ -8,7 +8,8 @@ import pytest
 
 from safedefer import Policy, current_task
 from safedefer.execution import run as execution
-from safedefer.execution.run import Interrupted, Prepared, Result, TaskContext, call_in_thread, execute, is_async
+from safedefer.execution.context import TaskContext
+from safedefer.execution.run import CoroutineCancelled, Prepared, Result, call_in_thread, execute, is_async
 from safedefer.task import VerifiedTask
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
@@ -153,7 +154,7 @@ async def test_cancelling_the_caller_ends_a_coroutine(app):
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    assert type(caught.value) is Interrupted
+    assert type(caught.value) is CoroutineCancelled
     assert tasks.RAN == ["begun", "over"]
 
 
@@ -163,7 +164,7 @@ async def test_cancelling_the_caller_leaves_a_thread_running(app):
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    assert type(caught.value) is not Interrupted
+    assert type(caught.value) is not CoroutineCancelled
     assert tasks.RAN == []
     tasks.GATE.set()
     while not tasks.RAN:  # noqa: ASYNC110  # what is waited for is a list

@@ -1,8 +1,8 @@
-"""The tag ``$exception``: class, args, and what else the exception holds.
+"""The tag ``$exception``: class, args, and further attributes.
 
-Built-in exceptions keep attributes in C (``OSError.filename``, ``ImportError.name``). What ``args`` alone
-does not give again is carried by name, found by comparing with an exception that was made from the same
-``args``. A traceback holds frames of this process and is not carried: exceptions that have one are refused.
+Built-in exceptions keep attributes in C (``OSError.filename``, ``ImportError.name``). The encoder makes a second
+exception from the same ``args`` and carries the attributes that differ, by name. A traceback holds frames of this
+process and is not carried: exceptions with one are refused.
 """
 
 # ruff: noqa: ARG001 - handlers have one signature
@@ -21,7 +21,7 @@ from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.object_state import attributes, begin, begin_decoded, planned_class, restore, run
 from safedefer.codecs.shared import Json, Refusal, is_member_name, step
 
-#: Built-in exceptions, which are values like any other: no policy is asked.
+#: Built-in exceptions are values that need no policy.
 _BUILTIN: Final[dict[str, type[BaseException]]] = {
     f"builtins:{name}": getattr(builtins, name)
     for name in [
@@ -96,7 +96,7 @@ _BUILTIN: Final[dict[str, type[BaseException]]] = {
 }
 _NAMES: Final = {id(cls): name for name, cls in _BUILTIN.items()}
 
-# In this order: setting the cause sets the suppression too.
+# In this order: to set the cause sets the suppression too.
 _CHAIN: Final = ("__cause__", "__context__", "__suppress_context__")
 _SKIPPED: Final = frozenset({"args", "__traceback__", "__dict__", "__weakref__", *_CHAIN})
 _ARGS: Final[Any] = BaseException.__dict__["args"]
@@ -140,7 +140,7 @@ def encode_exception(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
 
 
 def _held(value: BaseException, plan: Plan, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """Return what the base keeps in C and ``args`` does not give again."""
+    """Return the attributes that the base keeps in C and does not make from ``args``."""
     try:
         twin = _fresh(plan, args)
     except Refusal:
@@ -166,7 +166,7 @@ def _held(value: BaseException, plan: Plan, args: tuple[Any, ...]) -> list[tuple
 
 
 def _fresh(plan: Plan, args: tuple[Any, ...]) -> BaseException:
-    """Make an exception from its args by the built-in base alone: no ``__new__`` or ``__init__`` of a class."""
+    """Make an exception from its args by the built-in base alone. No ``__new__`` or ``__init__`` of a user's class runs."""
     base: Any = plan.base
     made = run(base.__new__, plan.cls, *args)
     if type(made) is not plan.cls:
@@ -178,7 +178,7 @@ def _fresh(plan: Plan, args: tuple[Any, ...]) -> BaseException:
 
 
 def _members(base: type) -> dict[str, Any]:
-    """Return the descriptors of what a built-in exception keeps in C, by name."""
+    """Return the descriptors of the attributes that a built-in exception keeps in C, by name."""
     return {
         name: each
         for cls in reversed(inspect_safely.mro(base))
@@ -245,10 +245,10 @@ def imports_when_shown(value: object) -> bool:
 
 
 def _check_offsets(value: BaseException) -> None:
-    """Refuse a ``UnicodeError`` whose offsets lie outside its object: ``str()`` of one would read or write there.
+    """Refuse a ``UnicodeError`` whose offsets lie outside its object: ``str()`` of it would read or write there.
 
     Raises:
-        Refusal: They do, or one of the three was never set.
+        Refusal: They do, or an attribute was never set.
     """
     for cls in (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError):
         if inspect_safely.derives(type(value), cls):
@@ -290,7 +290,7 @@ def _encode_builtin(enc: Encoder, value: BaseException, depth: int) -> Json:
     return encode_exception(enc, value, depth, _plan_of(type(value)))
 
 
-#: Built-in exceptions, for which no policy is asked.
+#: Built-in exceptions, which need no policy.
 BUILTIN_EXCEPTIONS: Final = tuple(_BUILTIN.values())
 
 ENCODERS: Final[dict[type, Any]] = dict.fromkeys(_BUILTIN.values(), _encode_builtin)

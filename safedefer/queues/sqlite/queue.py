@@ -7,6 +7,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.errors import ConfigurationError, LeaseLost
 from safedefer.queues.base import (
     FULL,
@@ -20,7 +21,7 @@ from safedefer.queues.base import (
     TaskView,
 )
 from safedefer.queues.sqlite import controls, operations
-from safedefer.queues.sqlite.connection import SQL, Handle, register_fork
+from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
 from safedefer.queues.sqlite.repair import mend
