@@ -23,7 +23,7 @@ DEFENCES = [
     ("signing.py", "environment != serves.environment", "False", HANDLER),
     ("signing.py", "or (path != url if isinstance(url, str) else path not in url)", "", STORAGE),
     ("signing.py", "or (queue is not None and queue != named)", "", STORAGE),
-    ("signing.py", 'if claims["nbf"] > now + LEEWAY or claims["iat"] > now + LEEWAY:', "if False:", STORAGE),
+    ("signing.py", "if ahead > 0:", "if False:", STORAGE),
     ("signing.py", 'if now > claims["exp"] + LEEWAY:', "if False:", "test_ledger_attacks"),
     ("signing.py", 'if key.queues is not None and split_audience(claims["aud"])[1] not in key.queues:', "if False:", KEYS),
     ("signing.py", "if not key.pickle:", "if False:", KEYS),
