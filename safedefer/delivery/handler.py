@@ -36,6 +36,7 @@ from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.redaction import redacted_traceback
 from safedefer.delivery.request import Run
 from safedefer.errors import (
+    ConfigurationError,
     ExpiredTask,
     InvalidArguments,
     InvalidClaims,
@@ -77,11 +78,16 @@ _log: Final = logging.getLogger("safedefer")
 
 _REFUSED_BODY: Final = b"refused\n"
 _STORAGE_THREADS: Final = 4
+_MAX_LEASE: Final = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryOptions:
-    """How a handler runs tasks."""
+    """How a handler runs tasks.
+
+    Raises:
+        ConfigurationError: A value is wrong.
+    """
 
     max_bytes: int = 1_048_576
     """The largest body, in bytes."""
@@ -91,6 +97,15 @@ class DeliveryOptions:
     """How long the ledger believes that a silent run is alive; a live one prolongs it."""
     validate: Validate = None
     """``"annotations"``: arguments are checked against the callable's annotations before the call."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if type(self.concurrency) is not int or self.concurrency < 1:
+            raise ConfigurationError("concurrency is a whole number, 1 or more")
+        if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:
+            raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
+        if self.validate not in {None, "annotations"}:
+            raise ConfigurationError('validate is None or "annotations"')
 
 
 class Delivery:

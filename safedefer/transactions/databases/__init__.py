@@ -6,11 +6,9 @@ No library is imported here that the user has not imported.
 from __future__ import annotations
 
 import os
-import sqlite3
 import sys
+from typing import Final
 from urllib.parse import urlsplit
-
-import apsw
 
 from safedefer.errors import BadTransactionStateError
 from safedefer.transactions.databases import postgres, sqlalchemy, sqlite
@@ -26,11 +24,7 @@ def source_of(connection: object) -> Source:
     Raises:
         BadTransactionStateError: It is none of these, or its database cannot do it.
     """
-    if isinstance(connection, sqlite3.Connection):
-        return sqlite.SQLite3Source(connection)
-    if isinstance(connection, apsw.Connection):
-        return sqlite.ApswSource(connection)
-    for find in (postgres.psycopg_source, postgres.asyncpg_source, sqlalchemy.sqlalchemy_source, django_source):
+    for find in _KINDS:
         source = find(connection)
         if source is not None:
             return source
@@ -43,6 +37,16 @@ def source_of(connection: object) -> Source:
         f"a {type(connection).__name__} is no connection that is known here; pass one of psycopg 3, asyncpg, sqlite3 or "
         "apsw, a SQLAlchemy connection or session, or Django's connection (of a pool or an engine, one that it gave)"
     )
+
+
+_KINDS: Final = (
+    sqlite.sqlite3_source,
+    sqlite.apsw_source,
+    postgres.psycopg_source,
+    postgres.asyncpg_source,
+    sqlalchemy.sqlalchemy_source,
+    django_source,
+)
 
 
 def opener_of(url: str) -> tuple[str, Opener]:

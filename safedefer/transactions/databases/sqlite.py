@@ -8,18 +8,19 @@ user's file is written, and later read, by the library that the user has it open
 from __future__ import annotations
 
 import os
-import sqlite3
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any, Final
-
-import apsw
 
 from safedefer.errors import BadTransactionStateError
 from safedefer.transactions.databases.base import Opener, Source
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import AsyncIterator
+
+    import apsw
 
 #: Seconds that a connection of our own waits for a lock.
 _PATIENCE: Final = 30.0
@@ -103,6 +104,8 @@ def open_file(path: str) -> Opener:
         # mode=rw: a database that is not there yet has no outbox, and is not ours to create.
         if not os.path.exists(path):  # noqa: ASYNC240, PTH110 - a text, as everything here; nothing here suspends
             raise FileNotFoundError(path)
+        import sqlite3  # noqa: PLC0415  # only who has such an outbox needs it
+
         with closing(sqlite3.connect(f"file:{_quote(path)}?mode=rw", uri=True, timeout=_PATIENCE)) as connection:
             connection.isolation_level = None
             yield SQLite3Source(connection)
@@ -112,6 +115,22 @@ def open_file(path: str) -> Opener:
 
 def _quote(path: str) -> str:
     return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+def sqlite3_source(connection: object) -> Source | None:
+    """Return what speaks to a ``sqlite3.Connection``; None if it is none."""
+    library = sys.modules.get("sqlite3")
+    if library is None or not isinstance(connection, library.Connection):
+        return None
+    return SQLite3Source(connection)
+
+
+def apsw_source(connection: object) -> Source | None:
+    """Return what speaks to an ``apsw.Connection``; None if it is none."""
+    library = sys.modules.get("apsw")
+    if library is None or not isinstance(connection, library.Connection):
+        return None
+    return ApswSource(connection)
 
 
 class ApswSource(_SQLite):
@@ -168,6 +187,8 @@ class ApswSource(_SQLite):
 def _open_apsw(path: str) -> Opener:
     @asynccontextmanager
     async def connect() -> AsyncIterator[Source]:
+        import apsw  # noqa: PLC0415  # as above
+
         connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
         try:
             connection.set_busy_timeout(int(_PATIENCE * 1000))
