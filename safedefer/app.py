@@ -134,7 +134,7 @@ class App:
             from safedefer.codecs.pickled import PickledCodec  # noqa: PLC0415
 
             self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
-        self.outbox = Outbox(self._get_queue, urls=outboxes, clock=clock)
+        self.outbox = Outbox(self._get_queue, environment=environment, queues=self.queues, urls=outboxes, clock=clock)
         self._build_parts(keyring, limits, inline_limit, allow_pickle=allow_pickle)
 
     def _build_parts(self, keyring: Keyring, limits: Limits, inline_limit: int, *, allow_pickle: bool) -> None:

@@ -8,22 +8,23 @@ user's file is written, and later read, by the library that the user has it open
 from __future__ import annotations
 
 import os
-import sys
+import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any, Final
+
+import apsw
 
 from safedefer.errors import BadTransactionStateError
 from safedefer.transactions.databases.base import Opener, Source
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import AsyncIterator
-
-    import apsw
 
 #: Seconds that a connection of our own waits for a lock.
 _PATIENCE: Final = 30.0
+#: On connections of our own: what the file's views and triggers say calls no function that could do harm.
+DISTRUST_SCHEMA: Final = "PRAGMA trusted_schema = OFF"
 
 
 class _SQLite:
@@ -32,6 +33,7 @@ class _SQLite:
     is_async = False
     dialect = "sqlite"
     native = False
+    is_apsw = False
 
     async def check(self) -> None:
         """Nothing to check: the library asks SQLite."""
@@ -39,6 +41,16 @@ class _SQLite:
     async def run(self, statement: str, values: Sequence[object], /) -> None:  # noqa: ARG002 - the seam has them
         """Refuse: a queue's own statements are PostgreSQL's, and ``native`` says that they do not run here."""
         raise BadTransactionStateError("a SQLite connection runs no statement of PostgreSQL's; use the outbox")
+
+
+def sqlite3_source(connection: object) -> Source | None:
+    """Return what speaks to a ``sqlite3.Connection``; None if it is none."""
+    return SQLite3Source(connection) if isinstance(connection, sqlite3.Connection) else None
+
+
+def apsw_source(connection: object) -> Source | None:
+    """Return what speaks to an ``apsw.Connection``; None if it is none."""
+    return ApswSource(connection) if isinstance(connection, apsw.Connection) else None
 
 
 class SQLite3Source(_SQLite):
@@ -104,10 +116,9 @@ def open_file(path: str) -> Opener:
         # mode=rw: a database that is not there yet has no outbox, and is not ours to create.
         if not os.path.exists(path):  # noqa: ASYNC240, PTH110 - a text, as everything here; nothing here suspends
             raise FileNotFoundError(path)
-        import sqlite3  # noqa: PLC0415  # only who has such an outbox needs it
-
         with closing(sqlite3.connect(f"file:{_quote(path)}?mode=rw", uri=True, timeout=_PATIENCE)) as connection:
             connection.isolation_level = None
+            connection.execute(DISTRUST_SCHEMA)
             yield SQLite3Source(connection)
 
     return Opener(connect)
@@ -117,24 +128,10 @@ def _quote(path: str) -> str:
     return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
 
 
-def sqlite3_source(connection: object) -> Source | None:
-    """Return what speaks to a ``sqlite3.Connection``; None if it is none."""
-    library = sys.modules.get("sqlite3")
-    if library is None or not isinstance(connection, library.Connection):
-        return None
-    return SQLite3Source(connection)
-
-
-def apsw_source(connection: object) -> Source | None:
-    """Return what speaks to an ``apsw.Connection``; None if it is none."""
-    library = sys.modules.get("apsw")
-    if library is None or not isinstance(connection, library.Connection):
-        return None
-    return ApswSource(connection)
-
-
 class ApswSource(_SQLite):
     """An ``apsw.Connection``."""
+
+    is_apsw = True
 
     def __init__(self, connection: apsw.Connection) -> None:
         self.connection = connection
@@ -187,11 +184,10 @@ class ApswSource(_SQLite):
 def _open_apsw(path: str) -> Opener:
     @asynccontextmanager
     async def connect() -> AsyncIterator[Source]:
-        import apsw  # noqa: PLC0415  # as above
-
         connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
         try:
             connection.set_busy_timeout(int(_PATIENCE * 1000))
+            connection.execute(DISTRUST_SCHEMA)
             yield ApswSource(connection)
         finally:
             connection.close()
