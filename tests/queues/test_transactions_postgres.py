@@ -535,7 +535,7 @@ def test_in_the_database_of_the_queue_everything_goes_with_the_transaction(clerk
     assert len(found) == 6
     assert {task.id for task in made} <= set(found)
     assert (found[made[0].id].name, len(found[made[1].id].token) > 20_000) == ("receipt-1", True)
-    asyncio.run(Dispatcher(shop.queue, InProcessDelivery(shop.handle), clock=shop._clock).run_until_empty())
+    asyncio.run(Dispatcher(shop.queue, InProcessDelivery(shop.handle), clock=time.time).run_until_empty())
     assert len(tasks.RAN) == 6
     with psycopg.connect(shop.dsn) as connection:
         assert connection.execute("SELECT count(*) FROM orders").fetchone() == (1,)

@@ -49,7 +49,7 @@ def connection(tmp_path):
 
 
 def work_off(app):
-    asyncio.run(Dispatcher(app.queue, InProcessDelivery(app.handle), clock=app._clock).run_until_empty())
+    asyncio.run(Dispatcher(app.queue, InProcessDelivery(app.handle), clock=time.time).run_until_empty())
 
 
 def ids(app):
