@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedefer import TaskRetryOptions
+from safedefer import Key, Keyring, KeyState, Policy, TaskRetryOptions
 from safedefer.delivery.handler import Response
 from safedefer.dispatcher.loop import (
     REJECT_LIMIT,
@@ -30,7 +30,7 @@ from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, Verdict
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks as tasks
-from tests.unit.apps import make_app, until
+from tests.unit.apps import SECRET, make_app, until
 
 NOW = 1_000_000.0
 
@@ -709,10 +709,9 @@ async def test_a_rejected_task_dies_after_an_hour_with_its_reason():
     tasks.reset()
     queue = MemoryQueue()
     moment = [NOW]
-    sender = make_app(queue=queue, clock=lambda: moment[0])
-    from safedefer import Policy
-
-    handler = make_app(queue=queue, clock=lambda: moment[0], keyring=sender._keyring, policy=Policy("tests.zoo.values"))
+    common = {"queue": queue, "clock": lambda: moment[0], "keyring": Keyring(Key("k1", SECRET, KeyState.ACTIVE))}
+    sender = make_app(**common)
+    handler = make_app(**common, policy=Policy("tests.zoo.values"))
     task = sender.defer(tasks.add, 1)
     deliveries = 0
     while queue.find(task.id).state is TaskState.WAITING:
