@@ -19,7 +19,8 @@ import sqlalchemy as sa
 
 from safedefer.errors import BadTransactionStateError, TaskAlreadyExistsError
 from safedefer.queues.memory.queue import MemoryQueue
-from safedefer.queues.postgres.queue import PostgresQueue, migrate
+from safedefer.queues.postgres.migrations import migrate
+from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.transactions.rows import to_text
 from tests import sample_tasks as tasks
 from tests.postgres.server import fresh_database, shared_server
