@@ -131,6 +131,8 @@ class Delivery:
         self._options = options
         self.budget = ByteBudget(options.unverified_bytes)
         """Bytes for all bodies that are being read. A reader takes from it before each chunk."""
+        self.handled = 0
+        """The number of requests handled to their end, since the start."""
         self._running = 0
         self._abandoned = 0
         self._draining = False
@@ -233,6 +235,7 @@ class Delivery:
             self._abandoned += 1
             raise
         finally:
+            self.handled += 1
             self._running -= 1
             if not self._running:
                 self._idle.set()

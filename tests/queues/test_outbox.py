@@ -108,7 +108,7 @@ def waiting(queue) -> set[str]:
     return {view.id for view in queue.tasks()}
 
 
-def until(condition, seconds: float = 10.0) -> None:
+def until(condition, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -140,7 +140,7 @@ def waiting(queue) -> set[str]:
     return {view.id for view in queue.tasks(limit=1000)}
 
 
-def until(condition, seconds: float = 10.0) -> None:
+def until(condition, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -657,9 +657,10 @@ async def test_blocks_are_of_their_own_task_and_thread(app, database):
 async def test_a_cancelled_block_is_undone(app, database):
     connection = await asyncpg.connect(database.dsn)
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
+        async with asyncio.timeout(None) as timeout:
             async with app.transaction(connection):
                 await app.options(transactional=True).defer_async(tasks.add, 1)
+                timeout.reschedule(asyncio.get_running_loop().time() + 0.05)
                 await connection.execute("SELECT pg_sleep(10)")
     assert not connection.is_in_transaction()
     await connection.close()
@@ -1005,7 +1006,8 @@ def test_two_relays_at_once_enqueue_every_task_once(database, queue):
         relay.close()
 
 
-def test_transactions_that_overlap_without_end_do_not_keep_the_relay_away(database, outbox, queue):
+def test_transactions_that_overlap_without_end_do_not_keep_the_relay_away(database, outbox, queue, monkeypatch):
+    monkeypatch.setattr("safedefer.relay._SWEEP_SECONDS", 600.0)  # after which no transaction is waited for
     stop, done = threading.Event(), []
 
     def busy():
@@ -1024,7 +1026,7 @@ def test_transactions_that_overlap_without_end_do_not_keep_the_relay_away(databa
     try:
         until(lambda: len(done) > 10)
         seen = set(done)
-        until(lambda: seen <= waiting(queue), 1.5)
+        until(lambda: seen <= waiting(queue))
     finally:
         stop.set()
         for thread in threads:

@@ -20,7 +20,7 @@ from safedefer.web import handler as web_handler
 from safedefer.web.handler import handler_for
 from safedefer.web.server import serving
 from tests import sample_tasks as tasks
-from tests.unit.apps import JOSE, SECRET, Recorder, make_app
+from tests.unit.apps import JOSE, SECRET, Recorder, make_app, until
 
 KEYS = Keyring(Key("k1", SECRET, KeyState.ACTIVE))
 URL = "/_ah/queue/deferred"
@@ -53,8 +53,8 @@ class Served:
         status, outcome, _, _ = await self.post(data, headers, **more)
         return status, outcome
 
-    async def raw(self, data, *, wait=5.0, end=True):
-        """Write bytes to the socket, and return what comes back."""
+    async def raw(self, data, *, wait=20.0, end=True):
+        """Write bytes to the socket, and return what comes back; within less than the handler waits for a body."""
         host, port = self.address.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
@@ -177,7 +177,7 @@ async def test_whatever_else_is_raised_is_retried(served, how, name):
 async def test_a_task_that_runs_is_not_run_beside_itself(served):
     task = served.app.defer(tasks.wait_for_gate)
     first = asyncio.create_task(served.outcome(task.payload))
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     assert await served.outcome(task.payload) == (409, "running")
     tasks.GATE.set()
     assert await first == (200, "succeeded")
@@ -276,7 +276,7 @@ async def test_too_early_says_when_to_come_again(served):
 async def test_at_capacity_the_handler_is_busy(tmp_path):
     async with serve(tmp_path, concurrency=1) as served:
         first = asyncio.create_task(served.outcome(served.app.defer(tasks.wait_for_gate).payload))
-        await asyncio.to_thread(tasks.STARTED.wait, 5)
+        await asyncio.to_thread(tasks.STARTED.wait, 30)
         task = served.app.defer(tasks.add, 1)
         status, outcome, headers, _ = await served.post(task.payload)
         assert (status, outcome, headers["Retry-After"]) == (503, "busy", "1")
@@ -287,7 +287,7 @@ async def test_at_capacity_the_handler_is_busy(tmp_path):
 
 async def test_while_it_shuts_down_the_handler_is_busy_and_finishes(served):
     first = asyncio.create_task(served.outcome(served.app.defer(tasks.wait_for_gate).payload))
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     served.app.delivery.drain()
     assert await served.outcome(served.app.defer(tasks.add, 1).payload) == (503, "busy")
     assert await served.app.delivery.drained(0.05) is False
@@ -429,7 +429,7 @@ UNREAD = {
 @pytest.mark.parametrize("what", UNREAD)
 async def test_it_is_refused_before_the_body_is_read(served, what):
     data, status = UNREAD[what]
-    answer = await served.raw(data, end=False, wait=2.0)
+    answer = await served.raw(data, end=False)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert b"Safedefer-Outcome: refused" in answer
     assert b"Connection: close" in answer
@@ -444,7 +444,7 @@ async def test_a_body_without_length_is_cut_at_the_limit(tmp_path):
     async with serve(tmp_path, limits=Limits(token_bytes=10_000)) as served:
         data = head(Content_Type="application/jose", Transfer_Encoding="chunked")
         chunk = b"3e8\r\n" + b"x" * 1000 + b"\r\n"
-        answer = await served.raw(data + chunk * 11, end=False, wait=2.0)
+        answer = await served.raw(data + chunk * 11, end=False)
         assert answer.startswith(b"HTTP/1.1 413 ")
         assert b"Safedefer-Outcome: refused" in answer
         assert await served.outcome(b"x" * 10_001) == (413, "refused")
@@ -466,7 +466,7 @@ async def test_a_body_that_stalls_is_given_up(served, monkeypatch):
     monkeypatch.setattr(web_handler, "BODY_TIMEOUT", 0.2)
     token = served.app.defer(tasks.add, 1).payload
     data = head(Content_Type="application/jose", Content_Length=len(token)) + token[:-1]
-    answer = await served.raw(data, end=False, wait=2.0)
+    answer = await served.raw(data, end=False)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"Safedefer-Outcome: refused" in answer
     assert tasks.RAN == []
@@ -590,7 +590,7 @@ NASTY = {
 async def test_a_broken_request_runs_nothing_and_the_handler_lives(served, what, caplog):
     task = served.app.defer(tasks.keywords, secret=tasks.SECRET)
     with caplog.at_level(logging.INFO):
-        answer = await served.raw(NASTY[what](task.payload), wait=5.0)
+        answer = await served.raw(NASTY[what](task.payload))
     assert not answer.startswith(b"HTTP/1.1 2")
     assert tasks.RAN == []
     assert "Traceback" not in caplog.text
@@ -605,13 +605,10 @@ async def test_a_client_that_hangs_up_loses_nothing(served):
     host, port = served.address.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(head(Content_Type="application/jose", Content_Length=len(token)) + token)
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     writer.close()
     tasks.GATE.set()
-    for _ in range(100):
-        if served.records(task):
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: served.records(task))
     assert [record.outcome for record in served.records(task)] == ["succeeded"]
     assert await served.outcome(token) == (200, "duplicate")
 
