@@ -147,7 +147,7 @@ class Delivery:
         self.budget = ByteBudget(options.unverified_bytes)
         """Bytes for all bodies that are being read. A reader takes from it before each chunk."""
         self.handled = 0
-        """Requests that were handled since the start."""
+        """The number of requests handled to their end, since the start."""
         self._running = 0
         self._abandoned = 0
         self._draining = False
