@@ -42,6 +42,7 @@ from safedefer.errors import (
     UnresolvableCallable,
 )
 from safedefer.gadgets import GADGETS, HARMLESS_METHODS, HARMLESS_TYPES, is_gadget, is_standard_library
+from safedefer.immutable import Immutable
 from safedefer.refs import (
     METACLASSES,
     UNBOUND,
@@ -119,7 +120,7 @@ class Gate(Protocol):
 
 
 @final
-class Policy:
+class Policy(Immutable):
     """Which references may run.
 
     Args:
@@ -179,35 +180,25 @@ class Policy:
                 packages.append(match[1])
             else:
                 modules.add(pattern)
-        self._set("_patterns", tuple(patterns))
-        self._set("_modules", frozenset(modules))
-        self._set("_packages", tuple(packages))
-        self._set("_exact", MappingProxyType(exact))
-        self._set("_deferrable", deferrable)
-        self._set("_moved", MappingProxyType(moved))
-        self._set("_metaclasses", METACLASSES | {_metaclass(item) for item in metaclasses})
-        self._set("_admitted", {})
-        self._set("_named", {})
-        self._set("_found", {})
-        self._set("_named_classes", {})
-        self._set("_found_classes", {})
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError("a Policy is immutable; make another one")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError("a Policy is immutable; make another one")
+        self._set(
+            _patterns=tuple(patterns),
+            _modules=frozenset(modules),
+            _packages=tuple(packages),
+            _exact=MappingProxyType(exact),
+            _deferrable=deferrable,
+            _moved=MappingProxyType(moved),
+            _metaclasses=METACLASSES | {_metaclass(item) for item in metaclasses},
+            _admitted={},
+            _named={},
+            _found={},
+            _named_classes={},
+            _found_classes={},
+        )
 
     def __repr__(self) -> str:
         """Show the patterns."""
         marks = ", deferrable=True" if self._deferrable else ""
         return f"Policy({', '.join(map(repr, self._patterns))}{marks})"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Policy is not pickled; build it where it is used")
 
     @property
     def patterns(self) -> tuple[str, ...]:
