@@ -33,13 +33,13 @@ from safedefer.queues import load_queue_file, open_queue
 from safedefer.queues.base import DeadFilter, PullQueue, StorageOptions
 from safedefer.sending.builder import Builder
 from safedefer.sending.dead_letters import DeadLetters
+from safedefer.sending.effects import effect_of
 from safedefer.sending.routes import ANY_URL, Routes
 from safedefer.sending.sender import CallTuple, Deferral, Sender
 from safedefer.sending.signatures import method_takes
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.transactions.databases import AwaitedConnection
-from safedefer.transactions.effects import effect_of
 from safedefer.transactions.outbox import Outbox
 
 if TYPE_CHECKING:
