@@ -63,7 +63,6 @@ from safedefer.keys import Keyring
 from safedefer.policy import Policy
 from safedefer.queues import open_queue
 from safedefer.queues.base import (
-    FULL,
     AlreadyWaiting,
     DeadFilter,
     PullQueue,
@@ -72,7 +71,7 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
 )
-from safedefer.queues.capabilities import refuse_gaps
+from safedefer.queues.capabilities import FULL, refuse_gaps
 from safedefer.queues.config import QueueFile
 from safedefer.refs import UNBOUND, bound_object
 from safedefer.settings import Settings
@@ -327,7 +326,7 @@ class App:
         elif options.unique:
             return self._enqueue_unique(task, queued)
         else:
-            self.queue.enqueue(queued)
+            self.queue.enqueue_many((queued,))
         self._tell(queued)
         return task
 
@@ -396,7 +395,7 @@ class App:
     def _enqueue_unique(self, task: Task, queued: QueuedTask) -> Task:
         while True:
             try:
-                self.queue.enqueue(queued)
+                self.queue.enqueue_many((queued,))
             except AlreadyWaiting as error:
                 existing = self.queue.find(error.task_id)
                 if existing is not None and existing.state in {TaskState.WAITING, TaskState.RUNNING}:

@@ -27,7 +27,6 @@ from safedefer.errors import ConfigurationError, Error, PermanentTaskFailure, Re
 from safedefer.keys import MIN_SECRET_BYTES
 from safedefer.queues import migrate_queue
 from safedefer.queues.base import TaskState
-from safedefer.queues.loop_calls import on_loop
 from safedefer.task import VerifiedPointer
 from safedefer.token import encode_segment
 from safedefer.web.server import serving
@@ -130,7 +129,7 @@ def serve(*, app: str | None, host: str, port: int, drain: float) -> None:
     loaded = load_app(app)
 
     async def work() -> None:
-        async with _signals() as stop, on_loop(loaded.queue), serving(loaded, host, port) as url:
+        async with _signals() as stop, loaded.queue.on_loop(), serving(loaded, host, port) as url:
             print(url, flush=True)
             _keep_what_is_loaded()
             await stop.wait()
@@ -193,7 +192,7 @@ def run(
     loaded = load_app(app)
 
     async def work() -> None:
-        async with _signals() as stop, on_loop(loaded.queue), serving(loaded, host, port) as url:
+        async with _signals() as stop, loaded.queue.on_loop(), serving(loaded, host, port) as url:
             print(url, flush=True)
             _keep_what_is_loaded()
             options = _dispatcher_options(loaded, concurrency, lease, drain, queues)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -17,7 +16,7 @@ from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import Places
 from safedefer.errors import QueueError
 from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
-from safedefer.queues.base import Lease, PullQueue, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
 from safedefer.queues.rules import judge_failure, judge_rejection
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
@@ -32,7 +31,7 @@ class Courier:
     """Delivers tasks, and remembers who was not there and who asked to wait.
 
     Args:
-        queue: Where queues are held, and where a handler's records are.
+        queue: Where queues are held.
         deliver: How a task gets to a handler.
         in_thread: How the queue is called.
         clock: Seconds since the epoch.
@@ -41,7 +40,7 @@ class Courier:
 
     def __init__(
         self,
-        queue: PullQueue,
+        queue: Throttle,
         deliver: Deliver,
         in_thread: InThread,
         *,
@@ -62,7 +61,10 @@ class Courier:
         jitter = self._random.random()
         try:
             places = self.places
-            if places and (settlement := places.put_off(self._place(lease.task), now=self._clock())) is not None:
+            if (
+                places
+                and (settlement := places.put_off(self._deliver.address(lease.task), now=self._clock())) is not None
+            ):
                 return settlement
             return await self._attempt(lease, jitter)
         except Exception as error:  # noqa: BLE001  # see below
@@ -72,34 +74,31 @@ class Courier:
 
     async def _attempt(self, lease: Lease, jitter: float) -> Settlement:
         task, places = lease.task, self.places
-        down = places.probe(self._place(task)) if places else None
+        down = places.probe(self._deliver.address(task)) if places else None
         try:
             response = await self._deliver(task, delivery_headers(lease))
         except Unreachable as error:
             return places.missed(error, now=self._clock(), jitter=jitter)
         except Interrupted:
-            places.found(self._place(task))
+            places.found(self._deliver.address(task))
             return judge_failure(lease, None, now=self._clock(), jitter=jitter)
         finally:
             if down is not None:
                 down.probing = False
         if places:
-            places.found(self._place(task))
+            places.found(self._deliver.address(task))
         answer = read_answer(response)
         settlement = judge_answer(lease, answer, now=self._clock(), jitter=jitter)
         if self._busy or answer.status in _WAITING:
             await self._slow(task.queue, answer)
-        if settlement.verdict is Verdict.DONE:
-            if answer.outcome is None:
-                self._warn(task, answer)
-        elif settlement.verdict is Verdict.DEAD and settlement.reason in {None, "rejected"}:
-            return replace(settlement, reason=await self._recorded_reason(task.id) or settlement.reason)
+        if answer.outcome is None and settlement.verdict is Verdict.DONE:
+            self._warn(task, answer)
         return settlement
 
     def _warn(self, task: QueuedTask, answer: Answer) -> None:
         _log.warning(
             "%s answered %d without %s, which counts as done; if it is no handler, correct the address",
-            self._place(task),
+            self._deliver.address(task),
             answer.status,
             OUTCOME_HEADER,
         )
@@ -119,16 +118,3 @@ class Courier:
             await self._in_thread(partial(self._queue.hold, queue, until=now + seconds, now=now))
         except QueueError as error:
             _log.error("the queue %a cannot be held (%s)", queue, name_of(error))
-
-    async def _recorded_reason(self, task_id: str) -> str | None:
-        """Return what the handler wrote down of the attempt before it answered."""
-        try:
-            view = await self._in_thread(partial(self._queue.find, task_id))
-        except QueueError as error:
-            _log.error("why the task %a failed cannot be looked up (%s)", task_id, name_of(error))
-            return None
-        return view.records[-1].reason if view is not None and view.records else None
-
-    def _place(self, task: QueuedTask) -> str:
-        place: Callable[[QueuedTask], str] | None = getattr(self._deliver, "place", None)
-        return "" if place is None else place(task)

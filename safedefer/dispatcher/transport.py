@@ -38,6 +38,10 @@ class Deliver(Protocol):
         """POST the task's token. Raises ``Unreachable`` or ``Interrupted``."""
         ...
 
+    def address(self, task: QueuedTask, /) -> str:
+        """Return where a task is sent: the handler that is not there is not there for all that have this address."""
+        ...
+
 
 class HttpDelivery:
     """Delivers by HTTP POST, to the address of the task's target and to no other. Follows no redirect.
@@ -77,7 +81,7 @@ class HttpDelivery:
         """POST one task. Raises ``Unreachable``, ``Interrupted``, or what aiohttp has against the request."""
         if self._session is None:
             raise Unreachable("the delivery is not open; enter it with `async with`")
-        address = self.place(task)
+        address = self.address(task)
         # As it was signed: a normalised path is another one, and the handler compares.
         url = URL(address + task.url, encoded=True)
         try:
@@ -90,7 +94,7 @@ class HttpDelivery:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Interrupted(type(error).__name__) from error
 
-    def place(self, task: QueuedTask) -> str:
+    def address(self, task: QueuedTask, /) -> str:
         """Return the address that a task is sent to."""
         return self._targets.get(task.target, self._address)
 
@@ -104,3 +108,7 @@ class InProcessDelivery:
     def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
         """Hand one task to the handler."""
         return self._handle(headers, task.token, path=task.url)
+
+    def address(self, task: QueuedTask, /) -> str:  # noqa: ARG002 - one handler takes all
+        """Return the empty text: there is one handler, and it is here."""
+        return ""

@@ -22,13 +22,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from safedefer.errors import BadTransactionStateError, QueueError, QueueUnavailable
-from safedefer.queues.base import QueuedTask, is_transactional
+from safedefer.queues.base import QueuedTask
 from safedefer.transactions.databases import Opener, Source, opener_of, run_now, source_of
 from safedefer.transactions.databases.sqlite import ApswSource
-from safedefer.transactions.relay import Relay, is_open, relay, slug, to_text
+from safedefer.transactions.relay import Relay, RelayedTo, is_open, relay, slug, to_text
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import Queue, TransactionalQueue
+    from safedefer.queues.base import EnqueueStatements
 
 _T = TypeVar("_T")
 
@@ -254,9 +254,11 @@ class TransactionBlock(Block[None]):
     async def _write(self, tasks: Sequence[QueuedTask]) -> None:
         source, queue = self.source, self._outbox.queue()
         if self.way is _Way.FILE:
-            queue.enqueue_on(source.connection, tasks)  # type: ignore[attr-defined]  # both have it, see Outbox.way
+            assert queue.file is not None  # see Outbox.way, here and below
+            queue.file.enqueue_on(source.connection, tasks)  # type: ignore[attr-defined]  # an ApswSource has it
         elif self.way is _Way.STATEMENTS:
-            await _run_statements(source, queue, tasks)  # type: ignore[arg-type]  # as above
+            assert queue.statements is not None
+            await _run_statements(source, queue.statements, tasks)
         else:
             if not self._has_table:
                 # Remembered only if it was there: a savepoint may undo what creates it.
@@ -336,7 +338,7 @@ async def _provide(source: Source, table: str, statements: Sequence[str]) -> boo
     return False
 
 
-async def _run_statements(source: Source, queue: TransactionalQueue, tasks: Sequence[QueuedTask]) -> None:
+async def _run_statements(source: Source, queue: EnqueueStatements, tasks: Sequence[QueuedTask]) -> None:
     """Enqueue tasks by the queue's own statements, in a savepoint: what is refused leaves the transaction as it was."""
     statements = queue.enqueue_statements(tasks)
     try:
@@ -382,7 +384,7 @@ class Outbox:
         clock: Seconds since the epoch.
     """
 
-    def __init__(self, queue: Callable[[], Queue], *, urls: Sequence[str] = (), clock: Callable[[], float]) -> None:
+    def __init__(self, queue: Callable[[], RelayedTo], *, urls: Sequence[str] = (), clock: Callable[[], float]) -> None:
         self.queue = queue
         self.clock = clock
         self._relay = Relay(queue)
@@ -457,8 +459,8 @@ class Outbox:
         Raises:
             BadTransactionStateError: It is to the queue's file, by another library.
         """
-        path = getattr(self.queue(), "path", None)
-        if path is not None and source.path == path and not isinstance(source, ApswSource):
+        file = self.queue().file
+        if file is not None and source.path == file.path and not isinstance(source, ApswSource):
             raise BadTransactionStateError(
                 "two SQLite libraries in one process must not open one file, and the queue's is open with apsw; "
                 "keep your tables in a file of their own, or use an apsw connection"
@@ -467,15 +469,14 @@ class Outbox:
     async def way(self, source: Source) -> _Way:
         """Return how tasks get from a connection's database to the queue."""
         queue = self.queue()
-        path = getattr(queue, "path", None)
-        if path is not None and isinstance(source, ApswSource) and source.path == path:
+        if queue.file is not None and isinstance(source, ApswSource) and source.path == queue.file.path:
             return _Way.FILE
-        if not source.native or not is_transactional(queue):
+        if not source.native or queue.statements is None:
             return _Way.OUTBOX
         known = None if source.identity is None else self._marked.get(source.identity)
         if known is None:
             try:
-                known = await _is_marked(source, queue)
+                known = await _is_marked(source, queue.statements)
             except QueueUnavailable:  # the outbox serves until the queue is back
                 return _Way.OUTBOX
             if source.identity is not None:
@@ -528,7 +529,7 @@ def _check_may_be_named(block: TransactionBlock, *, awaits: bool) -> None:
         )
 
 
-async def _is_marked(source: Source, queue: TransactionalQueue) -> bool:
+async def _is_marked(source: Source, queue: EnqueueStatements) -> bool:
     """Whether a database is the queue's own."""
     if not await source.rows(_HAS_MARK):
         return False

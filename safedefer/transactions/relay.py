@@ -15,15 +15,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from safedefer.blobs import Blob
 from safedefer.errors import Error, QueueError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.queues.base import BlobsFull, QueuedTask
+from safedefer.queues.base import BlobsFull, Queue, QueuedTask, TaskView
 from safedefer.transactions.databases import Opener, Source
-
-if TYPE_CHECKING:
-    from safedefer.queues.base import Queue
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -56,7 +53,15 @@ _NEXT: Final = """
 _DELETE: Final = "DELETE FROM {table} WHERE id = :id"
 
 
-async def relay(source: Source, queue: Queue) -> int:
+class RelayedTo(Queue, Protocol):
+    """Where the tasks of an outbox go: a queue that can say whether it has a task."""
+
+    def find(self, task_id: str) -> TaskView | None:
+        """Return one task in whatever state; None if it is not known."""
+        ...
+
+
+async def relay(source: Source, queue: RelayedTo) -> int:
     """Move what is committed in a database's outboxes to the queue; returns how many tasks.
 
     Args:
@@ -97,7 +102,7 @@ async def _end_read(source: Source) -> None:
         await source.rollback()
 
 
-def _hand_over(queue: Queue, rows: list[tuple[str, str]]) -> tuple[list[str], QueueUnavailable | None]:
+def _hand_over(queue: RelayedTo, rows: list[tuple[str, str]]) -> tuple[list[str], QueueUnavailable | None]:
     """Enqueue tasks; return the ids of those that the queue has now, and why it takes no more, if it does not."""
     tasks = []
     for task_id, text in rows:
@@ -121,7 +126,7 @@ def _hand_over(queue: Queue, rows: list[tuple[str, str]]) -> tuple[list[str], Qu
     return _one_by_one(queue, tasks)
 
 
-def _one_by_one(queue: Queue, tasks: list[QueuedTask]) -> tuple[list[str], QueueUnavailable | None]:
+def _one_by_one(queue: RelayedTo, tasks: list[QueuedTask]) -> tuple[list[str], QueueUnavailable | None]:
     """Enqueue tasks of which one is refused: it stays where it is, and the others go on."""
     arrived = []
     for task in tasks:
@@ -137,12 +142,11 @@ def _one_by_one(queue: Queue, tasks: list[QueuedTask]) -> tuple[list[str], Queue
     return arrived, None
 
 
-def _enqueued(queue: Queue, task: QueuedTask) -> bool:
+def _enqueued(queue: RelayedTo, task: QueuedTask) -> bool:
     try:
-        queue.enqueue(task)
+        queue.enqueue_many((task,))
     except (TaskAlreadyExistsError, TombstonedTaskError):
-        find: Callable[[str], object] | None = getattr(queue, "find", None)
-        if find is None or find(task.id) is not None:
+        if queue.find(task.id) is not None:
             return True
         _log.error("the queue refuses task %s of the outbox; look at it", task.id)
         return False
@@ -156,7 +160,7 @@ class Relay:
         queue: Where the tasks go; called in any thread.
     """
 
-    def __init__(self, queue: Callable[[], Queue]) -> None:
+    def __init__(self, queue: Callable[[], RelayedTo]) -> None:
         self._queue = queue
         self._openers: dict[str, Opener] = {}
         self.tireless = False

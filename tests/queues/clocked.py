@@ -41,10 +41,6 @@ class Clocked:
         self._ticks += 1
         self.set(now + self._ticks * _TICK)
 
-    def enqueue(self, task):
-        self.set(task.created)
-        self._inner.enqueue(task)
-
     def enqueue_many(self, tasks):
         for task in tasks[:1]:
             self.set(task.created)

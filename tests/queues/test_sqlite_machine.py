@@ -17,6 +17,7 @@ from safedefer.queues.base import Lease, QueuedTask, QueueStats, Settlement, Tas
 from safedefer.queues.rates import FULL_LOOK, PAUSED_LOOK, QueueLimits
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.queues.contract import execution_of, make_task, oversize_task, record_of
+from tests.queues.single import begin, extend, finish, settle
 
 TOMBSTONE = 50.0
 QUEUES = ("default", "mail")
@@ -230,11 +231,11 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
     def settle(self, data, verdict, wait, charged, rejected):
         model = self.some(data, lambda model: model.lease, "settled")
         if verdict is None:
-            model.lease = self.queue.extend(model.lease, seconds=wait, now=self.now)
+            extend(self.queue, model.lease, seconds=wait, now=self.now)
             model.due = self.now + wait
             return
         settlement = Settlement(verdict=verdict, at=self.now + wait, charged=charged, rejected=rejected, reason="why")
-        self.queue.settle(model.lease, settlement, now=self.now)
+        settle(self.queue, model.lease, settlement, now=self.now)
         model.lost.append(model.lease)
         model.attempts += charged
         if verdict is Verdict.RETRY:
@@ -287,7 +288,7 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
             expected = Admission.RUN
             model.ledger, model.run, model.uncharged = "running", run.owner, True
             model.run_until = self.now + seconds
-        assert self.queue.ledger.begin(run, now=self.now, lease=seconds) is expected
+        assert begin(self.queue.ledger, run, now=self.now, lease=seconds) is expected
 
     @precondition(lambda self: self.has(lambda model: model.run))
     @rule(data=st.data(), state=st.sampled_from(EndState), ours=st.booleans())
@@ -296,7 +297,7 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
             return  # Only cancel() says so.
         model = self.some(data, lambda model: model.run, "finished")
         run = execution_of(model.task, model.run if ours else "somebody-else")
-        assert self.queue.ledger.finish(run, state, record_of(model.task)) is ours
+        assert finish(self.queue.ledger, run, state, record_of(model.task)) is ours
         model.records += 1
         if ours:
             model.ledger, model.run = str(state), None
@@ -320,7 +321,6 @@ class SQLiteQueueMachine(RuleBasedStateMachine):
     @rule(reopen=st.booleans())
     def prune(self, reopen):
         self.queue.prune(now=self.now)
-        assert self.queue.blobs.collect(now=self.now) == 0
         if reopen:
             self.queue.close()
             self.open()

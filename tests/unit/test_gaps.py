@@ -7,7 +7,7 @@ import pytest
 
 from safedefer.claims import TaskRetryOptions
 from safedefer.errors import InvalidTaskError, TaskTooLargeError
-from safedefer.queues.base import Capabilities
+from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.unit.apps import make_app
