@@ -19,6 +19,7 @@ import pytest
 from safedefer.blobs import Blob
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues import rules
 from safedefer.queues.base import (
     AlreadyWaiting,
     DeadFilter,
@@ -32,6 +33,8 @@ from safedefer.queues.base import (
     task_digest,
 )
 from safedefer.queues.rates import QueueLimits
+from safedefer.queues.rules import LOST_LEASE
+from tests.queues.cases import RUNS, SETTLEMENTS
 from tests.queues.single import begin, extend, finish, settle
 
 TOMBSTONE = 1000.0
@@ -50,6 +53,12 @@ QUEUE_OPTIONS = {
 }
 
 _numbers = itertools.count(1)
+
+VIEWED = {
+    EndState.SUCCEEDED: TaskState.SUCCEEDED,
+    EndState.FAILED: TaskState.DEAD,
+    EndState.CANCELLED: TaskState.CANCELLED,
+}
 
 DONE = Settlement(verdict=Verdict.DONE)
 DEAD = Settlement(verdict=Verdict.DEAD, reason="permanent-task-failure")
@@ -480,6 +489,72 @@ class QueueContract:
         finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task))
         settle(queue, lease, DEAD, now=102.0)
         assert queue.find(task.id).state is TaskState.SUCCEEDED
+
+    # --- The rules, which are written once ------------------------------------------------------
+
+    @pytest.mark.parametrize("lost", [False, True], ids=["held", "lost"])
+    @pytest.mark.parametrize("run", RUNS)
+    def test_an_engine_settles_as_the_rules_say(self, queue, run, lost):
+        tasks = [make_task() for _ in SETTLEMENTS]
+        queue.enqueue_many(tasks)
+        leases, now, leased = take(queue), 100.0, 100.0
+        runs = [execution_of(task) for task in tasks]
+        known = None
+        if run is not None:
+            assert set(queue.ledger.begin_many(runs, now=now, lease=30.0)) == {Admission.RUN}
+            known = rules.Known(rules.RUNNING, uncharged=True, alive=True)
+        if run in tuple(EndState):
+            records = [record_of(task, str(run), reason="recorded") for task in tasks]
+            assert all(queue.ledger.finish_many([(item, run, r) for item, r in zip(runs, records, strict=True)]))
+            known = known._replace(state=str(run))
+        before, recorded = rules.Counters(), "recorded" if run in tuple(EndState) else None
+        if lost:
+            now = leased = 160.0
+            known = known and known._replace(alive=False)
+            delivery = rules.after_lost_lease(before, ("a", "i"), known, leased_at=100.0, now=now)
+            before, leases = delivery.counters, take(queue, now=now)
+            recorded = LOST_LEASE if delivery.record else recorded
+            known = known and known._replace(uncharged=False)
+        assert [rules.Counters.of(lease) for lease in leases] == [before] * len(tasks)
+        leases.sort(key=lambda lease: lease.task.id)
+        assert all(queue.settle_many(list(zip(leases, SETTLEMENTS, strict=True)), now=now + 1))
+        for task, settlement in zip(tasks, SETTLEMENTS, strict=True):
+            if settlement.verdict is not Verdict.RETRY:
+                end, view = rules.end_of(settlement, known), queue.find(task.id)
+                reason = (recorded if end.by_record else None) or end.reason
+                expected = (VIEWED[end.state], before.attempts + end.charged, reason)
+                assert (view.state, view.attempts, view.reason) == expected, settlement
+        retries = [item for item in SETTLEMENTS if item.verdict is Verdict.RETRY]
+        after = [rules.after_retry(before, item, leased_at=leased, now=now + 1) for item in retries]
+        again = sorted(take(queue, now=300.0), key=lambda lease: lease.task.id)
+        assert [rules.Counters.of(lease) for lease in again] == after
+        # Whether the settlement charged the run shows when the next lease is lost.
+        known = known and known._replace(alive=False)
+        expected = []
+        for counters, settlement in zip(after, retries, strict=True):
+            left = known and known._replace(uncharged=known.uncharged and not rules.retry_charges(settlement, known))
+            expected.append(rules.after_lost_lease(counters, ("a", "i"), left, leased_at=300.0, now=400.0).counters)
+        third = sorted(take(queue, now=400.0), key=lambda lease: lease.task.id)
+        assert [rules.Counters.of(lease) for lease in third] == expected
+
+    @pytest.mark.parametrize("now", [110.0, 200.0], ids=["alive", "over"])
+    @pytest.mark.parametrize("run", RUNS[1:])
+    def test_an_engine_admits_and_cancels_as_the_rules_say(self, queue, run, now):
+        task = make_task()
+        queue.enqueue_many([task])
+        first = execution_of(task)
+        assert begin(queue.ledger, first, now=100.0, lease=30.0) is Admission.RUN
+        if run in tuple(EndState):
+            assert finish(queue.ledger, first, run, record_of(task))
+        ended = run in tuple(EndState)
+        known = rules.Known(str(run), uncharged=True, alive=not ended and now < 130.0)
+        owner = None if ended else first.owner
+        for asked in (first._replace(digest=b"another"), execution_of(task, "run-2"), first):
+            expected = rules.admit(asked, digest=first.digest, owner=owner, entry=known)
+            assert begin(queue.ledger, asked, now=now, lease=30.0) is expected
+            if expected is Admission.RUN:
+                known, owner = rules.Known(rules.RUNNING, uncharged=True, alive=True), asked.owner
+        assert queue.cancel(task.id, now=now) is rules.may_cancel(known)
 
     # --- Cancel -------------------------------------------------------------------------------
 
