@@ -393,6 +393,7 @@ class App:
         return tasks
 
     def _enqueue_unique(self, task: Task, queued: QueuedTask) -> Task:
+        gone = None
         while True:
             try:
                 self.queue.enqueue_many((queued,))
@@ -400,7 +401,13 @@ class App:
                 existing = self.queue.find(error.task_id)
                 if existing is not None and existing.state in {TaskState.WAITING, TaskState.RUNNING}:
                     return _task_of(existing)
-                continue  # it ended in between
+                if error.task_id == gone:
+                    raise QueueUnavailable(
+                        f"the task {gone} is gone, and the queue still keeps its unique key; let this user delete rows of "
+                        "the table safedefer.uniques, or delete the row of this task_id"
+                    ) from error
+                gone = error.task_id  # it ended in between
+                continue
             self._tell(queued)
             return task
 

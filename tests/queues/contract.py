@@ -1067,6 +1067,24 @@ class QueueContract:
         queue.enqueue_many([again])
         assert again.id in ids(take(queue, now=162.0))
 
+    @pytest.mark.parametrize("how", ["done", "dead", "overruled", "cancel", "purge"])
+    def test_a_key_is_free_when_its_task_has_ended(self, queue, how):
+        task = make_task(unique_key="k")
+        queue.enqueue_many([task])
+        if how == "cancel":
+            assert queue.cancel(task.id, now=100.0)
+        elif how == "purge":
+            assert queue.purge("default", now=100.0) == 1
+        else:
+            lease, run = take_one(queue), execution_of(task)
+            if how == "overruled":
+                begin(queue.ledger, run, now=101.0, lease=30.0)
+                finish(queue.ledger, run, EndState.FAILED, record_of(task))
+            settle(queue, lease, DEAD if how == "dead" else DONE, now=102.0)
+        again = make_task(unique_key="k")
+        queue.enqueue_many([again])
+        assert ids(take(queue, now=103.0)) == [again.id]
+
     def test_a_key_twice_in_one_batch_is_refused(self, queue):
         with pytest.raises(AlreadyWaiting):
             queue.enqueue_many([make_task(unique_key="k"), make_task(unique_key="k")])

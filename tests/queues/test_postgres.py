@@ -22,9 +22,9 @@ from safedefer.dispatcher.loop import Dispatcher
 from safedefer.dispatcher.transport import InProcessDelivery
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.ledger import Admission, EndState
-from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
+from safedefer.queues.base import AlreadyWaiting, DeadFilter, Settlement, TaskState, Verdict
 from safedefer.queues.postgres.migrations import _queries, migrate
-from safedefer.queues.postgres.pgqueuer import STATEMENTS
+from safedefer.queues.postgres.pgqueuer import STATEMENTS, untested
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.postgres.statements import SQL, joined, to_json
 from safedefer.queues.rates import QueueLimits
@@ -39,6 +39,7 @@ from tests.queues.contract import (
     execution_of,
     ids,
     make_task,
+    oversize_task,
     record_of,
     rests,
 )
@@ -1096,3 +1097,105 @@ def test_closing_the_queue_disconnects_every_loop(queue):
                 assert connection.execute(open_).fetchone() == (0,)
 
     asyncio.run(work())
+
+
+# --- What somebody deletes with other tools -------------------------------------------------------
+
+
+def plant_key(dsn, task_id="a-task-of-long-ago"):
+    ask(dsn, f"INSERT INTO safedefer.uniques VALUES ('default', 'k', '{task_id}')")
+
+
+def test_a_key_that_outlived_its_task_is_taken_over(queue):
+    plant_key(queue._dsn)
+    tasks = [task_now(), task_now(unique_key="k"), task_now(unique_key="other")]
+    queue.enqueue_many(iter(tasks))
+    assert {lease.task.id for lease in lease_now(queue)} == {task.id for task in tasks}
+    with pytest.raises(AlreadyWaiting) as caught:
+        queue.enqueue_many([task_now(unique_key="k")])
+    assert caught.value.task_id == tasks[1].id
+
+
+def test_a_key_that_outlived_its_task_is_taken_over_in_a_transaction_of_the_users(queue):
+    plant_key(queue._dsn)
+    task = task_now(unique_key="k")
+
+    async def enqueue():
+        connection = await asyncpg.connect(queue._dsn)
+        async with connection.transaction():
+            for statement, values in queue.statements.enqueue_statements([task]):
+                await connection.execute(statement, *values)
+        await connection.close()
+
+    asyncio.run(enqueue())
+    assert [lease.task.id for lease in lease_now(queue)] == [task.id]
+
+
+def test_a_unique_task_is_deferred_anew_when_its_job_was_deleted(queue):
+    app = make_app(queue=queue)
+    first = app.options(unique=True).defer(sample_tasks.add, 1)
+    assert app.options(unique=True).defer(sample_tasks.add, 1).id == first.id
+    ask(queue._dsn, "DELETE FROM safedefer.pgqueuer")
+    again = app.options(unique=True).defer(sample_tasks.add, 1)
+    assert again.id != first.id
+    assert queue.find(again.id).state is TaskState.WAITING
+
+
+def test_a_user_who_may_not_delete_keys_is_told_which_row_is_in_the_way(real_dsn):
+    queue = PostgresQueue(real_dsn)
+    queue.enqueue_many([task_now()])
+    plant_key(real_dsn)
+    role = f"producer_{os.getpid()}"
+    with psycopg.connect(real_dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {role} LOGIN")
+        connection.execute(f"GRANT USAGE ON SCHEMA safedefer TO {role}")
+        connection.execute(f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA safedefer TO {role}")
+        connection.execute(f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA safedefer TO {role}")
+    app = make_app(queue=PostgresQueue(real_dsn.replace("postgres@", f"{role}@", 1)))
+    try:
+        ask(real_dsn, "UPDATE safedefer.uniques SET unique_key = %s", unique_key_of(app, real_dsn))
+        with pytest.raises(QueueUnavailable, match="a-task-of-long-ago is gone.*safedefer.uniques"):
+            app.options(unique=True).defer(sample_tasks.add, 1)
+    finally:
+        app.close()
+        queue.close()
+        with psycopg.connect(real_dsn, autocommit=True) as connection:
+            connection.execute(f"DROP OWNED BY {role}")
+            connection.execute(f"DROP ROLE {role}")
+
+
+def unique_key_of(app, dsn):
+    """Return the key of the call that the tests defer."""
+    first = app.options(unique=True).defer(sample_tasks.add, 1)
+    ((key,),) = ask(dsn, "SELECT unique_key FROM safedefer.uniques WHERE task_id = %s", first.id)
+    ask(dsn, "DELETE FROM safedefer.pgqueuer")
+    ask(dsn, "DELETE FROM safedefer.uniques WHERE task_id = %s", first.id)
+    return key
+
+
+def test_a_blob_whose_job_was_deleted_is_pruned_and_no_other(queue):
+    lost, kept = oversize_task(id="a" * 32), oversize_task(id="b" * 32)
+    queue.enqueue_many([lost, kept])
+    ask(queue._dsn, f"DELETE FROM safedefer.pgqueuer WHERE dedupe_key = '{lost.id}'")
+    for _ in range(1_000):
+        queue.prune(now=time.time())
+        if queue.blobs.get(lost.blob.id) is None:
+            break
+    assert queue.blobs.get(lost.blob.id) is None
+    assert queue.blobs.get(kept.blob.id) == kept.blob.data
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"), [("1.6.0", False), ("1.6.12", False), ("1.7.0", True), ("1.10.dev3", True), ("2.0", True)]
+)
+def test_a_pgqueuer_that_is_newer_than_those_that_were_tested_is_warned_of(version, warned):
+    warning = untested(version)
+    assert (warning is not None and "pgqueuer<1.7" in warning) is warned
+
+
+def test_the_warning_is_given_when_the_tables_are_checked(real_dsn, monkeypatch, caplog):
+    monkeypatch.setattr("safedefer.queues.postgres.migrations.untested", lambda version: f"{version} is new")
+    queue = PostgresQueue(real_dsn)
+    queue.stats(now=0.0)
+    queue.close()
+    assert "is new" in caplog.text

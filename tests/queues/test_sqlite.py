@@ -16,7 +16,7 @@ import pytest
 from safedefer.blobs import Blob
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.queues import open_queue
-from safedefer.queues.base import DeadFilter
+from safedefer.queues.base import AlreadyWaiting, DeadFilter
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.sqlite.connection import MIGRATIONS, SQL
 from safedefer.queues.sqlite.queue import SQLiteQueue
@@ -511,3 +511,15 @@ def test_other_urls_are_refused_with_what_exists(url):
     with pytest.raises(ConfigurationError, match="memory://") as caught:
         open_queue(url)
     assert "secret" not in str(caught.value)
+
+
+def test_a_unique_key_is_gone_with_the_row_of_its_task(queue, path):
+    queue.enqueue_many([first := make_task(unique_key="k")])
+    with pytest.raises(AlreadyWaiting) as caught:
+        queue.enqueue_many([make_task(unique_key="k")])
+    assert queue.find(caught.value.task_id).id == first.id
+    connection = apsw.Connection(str(path))
+    connection.execute("DELETE FROM safedefer_tasks")
+    connection.close()
+    queue.enqueue_many([make_task(unique_key="k")])
+    assert len(take(queue)) == 1

@@ -173,7 +173,12 @@ class PostgresQueue:
 
         The tasks are enqueued if and only if that transaction commits. ``refusal`` translates errors of the statements.
         """
-        return [(STATEMENTS.enqueue, enqueue_values(tasks, blob_limit=self._options.blob_limit))]
+        enqueue = STATEMENTS.enqueue, enqueue_values(tasks, blob_limit=self._options.blob_limit)
+        unique = [task for task in tasks if task.unique_key is not None]
+        if not unique:
+            return [enqueue]
+        keys = [task.queue for task in unique], [task.unique_key for task in unique]
+        return [(SQL["uniques_free"], keys), enqueue]
 
     def refusal(self, error: BaseException, /) -> Exception | None:
         """Return the error of safedefer for a database error of ``enqueue_statements``; None if it is no refusal."""

@@ -224,6 +224,13 @@ UPDATE safedefer.names SET until = $3
 FROM unnest($1::text[], $2::text[]) AS given (queue, name)
 WHERE names.queue = given.queue AND names.name = given.name;
 
+-- name: uniques_free
+-- Keys whose job somebody deleted, with a tool of pgqueuer's, say.
+DELETE FROM safedefer.uniques AS known USING unnest($1::text[], $2::text[]) AS given (queue, unique_key)
+WHERE known.queue = given.queue AND known.unique_key = given.unique_key AND NOT EXISTS (
+    SELECT FROM safedefer.pgqueuer AS job WHERE job.dedupe_key = known.task_id AND job.status IN ('queued', 'picked') OFFSET 0
+);
+
 -- name: uniques_delete
 DELETE FROM safedefer.uniques WHERE task_id = ANY ($1::text[]) AND (queue, unique_key) IN (
     SELECT * FROM unnest($2::text[], $3::text[])
