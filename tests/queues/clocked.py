@@ -11,6 +11,12 @@ import psycopg
 
 _TICK = 1e-6
 
+TABLES = (
+    "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
+    "ledger", "attempts",
+)  # fmt: skip
+"""What tests empty when they are over."""
+
 CLOCK = """
 CREATE SCHEMA clock;
 CREATE TABLE clock.time (seconds double precision NOT NULL);

@@ -30,7 +30,7 @@ from safedefer.queues.postgres.statements import SQL, joined, to_json
 from safedefer.queues.rates import QueueLimits
 from tests import sample_tasks
 from tests.postgres.server import Server, fresh_database, shared_server
-from tests.queues.clocked import CLOCK, Clocked
+from tests.queues.clocked import CLOCK, TABLES, Clocked
 from tests.queues.contract import (
     DEAD,
     DONE,
@@ -45,11 +45,6 @@ from tests.queues.contract import (
 )
 from tests.queues.single import begin, finish, settle
 from tests.unit.apps import JOSE, handle, make_app
-
-TABLES = (
-    "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
-    "ledger", "attempts",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

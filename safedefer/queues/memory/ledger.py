@@ -110,7 +110,7 @@ class MemoryLedger:
     def end(self, task: QueuedTask, state: EndState) -> None:
         """Note how a task ended, unless it has ended already."""
         entry = self.entry(task)
-        if entry is None or not entry.known(0.0).ended:
+        if entry is None or entry.state in (rules.RUNNING, EndState.RETRY):
             self._entries[task.audience, task.id] = Entry(
                 digest=task_digest(task) if entry is None else entry.digest,
                 state=str(state),
