@@ -10,11 +10,19 @@ typed form. Everything here is public; nothing else is.
 
 from __future__ import annotations
 
+import os
+
+if os.name != "posix":  # os.register_at_fork, signal handlers of a loop: an AttributeError later would not say so
+    raise ImportError(
+        f"safedefer runs on POSIX systems only (Linux, macOS, BSD), and this is {os.name!r}: its processes need signals "
+        "and its queue file needs POSIX locks; on Windows, run it in WSL 2 or in a Linux container"
+    )
+
 from typing import TYPE_CHECKING, Any
 
 from safedefer import deferred, errors
 from safedefer.app import App, Deferral
-from safedefer.claims import DEFAULT_URL, Limits, Options, TaskRetryOptions
+from safedefer.claims import Limits
 from safedefer.codecs.registry import register_type
 from safedefer.deferred import (
     configure,
@@ -31,10 +39,11 @@ from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
 from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
 from safedefer.execution.run import TaskContext, current_task
 from safedefer.keys import Key, Keyring, KeyState
+from safedefer.options import DEFAULT_URL, Options, Task, TaskRetryOptions
 from safedefer.policy import Policy, deferrable
 from safedefer.refs import CallableRef
 from safedefer.signing import Serves, Signer, Verifier
-from safedefer.task import Task, VerifiedPointer, VerifiedTask
+from safedefer.task import VerifiedPointer, VerifiedTask
 
 if TYPE_CHECKING:
     from safedefer.deferred import TaskHandler

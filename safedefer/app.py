@@ -24,17 +24,12 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, cast, overlo
 
 from safedefer.blobs import Blob
 from safedefer.claims import (
-    DEFAULT_QUEUE,
-    DEFAULT_TARGET,
-    DEFAULT_URL,
     LIFETIME,
     MAX_LIFETIME,
     VERSION,
     Call,
     Claims,
     Limits,
-    Options,
-    TaskRetryOptions,
     callable_name,
     split_audience,
     write_json,
@@ -60,6 +55,16 @@ from safedefer.events import LogObserver, Observer, TaskEnqueued, hears_enqueued
 from safedefer.execution.binding import check_binds
 from safedefer.execution.run import Codec, Validate, call_in_thread, current_task, is_async, prepare
 from safedefer.keys import Keyring
+from safedefer.options import (
+    DEFAULT_OPTIONS,
+    DEFAULT_QUEUE,
+    DEFAULT_TARGET,
+    DEFAULT_URL,
+    QUEUE_URLS,
+    Options,
+    Task,
+    TaskRetryOptions,
+)
 from safedefer.policy import Policy
 from safedefer.queues import open_queue
 from safedefer.queues.base import (
@@ -76,7 +81,7 @@ from safedefer.queues.config import QueueFile
 from safedefer.refs import UNBOUND, bound_object
 from safedefer.settings import Settings
 from safedefer.signing import Serves, Signer, Verifier
-from safedefer.task import Task, VerifiedPointer, VerifiedTask
+from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.transactions.databases import AwaitedConnection
 from safedefer.transactions.outbox import Outbox
 
@@ -87,9 +92,6 @@ _P = ParamSpec("_P")
 
 #: One call of ``defer_many``: the callable, its positional and its keyword arguments.
 CallTuple: TypeAlias = tuple[Callable[..., object], Sequence[object], Mapping[str, object]]
-
-_QUEUE_URLS: Final = "/_ah/queue/"
-_DEFAULTS: Final = Options()
 
 
 class App:
@@ -183,8 +185,10 @@ class App:
         self._queue: PullQueue | str = queue
         limit = None if self.queue_file is None else self.queue_file.total_storage_limit
         self._storage = storage if limit is None else replace(storage or StorageOptions(), blob_limit=limit)
-        self._default_route = self._route(_DEFAULTS)
-        self.outbox = Outbox(lambda: self.queue, urls=outboxes, clock=clock)
+        self._default_route = self._route(DEFAULT_OPTIONS)
+        self.outbox = Outbox(
+            lambda: self.queue, environment=environment, queues=self.queues, urls=outboxes, clock=clock
+        )
         # Reentrant: loading the policy imports modules, and one of them may defer something.
         self._lock = RLock()
         self._delivery: Delivery | None = None
@@ -242,15 +246,15 @@ class App:
             TaskTooLargeError: The token is over the limit.
             QueueUnavailable: The task was not stored.
         """
-        return self.defer_with(_DEFAULTS, obj, args, kwargs)
+        return self.defer_with(DEFAULT_OPTIONS, obj, args, kwargs)
 
     async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
         """Do what ``defer`` does, without blocking the event loop."""
-        return await self.defer_with_async(_DEFAULTS, obj, args, kwargs)
+        return await self.defer_with_async(DEFAULT_OPTIONS, obj, args, kwargs)
 
     def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
         """Defer several calls in one transaction: all are stored, or none."""
-        return self.defer_many_with(_DEFAULTS, calls)
+        return self.defer_many_with(DEFAULT_OPTIONS, calls)
 
     def options(
         self,
@@ -478,7 +482,7 @@ class App:
 
     def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
         """Return the signed token of a call, for the default queue and URL; enqueues nothing."""
-        return self._signer.sign(self._claims(_DEFAULTS, obj, args, kwargs, self._clock()))
+        return self._signer.sign(self._claims(DEFAULT_OPTIONS, obj, args, kwargs, self._clock()))
 
     def _build(
         self,
@@ -569,7 +573,7 @@ class App:
         bound, positional, named = encode((bound_object(obj), tuple(args), dict(kwargs)), gate)
         made = due = int(now)
         audience, lifetime = self._default_route
-        if options is not _DEFAULTS:
+        if options is not DEFAULT_OPTIONS:
             due = int(options.due(now))
             audience, lifetime = self._route(options)
         # Every part was checked by itself.
@@ -828,7 +832,7 @@ class App:
             queue=queue or old_queue,
             eta=eta,
             target=target,
-            url=f"{_QUEUE_URLS}{queue}" if queue and url == f"{_QUEUE_URLS}{old_queue}" else url,
+            url=f"{QUEUE_URLS}{queue}" if queue and url == f"{QUEUE_URLS}{old_queue}" else url,
         )
         self._check_destination(options)
         key = next(key for key in self._keyring.keys if key.kid == task.identity.kid)
@@ -937,7 +941,7 @@ class _OwnUrls(Container[str]):
         return (
             path == self._url
             or self._url is None
-            or (isinstance(path, str) and path.startswith(_QUEUE_URLS) and "/" not in path[len(_QUEUE_URLS) :])
+            or (isinstance(path, str) and path.startswith(QUEUE_URLS) and "/" not in path[len(QUEUE_URLS) :])
         )
 
 

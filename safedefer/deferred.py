@@ -30,9 +30,8 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.app import App
-from safedefer.claims import DEFAULT_QUEUE, DEFAULT_URL, Options, TaskRetryOptions
 from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
-from safedefer.task import Task
+from safedefer.options import DEFAULT_QUEUE, DEFAULT_URL, Options, Task, TaskRetryOptions
 
 if TYPE_CHECKING:
     from aiohttp import web

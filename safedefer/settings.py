@@ -9,9 +9,9 @@ from typing import Annotated, Final, Self
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from safedefer.claims import DEFAULT_URL
 from safedefer.errors import ConfigurationError
 from safedefer.keys import Keyring
+from safedefer.options import DEFAULT_URL
 from safedefer.policy import Policy
 from safedefer.queues.base import StorageOptions
 

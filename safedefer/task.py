@@ -1,48 +1,15 @@
-"""Tasks on either side of the signature: what ``defer()`` returned, and what a handler may run."""
+"""Verified values: what a handler may run, or fetch, because its signature was verified."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from hashlib import sha256
 from typing import NamedTuple
 
-from safedefer.claims import BlobPointer, Claims, TaskRetryOptions, callable_name
+from safedefer.claims import BlobPointer, Claims, callable_name
 from safedefer.errors import TaskIdentity
 from safedefer.policy import Gate
 from safedefer.refs import CallableRef
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One call to make later, as ``defer()`` accepted it (App Engine ``taskqueue.Task``)."""
-
-    id: str
-    """The task's id: the token's ``jti``."""
-    name: str | None
-    queue_name: str
-    url: str
-    target: str
-    headers: Mapping[str, str]
-    """The request headers that the dispatcher will send, without those of the attempt."""
-    payload: bytes = field(repr=False)
-    """What will be POSTed: the signed token, or the signed pointer to it."""
-    eta: datetime
-    """When the task is due, aware, in UTC."""
-    retry_options: TaskRetryOptions | None
-    was_enqueued: bool
-    """False for a transactional task whose transaction has not been committed yet."""
-
-    @property
-    def size(self) -> int:
-        """Length of the payload, in bytes."""
-        return len(self.payload)
-
-    @property
-    def eta_posix(self) -> float:
-        """The eta in seconds since the epoch (App Engine ``Task.eta_posix``)."""
-        return self.eta.timestamp()
 
 
 def identify(claims: Claims, kid: str) -> TaskIdentity:

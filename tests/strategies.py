@@ -9,7 +9,8 @@ from zoneinfo import ZoneInfo
 
 from hypothesis import strategies as st
 
-from safedefer.claims import MAX_ETA, MAX_LIFETIME, Options, TaskRetryOptions
+from safedefer.claims import MAX_LIFETIME
+from safedefer.options import MAX_ETA, Options, TaskRetryOptions
 from safedefer.refs import Kind
 from tests.zoo import callables
 from tests.zoo import values as zoo

@@ -1,6 +1,7 @@
 """The shape of the package: who may import, construct and ask what."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,25 @@ def test_the_contracts_of_the_layers_are_kept():
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("room", ["queues/postgres"])
+def test_no_imports_within_a_room_form_a_circle_not_even_those_for_types(room):
+    modules = {f"safedefer/{name}".removesuffix(".py").replace("/", "."): tree for name, tree in SOURCES.items()}
+    package = f"safedefer/{room}".replace("/", ".")
+    graph = {
+        name: {
+            imported
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for imported in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            if imported in modules and imported.startswith(package)
+        }
+        for name, tree in modules.items()
+        if name.startswith(package)
+    }
+    assert sum(map(len, graph.values())) > len(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize(("package", "allowed"), [

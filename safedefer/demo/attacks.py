@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safedefer.app import App
-from safedefer.claims import DEFAULT_URL
 from safedefer.keys import Key, Keyring
+from safedefer.options import DEFAULT_URL
 from safedefer.policy import Policy
 
 

@@ -27,9 +27,9 @@ from safedefer.demo import tasks
 from safedefer.demo.attacks import Attack, attack
 from safedefer.demo.processes import LEASE, Processes
 from safedefer.keys import Keyring
+from safedefer.options import Task
 from safedefer.policy import Policy
 from safedefer.queues.base import TaskState, TaskView
-from safedefer.task import Task
 from safedefer.token import encode_segment
 
 #: What the demonstration's handler may run: exactly these, nothing else.

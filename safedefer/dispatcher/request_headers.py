@@ -6,9 +6,9 @@ import re
 from functools import lru_cache, partial
 from typing import Final
 
-from safedefer.claims import Options
 from safedefer.errors import InvalidTaskError
 from safedefer.headers import CONTENT_TYPE, QUEUE_HEADER, RETRY_HEADER, AttemptHeaders, Hints
+from safedefer.options import Options
 from safedefer.queues.base import Lease, QueuedTask
 
 _SLUG: Final = re.compile("[a-z0-9-]{1,100}")

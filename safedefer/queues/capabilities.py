@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from safedefer.claims import DEFAULT_TARGET
 from safedefer.errors import InvalidTaskError, TaskTooLargeError
+from safedefer.options import DEFAULT_TARGET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

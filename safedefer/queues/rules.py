@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from safedefer.claims import TaskRetryOptions
 from safedefer.errors import InvalidTaskRetryOptionsError
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.options import TaskRetryOptions
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Verdict
 
 #: Defaults of App Engine's retry parameters.

@@ -31,7 +31,7 @@ def deliver(app, clock):
     dispatcher = Dispatcher(
         app.queue, InProcessDelivery(app.handle), clock=clock, options=DispatcherOptions(poll_seconds=0.05)
     )
-    asyncio.run(asyncio.wait_for(dispatcher.run_until_empty(), 20))
+    asyncio.run(asyncio.wait_for(dispatcher.run_until_empty(), 60))
 
 
 def succeeded(app, clock):
@@ -59,7 +59,7 @@ def purged(app, clock):
 
 
 def given_up(app, clock):
-    from safedefer.claims import TaskRetryOptions
+    from safedefer.options import TaskRetryOptions
 
     task = app.options(retry_options=TaskRetryOptions(task_retry_limit=0)).defer(victim.stumble, 1)
     deliver(app, clock)

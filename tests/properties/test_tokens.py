@@ -13,7 +13,7 @@ from jwcrypto import jwk as jwcrypto_jwk
 from jwcrypto import jws as jwcrypto_jws
 
 from safedefer.claims import CLAIMS as ADAPTER
-from safedefer.claims import Claims, Limits, Options, TaskRetryOptions, read_claims, write_json
+from safedefer.claims import Claims, Limits, read_claims, write_json
 from safedefer.errors import (
     BadSignature,
     InvalidClaims,
@@ -24,6 +24,7 @@ from safedefer.errors import (
     UnresolvableCallable,
 )
 from safedefer.keys import Key, Keyring
+from safedefer.options import Options, TaskRetryOptions
 from safedefer.policy import Policy
 from safedefer.refs import CallableRef, bound_object
 from safedefer.signing import Serves, Signer, Verifier

@@ -8,18 +8,7 @@ import orjson
 import pytest
 from hypothesis import given
 
-from safedefer.claims import (
-    DEFAULT_URL,
-    MAX_ETA,
-    SHORT,
-    Claims,
-    Options,
-    TaskRetryOptions,
-    callable_name,
-    read_claims,
-    split_audience,
-    write_json,
-)
+from safedefer.claims import SHORT, Claims, callable_name, read_claims, split_audience, write_json
 from safedefer.errors import (
     InvalidClaims,
     InvalidEtaError,
@@ -28,6 +17,7 @@ from safedefer.errors import (
     InvalidTaskRetryOptionsError,
     InvalidUrlError,
 )
+from safedefer.options import DEFAULT_URL, MAX_ETA, Options, TaskRetryOptions
 from tests import strategies as some
 from tests.zoo.exactly import assert_exact
 

@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from safedefer.claims import TaskRetryOptions
 from safedefer.errors import InvalidTaskError, TaskTooLargeError
+from safedefer.options import TaskRetryOptions
 from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedefer import Options, TaskRetryOptions
-from safedefer.claims import MAX_ETA
 from safedefer.errors import (
     InvalidEtaError,
     InvalidTaskError,
@@ -16,6 +15,7 @@ from safedefer.errors import (
     InvalidTaskRetryOptionsError,
     InvalidUrlError,
 )
+from safedefer.options import MAX_ETA
 
 NOW = 1_800_000_000.0
 WRONG = [

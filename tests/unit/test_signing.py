@@ -32,9 +32,10 @@ from safedefer.errors import (
     WrongAudience,
 )
 from safedefer.keys import Key, Keyring
+from safedefer.options import Task
 from safedefer.policy import Policy
 from safedefer.signing import Serves, Signer, Verifier
-from safedefer.task import Task, VerifiedPointer, VerifiedTask
+from safedefer.task import VerifiedPointer, VerifiedTask
 
 NOW = 1_700_000_000
 SECRET = bytes(range(200, 250))
