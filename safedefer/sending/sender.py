@@ -10,8 +10,8 @@ from typing import Any, Final, ParamSpec, TypeAlias
 from safedefer.errors import InvalidTaskError, QueueUnavailable
 from safedefer.events import Observer, TaskEnqueued, hears_enqueued, notify
 from safedefer.options import Options, Task
-from safedefer.queues.base import FULL, AlreadyWaiting, Capabilities, PullQueue, QueuedTask, TaskState
-from safedefer.queues.capabilities import refuse_gaps
+from safedefer.queues.base import AlreadyWaiting, PullQueue, QueuedTask, TaskState
+from safedefer.queues.capabilities import FULL, Capabilities, refuse_gaps
 from safedefer.sending.builder import Builder, stored_task
 from safedefer.transactions.outbox import Outbox
 
@@ -57,7 +57,7 @@ class Sender:
             refuse_gaps(capabilities, queued)
         if options.unique:
             return self._enqueue_unique(queue, task, queued)
-        queue.enqueue(queued)
+        queue.enqueue_many((queued,))
         self._tell(queued)
         return task
 
@@ -139,7 +139,7 @@ class Sender:
         blocker = ""
         for _ in range(_UNIQUE_TRIES):
             try:
-                queue.enqueue(queued)
+                queue.enqueue_many((queued,))
             except AlreadyWaiting as error:
                 blocker = error.task_id
                 existing = queue.find(blocker)

@@ -24,7 +24,7 @@ from safedefer.transactions.savepoints import Savepoint
 from safedefer.transactions.tables import ONCE, OUTBOX, Table, provide
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import TransactionalQueue
+    from safedefer.queues.base import EnqueueStatements
     from safedefer.transactions.outbox import Outbox
 
 _T = TypeVar("_T")
@@ -233,9 +233,11 @@ class TransactionBlock(Block[None]):
     async def _write(self, tasks: Sequence[QueuedTask]) -> None:
         source, queue = self.source, self._outbox.queue()
         if self.way is Way.FILE:
-            queue.enqueue_on(source.connection, tasks)  # type: ignore[attr-defined]  # both have it, see Outbox.way
+            assert queue.file is not None  # see Outbox.way, here and below
+            queue.file.enqueue_on(source.connection, tasks)  # type: ignore[attr-defined]  # an ApswSource has it
         elif self.way is Way.STATEMENTS:
-            await _run_statements(source, queue, tasks)  # type: ignore[arg-type]  # as above
+            assert queue.statements is not None
+            await _run_statements(source, queue.statements, tasks)
         else:
             await self._insert(tasks)
         self._count += len(tasks)
@@ -301,7 +303,7 @@ def here() -> tuple[int, object]:
     return threading.get_ident(), task
 
 
-async def _run_statements(source: Source, queue: TransactionalQueue, tasks: Sequence[QueuedTask]) -> None:
+async def _run_statements(source: Source, queue: EnqueueStatements, tasks: Sequence[QueuedTask]) -> None:
     """Enqueue tasks by the queue's own statements, in a savepoint: what is refused leaves the transaction as it was."""
     statements = queue.enqueue_statements(tasks)
     try:

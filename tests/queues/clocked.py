@@ -11,6 +11,12 @@ import psycopg
 
 _TICK = 1e-6
 
+TABLES = (
+    "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
+    "ledger", "attempts",
+)  # fmt: skip
+"""What tests empty when they are over."""
+
 CLOCK = """
 CREATE SCHEMA clock;
 CREATE TABLE clock.time (seconds double precision NOT NULL);
@@ -39,10 +45,6 @@ class Clocked:
     def tick(self, now):
         self._ticks += 1
         self.set(now + self._ticks * _TICK)
-
-    def enqueue(self, task):
-        self.set(task.created)
-        self._inner.enqueue(task)
 
     def enqueue_many(self, tasks):
         for task in tasks[:1]:

@@ -76,6 +76,10 @@ class OwnQueue(MemoryQueue):
 
     marker = "the mark"
 
+    @property
+    def statements(self):
+        return self
+
     def install(self, database):
         database.sql("CREATE SCHEMA safedefer")
         database.sql("CREATE TABLE safedefer.settings (marker text)")
@@ -960,7 +964,7 @@ async def test_registries_of_sessions_give_the_session_of_this_context(database,
 
 def test_what_was_enqueued_and_not_deleted_is_not_enqueued_again(database, outbox, queue):
     waits, new = make_task(), make_task()
-    queue.enqueue(waits)
+    queue.enqueue_many([waits])
     with psycopg.connect(database.dsn) as connection, outbox.transaction(connection):
         outbox.put(waits, new)
     until(lambda: waiting(queue) == {waits.id, new.id})

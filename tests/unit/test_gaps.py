@@ -9,7 +9,8 @@ import pytest
 
 from safedefer.errors import InvalidTaskError, QueueUnavailable, TaskTooLargeError
 from safedefer.options import TaskRetryOptions
-from safedefer.queues.base import AlreadyWaiting, Capabilities
+from safedefer.queues.base import AlreadyWaiting
+from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.unit.apps import make_app
