@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from zoneinfo import TZPATH, ZoneInfo, ZoneInfoNotFoundError
 
 _WATCHED = (
     "import", "exec", "compile", "code.__new__", "function.__new__", "open", "socket.", "subprocess.", "os.system", "os.exec", "os.fork",
@@ -18,6 +18,9 @@ _WATCHED = (
     "os.chown", "os.truncate", "os.putenv", "os.kill", "pty.", "shutil.", "tempfile.", "ctypes.", "pickle.find_class", "marshal.",
     "webbrowser.", "urllib.", "http.", "ftplib.", "smtplib.", "telnetlib.", "sqlite3.", "signal.", "sys._getframe_raise", "winreg.", "cpython._PySys_ClearAuditHooks",
 )  # fmt: skip
+
+#: Where time zones are read from: files of the system, and those of tzdata.
+_ZONES = [Path(folder) for folder in TZPATH]
 
 _watching = False
 _seen: list[str] = []
@@ -37,15 +40,17 @@ def _hook(event: str, args: tuple[object, ...]) -> None:
 
 def _is_harmless_file(args: tuple[object, ...]) -> bool:
     """Say whether it is a zone of the time zone database, or source for a traceback: files that are only read."""
-    path, mode = str(args[0]), args[1] if len(args) > 1 else "r"
-    if mode is not None and set(str(mode)) & set("wax+"):
+    path, mode = Path(str(args[0])), args[1] if len(args) > 1 else "r"
+    if (mode is not None and set(str(mode)) & set("wax+")) or ".." in path.parts:
         return False
-    return "zoneinfo" in path or path.endswith(".py") or Path(path).is_relative_to("/proc/self")
+    return path.suffix == ".py" or any(map(path.is_relative_to, ["/proc/self", *_ZONES]))
 
 
 # Where the machine has no time zone database, zoneinfo imports the packages of this one as it finds zones.
 with suppress(ModuleNotFoundError):
-    for _package in pkgutil.walk_packages(import_module("tzdata").__path__, "tzdata."):
+    _tzdata = import_module("tzdata").__path__
+    _ZONES += map(Path, _tzdata)
+    for _package in pkgutil.walk_packages(_tzdata, "tzdata."):
         import_module(_package.name)
 
 # Where a zone is not found, it imports what reads the resources of packages.

@@ -10,6 +10,14 @@ typed form. Everything here is public; nothing else is.
 
 from __future__ import annotations
 
+import os
+
+if os.name != "posix":  # os.register_at_fork, signal handlers of a loop: an AttributeError later would not say so
+    raise ImportError(
+        f"safedefer runs on POSIX systems only (Linux, macOS, BSD), and this is {os.name!r}: its processes need signals "
+        "and its queue file needs POSIX locks; on Windows, run it in WSL 2 or in a Linux container"
+    )
+
 from typing import TYPE_CHECKING, Any
 
 from safedefer import deferred, errors

@@ -187,7 +187,9 @@ class App:
         limit = None if self.queue_file is None else self.queue_file.total_storage_limit
         self._storage = storage if limit is None else replace(storage or StorageOptions(), blob_limit=limit)
         self._default_route = self._route(DEFAULT_OPTIONS)
-        self.outbox = Outbox(lambda: self.queue, urls=outboxes, clock=clock)
+        self.outbox = Outbox(
+            lambda: self.queue, environment=environment, queues=self.queues, urls=outboxes, clock=clock
+        )
         # Reentrant: loading the policy imports modules, and one of them may defer something.
         self._lock = RLock()
         self._delivery: Delivery | None = None

@@ -1,6 +1,7 @@
 """The shape of the package: who may import, construct and ask what."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,25 @@ def test_the_contracts_of_the_layers_are_kept():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("room", ["queues/postgres"])
+def test_no_imports_within_a_room_form_a_circle_not_even_those_for_types(room):
+    modules = {f"safedefer/{name}".removesuffix(".py").replace("/", "."): tree for name, tree in SOURCES.items()}
+    package = f"safedefer/{room}".replace("/", ".")
+    graph = {
+        name: {
+            imported
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for imported in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            if imported in modules and imported.startswith(package)
+        }
+        for name, tree in modules.items()
+        if name.startswith(package)
+    }
+    assert sum(map(len, graph.values())) > len(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
 @pytest.mark.parametrize(("package", "allowed"), [
     ("hmac", {"keys.py"}),
     ("pickle", {"codecs/pickled.py"}),
@@ -76,9 +96,12 @@ def test_the_contracts_of_the_layers_are_kept():
     ("ctypes", set()),
     ("apsw", {name for name in SOURCES if name.startswith(("queues/sqlite/", "transactions/databases/"))}),
     ("aiohttp", {name for name in SOURCES if name == "dispatcher/transport.py" or name.startswith("web/")}),
-    ("asyncpg", {"transactions/databases/postgres.py", "queues/postgres/store.py"}),
+    ("asyncpg", {
+        "transactions/databases/postgres.py",
+        *(f"queues/postgres/{name}.py" for name in ("errors", "listener", "migrations", "pgqueuer", "pools")),
+    }),
     ("psycopg", {"transactions/databases/postgres.py", "queues/postgres/producers.py"}),
-    ("pgqueuer", {"queues/postgres/store.py"}),
+    ("pgqueuer", {"queues/postgres/pgqueuer.py", "queues/postgres/migrations.py"}),
     ("click", {name for name in SOURCES if name.startswith(("cli/", "demo/"))}),
 ])  # fmt: skip
 def test_a_package_is_imported_only_where_it_belongs(package, allowed):

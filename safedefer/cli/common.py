@@ -1,4 +1,4 @@
-"""What the commands share: the App that they work on, and how things are printed."""
+"""Shared by the commands: loading the App, and printing tasks, times and untrusted text."""
 
 from __future__ import annotations
 

@@ -10,11 +10,18 @@ from __future__ import annotations
 import collections
 import copyreg
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, EnumType, Flag
 from inspect import signature
-from types import FunctionType, MemberDescriptorType
+from types import (
+    BuiltinFunctionType,
+    ClassMethodDescriptorType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    WrapperDescriptorType,
+)
 from typing import Any, Final, cast
 
 from pydantic import BaseModel, RootModel
@@ -68,10 +75,12 @@ class Plan:
     newargs_ex: FunctionType | None = None
     new: FunctionType | None = None
     definers: tuple[type, ...] = ()
-    """Classes of the MRO, other than the class, whose hooks or finalizer run: they must be admitted too."""
+    """Classes of the MRO, other than the class, whose hooks run: they must be admitted too."""
     hash_definers: tuple[type, ...] = ()
     """The same for ``__hash__`` and ``__eq__``, which run when an object is a key or in a set."""
     identity_hash: bool = True
+    functions: frozenset[str] = frozenset()
+    """Names of the functions of the class that no declared field has: no attribute of an object hides them."""
 
 
 def make_plan(cls: type, registry: TypeRegistry) -> Plan:
@@ -97,6 +106,11 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         raise ValueError(
             "a bare object() is nothing but its identity, which does not travel; use None or an enum member"
         )
+    if (finalizer := inspect_safely.lookup(cls, "__del__")) is not None:
+        raise ValueError(
+            f"{inspect_safely.type_name(finalizer[0])} defines __del__, which would run on whatever state a token gives "
+            f"the object; {REMEDY}"
+        )
     _refuse_reducers(cls, base)
     slots, shadowed = _slots(cls, base)
     tag, ignored = _tag(cls, base, registry)
@@ -111,11 +125,10 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
             if hook is not None and not ignored(hook[1]) and (d := hook[0]) is not cls and _is_foreign(d)
         }.values()
     )
-    # A finalizer runs as soon as the object is let go: on whatever state a token gave it.
-    finalizer = inspect_safely.lookup(cls, "__del__")
-    if finalizer is not None and finalizer[0] is not cls and _is_foreign(finalizer[0]):
-        definers += (finalizer[0],)
     own = {name: None if hook is None or ignored(hook[1]) else hook[1] for name, hook in hooks.items()}
+    if base is set or base is frozenset:  # their own __reduce__ asks for no arguments
+        own["__getnewargs__"] = own["__getnewargs_ex__"] = None
+    _pair_hooks(own, hooks)
     if any(own.values()):
         if exception:
             raise ValueError(f"an exception with state hooks or a __new__ of its own is not carried; {REMEDY}")
@@ -140,7 +153,45 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         definers,
         _hash_definers(cls),
         (found := inspect_safely.lookup(cls, "__hash__")) is not None and found[0] is object,
+        function_names(cls),
     )
+
+
+def _pair_hooks(own: dict[str, FunctionType | None], hooks: Mapping[str, tuple[type, FunctionType] | None]) -> None:
+    """Let a hook of the class's own meet its counterpart, which a library generated, as pickle would.
+
+    Raises:
+        ValueError: What one of them takes or returns is the library's own affair.
+    """
+    for name, other in (("__getstate__", "__setstate__"), ("__setstate__", "__getstate__")):
+        if own[name] is not None and own[other] is None and hooks[other] is not None:
+            raise ValueError(f"it defines {name}, and {other} is that of a library; define both, or {REMEDY}")
+    new = hooks["__new__"]
+    if new is not None and (own["__getnewargs__"] is not None or own["__getnewargs_ex__"] is not None):
+        own["__new__"] = new[1]
+
+
+_FUNCTIONS: Final = (
+    FunctionType,
+    classmethod,
+    staticmethod,
+    BuiltinFunctionType,
+    MethodDescriptorType,
+    ClassMethodDescriptorType,
+    WrapperDescriptorType,
+)
+
+
+def function_names(cls: type) -> frozenset[str]:
+    """Return the names under which a class has functions, those of declared fields left out."""
+    names: set[str] = set()
+    declared: set[str] = set()
+    for each in inspect_safely.mro(cls):
+        own = inspect_safely.namespace(each)
+        names.update(name for name, value in own.items() if any(type(value) is kind for kind in _FUNCTIONS))
+        declared.update(own.get("__dataclass_fields__", ()), own.get("__pydantic_fields__", ()))
+        declared.update(field.name for field in own.get("__attrs_attrs__", ()))
+    return frozenset(names - declared)
 
 
 def _refuse_reducers(cls: type, base: type) -> None:

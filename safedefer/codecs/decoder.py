@@ -30,10 +30,13 @@ class Decoder:
 
     __slots__ = (
         "_admitted",
+        "_deepest",
         "_fallback",
         "_handlers",
         "_items",
         "_shared",
+        "_unfolded",
+        "folded",
         "gate",
         "keyed",
         "limits",
@@ -57,11 +60,17 @@ class Decoder:
         self._fallback = fallback
         self._items = 0
         self._shared: list[object] = []
+        #: By number, the values below what is finished, and the levels of them.
+        self._unfolded: dict[int, tuple[int, int]] = {}
+        #: The depth of the deepest value since the enclosing one began.
+        self._deepest = 0
         #: Numbers of unfinished objects whose hash their class computes.
         self.open: set[int] = set()
         #: How many set members and dict keys enclose the value.
         self.keyed = 0
         self.patterns = 0
+        #: Characters in the ranges of case-insensitive patterns.
+        self.folded = 0
         self._admitted: set[int] = set()
 
     def value(self, tree: Json, depth: int) -> Any:
@@ -83,14 +92,21 @@ class Decoder:
             return tree
         if depth > self.limits.depth:
             raise Refusal(f"values nest deeper than {self.limits.depth}")
-        if kind is list:
-            out: list[object] = []
-            self._shared.append(out)
-            self.fill(out, tree, depth + 1)
-            return out
-        if kind is not dict:
+        if kind is not list and kind is not dict:
             raise Refusal("this is no JSON value")
-        return self._object(tree, depth)
+        number, items, deepest = len(self._shared), self._items, self._deepest
+        self._deepest = depth
+        if kind is list:
+            value: Any = []
+            self._shared.append(value)
+            self.fill(value, tree, depth + 1)
+        else:
+            value = self._object(tree, depth)
+        # Of a tag that is not shared itself the number is that of what is inside it, which has ended before.
+        if len(self._shared) > number and number not in self._unfolded:
+            self._unfolded[number] = self._items - items, self._deepest - depth
+        self._deepest = max(deepest, self._deepest)
+        return value
 
     def _object(self, tree: dict[str, Json], depth: int) -> object:
         if len(tree) == 1:
@@ -164,7 +180,7 @@ class Decoder:
         """Count values. Raises ``Refusal`` when there are too many."""
         self._items += items
         if self._items > self.limits.items:
-            raise Refusal(f"there are more than {self.limits.items} values")
+            raise Refusal(f"there are more than {self.limits.items} values, shared ones counted wherever they are")
 
     # --- Sharing ---
 
@@ -181,16 +197,21 @@ class Decoder:
         """Say which object has a number that was reserved."""
         self._shared[number] = value
 
-    def shared(self, number: Json) -> object:
-        """Return what has a number.
+    def shared(self, number: Json, depth: int) -> object:
+        """Return what has a number, and count all that is below it once more: whoever walks it walks that again.
 
         Raises:
-            Refusal: Nothing has it yet, or its hash would be computed too early.
+            Refusal: Nothing has it yet, its hash would be computed too early, or there are too many values or levels.
         """
         if type(number) is not int or not 0 <= number < len(self._shared) or self._shared[number] is _PENDING:
             raise Refusal("$ref is the number of an earlier value")
         if self.keyed and number in self.open:
             raise Refusal("a set member or dict key contains itself")
+        items, levels = self._unfolded.get(number, (0, 0))  # what encloses the reference has not ended: a cycle
+        self.add(items)
+        self._deepest = max(self._deepest, depth + levels)
+        if self._deepest > self.limits.depth:
+            raise Refusal(f"values nest deeper than {self.limits.depth}")
         value = self._shared[number]
         if self.keyed:
             self.check_hash(type(value))

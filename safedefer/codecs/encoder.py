@@ -32,12 +32,16 @@ class Encoder:
 
     __slots__ = (
         "_count",
+        "_deepest",
+        "_depth",
         "_fallback",
         "_handlers",
         "_items",
         "_keep",
         "_names",
         "_numbers",
+        "_unfolded",
+        "folded",
         "gate",
         "keyed",
         "limits",
@@ -59,6 +63,10 @@ class Encoder:
         self._count = 0
         # What was counted, by id; kept alive so that an id is never another object's.
         self._numbers: dict[int, int] = {}
+        #: By number, the values below what is finished, and the levels of them.
+        self._unfolded: dict[int, tuple[int, int]] = {}
+        #: The depth of the value that is encoded, and of the deepest one since the enclosing one began.
+        self._depth = self._deepest = 0
         self._keep: list[object] = []
         #: Ids of objects that do not exist on the other side before what is inside them does.
         self.opaque: set[int] = set()
@@ -67,6 +75,8 @@ class Encoder:
         #: How many set members and dict keys enclose the value.
         self.keyed = 0
         self.patterns = 0
+        #: Characters in the ranges of case-insensitive patterns.
+        self.folded = 0
         # Names of classes that the gate admitted, by id of the class.
         self._names: dict[int, str] = {}
 
@@ -88,11 +98,18 @@ class Encoder:
         if depth > self.limits.depth:
             raise Refusal(f"values nest deeper than {self.limits.depth}; pass a flatter value, or an id")
         handler = self._handlers.get(kind) if (meta := type(kind)) is type or meta is ABCMeta else None
+        items, deepest = self._items, self._deepest
+        self._depth = self._deepest = depth
         try:
-            return (handler or self._fallback)(self, value, depth)
+            tree = (handler or self._fallback)(self, value, depth)
         except Refusal as refusal:
             refusal.kind = refusal.kind or type_name(kind)
             raise
+        number = self._numbers.get(id(value), _STATE)
+        if number != _STATE and number not in self._unfolded:
+            self._unfolded[number] = self._items - items, self._deepest - depth
+        self._deepest = max(deepest, self._deepest)
+        return tree
 
     def sequence(self, values: Sequence[Any], depth: int) -> list[Json]:
         """Return the trees of the members of a list or tuple."""
@@ -156,15 +173,20 @@ class Encoder:
         """Count values. Raises ``Refusal`` when there are too many."""
         self._items += items
         if self._items > self.limits.items:
-            raise Refusal(f"the call holds more than {self.limits.items} values; pass an id, or defer in parts")
+            raise Refusal(
+                f"the call holds more than {self.limits.items} values, shared ones counted wherever they are; "
+                "pass an id, or defer in parts"
+            )
 
     # --- Sharing ---
 
     def enter(self, value: object) -> Json | None:
         """Count a mutable container or object; return the ``$ref`` if it was met before.
 
+        What is below it counts each time that it is met: whoever walks the values walks it again.
+
         Raises:
-            Refusal: It was met as part of what must exist before it.
+            Refusal: It was met as part of what must exist before it, or there are too many values or levels.
         """
         number = self._numbers.get(id(value))
         if number is None:
@@ -180,6 +202,11 @@ class Encoder:
             raise Refusal("a set member or dict key contains itself, and its hash would run too early; break the cycle")
         if self.keyed:
             self.check_hash(type(value))
+        items, levels = self._unfolded.get(number, (0, 0))  # what encloses the value has not ended: a cycle
+        self.add(items)
+        self._deepest = max(self._deepest, self._depth + levels)
+        if self._deepest > self.limits.depth:
+            raise Refusal(f"values nest deeper than {self.limits.depth}; pass a flatter value, or an id")
         return {"$ref": number}
 
     def own_state(self, *states: object) -> None:

@@ -66,10 +66,15 @@ def made_in_python(cls: type) -> bool:
     if not flags & _HEAP or flags & _IMMUTABLE:
         return False
     own = namespace(cls)
-    slots = sum(1 for value in own.values() if type(value) is MemberDescriptorType)
+    slots = sum(1 for value in own.values() if _is_slot_of(cls, value))
     spare = sum(1 for name in ("__dict__", "__weakref__") if type(own.get(name)) is GetSetDescriptorType)
     hidden = (_SIZE(cls) - _SIZE(_BASE(cls))) // _POINTER - slots
     return bool(0 <= hidden <= spare)
+
+
+def _is_slot_of(cls: type, value: object) -> bool:
+    # A decorator that makes a class anew, as attrs', copies the slots of the old one, which fit none of the new objects.
+    return type(value) is MemberDescriptorType and value.__objclass__ is cls
 
 
 def solid_base(cls: type) -> type:
@@ -102,7 +107,7 @@ def slots(cls: type, *, stop: type) -> Iterator[tuple[str, MemberDescriptorType,
         if each is stop or not made_in_python(each):
             continue
         for name, value in namespace(each).items():
-            if type(value) is MemberDescriptorType:
+            if _is_slot_of(each, value):
                 visible = lookup(cls, name)
                 yield name, value, visible is None or visible[1] is not value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from types import MemberDescriptorType
 from typing import Any
@@ -98,11 +98,23 @@ def attributes(enc: Encoder, value: object, plan: Plan) -> _Pairs:
         Refusal: They cannot be told apart, or ``__getstate__`` returns another shape.
     """
     if plan.getstate is not None:
-        return _pairs_of(enc, hook_state(enc, value, plan))
-    held = _slots(value, plan)
-    own = _own_dict(enc, value, plan)
+        own, held = _halves(enc, hook_state(enc, value, plan), plan)
+    else:
+        own, held = _own_dict(enc, value, plan), _slots(value, plan)
     _check_apart(own, held)
+    check_names(own, plan)
     return chain(own.items(), held.items())
+
+
+def check_names(names: Iterable[Any], plan: Plan) -> None:
+    """Refuse attributes that would be called, or asked, in place of a function of the class.
+
+    Raises:
+        Refusal: There is one. Slots and declared fields are not meant.
+    """
+    for name in names:
+        if type(name) is str and name in plan.functions:
+            raise Refusal(f"the attribute {name} hides a function of the class; rename one of the two")
 
 
 def hook_state(enc: Encoder, value: object, plan: Plan) -> Any:
@@ -139,15 +151,16 @@ def _check_apart(own: dict[Any, Any], held: dict[str, Any]) -> None:
         raise Refusal(f"its __dict__ and its slots share a name; {REMEDY}")
 
 
-def _pairs_of(enc: Encoder, state: Any) -> _Pairs:
+def _halves(enc: Encoder, state: Any, plan: Plan) -> tuple[dict[Any, Any], dict[str, Any]]:
     """Read a state as Python does for a class without ``__setstate__``: a dict, or a pair of dicts."""
     own, held = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004
+    if own is not None and plan.state_of is None:
+        raise Refusal("its __getstate__ returns a dict, and its objects have none; return (None, a dict of the slots)")
     own, held = ({} if each is None else each for each in (own, held))
     if type(own) is not dict or type(held) is not dict:
         raise Refusal("its __getstate__ returns no dict, and it has no __setstate__; define one")
     enc.own_state(own, held)
-    _check_apart(own, held)
-    return chain(own.items(), held.items())
+    return own, held
 
 
 def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> None:
@@ -159,6 +172,7 @@ def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> 
     own = plan.state_of(value) if plan.state_of is not None else None
     trees = record(tree)
     dec.add(len(trees))
+    check_names((name for name in trees if name not in plan.slots), plan)
     name = ""
     try:
         for name, each in trees.items():

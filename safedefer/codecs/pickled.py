@@ -29,6 +29,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from enum import Enum
 from fractions import Fraction
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from pathlib import PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
@@ -129,6 +130,10 @@ _OPCODES_PER_ITEM: Final = 4
 _FILLING: Final = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODULE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+# A few bytes of a token make one, and iterating it fills the memory.
+_BOUNDLESS: Final = frozenset(map(id, (range, IPv4Network, IPv6Network)))
 
 
 class PickledCodec:
@@ -367,13 +372,19 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         kinds = set(map(id, map(type, args)))
         sized = derives(cast("type", func), bytes) or derives(cast("type", func), bytearray)
         # bytes(10**12), tuple(range(10**12)) and Fraction("1e999999999") take no room in a token, and all in the process.
-        if id(range) in kinds or (sized and id(int) in kinds) or (func is Fraction and kinds != {id(int)}):
+        if (
+            not kinds.isdisjoint(_BOUNDLESS)
+            or (sized and id(int) in kinds)
+            or (func is Fraction and kinds != {id(int)})
+        ):
             raise _Refused("the pickle makes an object from a number or range that may be of any size")
 
     def _check_target(self, target: object) -> None:
         kind = type(target)
         if derives(kind, type) or derives(kind, ModuleType) or kind in (FunctionType, BuiltinFunctionType, MethodType):
             raise _Refused("the pickle changes a class, a module or a function")
+        if derives(kind, Enum):
+            raise _Refused("the pickle changes a member of an enum, which the whole process shares")
 
     def load_reduce(self) -> None:
         """REDUCE: call with arguments."""

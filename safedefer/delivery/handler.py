@@ -32,6 +32,7 @@ from typing import Final
 
 from safedefer.blobs import BlobStore
 from safedefer.concurrency.threads import Threads
+from safedefer.delivery.budget import UNVERIFIED_BYTES, ByteBudget
 from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.redaction import redacted_traceback
 from safedefer.delivery.request import Run
@@ -77,6 +78,8 @@ _log: Final = logging.getLogger("safedefer")
 
 _REFUSED_BODY: Final = b"refused\n"
 _STORAGE_THREADS: Final = 4
+#: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
+_LARGE: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,8 @@ class DeliveryOptions:
     """How many tasks run at once; one more is answered ``busy``."""
     lease_seconds: float = 60.0
     """How long the ledger believes that a silent run is alive; a live one prolongs it."""
+    unverified_bytes: int = UNVERIFIED_BYTES
+    """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
     validate: Validate = None
     """``"annotations"``: arguments are checked against the callable's annotations before the call."""
 
@@ -123,6 +128,10 @@ class Delivery:
         self._clock = clock
         self._observer = observer
         self._options = options
+        self.budget = ByteBudget(options.unverified_bytes)
+        """What bodies that are being read may take together: whoever reads one asks before each chunk."""
+        self.handled = 0
+        """How many requests were taken since the start, to their end."""
         self._running = 0
         self._abandoned = 0
         self._draining = False
@@ -173,8 +182,12 @@ class Delivery:
         if length is not None and length > self._options.max_bytes:
             return self.too_large()
         if self._draining or self._running >= self._options.concurrency:
-            return Response(503, {OUTCOME_HEADER: "busy", "Retry-After": "1"}, b"busy\n")
+            return self.busy()
         return None
+
+    def busy(self) -> Response:
+        """Return the answer to what there is no room for now; it is tried again, and no attempt is charged."""
+        return Response(503, {OUTCOME_HEADER: "busy", "Retry-After": "1"}, b"busy\n")
 
     def too_large(self) -> Response:
         """Return the answer to a body over the limit."""
@@ -221,13 +234,15 @@ class Delivery:
             self._abandoned += 1
             raise
         finally:
+            self.handled += 1
             self._running -= 1
             if not self._running:
                 self._idle.set()
 
     async def _handle(self, run: Run, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
-            verified = self._verifier.verify(body, url=url, now=run.started, queue=hints.queue)
+            verify = partial(self._verifier.verify, body, url=url, now=run.started, queue=hints.queue)
+            verified = verify() if len(body) <= _LARGE else await self._threads(verify)
             if isinstance(verified, VerifiedPointer):
                 task = await self._fetch(run, verified, url)
                 if task is None:
@@ -254,7 +269,8 @@ class Delivery:
         data = await self._storage(partial(self._blobs().get, pointer.blob["id"]))
         if data is None:
             return None
-        return self._verifier.verify_stored(pointer, data, url=url, now=run.started)
+        verify = partial(self._verifier.verify_stored, pointer, data, url=url, now=run.started)
+        return verify() if len(data) <= _LARGE else await self._threads(verify)
 
     async def _missing_blob(self, run: Run) -> Response:
         # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.

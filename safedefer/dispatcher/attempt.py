@@ -12,12 +12,13 @@ from typing import Final
 from safedefer.concurrency.threads import InThread
 from safedefer.dispatcher.leases import name_of
 from safedefer.dispatcher.request_headers import delivery_headers
-from safedefer.dispatcher.retry_policy import judge_answer, judge_failure, judge_rejection, wait_asked_for
+from safedefer.dispatcher.retry_policy import judge_answer, wait_asked_for
 from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import Places
 from safedefer.errors import QueueError
 from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
 from safedefer.queues.base import Lease, PullQueue, QueuedTask, Settlement, Verdict
+from safedefer.queues.rules import judge_failure, judge_rejection
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 

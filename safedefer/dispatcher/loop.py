@@ -26,24 +26,23 @@ from safedefer.concurrency.threads import Threads
 from safedefer.dispatcher.attempt import Courier
 from safedefer.dispatcher.leases import Leases, name_of
 from safedefer.dispatcher.request_headers import attempt_headers
-from safedefer.dispatcher.retry_policy import (
+from safedefer.dispatcher.retry_policy import asks_to_wait, judge
+from safedefer.dispatcher.transport import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
+from safedefer.errors import QueueError
+from safedefer.queues.base import Lease, PullQueue, Settlement
+from safedefer.queues.loop_calls import QueueCalls, ThreadedQueue, queue_calls
+from safedefer.queues.rates import QueueLimits
+from safedefer.queues.rules import (
     MAX_BACKOFF,
     MAX_DOUBLINGS,
     MIN_BACKOFF,
     REJECT_LIMIT,
     REJECT_SECONDS,
-    asks_to_wait,
     backoff,
     give_back,
     gives_up,
-    judge,
+    with_queues_options,
 )
-from safedefer.dispatcher.transport import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
-from safedefer.errors import InvalidTaskRetryOptionsError, QueueError
-from safedefer.options import TaskRetryOptions
-from safedefer.queues.base import Lease, PullQueue, Settlement
-from safedefer.queues.loop_calls import QueueCalls, ThreadedQueue, queue_calls
-from safedefer.queues.rates import QueueLimits
 
 __all__ = [
     "MAX_BACKOFF",
@@ -261,14 +260,7 @@ class Dispatcher:
     def _completed(self, lease: Lease) -> Lease:
         """Return a lease whose task has the retry options of its queue where it has none of its own."""
         queues_own = self._options.retry_options.get(lease.task.queue)
-        if not queues_own:
-            return lease
-        merged = {**queues_own, **lease.task.retry_options}
-        try:
-            TaskRetryOptions.from_given(merged)
-        except InvalidTaskRetryOptionsError:  # the file has changed since: the task's own count
-            return lease
-        return lease._replace(task=lease.task._replace(retry_options=merged))
+        return with_queues_options(lease, queues_own) if queues_own else lease
 
     def _wanted(self) -> int:
         """How many tasks to lease now: for the free places, and a little ahead where tasks are short."""

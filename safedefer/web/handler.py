@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from aiohttp import ClientError, web
 from aiohttp.http import HttpProcessingError
 
+from safedefer.delivery.budget import ByteBudget
 from safedefer.delivery.handler import Delivery
 
 #: A body that takes longer than this many seconds is nobody's: tokens are a megabyte at most.
@@ -68,11 +69,19 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
     answer = None
     # A body that came with its headers, as most do, is at hand: no timer and no second look at the headers.
     at_hand = request.content.is_eof()
+    read_already = request.content.at_eof()  # by a middleware; or it is empty
     if not at_hand:
         answer = delivery.check_request(request.method, request.headers, request.content_length)
     if answer is None:
         try:
-            body = request.content.read_nowait(-1) if at_hand else await _read(request, delivery.max_bytes)
+            if read_already:
+                body: bytes | None = await request.read()
+            elif at_hand:
+                body = request.content.read_nowait(-1)
+            else:
+                body = await _read(request, delivery.max_bytes, delivery.budget)
+        except _OverBudgetError:
+            answer = delivery.busy()
         except TimeoutError:
             answer = delivery.timed_out()
         except (OSError, ClientError, HttpProcessingError):
@@ -86,7 +95,7 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
                 )
             )
     response = web.Response(status=answer.status, headers=answer.headers, body=answer.body)
-    if answer.status in _UNREAD:
+    if answer.status in _UNREAD or (answer.status == _BUSY and not at_hand):
         response.force_close()  # the rest of the body is not wanted
     return response
 
@@ -94,15 +103,34 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
 _UNREAD: Final = frozenset({400, 405, 408, 413, 415})
 
 
-async def _read(request: web.Request, limit: int) -> bytes | None:
-    """Read the raw body; None if it is over the limit. A chunked body without length stops there too."""
+_BUSY: Final = 503
+
+
+class _OverBudgetError(Exception):
+    """The bodies that are being read take all that they may."""
+
+
+async def _read(request: web.Request, limit: int, budget: ByteBudget) -> bytes | None:
+    """Read the raw body; None if it is over the limit. A chunked body without length stops there too.
+
+    Raises:
+        _OverBudgetError: There is no room for more of it now.
+        TimeoutError: It does not come.
+    """
     body = bytearray()
-    async with asyncio.timeout(BODY_TIMEOUT):
-        async for chunk in request.content.iter_any():
-            body += chunk
-            if len(body) > limit:
-                return None
-    return bytes(body)
+    taken = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for chunk in request.content.iter_any():
+                if not budget.take(len(chunk)):
+                    raise _OverBudgetError
+                taken += len(chunk)
+                body += chunk
+                if len(body) > limit:
+                    return None
+        return bytes(body)
+    finally:
+        budget.give_back(taken)
 
 
 def task_view(current_app: Callable[[], Handles]) -> type[web.View]:

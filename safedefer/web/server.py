@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -32,13 +33,16 @@ _log.addFilter(_Discreet())
 
 
 @asynccontextmanager
-async def serving(app: Handles, host: str, port: int) -> AsyncIterator[str]:
+async def serving(
+    app: Handles, host: str = "127.0.0.1", port: int = 0, *, listener: socket.socket | None = None
+) -> AsyncIterator[str]:
     """Serve the handler's routes while the context lasts.
 
     Args:
         app: The application.
         host: The address to listen on.
         port: The port; 0 takes a free one.
+        listener: A socket that listens already, in place of both.
 
     Yields:
         The URL that it listens on.
@@ -60,7 +64,7 @@ async def serving(app: Handles, host: str, port: int) -> AsyncIterator[str]:
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
+        site: web.BaseSite = web.TCPSite(runner, host, port) if listener is None else web.SockSite(runner, listener)
         await site.start()
         address, bound = runner.addresses[0][:2]
         shown = f"[{address}]" if ":" in address else address

@@ -1,6 +1,7 @@
 """The command line, in real processes."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -43,6 +44,36 @@ def test_a_new_key_is_a_file_too(project):
     project.environment["SAFEDEFER_KEYS_FILE"] = str(path)
     project.defer("t.work, 1")
     assert json.loads(path.read_text())["keys"][0]["kid"] == "mine"
+
+
+@pytest.mark.parametrize("kid", ["a:b", "a,b", "a b", "", "k\u00e9y", "k\n", b"k\xff", "k" * 65], ids=ascii)
+@pytest.mark.parametrize("form", [[], ["--jwk"]], ids=["line", "jwk"])
+def test_a_key_whose_name_could_not_be_loaded_is_not_made(project, kid, form):
+    done = project.run("keys", "new", "--kid", kid, *form, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"1 to 64 characters of A-Z a-z 0-9 _ -; choose such a name, or leave --kid out" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_the_longest_name_of_a_key_is_loaded(project):
+    line = project.run("keys", "new", "--kid", "-" + "k" * 63).stdout.decode().strip()
+    project.environment["SAFEDEFER_KEYS"] = line.removeprefix("SAFEDEFER_KEYS=")
+    project.defer("t.work, 1")
+
+
+@pytest.mark.parametrize(
+    "command", [["tasks", "list"], ["tasks", "list", "--json"], ["queues", "list"], ["keys", "new"]]
+)
+def test_a_command_whose_reader_has_left_ends_without_a_word(project, command):
+    project.defer("t.work, 1, _countdown=3600")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "safedefer", *command], cwd=project.folder, env=project.environment,
+            stdout=output, stderr=subprocess.PIPE, timeout=60, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_serve_prints_its_url_and_stops_at_sigterm(project):

@@ -216,7 +216,7 @@ def test_what_is_recorded_of_an_attempt_holds_the_exception_but_neither_token_no
 # --- Over HTTP -----------------------------------------------------------------------------------
 
 
-async def talk(url, *pieces, pause=0.0, until=5.0):
+async def talk(url, *pieces, pause=0.0, until=20.0):
     """Send bytes as they are, and return all that comes back, and how many bytes were taken."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -334,7 +334,7 @@ async def test_chunks_without_a_length_stop_at_the_limit(app, monkeypatch):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert answer == b"" or b" 413 " in answer
     assert len(kept) == 1
     assert peak < 12 * 2**20, "of 50 MiB"

@@ -31,7 +31,7 @@ def deliver(app, clock):
     dispatcher = Dispatcher(
         app.queue, InProcessDelivery(app.handle), clock=clock, options=DispatcherOptions(poll_seconds=0.05)
     )
-    asyncio.run(asyncio.wait_for(dispatcher.run_until_empty(), 20))
+    asyncio.run(asyncio.wait_for(dispatcher.run_until_empty(), 60))
 
 
 def succeeded(app, clock):

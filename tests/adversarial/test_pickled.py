@@ -175,6 +175,14 @@ ATTACKS = {
     "nested tuples": wrap(b")" + pickle.TUPLE1 * 100),
     "nested lists": wrap(b"]" * 100 + b"a" * 99),
     "a million values": wrap(b"(" + pickle.NONE * 500_000 + b"l"),
+    "state of an enum's member": wrap(build(call(name(V, "Color"), pickle.BININT1 + b"\x01"), DICT_STATE)),
+    "state of a member of an integer enum": wrap(build(call(name(V, "Level"), pickle.BININT1 + b"\x01"), DICT_STATE)),
+    "a deque of a network": wrap(call(name("collections", "deque"), call(name("ipaddress", "IPv4Network"), text("10.0.0.0/8")))),
+    "a counter of a network": wrap(call(name("collections", "Counter"), call(name("ipaddress", "IPv6Network"), text("::/0")))),
+    "an ordered dict of a network, as a keyword": wrap(
+        name("collections", "OrderedDict") + b")" + b"}" + text("a") + call(name("ipaddress", "IPv4Network"), text("10.0.0.0/8")) + b"s" + pickle.NEWOBJ_EX
+        + pickle.POP + call(name("collections", "deque"), call(name("ipaddress", "IPv4Network"), text("10.0.0.0/8")))
+    ),
     # another shape
     "no call": pickle.dumps([], 5),
     "two": pickle.dumps(((), ()), 5),

@@ -64,7 +64,7 @@ async def dispatch(task, delivery):
     queue.enqueue(task)
     async with delivery as deliver:
         dispatcher = Dispatcher(queue, deliver, clock=lambda: NOW, options=DispatcherOptions(poll_seconds=0.05))
-        await asyncio.wait_for(dispatcher.run_until_empty(), 10)
+        await asyncio.wait_for(dispatcher.run_until_empty(), 60)
     queue.close()
 
 

@@ -61,7 +61,7 @@ async def dispatch(app, clock):
         rng=random.Random(1),
     )
     for _ in range(40):
-        await asyncio.wait_for(dispatcher.run_until_empty(), 20)
+        await asyncio.wait_for(dispatcher.run_until_empty(), 60)
         due = app.queue.next_due(now=clock())
         if due is None:
             return
@@ -140,11 +140,11 @@ async def test_a_task_never_runs_before_the_time_that_was_signed(app, path, cloc
     for now in (NOW, NOW + 500, NOW + 989):
         clock.now = now
         write(path, "UPDATE safedefer_tasks SET due = 0")
-        await asyncio.wait_for(dispatcher.run_until_empty(), 20)
+        await asyncio.wait_for(dispatcher.run_until_empty(), 60)
         assert ran == []
     clock.now = NOW + 1000
     write(path, "UPDATE safedefer_tasks SET due = 0")
-    await asyncio.wait_for(dispatcher.run_until_empty(), 20)
+    await asyncio.wait_for(dispatcher.run_until_empty(), 60)
     assert ran == [(("later",), {})]
 
 
@@ -258,7 +258,7 @@ async def test_a_poisoned_row_does_not_reach_another_handler_by_http(app, path, 
     app.defer(victim.note, "fine")
     async with serving(app, "127.0.0.1", 0) as url, HttpDelivery(url) as deliver:
         dispatcher = Dispatcher(app.queue, deliver, clock=clock, options=DispatcherOptions(poll_seconds=0.05))
-        await asyncio.wait_for(dispatcher.run_until_empty(), 20)
+        await asyncio.wait_for(dispatcher.run_until_empty(), 60)
     assert ran == [(("fine",), {})]
 
 

@@ -68,6 +68,7 @@ def down(*, tasks: int = 500, seconds: float = 30.0, store: str = "sqlite") -> s
     with Cast(store=store) as cast:
         cast.dispatcher()
         cast.producer(0, tasks).wait()
+        cast.until(lambda: cast.store.charged()[1], 30, "nothing is delivered")
         time.sleep(seconds)
         charged = cast.store.charged()
         cast.handler()

@@ -271,6 +271,7 @@ def outage(*, seconds: float = 20.0, around: float = 5.0, per_second: float = 10
         cast.server.stop(immediate=True)
         since = now()
         time.sleep(seconds)
+        cast.until(lambda: cast.account().refused, 30, "no producer is told")
         until = now()
         cast.check_alive()
         cast.server.start()

@@ -14,7 +14,7 @@ from django.db import connections
 
 from safedefer.errors import TaskAlreadyExistsError
 from safedefer.queues.memory.queue import MemoryQueue
-from safedefer.queues.postgres.queue import PostgresQueue, migrate
+from safedefer.queues.postgres import PostgresQueue, migrate
 from tests.postgres.server import fresh_database, shared_server
 from tests.postgres.users import configure_django
 from tests.sample_tasks import add as send_receipt

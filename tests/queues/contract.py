@@ -759,7 +759,7 @@ class QueueContract:
 
     def test_wait_returns_at_once_for_a_task_that_nobody_has_seen(self, queue):
         queue.enqueue(make_task())
-        assert queue.wait(5.0) is True
+        assert queue.wait(30.0) is True
         assert rests(queue, 0.03)
 
     def test_wait_is_over_when_the_time_is(self, queue):
@@ -767,7 +767,7 @@ class QueueContract:
         assert rests(queue, 0.0)
         started = time.monotonic()
         assert queue.wait(0.05) is False
-        assert 0.045 <= time.monotonic() - started < 1.0
+        assert 0.045 <= time.monotonic() - started < 10.0
 
     def test_a_lease_has_seen_what_was_there(self, queue):
         queue.enqueue_many([make_task(), make_task()])
@@ -795,16 +795,18 @@ class QueueContract:
             "wake": queue.wake,
         }
         assert rests(queue, 0.0)
+        begun = threading.Barrier(3)
         with ThreadPoolExecutor(2) as pool:
-            waits = [pool.submit(queue.wait, 30.0), pool.submit(queue.wait, 30.0)]
-            time.sleep(0.05)
+            waits = [pool.submit(lambda: [begun.wait(), queue.wait(60.0)][1]) for _ in range(2)]
+            begun.wait()
+            time.sleep(0.2)  # One that began to wait after the other has seen the task would wait for the next.
             assert not any(wait.done() for wait in waits)
             actions[how]()
-            assert [wait.result(5.0) for wait in waits] == [True, True]
+            assert [wait.result(30.0) for wait in waits] == [True, True]
 
     def test_a_wake_that_comes_before_the_wait_is_not_lost(self, queue):
         queue.wake()
-        assert queue.wait(5.0) is True
+        assert queue.wait(30.0) is True
         assert rests(queue, 0.03)
 
     def test_threads_lease_every_task_once(self, queue):
@@ -820,7 +822,7 @@ class QueueContract:
         def work() -> list[str]:
             barrier.wait()
             mine: list[str] = []
-            deadline = time.monotonic() + 20.0
+            deadline = time.monotonic() + 60.0
             while time.monotonic() < deadline and len(queue.tasks(states=[TaskState.SUCCEEDED], limit=200)) < 200:
                 leases = take(queue, limit=7)
                 mine += ids(leases)

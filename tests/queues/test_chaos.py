@@ -27,11 +27,11 @@ def test_without_kills_nothing_runs_twice():
 
 
 def test_a_handler_that_is_down_charges_no_attempt():
-    deaths.down(tasks=50, seconds=2.0)
+    deaths.down(tasks=50, seconds=1.0)
 
 
 def test_a_dispatcher_that_was_stopped_settles_nothing_of_what_others_have():
-    deaths.stopped(tasks=60, lease=1.0)
+    deaths.stopped(tasks=60, lease=2.0)
 
 
 def test_sigterm_ends_well_and_leaves_nothing_claimed():
@@ -39,7 +39,7 @@ def test_sigterm_ends_well_and_leaves_nothing_claimed():
 
 
 def test_a_task_that_takes_its_process_along_ends_in_the_dead_letters():
-    deaths.exits(dying=1, neighbours=40, lease=1.0)
+    deaths.exits(dying=1, neighbours=40, lease=2.0)
 
 
 def test_a_transactional_task_runs_if_and_only_if_its_order_was_committed():

@@ -14,4 +14,4 @@ def test_an_outage_of_the_server_charges_nothing_and_all_go_on_by_themselves():
 
 
 def test_a_dispatcher_that_was_stopped_settles_nothing_of_what_others_have():
-    deaths.stopped(tasks=120, lease=1.0, store="postgres")
+    deaths.stopped(tasks=120, lease=2.0, store="postgres")

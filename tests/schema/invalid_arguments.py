@@ -141,6 +141,15 @@ NAMES = [
     ],
 ]  # fmt: skip
 
+
+def _multiple(n):
+    number = n * (2**61 - 1)
+    return {"$int": str(number)} if number else 0
+
+
+#: Lists, each of which holds the one before it by its number.
+_CHAIN = [[], *([{"$ref": n}] for n in range(1, 64))]
+
 #: Comment: a tree.
 VALUES = {
     "1e999 as $float": {"$float": "1e999"},
@@ -253,5 +262,11 @@ VALUES = {
     "two tags": {"$tuple": [], "$set": []},
     "a tag with a sibling": {"$tuple": [], "a": 1},
     "65 lists deep": __import__("functools").reduce(lambda inner, _: [inner], range(65), 1),
+    "65 deep through $ref": _CHAIN,
+    "$ref to what unfolds to more than 100,000 values": [[], *([{"$ref": n}, {"$ref": n}] for n in range(1, 18))],
+    "65 numbers of one hash in a $set": {"$set": [_multiple(n) for n in range(65)]},
+    "65 keys of one hash in a $dict": {"$dict": [[_multiple(n), 0] for n in range(65)]},
+    "case-insensitive ranges of more than 200,000 characters": {"$pattern": ["[\\x00-\\U00040000]", 34]},
+    "a UnicodeError with an end outside its object": {"$exception": ["builtins:UnicodeTranslateError", ["abc", 0, 4, "why"], {}]},
     "65 tuples deep": __import__("functools").reduce(lambda inner, _: {"$tuple": [inner]}, range(65), 1),
 }  # fmt: skip

@@ -28,6 +28,13 @@ def make_app(**changes):
     return App(**{**values, **changes})
 
 
+async def until(condition, seconds=30.0):
+    """Wait until a condition holds. It is to fail a test, not to measure: a busy machine takes a while."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  # what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
 JOSE = {"Content-Type": "application/jose"}
 
 

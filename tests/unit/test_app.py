@@ -325,7 +325,7 @@ def test_run_raises_what_the_callable_raises(app, name):
 async def test_run_async_raises_what_a_thread_can_raise(app):
     for name in tasks.RAISES.keys() - {"SystemExit", "KeyboardInterrupt"}:  # those end a loop, as they should
         with pytest.raises(BaseException) as caught:
-            await asyncio.wait_for(app.run_async(app.serialize(tasks.raise_, name)), 5)
+            await asyncio.wait_for(app.run_async(app.serialize(tasks.raise_, name)), 60)
         kind = type(tasks.RAISES[name]())
         assert type(caught.value) is (RuntimeError if kind is StopIteration else kind)
 
@@ -465,7 +465,7 @@ def test_a_module_may_use_the_app_while_the_policy_imports_it(tmp_path, monkeypa
     HOLDER[0] = make_app(policy=Policy("eager_tasks"))
     ended = threading.Thread(target=lambda: HOLDER[0].delivery, daemon=True)
     ended.start()
-    ended.join(5)
+    ended.join(30)
     assert not ended.is_alive()
 
 

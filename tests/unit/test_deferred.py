@@ -261,5 +261,5 @@ def test_a_module_that_asks_for_the_app_while_it_is_built_gets_an_error_and_no_d
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(30)
     assert len(caught) == 1

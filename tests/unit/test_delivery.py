@@ -19,7 +19,7 @@ from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
 from tests import sample_tasks as tasks
-from tests.unit.apps import JOSE, handle, make_app
+from tests.unit.apps import JOSE, handle, make_app, until
 
 
 @pytest.fixture
@@ -43,10 +43,14 @@ def test_a_request_from_any_framework_is_handled(app):
     assert (status, headers, body) == (415, {"Safedefer-Outcome": "refused"}, b"refused\n")
 
 
-@pytest.mark.parametrize(("failures", "expected"), [(2, (200, "succeeded")), (1000, (503, "busy"))])
-def test_a_run_whose_end_cannot_be_written_down_is_tried_again_while_nobody_else_may_run_it(failures, expected):
+@pytest.mark.parametrize(
+    ("failures", "lease", "expected", "most"), [(2, 60.0, (200, "succeeded"), 3), (1000, 1.0, (503, "busy"), 5)]
+)
+def test_a_run_whose_end_cannot_be_written_down_is_tried_again_while_nobody_else_may_run_it(
+    failures, lease, expected, most
+):
     tasks.reset()
-    app = make_app(lease_seconds=1.0)
+    app = make_app(lease_seconds=lease)
     token = app.defer(tasks.add, 1).payload
     finish_many, calls = app.queue.ledger.finish_many, []
 
@@ -59,26 +63,24 @@ def test_a_run_whose_end_cannot_be_written_down_is_tried_again_while_nobody_else
     app.queue.ledger.finish_many = full
     assert outcome(handle(app, token)) == expected
     assert len(tasks.RAN) == 1
-    assert 3 <= len(calls) <= 6
+    assert 2 <= len(calls) <= most
     app.close()
 
 
 def test_a_run_is_kept_alive_until_its_end_is_written_down(monkeypatch):
-    app = make_app(lease_seconds=0.3)
+    app = make_app(lease_seconds=3.0)
     finish, extended = app.queue.ledger.finish_many, []
-    failures = iter([QueueUnavailable("the disk is full")] * 3)
 
     def fail(ends):
-        for error in failures:
-            raise error
+        if not extended:
+            raise QueueUnavailable("the disk is full")
         return finish(ends)
 
-    monkeypatch.setattr("safedefer.delivery.ledger_client._STORE_AGAIN", 0.09)
     monkeypatch.setattr(app.queue.ledger, "finish_many", fail)
     monkeypatch.setattr(app.queue.ledger, "extend", lambda execution, **more: extended.append(execution.task_id))
     token = app.serialize(tasks.add, 1)
     assert outcome(asyncio.run(app.handle({"Content-Type": "application/jose"}, token))) == (200, "succeeded")
-    assert extended, "its end was written after 0.27 s, and a beat is a sixth of the lease"
+    assert extended, "within a lease its end was not written down, nor was it prolonged"
     app.close()
 
 
@@ -131,24 +133,26 @@ def test_a_failure_of_our_own_is_answered_and_not_quoted(app, caplog):
 async def test_the_record_is_stored_before_the_answer_even_if_nobody_waits(app):
     task = app.defer(tasks.wait_for_gate)
     waiting = asyncio.create_task(app.handle(JOSE, task.payload))
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     tasks.GATE.set()
     assert (await waiting).status == 200
     assert [record.outcome for record in app.queue.find(task.id).records] == ["succeeded"]
 
 
-@pytest.mark.parametrize(("failures", "stored"), [(2, ["succeeded"]), (1000, [])])
-async def test_an_end_that_could_not_be_written_is_written_later_even_if_nobody_waits(failures, stored, monkeypatch):
+@pytest.mark.parametrize(("failures", "lease", "stored"), [(2, 60.0, ["succeeded"]), (1000, 1.0, [])])
+async def test_an_end_that_could_not_be_written_is_written_later_even_if_nobody_waits(
+    failures, lease, stored, monkeypatch
+):
     monkeypatch.setattr(ledger_client, "_STORE_AGAIN", 0.01)
     tasks.reset()
-    app = make_app(lease_seconds=1.0)
+    app = make_app(lease_seconds=lease)
     task = app.defer(tasks.add_later, 1)
     finish_many, failing, go = app.queue.ledger.finish_many, threading.Event(), threading.Event()
     left = [failures]
 
     def full(ends):
         failing.set()
-        go.wait(5)
+        go.wait(30)
         if left[0]:
             left[0] -= 1
             raise QueueUnavailable("the disk is full; free some space")
@@ -156,15 +160,12 @@ async def test_an_end_that_could_not_be_written_is_written_later_even_if_nobody_
 
     app.queue.ledger.finish_many = full
     waiting = asyncio.create_task(app.handle(JOSE, task.payload))
-    await asyncio.to_thread(failing.wait, 5)
+    await asyncio.to_thread(failing.wait, 30)
     waiting.cancel()
     await asyncio.wait({waiting})
     go.set()
-    for _ in range(300):
-        await asyncio.sleep(0.01)
-        if not app.delivery._ledger_client._late and left[0] < failures:
-            break
-    assert not app.delivery._ledger_client._late
+    # The second try is a late one: by then there was something in it.
+    await until(lambda: failures - left[0] > 1 and not app.delivery._ledger_client._late)
     assert [record.outcome for record in app.queue.find(task.id).records] == stored
     assert len(tasks.RAN) == 1
     app.close()
@@ -173,7 +174,7 @@ async def test_an_end_that_could_not_be_written_is_written_later_even_if_nobody_
 async def test_a_cancelled_thread_keeps_the_task_to_itself(app):
     task = app.defer(tasks.wait_for_gate)
     waiting = asyncio.create_task(app.handle(JOSE, task.payload))
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     waiting.cancel()
     await asyncio.wait({waiting})
     assert outcome(await app.handle(JOSE, task.payload)) == (409, "running")
@@ -213,11 +214,11 @@ def test_control_characters_are_replaced():
 
 
 def test_a_huge_text_is_cut_and_takes_no_time():
-    started = time.monotonic()
+    started = time.process_time()
     said = raised(ValueError("eyJ" * 500_000 + "."))
     assert len(said) < 17_000
     assert said.startswith("[...]")
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_an_exception_that_cannot_be_shown_has_its_type():
@@ -299,7 +300,7 @@ def test_batches_outlive_the_loop_that_was_left_in_the_middle():
             task.cancel()
 
         async def use():
-            return await asyncio.wait_for(batches(2), 5)
+            return await asyncio.wait_for(batches(2), 60)
 
         asyncio.run(leave())
         assert asyncio.run(use()) == 2
@@ -345,7 +346,7 @@ def test_what_has_run_is_written_down_although_its_loop_is_taken_down(kind, tmp_
         del running
 
     asyncio.run(leave())
-    for _ in range(100):
+    for _ in range(1500):
         outcome = handle(app, sent[1].payload).headers[OUTCOME_HEADER]
         if outcome != "running":
             break

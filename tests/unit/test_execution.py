@@ -129,7 +129,7 @@ async def test_context_variables_of_the_caller_are_seen_in_the_thread(app):
 @pytest.mark.parametrize("name", tasks.RAISES)
 @pytest.mark.parametrize("how", [tasks.raise_, tasks.raise_async])
 async def test_whatever_is_raised_is_an_outcome(app, how, name):
-    outcome = await asyncio.wait_for(run(app, how, name), 5)
+    outcome = await asyncio.wait_for(run(app, how, name), 60)
     assert (outcome.result, outcome.reason) == (Result.RETRY, "exception")
     assert outcome.error is not None
 
@@ -159,7 +159,7 @@ async def test_cancelling_the_caller_ends_a_coroutine(app):
 
 async def test_cancelling_the_caller_leaves_a_thread_running(app):
     task = asyncio.create_task(run(app, tasks.wait_for_gate))
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task

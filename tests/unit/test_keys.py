@@ -8,13 +8,16 @@ import json
 import pickle
 import traceback
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
+import safedefer
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
 from safedefer.keys import Key, Keyring, KeyState, end_mac
 from safedefer.token import Token, encode_segment
 
+PACKAGE = Path(safedefer.__file__).parent
 SECRET = bytes(range(200, 250))
 OTHER = bytes(range(100, 150))
 TEXT = encode_segment(SECRET).decode()
@@ -124,7 +127,7 @@ def shown(error, *secrets):
     while pending:
         item = pending.pop()
         # The first frame is the caller's, which had the secret to begin with.
-        ours = [frame for frame in item.stack if "/safedefer/" in frame.filename]
+        ours = [frame for frame in item.stack if Path(frame.filename).is_relative_to(PACKAGE)]
         texts += [str(item), *(f"{name}={value}" for frame in ours for name, value in (frame.locals or {}).items())]
         pending += [other for other in (item.__cause__, item.__context__) if other is not None]
     text = "\n".join(texts)

@@ -16,6 +16,7 @@ from safedefer.concurrency.threads import Threads
 from safedefer.delivery.ledger_client import RunRenewal
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Execution
+from tests.unit.apps import until
 
 
 @contextmanager
@@ -45,7 +46,7 @@ async def test_calls_that_block_run_side_by_side_up_to_the_most():
     def meet():
         running.add(threading.get_ident())
         most.append(len(running))
-        gate.wait(5)
+        gate.wait(30)
         running.discard(threading.get_ident())
 
     with open_threads(4) as threads:
@@ -56,8 +57,8 @@ async def test_calls_that_block_run_side_by_side_up_to_the_most():
 async def test_a_call_that_blocks_keeps_no_other_waiting():
     gate = threading.Event()
     with open_threads(3) as threads:
-        blocked = [threads(lambda: gate.wait(5)) for _ in range(2)]
-        assert await asyncio.wait_for(asyncio.gather(*(threads(lambda n=n: n) for n in range(50))), 5) == [*range(50)]
+        blocked = [threads(lambda: gate.wait(30)) for _ in range(2)]
+        assert await asyncio.wait_for(asyncio.gather(*(threads(lambda n=n: n) for n in range(50))), 60) == [*range(50)]
         assert not any(future.done() for future in blocked)
         gate.set()
         assert await asyncio.gather(*blocked) == [True, True]
@@ -73,7 +74,7 @@ async def test_calls_come_in_their_order_where_there_is_one_thread():
 async def test_what_was_cancelled_before_it_began_never_runs():
     gate, ran = threading.Event(), []
     with open_threads(1) as threads:
-        first = threads(lambda: gate.wait(5))
+        first = threads(lambda: gate.wait(30))
         second = threads(lambda: ran.append(2))
         second.cancel()
         gate.set()
@@ -86,12 +87,12 @@ async def test_what_is_cancelled_later_goes_on():
 
     def work():
         begun.set()
-        gate.wait(5)
+        gate.wait(30)
         ran.append(1)
 
     with open_threads(1) as threads:
         future = threads(work)
-        await asyncio.to_thread(begun.wait, 5)
+        await asyncio.to_thread(begun.wait, 30)
         future.cancel()
         gate.set()
         await threads(lambda: None)
@@ -103,8 +104,7 @@ async def test_threads_go_when_there_is_nothing_to_do_and_come_back(monkeypatch)
     with open_threads(3) as threads:
         for _ in range(3):
             await asyncio.gather(*(threads(lambda: time.sleep(0.001)) for _ in range(6)))
-            await asyncio.sleep(0.1)
-            assert (threads._awake, threads._idle) == (0, 0)
+            await until(lambda: (threads._awake, threads._idle) == (0, 0))
 
 
 async def test_nobody_is_lost_where_threads_fall_asleep_while_calls_come(monkeypatch):
@@ -112,7 +112,7 @@ async def test_nobody_is_lost_where_threads_fall_asleep_while_calls_come(monkeyp
     with open_threads(4) as threads:
         for number in range(400):
             calls = [threads(lambda: None) for _ in range(number % 5 + 1)]
-            await asyncio.wait_for(asyncio.gather(*calls), 5)
+            await asyncio.wait_for(asyncio.gather(*calls), 60)
             await asyncio.sleep(0.0005 * (number % 3))
 
 
@@ -125,7 +125,7 @@ def test_the_threads_of_a_loop_that_was_left_serve_the_next():
             future.cancel()
 
         async def use():
-            return await asyncio.wait_for(threads(lambda: 2), 5)
+            return await asyncio.wait_for(threads(lambda: 2), 60)
 
         asyncio.run(leave())
         assert asyncio.run(use()) == 2
@@ -133,9 +133,9 @@ def test_the_threads_of_a_loop_that_was_left_serve_the_next():
 
 async def test_closing_finishes_what_was_taken_or_cancels_it():
     for cancel in (False, True):
-        threads, gate = Threads(1, "test"), threading.Event()
-        first, second = threads(lambda: gate.wait(5)), threads(lambda: 2)
-        await asyncio.sleep(0.02)
+        threads, begun, gate = Threads(1, "test"), threading.Event(), threading.Event()
+        first, second = threads(lambda: [begun.set(), gate.wait(30)][1]), threads(lambda: 2)
+        await until(begun.is_set)
         threads.close(wait=False, cancel=cancel)
         gate.set()
         assert await first is True
@@ -148,15 +148,17 @@ async def test_closing_finishes_what_was_taken_or_cancels_it():
             threads(lambda: 3)
 
 
-async def test_a_result_is_kept_by_nobody():
+async def test_a_result_is_kept_by_nobody(monkeypatch):
     class Large:
         pass
 
+    monkeypatch.setattr(module, "_LINGER", 60.0)  # the thread waits for the next call, and keeps nothing meanwhile
     with open_threads(1) as threads:
         large = await threads(Large)
         there = weakref.ref(large)
         del large
-        await asyncio.sleep(0.02)  # the thread is on its way back
+        await asyncio.sleep(0)  # what resumed this coroutine had it
+        await until(lambda: threads._idle)
         gc.collect()
         assert there() is None
 
@@ -170,7 +172,7 @@ async def main():
     await asyncio.gather(*(threads(lambda: time.sleep(0.01)) for _ in range(8)))
 asyncio.run(main())
 """
-    subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 # --- The renewal of runs -----------------------------------------------------------------------------------
@@ -178,11 +180,12 @@ asyncio.run(main())
 
 class Recorder:
     def __init__(self, fails=()):
-        self.calls = []
+        self.calls, self.moments = [], []
         self.fails = set(fails)
 
     def extend(self, execution, *, now, lease):
         self.calls.append(execution.owner)
+        self.moments.append(time.monotonic())
         if execution.owner in self.fails:
             raise QueueUnavailable("locked")
         return True
@@ -199,19 +202,21 @@ def renewal_of(ledger, threads, seconds):
 async def test_runs_are_prolonged_in_time_while_they_last():
     ledger = Recorder(fails={"bad"})
     with open_threads(1) as threads:
-        renewal = renewal_of(ledger, threads, 0.3)
+        renewal = renewal_of(ledger, threads, 3.0)
+        began = time.monotonic()
         for owner in ("bad", "long", "short"):
             renewal.add(run_of(owner))
         renewal.remove(run_of("short"))
-        await asyncio.sleep(0.65)
+        await until(lambda: len(ledger.calls) > 3)
         renewal.remove(run_of("long"))
         renewal.remove(run_of("bad"))
-        await asyncio.sleep(0.1)
-        count = len(ledger.calls)
-        await asyncio.sleep(0.2)
-    assert len(ledger.calls) == count
+        await until(lambda: renewal._timer is None)
     assert set(ledger.calls) == {"bad", "long"}
-    assert 3 <= ledger.calls.count("long") <= 7
+    first, second = ledger.moments[1], ledger.moments[3]
+    assert max(first - began, second - first) < 3.0
+    # At every second of the six beats in a lease, and no sooner.
+    assert first - began > 0.99
+    assert second - began > 1.99
 
 
 def test_the_renewal_of_a_loop_that_was_left_serves_the_next():
@@ -224,7 +229,7 @@ def test_the_renewal_of_a_loop_that_was_left_serves_the_next():
 
         async def use():
             renewal.add(run_of("next"))
-            await asyncio.sleep(0.2)
+            await until(lambda: ledger.calls)
 
         asyncio.run(leave())
         asyncio.run(use())

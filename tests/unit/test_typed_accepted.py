@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from safedefer.errors import UnencodableArgument
 from tests.zoo import values as zoo
 from tests.zoo.exactly import assert_exact, carry, carry_one, tree_of
 
@@ -445,12 +446,22 @@ def test_sixty_nested_dataclasses_arrive():
     assert_exact(top, carry_one(top))
 
 
+def test_what_stands_in_the_arguments_and_in_the_state_counts_twice_at_each_level():
+    """So do its parts, and theirs: sixteen levels are 2**16 values."""
+    value = 1
+    for _ in range(14):
+        value = [zoo.NewArgs(value, 1)]
+    assert_exact(value, carry_one(value))
+    with pytest.raises(UnencodableArgument, match="100000 values"):
+        carry_one([zoo.NewArgs([zoo.NewArgs([zoo.NewArgs(value, 1)], 1)], 1)])
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
         zoo.Chain, zoo.Slotted, zoo.AttrsFrozen, lambda v: make(zoo.Node, v=v), lambda v: {1: v}, lambda v: (v,),
         lambda v: defaultdict(None, {"a": v}), lambda v: zoo.Model.model_construct(a=v), lambda v: ValueError(v),
-        lambda v: zoo.MyDict(a=v), lambda v: zoo.NewArgs(v, 1), lambda v: zoo.TupleState(v),
+        lambda v: zoo.MyDict(a=v), lambda v: zoo.TupleState(v),
     ],
 )  # fmt: skip
 def test_sixty_two_levels_of_any_tag_fit_the_parser(wrap):

@@ -16,7 +16,7 @@ from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDeliver
 from safedefer.queues.base import TaskState
 from safedefer.web.server import serving
 from tests import sample_tasks as tasks
-from tests.unit.apps import SECRET, make_app
+from tests.unit.apps import JOSE, SECRET, make_app, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,12 +165,9 @@ async def test_a_row_that_somebody_wrote_does_not_keep_the_others(app, deliver, 
     connection.close()
     dispatcher = dispatcher_of(app, deliver)
     running = asyncio.create_task(dispatcher.run())
-    for _ in range(300):
-        if state_of(app, good) is TaskState.SUCCEEDED and state_of(app, odd) is not TaskState.RUNNING:
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: state_of(app, good) is TaskState.SUCCEEDED and state_of(app, odd) is not TaskState.RUNNING)
     dispatcher.stop()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 60)
     assert ("add", 2, 0, 1) in tasks.RAN
     # What is no mapping at all is no hint: the token says all that is needed.
     runs = not headers.startswith("{")
@@ -250,10 +247,7 @@ async def test_a_handler_that_takes_too_long_is_charged_and_finds_its_task_in_th
     async with serving(app, "127.0.0.1", 0) as url, HttpDelivery(url, timeout=0.2) as deliver:
         dispatcher = dispatcher_of(app, deliver)
         running = asyncio.create_task(dispatcher.run())
-        for _ in range(500):
-            if app.queue.find(task.id).state is TaskState.SUCCEEDED:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: state_of(app, task) is TaskState.SUCCEEDED)
         dispatcher.stop()
         await running
     assert tasks.RAN == ["slept"]
@@ -269,9 +263,7 @@ async def test_a_target_that_is_down_stops_no_other(tmp_path):
     app.options(target="big").defer_many([(tasks.add, (n,), {}) for n in range(60)])
     app.defer_many([(tasks.add, (n,), {}) for n in range(60)])
     async with serving(app, "127.0.0.1", 0) as url, HttpDelivery(url, targets=app.targets) as deliver:
-        started = time.monotonic()
-        await run_due(app, deliver)
-        assert time.monotonic() - started < 5
+        await asyncio.wait_for(run_due(app, deliver), 60)
     assert len(tasks.RAN) == 60
     waiting = app.queue.tasks(limit=1000)
     assert {(view.target, view.attempts) for view in waiting} == {("big", 0)}
@@ -301,17 +293,35 @@ async def test_many_answers_with_bodies_do_not_matter(app):
 # --- Long tasks, wake-up, drain -------------------------------------------------------------------
 
 
-async def test_a_task_longer_than_both_leases_runs_once(tmp_path):
+async def test_a_task_longer_than_both_leases_runs_once(tmp_path, monkeypatch):
     tasks.reset()
-    app = make_app(queue=f"sqlite:///{tmp_path}/q.db", lease_seconds=0.4)
-    task = app.defer(tasks.sleep, 1.5)
-    others = [dispatcher_of(app, InProcessDelivery(app.handle), lease_seconds=0.5) for _ in range(2)]
-    running = [asyncio.create_task(dispatcher.run()) for dispatcher in others]
-    await asyncio.sleep(2.0)
-    for dispatcher in others:
-        dispatcher.stop()
-    await asyncio.gather(*running)
-    assert tasks.RAN == ["slept"]
+    moment = [time.time()]
+    app = make_app(queue=f"sqlite:///{tmp_path}/q.db", lease_seconds=0.6, clock=lambda: moment[0])
+    prolonged = {"lease": [], "run": []}
+    for name, owner in (("lease", app.queue), ("run", app.queue.ledger)):
+
+        def extend(what, *, now, extend=owner.extend, moments=prolonged[name], **more):
+            result = extend(what, now=now, **more)
+            moments.append(now)
+            return result
+
+        monkeypatch.setattr(owner, "extend", extend)
+    task = app.defer(tasks.wait_for_gate, 60.0)
+    deliver, options = InProcessDelivery(app.handle), DispatcherOptions(lease_seconds=0.6)
+    dispatcher = Dispatcher(app.queue, deliver, clock=lambda: moment[0], options=options)
+    running = asyncio.create_task(dispatcher.run())
+    await until(tasks.STARTED.is_set)
+    for _ in range(4):
+        moment[0] += 0.4
+        await until(lambda: all(moments and moments[-1] == moment[0] for moments in prolonged.values()))
+        # Neither another dispatcher nor another handler takes it.
+        assert app.queue.lease(owner="other", limit=1, seconds=60.0, now=moment[0]) == []
+        assert (await app.handle(JOSE, task.payload)).headers["Safedefer-Outcome"] == "running"
+    tasks.GATE.set()
+    await until(lambda: state_of(app, task) is TaskState.SUCCEEDED)
+    dispatcher.stop()
+    await running
+    assert tasks.RAN == ["waited"]
     view = app.queue.find(task.id)
     assert (view.state, view.attempts) == (TaskState.SUCCEEDED, 1)
     await asyncio.to_thread(app.close)
@@ -329,7 +339,7 @@ for line in sys.stdin:
 """
 
 
-async def test_what_another_process_defers_runs_within_tens_of_milliseconds(app, tmp_path, monkeypatch):
+async def test_what_another_process_defers_runs_long_before_the_next_poll(app, tmp_path, monkeypatch):
     arrived = []
 
     class Ran(list):
@@ -337,7 +347,7 @@ async def test_what_another_process_defers_runs_within_tens_of_milliseconds(app,
             arrived.append(time.time() - value["at"])
 
     monkeypatch.setattr(tasks, "RAN", Ran())
-    dispatcher = dispatcher_of(app, InProcessDelivery(app.handle))
+    dispatcher = dispatcher_of(app, InProcessDelivery(app.handle), poll_seconds=60.0)
     running = asyncio.create_task(dispatcher.run())
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", DEFER, str(tmp_path), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -356,7 +366,7 @@ async def test_what_another_process_defers_runs_within_tens_of_milliseconds(app,
     arrived.sort()
     median, worst = arrived[10] * 1000, arrived[-1] * 1000
     print(f"from defer() in another process to the call: median {median:.0f} ms, worst {worst:.0f} ms")
-    assert median < 100
+    assert median < 2_000
 
 
 async def test_a_cancelled_coroutine_may_run_again_at_once(app):
@@ -366,7 +376,7 @@ async def test_a_cancelled_coroutine_may_run_again_at_once(app):
     while tasks.RAN != ["begun"]:  # noqa: ASYNC110  # what is waited for is a list
         await asyncio.sleep(0.01)
     dispatcher.stop()
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, 20)
     assert tasks.RAN == ["begun", "over"]
     view = app.queue.find(task.id)
     assert (view.state, view.attempts, view.records[-1].reason) == (TaskState.WAITING, 0, "cancelled")

@@ -4,19 +4,23 @@ import asyncio
 import gzip
 import json
 import logging
+import threading
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from safedefer import Key, Keyring, KeyState, Limits, Options, deferred
+from safedefer.delivery.budget import ByteBudget
 from safedefer.queues.base import TaskState
 from safedefer.web import handler as web_handler
 from safedefer.web.handler import handler_for
 from safedefer.web.server import serving
 from tests import sample_tasks as tasks
-from tests.unit.apps import JOSE, SECRET, Recorder, make_app
+from tests.unit.apps import JOSE, SECRET, Recorder, make_app, until
 
 KEYS = Keyring(Key("k1", SECRET, KeyState.ACTIVE))
 URL = "/_ah/queue/deferred"
@@ -49,8 +53,8 @@ class Served:
         status, outcome, _, _ = await self.post(data, headers, **more)
         return status, outcome
 
-    async def raw(self, data, *, wait=5.0, end=True):
-        """Write bytes to the socket, and return what comes back."""
+    async def raw(self, data, *, wait=20.0, end=True):
+        """Write bytes to the socket, and return what comes back; within less than the handler waits for a body."""
         host, port = self.address.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
@@ -173,7 +177,7 @@ async def test_whatever_else_is_raised_is_retried(served, how, name):
 async def test_a_task_that_runs_is_not_run_beside_itself(served):
     task = served.app.defer(tasks.wait_for_gate)
     first = asyncio.create_task(served.outcome(task.payload))
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     assert await served.outcome(task.payload) == (409, "running")
     tasks.GATE.set()
     assert await first == (200, "succeeded")
@@ -272,7 +276,7 @@ async def test_too_early_says_when_to_come_again(served):
 async def test_at_capacity_the_handler_is_busy(tmp_path):
     async with serve(tmp_path, concurrency=1) as served:
         first = asyncio.create_task(served.outcome(served.app.defer(tasks.wait_for_gate).payload))
-        await asyncio.to_thread(tasks.STARTED.wait, 5)
+        await asyncio.to_thread(tasks.STARTED.wait, 30)
         task = served.app.defer(tasks.add, 1)
         status, outcome, headers, _ = await served.post(task.payload)
         assert (status, outcome, headers["Retry-After"]) == (503, "busy", "1")
@@ -283,7 +287,7 @@ async def test_at_capacity_the_handler_is_busy(tmp_path):
 
 async def test_while_it_shuts_down_the_handler_is_busy_and_finishes(served):
     first = asyncio.create_task(served.outcome(served.app.defer(tasks.wait_for_gate).payload))
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     served.app.delivery.drain()
     assert await served.outcome(served.app.defer(tasks.add, 1).payload) == (503, "busy")
     assert await served.app.delivery.drained(0.05) is False
@@ -425,7 +429,7 @@ UNREAD = {
 @pytest.mark.parametrize("what", UNREAD)
 async def test_it_is_refused_before_the_body_is_read(served, what):
     data, status = UNREAD[what]
-    answer = await served.raw(data, end=False, wait=2.0)
+    answer = await served.raw(data, end=False)
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert b"Safedefer-Outcome: refused" in answer
     assert b"Connection: close" in answer
@@ -440,7 +444,7 @@ async def test_a_body_without_length_is_cut_at_the_limit(tmp_path):
     async with serve(tmp_path, limits=Limits(token_bytes=10_000)) as served:
         data = head(Content_Type="application/jose", Transfer_Encoding="chunked")
         chunk = b"3e8\r\n" + b"x" * 1000 + b"\r\n"
-        answer = await served.raw(data + chunk * 11, end=False, wait=2.0)
+        answer = await served.raw(data + chunk * 11, end=False)
         assert answer.startswith(b"HTTP/1.1 413 ")
         assert b"Safedefer-Outcome: refused" in answer
         assert await served.outcome(b"x" * 10_001) == (413, "refused")
@@ -462,10 +466,106 @@ async def test_a_body_that_stalls_is_given_up(served, monkeypatch):
     monkeypatch.setattr(web_handler, "BODY_TIMEOUT", 0.2)
     token = served.app.defer(tasks.add, 1).payload
     data = head(Content_Type="application/jose", Content_Length=len(token)) + token[:-1]
-    answer = await served.raw(data, end=False, wait=2.0)
+    answer = await served.raw(data, end=False)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"Safedefer-Outcome: refused" in answer
     assert tasks.RAN == []
+
+
+async def held(served, count, size):
+    """Open requests that stop one byte before their end, and return their streams."""
+    host, port = served.address.removeprefix("http://").split(":")
+    streams = []
+    for _ in range(count):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head(Content_Type="application/jose", Content_Length=size) + b"x" * (size - 1))
+        streams.append((reader, writer))
+    return streams
+
+
+async def answers(streams, wait=0.3):
+    """The statuses of those that are answered by now."""
+    found = []
+    for reader, _ in streams:
+        try:
+            line = await asyncio.wait_for(reader.readline(), wait)
+        except TimeoutError:
+            continue
+        found.append(int(line.split()[1]))
+    return found
+
+
+async def test_bodies_that_stop_before_their_end_share_a_budget(tmp_path):
+    """Without a key, 600 of them took 700 MB."""
+    size = 100_000
+    async with serve(tmp_path) as served:
+        served.app.delivery.budget = ByteBudget(10 * size)
+        streams = await held(served, 30, size)
+        refused = await answers(streams)
+        assert refused == [503] * 20, "what is beyond the budget is told to come again, and keeps nothing"
+        # What comes with its headers takes nothing of it: the neighbours' tasks run.
+        task = served.app.defer(tasks.add, 1)
+        assert await served.outcome(task.payload) == (200, "succeeded")
+        for _, writer in streams:
+            writer.close()
+        await asyncio.sleep(0.2)
+        (again,) = await held(served, 1, size)
+        again[1].write(b"x")
+        assert await answers([again], 5.0) == [403], "what was given up is given back"
+        assert served.app.delivery.budget.take(10 * size), "all of it"
+        again[1].close()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_large_token_does_not_hold_up_the_loop_while_it_is_verified(tmp_path, stored):
+    async with serve(tmp_path) as served:
+        call = {"values": list(range(20_000))}
+        token = (
+            served.app.defer(tasks.keywords, **call).payload if stored else served.app.serialize(tasks.keywords, **call)
+        )
+        where = []
+        verifier = served.app.delivery._verifier
+        name = "verify_stored" if stored else "verify"
+        original = getattr(verifier, name)
+
+        def noted(*args, **kwargs):
+            where.append(threading.current_thread() is threading.main_thread())
+            return original(*args, **kwargs)
+
+        served.app.delivery._verifier = SimpleNamespace(
+            verify=noted if not stored else verifier.verify, verify_stored=noted if stored else verifier.verify_stored
+        )
+        assert await served.outcome(token) == (200, "succeeded")
+        assert where == [False]
+        small = served.app.defer(tasks.add, 1).payload
+        assert await served.outcome(small) == (200, "succeeded")
+        assert where == ([False] if stored else [False, True])
+
+
+@pytest.mark.parametrize("how", ["read", "text", "twice"])
+async def test_a_body_that_a_middleware_has_read_is_taken_from_the_request(tmp_path, how):
+    @web.middleware
+    async def reads(request, handler):
+        await (request.text() if how == "text" else request.read())
+        if how == "twice":
+            await request.read()
+        return await handler(request)
+
+    tasks.reset()
+    app = make_app(keyring=KEYS, queue=f"sqlite:///{tmp_path}/q.db")
+    web_app = web.Application(middlewares=[reads])
+    web_app.add_routes(app.routes())
+    async with TestClient(TestServer(web_app)) as client:
+        for size in (1, 50_000, 300_000):
+            token = app.options(url=URL).defer(tasks.keywords, text="x" * size).payload
+            response = await client.post(URL, data=token, headers=JOSE)
+            assert (response.status, response.headers["Safedefer-Outcome"]) == (200, "succeeded")
+        whole = app.serialize(tasks.keywords, text="y" * 200_000)
+        response = await client.post(URL, data=whole, headers=JOSE)
+        assert response.headers["Safedefer-Outcome"] == "succeeded"
+        response = await client.post(URL, data=b"", headers=JOSE)
+        assert (response.status, response.headers["Safedefer-Outcome"]) == (403, "refused")
+    await asyncio.to_thread(app.close)
 
 
 NASTY = {
@@ -490,7 +590,7 @@ NASTY = {
 async def test_a_broken_request_runs_nothing_and_the_handler_lives(served, what, caplog):
     task = served.app.defer(tasks.keywords, secret=tasks.SECRET)
     with caplog.at_level(logging.INFO):
-        answer = await served.raw(NASTY[what](task.payload), wait=5.0)
+        answer = await served.raw(NASTY[what](task.payload))
     assert not answer.startswith(b"HTTP/1.1 2")
     assert tasks.RAN == []
     assert "Traceback" not in caplog.text
@@ -505,13 +605,10 @@ async def test_a_client_that_hangs_up_loses_nothing(served):
     host, port = served.address.removeprefix("http://").split(":")
     _, writer = await asyncio.open_connection(host, int(port))
     writer.write(head(Content_Type="application/jose", Content_Length=len(token)) + token)
-    await asyncio.to_thread(tasks.STARTED.wait, 5)
+    await asyncio.to_thread(tasks.STARTED.wait, 30)
     writer.close()
     tasks.GATE.set()
-    for _ in range(100):
-        if served.records(task):
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: served.records(task))
     assert [record.outcome for record in served.records(task)] == ["succeeded"]
     assert await served.outcome(token) == (200, "duplicate")
 

@@ -51,6 +51,7 @@ def members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[
     except Refusal as refusal:
         refusal.trail.append(f"{{{len(out)}}}")
         raise
+    _check_hashes(values, size)
     return out
 
 
@@ -68,14 +69,40 @@ def read_members(dec: Decoder, payload: Json, depth: int) -> list[Any]:
     return out
 
 
-def hashed(make: Any, values: Sequence[Any]) -> Any:
-    """Return a set of the values.
+#: So many members of a set, or keys of a dict, may have one hash: each is compared with those before it.
+MAX_EQUAL_HASHES: Final = 64
+
+
+def _check_hashes(values: Iterable[Any], size: int) -> None:
+    """Bound the comparisons of what is hashed. Numbers of any hash are easily found: multiples of ``2**61 - 1``.
 
     Raises:
-        Refusal: One cannot be hashed, or two are equal.
+        Refusal: Too many have one hash.
+    """
+    if size <= MAX_EQUAL_HASHES:
+        return
+    try:
+        most = max(Counter(map(hash, values)).values())
+    except Exception as error:  # an admitted class's own __hash__ may raise anything
+        raise Refusal("a set member or dict key cannot be hashed; correct the __hash__ of its class") from error
+    if most > MAX_EQUAL_HASHES:
+        raise Refusal(
+            f"more than {MAX_EQUAL_HASHES} set members or dict keys have the same hash; pass them as a list, "
+            "or give their class a better __hash__"
+        )
+
+
+def hashed(make: Any, values: Sequence[Any], keys: Iterable[Any]) -> Any:
+    """Return a set or dict of the values, whose ``keys`` are hashed.
+
+    Raises:
+        Refusal: One cannot be hashed, or too many have the same hash.
     """
     try:
+        _check_hashes(keys, len(values))
         made = make(values)
+    except Refusal:
+        raise
     except Exception as error:  # an admitted class's own __hash__ or __eq__ may raise anything
         raise Refusal("a set member or dict key cannot be hashed") from error
     return made
@@ -99,7 +126,7 @@ def _decode_set(dec: Decoder, payload: Json, depth: int) -> set[Any]:
 
 def fill_set(out: set[Any], values: Sequence[Any]) -> None:
     """Add values to a set, or to an object of a subclass."""
-    hashed(lambda values: set.update(out, values), values)
+    hashed(lambda values: set.update(out, values), values, values)
     _distinct(set.__len__(out), values)
 
 
@@ -109,7 +136,7 @@ def _encode_frozenset(enc: Encoder, value: frozenset[Any], depth: int) -> Json:
 
 def _decode_frozenset(dec: Decoder, payload: Json, depth: int) -> frozenset[Any]:
     values = read_members(dec, payload, depth + 1)
-    made: frozenset[Any] = hashed(frozenset, values)
+    made: frozenset[Any] = hashed(frozenset, values, values)
     _distinct(len(made), values)
     return made
 
@@ -158,6 +185,7 @@ def _pairs(enc: Encoder, pairs: Iterable[tuple[Any, Any]], size: int, depth: int
     except Refusal as refusal:
         refusal.trail.append(where)
         raise
+    _check_hashes((key for key, _ in pairs), size)
     return out
 
 
@@ -182,7 +210,7 @@ def fill_dict(out: dict[Any, Any], pairs: Sequence[tuple[Any, Any]]) -> None:
         for key, value in pairs:
             insert(out, key, value)
 
-    hashed(fill, pairs)
+    hashed(fill, pairs, (key for key, _ in pairs))
     _distinct(dict.__len__(out), pairs)
 
 
@@ -259,8 +287,8 @@ def _decode_deque(dec: Decoder, payload: Json, depth: int) -> deque[Any]:
     return out
 
 
-def _decode_ref(dec: Decoder, payload: Json, _depth: int) -> object:
-    return dec.shared(payload)
+def _decode_ref(dec: Decoder, payload: Json, depth: int) -> object:
+    return dec.shared(payload, depth)
 
 
 ENCODERS: Final[dict[type, Any]] = {

@@ -14,7 +14,7 @@ from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any, Final, cast
 
 from safedefer.codecs import inspect_safely
-from safedefer.codecs.class_layout import Plan
+from safedefer.codecs.class_layout import Plan, function_names
 from safedefer.codecs.decoder import Decoder, array, record, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.object_state import attributes, begin, begin_decoded, planned_class, restore, run
@@ -123,6 +123,7 @@ def encode_exception(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
         raise
     enc.opaque.discard(id(value))
     begin(enc, value, plan)
+    _check_offsets(value)
     state = dict(_held(value, plan, args))
     for key, each in attributes(enc, value, plan):
         if type(key) is str and (key in state or key in _members(plan.base) or key in _SKIPPED):
@@ -216,11 +217,25 @@ def decode_exception(dec: Decoder, payload: Json, depth: int) -> object:
     for key in [key for key in state if key in members or key in _CHAIN]:
         descriptor = members.get(key) or BaseException.__dict__[key]
         _set(dec, value, key, descriptor, state.pop(key), depth + 1)
+    _check_offsets(value)
     if not state.keys().isdisjoint(_SKIPPED):
         raise Refusal("an exception has no such attribute to set")
     restore(dec, value, plan, state, depth + 1)
     dec.open.discard(number)
     return value
+
+
+def _check_offsets(value: BaseException) -> None:
+    """Refuse a ``UnicodeError`` whose offsets lie outside its object: ``str()`` of one would read or write there.
+
+    Raises:
+        Refusal: They do, or one of the three was never set.
+    """
+    for cls in (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError):
+        if inspect_safely.derives(type(value), cls):
+            within, start, end = (_read(cls.__dict__[name], value) for name in ("object", "start", "end"))
+            if type(within) not in (bytes, str) or not 0 <= start <= end <= len(within):
+                raise Refusal("its start and end lie outside its object; pass an error of the text at hand")
 
 
 def _set(dec: Decoder, value: object, key: str, descriptor: Any, tree: Json, depth: int) -> None:
@@ -242,7 +257,14 @@ def _builtin_plan(dec: Decoder, name: str) -> Plan | None:
 
 def _plan_of(cls: type) -> Plan:
     """Return the plan of a built-in exception."""
-    return Plan(cls, "$exception", cls, inspect_safely.dict_getter(cls))
+    plan = _PLANS.get(id(cls))
+    if plan is None:
+        getter = inspect_safely.dict_getter(cls)
+        plan = _PLANS[id(cls)] = Plan(cls, "$exception", cls, getter, functions=function_names(cls))
+    return plan
+
+
+_PLANS: Final[dict[int, Plan]] = {}
 
 
 def _encode_builtin(enc: Encoder, value: BaseException, depth: int) -> Json:

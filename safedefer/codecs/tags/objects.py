@@ -6,8 +6,9 @@ names up. The order when encoding is: look (``plans``), ask the gate, and only t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import Flag
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any, Final, cast
 
 from pydantic import BaseModel, RootModel, ValidationError
@@ -22,6 +23,7 @@ from safedefer.codecs.object_state import (
     attributes,
     begin,
     begin_decoded,
+    check_names,
     hook_state,
     planned,
     planned_class,
@@ -127,6 +129,10 @@ def _flag_by_value(cls: type) -> bool:
     return inspect_safely.derives(cls, Flag) and missing is not None and missing[0] is Flag
 
 
+#: An enum keeps every combination of flags that was ever made: so many may there be of one class.
+_MOST_COMBINATIONS: Final = 4_096
+
+
 def _decode_enum(dec: Decoder, payload: Json, _depth: int) -> object:
     name, key = array(payload, least=2, most=2)
     cls = planned_class(dec, name, "$enum").cls
@@ -137,6 +143,9 @@ def _decode_enum(dec: Decoder, payload: Json, _depth: int) -> object:
     number = integer(key, -SAFE_INT, SAFE_INT)
     if not _flag_by_value(cls):
         raise Refusal("$enum is [class, name], or [class, number] for a combination of flags")
+    known = inspect_safely.namespace(cls).get("_value2member_map_", {})
+    if number not in known and len(known) >= _MOST_COMBINATIONS:
+        raise Refusal(f"more than {_MOST_COMBINATIONS} combinations of these flags were made here; pass the number")
     made = run(cls, number)
     if type(made) is not cls or _value_of(made) != number or _members_of(cls).get(cast("str", _name_of(made))) is made:
         raise Refusal("$enum is [class, number] only for a combination of flags that has no name")
@@ -239,6 +248,7 @@ def _encode_model(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
         raise Refusal("its set of given fields holds what is no name; correct it")
     begin(enc, value, plan)
     enc.own_state(fields_set)
+    check_names(plan.state_of(value), plan)
     tree: list[Json] = [name, _part(enc, plan.state_of(value), depth), sorted(fields_set)]
     enc.add(len(fields_set))
     tree.append(_part(enc, slot_value(_EXTRA, value), depth))
@@ -267,6 +277,7 @@ def _decode_model(dec: Decoder, payload: Json, depth: int) -> object:
     number = dec.share(value)
     begin_decoded(dec, number, plan)
     state = plan.state_of(value) if plan.state_of is not None else {}
+    check_names(record(fields), plan)
     dec.members(state, record(fields), depth + 1)
     dec.add(len(array(names)))
     given = {string(each) for each in names}
@@ -295,15 +306,8 @@ def _encode_object(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     if ref is not None:
         return ref
     begin(enc, value, plan)
-    has_args = plan.newargs is not None or plan.newargs_ex is not None
     enc.opaque.add(id(value))
-    if has_args:
-        args, kwargs = _new_args(enc, value, plan)
-        tree["args"] = enc.sequence(args, depth + 1)
-        if kwargs:
-            tree["kwargs"] = enc.attributes(kwargs.items(), depth + 1)
-    elif plan.base in CONTENTS and plan.base not in MUTABLE:
-        _encode_contents(enc, value, plan, tree, depth)
+    _encode_making(enc, value, plan, tree, depth)
     enc.opaque.discard(id(value))
     if plan.base in MUTABLE:
         _encode_contents(enc, value, plan, tree, depth)
@@ -315,6 +319,20 @@ def _encode_object(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
         tree["state"] = attrs
     enc.open.discard(id(value))
     return {"$object": tree}
+
+
+def _encode_making(enc: Encoder, value: object, plan: Plan, tree: dict[str, Json], depth: int) -> None:
+    """Add what an object is made from: the arguments of ``__new__``, or what an immutable built-in base holds."""
+    if plan.newargs is not None or plan.newargs_ex is not None:
+        args, kwargs = _new_args(enc, value, plan)
+        _new(plan, args, kwargs)
+        tree["args"] = enc.sequence(args, depth + 1)
+        if kwargs:
+            tree["kwargs"] = enc.attributes(kwargs.items(), depth + 1)
+    elif plan.base in CONTENTS and plan.base not in MUTABLE:
+        _encode_contents(enc, value, plan, tree, depth)
+    elif plan.new is not None:
+        _new(plan)
 
 
 def _new_args(enc: Encoder, value: object, plan: Plan) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -400,12 +418,11 @@ def _check_parts(parts: dict[str, Json], plan: Plan) -> None:
 def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> object:
     """Return the object as ``__new__`` makes it."""
     base: Any = plan.base
-    new: Any = plan.new or base.__new__
     if "args" in parts:
         kwargs: dict[str, object] = {}
         args = dec.items(parts["args"], depth + 1)
         dec.members(kwargs, record(parts.get("kwargs", {})), depth + 1)
-        return run(new, plan.cls, *args, **kwargs)
+        return _new(plan, args, kwargs)
     if "value" in parts:
         value = dec.value(parts["value"], depth + 1)
         if type(value) is not base:
@@ -415,11 +432,29 @@ def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> objec
         return tuple.__new__(plan.cls, dec.items(parts["items"], depth + 1))
     if base is frozenset:
         values = read_members(dec, parts["items"], depth + 1)
-        made: Any = hashed(lambda values: frozenset.__new__(plan.cls, values), values)
+        made: Any = hashed(lambda values: frozenset.__new__(plan.cls, values), values, values)
         if frozenset.__len__(made) != len(values):
             raise Refusal("two set members are equal")
         return made
-    return run(new, plan.cls)
+    return _new(plan)
+
+
+def _new(plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = MappingProxyType({})) -> object:
+    """Return a new object, as ``__new__`` makes it.
+
+    Raises:
+        Refusal: ``__new__`` raised, or returns an object that there was before: its state is not the token's to set.
+    """
+    base: Any = plan.base
+    if plan.new is None:
+        return run(base.__new__, plan.cls, *args, **kwargs)
+    made = run(plan.new, plan.cls, *args, **kwargs)
+    if run(plan.new, plan.cls, *args, **kwargs) is made:
+        raise Refusal(
+            "its __new__ returns one object again and again, which a task must not change; "
+            "pass what it is made from, and have the task ask for it"
+        )
+    return made
 
 
 _BY_TAG: Final[dict[str, Any]] = {

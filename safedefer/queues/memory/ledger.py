@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
+from safedefer.queues import rules
 from safedefer.queues.base import task_digest
 
 if TYPE_CHECKING:
@@ -14,12 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from safedefer.queues.base import QueuedTask
-
-LEEWAY: Final = 3600
-"""Seconds that an entry is kept after its token expired."""
-
-RECORDS_KEPT: Final = 100
-"""The newest attempt records that are kept of one task."""
 
 
 @dataclass(slots=True)
@@ -33,14 +28,9 @@ class Entry:
     expires: int
     uncharged: bool
 
-    @property
-    def ended(self) -> bool:
-        """Whether the task does not run again."""
-        return self.state not in ("running", "retry")
-
-    def is_running(self, now: float) -> bool:
-        """Whether somebody runs it, and that lease is alive."""
-        return self.state == "running" and self.until > now
+    def known(self, now: float) -> rules.Entry:
+        """Return what decides something."""
+        return rules.Entry(self.state, self.uncharged, self.until > now)
 
 
 class MemoryLedger:
@@ -56,15 +46,13 @@ class MemoryLedger:
         with self._lock:
             entry = self._entries.get((execution.audience, execution.task_id))
             if entry is not None:
-                if entry.digest != execution.digest:
-                    return Admission.CONFLICT
-                if entry.ended:
-                    return Admission.DUPLICATE
-                if entry.is_running(now) and entry.owner != execution.owner:
-                    return Admission.RUNNING
+                known = entry.known(now)
+                admission = rules.admit(execution, digest=entry.digest, owner=entry.owner, entry=known)
+                if admission is not Admission.RUN:
+                    return admission
             self._entries[execution.audience, execution.task_id] = Entry(
                 digest=execution.digest,
-                state="running",
+                state=rules.RUNNING,
                 owner=execution.owner,
                 until=now + lease,
                 expires=execution.expires if entry is None else entry.expires,
@@ -102,7 +90,7 @@ class MemoryLedger:
         with self._lock:
             records = self._records.setdefault(record.task_id, [])
             records.append(record)
-            del records[:-RECORDS_KEPT]
+            del records[: -rules.RECORDS_KEPT]
 
     def prune(self, *, now: float) -> int:
         """Forget entries whose ``expires`` is over an hour past; returns how many."""
@@ -110,7 +98,7 @@ class MemoryLedger:
             old = [
                 key
                 for key, entry in self._entries.items()
-                if entry.expires < now - LEEWAY and not entry.is_running(now)
+                if entry.expires < now - rules.LEDGER_LEEWAY and not entry.known(now).running
             ]
             for key in old:
                 del self._entries[key]
@@ -125,7 +113,7 @@ class MemoryLedger:
     def end(self, task: QueuedTask, state: EndState) -> None:
         """Note how a task ended, unless it has ended already."""
         entry = self.entry(task)
-        if entry is None or not entry.ended:
+        if entry is None or not entry.known(0.0).ended:
             self._entries[task.audience, task.id] = Entry(
                 digest=task_digest(task) if entry is None else entry.digest,
                 state=str(state),
@@ -155,7 +143,7 @@ class MemoryLedger:
 
     def _ours(self, execution: Execution) -> Entry | None:
         entry = self._entries.get((execution.audience, execution.task_id))
-        running = entry is not None and entry.state == "running" and entry.owner == execution.owner
+        running = entry is not None and entry.state == rules.RUNNING and entry.owner == execution.owner
         return entry if running else None
 
 

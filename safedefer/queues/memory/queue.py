@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from safedefer.errors import LeaseLost, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.ledger import AttemptRecord, EndState
+from safedefer.ledger import EndState
+from safedefer.queues import rules
 from safedefer.queues.base import (
     FULL,
     AlreadyWaiting,
@@ -30,12 +31,13 @@ from safedefer.queues.base import (
 )
 from safedefer.queues.memory.ledger import MemoryBlobs, MemoryLedger
 from safedefer.queues.rates import QueueControl, QueueLimits
+from safedefer.queues.rules import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _PRUNE_EVERY: Final = 60.0
-_LOST_LEASE: Final = "lease-expired"
+_NEW: Final = Counters()
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 _VIEW_STATES: Final = {
     EndState.SUCCEEDED: TaskState.SUCCEEDED,
@@ -53,14 +55,8 @@ class _Row:
     due: float
     owner: str | None = None
     leased_at: float | None = None
-    attempts: int = 0
-    deliveries: int = 0
-    executions: int = 0
-    first_attempt: float | None = None
-    rejections: int = 0
-    first_rejection: float | None = None
-    previous_response: int | None = None
-    retry_reason: str | None = None
+    counters: Counters = _NEW
+    """Before the delivery under way, if there is one."""
 
 
 @dataclass(slots=True)
@@ -214,9 +210,9 @@ class MemoryQueue:
             if row is None or (row.owner is not None and row.due > now):
                 return False
             entry = self._ledger.entry(row.task)
-            if entry is not None and (entry.ended or entry.is_running(now)):
+            if not rules.may_cancel(None if entry is None else entry.known(now)):
                 return False
-            self._end(row, EndState.CANCELLED, now=now, reason=None, charged=False)
+            self._end(row, rules.End(EndState.CANCELLED), now=now)
             return True
 
     def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:  # noqa: ARG002 - the seam has it
@@ -330,44 +326,20 @@ class MemoryQueue:
     def _lease(self, row: _Row, *, owner: str, until: float, now: float) -> Lease:
         if row.owner is not None:
             self._after_lost_lease(row, now=now)
-        lease = Lease(
-            task=row.task,
-            owner=f"{owner}:{secrets.token_hex(8)}",
-            until=until,
-            attempts=row.attempts,
-            retries=row.deliveries,
-            executions=row.executions,
-            first_attempt=row.first_attempt,
-            rejections=row.rejections,
-            first_rejection=row.first_rejection,
-            previous_response=row.previous_response,
-            retry_reason=row.retry_reason,
-        )
+        lease = Lease(row.task, f"{owner}:{secrets.token_hex(8)}", until, *row.counters)
         row.owner, row.leased_at, row.due = lease.owner, now, until
-        row.deliveries += 1
         self._schedule(row)
         return lease
 
     def _after_lost_lease(self, row: _Row, *, now: float) -> None:
-        row.retry_reason, row.previous_response = _LOST_LEASE, None
-        entry = self._ledger.entry(row.task)
-        if entry is None or not entry.uncharged:
-            return
-        entry.uncharged = False
-        started = now if row.leased_at is None else row.leased_at
-        if entry.state == "running":
-            record = AttemptRecord(
-                task_id=row.task.id,
-                audience=row.task.audience,
-                started=started,
-                ended=now,
-                outcome="retry",
-                status=None,
-                reason=_LOST_LEASE,
-            )
-            self._ledger.record(record)
-        row.attempts += 1
-        row.first_attempt = started if row.first_attempt is None else row.first_attempt
+        task, entry = (row.task.audience, row.task.id), self._ledger.entry(row.task)
+        known = None if entry is None else entry.known(now)
+        lost = rules.after_lost_lease(row.counters, task, known, leased_at=row.leased_at, now=now)
+        row.counters = lost.counters
+        if entry is not None and lost.charged:
+            entry.uncharged = False
+        if lost.record is not None:
+            self._ledger.record(lost.record)
 
     def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
         """Prolong a lease. Raises ``LeaseLost``."""
@@ -395,46 +367,25 @@ class MemoryQueue:
             return False
         if settlement.record is not None:
             self._ledger.record(settlement.record)
-        if settlement.verdict is Verdict.RETRY:
-            self._retry(row, settlement, now=now)
-            return True
         entry = self._ledger.entry(row.task)
-        state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
-        reason, charged = settlement.reason, settlement.charged
-        # The ledger has the last word: it knows how the run ended, also when the dispatcher that saw
-        # it died, and the next one got no more than "duplicate".
-        if entry is not None and entry.ended and entry.state != state:
-            state = EndState(entry.state)
-            if state is EndState.FAILED:
-                reason = self._ledger.last_reason(row.task.id) or reason
-        if entry is not None and entry.ended and not entry.uncharged:
-            charged = False  # the run was charged when its lease ran out, and this delivery found it ended
-        self._end(row, state, now=now, reason=reason, charged=charged)
-        return True
-
-    def _retry(self, row: _Row, settlement: Settlement, *, now: float) -> None:
-        if settlement.charged and row.first_attempt is None:
-            row.first_attempt = row.leased_at
-        if settlement.rejected and row.first_rejection is None:
-            row.first_rejection = now
-        row.attempts += settlement.charged
-        row.executions += settlement.executed
-        row.rejections += settlement.rejected
-        row.previous_response, row.retry_reason = settlement.status, settlement.reason
+        known = None if entry is None else entry.known(now)
+        if settlement.verdict is not Verdict.RETRY:
+            self._end(row, rules.end_of(settlement, known), now=now)
+            return True
+        row.counters = rules.after_retry(row.counters, settlement, leased_at=row.leased_at, now=now)
         row.owner = row.leased_at = None
         row.due = now if settlement.at is None else settlement.at
         self._schedule(row)
-        entry = self._ledger.entry(row.task)
-        # A run that another delivery began, and that goes on, is not charged yet.
-        if entry is not None and (settlement.charged or entry.state == EndState.RETRY):
+        if entry is not None and rules.retry_charges(settlement, known):
             entry.uncharged = False
+        return True
 
-    def _end(self, row: _Row, state: EndState, *, now: float, reason: str | None, charged: bool) -> None:
+    def _end(self, row: _Row, end: rules.End, *, now: float) -> None:
         task = row.task
-        view = replace(
-            self._view(row), state=_VIEW_STATES[state], attempts=row.attempts + charged, reason=reason, ended=now
-        )
-        if state is not EndState.FAILED:
+        reason = (self._ledger.last_reason(task.id) if end.by_record else None) or end.reason
+        attempts = rules.plus(row.counters.attempts, end.charged)
+        view = replace(self._view(row), state=_VIEW_STATES[end.state], attempts=attempts, reason=reason, ended=now)
+        if end.state is not EndState.FAILED:
             view = replace(view, token=b"", headers={}, retry_options={})
         self._state.ended[task.id] = view
         if task.name is not None:
@@ -444,7 +395,7 @@ class MemoryQueue:
         if task.blob_id is not None:
             self._blobs.delete(task.blob_id)
         del self._state.rows[task.id]
-        self._ledger.end(task, state)
+        self._ledger.end(task, end.state)
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
         """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
@@ -586,9 +537,9 @@ class MemoryQueue:
             eta=task.eta,
             created=task.created,
             expires=task.expires,
-            attempts=row.attempts,
+            attempts=row.counters.attempts,
             token=task.token if stored is None else stored,
-            reason=row.retry_reason,
+            reason=row.counters.retry_reason,
             retry_options=task.retry_options,
         )
 

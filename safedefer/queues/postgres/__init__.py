@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from safedefer.queues.postgres.queue import (
-    PostgresQueue,
-    migrate,
-)
+from safedefer.queues.postgres.migrations import migrate
+from safedefer.queues.postgres.queue import PostgresQueue
 
-__all__ = [
-    "PostgresQueue",
-    "migrate",
-]
+__all__ = ["PostgresQueue", "migrate"]

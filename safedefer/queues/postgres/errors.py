@@ -1,16 +1,33 @@
-"""What errors of the PostgreSQL queue's database mean, whichever driver raises them."""
+"""Errors of the queue's database, from asyncpg or psycopg, as the errors of safedefer."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 from urllib.parse import urlsplit
+
+import asyncpg
 
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.queues.base import AlreadyWaiting, BlobsFull
 
 REMEDY_MIGRATE: Final = "run `safedefer migrate`"
 
-#: Where the SQLSTATE begins of an error after which there is no connection: its own, and the server's shutdown.
+CONNECT_SECONDS: Final = 10
+"""Timeout of a connection attempt, and of running statements when the queue is closed."""
+
+BROKEN: Final = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    # asyncpg raises this one for a connection that ends between two protocol messages.
+    asyncpg.InternalClientError,
+    asyncio.TimeoutError,
+    TimeoutError,
+)
+"""Exceptions that an asyncpg call raises when the statement, the connection or the server fails."""
+
+#: Prefixes of the SQLSTATEs that end a connection: connection errors, shutdown of the server, idle transaction timeout.
 _GONE: Final = ("08", "57P", "25P03")
 
 
@@ -21,7 +38,7 @@ def place(dsn: str) -> str:
 
 
 def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueUnavailable:
-    """Return the error of a database that does not do what it is asked; ``in_doubt``: or whose answer was lost."""
+    """Return the error of a database that fails; ``in_doubt``: the answer to a commit was lost."""
     remedy = "see that it runs, that it takes connections from here, and that its disk is not full"
     if in_doubt:
         remedy += "; whether the tasks were stored is not known: one with a name can be deferred again"
@@ -29,12 +46,12 @@ def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueU
 
 
 def closed(dsn: str) -> QueueUnavailable:
-    """Return the error of a queue that was closed."""
+    """Return the error of a call on a closed queue."""
     return QueueUnavailable(f"the queue at {place(dsn)} was closed; open a new one")
 
 
 def is_gone(error: BaseException) -> bool:
-    """Whether an error says that the connection, or the server, is not there any more."""
+    """Whether an error means that the connection is lost. An error without SQLSTATE comes from the driver, so it does."""
     if isinstance(error, TimeoutError):
         return False
     state = getattr(error, "sqlstate", None)
@@ -42,14 +59,14 @@ def is_gone(error: BaseException) -> bool:
 
 
 def about(error: BaseException) -> str:
-    """Return what a refusal is about: the DETAIL of the database's error."""
+    """Return the DETAIL of a database error: of a refusal, the id, name or number that it names."""
     diagnosis = getattr(error, "diag", None)
     detail = getattr(error, "detail", None) if diagnosis is None else diagnosis.message_detail
     return detail or ""
 
 
 def refusal(error: BaseException) -> Exception | None:
-    """Return what a database error means in our words; None if it is none of those that the statements raise."""
+    """Return the error of safedefer for a database error that our statements raise (SD001 to SD007, missing tables); else None."""
     detail = about(error)
     match getattr(error, "sqlstate", None):
         case "SD001":

@@ -1,51 +1,31 @@
-"""The ledger and the blobs in the queue's PostgreSQL database."""
+"""The ledger, in the queue's PostgreSQL database."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
-from safedefer.queues.postgres.operations import RECORDS_KEPT, SQL, add_records, ago, changed
-from safedefer.queues.postgres.rows import joined, record_values, to_json
+from safedefer.queues.postgres.pruning import LEDGER_LEEWAY
+from safedefer.queues.postgres.records import add_records, is_plain_success, record_values, trim_records
+from safedefer.queues.postgres.statements import SQL, changed_rows, interval, joined, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Sequence
 
-    from safedefer.queues.postgres.calls import PostgresCalls
-    from safedefer.queues.postgres.operations import Connection
-
-_T = TypeVar("_T")
-
-OK: Final = 200
-LEEWAY: Final = 3600
-"""Seconds that an entry is kept after its token expired."""
+    from safedefer.queues.postgres.connection import Connection
+    from safedefer.queues.postgres.pools import Pools
+    from safedefer.queues.postgres.store import PostgresStore
 
 _PRUNED_AT_ONCE: Final = 1000
 
 
-class Engine(Protocol):
-    """What runs things on the database."""
-
-    def run(self, action: Callable[[Connection], Awaitable[_T]], /, *, durable: bool = True, again: bool = False) -> _T:
-        """Run an action on a connection and wait for what it returns; ``again``: twice, where the connection breaks."""
-        ...
-
-    def wait_for(self, call: Callable[[PostgresCalls], Coroutine[Any, Any, _T]], /) -> _T:
-        """Make one of the calls that every task costs, and wait for it."""
-        ...
-
-    @property
-    def here(self) -> PostgresCalls | None:
-        """The calls of the running loop, if there are connections of it."""
-        ...
-
-
 async def begin_many(connection: Connection, executions: Sequence[Execution], *, lease: float) -> list[Admission]:
-    """Admit runs. One that is there twice is admitted once."""
+    """Admit runs, in one statement where all of them may begin. A run that is asked for twice is admitted once."""
     results: list[Admission | None] = [None] * len(executions)
     pending = list(range(len(executions)))
     while pending:
-        # A statement can change a row once only: what is there again has its turn in the next.
+        # A statement changes a row only once: the second request for an entry goes into the next statement.
         round_: dict[tuple[str, str], int] = {}
         for index in pending:
             round_.setdefault((executions[index].audience, executions[index].task_id), index)
@@ -62,7 +42,7 @@ async def _begin_each_once(
     *,
     lease: float,
 ) -> None:
-    # In one order, so that two batches do not wait for each other.
+    # Lock order: two batches that lock entries in the same order cannot deadlock.
     asked = sorted((executions[index] for index in which.values()), key=_name)
     begun = await connection.execute(
         SQL["ledger_begin"],
@@ -73,9 +53,9 @@ async def _begin_each_once(
             [run.owner for run in asked],
             [str(run.expires) for run in asked],
         ),
-        ago(lease),
+        interval(lease),
     )
-    if changed(begun) == len(asked):
+    if changed_rows(begun) == len(asked):
         for index in which.values():
             results[index] = Admission.RUN
         return
@@ -90,7 +70,7 @@ async def _begin_each_once(
             results[index] = Admission.RUNNING
         else:
             results[index] = Admission.DUPLICATE
-    for index in which.values():  # forgotten between the two statements: its time is over
+    for index in which.values():  # pruned between the two statements: its token has expired
         results[index] = Admission.DUPLICATE
 
 
@@ -99,9 +79,9 @@ def _name(run: Execution) -> tuple[str, str]:
 
 
 async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bool]:
-    """Store the ends of runs, and their records in either case."""
-    told_once = len({(run.audience, run.task_id) for run, _, _ in ends}) == len(ends)
-    if told_once and all(state is EndState.SUCCEEDED and _says_no_more(record, run) for run, state, record in ends):
+    """Store the ends of runs; returns which were still ours. The records are stored in either case."""
+    distinct = len({(run.audience, run.task_id) for run, _, _ in ends}) == len(ends)
+    if distinct and all(state is EndState.SUCCEEDED and is_plain_success(record, run) for run, state, record in ends):
         succeeded = await connection.execute(
             SQL["ledger_succeed"],
             *joined(
@@ -112,9 +92,9 @@ async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bo
                 [repr(record.ended) for _, _, record in ends],
             ),
         )
-        if changed(succeeded) == len(ends):
+        if changed_rows(succeeded) == len(ends):
             return [True] * len(ends)
-    # What was changed so is found again, as a success that is told a second time.
+    # ledger_finish is idempotent: it counts a success that ledger_succeed has just stored as ours.
     rows: list[dict[str, object]] = []
     records: list[dict[str, object]] = []
     for run, state, record in ends:
@@ -124,7 +104,7 @@ async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bo
             "owner": run.owner,
             "state": str(state),
         }
-        if state is EndState.SUCCEEDED and _says_no_more(record, run):
+        if state is EndState.SUCCEEDED and is_plain_success(record, run):
             row["began"], row["finished"] = record.started, record.ended
         else:
             records.append(record_values(record))
@@ -132,64 +112,68 @@ async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bo
     found = await connection.fetch(SQL["ledger_finish"], to_json(rows), to_json(records))
     ours = {(row["audience"], row["task_id"], row["owner"]) for row in found}
     results = [(run.audience, run.task_id, run.owner) in ours for run, _, _ in ends]
-    # A success that found the ledger to be another's is remembered as well.
-    unheld = [
+    # A success whose entry belongs to another owner is recorded too.
+    not_ours = [
         record for (_, _, record), row, held in zip(ends, rows, results, strict=True) if "began" in row and not held
     ]
-    await add_records(connection, unheld)
+    await add_records(connection, not_ours)
     return results
 
 
-def _says_no_more(record: AttemptRecord, run: Execution) -> bool:
-    """Whether the record of a success says nothing but when it was: the ledger's own row says that."""
-    return (
-        record.outcome == EndState.SUCCEEDED
-        and record.status == OK
-        and record.reason is record.exception_type is record.traceback is None
-        and record.task_id == run.task_id
-        and record.audience == run.audience
-    )
+class LedgerOnLoop:
+    """``LedgerCalls`` on the connections of one event loop. Each call is one statement where that is possible.
 
+    Args:
+        store: Opened by the first call: it checks the tables.
+        pools: Those of the running loop.
+    """
 
-async def recorded_success(connection: Connection, *, audience: str, task_id: str) -> list[AttemptRecord]:
-    """Return the record of the run that succeeded, if the ledger has it."""
-    return [
-        AttemptRecord(
-            task_id=task_id,
-            audience=audience,
-            started=row["began"],
-            ended=row["finished"],
-            outcome=EndState.SUCCEEDED,
-            status=OK,
-        )
-        for row in await connection.fetch(SQL["ledger_success"], audience, task_id)
-    ]
+    def __init__(self, store: PostgresStore, pools: Pools) -> None:
+        self._store = store
+        self._pools = pools
+
+    async def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:  # noqa: ARG002 - the database's clock
+        """Do what ``PostgresLedger.begin_many`` does."""
+        await self._store.open_async()
+        action = partial(begin_many, executions=executions, lease=lease)
+        # The running owner is admitted again: without a second call, a begin whose answer got lost would block the task
+        # until its lease runs out.
+        return await self._pools.run(action, purpose="durable", idempotent=True)
+
+    async def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
+        """Do what ``PostgresLedger.finish_many`` does."""
+        await self._store.open_async()
+        return await self._pools.run(partial(finish_many, ends=ends), purpose="durable")
 
 
 class PostgresLedger:
-    """A ``Ledger`` in the queue's database. Leases are by the database's clock, whatever ``now`` says."""
+    """A ``Ledger`` in the queue's database. Leases go by the database's clock; ``now`` is ignored.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    Every method may raise ``QueueUnavailable``.
+    """
+
+    def __init__(self, store: PostgresStore) -> None:
+        self._store = store
 
     @property
-    def here(self) -> PostgresCalls | None:
-        """The calls of the running loop, within ``PostgresQueue.on_loop``."""
-        return self._engine.here
+    def here(self) -> LedgerOnLoop | None:
+        """The calls on connections of the running loop, within ``PostgresQueue.on_loop``; else None."""
+        pools = self._store.here
+        return None if pools is None else LedgerOnLoop(self._store, pools)
 
     def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
-        """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
+        """Ask to run; ``lease`` is seconds."""
         return self.begin_many((execution,), now=now, lease=lease)[0]
 
-    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:  # noqa: ARG002 - the database's clock
         """Do what ``begin`` does for each."""
-        return self._engine.wait_for(lambda calls: calls.begin_many(executions, now=now, lease=lease))
+        return self._store.run(partial(begin_many, executions=executions, lease=lease), idempotent=True)
 
     def extend(self, execution: Execution, *, now: float, lease: float) -> bool:  # noqa: ARG002 - the seam has it
         """Prolong the run; False if it is no longer ours."""
-        values = (execution.audience, execution.task_id, execution.owner, ago(lease))
-        rows: Sequence[Any] = self._engine.run(
-            lambda connection: connection.fetch(SQL["ledger_extend"], *values), durable=False, again=True
+        values = (execution.audience, execution.task_id, execution.owner, interval(lease))
+        rows: Sequence[Any] = self._store.run(
+            lambda connection: connection.fetch(SQL["ledger_extend"], *values), purpose="relaxed", idempotent=True
         )
         return bool(rows)
 
@@ -198,44 +182,23 @@ class PostgresLedger:
         return self.finish_many(((execution, state, record),))[0]
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Do what ``finish`` does for each. What is stored when the rest fails is found stored when it is told again."""
-        return self._engine.wait_for(lambda calls: calls.finish_many(ends))
+        """Do what ``finish`` does for each. The call may be repeated after an error: a stored end counts once."""
+        return self._store.run(partial(finish_many, ends=ends))
 
     def record(self, record: AttemptRecord) -> None:
         """Store an attempt that never came to run."""
 
         async def action(connection: Connection) -> None:
             await add_records(connection, [record])
-            # Whoever has a token can post it again and again.
-            await connection.execute(SQL["attempts_trim"], record.task_id, RECORDS_KEPT)
+            # Trimmed each time: a holder of a token can post it any number of times.
+            await trim_records(connection, record.task_id)
 
-        self._engine.run(action)
+        self._store.run(action)
 
     def prune(self, *, now: float) -> int:
-        """Forget entries whose ``expires`` is over an hour past; returns how many."""
+        """Delete entries whose ``expires`` is over an hour past; returns how many."""
         total = 0
-        values = (now - LEEWAY, _PRUNED_AT_ONCE)
-        while removed := len(self._engine.run(lambda connection: connection.fetch(SQL["ledger_prune"], *values))):
+        values = (now - LEDGER_LEEWAY, _PRUNED_AT_ONCE)
+        while removed := len(self._store.run(lambda connection: connection.fetch(SQL["ledger_prune"], *values))):
             total += removed
         return total
-
-
-class PostgresBlobs:
-    """A ``BlobStore`` in the queue's database."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def get(self, blob_id: str) -> bytes | None:
-        """Return the bytes, or None if there are none. Raises ``QueueUnavailable``."""
-        rows = self._engine.run(lambda connection: connection.fetch(SQL["blob_get"], blob_id), again=True)
-        return bytes(rows[0]["data"]) if rows else None
-
-    def delete(self, blob_id: str) -> None:
-        """Delete a blob; nothing happens if there is none."""
-        self._engine.run(lambda connection: connection.fetch(SQL["blobs_drop"], [blob_id]))
-
-    def collect(self, *, now: float) -> int:  # noqa: ARG002 - other stores need the time
-        """Delete blobs that no waiting task points to; returns how many."""
-        rows: Sequence[Any] = self._engine.run(lambda connection: connection.fetch(SQL["blobs_collect"]))
-        return int(rows[0]["dropped"])

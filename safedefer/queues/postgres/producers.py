@@ -1,4 +1,4 @@
-"""How threads that enqueue reach PostgreSQL: by psycopg, on connections that are made when they are needed."""
+"""Producers: the psycopg connections of threads that enqueue, and the retry of a commit whose answer was lost."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from safedefer.queues.postgres.errors import about, closed, failure, is_gone, re
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-#: Seconds that a producer waits: for a connection that another thread has, for a server that is being restarted,
-#: and, where an answer was lost, to learn whether its tasks were stored.
+#: Seconds that a producer waits for a connection that another thread uses, or for a server that restarts; and once more,
+#: when the answer to a commit was lost, to find out whether its tasks were stored.
 _PATIENCE: Final = 5.0
 _CONNECT_SECONDS: Final = 5
 _STATEMENT_SECONDS: Final = 60
 _AGAIN_SECONDS: Final = 0.1
-#: A connection that nobody has needed for so long is closed.
+#: A connection that was idle for so long is closed.
 _IDLE_SECONDS: Final = 300.0
 
 _Connection: TypeAlias = psycopg.Connection[Any]
 
-#: Arrays of these go as they are: as text, each element is quoted and parsed again, and a batch took twice as long.
+#: Arrays of these types are sent in binary. As text, each element is quoted and parsed: a batch took twice as long.
 _BINARY: Final = (
     (list, ListBinaryDumper),
     (str, StrBinaryDumper),
@@ -48,24 +48,24 @@ _BINARY: Final = (
 )
 
 
-#: The parameters that have a value for each task, and never none. Of a single task they go without an array, whose making
-#: took psycopg half as long as all the rest of it.
+#: Numbers of the parameters that are arrays of a value per task, never NULL. For a single task they are sent as plain values:
+#: making the arrays took psycopg half as long as all the rest of the call.
 _OF_EACH: Final = frozenset({1, 2, 3, 4, 5, 6, 13})
 _EACH: Final = re.compile(rf"\$({'|'.join(map(str, sorted(_OF_EACH)))})::([a-z]+)\[\]")
 
 
 class _Exhausted(Exception):
-    """Other threads have all the connections."""
+    """All connections are in use by other threads, and none became free in time."""
 
 
 class Producers:
-    """Connections of threads that enqueue.
+    """Enqueues tasks for any number of threads, on connections that are made when they are needed.
 
     Args:
         dsn: The database.
         most: Connections at most.
-        statement: What enqueues a batch of tasks.
-        stored: What counts which of some ids are stored.
+        statement: Enqueues a batch of tasks.
+        stored: Counts the given ids that are stored.
     """
 
     def __init__(self, dsn: str, most: int, statement: str, stored: str) -> None:
@@ -76,12 +76,12 @@ class Producers:
         self._stored = stored.encode()
         self._changed = threading.Condition()
         self._idle: deque[tuple[float, _Connection]] = deque()
-        """With the time since when; the one that was used last is at the end."""
+        """Each with the time when it became idle; the one used last is at the end, and taken first."""
         self._open = 0
         self._closed = False
 
     def close(self) -> None:
-        """Disconnect, those that work when they have done so."""
+        """Disconnect; connections in use are closed when their threads give them back."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -109,7 +109,7 @@ class Producers:
 
     def _connect(self) -> _Connection:
         given = conninfo_to_dict(self._dsn)
-        # A machine that is gone is noticed; the others' parameters are the user's, if there are any.
+        # Defaults that detect a vanished server; parameters in the user's DSN override them.
         alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
         options = f"-c jit=off -c statement_timeout={_STATEMENT_SECONDS}s {given.get('options', '')}"
         parameters = {"connect_timeout": _CONNECT_SECONDS, **alive, **given, "options": options}
@@ -119,7 +119,7 @@ class Producers:
         return connection
 
     def _give(self, connection: _Connection) -> None:
-        """Take a connection back; one that is not as it was is closed."""
+        """Take a connection back; one that is broken, or in a transaction, is closed."""
         usable = not connection.closed and connection.info.transaction_status is TransactionStatus.IDLE
         with self._changed:
             if usable and not self._closed:
@@ -131,7 +131,7 @@ class Producers:
             self._one_less()
 
     def _oldest(self) -> Any:
-        """Return a connection that nobody has needed for long, if there is one."""
+        """Remove the connection that was idle longest and return it, if that was ``_IDLE_SECONDS`` or more; else None."""
         since, connection = self._idle[0]
         if time.monotonic() - since < _IDLE_SECONDS:
             return None
@@ -154,13 +154,19 @@ class Producers:
     # --- Storing ---
 
     def store(self, batches: Iterator[tuple[tuple[object, ...], set[str]]]) -> bool:
-        """Enqueue all batches of tasks, each as its values and ids, in one transaction; whether there were any.
+        """Enqueue batches of tasks in one transaction.
 
-        Where the connection breaks, it is done again on another. If its answer was lost, and not its work, it is
-        refused then, because its own ids are there, and all of them: so it was done.
+        When the connection breaks, the transaction is repeated on another one. If the first commit had succeeded and only
+        its answer was lost, the repetition is refused because the ids exist; if all of the ids exist, they were stored.
+
+        Args:
+            batches: The parameters and ids of each batch.
+
+        Returns:
+            Whether there were any batches.
 
         Raises:
-            QueueUnavailable: The database failed, or a refusal, or what the iterator raises.
+            QueueUnavailable: The database failed. A refusal, and an exception of the iterator, are raised as they are.
         """
         attempt = _Attempt(_Made(batches), time.monotonic() + _PATIENCE)
         while True:
@@ -185,13 +191,13 @@ class Producers:
                     self._give(connection)
 
     def _recover(self, connection: _Connection | None) -> None:
-        """Get ready for another try, where one has found no server, or has lost it."""
+        """Prepare another attempt: wait a little if there was no connection, else close this one and all idle ones."""
         if connection is None:
             time.sleep(_AGAIN_SECONDS)
             return
         with contextlib.suppress(psycopg.Error):
             connection.close()
-        self._drop_idle()  # what has ended this one has mostly ended them all
+        self._drop_idle()  # a restart of the server breaks all of them
 
     def _store(self, connection: _Connection, made: _Made) -> bool:
         batches = iter(made)
@@ -202,7 +208,7 @@ class Producers:
         if following is None:  # one statement is one transaction
             self._insert(connection, first)
             return True
-        # No answer is waited for before the end: the server stores a batch while the next one is made.
+        # Pipeline mode: the server stores a batch while this thread makes the next one.
         with connection.pipeline(), connection.transaction():
             for batch in chain((first, following), batches):
                 self._insert(connection, batch)
@@ -225,16 +231,16 @@ class Producers:
 
 
 class _Made:
-    """Batches that are made once, however often they are gone through."""
+    """Batches taken from an iterator once, and kept so that they can be sent again."""
 
     def __init__(self, batches: Iterator[tuple[tuple[object, ...], set[str]]]) -> None:
         self._batches = batches
         self._made: list[tuple[object, ...]] = []
         self.ids: set[str] = set()
         self.complete = False
-        """Whether all were made: only then can they have been committed."""
+        """Whether the iterator is exhausted: before that no commit was sent."""
         self.failure: BaseException | None = None
-        """What whoever makes them has raised; there are no more after that, though there should be."""
+        """The exception that the iterator raised."""
 
     def __iter__(self) -> Iterator[tuple[object, ...]]:
         yield from list(self._made)
@@ -250,33 +256,40 @@ class _Made:
 
 
 class _Attempt:
-    """How far it has come to store some tasks."""
+    """The state of one ``store`` call over its attempts."""
 
     def __init__(self, made: _Made, deadline: float) -> None:
         self.made = made
         self.deadline = deadline
         self.in_doubt = False
-        """Whether they may have been committed, unheard."""
+        """Whether the answer to a commit was lost."""
         self._looked = False
 
     def may_go_on(self, *, sent: bool) -> bool:
-        """Whether to try again after a connection broke, or was not to be had."""
+        """Whether to try again after a connection broke (``sent``), or could not be made."""
         if sent and self.made.complete and not self.in_doubt:
             self.in_doubt, self.deadline = True, time.monotonic() + _PATIENCE
         return time.monotonic() < self.deadline
 
     def was_done(self, dsn: str, error: psycopg.Error, are_stored: Callable[[set[str]], bool]) -> bool:
-        """Whether a refusal says that a try before was committed; False to try once more. Raises what else it says."""
+        """Decide on an error that the server answered.
+
+        Returns:
+            True: an attempt before was committed. False: try again.
+
+        Raises:
+            Exception: The error of safedefer that a refusal stands for, or ``QueueUnavailable``.
+        """
         if isinstance(error, psycopg.errors.DeadlockDetected) and time.monotonic() < self.deadline:
             return False
         refused = refusal(error)
         if self.in_doubt and isinstance(refused, TaskAlreadyExistsError | TombstonedTaskError):
             if about(error) in self.made.ids:
-                # One that is there may have been there before, and a try that was undone has left no other.
+                # One of our ids exists. Only a committed attempt stores all of them; the one may be older than this call.
                 if are_stored(self.made.ids):
                     return True
             elif not self._looked:
-                # What was in the way may be the try before, which has been committed just now.
+                # The name, key or blob in the way may be that of the attempt before, committed after its connection broke.
                 self._looked = True
                 return False
         raise (refused or failure(dsn, error, in_doubt=self.in_doubt)) from error

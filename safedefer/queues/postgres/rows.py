@@ -1,60 +1,54 @@
-"""Rows of the PostgreSQL engine to the values of the seam, and back.
+"""Tasks as rows of pgqueuer's table, and back; leases as texts.
 
-A job's ``payload`` is the token. What else a queue needs to hand it on is in the job's ``headers``, under
-``safedefer``: hints, which the token says again, signed. Whoever writes the table may have made anything of them.
+The ``payload`` of a job is the token. Its ``headers`` hold hints for routing and display: eta, created, expires, digest,
+audience and callable name as one text under ``safedefer``, the rest as an object under ``safedefer_more``. The signed
+token repeats all of it. Any writer of the table can have changed the hints, so a hint of a wrong type is ignored.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from hashlib import sha256
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import orjson
 from pybase64 import b64decode as decode
 from pybase64 import b64encode as encode
 
-from safedefer.ledger import AttemptRecord
-from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView, task_digest
+from safedefer.queues.base import QueuedTask, task_digest
+from safedefer.queues.postgres.statements import to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
-    from safedefer.queues.base import Settlement
-
-LOST_LEASE: Final = "lease-expired"
-"""The reason of a delivery that ended with its lease, and not with an answer."""
-
-SOON: Final = 5.0
-"""Seconds: what falls due later is put aside until then."""
+PARKED_AFTER: Final = 5.0
+"""Seconds: a task that falls due later is parked under ``queue@later``, which is indexed by due time."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _MOST: Final = 2**62
 _MOST_SECONDS: Final = 1e18
-#: Parts of the text that every job has in its headers.
+#: Parts of the text under ``safedefer``.
 _PLAIN: Final = 5
-#: Destinations are remembered, if they are no longer than this.
-_COMMON: Final = 500
+#: Characters of a destination (audience and callable name) that is cached; longer ones are parsed each time.
+_CACHED_LENGTH: Final = 500
 
 
 def entrypoint(queue: str, wait: float) -> str:
-    """Return the entrypoint of a task that falls due in some seconds: its queue, or where it is put aside."""
-    return queue if wait <= SOON else f"{queue}@later"
+    """Return the entrypoint of a task that falls due in ``wait`` seconds: its queue, or ``queue@later``."""
+    return queue if wait <= PARKED_AFTER else f"{queue}@later"
 
 
 def write_hints(task: QueuedTask) -> str:
-    """Return the headers of a job.
+    """Return the headers of a job, as JSON.
 
-    What every task has is one text without quotes, which drivers and server copy as it is: escaping it, and making
-    members of it, was seen to cost as much as all the rest of storing a job.
+    The values that every task has are one text without quotes, which drivers and server copy unchanged. As members of an
+    object, escaped one by one, they doubled the time of storing a job.
     """
     digest = task_digest(task)
-    # Of a task that is not oversize it is that of the payload.
+    # "-": the digest is that of the payload, as for every task that is not oversize.
     written = "-" if digest == sha256(task.token).digest() else encode(digest).decode()
     plain = f"{task.eta!r} {task.created!r} {task.expires} {written} {task.audience} {task.callable_name}"
     more: dict[str, object] = {}
@@ -72,29 +66,31 @@ def write_hints(task: QueuedTask) -> str:
     if task.unique_key is not None:
         more["unique_key"] = task.unique_key
     if not more and plain.isascii() and plain.isprintable() and '"' not in plain and "\\" not in plain:
-        return f'{{"safedefer": "{plain}"}}'  # as below, in a tenth of the time
+        return f'{{"safedefer": "{plain}"}}'  # the text of the line below, in a tenth of the time
     return json.dumps({"safedefer": plain, "safedefer_more": more} if more else {"safedefer": plain})
 
 
 def audience_parts(audience: str) -> tuple[str, str, str, str]:
-    """Return environment, queue, target and URL of an audience; empty texts for what it has not."""
+    """Return environment, queue, target and URL of an audience; a missing part is empty."""
     parts = audience.split(":", 3)
     parts += [""] * (4 - len(parts))
     return parts[0], parts[1], parts[2], parts[3]
 
 
 def read_task(job: Mapping[str, Any]) -> QueuedTask:
-    """Return the task of a job, without its blob; hints of a wrong type are left out."""
+    """Return the task of a job, without its blob; hints of a wrong type are ignored."""
     hints = _read_object(job["headers"])
     plain = (_text(hints.get("safedefer")) or "").split(" ", 4)
     eta, created, expires, digest, rest = plain if len(plain) == _PLAIN else plain + [""] * (_PLAIN - len(plain))
-    audience, target, url, callable_name = _destination(rest) if len(rest) <= _COMMON else _read_destination(rest)
+    audience, target, url, callable_name = (
+        _destination(rest) if len(rest) <= _CACHED_LENGTH else _read_destination(rest)
+    )
     token = b"" if job["payload"] is None else job["payload"]
     due, made, ends = _read_times(eta, created, expires)
     queue = job["entrypoint"].partition("@")[0]
     known = b"" if digest in {"-", ""} else _bytes(digest)
     task_id = job["dedupe_key"] or f"job-{job['id']}"
-    # As QueuedTask(...), in a third of the time.
+    # The same as QueuedTask(...), in a third of the time.
     values = task_id, queue, token, audience, url, target, due, made, ends, None, _NONE, _NONE, known, None, None
     task = _tuple(QueuedTask, (*values, callable_name, None))
     more = hints.get("safedefer_more")
@@ -102,7 +98,7 @@ def read_task(job: Mapping[str, Any]) -> QueuedTask:
 
 
 def _completed(task: QueuedTask, more: Mapping[str, Any]) -> QueuedTask:
-    """Return a task with what not every one has."""
+    """Return a task with the optional hints, those under ``safedefer_more``."""
     return task._replace(
         url=_text(more.get("url")) or task.url,
         target=_text(more.get("target")) or task.target,
@@ -138,8 +134,8 @@ def _read_times(eta: str, created: str, expires: str) -> tuple[float, float, int
 
 def _read_object(text: object) -> dict[str, Any]:
     try:
-        value = orjson.loads(text)  # type: ignore[arg-type]  # NULL is no text, and an error
-        # A driver that makes JSON of what it is given may have made it twice.
+        value = orjson.loads(text)  # type: ignore[arg-type]  # NULL raises too
+        # A driver that encodes its parameters as JSON has encoded the text a second time.
         return _object(orjson.loads(value.replace("\\u0000", "")) if type(value) is str else value)
     except orjson.JSONDecodeError:
         return {}
@@ -176,18 +172,19 @@ def _bytes(text: str) -> bytes:
 
 
 class Hold(NamedTuple):
-    """What fences a lease: the job, who picked it, and when. Written into ``Lease.owner``."""
+    """The fence of a lease, written into ``Lease.owner``: a job is held as long as ``manager`` and ``updated`` are unchanged."""
 
     manager: str
+    """pgqueuer's ``queue_manager_id``."""
     job: int
     updated: int
-    """By the clock of the database, in microseconds since the epoch."""
+    """When the job was picked: microseconds since the epoch, by the database's clock."""
     leased: float
-    """By the clock of the dispatcher."""
+    """The same in seconds, by the dispatcher's clock."""
 
     @classmethod
     def read(cls, owner: str) -> Hold | None:
-        """Return what ``write_holds`` wrote; None for anything else."""
+        """Parse an owner of ``write_holds``; None for any other text."""
         try:
             _, manager, leased, updated, job = owner.rsplit(":", 4)
             return cls(manager, int(job), int(updated), float(leased))
@@ -196,7 +193,7 @@ class Hold(NamedTuple):
 
 
 def write_holds(owner: str, manager: str, jobs: Iterable[Mapping[str, Any]], *, leased: float) -> list[str]:
-    """Return the ``owner`` of the lease of each job. Those that were picked together have one time."""
+    """Return the ``owner`` of the lease of each job. Jobs picked together share ``updated``, so its text is made once."""
     found, moment, prefix = [], None, ""
     for job in jobs:
         if job["updated"] != moment:
@@ -207,169 +204,21 @@ def write_holds(owner: str, manager: str, jobs: Iterable[Mapping[str, Any]], *, 
 
 
 def microseconds(moment: datetime) -> int:
-    """Return a time of the database in microseconds since the epoch."""
+    """Return a ``timestamptz`` in microseconds since the epoch."""
     return (moment - _EPOCH) // _MICROSECOND
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """A row of ``progress``."""
-
-    job_id: int
-    attempts: int = 0
-    deliveries: int = 0
-    executions: int = 0
-    first_attempt: float | None = None
-    rejections: int = 0
-    first_rejection: float | None = None
-    previous_response: int | None = None
-    retry_reason: str | None = None
-
-    @classmethod
-    def after(cls, lease: Lease, settlement: Settlement, hold: Hold, *, now: float) -> Progress:
-        """Return the counters as a delivery that is to be retried leaves them."""
-        return cls(
-            job_id=hold.job,
-            attempts=lease.attempts + settlement.charged,
-            deliveries=lease.retries + 1,
-            executions=lease.executions + settlement.executed,
-            first_attempt=hold.leased if settlement.charged and lease.first_attempt is None else lease.first_attempt,
-            rejections=lease.rejections + settlement.rejected,
-            first_rejection=now if settlement.rejected and lease.first_rejection is None else lease.first_rejection,
-            previous_response=settlement.status,
-            retry_reason=settlement.reason,
-        )
-
-    def leased(self, task: QueuedTask, *, owner: str, until: float) -> Lease:
-        """Return the lease of a task with these counters."""
-        return Lease(
-            task=task,
-            owner=owner,
-            until=until,
-            attempts=self.attempts,
-            retries=self.deliveries,
-            executions=self.executions,
-            first_attempt=self.first_attempt,
-            rejections=self.rejections,
-            first_rejection=self.first_rejection,
-            previous_response=self.previous_response,
-            retry_reason=self.retry_reason,
-        )
-
-
-def joined(*columns: Sequence[str]) -> tuple[str, ...]:
-    """Return a separator, and the values of each column joined by it, for ``string_to_array``.
-
-    asyncpg looks at each element of an array several times: 200 rows of five columns took it a millisecond and more.
-    """
-    separator = "\x1f"
-    texts = [separator.join(column) for column in columns]
-    if any(text.count(separator) != len(column) - 1 for text, column in zip(texts, columns, strict=True)):
-        separator = f"\x1f{token_hex(16)}\x1f"  # which nobody can have written into a value
-        texts = [separator.join(column) for column in columns]
-    return separator, *texts
-
-
-def to_json(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return rows for ``json_to_recordset``: one text, where arrays would have each element looked at."""
-    return orjson.dumps(rows).decode()
-
-
-def keys(tasks: Iterable[QueuedTask]) -> str:
-    """Return what names the entries of tasks in the ledger."""
+def ledger_keys(tasks: Iterable[QueuedTask]) -> str:
+    """Return the primary keys of tasks' ledger entries, as JSON."""
     return to_json([{"audience": task.audience, "task_id": task.id} for task in tasks])
-
-
-def record_values(record: AttemptRecord) -> dict[str, object]:
-    """Return one row for ``attempts_insert``."""
-    return {
-        "task_id": record.task_id,
-        "audience": record.audience,
-        "started": record.started,
-        "ended": record.ended,
-        "outcome": record.outcome,
-        "status": record.status,
-        "reason": record.reason,
-        "exception_type": _storable(record.exception_type),
-        "traceback": _storable(record.traceback),
-    }
-
-
-def _storable(text: str | None) -> str | None:
-    """Return text as PostgreSQL takes it: without NUL and lone surrogates."""
-    if text is None:
-        return None
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
 
 
 def dead_values(
     task: QueuedTask, job_id: int, *, reason: str | None, last_reason: bool, attempts: int, now: float
 ) -> tuple[object, ...]:
-    """Return the values of ``dead_insert``; ``last_reason`` prefers that of the last record."""
+    """Return the parameters of ``dead_insert``; ``last_reason`` prefers the reason of the last record to ``reason``."""
     return (
         task.id, job_id, task.queue, task.name, task.callable_name, task.url, task.target, task.audience,
         json.dumps(dict(task.headers)), json.dumps(dict(task.retry_options)), task.eta, task.created, task.expires,
         attempts, last_reason, reason, now, task.blob_id, task.token,
     )  # fmt: skip
-
-
-def job_view(job: Mapping[str, Any], blob: bytes | None, records: Sequence[AttemptRecord] = ()) -> TaskView:
-    """Return what a row of ``view_jobs`` shows, with the stored token where the task is oversize."""
-    task = read_task(job)
-    return TaskView(
-        id=task.id,
-        queue=task.queue,
-        state=TaskState.WAITING if job["status"] == "queued" else TaskState.RUNNING,
-        name=task.name,
-        callable_name=task.callable_name,
-        url=task.url,
-        target=task.target,
-        audience=task.audience,
-        headers=task.headers,
-        eta=task.eta,
-        created=task.created,
-        expires=task.expires,
-        attempts=job["attempts"],
-        token=task.token if blob is None else blob,
-        reason=job["retry_reason"],
-        retry_options=task.retry_options,
-        records=records,
-    )
-
-
-def ended_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -> TaskView:
-    """Return what a row of ``view_ended`` shows: neither token nor what else came with it."""
-    hints = {"id": 0, "dedupe_key": row["id"], "entrypoint": row["queue"], "headers": row["headers"], "payload": None}
-    task = read_task(hints)
-    return TaskView(
-        id=task.id,
-        queue=task.queue,
-        state=TaskState(row["state"]),
-        name=task.name,
-        callable_name=task.callable_name,
-        url=task.url,
-        target=task.target,
-        audience=task.audience,
-        headers={},
-        eta=task.eta,
-        created=task.created,
-        expires=task.expires,
-        attempts=row["attempts"],
-        token=b"",
-        reason=row["reason"],
-        ended=row["ended"],
-        records=records,
-    )
-
-
-def dead_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -> TaskView:
-    """Return what a row of ``view_dead`` shows."""
-    values = dict(row)
-    for name in ("headers", "retry_options"):
-        values[name] = _object(json.loads(values[name]))
-    return TaskView(**{**values, "state": TaskState(values["state"]), "records": records})
-
-
-def attempt_record(row: Mapping[str, Any]) -> AttemptRecord:
-    """Return the record of a row of ``attempts_of``."""
-    return AttemptRecord(**dict(row))

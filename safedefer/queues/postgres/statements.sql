@@ -1,17 +1,19 @@
--- The PostgreSQL queue: the jobs are pgqueuer's, in the tables that it makes in the schema safedefer; here is
--- what App Engine's semantics need beside them. Placeholders are PostgreSQL's own, for every driver.
+-- The statements of the PostgreSQL queue. The jobs are pgqueuer's, in its tables in the schema safedefer; the tables beside
+-- them are in schema.sql. Placeholders are PostgreSQL's own ($1), for every driver.
 --
--- Jobs that fall due later than in some seconds are put aside, under the entrypoint of their queue with "@later" behind it,
--- and come back when they are due. So the jobs of a queue's own entrypoint are due, nearly all of them, and pgqueuer finds
--- the first by its number, however many wait: it goes through them in that order, past those that are not due.
+-- Tasks due in more than 5 s are parked under the entrypoint `queue@later`, indexed by due time, and promoted to `queue` when
+-- they are due. pgqueuer walks the jobs of an entrypoint in the order of their ids, past those that are not due: without
+-- parking, a million waiting tasks would be walked by each lease.
 --
--- A statement looks up as many rows as it is given, by index, whatever the planner believes of the tables: they grow and
--- shrink faster than they are counted. So connections have sequential scans and hash and merge joins off, and
--- OFFSET 0 keeps a look-up from becoming a scan. What every task costs takes its columns as texts, split at the separator $1: an empty text
--- is no element of its own then, but NULL.
+-- Each statement looks up as many rows as it is given, by index. The planner's row counts are stale, because the tables grow
+-- and shrink faster than they are analyzed: so connections turn off sequential scans, hash joins and merge joins, and
+-- OFFSET 0 keeps the planner from turning a look-up into a scan.
 --
--- Who may run what when goes by the database's clock (now()), which all machines share. Times for people, and
--- those of tombstones and history, are seconds since the epoch by the clock of whoever wrote them.
+-- The statements that every task costs take each column as one text, split at the separator $1. string_to_array makes NULL
+-- of an empty text: hence coalesce(given.x, '').
+--
+-- Leases, etas and rates go by the database's clock (now()), which all machines share. Times of tombstones, history and
+-- records are seconds since the epoch, by the clock of the process that wrote them.
 
 -- name: admit
 safedefer.admit(
@@ -19,7 +21,7 @@ safedefer.admit(
 )
 
 -- name: stored
--- How many of some tasks are here, or have ended here.
+-- Counts the given ids that are in the queue, among the dead letters or in the history.
 SELECT count(*) AS number FROM unnest($1::text[]) AS given (id) WHERE
     EXISTS (SELECT FROM safedefer.pgqueuer AS job
             WHERE job.dedupe_key = given.id AND job.status IN ('queued', 'picked') OFFSET 0)
@@ -27,8 +29,8 @@ SELECT count(*) AS number FROM unnest($1::text[]) AS given (id) WHERE
     OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.id OFFSET 0);
 
 -- name: look
--- Before a lease: which queues have jobs (a skip-scan: one look-up for each, however many jobs it has), and which
--- leases have run out, or nearly. A job that is leased in spite of being among these was lost by somebody.
+-- The state before a lease: queues that have jobs (a skip scan: one look-up per queue, whatever its length), and leases that
+-- have run out or will within a second. A job of the latter that the lease then picks was lost by its dispatcher.
 WITH RECURSIVE names (queue) AS (
     SELECT (SELECT min(entrypoint) FROM safedefer.pgqueuer WHERE status = 'queued')
     UNION ALL
@@ -56,7 +58,7 @@ SELECT
     extract(epoch FROM now())::double precision AS now;
 
 -- name: promote
--- Jobs that were put aside until they fall due, the first of them first.
+-- Moves parked jobs that are due to their queue, the longest due first.
 UPDATE safedefer.pgqueuer SET entrypoint = split_part(entrypoint, '@', 1) WHERE id IN (
     SELECT due.id FROM unnest($1::text[]) AS aside (entrypoint) CROSS JOIN LATERAL (
         SELECT job.id FROM safedefer.pgqueuer AS job
@@ -65,7 +67,7 @@ UPDATE safedefer.pgqueuer SET entrypoint = split_part(entrypoint, '@', 1) WHERE 
     ) AS due
 );
 
--- name: put_aside
+-- name: park
 UPDATE safedefer.pgqueuer SET entrypoint = entrypoint || '@later'
 WHERE id = ANY ($1::bigint[]) AND status = 'queued' AND entrypoint NOT LIKE '%@later';
 
@@ -121,7 +123,7 @@ WHERE id = $1 AND queue_manager_id = $2 AND updated = timestamptz 'epoch' + $3::
     AND status = 'picked' RETURNING id;
 
 -- name: held
--- The leases that are still ours, locked, with what the ledger knows of them.
+-- Locks the jobs whose lease is still held, by ascending id, and returns them with the state of their ledger entry.
 SELECT job.id, entry.state, entry.uncharged
 FROM (
     SELECT * FROM json_to_recordset($1::json)
@@ -135,7 +137,7 @@ WHERE job.queue_manager_id = lease.manager AND job.status = 'picked'
     AND job.updated = timestamptz 'epoch' + lease.updated * interval '1 microsecond';
 
 -- name: waiting_of
--- Of the given tasks those that wait, or whose lease has run out, locked, with what the ledger knows of them.
+-- Locks the given tasks that wait or whose lease has run out, by ascending id.
 SELECT job.id, job.dedupe_key, job.entrypoint, job.headers, job.payload
 FROM safedefer.pgqueuer AS job
 WHERE job.dedupe_key = ANY ($1::text[])
@@ -149,9 +151,9 @@ FROM json_to_recordset($1::json) AS given (id text, queue text, headers text, at
 ON CONFLICT (id) DO NOTHING;
 
 -- name: done
--- What ends nearly all tasks, in one statement: if all these leases are still ours, and by the ledger all these runs have
--- succeeded, the jobs go as pgqueuer's own statement has them go; if not, nothing happens. The tasks have no names, keys and
--- blobs, and were delivered once. As many rows as jobs went: fewer than all if somebody took over leases in between.
+-- Ends plain tasks (no name, unique key or blob, first delivery) in one statement: deletes the jobs and writes history and
+-- pgqueuer's log, as pgqueuer's own statement does. It does nothing unless all leases are held and all runs have succeeded by
+-- the ledger. The command status counts the jobs: fewer than given if another dispatcher took over leases meanwhile.
 WITH given AS MATERIALIZED (
     SELECT id::bigint, updated::bigint, audience, task_id
     FROM unnest(string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1))
@@ -168,9 +170,10 @@ WITH given AS MATERIALIZED (
     ) AS entry
     WHERE job.status = 'picked' AND job.queue_manager_id = $6::uuid AND entry.state = 'succeeded'
         AND job.updated = timestamptz 'epoch' + given.updated * interval '1 microsecond'
-        AND jsonb_typeof(job.headers) = 'object' -- a driver may have made a text of them
+        AND jsonb_typeof(job.headers) = 'object' -- a string where the driver encoded the JSON twice
 ), deleted AS (
-    -- Whoever picks or ends a job changes `updated`; to which nothing is added so that the index of the id is taken.
+    -- Picking or ending a job changes `updated`, so the comparison detects a takeover. The added zero interval keeps the
+    -- planner from the index on `updated`: it must use that of the id.
     DELETE FROM safedefer.pgqueuer AS job USING found
     WHERE job.id = found.id AND job.updated + interval '0' = found.updated
         AND (SELECT count(*) FROM found) = (SELECT count(*) FROM given)
@@ -186,11 +189,11 @@ INSERT INTO safedefer.pgqueuer_log (job_id, status, entrypoint, priority)
 SELECT id, 'successful', entrypoint, priority FROM deleted;
 
 -- name: done_now
--- Which tasks were ended at a time: that of the statement before.
+-- Returns the given ids that `done` has just ended: its time, $7, is here $2.
 SELECT id FROM safedefer.ended WHERE id = ANY ($1::text[]) AND ended = $2;
 
 -- name: lock_jobs
--- In one order, whichever statements end or retry them then: or two batches would wait for each other.
+-- Locks jobs by ascending id before several statements end or retry them: two batches in one lock order cannot deadlock.
 SELECT id FROM safedefer.pgqueuer WHERE id = ANY ($1::bigint[]) ORDER BY id FOR UPDATE;
 
 -- name: dead_insert
@@ -257,7 +260,7 @@ FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
 UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
 
 -- name: ledger_begin
--- As many rows as there are runs that may begin; each pair of audience and task is in the arrays once.
+-- The command status counts the runs that may begin. Each (audience, task_id) must be given once.
 INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
 SELECT coalesce(given.audience, ''), coalesce(given.task_id, ''), decode(coalesce(given.digest, ''), 'hex'), 'running',
     coalesce(given.owner, ''), now() + $7::interval, given.expires::bigint, true
@@ -282,7 +285,7 @@ UPDATE safedefer.ledger SET until = now() + $4::interval
 WHERE audience = $1 AND task_id = $2 AND owner = $3 AND state = 'running' RETURNING task_id;
 
 -- name: ledger_succeed
--- As many rows as there are runs that were ours, and have succeeded.
+-- The command status counts the runs that were still held by their owner, and are now succeeded.
 UPDATE safedefer.ledger AS entry
 SET state = 'succeeded', owner = NULL, until = NULL, began = given.began::double precision,
     finished = given.finished::double precision
@@ -293,8 +296,8 @@ WHERE entry.audience = coalesce(given.audience, '') AND entry.task_id = coalesce
     AND entry.state = 'running' AND entry.owner = coalesce(given.owner, '');
 
 -- name: ledger_finish
--- The ends of runs and their records, in one statement and so in one transaction; those that were ours come back, also
--- those of a success that is told a second time, because nobody heard the answer to the first.
+-- Stores ends of runs and their records in one transaction, and returns the entries that were held by their owner. It is
+-- idempotent: a success whose first answer got lost is returned again.
 WITH recorded AS (
     INSERT INTO safedefer.attempts (
         task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
@@ -338,7 +341,7 @@ SET state = excluded.state, owner = NULL, until = NULL, uncharged = false
 WHERE entry.state IN ('running', 'retry');
 
 -- name: next_due
--- When the first job or lease of each queue falls due, in seconds by the database's clock.
+-- Returns when the first job or lease of each queue falls due: seconds since the epoch, by the database's clock.
 SELECT given.queue, extract(epoch FROM least(
     (SELECT execute_after FROM safedefer.pgqueuer
      WHERE entrypoint = given.queue AND status = 'queued' ORDER BY execute_after LIMIT 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
+from safedefer.queues import rules
 from safedefer.queues.sqlite import operations
 from safedefer.queues.sqlite.connection import SQL, Handle
 
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     import apsw
 
     from safedefer.queues.sqlite.writer import Writer
-
-LEEWAY: Final = 3600
-"""Seconds that an entry is kept after its token expired."""
 
 _PRUNED_AT_ONCE: Final = 1000
 
@@ -67,12 +65,9 @@ def begin(connection: apsw.Connection, execution: Execution, *, now: float, leas
     """Admit a run, within a transaction."""
     entry = operations.find_ledger(connection, execution.audience, execution.task_id)
     if entry is not None:
-        if entry.digest != execution.digest:
-            return Admission.CONFLICT
-        if entry.state not in ("running", "retry"):
-            return Admission.DUPLICATE
-        if entry.state == "running" and entry.until > now and entry.owner != execution.owner:
-            return Admission.RUNNING
+        admission = rules.admit(execution, digest=entry.digest, owner=entry.owner, entry=entry.known(now))
+        if admission is not Admission.RUN:
+            return admission
     values = {
         **_key(execution),
         "digest": execution.digest,
@@ -93,7 +88,7 @@ def finish(connection: apsw.Connection, execution: Execution, state: EndState, r
 
 def prune(connection: apsw.Connection, *, now: float, limit: int) -> int:
     """Forget up to ``limit`` entries whose token expired, within a transaction."""
-    connection.execute(SQL["ledger_prune"], {"now": now, "before": now - LEEWAY, "limit": limit})
+    connection.execute(SQL["ledger_prune"], {"now": now, "before": now - rules.LEDGER_LEEWAY, "limit": limit})
     return connection.changes()
 
 

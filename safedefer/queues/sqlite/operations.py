@@ -6,10 +6,11 @@ Every function takes the connection first, and leaves BEGIN, COMMIT and undoing 
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState
+from safedefer.queues import rules
 from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import apsw
-
-RECORDS_KEPT: Final = 100
-"""The newest attempt records that are kept of one task."""
-
-LOST_LEASE: Final = "lease-expired"
-"""The reason of a delivery that ended with its lease, and not with an answer."""
-
-_MOST_ATTEMPTS: Final = 2**31 - 2
-_ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
 
 
 def newest_seq(connection: apsw.Connection) -> int:
@@ -135,26 +127,20 @@ def _due(connection: apsw.Connection, *, limit: int, now: float, queues: Sequenc
 
 def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) -> TaskRow:
     """Return the row as the delivery that nobody settled leaves it: charged if its run had begun."""
-    row = row._replace(retry_reason=LOST_LEASE, previous_response=None)
-    entry = find_ledger(connection, row.audience, row.id)
-    if entry is None or not entry.uncharged:
-        return row
-    connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": row.id})
-    started = now if row.leased_at is None else row.leased_at
-    if entry.state == "running":
-        # A run that ended has left a record of its own.
-        record = AttemptRecord(
-            task_id=row.id,
-            audience=row.audience,
-            started=started,
-            ended=now,
-            outcome="retry",
-            status=None,
-            reason=LOST_LEASE,
-        )
-        add_record(connection, record)
-    first = started if row.first_attempt is None else row.first_attempt
-    return row._replace(attempts=min(row.attempts, _MOST_ATTEMPTS) + 1, first_attempt=first)
+    # The delivery that was lost is counted in the row since it was leased.
+    before = row.counters._replace(retries=row.deliveries - 1)
+    task, entry = (row.audience, row.id), known(connection, row.audience, row.id, now=now)
+    lost = rules.after_lost_lease(before, task, entry, leased_at=row.leased_at, now=now)
+    if lost.charged:
+        connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": row.id})
+    if lost.record is not None:
+        add_record(connection, lost.record)
+    return row._replace(
+        attempts=lost.counters.attempts,
+        first_attempt=lost.counters.first_attempt,
+        previous_response=lost.counters.previous_response,
+        retry_reason=lost.counters.retry_reason,
+    )
 
 
 # --- Settle ---------------------------------------------------------------------------------------
@@ -169,8 +155,10 @@ def settle(
         return False
     if settlement.record is not None:
         add_record(connection, settlement.record)
+    entry = known(connection, row.audience, held.task.id, now=now)
     if settlement.verdict is not Verdict.RETRY:
-        _end_as_settled(connection, held.task.id, row, settlement, now=now, tombstone_seconds=tombstone_seconds)
+        ended = rules.end_of(settlement, entry)
+        end(connection, held.task.id, row, ended, now=now, tombstone_seconds=tombstone_seconds)
         return True
     connection.execute(
         SQL["task_retry"],
@@ -185,59 +173,25 @@ def settle(
             "reason": settlement.reason,
         },
     )
-    entry = find_ledger(connection, row.audience, held.task.id)
-    # A run that another delivery began, and that goes on, is not charged yet.
-    if entry is not None and (settlement.charged or entry.state == EndState.RETRY):
+    if rules.retry_charges(settlement, entry):
         connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": held.task.id})
     return True
-
-
-def _end_as_settled(
-    connection: apsw.Connection,
-    task_id: str,
-    row: Standing,
-    settlement: Settlement,
-    *,
-    now: float,
-    tombstone_seconds: float,
-) -> None:
-    entry = find_ledger(connection, row.audience, task_id)
-    state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
-    reason, charged = settlement.reason, settlement.charged
-    # The ledger has the last word: it knows how the run ended, also when the dispatcher that saw it
-    # died, and the next one got no more than "duplicate".
-    if entry is not None and entry.state in _ENDED and entry.state != state:
-        state = EndState(entry.state)
-        if state is EndState.FAILED:
-            reason = connection.execute(SQL["attempts_last_reason"], (task_id,)).get or reason
-    if entry is not None and entry.state in _ENDED and not entry.uncharged:
-        charged = False  # the run was charged when its lease ran out, and this delivery found it ended
-    end(
-        connection,
-        task_id,
-        row,
-        state,
-        now=now,
-        reason=reason,
-        charged=charged,
-        tombstone_seconds=tombstone_seconds,
-    )
 
 
 def end(
     connection: apsw.Connection,
     task_id: str,
     row: Standing,
-    state: EndState,
+    how: rules.End,
     *,
     now: float,
-    reason: str | None,
-    charged: bool,
     tombstone_seconds: float,
 ) -> None:
-    """End a task: history or dead letter, tombstone, ledger; its row and its blob go."""
-    values = {"seq": row.seq, "state": str(state), "now": now, "reason": reason, "charged": int(charged)}
-    connection.execute(SQL["task_to_dead" if state is EndState.FAILED else "task_to_ended"], values)
+    """End a task: history or dead letter, tombstone, ledger; its row goes, and with it its blob and its unique key."""
+    recorded = connection.execute(SQL["attempts_last_reason"], (task_id,)).get if how.by_record else None
+    state, reason = str(how.state), recorded or how.reason
+    values = {"seq": row.seq, "state": state, "now": now, "reason": reason, "charged": int(how.charged)}
+    connection.execute(SQL["task_to_dead" if how.state is EndState.FAILED else "task_to_ended"], values)
     if row.name is not None:
         connection.execute(SQL["name_bury"], {"queue": row.queue, "name": row.name, "until": now + tombstone_seconds})
     connection.execute(SQL["task_delete"], (row.seq,))
@@ -247,7 +201,7 @@ def end(
             "audience": row.audience,
             "task_id": task_id,
             "digest": row.digest,
-            "state": str(state),
+            "state": state,
             "expires": row.expires,
         },
     )
@@ -258,19 +212,9 @@ def cancel(connection: apsw.Connection, task_id: str, *, now: float, tombstone_s
     row = standing(connection, task_id)
     if row is None or (row.owner is not None and row.due > now):
         return False
-    entry = find_ledger(connection, row.audience, task_id)
-    if entry is not None and (entry.state in _ENDED or (entry.state == "running" and entry.until > now)):
+    if not rules.may_cancel(known(connection, row.audience, task_id, now=now)):
         return False
-    end(
-        connection,
-        task_id,
-        row,
-        EndState.CANCELLED,
-        now=now,
-        reason=None,
-        charged=False,
-        tombstone_seconds=tombstone_seconds,
-    )
+    end(connection, task_id, row, rules.End(EndState.CANCELLED), now=now, tombstone_seconds=tombstone_seconds)
     return True
 
 
@@ -332,10 +276,16 @@ def find_ledger(connection: apsw.Connection, audience: str, task_id: str) -> Led
     return None if row is None else LedgerRow(*row)
 
 
+def known(connection: apsw.Connection, audience: str, task_id: str, *, now: float) -> rules.Entry | None:
+    """Return what the ledger knows of a task, as far as it decides something."""
+    row = find_ledger(connection, audience, task_id)
+    return None if row is None else row.known(now)
+
+
 def add_record(connection: apsw.Connection, record: AttemptRecord) -> None:
-    """Store the record of an attempt, and drop the oldest of more than ``RECORDS_KEPT``."""
+    """Store the record of an attempt, and drop the oldest of more than are kept."""
     connection.execute(SQL["attempt_insert"], record_values(record))
-    connection.execute(SQL["attempts_trim"], {"task_id": record.task_id, "keep": RECORDS_KEPT})
+    connection.execute(SQL["attempts_trim"], {"task_id": record.task_id, "keep": rules.RECORDS_KEPT})
 
 
 def archive(connection: apsw.Connection, *, now: float, dead_seconds: float, dead_limit: int, limit: int) -> int:

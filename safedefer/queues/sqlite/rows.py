@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView, task_digest
+from safedefer.queues.rules import Counters, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +47,20 @@ class TaskRow(NamedTuple):
     token: bytes
     unique_key: str | None
 
+    @property
+    def counters(self) -> Counters:
+        """What is counted of the task, with the delivery under way if there is one."""
+        return Counters(
+            attempts=self.attempts,
+            retries=self.deliveries,
+            executions=self.executions,
+            first_attempt=self.first_attempt,
+            rejections=self.rejections,
+            first_rejection=self.first_rejection,
+            previous_response=self.previous_response,
+            retry_reason=self.retry_reason,
+        )
+
 
 class Standing(NamedTuple):
     """One row of ``task_standing``: what decides how a task can be settled."""
@@ -69,6 +84,10 @@ class LedgerRow(NamedTuple):
     owner: str | None
     until: float
     uncharged: int
+
+    def known(self, now: float) -> Entry:
+        """Return what decides something."""
+        return Entry(self.state, bool(self.uncharged), self.until > now)
 
 
 def task_values(task: QueuedTask) -> dict[str, Any]:
@@ -117,19 +136,7 @@ def queued_task(row: TaskRow) -> QueuedTask:
 
 def leased_task(row: TaskRow, *, owner: str, until: float) -> Lease:
     """Return the new lease of a row, whose counters are those before this delivery."""
-    return Lease(
-        task=queued_task(row),
-        owner=owner,
-        until=until,
-        attempts=row.attempts,
-        retries=row.deliveries,
-        executions=row.executions,
-        first_attempt=row.first_attempt,
-        rejections=row.rejections,
-        first_rejection=row.first_rejection,
-        previous_response=row.previous_response,
-        retry_reason=row.retry_reason,
-    )
+    return Lease(queued_task(row), owner, until, *row.counters)
 
 
 def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> TaskView:

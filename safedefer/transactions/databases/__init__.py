@@ -1,23 +1,76 @@
 """The user's own connection, whichever library it is of: begin, execute, commit, and how to open another.
 
-No library is imported here that the user has not imported.
+A library is imported here, and so is the module that speaks to it, when there is a connection of it.
 """
 
 from __future__ import annotations
 
 import os
-import sqlite3
-import sys
-from urllib.parse import urlsplit
-
-import apsw
+import re
+from collections.abc import Callable, Mapping
+from typing import Final
+from urllib.parse import unquote, urlsplit
 
 from safedefer.errors import BadTransactionStateError
-from safedefer.transactions.databases import postgres, sqlalchemy, sqlite
 from safedefer.transactions.databases.base import AwaitedConnection, Opener, Source, run_now
-from safedefer.transactions.databases.django import django_source
 
-__all__ = ["AwaitedConnection", "Opener", "Source", "opener_of", "run_now", "source_of"]
+__all__ = ["AwaitedConnection", "Opener", "Source", "opener_of", "run_now", "source_of", "split_schema"]
+
+_SCHEMA: Final = re.compile(r"(?<=[?&])schema=([^&#]*)&?")
+
+
+def _sqlite3(connection: object) -> Source | None:
+    from safedefer.transactions.databases import sqlite  # noqa: PLC0415 - see above
+
+    return sqlite.sqlite3_source(connection)
+
+
+def _apsw(connection: object) -> Source | None:
+    from safedefer.transactions.databases import sqlite  # noqa: PLC0415 - see above
+
+    return sqlite.apsw_source(connection)
+
+
+def _psycopg(connection: object) -> Source | None:
+    from safedefer.transactions.databases import postgres  # noqa: PLC0415 - see above
+
+    return postgres.psycopg_source(connection)
+
+
+def _asyncpg(connection: object) -> Source | None:
+    from safedefer.transactions.databases import postgres  # noqa: PLC0415 - see above
+
+    return postgres.asyncpg_source(connection)
+
+
+def _sqlalchemy(connection: object) -> Source | None:
+    from safedefer.transactions.databases import sqlalchemy  # noqa: PLC0415 - see above
+
+    return sqlalchemy.sqlalchemy_source(connection)
+
+
+def _django(connection: object) -> Source | None:
+    from safedefer.transactions.databases import django  # noqa: PLC0415 - see above
+
+    return django.django_source(connection)
+
+
+def _psycopg2(_: object) -> Source | None:
+    raise BadTransactionStateError(
+        "a connection of psycopg2 is known here only below SQLAlchemy; use psycopg 3 (pip install 'psycopg[binary]')"
+    )
+
+
+#: By the package of the connection's class, or of one that it inherits from. Django's may inherit from a driver's.
+_KINDS: Final[Mapping[str, Callable[[object], Source | None]]] = {
+    "django": _django,
+    "sqlalchemy": _sqlalchemy,
+    "sqlite3": _sqlite3,
+    "apsw": _apsw,
+    "psycopg": _psycopg,
+    "asyncpg": _asyncpg,
+    "psycopg2": _psycopg2,
+}
 
 
 def source_of(connection: object) -> Source:
@@ -26,23 +79,27 @@ def source_of(connection: object) -> Source:
     Raises:
         BadTransactionStateError: It is none of these, or its database cannot do it.
     """
-    if isinstance(connection, sqlite3.Connection):
-        return sqlite.SQLite3Source(connection)
-    if isinstance(connection, apsw.Connection):
-        return sqlite.ApswSource(connection)
-    for find in (postgres.psycopg_source, postgres.asyncpg_source, sqlalchemy.sqlalchemy_source, django_source):
-        source = find(connection)
-        if source is not None:
+    # The class that it says it has, too: a proxy may stand for a connection.
+    classes = (*type(connection).__mro__, *connection.__class__.__mro__)
+    packages = {str(each.__module__).partition(".")[0] for each in classes}
+    for package, find in _KINDS.items():
+        if package in packages and (source := find(connection)) is not None:
             return source
-    psycopg2 = sys.modules.get("psycopg2")
-    if psycopg2 is not None and isinstance(connection, psycopg2.extensions.connection):
-        raise BadTransactionStateError(
-            "a connection of psycopg2 is known here only below SQLAlchemy; use psycopg 3 (pip install 'psycopg[binary]')"
-        )
     raise BadTransactionStateError(
         f"a {type(connection).__name__} is no connection that is known here; pass one of psycopg 3, asyncpg, sqlite3 or "
         "apsw, a SQLAlchemy connection or session, or Django's connection (of a pool or an engine, one that it gave)"
     )
+
+
+def split_schema(url: str) -> tuple[str, str | None]:
+    """Return a URL without its parameter ``schema``, and the schema that it names.
+
+    It is ours: ``postgresql://shop@db/shop?schema=sales`` is the outbox in the schema ``sales``. A SQLite file has none.
+    """
+    found = _SCHEMA.search(url)
+    if found is None or url.startswith("sqlite"):
+        return url, None
+    return (url[: found.start()] + url[found.end() :]).rstrip("?&"), unquote(found[1]) or None
 
 
 def opener_of(url: str) -> tuple[str, Opener]:
@@ -55,8 +112,14 @@ def opener_of(url: str) -> tuple[str, Opener]:
         ConfigurationError: The URL is not understood, or what it needs is not installed.
     """
     if url.startswith("sqlite:///"):
+        from safedefer.transactions.databases import sqlite  # noqa: PLC0415 - see above
+
         path = os.path.realpath(url.removeprefix("sqlite:///"))
         return path, sqlite.open_file(path)
     if urlsplit(url).scheme in {"postgresql", "postgres"}:
+        from safedefer.transactions.databases import postgres  # noqa: PLC0415 - see above
+
         return postgres.open_url(url)
+    from safedefer.transactions.databases import sqlalchemy  # noqa: PLC0415 - see above
+
     return sqlalchemy.open_url(url)

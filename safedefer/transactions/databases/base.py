@@ -36,6 +36,11 @@ class Source(Protocol):
         ...
 
     @property
+    def is_apsw(self) -> bool:
+        """Whether the library is apsw, with which the SQLite queue opens its file."""
+        ...
+
+    @property
     def path(self) -> str | None:
         """The SQLite file, absolute; None if it has none."""
         ...

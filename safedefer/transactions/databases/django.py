@@ -40,6 +40,7 @@ class DjangoSource:
     """A connection of Django's to SQLite, or to PostgreSQL by psycopg 3."""
 
     is_async = False
+    is_apsw = False
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection

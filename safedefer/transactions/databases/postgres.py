@@ -52,6 +52,7 @@ class _Postgres:
 
     dialect = "postgresql"
     native = True
+    is_apsw = False
     path = None
 
     async def check(self) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from safedefer.errors import BadTransactionStateError, ConfigurationError
 from safedefer.transactions.databases.base import Opener, Source, run_now
 from safedefer.transactions.databases.postgres import asyncpg_source, psycopg_source, undone
+from safedefer.transactions.databases.sqlite import DISTRUST_SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -67,6 +68,8 @@ def sqlalchemy_source(connection: object) -> Source | None:
 
 class SQLAlchemySource:
     """A ``Connection`` or ``Session``; of an ``AsyncConnection`` or ``AsyncSession`` the one below it, and itself."""
+
+    is_apsw = False
 
     def __init__(self, connection: Any, engine: Any, awaited: Any = None) -> None:
         self._connection = connection
@@ -181,19 +184,13 @@ class SQLAlchemySource:
 
 
 def open_engine(engine: Any) -> Opener | None:
-    """Return how to connect to an engine's database; None if it is in memory and its connections are awaited."""
+    """Return how to connect to an engine's database; None if it is in memory.
+
+    There a pool gives each thread a database of its own, or all of them one connection, whose transaction is the user's.
+    """
     if _is_in_memory(engine):
-        return None if engine.dialect.is_async else _open_shared(engine)
+        return None
     return _open_async(engine) if engine.dialect.is_async else _open_own(engine)
-
-
-def _open_shared(engine: Any) -> Opener:
-    @asynccontextmanager
-    async def connect() -> AsyncIterator[Source]:
-        with engine.connect() as connection:
-            yield SQLAlchemySource(connection, engine)
-
-    return Opener(connect)
 
 
 # What connects is the user's engine's. But its pool may have nothing left to give, or be of another loop; and a
@@ -212,7 +209,9 @@ def _open_own(engine: Any) -> Opener:
         (own,) = made
         try:
             with own.connect() as connection:
-                yield SQLAlchemySource(connection, own)
+                source = SQLAlchemySource(connection, own)
+                await _distrust(source)
+                yield source
         finally:
             own.dispose()
 
@@ -227,11 +226,19 @@ def _open_async(engine: Any) -> Opener:
         own = create_async_engine(engine.url, pool=engine.pool.recreate())
         try:
             async with own.connect() as connection:
-                yield SQLAlchemySource(connection.sync_connection, own.sync_engine, connection)
+                source = SQLAlchemySource(connection.sync_connection, own.sync_engine, connection)
+                await _distrust(source)
+                yield source
         finally:
             await own.dispose()
 
     return Opener(connect, is_async=True)
+
+
+async def _distrust(source: SQLAlchemySource) -> None:
+    if source.dialect == "sqlite":
+        await source.execute(DISTRUST_SCHEMA)
+        await source.rollback()  # SQLAlchemy opens a transaction for it
 
 
 def open_url(url: str) -> tuple[str, Opener]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Seconds that a connection of our own waits for a lock.
 _PATIENCE: Final = 30.0
+#: On connections of our own: what the file's views and triggers say calls no function that could do harm.
+DISTRUST_SCHEMA: Final = "PRAGMA trusted_schema = OFF"
 
 
 class _SQLite:
@@ -31,6 +33,7 @@ class _SQLite:
     is_async = False
     dialect = "sqlite"
     native = False
+    is_apsw = False
 
     async def check(self) -> None:
         """Nothing to check: the library asks SQLite."""
@@ -38,6 +41,16 @@ class _SQLite:
     async def run(self, statement: str, values: Sequence[object], /) -> None:  # noqa: ARG002 - the seam has them
         """Refuse: a queue's own statements are PostgreSQL's, and ``native`` says that they do not run here."""
         raise BadTransactionStateError("a SQLite connection runs no statement of PostgreSQL's; use the outbox")
+
+
+def sqlite3_source(connection: object) -> Source | None:
+    """Return what speaks to a ``sqlite3.Connection``; None if it is none."""
+    return SQLite3Source(connection) if isinstance(connection, sqlite3.Connection) else None
+
+
+def apsw_source(connection: object) -> Source | None:
+    """Return what speaks to an ``apsw.Connection``; None if it is none."""
+    return ApswSource(connection) if isinstance(connection, apsw.Connection) else None
 
 
 class SQLite3Source(_SQLite):
@@ -105,6 +118,7 @@ def open_file(path: str) -> Opener:
             raise FileNotFoundError(path)
         with closing(sqlite3.connect(f"file:{_quote(path)}?mode=rw", uri=True, timeout=_PATIENCE)) as connection:
             connection.isolation_level = None
+            connection.execute(DISTRUST_SCHEMA)
             yield SQLite3Source(connection)
 
     return Opener(connect)
@@ -116,6 +130,8 @@ def _quote(path: str) -> str:
 
 class ApswSource(_SQLite):
     """An ``apsw.Connection``."""
+
+    is_apsw = True
 
     def __init__(self, connection: apsw.Connection) -> None:
         self.connection = connection
@@ -171,6 +187,7 @@ def _open_apsw(path: str) -> Opener:
         connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
         try:
             connection.set_busy_timeout(int(_PATIENCE * 1000))
+            connection.execute(DISTRUST_SCHEMA)
             yield ApswSource(connection)
         finally:
             connection.close()

@@ -1,0 +1,313 @@
+"""``safedefer serve``, ``dispatch`` and ``run``: the processes that receive, deliver and run tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import click
+
+from safedefer.app import App
+from safedefer.cli.common import load_app
+from safedefer.cli.supervisor import SupervisorOptions, supervise
+from safedefer.cli.worker import Worker
+from safedefer.deferred import configure
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
+from safedefer.errors import ConfigurationError
+from safedefer.queues.loop_calls import on_loop
+from safedefer.web.server import serving
+
+_app_argument = click.argument("app", required=False, default=None, metavar="[MODULE:APP]")
+_host = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+_port = click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
+_drain = click.option(
+    "--drain",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Seconds that a stop waits for running tasks.",
+)
+_concurrency = click.option(
+    "--concurrency", default=16, show_default=True, type=click.IntRange(1, 10_000), help="Deliveries at once."
+)
+_queues = click.option("--queue", "queues", multiple=True, help="Only this queue; repeatable.")
+_lease = click.option(
+    "--lease",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(min=0.5),
+    help="Seconds until a silent dispatcher's tasks are due again.",
+)
+
+
+_processes = click.option(
+    "--processes", default=1, show_default=True, type=click.IntRange(1, 1_000), help="Worker processes, supervised."
+)
+_hang = click.option(
+    "--hang-seconds",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(min=0.5),
+    help="Seconds without a turn of its event loop after which a worker process is killed and replaced.",
+)
+_max_tasks = click.option(
+    "--max-tasks", default=None, type=click.IntRange(min=1), help="Tasks after which a worker process is replaced."
+)
+
+
+@click.command()
+@_app_argument
+@_host
+@_port
+@_processes
+@_hang
+@_max_tasks
+@_drain
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    *,
+    app: str | None,
+    host: str,
+    port: int,
+    processes: int,
+    hang_seconds: float,
+    max_tasks: int | None,
+    drain: float,
+) -> None:
+    """Run the handler: receive tasks by HTTP. Prints its URL when it is ready.
+
+    With more than one process, or --max-tasks, a supervisor keeps them.
+    """
+    worker = Worker.from_environment()
+    if worker is None and (processes > 1 or max_tasks is not None):
+        _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
+    loaded = load_app(app)
+    _hide_keys(app, loaded)
+
+    async def work() -> None:
+        async with _serving(loaded, worker, host, port, max_tasks) as stop:
+            await stop.wait()
+            await _drain_handler(loaded, drain)
+
+    _run(loaded, work)
+
+
+@click.command()
+@_app_argument
+@click.option("--to", "address", required=True, help="The handler's address, such as http://127.0.0.1:8080.")
+@_queues
+@_concurrency
+@_lease
+@_drain
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(min=0.1),
+    help="Seconds that a handler may take for one task.",
+)
+def dispatch(
+    *,
+    app: str | None,
+    address: str,
+    queues: Sequence[str],
+    concurrency: int,
+    lease: float,
+    drain: float,
+    timeout: float,
+) -> None:
+    """Run the dispatcher: lease due tasks and POST them to a handler."""
+    loaded = load_app(app)
+    if not address.startswith(("http://", "https://")):
+        raise ConfigurationError("--to is an address that begins with http:// or https://")
+
+    async def work() -> None:
+        http = HttpDelivery(address, targets=loaded.targets, timeout=timeout, concurrency=concurrency)
+        async with _signals() as stop, http as deliver:
+            options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
+            _keep_what_is_loaded()
+            await _dispatch(Dispatcher(loaded.queue, deliver, clock=time.time, options=options), stop)
+
+    _run(loaded, work)
+
+
+@click.command()
+@_app_argument
+@_host
+@_port
+@_queues
+@_concurrency
+@_lease
+@_processes
+@_hang
+@_max_tasks
+@_drain
+@click.pass_context
+def run(
+    ctx: click.Context,
+    *,
+    app: str | None,
+    host: str,
+    port: int,
+    queues: Sequence[str],
+    concurrency: int,
+    lease: float,
+    processes: int,
+    hang_seconds: float,
+    max_tasks: int | None,
+    drain: float,
+) -> None:
+    """Run handler and dispatcher together, in worker processes that a supervisor keeps.
+
+    Prints its URL when all are ready. SIGTERM and Ctrl-C let running tasks end; the second one does not wait.
+    """
+    worker = Worker.from_environment()
+    if worker is None:
+        _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
+    loaded = load_app(app)
+    _hide_keys(app, loaded)
+
+    async def work() -> None:
+        async with _serving(loaded, worker, host, port, max_tasks) as stop:
+            options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
+            deliver = InProcessDelivery(loaded.handle)
+            dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options)
+            await _dispatch(dispatcher, stop, loaded.delivery.drain)  # what is posted from now on is answered busy
+            await _drain_handler(loaded, 1.0)
+
+    _run(loaded, work)
+
+
+def _supervise(
+    ctx: click.Context, host: str, port: int, *, processes: int, hang_seconds: float, drain: float
+) -> NoReturn:
+    """Be the supervisor of worker processes with this command line, and end with it."""
+    options = SupervisorOptions(processes=processes, hang_seconds=hang_seconds, drain_seconds=drain)
+    sys.exit(supervise(_command_line(ctx), host, port, options))
+
+
+def _command_line(ctx: click.Context) -> list[str]:
+    """Return the command line of a worker: what was parsed, written again."""
+    parents = [] if ctx.parent is None else _command_line(ctx.parent)
+    words = [*parents, *([] if ctx.parent is None else [str(ctx.info_name)])]
+    for parameter in ctx.command.params:
+        value = ctx.params.get(str(parameter.name))
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            words += [parameter.opts[0]] if value else []
+        elif isinstance(parameter, click.Option) and value is not None:
+            for each in value if parameter.multiple else (value,):
+                words += [parameter.opts[0], str(each)]
+        elif value is not None:
+            words += [str(value)]
+    return words
+
+
+@contextlib.asynccontextmanager
+async def _serving(
+    app: App, worker: Worker | None, host: str, port: int, max_tasks: int | None
+) -> AsyncIterator[asyncio.Event]:
+    """Serve the handler, by itself or as a worker of a supervisor; give the event that says when to stop."""
+    async with contextlib.AsyncExitStack() as stack:
+        stop = await stack.enter_async_context(_signals())
+        await stack.enter_async_context(on_loop(app.queue))
+        if worker is None:
+            print(await stack.enter_async_context(serving(app, host, port)), flush=True)
+        else:
+            enough = partial(_has_handled, app, max_tasks)
+            await stack.enter_async_context(worker.watched(stop, recycle=enough))
+            await stack.enter_async_context(serving(app, listener=worker.listener))
+            worker.ready()
+        _keep_what_is_loaded()
+        yield stop
+
+
+def _hide_keys(spec: str | None, app: App) -> None:
+    """Take the keys out of the environment, which every program that a task starts inherits."""
+    if spec is None:
+        configure(app)  # the functions of `deferred` use this one, and need not make another
+        os.environ.pop("SAFEDEFER_KEYS", None)
+
+
+def _has_handled(app: App, tasks: int | None) -> bool:
+    return tasks is not None and app.delivery.handled >= tasks
+
+
+def _dispatcher_options(
+    app: App, concurrency: int, lease: float, drain: float, queues: Sequence[str]
+) -> DispatcherOptions:
+    file = app.queue_file
+    sections = () if file is None else file.queue
+    app.outbox.start()
+    return DispatcherOptions(
+        concurrency=concurrency,
+        lease_seconds=lease,
+        drain_seconds=drain,
+        queues=queues or None,
+        limits=None if file is None else file.limits,
+        retry_options={section.name: section.retry_parameters.given() for section in sections},
+    )
+
+
+@contextlib.asynccontextmanager
+async def _signals() -> AsyncIterator[asyncio.Event]:
+    """Set the event at SIGTERM or SIGINT; at the second one, end at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def on_signal(number: int) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(128 + number)
+        asked = True
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def _dispatch(dispatcher: Dispatcher, stop: asyncio.Event, then: Callable[[], None] = lambda: None) -> None:
+    running = asyncio.create_task(dispatcher.run())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    dispatcher.stop()
+    then()
+    await running
+
+
+async def _drain_handler(app: App, seconds: float) -> None:
+    app.delivery.drain()
+    if not await app.delivery.drained(seconds):
+        # Threads cannot be stopped, and Python would wait for them. Their runs stay in the ledger
+        # until the lease is over, and are then tried again.
+        click.echo(f"{app.delivery.running} tasks were still running; they will be tried again", err=True)
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _keep_what_is_loaded() -> None:
+    """Spare the garbage collector what stays until the end: going through it took a sixth of a busy worker's time."""
+    gc.collect()
+    gc.freeze()
+
+
+def _run(app: App, work: Callable[[], Any]) -> None:
+    try:
+        asyncio.run(work())
+    finally:
+        app.close()

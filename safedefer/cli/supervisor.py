@@ -1,0 +1,323 @@
+"""The supervisor of ``run`` and ``serve --processes N``: starts worker processes, watches their beats, replaces them.
+
+It loads no application. Workers are exec'ed with the command line of the supervisor, and inherit the listening
+socket and one end of a pair of sockets each, over which they say (``cli.worker`` writes, this reads):
+
+===========  ===================================================================
+``ready``    the worker serves
+``beat s``   it lives, and its event loop last turned ``s`` seconds ago
+``recycle``  it drains now, and asks to be replaced
+===========  ===================================================================
+
+A worker whose loop stands for ``hang_seconds`` is killed. One whose interpreter is held for so long, by a loop of C, ends
+itself, by a timer that needs no interpreter; if it cannot, it is killed too. The end of the pair that closes tells a
+worker that the supervisor has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+#: The environment variable that tells a worker its descriptors: those of its pair and of the listening socket.
+WORKER_VARIABLE: Final = "SAFEDEFER_WORKER"
+#: Seconds before the first restart after a crash; doubled with each crash in a row, up to the second number.
+_BACKOFF: Final = (0.1, 10.0)
+#: A worker that lived for so many seconds has not crashed in a row.
+_STEADY_SECONDS: Final = 30.0
+#: Seconds that a worker gets beyond ``drain_seconds``, before it is killed.
+_GRACE_SECONDS: Final = 10.0
+#: Seconds that the interpreter of a worker may take to come up, where ``hang_seconds`` are fewer.
+_START_SECONDS: Final = 60.0
+#: Seconds beyond ``hang_seconds`` that a worker's own timer gets.
+_TIMER_SECONDS: Final = 2.0
+_BACKLOG: Final = 1_024
+
+_log: Final = logging.getLogger("safedefer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorOptions:
+    """How worker processes are kept."""
+
+    processes: int = 1
+    hang_seconds: float = 60.0
+    """Seconds without a beat, or without a turn of a worker's event loop, after which it is killed and replaced."""
+    drain_seconds: float = 30.0
+    """Seconds that a worker's running tasks get when it stops."""
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    number: int
+    process: asyncio.subprocess.Process
+    pair: socket.socket
+    started: float
+    heard: float
+    """When it last showed that its loop turns."""
+    spoke: float
+    """When it last said anything."""
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    began: bool = False
+    """It has said something: its interpreter is up."""
+    recycles: bool = False
+    hangs: bool = False
+    """It was killed because it hung."""
+    rest: bytes = b""
+
+
+class Supervisor:
+    """Keeps worker processes running.
+
+    Args:
+        arguments: What follows ``python -m safedefer`` on the command line of a worker.
+        listener: The listening socket that they share.
+        url: Its URL, printed when all of them are ready.
+        options: How they are kept.
+    """
+
+    def __init__(self, arguments: Sequence[str], listener: socket.socket, url: str, options: SupervisorOptions) -> None:
+        self._command = [sys.executable, "-m", "safedefer", *arguments]
+        self._listener = listener
+        self._url = url
+        self._options = options
+        self._workers: set[_Worker] = set()
+        self._stopping = asyncio.Event()
+        self._signals = 0
+        self._status = 0
+        self._said_url = False
+
+    async def run(self) -> int:
+        """Keep the workers until a signal asks to stop; return the exit status."""
+        with _handling(self._on_signal):
+            keepers = [asyncio.create_task(self._keep(number)) for number in range(1, self._options.processes + 1)]
+            watch = asyncio.create_task(self._watch())
+            try:
+                await asyncio.gather(*keepers)
+            finally:
+                for task in (*keepers, watch):
+                    task.cancel()
+                self._kill_all()
+        return self._status
+
+    def _on_signal(self, number: int) -> None:
+        """Let the workers drain; at the second signal end at once."""
+        self._signals += 1
+        if self._signals > 1:
+            self._kill_all()
+            os._exit(128 + number)
+        self._stopping.set()
+        for worker in self._workers:
+            _send(worker, signal.SIGTERM)
+
+    # --- One worker after the other ---
+
+    async def _keep(self, number: int) -> None:
+        """Keep one place filled."""
+        crashes = 0
+        loop = asyncio.get_running_loop()
+        while not self._stopping.is_set():
+            worker = await self._start(number)
+            status = await self._ended(worker)
+            if self._stopping.is_set():
+                return
+            if not worker.hangs and loop.time() - worker.heard > 0.8 * self._options.hang_seconds:
+                self._note_hang(worker, loop.time() - worker.heard)
+            if worker.recycles and status == 0:
+                crashes = 0
+                continue
+            if not self._said_url and not worker.hangs:
+                # It never began: what is wrong, it has said, and another one would say it again.
+                self._status = status or 1
+                self._stop_others()
+                return
+            crashes = 0 if loop.time() - worker.started > _STEADY_SECONDS else crashes + 1
+            wait = min(_BACKOFF[0] * 2 ** min(crashes, 16), _BACKOFF[1])
+            if not worker.hangs:
+                _log.error(
+                    "worker process %d (pid %d) ended with status %d; another one starts in %.1f s",
+                    number, worker.process.pid, status, wait,
+                )  # fmt: skip
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), wait)
+
+    def _stop_others(self) -> None:
+        self._stopping.set()
+        for worker in self._workers:
+            _send(worker, signal.SIGTERM)
+
+    async def _start(self, number: int) -> _Worker:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        descriptors = theirs.fileno(), self._listener.fileno()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                env={**os.environ, WORKER_VARIABLE: f"{descriptors[0]},{descriptors[1]},{self._options.hang_seconds}"},
+                pass_fds=descriptors,
+                process_group=0,  # a Ctrl-C is for the supervisor alone, which lets them drain
+            )
+        finally:
+            theirs.close()
+        now = asyncio.get_running_loop().time()
+        worker = _Worker(number, process, ours, now, now, now)
+        self._workers.add(worker)
+        asyncio.get_running_loop().add_reader(ours, self._hear, worker)
+        if self._stopping.is_set():  # asked meanwhile
+            _send(worker, signal.SIGTERM)
+        return worker
+
+    async def _ended(self, worker: _Worker) -> int:
+        """Wait until a worker has ended, and return its exit status: 128 and the number of a signal."""
+        waiting = asyncio.ensure_future(worker.process.wait())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                seconds = self._options.drain_seconds + _GRACE_SECONDS
+                await asyncio.wait({waiting}, timeout=seconds)
+                if not waiting.done():
+                    _log.error(
+                        "worker process %d (pid %d) did not end within %.0f s and is killed; its tasks run again",
+                        worker.number, worker.process.pid, seconds,
+                    )  # fmt: skip
+                    _send(worker, signal.SIGKILL)
+            status = await waiting
+        finally:
+            stopping.cancel()
+            asyncio.get_running_loop().remove_reader(worker.pair)
+            worker.pair.close()
+            self._workers.discard(worker)
+        return status if status >= 0 else 128 - status
+
+    # --- Beats ---
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            data = worker.pair.recv(65_536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            asyncio.get_running_loop().remove_reader(worker.pair)
+            return
+        *lines, worker.rest = (worker.rest + data).split(b"\n")
+        for line in lines:
+            self._say(worker, line)
+
+    def _say(self, worker: _Worker, line: bytes) -> None:
+        word, _, argument = line.partition(b" ")
+        now = worker.spoke = asyncio.get_running_loop().time()
+        if word == b"ready":
+            worker.ready.set()
+            ready = sum(each.ready.is_set() for each in self._workers)
+            if not self._said_url and ready == self._options.processes:
+                self._said_url = True
+                print(self._url, flush=True)
+        elif word == b"recycle":
+            worker.recycles = True
+        elif word == b"beat" and float(argument) >= self._options.hang_seconds:
+            return  # it says itself that its loop stands: that is no sign of life
+        worker.heard, worker.began = now, True
+
+    async def _watch(self) -> None:
+        """Kill workers that hang."""
+        seconds = self._options.hang_seconds
+        while True:
+            await asyncio.sleep(min(1.0, seconds / 4))
+            now = asyncio.get_running_loop().time()
+            for worker in list(self._workers):
+                # A beat says how long the loop stands already: what is left is the time that no beat came.
+                # Where no beat comes at all, the worker's own timer is given the first word: it says where it hangs.
+                silent = now - worker.spoke > seconds
+                limit = seconds + silent * _TIMER_SECONDS if worker.began else max(seconds, _START_SECONDS)
+                if not worker.hangs and now - worker.heard > limit:
+                    self._note_hang(worker, limit)
+                    _send(worker, signal.SIGKILL)
+
+    def _note_hang(self, worker: _Worker, seconds: float) -> None:
+        worker.hangs = True
+        _log.error(
+            "worker process %d (pid %d) gave no sign of life for %.0f s and is ended; its tasks run again",
+            worker.number, worker.process.pid, seconds,
+        )  # fmt: skip
+
+    def _kill_all(self) -> None:
+        for worker in self._workers:
+            _send(worker, signal.SIGKILL)
+
+
+def _send(worker: _Worker, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        worker.process.send_signal(number)
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, handler, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return a listening socket, and the URL of it.
+
+    Args:
+        host: The address or name to listen on.
+        port: The port; 0 takes a free one.
+
+    Raises:
+        OSError: It cannot be bound.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    bound, number = listener.getsockname()[:2]
+    shown = f"[{bound}]" if ":" in bound else bound
+    return listener, f"http://{shown}:{number}"
+
+
+def supervise(arguments: Sequence[str], host: str, port: int, options: SupervisorOptions) -> int:
+    """Run worker processes until a signal asks to stop; return the exit status.
+
+    Args:
+        arguments: What follows ``python -m safedefer`` on the command line of a worker.
+        host: The address that the workers listen on.
+        port: The port; 0 takes a free one.
+        options: How they are kept.
+
+    Raises:
+        OSError: The address cannot be bound.
+    """
+    listener, url = listen(host, port)
+
+    async def work() -> int:
+        return await Supervisor(arguments, listener, url, options).run()
+
+    with listener:
+        return asyncio.run(work())

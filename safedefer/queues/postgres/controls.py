@@ -1,0 +1,118 @@
+"""Controls: the limits, pauses and holds of queues, and when a queue's next task may be leased."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from safedefer.queues.postgres.statements import SQL, interval
+from safedefer.queues.rates import QueueControl, QueueLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from safedefer.queues.postgres.connection import Connection
+
+
+async def clock(connection: Connection) -> float:
+    """Return the time of the database, in seconds since the epoch."""
+    (row,) = await connection.fetch(SQL["clock"])
+    return float(row["now"])
+
+
+async def read_controls(connection: Connection, *, lock: bool = False) -> dict[str, QueueControl]:
+    """Return all controls by queue, sorted by name; ``lock`` locks their rows until the transaction ends."""
+    found = {}
+    for row in await connection.fetch(SQL["controls_lock" if lock else "controls"]):
+        limits = QueueLimits(
+            queue=row["queue"],
+            rate=row["rate"],
+            bucket_size=row["bucket_size"],
+            max_concurrent=row["max_concurrent"],
+        )
+        found[row["queue"]] = QueueControl(
+            limits=limits,
+            paused=row["paused"],
+            held_until=row["held_until"],
+            tokens=row["tokens"],
+            refilled=row["refilled"],
+        )
+    return found
+
+
+async def put_control(connection: Connection, control: QueueControl, *, now: float) -> None:
+    """Store a control; one that limits nothing is deleted."""
+    if not control.binds(now):
+        await connection.execute(SQL["control_delete"], control.queue)
+        return
+    limits = control.limits
+    await connection.execute(
+        SQL["control_set"],
+        control.queue,
+        limits.rate,
+        limits.bucket_size,
+        limits.max_concurrent,
+        control.paused,
+        control.held_until,
+        control.tokens,
+        control.refilled,
+    )
+
+
+async def current_controls(connection: Connection) -> list[QueueControl]:
+    """Return all controls with their buckets refilled up to now, sorted by name."""
+    here = await clock(connection)
+    return [control.refill(here) for control in (await read_controls(connection)).values()]
+
+
+async def configure(connection: Connection, limits: Sequence[QueueLimits]) -> None:
+    """Put the declared limits in force. Other queues lose their limits, and keep a pause or a hold."""
+    now = await clock(connection)
+    known = await read_controls(connection, lock=True)
+    declared = {item.queue: item for item in limits}
+    for queue, item in declared.items():
+        control = known.get(queue)
+        changed = QueueControl.new(item, now=now) if control is None else control.configured(item, now=now)
+        if changed is not control:
+            await put_control(connection, changed, now=now)
+    for queue in known.keys() - declared.keys():
+        await put_control(connection, known[queue].configured(QueueLimits(queue=queue), now=now), now=now)
+
+
+async def change_control(
+    connection: Connection, queue: str, *, paused: bool | None = None, hold_for: float | None = None
+) -> None:
+    """Pause or resume a queue, or hold it for ``hold_for`` seconds; a longer hold stays in force."""
+    now = await clock(connection)
+    known = await read_controls(connection, lock=True)
+    control = known.get(queue) or QueueControl.new(QueueLimits(queue=queue), now=now)
+    if paused is not None:
+        control = replace(control, paused=paused)
+    if hold_for is not None:
+        control = replace(control, held_until=max(now + hold_for, control.held_until))
+    await put_control(connection, control, now=now)
+
+
+async def next_due(connection: Connection, *, seconds: float, now: float, queues: Sequence[str] | None) -> float | None:
+    """Return when the next task or lease falls due and its queue may give it, by the clock that reads ``now``.
+
+    Args:
+        connection: Where.
+        seconds: The length of a lease.
+        now: The caller's time.
+        queues: Only these; None: all.
+    """
+    if queues is None:
+        queues = [row["queue"] for row in await connection.fetch(SQL["queues_with_jobs"])]
+    rows = await connection.fetch(SQL["next_due"], list(dict.fromkeys(queues)), interval(seconds))
+    due = {row["queue"]: row["due"] for row in rows if row["due"] is not None}
+    if not due:
+        return None
+    here = await clock(connection)
+    known = {queue: control for queue, control in (await read_controls(connection)).items() if queue in due}
+    counts = await connection.fetch(SQL["running"], list(known)) if known else ()
+    running = {row["queue"]: row["running"] for row in counts}
+    for queue, control in known.items():
+        if control.binds(here):
+            due[queue] = control.refill(here).opens(due[queue], now=here, running=running.get(queue, 0))
+    return float(min(due.values())) - here + now

@@ -1,0 +1,148 @@
+"""Ends: moves tasks out of the queue, into the history or the dead letters, by a settlement, a cancel or a purge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import repeat
+from typing import TYPE_CHECKING, Final
+
+from safedefer.ledger import EndState
+from safedefer.queues.base import QueuedTask, task_digest
+from safedefer.queues.postgres.pgqueuer import STATEMENTS
+from safedefer.queues.postgres.progress import read_progress
+from safedefer.queues.postgres.rows import dead_values, ledger_keys, read_task, write_hints
+from safedefer.queues.postgres.statements import SQL, interval, to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from safedefer.queues.postgres.connection import Connection
+
+TERMINAL: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
+"""States of a ledger entry after which the task does not run again."""
+
+#: The status under which pgqueuer logs the end of a job. It keeps the rows of failed jobs, and deletes the others.
+_LOGGED: Final = {EndState.SUCCEEDED: "successful", EndState.CANCELLED: "canceled", EndState.FAILED: "failed"}
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of one task."""
+
+    task: QueuedTask
+    job_id: int
+    state: EndState
+    reason: str | None
+    attempts: int
+    known: str | None
+    """The state of the ledger's entry; None: it has none."""
+    has_progress: bool
+    """Whether ``progress`` may have a row of it."""
+
+
+async def end(connection: Connection, ends: Sequence[End], *, now: float, tombstone_seconds: float) -> None:
+    """End tasks: write history or dead letter, tombstone and ledger entry; delete jobs and blobs."""
+    history: list[dict[str, object]] = [
+        {
+            "id": item.task.id,
+            "queue": item.task.queue,
+            "headers": write_hints(item.task._replace(headers={}, retry_options={}, unique_key=None)),
+            "attempts": item.attempts,
+            "state": str(item.state),
+            "reason": item.reason,
+        }
+        for item in ends
+        if item.state is not EndState.FAILED
+    ]
+    if history:
+        await connection.execute(SQL["ended_insert"], to_json(history), now)
+    for item in ends:
+        if item.state is EndState.FAILED:
+            values = dead_values(
+                item.task,
+                item.job_id,
+                reason=item.reason,
+                last_reason=item.known == EndState.FAILED and item.reason is None,
+                attempts=item.attempts,
+                now=now,
+            )
+            await connection.execute(SQL["dead_insert"], *values)
+    statuses = [_LOGGED[item.state] for item in ends]
+    await connection.execute(STATEMENTS.log, [item.job_id for item in ends], statuses, list(repeat(None, len(ends))))
+    await _free(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
+    unknown = [item for item in ends if item.known is None or item.known not in TERMINAL]
+    if unknown:
+        entries = [
+            {
+                "audience": item.task.audience,
+                "task_id": item.task.id,
+                "digest": task_digest(item.task).hex(),
+                "state": str(item.state),
+                "expires": item.task.expires,
+            }
+            for item in unknown
+        ]
+        await connection.execute(SQL["ledger_end"], to_json(entries))
+
+
+async def _free(connection: Connection, ends: Sequence[End], *, now: float, tombstone_seconds: float) -> None:
+    """Turn names into tombstones, and delete unique keys, blobs and counters."""
+    tasks = [item.task for item in ends]
+    names = [(task.queue, task.name) for task in tasks if task.name is not None]
+    if names:
+        await connection.execute(
+            SQL["names_bury"], [queue for queue, _ in names], [name for _, name in names], now + tombstone_seconds
+        )
+    unique = [task for task in tasks if task.unique_key is not None]
+    if unique:
+        values = [task.id for task in unique], [task.queue for task in unique], [task.unique_key for task in unique]
+        await connection.execute(SQL["uniques_delete"], *values)
+    blobs = [task.blob_id for task in tasks if task.blob_id is not None]
+    if blobs:
+        await connection.execute(SQL["blobs_drop"], blobs)
+    counted = [item.job_id for item in ends if item.has_progress]
+    if counted:
+        await connection.execute(SQL["progress_delete"], counted)
+
+
+async def cancel(
+    connection: Connection, task_ids: Sequence[str], *, now: float, seconds: float, tombstone_seconds: float
+) -> int:
+    """Cancel tasks that wait or whose lease has run out, unless by the ledger they run or have ended.
+
+    Args:
+        connection: In a transaction.
+        task_ids: The tasks.
+        now: By the caller's clock.
+        seconds: The length of a lease.
+        tombstone_seconds: How long their names stay taken.
+
+    Returns:
+        How many were cancelled.
+    """
+    jobs = await connection.fetch(SQL["waiting_of"], task_ids, interval(seconds))
+    tasks = {job["id"]: read_task(job) for job in jobs}
+    found = await connection.fetch(SQL["ledger_find"], ledger_keys(tasks.values()))
+    entries = {(row["audience"], row["task_id"]): row for row in found}
+    progress = await read_progress(connection, list(tasks))
+    ends = []
+    for job_id, task in tasks.items():
+        entry = entries.get((task.audience, task.id))
+        if entry is not None and (entry["state"] in TERMINAL or (entry["state"] == "running" and entry["alive"])):
+            continue
+        attempts = progress[job_id].attempts if job_id in progress else 0
+        known = None if entry is None else entry["state"]
+        ends.append(End(task, job_id, EndState.CANCELLED, None, attempts, known, has_progress=job_id in progress))
+    if ends:
+        await end(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
+    return len(ends)
+
+
+async def drop_dead(connection: Connection, task_ids: Sequence[str]) -> int:
+    """Delete dead letters and their failed jobs; returns how many. Their records are pruned by age."""
+    dropped = await connection.fetch(SQL["dead_delete"], list(task_ids))
+    if dropped:
+        await connection.execute(SQL["attempts_become_stray"], [row["id"] for row in dropped])
+        jobs = [row["job_id"] for row in dropped]
+        await connection.execute(STATEMENTS.log, jobs, ["deleted"] * len(jobs), [None] * len(jobs))
+    return len(dropped)

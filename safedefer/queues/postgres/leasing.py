@@ -1,0 +1,210 @@
+"""Leasing: picks due jobs, within the limits of their queues, and charges the deliveries that nobody settled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from safedefer.ledger import AttemptRecord
+from safedefer.queues.base import Lease, QueuedTask
+from safedefer.queues.postgres.connection import in_transaction
+from safedefer.queues.postgres.controls import put_control, read_controls
+from safedefer.queues.postgres.pgqueuer import STATEMENTS
+from safedefer.queues.postgres.progress import Progress, read_progress, write_progress
+from safedefer.queues.postgres.records import add_records
+from safedefer.queues.postgres.rows import Hold, ledger_keys, read_task, write_holds
+from safedefer.queues.postgres.statements import SQL, interval
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from uuid import UUID
+
+    from safedefer.queues.postgres.connection import Connection, RunOnOwnLoop
+
+LOST_LEASE: Final = "lease-expired"
+"""The reason of a delivery whose lease ran out before it was settled."""
+
+#: Parked jobs of each queue that are promoted before a lease.
+_PROMOTED_AT_ONCE: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """The state of the queues before a lease."""
+
+    queues: list[str]
+    """Those that have jobs."""
+    fallen_due: list[str]
+    """Entrypoints (``queue@later``) with parked jobs that are due."""
+    lost: dict[int, float]
+    """Jobs whose lease has run out, or will within a second: when they were leased."""
+    controlled: bool
+    """Whether any queue has a control."""
+    now: float
+    """By the database's clock."""
+
+
+async def _look(connection: Connection, *, seconds: float) -> _Look:
+    (row,) = await connection.fetch(SQL["look"], interval(seconds))
+    lost = dict(zip(row["stale"], row["leased"], strict=True))
+    return _Look(row["queues"], row["fallen_due"], lost, row["controlled"], row["now"])
+
+
+async def lease(
+    connection: Connection,
+    *,
+    own_loop: RunOnOwnLoop | None,
+    owner: str,
+    manager: UUID,
+    limit: int,
+    seconds: float,
+    now: float,
+    queues: Sequence[str] | None,
+) -> list[Lease]:
+    """Claim due tasks, in the order in which they were enqueued.
+
+    Args:
+        connection: Not in a transaction.
+        own_loop: Runs the steps that take several statements, see ``in_transaction``.
+        owner: Becomes the beginning of each ``Lease.owner``.
+        manager: pgqueuer's ``queue_manager_id``.
+        limit: Tasks at most.
+        seconds: The length of a lease.
+        now: By the dispatcher's clock.
+        queues: Only these; None: all.
+    """
+    seen = await _look(connection, seconds=seconds)
+    names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
+    if limit < 1 or not names:
+        return []
+    fallen_due = [parked for parked in seen.fallen_due if parked.partition("@")[0] in names]
+    if fallen_due:
+        await connection.execute(SQL["promote"], fallen_due, _PROMOTED_AT_ONCE)
+    if seen.controlled:
+        picking = partial(_dequeue_under_control, queues=names, limit=limit, seconds=seconds, now=seen.now)
+        jobs: Sequence[Mapping[str, Any]]
+        jobs = await in_transaction(connection, own_loop, partial(picking, manager=manager))
+    else:
+        free = dict.fromkeys(names, 0)
+        jobs = await STATEMENTS.dequeue(connection, free, limit=limit, seconds=seconds, manager=manager)
+    tasks = {job["id"]: read_task(job) for job in jobs}
+    # Only jobs that were retried or lost have a row in progress.
+    again = [job["id"] for job in jobs if job["attempts"] or job["id"] in seen.lost]
+    progress = await read_progress(connection, again) if again else {}
+    lost = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
+    if lost:
+        charging = partial(_charge_lost_leases, tasks=tasks, lost=lost, progress=progress, now=now)
+        progress |= await in_transaction(connection, own_loop, charging)
+    leases = []
+    jobs, until = sorted(jobs, key=_number), now + seconds
+    for job, name in zip(jobs, write_holds(owner, manager.hex, jobs, leased=now), strict=True):
+        task, counters = tasks[job["id"]], progress.get(job["id"])
+        leases.append(Lease(task, name, until) if counters is None else counters.leased(task, owner=name, until=until))
+    return leases
+
+
+def _number(job: Mapping[str, Any]) -> int:
+    return int(job["id"])
+
+
+async def extend(connection: Connection, hold: Hold) -> bool:
+    """Prolong a lease: set the heartbeat of its job to now. False if the lease was lost."""
+    return bool(await connection.fetch(SQL["extend"], hold.job, hold.manager, hold.updated))
+
+
+async def _charge_lost_leases(
+    connection: Connection,
+    *,
+    tasks: Mapping[int, QueuedTask],
+    lost: Mapping[int, float],
+    progress: Mapping[int, Progress],
+    now: float,
+) -> dict[int, Progress]:
+    """Count the deliveries that nobody settled, and charge an attempt where the ledger saw the run begin.
+
+    Args:
+        connection: In a transaction.
+        tasks: By the id of their job.
+        lost: The jobs, and when they were leased.
+        progress: Their counters so far.
+        now: By the dispatcher's clock.
+
+    Returns:
+        The new counters, which are stored too.
+    """
+    named = ledger_keys(tasks[job_id] for job_id in lost)
+    entries = {(row["audience"], row["task_id"]): row for row in await connection.fetch(SQL["ledger_find"], named)}
+    after, records = {}, []
+    for job_id, leased in lost.items():
+        task = tasks[job_id]
+        before = progress.get(job_id) or Progress(job_id=job_id)
+        counted = replace(before, deliveries=before.deliveries + 1, retry_reason=LOST_LEASE, previous_response=None)
+        entry = entries.get((task.audience, task.id))
+        if entry is not None and entry["uncharged"]:
+            first = leased if before.first_attempt is None else before.first_attempt
+            counted = replace(counted, attempts=before.attempts + 1, first_attempt=first)
+            if entry["state"] == "running":  # a run that ended has stored its own record
+                records.append(_lost_record(task, leased, now))
+        after[job_id] = counted
+    await connection.execute(SQL["ledger_charged"], named)
+    await write_progress(connection, after.values())
+    await add_records(connection, records)
+    return after
+
+
+def _lost_record(task: QueuedTask, started: float, ended: float) -> AttemptRecord:
+    return AttemptRecord(
+        task_id=task.id,
+        audience=task.audience,
+        started=started,
+        ended=ended,
+        outcome="retry",
+        status=None,
+        reason=LOST_LEASE,
+    )
+
+
+async def _dequeue_under_control(
+    connection: Connection,
+    *,
+    queues: Sequence[str],
+    limit: int,
+    seconds: float,
+    now: float,
+    manager: UUID,
+) -> list[Mapping[str, Any]]:
+    """Pick due jobs within the controls of their queues, and spend the tokens of rates.
+
+    pgqueuer's statement counts the running jobs and keeps the cap on concurrency.
+    """
+    known = await read_controls(connection, lock=True)
+    found: list[Mapping[str, Any]] = []
+    others: dict[str, int] = {}
+    for queue in queues:
+        control = known.get(queue)
+        if control is None:
+            others[queue] = 0
+            continue
+        filled = control.refill(now)
+        # running=-limit: the cap must not lower the allowance here, as pgqueuer's statement applies it.
+        allowed = filled.allowance(now=now, running=-limit)
+        if control.refilled > now and control.limits.rate is not None:
+            await put_control(connection, filled, now=now)  # the clock was set back: the bucket fills from here again
+        cap = control.limits.max_concurrent or 0
+        if allowed == 0 or control.limits.max_concurrent == 0:
+            continue
+        if control.limits.rate is None:
+            others[queue] = cap
+            continue
+        most = min(limit - len(found), limit if allowed is None else allowed)
+        if most > 0:
+            jobs = await STATEMENTS.dequeue(connection, {queue: cap}, limit=most, seconds=seconds, manager=manager)
+            found += jobs
+            if jobs:
+                await put_control(connection, filled.spend(len(jobs)), now=now)
+    if others and limit > len(found):
+        found += await STATEMENTS.dequeue(
+            connection, others, limit=limit - len(found), seconds=seconds, manager=manager
+        )
+    return found

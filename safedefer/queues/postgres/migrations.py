@@ -1,0 +1,114 @@
+"""Migrations: creates the queue's tables or brings them up to date, and checks that they fit this release."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+import asyncpg
+from pgqueuer._version import version as pgqueuer_version
+from pgqueuer.adapters.persistence.qb import QueryBuilderEnvironment, QueryQueueBuilder, QuerySchedulerBuilder
+from pgqueuer.db import AsyncpgDriver
+from pgqueuer.queries import Queries
+
+from safedefer.errors import ConfigurationError, QueueUnavailable
+from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, REMEDY_MIGRATE, place
+from safedefer.queues.postgres.pgqueuer import NAMES, SCHEMA, UNWANTED_INDEX
+from safedefer.queues.postgres.statements import SQL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MIGRATIONS: Final = ("migration_1",)
+"""Step n brings the tables of safedefer from version n - 1 to n. Steps are appended, never edited."""
+
+#: Key of the advisory lock that serializes migrations.
+_MIGRATION_LOCK: Final = 0x5AFE_DEFE
+
+
+def migrate(dsn: str) -> list[str]:
+    """Create the tables of a database, or bring them up to date; returns a line for each step done.
+
+    Raises:
+        QueueUnavailable: The database is not there, or its user may not make tables.
+    """
+    try:
+        return asyncio.run(_migrate(dsn))
+    except BROKEN as error:
+        raise QueueUnavailable(
+            f"the database at {place(dsn)} was not migrated ({type(error).__name__}: {error}); "
+            "see that it runs, and that this user may create a schema in it"
+        ) from error
+
+
+async def check_schema(connection: Any) -> tuple[str, float]:
+    """Return the marker and the lease seconds of a database.
+
+    Raises:
+        ConfigurationError: The database was not migrated, or by another release.
+    """
+    if not (await connection.fetchrow(SQL["has_settings"]))["found"]:
+        raise ConfigurationError(f"the queue's tables are not in this database; {REMEDY_MIGRATE}")
+    settings = await connection.fetchrow(SQL["settings"])
+    if settings is None or settings["version"] < len(MIGRATIONS):
+        raise ConfigurationError(f"the queue's tables are of an older safedefer; {REMEDY_MIGRATE}")
+    if settings["version"] > len(MIGRATIONS):
+        raise ConfigurationError(
+            f"the queue's tables have version {settings['version']}, and this safedefer knows versions up to "
+            f"{len(MIGRATIONS)}; upgrade safedefer"
+        )
+    if settings["pgqueuer"] != pgqueuer_version:
+        plan = await _queries(connection).plan_upgrade()
+        if _wanted(plan.statements):
+            raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']}; {REMEDY_MIGRATE}")
+    return settings["marker"], settings["lease_seconds"]
+
+
+def _queries(connection: Any) -> Queries:
+    """Return pgqueuer's own interface to its tables in our schema."""
+    return Queries(
+        AsyncpgDriver(connection),
+        qbe=QueryBuilderEnvironment(settings=NAMES),
+        qbq=QueryQueueBuilder(settings=NAMES),
+        qbs=QuerySchedulerBuilder(settings=NAMES),
+    )
+
+
+def _wanted(statements: Iterable[str]) -> list[str]:
+    """Return the statements of a pgqueuer upgrade that apply here: all but the index that ``migrate`` drops."""
+    return [statement for statement in statements if UNWANTED_INDEX not in statement]
+
+
+async def _migrate(dsn: str) -> list[str]:
+    connection = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS, server_settings={"application_name": "safedefer"})
+    done = []
+    try:
+        # Concurrent migrations wait here, for each other.
+        await connection.execute("SELECT pg_advisory_lock($1)", _MIGRATION_LOCK)
+        await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+        queries = _queries(connection)
+        if await queries.schema_is_installed():
+            if wanted := _wanted((await queries.plan_upgrade()).statements):
+                await queries.apply_upgrade()
+            done += [f"pgqueuer: {statement}" for statement in wanted]
+        else:
+            await queries.install(create_schema=False)
+            await queries.optimize_autovacuum()
+            done.append(f"pgqueuer: installed {pgqueuer_version}")
+        await connection.execute(SQL["drop_tempting_index"])
+        settings = None
+        if (await connection.fetchrow(SQL["has_settings"]))["found"]:
+            settings = await connection.fetchrow(SQL["settings"])
+        at = 0 if settings is None else settings["version"]
+        for number, name in enumerate(MIGRATIONS[at:], start=at + 1):
+            async with connection.transaction():
+                await connection.execute(SQL[name])
+                if number == 1:
+                    await connection.execute(SQL["settings_insert"], secrets.token_hex(16))
+                await connection.execute(SQL["settings_version"], number, pgqueuer_version)
+            done.append(f"safedefer: {name}")
+        await connection.execute(SQL["settings_version"], max(at, len(MIGRATIONS)), pgqueuer_version)
+    finally:
+        connection.terminate()
+    return done

@@ -1,0 +1,117 @@
+"""pgqueuer's statements for its tables in the schema ``safedefer``, with parts of ours put into them.
+
+pgqueuer builds its SQL at run time. ``_with_ours`` replaces one known fragment of a statement, and refuses a pgqueuer
+whose statement does not contain that fragment exactly once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import asyncpg
+from pgqueuer._version import version as pgqueuer_version
+from pgqueuer.adapters.persistence.qb import QueryQueueBuilder
+from pgqueuer.domain.settings import DBSettings, Durability
+from pgqueuer.types import Channel, QueueEntrypoint, QueueManagerId
+
+from safedefer.errors import ConfigurationError
+from safedefer.queues.postgres.statements import SQL, interval
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from uuid import UUID
+
+    from safedefer.queues.postgres.connection import Connection
+
+SCHEMA: Final = "safedefer"
+
+#: Every name is given explicitly: pgqueuer's own defaults come from PGQUEUER_* variables, which are the user's.
+NAMES: Final = DBSettings(
+    prefix="",
+    db_schema=SCHEMA,
+    channel=Channel("ch_pgqueuer"),
+    function="fn_pgqueuer_changed",
+    statistics_table="pgqueuer_statistics",
+    queue_status_type="pgqueuer_status",
+    queue_table="pgqueuer",
+    queue_table_log="pgqueuer_log",
+    trigger="tg_pgqueuer_changed",
+    schedules_table="pgqueuer_schedules",
+    durability=Durability.durable,
+    widen_id=True,
+)
+
+UNWANTED_INDEX: Final = f"{NAMES.queue_table}_priority_id_id1_idx"
+"""Dropped by ``migrate``: the planner prefers it to the index that begins with the entrypoint (``drop_tempting_index``)."""
+
+_SLOT_INDEX: Final = f"{NAMES.queue_table}_picked_slot_idx"
+
+#: The entrypoints in pgqueuer's INSERT. ``admit`` takes their place: it checks names, keys and blobs, and returns them.
+_ENTRYPOINTS: Final = "$2::text[]"
+#: The last SELECT of pgqueuer's dequeue statement, and the columns of it that a lease needs.
+_PICKED: Final = "SELECT * FROM claimed"
+_NEEDED: Final = "SELECT id, dedupe_key, entrypoint, headers, payload, attempts, updated FROM claimed"
+
+
+class Statements:
+    """pgqueuer's statements.
+
+    Attributes:
+        enqueue: Admits and inserts jobs. Parameters: see ``enqueue.enqueue_values``.
+        retry: Queues a picked job again: id, delay, traceback.
+        log: Ends jobs: arrays of id, status, traceback.
+    """
+
+    def __init__(self) -> None:
+        self._builder = QueryQueueBuilder(settings=NAMES)
+        self.retry = self._builder.build_retry_job_query()
+        self.log = self._builder.build_log_job_query()
+        # One statement for admission and insertion: one round trip, and atomic without BEGIN.
+        self.enqueue = _with_ours(self._builder.build_enqueue_query(), {_ENTRYPOINTS: SQL["admit"]})
+
+    async def dequeue(
+        self, connection: Connection, queues: Mapping[str, int], *, limit: int, seconds: float, manager: UUID
+    ) -> Sequence[Mapping[str, Any]]:
+        """Pick due jobs.
+
+        Args:
+            connection: Where.
+            queues: The cap on concurrency of each queue to pick from; 0 is none.
+            limit: Jobs at most.
+            seconds: A picked job without a heartbeat for so long is picked again.
+            manager: pgqueuer's ``queue_manager_id``.
+        """
+        query = self._builder.build_dequeue_query(
+            batch_size=limit,
+            entrypoints=[QueueEntrypoint(queue) for queue in queues],
+            concurrency_limits=list(queues.values()),
+            queue_manager_id=QueueManagerId(manager),
+            global_concurrency_limit=None,
+            heartbeat_timeout=interval(seconds),
+        )
+        statement = _with_ours(query.sql, {_PICKED: _NEEDED})
+        if not any(queues.values()):
+            return await connection.fetch(statement, *query.args)
+        try:
+            async with connection.transaction():
+                return await connection.fetch(statement, *query.args)
+        except asyncpg.UniqueViolationError as error:
+            if getattr(error, "constraint_name", None) != _SLOT_INDEX:
+                raise
+        except asyncpg.DeadlockDetectedError:
+            pass
+        return ()  # another dispatcher took the last slot under the cap
+
+
+def _with_ours(statement: str, parts: Mapping[str, str]) -> str:
+    """Return a statement of pgqueuer's with fragments replaced: ``parts`` maps theirs to ours."""
+    for theirs, ours in parts.items():
+        if statement.count(theirs) != 1:
+            raise ConfigurationError(
+                f"pgqueuer {pgqueuer_version} has statements that are not known here; install an older one"
+            )
+        statement = statement.replace(theirs, ours)
+    return statement
+
+
+STATEMENTS: Final = Statements()

@@ -1,0 +1,62 @@
+"""Pruning: deletes tombstones, history, records and ledger entries by age, and archives old dead letters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from safedefer.queues.postgres.statements import SQL
+
+if TYPE_CHECKING:
+    from safedefer.queues.base import StorageOptions
+    from safedefer.queues.postgres.connection import Connection
+    from safedefer.queues.postgres.pools import Pools
+
+LEDGER_LEEWAY: Final = 3600
+"""Seconds that a ledger entry is kept after its token expired."""
+
+_EVERY_SECONDS: Final = 60.0
+#: The wait after a pruning that reached its limit.
+_AGAIN_SECONDS: Final = 0.2
+_AT_ONCE: Final = 500
+
+
+class Pruning:
+    """Prunes a database, about once a minute when dispatchers ask for it.
+
+    Args:
+        options: The ages and numbers from which on rows go.
+    """
+
+    def __init__(self, options: StorageOptions) -> None:
+        self._options = options
+        self._next = float("-inf")
+
+    def is_due(self, now: float) -> bool:
+        """Whether a minute has passed since the last pruning of this process, or that one reached its limit."""
+        return now >= self._next
+
+    async def run(self, pools: Pools, *, now: float) -> None:
+        """Prune on connections of the running loop, and set the time of the next pruning."""
+        self._next = now + _EVERY_SECONDS
+
+        async def action(connection: Connection) -> int:
+            return await self.prune(connection, now=now)
+
+        if await pools.run(action, purpose="relaxed") >= _AT_ONCE:
+            self._next = now + _AGAIN_SECONDS
+
+    async def prune(self, connection: Connection, *, now: float) -> int:
+        """Delete or archive up to 500 rows of each kind, each kind in a statement of its own; returns how many."""
+        options = self._options
+        before = now - options.history_seconds
+        removed = 0
+        for name, values in (
+            ("names_prune", (now, _AT_ONCE)),
+            ("ended_prune", (before, _AT_ONCE)),
+            ("attempts_prune", (before, _AT_ONCE)),
+            ("dead_archive_old", (now, now - options.dead_seconds, _AT_ONCE)),
+            ("dead_archive_excess", (now, options.dead_limit, _AT_ONCE)),
+            ("ledger_prune", (now - LEDGER_LEEWAY, _AT_ONCE)),
+        ):
+            removed += len(await connection.fetch(SQL[name], *values))
+        return removed

@@ -1,0 +1,175 @@
+"""Views: counts of queues and lists of tasks, for people who look."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from safedefer.queues.base import QueueStats, TaskState, TaskView
+from safedefer.queues.postgres.records import recorded_success, records_of
+from safedefer.queues.postgres.rows import read_task
+from safedefer.queues.postgres.statements import SQL, interval
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from safedefer.ledger import AttemptRecord
+    from safedefer.queues.base import DeadFilter
+    from safedefer.queues.postgres.connection import Connection
+
+#: Beyond any time in seconds since the epoch.
+_FOREVER: Final = 1e18
+_DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
+
+
+async def stats(connection: Connection, *, seconds: float) -> list[QueueStats]:
+    """Return the counts of every queue that has a task or a dead letter, sorted by name.
+
+    A task whose lease ran out (no heartbeat for ``seconds``) counts as waiting.
+    """
+    tasks = await connection.fetch(SQL["stats"], interval(seconds))
+    dead = await connection.fetch(SQL["stats_dead"])
+    counts = {row["queue"]: (row["waiting"], row["running"], row["oldest"]) for row in tasks}
+    deaths = {row["queue"]: row["dead"] for row in dead}
+    found = []
+    for queue in sorted({*counts, *deaths}):
+        waiting, running, oldest = counts.get(queue, (0, 0, None))
+        found.append(
+            QueueStats(queue=queue, waiting=waiting, running=running, dead=deaths.get(queue, 0), oldest=oldest)
+        )
+    return found
+
+
+async def tasks(
+    connection: Connection, *, states: Sequence[TaskState], queue: str | None, limit: int
+) -> list[TaskView]:
+    """Return tasks, newest first, without records; without ``states``: waiting, running and dead."""
+    found: list[TaskView] = []
+    for state in dict.fromkeys(states or _DEFAULT_STATES):
+        found += await _of_state(connection, state, queue, limit)
+    found.sort(key=lambda task: task.created, reverse=True)
+    return found[:limit]
+
+
+async def _of_state(connection: Connection, state: TaskState, queue: str | None, limit: int) -> list[TaskView]:
+    if state in {TaskState.WAITING, TaskState.RUNNING}:
+        status = "queued" if state is TaskState.WAITING else "picked"
+        condition = f"WHERE job.status = '{status}' AND ($1::text IS NULL OR job.entrypoint IN ($1, $1 || '@later'))"
+        statement = f"{SQL['view_jobs']} {condition} ORDER BY job.id DESC LIMIT $2"
+        return await _job_views(connection, await connection.fetch(statement, queue, limit))
+    if state is TaskState.DEAD:
+        statement = f"{SQL['view_dead']} WHERE archived IS NULL AND ($1::text IS NULL OR queue = $1)"
+        rows = await connection.fetch(f"{statement} ORDER BY ended DESC LIMIT $2", queue, limit)
+        return [_dead_view(row) for row in rows]
+    statement = f"{SQL['view_ended']} WHERE state = $3 AND ($1::text IS NULL OR queue = $1)"
+    rows = await connection.fetch(f"{statement} ORDER BY id DESC LIMIT $2", queue, limit, str(state))
+    return [_ended_view(row) for row in rows]
+
+
+async def dead_letters(
+    connection: Connection, *, where: DeadFilter, after: tuple[float, str] | None, limit: int
+) -> list[TaskView]:
+    """Return dead letters with their records, oldest first, from the one behind ``after`` (``(ended, id)``) on."""
+    ended, task_id = after or (-_FOREVER, "")
+    since = -_FOREVER if where.since is None else where.since
+    before = _FOREVER if where.before is None else where.before
+    values = (where.archived, where.queue, where.reason, where.callable_name, since, before, ended, task_id, limit)
+    rows = await connection.fetch(SQL["dead_letters"], *values)
+    records = await records_of(connection, [row["id"] for row in rows])
+    return [_dead_view(row, records.get(row["id"], ())) for row in rows]
+
+
+async def find(connection: Connection, *, task_id: str) -> TaskView | None:
+    """Return one task in whatever state, with the records of its attempts; an ended one without its token."""
+    records = (await records_of(connection, [task_id])).get(task_id, [])
+    condition = "WHERE job.dedupe_key = $1 AND job.status IN ('queued', 'picked')"
+    jobs = await connection.fetch(f"{SQL['view_jobs']} {condition}", task_id)
+    if jobs:
+        return await _with_success(connection, (await _job_views(connection, jobs, records))[0])
+    for statement, view in (("view_dead", _dead_view), ("view_ended", _ended_view)):
+        rows = await connection.fetch(f"{SQL[statement]} WHERE id = $1", task_id)
+        if rows:
+            return await _with_success(connection, view(rows[0], records))
+    return None
+
+
+async def _with_success(connection: Connection, view: TaskView) -> TaskView:
+    """Return a view with the record of the success that the ledger holds, in its place among the others by time."""
+    success = await recorded_success(connection, audience=view.audience, task_id=view.id)
+    if not success:
+        return view
+    ended = success[0].ended
+    before = [record for record in view.records if record.started < ended]
+    after = [record for record in view.records if record.started >= ended]
+    return replace(view, records=[*before, *success, *after])
+
+
+async def _job_views(
+    connection: Connection, jobs: Sequence[Mapping[str, Any]], records: Sequence[AttemptRecord] = ()
+) -> list[TaskView]:
+    tasks = [read_task(job) for job in jobs]
+    wanted = [task.blob_id for task in tasks if task.blob_id is not None]
+    found = await connection.fetch(SQL["blobs_of"], wanted) if wanted else ()
+    blobs = {(row["id"], row["task_id"]): bytes(row["data"]) for row in found}
+    return [
+        _job_view(job, blobs.get((task.blob_id or "", task.id)), records) for job, task in zip(jobs, tasks, strict=True)
+    ]
+
+
+def _job_view(job: Mapping[str, Any], blob: bytes | None, records: Sequence[AttemptRecord]) -> TaskView:
+    """Return the view of a row of ``view_jobs``; ``blob`` is the stored token of an oversize task."""
+    task = read_task(job)
+    return TaskView(
+        id=task.id,
+        queue=task.queue,
+        state=TaskState.WAITING if job["status"] == "queued" else TaskState.RUNNING,
+        name=task.name,
+        callable_name=task.callable_name,
+        url=task.url,
+        target=task.target,
+        audience=task.audience,
+        headers=task.headers,
+        eta=task.eta,
+        created=task.created,
+        expires=task.expires,
+        attempts=job["attempts"],
+        token=task.token if blob is None else blob,
+        reason=job["retry_reason"],
+        retry_options=task.retry_options,
+        records=records,
+    )
+
+
+def _ended_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -> TaskView:
+    """Return the view of a row of ``view_ended``, which keeps neither token, headers nor options."""
+    hints = {"id": 0, "dedupe_key": row["id"], "entrypoint": row["queue"], "headers": row["headers"], "payload": None}
+    task = read_task(hints)
+    return TaskView(
+        id=task.id,
+        queue=task.queue,
+        state=TaskState(row["state"]),
+        name=task.name,
+        callable_name=task.callable_name,
+        url=task.url,
+        target=task.target,
+        audience=task.audience,
+        headers={},
+        eta=task.eta,
+        created=task.created,
+        expires=task.expires,
+        attempts=row["attempts"],
+        token=b"",
+        reason=row["reason"],
+        ended=row["ended"],
+        records=records,
+    )
+
+
+def _dead_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -> TaskView:
+    """Return the view of a row of ``view_dead``."""
+    values = dict(row)
+    for name in ("headers", "retry_options"):
+        value = json.loads(values[name])
+        values[name] = value if type(value) is dict else {}
+    return TaskView(**{**values, "state": TaskState(values["state"]), "records": records})

@@ -1,0 +1,327 @@
+"""What every engine decides alike, as functions of their arguments: an engine reads, asks these, and writes.
+
+Engines whose counters change inside SQL keep their statements; ``tests/queues/contract.py`` runs the table of
+``tests/queues/cases.py`` on each of them, and so proves that its SQL agrees with these functions.
+
+The handler judges by the same rules as the dispatcher: nothing here knows HTTP but its status codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+from safedefer.errors import InvalidTaskRetryOptionsError
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.options import TaskRetryOptions
+from safedefer.queues.base import Lease, QueuedTask, Settlement, Verdict
+
+#: Defaults of App Engine's retry parameters.
+MIN_BACKOFF: Final = 0.1
+MAX_BACKOFF: Final = 3_600.0
+MAX_DOUBLINGS: Final = 16
+#: Rejections (a bad deploy, a wrong key) after which a task is given up, if they span ``REJECT_SECONDS``.
+REJECT_LIMIT: Final = 10
+REJECT_SECONDS: Final = 3_600.0
+#: The longest that a handler can put off a task, in seconds: its clock may be wrong, and be corrected.
+MAX_PUT_OFF: Final = 60.0
+#: Seconds that a ledger entry is kept after its token expired.
+LEDGER_LEEWAY: Final = 3_600
+#: The newest attempt records that are kept of one task.
+RECORDS_KEPT: Final = 100
+#: The reason of a delivery that ended with its lease, and not with an answer.
+LOST_LEASE: Final = "lease-expired"
+#: What the ledger calls a run that has not ended.
+RUNNING: Final = "running"
+#: One more than this still fits into 32 bits: counters stop there, whatever somebody wrote into the storage.
+MOST_COUNTED: Final = 2**31 - 2
+
+_ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
+#: Reasons of a dead letter that say less than the record of its last attempt.
+_VAGUE: Final = frozenset({None, "rejected"})
+_STATES: Final = {Verdict.DONE: EndState.SUCCEEDED, Verdict.DEAD: EndState.FAILED}
+
+
+# --- What is counted ------------------------------------------------------------------------------
+
+
+class Counters(NamedTuple):
+    """What is counted of a task, as it was before the delivery under way: the last fields of ``Lease``, in order."""
+
+    attempts: int = 0
+    retries: int = 0
+    executions: int = 0
+    first_attempt: float | None = None
+    rejections: int = 0
+    first_rejection: float | None = None
+    previous_response: int | None = None
+    retry_reason: str | None = None
+
+    @classmethod
+    def of(cls, lease: Lease) -> Counters:
+        """Return the counters of a lease."""
+        return cls._make(lease[3:])
+
+
+class Entry(NamedTuple):
+    """What the ledger knows of a task, as far as it decides something."""
+
+    state: str
+    """``running``, or how the last run left it: an ``EndState``."""
+    uncharged: bool = False
+    """A run began, and its delivery is not settled."""
+    alive: bool = False
+    """The lease of the run lasts."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the task does not run again."""
+        return self.state in _ENDED
+
+    @property
+    def running(self) -> bool:
+        """Whether somebody runs it, whose lease lasts."""
+        return self.state == RUNNING and self.alive
+
+
+class LostDelivery(NamedTuple):
+    """A delivery whose lease ran out before anybody settled it."""
+
+    counters: Counters
+    charged: bool
+    """Its run had begun: the ledger's entry is charged now."""
+    record: AttemptRecord | None
+
+
+class End(NamedTuple):
+    """How a task ends."""
+
+    state: EndState
+    reason: str | None = None
+    charged: bool = False
+    """Whether the delivery counts as an attempt."""
+    by_record: bool = False
+    """Whether the reason of the task's newest record counts before ``reason``."""
+
+
+def plus(count: int, more: int) -> int:
+    """Return a counter after ``more``, which is 0 or 1."""
+    return min(count, MOST_COUNTED) + more
+
+
+def after_retry(before: Counters, settlement: Settlement, *, leased_at: float | None, now: float) -> Counters:
+    """Return the counters after a delivery that is settled as RETRY."""
+    first_attempt, first_rejection = before.first_attempt, before.first_rejection
+    return Counters(
+        attempts=plus(before.attempts, settlement.charged),
+        retries=plus(before.retries, 1),
+        executions=plus(before.executions, settlement.executed),
+        first_attempt=leased_at if settlement.charged and first_attempt is None else first_attempt,
+        rejections=plus(before.rejections, settlement.rejected),
+        first_rejection=now if settlement.rejected and first_rejection is None else first_rejection,
+        previous_response=settlement.status,
+        retry_reason=settlement.reason,
+    )
+
+
+def retry_charges(settlement: Settlement, entry: Entry | None) -> bool:
+    """Whether a RETRY settles the run that the ledger holds uncharged.
+
+    A run that another delivery began, and that goes on, stays to be charged.
+    """
+    return entry is not None and (settlement.charged or entry.state == EndState.RETRY)
+
+
+def after_lost_lease(
+    before: Counters, task: tuple[str, str], entry: Entry | None, *, leased_at: float | None, now: float
+) -> LostDelivery:
+    """Count a delivery whose lease ran out: as an attempt if the ledger saw its run begin.
+
+    Args:
+        before: The counters before that delivery.
+        task: Its audience and id.
+        entry: What the ledger knows.
+        leased_at: When the lease began.
+        now: The time.
+    """
+    lost = before._replace(retries=plus(before.retries, 1), retry_reason=LOST_LEASE, previous_response=None)
+    if entry is None or not entry.uncharged:
+        return LostDelivery(lost, charged=False, record=None)
+    started = now if leased_at is None else leased_at
+    first = started if before.first_attempt is None else before.first_attempt
+    lost = lost._replace(attempts=plus(before.attempts, 1), first_attempt=first)
+    record = None
+    if entry.state == RUNNING:  # a run that ended has left a record of its own
+        record = AttemptRecord(task[1], task[0], started, now, str(EndState.RETRY), None, LOST_LEASE)
+    return LostDelivery(lost, charged=True, record=record)
+
+
+# --- The ledger has the last word -----------------------------------------------------------------
+
+
+def end_of(settlement: Settlement, entry: Entry | None) -> End:
+    """Return how a task ends that is settled as DONE or DEAD.
+
+    The ledger has the last word: it knows how the run ended, also when the dispatcher that saw it died, and the
+    next one got no more than "duplicate".
+    """
+    state, reason, charged = _STATES[settlement.verdict], settlement.reason, settlement.charged
+    if entry is not None and entry.ended:
+        # What is not uncharged was charged when its lease ran out, and this delivery found it ended.
+        charged = charged and entry.uncharged
+        if entry.state != state:
+            state, reason = EndState(entry.state), None
+    return End(state, reason, charged, state is EndState.FAILED and reason in _VAGUE)
+
+
+def may_cancel(entry: Entry | None) -> bool:
+    """Whether a task that nobody has leased can be cancelled: by the ledger it neither runs now nor has ended."""
+    return entry is None or not (entry.ended or entry.running)
+
+
+def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Entry) -> Admission:
+    """Say whether a task may run that the ledger knows; one that it does not know may."""
+    if digest != execution.digest:
+        return Admission.CONFLICT
+    if entry.ended:
+        return Admission.DUPLICATE
+    if entry.running and owner != execution.owner:
+        return Admission.RUNNING
+    return Admission.RUN
+
+
+# --- Which limits count ---------------------------------------------------------------------------
+
+
+def backoff(options: TaskRetryOptions, n: int, *, jitter: float = 0.0) -> float:
+    """Seconds to wait before retry ``n``, counted from 1 (App Engine task queue backoff).
+
+    The interval doubles ``max_doublings`` times and then grows linearly, up to the maximum.
+
+    Args:
+        options: The task's or queue's own values.
+        n: Which retry.
+        jitter: From 0 to 1: the part of the interval that is taken off.
+    """
+    low = MIN_BACKOFF if options.min_backoff_seconds is None else options.min_backoff_seconds
+    high = MAX_BACKOFF if options.max_backoff_seconds is None else options.max_backoff_seconds
+    doublings = MAX_DOUBLINGS if options.max_doublings is None else options.max_doublings
+    exponent = min(n - 1, doublings)
+    # 2**63 times the least float is over any maximum; larger powers would only overflow.
+    interval = min(max(high, low), low * 2.0 ** min(exponent, 63) * max(n - exponent, 1))
+    return interval * (1 - jitter)
+
+
+def gives_up(options: TaskRetryOptions, *, attempts: int, age: float) -> str | None:
+    """Say whether a failed task is tried no more, and why: a slug, or None.
+
+    With a limit of retries and one of age, it is given up when both are exceeded (App Engine).
+    """
+    retries_over = options.task_retry_limit is not None and attempts > options.task_retry_limit
+    age_over = options.task_age_limit is not None and age > options.task_age_limit
+    if options.task_retry_limit is not None and options.task_age_limit is not None:
+        return "retry-and-age-limit" if retries_over and age_over else None
+    return "retry-limit" if retries_over else "age-limit" if age_over else None
+
+
+def with_queues_options(lease: Lease, queues_own: Mapping[str, float]) -> Lease:
+    """Return a lease whose task has the retry options of its queue where it has none of its own."""
+    merged = {**queues_own, **lease.task.retry_options}
+    try:
+        TaskRetryOptions.from_given(merged)
+    except InvalidTaskRetryOptionsError:  # the file has changed since: the task's own count
+        return lease
+    return lease._replace(task=lease.task._replace(retry_options=merged))
+
+
+# --- Judging an attempt ---------------------------------------------------------------------------
+
+
+def judge_outcome(
+    lease: Lease, status: int, outcome: str | None, *, wait: float | None, now: float, jitter: float
+) -> Settlement:
+    """Turn what a handler answered into what becomes of the task.
+
+    Args:
+        lease: The delivery.
+        status: The HTTP status.
+        outcome: The ``Safedefer-Outcome``; None if something else answered.
+        wait: Seconds that the answer asks to wait; None if it does not.
+        now: The time.
+        jitter: From 0 to 1.
+    """
+    if 200 <= status <= 299:  # noqa: PLR2004  # the range of success
+        # Any 2xx is success, as on App Engine: a handler of the user's own may call run() and say no more.
+        return _done(status) if outcome != "failed" else _failed(status)
+    if outcome in {"early", "busy", "running"}:
+        seconds = min(1.0 if wait is None else wait, MAX_PUT_OFF) * (1 + jitter)
+        return Settlement(verdict=Verdict.RETRY, at=now + seconds, charged=False, status=status, reason=outcome)
+    if outcome in {"rejected", "refused"}:
+        return judge_rejection(lease, status, outcome, now=now, jitter=jitter)
+    if not outcome and wait is not None:  # whoever it is has not taken the request
+        at = now + wait * (1 + jitter)
+        return Settlement(verdict=Verdict.RETRY, at=at, charged=False, status=status, reason="busy")
+    return judge_failure(lease, status, now=now, jitter=jitter)
+
+
+@lru_cache(maxsize=100)
+def _done(status: int) -> Settlement:
+    return Settlement(verdict=Verdict.DONE, status=status, executed=True)
+
+
+@lru_cache(maxsize=100)
+def _failed(status: int) -> Settlement:
+    return Settlement(verdict=Verdict.DEAD, status=status, executed=True)
+
+
+def judge_rejection(lease: Lease, status: int | None, outcome: str, *, now: float, jitter: float) -> Settlement:
+    """Say what becomes of a task that no handler took for one of its own."""
+    count = lease.rejections + 1
+    since = now if lease.first_rejection is None else lease.first_rejection
+    over = count >= REJECT_LIMIT and now - since >= REJECT_SECONDS
+    return Settlement(
+        verdict=Verdict.DEAD if over else Verdict.RETRY,
+        at=None if over else now + backoff(_options(lease), count, jitter=jitter / 2),
+        charged=False,
+        rejected=True,
+        status=status,
+        reason=outcome,
+        record=_record(lease.task, outcome, status, now) if outcome == "refused" else None,
+    )
+
+
+def judge_failure(lease: Lease, status: int | None, *, now: float, jitter: float, reason: str = "retry") -> Settlement:
+    """Say what becomes of a task whose attempt failed; ``status`` is None if there was no answer."""
+    options = _options(lease)
+    attempts = lease.attempts + 1
+    reason = "no-response" if status is None else reason
+    # The handler could not write these down itself.
+    record = None if reason == "retry" else _record(lease.task, reason, status, now)
+    executed = status is not None and status < 500  # noqa: PLR2004  # as App Engine counts
+    given_up = gives_up(options, attempts=attempts, age=now - lease.task.eta)
+    if given_up is not None:
+        return Settlement(verdict=Verdict.DEAD, executed=executed, status=status, reason=given_up, record=record)
+    wait = backoff(options, attempts, jitter=jitter / 2)
+    return Settlement(
+        verdict=Verdict.RETRY, at=now + wait, executed=executed, status=status, reason=reason, record=record
+    )
+
+
+def give_back(lease: Lease, *, now: float) -> Settlement:
+    """Return what leaves a task as it was before it was leased."""
+    return Settlement(
+        verdict=Verdict.RETRY, at=now, charged=False, status=lease.previous_response, reason=lease.retry_reason
+    )
+
+
+def _options(lease: Lease) -> TaskRetryOptions:
+    try:
+        return TaskRetryOptions.from_given(lease.task.retry_options)
+    except InvalidTaskRetryOptionsError:  # a hint in the storage, which nobody signed: defaults will do
+        return TaskRetryOptions()
+
+
+def _record(task: QueuedTask, outcome: str, status: int | None, now: float) -> AttemptRecord:
+    """Return the record of an attempt that the handler could not write."""
+    return AttemptRecord(task.id, task.audience, now, now, outcome, status, outcome)

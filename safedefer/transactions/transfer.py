@@ -1,0 +1,372 @@
+"""Moves what is committed in the outbox of one database to the queue.
+
+It enqueues first and deletes after: a crash in between repeats the enqueue, which the queue refuses because it
+knows the task's id. So no task is lost or enqueued twice.
+
+The outbox carries opaque bytes, like the queue: nothing here can decode, import or run a task.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from safedefer.errors import Error, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.base import BlobsFull, QueuedTask
+from safedefer.transactions.rows import environment_of, transactional
+from safedefer.transactions.tables import OUTBOX, Table, look
+
+if TYPE_CHECKING:
+    from safedefer.queues.base import Queue
+    from safedefer.transactions.databases.base import Source
+
+_log: Final = logging.getLogger("safedefer.outbox")
+
+#: Rows, and bytes of tasks, that are read at once.
+_BATCH: Final = 100
+_BATCH_BYTES: Final = 32 * 2**20
+#: A longer row is no task: tokens are limited to 1 MiB, unless a limit was raised.
+_ROW_BYTES: Final = 64 * 2**20
+#: Milliseconds that a lock is waited for: another role may hold one.
+_LOCK_MILLISECONDS: Final = 2_000
+#: Characters of the longest id that is read, and of a name that is logged. An id of ours has 32.
+_ID_LENGTH: Final = 64
+#: Complaints that are remembered, so that each is logged once.
+_COMPLAINTS: Final = 1_000
+
+# A page of rows, cut where its bytes exceed a limit: the first row is always in it. Ids and tasks are bytes: a text that
+# is not in the connection's encoding, or in none, must not fail the rows beside it.
+_PAGE: Final = {
+    "postgresql": """
+        SELECT id, created, CASE
+            WHEN size OPERATOR(pg_catalog.<=) :longest THEN pg_catalog.convert_to(task, 'UTF8'::pg_catalog.name) END
+        FROM (
+            SELECT id, created, task, size,
+                pg_catalog.sum(size) OVER (ORDER BY created, id ROWS UNBOUNDED PRECEDING) AS total
+            FROM (
+                SELECT pg_catalog.convert_to(id, 'UTF8'::pg_catalog.name) AS id, created, task,
+                    pg_catalog.octet_length(task) AS size
+                FROM ONLY {table} WHERE task IS NOT NULL AND created IS NOT NULL
+                AND pg_catalog.length(id) OPERATOR(pg_catalog.<=) :id_length AND {mine} AND {after} ORDER BY 2, 1 LIMIT :limit
+            ) AS page
+        ) AS page
+        WHERE total OPERATOR(pg_catalog.-) size OPERATOR(pg_catalog.<) :bytes ORDER BY created, id
+    """,
+    "sqlite": """
+        SELECT id, created, CASE WHEN size <= :longest THEN CAST(task AS BLOB) END FROM (
+            SELECT id, created, task, size, sum(size) OVER (ORDER BY created, id ROWS UNBOUNDED PRECEDING) AS total FROM (
+                SELECT CAST(id AS BLOB) AS id, CAST(created AS REAL) AS created, task, length(task) AS size
+                FROM {table} WHERE task IS NOT NULL AND created IS NOT NULL
+                AND length(id) <= :id_length AND {mine} AND {after} ORDER BY 2, 1 LIMIT :limit
+            ) AS page
+        ) AS page
+        WHERE total - size < :bytes ORDER BY created, id
+    """,
+}
+_AFTER: Final = {
+    "postgresql": """
+        (created OPERATOR(pg_catalog.>) CAST(:created AS pg_catalog.float8)
+        OR (created OPERATOR(pg_catalog.=) CAST(:created AS pg_catalog.float8)
+            AND pg_catalog.convert_to(id, 'UTF8'::pg_catalog.name) OPERATOR(pg_catalog.>) CAST(:id AS pg_catalog.bytea)))
+    """,
+    "sqlite": """
+        (CAST(created AS REAL) > :created OR (CAST(created AS REAL) = :created AND CAST(id AS BLOB) > :id))
+    """,
+}
+_MINE: Final = {
+    "postgresql": "(environment IS NULL OR environment OPERATOR(pg_catalog.=) CAST(:environment AS pg_catalog.text))",
+    "sqlite": "(environment IS NULL OR environment = :environment)",
+}
+_DELETE: Final = {
+    "postgresql": "DELETE FROM ONLY {table} WHERE id OPERATOR(pg_catalog.=) CAST(:id AS pg_catalog.text)",
+    "sqlite": "DELETE FROM {table} WHERE id = :id",
+}
+_LOCK: Final = "LOCK TABLE ONLY {table} IN ROW EXCLUSIVE MODE"
+_ADD_COLUMN: Final = "ALTER TABLE {table} ADD COLUMN environment VARCHAR(100)"
+
+
+class OutboxChanged(Exception):
+    """The table is not any more what it was when it was chosen."""
+
+
+class _Row(NamedTuple):
+    """A row as it was read."""
+
+    raw_id: bytes
+    created: float
+    text: bytes | None
+    """None if it is too long."""
+
+    @property
+    def id(self) -> str:
+        return self.raw_id.decode(errors="backslashreplace")
+
+
+class _HandedOver(NamedTuple):
+    """How far it has come with some tasks."""
+
+    ids: Sequence[str]
+    """Those that the queue has now."""
+    failure: QueueUnavailable | None = None
+    """Why it did not store another one."""
+    is_away: bool = False
+    """Whether it stores none."""
+
+
+class Transfer:
+    """Moves tasks of one application.
+
+    Args:
+        environment: Whose rows are taken, and those of before there was the column, if their audience names it.
+        queues: The names of its queues; None is any.
+    """
+
+    def __init__(self, *, environment: str, queues: Collection[str] | None = None) -> None:
+        self.environment = environment
+        self._queues = None if queues is None else frozenset(queues)
+        self._said: set[object] = set()
+
+    def says_first(self, *complaint: object) -> bool:
+        """Whether a complaint is to be logged: once, and none any more after so many."""
+        # Without a lock: the worst that two threads do is to log one twice.
+        if complaint in self._said or len(self._said) >= _COMPLAINTS:
+            return False
+        self._said.add(complaint)
+        return True
+
+    async def move(self, source: Source, queue: Queue, schemas: Iterable[str | None]) -> int:
+        """Move what is committed to the queue; returns how many tasks.
+
+        Args:
+            source: A connection without an open transaction.
+            queue: Where the tasks go.
+            schemas: Where the outboxes are; None is the first on the connection's search path that its role owns.
+
+        Raises:
+            QueueUnavailable: The queue did not store a task, or any; what is left stays in the outbox.
+            Exception: A table could not be read; the others were.
+        """
+        moved, failure, done = 0, None, set()
+        for schema in schemas:
+            try:
+                table = await self._find(source, schema)
+                if table is None or table.schema in done:
+                    continue
+                done.add(table.schema)
+                moved += await self._empty(source, queue, table)
+            except Exception as error:  # noqa: BLE001  # the user's database, by whatever library
+                failure = error
+                if isinstance(error, QueueUnavailable) and _is_away(queue):
+                    break
+        if failure is not None:
+            raise failure
+        return moved
+
+    # --- Which table ---
+
+    async def _find(self, source: Source, schema: str | None) -> Table | None:
+        async with _reading(source):
+            found = await look(source, OUTBOX, schema)
+        if schema is not None:
+            candidates = [table for table in found if table.schema == schema]
+        else:
+            candidates = [table for table in found if table.on_path]
+            for table in found:
+                if not table.on_path and self.says_first("off path", table.name):
+                    _log.warning(
+                        "the outbox %a is not on the search_path, and not swept; name it: ?schema=%s at the end of the URL "
+                        "in SAFEDEFER_OUTBOXES (&schema=%s after other parameters)",
+                        table.name, table.schema, table.schema,
+                    )  # fmt: skip
+        chosen = next((table for table in candidates if table.is_own), next(iter(candidates), None))
+        return chosen if chosen is not None and self._may_use(chosen) else None
+
+    def _may_use(self, table: Table) -> bool:
+        problem = table.flaw
+        if not table.is_own:
+            problem = (
+                f"it belongs to {table.owner}, and only its owner empties it: {table.role} does not; connect as "
+                f"{table.owner} (SAFEDEFER_OUTBOXES), or ALTER TABLE ... OWNER TO {table.role}"
+            )
+        elif problem is None and not table.may_empty:
+            problem = f"{table.role} may not read and delete its rows; GRANT SELECT and DELETE to it"
+        if problem is None:
+            return True
+        if self.says_first("unused", table.name, problem):
+            _log.error("tasks stay in the outbox %a: %a", table.name, problem)
+        return False
+
+    @asynccontextmanager
+    async def _locked(self, source: Source, table: Table) -> AsyncIterator[Table]:
+        """A transaction in which the table is as it was judged: nobody can alter it or put a trigger on it."""
+        await source.begin()
+        try:
+            if source.dialect == "postgresql":
+                # Before the first snapshot: an older one would not see a trigger that the lock has waited for.
+                await source.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+                await source.execute(f"SET LOCAL lock_timeout = {_LOCK_MILLISECONDS}")
+                await source.execute(_LOCK.format(table=table.name))
+            found = [each for each in await look(source, OUTBOX, table.schema) if each.schema == table.schema]
+            if [each.oid for each in found] != [table.oid] or not found[0].is_own or not self._may_use(found[0]):
+                raise OutboxChanged(table.name)  # noqa: TRY301  # undone below, as any error
+            yield found[0]
+        except BaseException:
+            await source.rollback()
+            raise
+        await source.commit()
+
+    # --- What is in it ---
+
+    async def _empty(self, source: Source, queue: Queue, table: Table) -> int:
+        moved, position, failure = 0, None, None
+        table = await self._brought_up_to_date(source, table)
+        while rows := await self._read(source, table, position):
+            done = self._hand_over(queue, table, rows)
+            if done.ids:
+                moved += await self._delete(source, table, done.ids)
+            failure = done.failure or failure
+            if done.is_away:
+                break
+            position = rows[-1]
+        if failure is not None:
+            raise failure
+        return moved
+
+    async def _brought_up_to_date(self, source: Source, table: Table) -> Table:
+        """Add the column that an earlier release did not make. Not in a user's transaction: it locks the table."""
+        if "environment" in table.columns:
+            return table
+        try:
+            async with self._locked(source, table) as locked:
+                if "environment" not in locked.columns:
+                    await source.execute(_ADD_COLUMN.format(table=table.name))
+        except Exception as error:  # noqa: BLE001  # somebody else holds a lock: the next time, then
+            _log.debug("the outbox is used without its new column (%s)", slug(error))
+            return table
+        return table._replace(columns=table.columns | {"environment"})
+
+    async def _read(self, source: Source, table: Table, after: _Row | None) -> list[_Row]:
+        statement = _PAGE[source.dialect].format(
+            table=table.name,
+            mine=_MINE[source.dialect] if "environment" in table.columns else "true",
+            after="true" if after is None else _AFTER[source.dialect],
+        )
+        values: dict[str, object] = {
+            "limit": _BATCH,
+            "bytes": _BATCH_BYTES,
+            "longest": _ROW_BYTES,
+            "id_length": _ID_LENGTH,
+        }
+        if "environment" in table.columns:
+            values["environment"] = self.environment
+        if after is not None:
+            values |= {"created": after.created, "id": after.raw_id}
+        if source.dialect == "postgresql":
+            async with self._locked(source, table):
+                rows = await source.rows(statement, values)
+        else:
+            # Without the write lock, which would keep others from the file: reading runs no trigger.
+            async with _reading(source):
+                rows = await source.rows(statement, values)
+        return [_Row(bytes(row[0]), float(row[1]), None if row[2] is None else bytes(row[2])) for row in rows]
+
+    async def _delete(self, source: Source, table: Table, task_ids: Sequence[str]) -> int:
+        statement = _DELETE[source.dialect].format(table=table.name)
+        async with self._locked(source, table):
+            deleted = [await source.execute(statement, {"id": task_id}) for task_id in task_ids]
+        return sum(deleted)
+
+    def _hand_over(self, queue: Queue, table: Table, rows: Sequence[_Row]) -> _HandedOver:
+        """Enqueue the tasks of some rows."""
+        tasks = [task for row in rows if (task := self._task(table, row)) is not None]
+        if not tasks:
+            return _HandedOver(())
+        try:
+            queue.enqueue_many(tasks)
+        except QueueUnavailable as error:
+            if _is_away(queue):
+                return _HandedOver((), error, is_away=True)
+        except Exception as error:  # noqa: BLE001  # one is there already, is of a kind that no queue takes, or none is taken
+            _log.debug("the outbox is emptied one by one (%s)", slug(error))
+        else:
+            return _HandedOver([task.id for task in tasks])
+        return self._one_by_one(queue, table, tasks)
+
+    def _task(self, table: Table, row: _Row) -> QueuedTask | None:
+        """Return the task of a row; None if it is not one of this application's, or none at all."""
+        try:
+            if row.text is None:
+                raise ValueError("too long")  # noqa: TRY301  # it is as unreadable as the others
+            task = transactional(row.text.decode(), row.raw_id.decode())
+            environment = environment_of(task)
+        except Exception as error:  # noqa: BLE001  # whatever somebody has written there
+            if self.says_first("no task", table.name, row.raw_id):
+                _log.error("the outbox has a row that is no task (%s): %a; look at it", slug(error), row.id)
+            return None
+        if environment != self.environment:  # from before there was the column
+            return None
+        if self._queues is not None and task.queue not in self._queues:
+            if self.says_first("queue", table.name, task.queue):
+                _log.warning(
+                    "the outbox has a task for the queue %a, which this application does not have; it stays there",
+                    task.queue[:_ID_LENGTH],
+                )
+            return None
+        return task
+
+    def _one_by_one(self, queue: Queue, table: Table, tasks: Sequence[QueuedTask]) -> _HandedOver:
+        """Enqueue tasks of which one is refused: it stays where it is, and the others go on."""
+        arrived: list[str] = []
+        failure = None
+        for task in tasks:
+            try:
+                _enqueue(queue, task)
+            except BlobsFull as error:
+                if self.says_first("full", table.name, task.id):
+                    _log.warning("task %s stays in the outbox: %s", task.id, error)
+            except Exception as error:  # noqa: BLE001  # as above
+                if isinstance(error, QueueUnavailable):
+                    failure = error
+                    if _is_away(queue):
+                        return _HandedOver(arrived, failure, is_away=True)
+                if self.says_first("refused", table.name, task.id):
+                    _log.error("the queue does not take task %a of the outbox (%s); look at it", task.id, slug(error))
+            else:
+                arrived.append(task.id)
+        return _HandedOver(arrived, failure)
+
+
+@asynccontextmanager
+async def _reading(source: Source) -> AsyncIterator[None]:
+    """Read; SQLAlchemy opens a transaction for that."""
+    try:
+        yield
+    finally:
+        if source.in_transaction():
+            await source.rollback()
+
+
+def _is_away(queue: Queue) -> bool:
+    """Whether a queue that took no task is not available at all. Else it is the task that it cannot store."""
+    try:
+        queue.stats(now=0.0)
+    except QueueUnavailable:
+        return True
+    return False
+
+
+def _enqueue(queue: Queue, task: QueuedTask) -> None:
+    """Enqueue a task, unless the queue has it. Raises what refuses it."""
+    try:
+        queue.enqueue(task)
+    except (TaskAlreadyExistsError, TombstonedTaskError):
+        find: Callable[[str], object] | None = getattr(queue, "find", None)
+        if find is not None and find(task.id) is None:
+            raise
+
+
+def slug(error: BaseException) -> str:
+    """Return what a log says of an error: no text of a database's."""
+    return error.slug if isinstance(error, Error) else type(error).__name__

@@ -1,0 +1,217 @@
+"""``run`` and ``serve --processes``: a supervisor, its workers, and what happens to each of them."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+# ``hold`` keeps the interpreter in a loop of C, which nothing but SIGKILL ends; ``block`` keeps the event loop.
+TASKS = """
+
+def pid(number):
+    (FOLDER / f"pid-{number}").write_text(str(os.getpid()))
+    write(number)
+
+def hold(number):
+    (FOLDER / f"held-{number}-{os.getpid()}").touch()
+    set().isdisjoint(range(10**18)) if False else {-1}.isdisjoint(range(10**18))
+
+async def block(number, seconds):
+    (FOLDER / f"blocked-{number}").touch()
+    time.sleep(seconds)
+    write(number)
+
+def compute(number, loops):
+    total = 0
+    for n in range(loops):
+        total += n * n
+    write(number)
+
+def defer_again(number):
+    from safedefer import deferred
+
+    deferred.defer(write, number)
+
+def environment(number):
+    (FOLDER / f"environment-{number}").write_text("\\n".join(sorted(os.environ)))
+"""
+
+
+@pytest.fixture
+def project(project):
+    path = project.folder / "shop_tasks.py"
+    path.write_text(path.read_text() + TASKS)
+    return project
+
+
+def workers(process):
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return not state.startswith("Z")
+
+
+def defer(project, *calls):
+    for call in calls:
+        project.defer(call)
+
+
+@pytest.mark.parametrize("command", ["run", "serve"])
+def test_the_url_is_printed_when_all_are_ready_and_sigterm_ends_them(project, command):
+    process, url = project.start(command, "--port", "0", "--processes", "2")
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
+    pids = workers(process)
+    assert len(pids) == 2
+    status, out, err = project.terminate(process)
+    assert (status, out, err) == (0, "", "")
+    assert not any(map(alive, pids))
+
+
+def test_workers_share_the_queue_and_run_everything(project):
+    process, _ = project.start("run", "--port", "0", "--processes", "2")
+    project.python("import shop_tasks as t; from safedefer.deferred import current_app\n"
+                   "current_app().defer_many([(t.work, (n,), {}) for n in range(100)])")  # fmt: skip
+    project.until(lambda: len(project.results()) >= 100)
+    assert project.results() == list(range(100))
+    assert project.terminate(process)[0] == 0
+
+
+def test_a_killed_worker_is_replaced_and_its_task_runs_again(project):
+    project.environment["SAFEDEFER_LEASE_SECONDS"] = "1"
+    process, _ = project.start("run", "--port", "0", "--processes", "2", "--lease", "1")
+    defer(project, "t.slow, 1, 3")
+    project.until(lambda: (project.folder / "started-1").exists())
+    before = workers(process)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    project.until(lambda: len(set(workers(process)) - set(before)) == 2)
+    project.until(lambda: project.results())
+    status, _, err = project.terminate(process)
+    assert status == 0
+    assert err.count("ended with status 137; another one starts") == 2
+
+
+def test_a_loop_that_stands_is_named_and_its_worker_replaced(project):
+    project.environment["SAFEDEFER_LEASE_SECONDS"] = "1"
+    process, _ = project.start("run", "--port", "0", "--processes", "2", "--lease", "1", "--hang-seconds", "2")
+    pids = workers(process)
+    defer(project, "t.block, 1, 600", "t.work, 2")
+    project.until(lambda: (project.folder / "blocked-1").exists())
+    project.until(lambda: 2 in project.results())
+    project.until(lambda: set(workers(process)) != set(pids) and len(workers(process)) == 2)
+    status, _, err = project.terminate(process)
+    assert "gave no sign of life for 2 s and is ended" in err
+    assert re.search(r"the event loop stands for [\d.]+ s, in .*block \(shop_tasks\.py:\d+\)", err)
+
+
+def test_a_loop_of_c_that_holds_the_interpreter_is_ended_with_or_without_a_supervisor(project):
+    project.environment["SAFEDEFER_LEASE_SECONDS"] = "1"
+    process, _ = project.start("run", "--port", "0", "--processes", "2", "--lease", "1", "--hang-seconds", "2")
+    defer(project, "t.hold, 1")
+    project.until(lambda: list(project.folder.glob("held-1-*")))
+    held = int(min(project.folder.glob("held-1-*"), key=lambda path: path.stat().st_mtime_ns).name.split("-")[2])
+    project.until(lambda: not alive(held))
+    pids = workers(process)
+    process.kill()
+    # A frozen worker hears of nothing, and ends all the same.
+    project.until(lambda: not any(map(alive, pids)))
+    err = process.communicate()[1]
+    assert "gave no sign of life for 2 s and is ended" in err
+    assert re.search(r'shop_tasks\.py", line \d+ in hold', err), "its own timer says where"
+
+
+def test_a_second_signal_ends_at_once(project):
+    process, _ = project.start("run", "--port", "0", "--processes", "2")
+    pids = workers(process)
+    defer(project, "t.slow, 1, 60")
+    project.until(lambda: (project.folder / "started-1").exists())
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None, "it waits for the task"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert time.monotonic() - began < 5
+    project.until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.parametrize("command", ["serve", "dispatch"])
+def test_a_second_signal_ends_an_unsupervised_process_at_once(project, command):
+    server, url = project.start("serve", "--port", "0")
+    process = server
+    dispatcher, _ = project.start("dispatch", "--to", url, wait_for_line=False)
+    if command == "dispatch":
+        process = dispatcher
+    defer(project, "t.slow, 1, 60")
+    project.until(lambda: (project.folder / "started-1").exists())
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None, "it waits for the task"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+
+
+def test_a_stop_lets_the_task_that_runs_end(project):
+    process, _ = project.start("run", "--port", "0", "--processes", "2")
+    defer(project, "t.slow, 1, 2")
+    project.until(lambda: (project.folder / "started-1").exists())
+    assert project.terminate(process)[0] == 0
+    assert project.results() == [1]
+
+
+def test_workers_whose_supervisor_was_killed_let_their_tasks_end_and_go(project):
+    process, _ = project.start("run", "--port", "0", "--processes", "2")
+    pids = workers(process)
+    defer(project, "t.slow, 1, 2")
+    project.until(lambda: (project.folder / "started-1").exists())
+    process.kill()
+    project.until(lambda: not any(map(alive, pids)))
+    assert project.results() == [1]
+
+
+def test_a_worker_is_replaced_after_so_many_tasks(project):
+    process, _ = project.start("run", "--port", "0", "--max-tasks", "5")
+    defer(project, *(f"t.pid, {n}" for n in range(12)))
+    project.until(lambda: len(project.results()) >= 12)
+    pids = {path.read_text() for path in project.folder.glob("pid-*")}
+    assert len(pids) >= 2
+    status, _, err = project.terminate(process)
+    assert (status, err) == (0, "")
+
+
+def test_what_is_wrong_with_the_application_is_said_once(project):
+    done = project.run("run", "nowhere:app", "--port", "0", "--processes", "2", check=False)
+    assert done.returncode == 1
+    assert 1 <= done.stderr.decode().count("the module nowhere is not found") <= 2
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_task_sees_neither_that_it_runs_in_a_worker_nor_the_keys(project):
+    process, _ = project.start("run", "--port", "0")
+    defer(project, "t.environment, 1")
+    project.until(lambda: (project.folder / "environment-1").exists())
+    time.sleep(0.1)
+    names = (project.folder / "environment-1").read_text().split()
+    assert "PATH" in names
+    assert "SAFEDEFER_WORKER" not in names
+    assert "SAFEDEFER_KEYS" not in names, "nor does what a task starts inherit the keys"
+    assert project.terminate(process)[0] == 0
+
+
+def test_a_task_defers_another_though_the_keys_are_out_of_the_environment(project):
+    process, _ = project.start("run", "--port", "0")
+    defer(project, "t.defer_again, 7")
+    project.until(lambda: project.results() == [7])
+    assert project.terminate(process)[0] == 0
