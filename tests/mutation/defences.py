@@ -14,18 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 HANDLER, STORAGE, KEYS = "test_handler_attacks", "test_storage_writer", "test_capabilities"
 
 DEFENCES = [
-    ("keys.py", "if not known or not matches:", "if not known:", "test_handler_attacks"),
-    ("keys.py", "if key.state is KeyState.REVOKED:", "if False:", "test_handler_attacks"),
+    ("keys.py", "if key is None or not matches:", "if key is None:", "test_handler_attacks"),
+    ("keys.py", 'if key.state == "revoked":', "if False:", "test_handler_attacks"),
     ("keys.py", 'members = (\'"alg":"HS256"\'', 'members = (\'"alg":"none"\'', "test_handler_attacks"),
     ("token.py", "if not (is_canonical(self.header) and is_canonical(self.payload) and is_canonical(self.mac)):", "if False:", "../test_schema"),
     ("token.py", "if segment[-1:] in _LAST[over] and _PLUS not in segment and _SLASH not in segment:", "if True:", "../unit/test_token"),
     ("claims.py", " == payload", "", "../test_schema"),
-    ("signing.py", "environment != serves.environment", "False", HANDLER),
+    ("signing.py", "environment != self._serves.environment", "False", HANDLER),
     ("signing.py", "or (path != url if isinstance(url, str) else path not in url)", "", STORAGE),
     ("signing.py", "or (queue is not None and queue != named)", "", STORAGE),
-    ("signing.py", "if ahead > 0:", "if False:", STORAGE),
+    ("signing.py", 'if claims["nbf"] > now + LEEWAY or claims["iat"] > now + LEEWAY:', "if False:", STORAGE),
     ("signing.py", 'if now > claims["exp"] + LEEWAY:', "if False:", "test_ledger_attacks"),
-    ("signing.py", 'if key.queues is not None and split_audience(claims["aud"])[1] not in key.queues:', "if False:", KEYS),
+    ("signing.py", "if key.queues is not None and named not in key.queues:", "if False:", KEYS),
     ("signing.py", "if not key.pickle:", "if False:", KEYS),
     ("signing.py", 'len(data) != pointer.blob["length"] or sha256(data).hexdigest() != pointer.blob["sha256"]', "False", STORAGE),
     ("policy.py", "self._within(self._inner.check_class_name, name)\n        cls", "cls", "test_policy"),
