@@ -593,10 +593,10 @@ def test_functions_and_operators_of_another_role_are_not_called_by_the_queue(wor
     queue = PostgresQueue(world.uri(world.shop))
     now = time.time()
     for task in (make_task(), make_task(name="n")):
-        queue.enqueue(task)
+        queue.enqueue_many((task,))
     leases = take(queue, now=now + 1)
     for lease in leases:
-        queue.settle(lease, DONE, now=now + 2)
+        queue.settle_many([(lease, DONE)], now=now + 2)
     queue.stats(now=now)
     queue.close()
     assert not world.is_robbed()
