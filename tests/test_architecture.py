@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 TRUST_CORE = (
     "errors.py",
-    "immutable.py",
     "refs.py",
     "claims.py",
     "token.py",
