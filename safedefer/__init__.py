@@ -5,7 +5,9 @@
     deferred.defer(send_receipt, order.id, _countdown=60)
 
 ``defer`` and its companions are in ``safedefer.deferred``, with App Engine's names; ``App`` is the
-typed form. Everything here is public; nothing else is.
+typed form. Public are the names in ``__all__`` here and in ``safedefer.deferred``, ``errors``, ``events``
+and ``testing``, ``delivery.Response``, and ``DeadFilter``, ``TaskState`` and ``TaskView`` of ``queues.base``;
+nothing else is.
 """
 
 from __future__ import annotations

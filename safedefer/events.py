@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+__all__ = ["Event", "LogObserver", "Observer", "RequestRefused", "TaskEnqueued", "TaskHandled"]
+
 _log: Final = logging.getLogger("safedefer")
 
 
@@ -53,7 +55,9 @@ class RequestRefused:
 
 
 Event: TypeAlias = TaskEnqueued | TaskHandled | RequestRefused
+"""Any of the events."""
 Observer: TypeAlias = Callable[[Event], None]
+"""What is called with every event."""
 
 
 class LogObserver:

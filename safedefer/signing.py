@@ -34,13 +34,13 @@ from safedefer.errors import (
 )
 from safedefer.keys import Key, Keyring, KeyState
 from safedefer.policy import Gate, Policy
+from safedefer.policy_cache import PolicyCache
 from safedefer.refs import reference
 from safedefer.task import VerifiedPointer, VerifiedTask, identify
 from safedefer.token import Token
 
 #: What a pointer and the stored token that it points to have in common.
 _SHARED: Final = ("jti", "aud", "nbf", "exp", "name")
-_tuple: Final = tuple.__new__
 
 
 @final
@@ -150,36 +150,44 @@ class Verifier:
         Raises:
             RejectedTask: One of its subclasses, by the first check that fails.
         """
+        # (1) Shape and size.
         token = Token.parse(data, self._max_bytes)
+        # (2) The key, by its kid, and (3) the MAC over the raw bytes.
         key, payload = self._keyring.verify(token)
+        # From here on every byte was written by a holder of our key. (4) The claims.
         claims, canonical = read_claims(payload)
-        kid, serves = key.kid, self._serves
         try:
+            # (5) The audience, what the key may sign, and the time.
             environment, named, target, path = split_audience(claims["aud"])
             if (
-                environment != serves.environment
-                or (serves.queues is not None and named not in serves.queues)
-                or (serves.targets is not None and target not in serves.targets)
+                environment != self._serves.environment
+                or (self._serves.queues is not None and named not in self._serves.queues)
+                or (self._serves.targets is not None and target not in self._serves.targets)
                 or (path != url if isinstance(url, str) else path not in url)
                 or (queue is not None and queue != named)
             ):
                 raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
-            if key.queues is not None or claims["cty"] != "typed":
-                self._check_key(claims, key)
+            if key.queues is not None and named not in key.queues:
+                raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
+            if claims["cty"] == "pickle":
+                self._check_pickle(key)
             if not expired:
                 if claims["nbf"] > now + LEEWAY or claims["iat"] > now + LEEWAY:
                     raise _not_yet(claims, now)
                 if now > claims["exp"] + LEEWAY:
                     raise ExpiredTask("the task's time is over; re-run it from the dead letters if it is still wanted")
             if "call" not in claims:
-                return VerifiedPointer(claims, claims["blob"], kid)
-            call, gate = claims["call"], self._gates[kid]
+                return VerifiedPointer(claims=claims, blob=claims["blob"], kid=key.kid)
+            # (6) The policy, within the limits of the key.
+            call, gate = claims["call"], self._gates[key.kid]
             ref = reference(call["kind"], call["module"], call["qualname"], call.get("member"))
             gate.check(ref)
         except RejectedTask as error:
-            error.identity = identify(claims, kid)
+            error.identity = identify(claims, key.kid)
             raise
-        return _tuple(VerifiedTask, (claims, ref, gate, kid, data, payload, canonical))  # as VerifiedTask(...), faster
+        return VerifiedTask(
+            claims=claims, ref=ref, gate=gate, kid=key.kid, token=data, text=payload, canonical=canonical
+        )
 
     def verify_stored(
         self, pointer: VerifiedPointer, data: bytes, *, url: str | Container[str], now: float, expired: bool = False
@@ -200,14 +208,11 @@ class Verifier:
             raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
         return task
 
-    def _check_key(self, claims: Claims, key: Key) -> None:
-        if key.queues is not None and split_audience(claims["aud"])[1] not in key.queues:
-            raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
-        if claims["cty"] == "pickle":
-            if not key.pickle:
-                raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
-            if not self._allow_pickle:
-                raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
+    def _check_pickle(self, key: Key) -> None:
+        if not key.pickle:
+            raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
+        if not self._allow_pickle:
+            raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
 
 
 def _not_yet(claims: Claims, now: float) -> NotYetValid:
@@ -216,4 +221,4 @@ def _not_yet(claims: Claims, now: float) -> NotYetValid:
 
 
 def _gate(policy: Policy, key: Key) -> Gate:
-    return policy if key.patterns is None else policy.restricted(key.patterns)
+    return PolicyCache(policy if key.patterns is None else policy.restricted(key.patterns))

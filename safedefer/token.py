@@ -50,14 +50,7 @@ def decode_segment(segment: bytes) -> bytes:
 
 def is_canonical(segment: bytes) -> bool:
     """Whether re-encoding what the segment decodes to would give back the same text."""
-    return not segment.translate(None, _ALPHABET) and _ends_canonically(segment)
-
-
-def _ends_canonically(segment: bytes) -> bool:
-    return segment[-1:] in _LAST[len(segment) % 4]
-
-
-_tuple: Final = tuple.__new__
+    return not segment.translate(None, _ALPHABET) and segment[-1:] in _LAST[len(segment) % 4]
 
 
 class Token(NamedTuple):
@@ -91,7 +84,7 @@ class Token(NamedTuple):
             raise MalformedToken("a token is three segments joined by dots; send what serialize() returned")
         if len(header) > _MAX_HEADER or not payload or len(mac) != MAC_CHARS:
             raise MalformedToken("a segment of the token has an impossible length; send what serialize() returned")
-        return _tuple(cls, (header, payload, mac))  # as cls(...), in half the time
+        return cls(header, payload, mac)
 
     def check_spelling(self) -> None:
         """Say so if a token that no key wrote is not even base64url. What a key wrote is.

@@ -43,7 +43,7 @@ import cloudpickle  # type: ignore[import-untyped]
 from safedefer.claims import Limits
 from safedefer.codecs.inspect_safely import derives
 from safedefer.codecs.shared import CallData, Values
-from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS
+from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, imports_when_shown
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
 from safedefer.policy import Gate
@@ -208,6 +208,10 @@ class _ByReference(cloudpickle.Pickler):  # type: ignore[misc, name-defined, unu
     def reducer_override(self, obj: object) -> Any:
         """Ask the gate about every function and class, including those that reducers return."""
         kind = type(obj)
+        if imports_when_shown(obj):
+            raise _Refused(
+                "an ImportError with a name_from makes a traceback import what its name says; set it to None"
+            )
         if any(obj is known for known in _HARMLESS.values()):
             return NotImplemented
         if kind is ZoneInfo:
@@ -368,6 +372,8 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         """BUILD: set the state of an object."""
         self._check_target(self.stack[-2])
         super().load_build()
+        if imports_when_shown(self.stack[-1]):
+            raise _Refused("an ImportError with a name_from makes a traceback import what its name says")
 
     def load_append(self) -> None:
         """APPEND: to a list, or an object that is like one."""

@@ -38,6 +38,7 @@ from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.redaction import redacted_traceback
 from safedefer.delivery.request import HandlerRequest
 from safedefer.errors import (
+    ConfigurationError,
     ExpiredTask,
     InvalidArguments,
     InvalidClaims,
@@ -79,13 +80,18 @@ _log: Final = logging.getLogger("safedefer")
 
 _REFUSED_BODY: Final = b"refused\n"
 _STORAGE_THREADS: Final = 4
+_MAX_LEASE: Final = 86_400
 #: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
 _LARGE: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryOptions:
-    """How a handler runs tasks."""
+    """How a handler runs tasks.
+
+    Raises:
+        ConfigurationError: A value is wrong.
+    """
 
     max_bytes: int = 1_048_576
     """The largest body, in bytes."""
@@ -97,6 +103,15 @@ class DeliveryOptions:
     """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
     validate: Validate = None
     """``"annotations"``: check the arguments against the callable's annotations before the call."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if type(self.concurrency) is not int or self.concurrency < 1:
+            raise ConfigurationError("concurrency is a whole number, 1 or more")
+        if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:
+            raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
+        if self.validate not in {None, "annotations"}:
+            raise ConfigurationError('validate is None or "annotations"')
 
 
 class Delivery:

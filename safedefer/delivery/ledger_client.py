@@ -18,7 +18,6 @@ from safedefer.concurrency.batches import Batches
 from safedefer.concurrency.threads import InThread
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, Execution, Ledger, RunEnd
-from safedefer.queues.loop_calls import ledger_here
 
 #: Seconds between two tries to store the end of a run.
 _STORE_AGAIN: Final = 0.25
@@ -59,14 +58,14 @@ class LedgerClient:
 
     def _begin_many(self, executions: list[Execution], _gone: bool) -> asyncio.Future[Sequence[Admission]]:
         ledger = self._ledger()
-        here, now = ledger_here(ledger), self._clock()
+        here, now = ledger.here, self._clock()
         if here is not None:
             return asyncio.ensure_future(here.begin_many(executions, now=now, lease=self._seconds))
         return self._in_thread(partial(ledger.begin_many, executions, now=now, lease=self._seconds))
 
     def _end_many(self, ends: list[RunEnd], gone: bool) -> asyncio.Future[Sequence[bool]]:
         ledger = self._ledger()
-        here = ledger_here(ledger)
+        here = ledger.here
         in_thread = partial(self._in_thread, partial(ledger.finish_many, ends))
         if here is None or gone:
             return in_thread()
@@ -77,7 +76,7 @@ class LedgerClient:
 
     async def record(self, record: AttemptRecord) -> None:
         """Store the record of an attempt that ended before the run began."""
-        await self._in_thread(partial(self._ledger().record, record))
+        await self._in_thread(partial(self._ledger().record_many, (record,)))
 
     async def finish(self, end: RunEnd) -> None:
         """Store the end of a run, also if the caller is cancelled meanwhile; try again if the storage fails.
@@ -174,8 +173,7 @@ class RunRenewal:
 
     async def _extend(self, due: list[Execution]) -> None:
         def extend() -> None:
-            for execution in due:
-                with contextlib.suppress(QueueUnavailable):  # the next beat tries again
-                    self._ledger().extend(execution, now=self._clock(), lease=self._seconds)
+            with contextlib.suppress(QueueUnavailable):  # the next beat tries again
+                self._ledger().extend_many(due, now=self._clock(), lease=self._seconds)
 
         await self._in_thread(extend)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -17,7 +16,7 @@ from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import UnreachableTargets
 from safedefer.errors import QueueError
 from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
-from safedefer.queues.base import Lease, PullQueue, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
 from safedefer.queues.rules import judge_failure, judge_rejection
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
@@ -41,7 +40,7 @@ class AttemptRunner:
 
     def __init__(
         self,
-        queue: PullQueue,
+        queue: Throttle,
         deliver: Deliver,
         in_thread: InThread,
         *,
@@ -62,7 +61,10 @@ class AttemptRunner:
         jitter = self._random.random()
         try:
             targets = self.targets
-            if targets and (settlement := targets.postpone(self._address(lease.task), now=self._clock())) is not None:
+            if (
+                targets
+                and (settlement := targets.postpone(self._deliver.address(lease.task), now=self._clock())) is not None
+            ):
                 return settlement
             return await self._attempt(lease, jitter)
         except Exception as error:  # noqa: BLE001  # see below
@@ -72,34 +74,31 @@ class AttemptRunner:
 
     async def _attempt(self, lease: Lease, jitter: float) -> Settlement:
         task, targets = lease.task, self.targets
-        probed = targets.probe(self._address(task)) if targets else None
+        probed = targets.probe(self._deliver.address(task)) if targets else None
         try:
             response = await self._deliver(task, delivery_headers(lease))
         except Unreachable as error:
             return targets.failed(error, now=self._clock(), jitter=jitter)
         except Interrupted:
-            targets.reached(self._address(task))
+            targets.reached(self._deliver.address(task))
             return judge_failure(lease, None, now=self._clock(), jitter=jitter)
         finally:
             if probed is not None:
                 probed.probing = False
         if targets:
-            targets.reached(self._address(task))
+            targets.reached(self._deliver.address(task))
         answer = read_answer(response)
         settlement = judge_answer(lease, answer, now=self._clock(), jitter=jitter)
         if self._busy or answer.status in _WAITING:
             await self._slow(task.queue, answer)
-        if settlement.verdict is Verdict.DONE:
-            if answer.outcome is None:
-                self._warn(task, answer)
-        elif settlement.verdict is Verdict.DEAD and settlement.reason in {None, "rejected"}:
-            return replace(settlement, reason=await self._recorded_reason(task.id) or settlement.reason)
+        if answer.outcome is None and settlement.verdict is Verdict.DONE:
+            self._warn(task, answer)
         return settlement
 
     def _warn(self, task: QueuedTask, answer: Answer) -> None:
         _log.warning(
             "%s answered %d without %s, which counts as done; if it is no handler, correct the address",
-            self._address(task),
+            self._deliver.address(task),
             answer.status,
             OUTCOME_HEADER,
         )
@@ -119,16 +118,3 @@ class AttemptRunner:
             await self._in_thread(partial(self._queue.hold, queue, until=now + seconds, now=now))
         except QueueError as error:
             _log.error("the queue %a cannot be held (%s)", queue, name_of(error))
-
-    async def _recorded_reason(self, task_id: str) -> str | None:
-        """Return the reason that the handler recorded before it answered."""
-        try:
-            view = await self._in_thread(partial(self._queue.find, task_id))
-        except QueueError as error:
-            _log.error("why the task %a failed cannot be looked up (%s)", task_id, name_of(error))
-            return None
-        return view.records[-1].reason if view is not None and view.records else None
-
-    def _address(self, task: QueuedTask) -> str:
-        address: Callable[[QueuedTask], str] | None = getattr(self._deliver, "address", None)
-        return "" if address is None else address(task)

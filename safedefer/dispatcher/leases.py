@@ -12,8 +12,8 @@ from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 from safedefer.concurrency.threads import InThread
-from safedefer.errors import Error, LeaseLost
-from safedefer.queues.base import Lease, PullQueue, Settlement, Verdict
+from safedefer.errors import Error
+from safedefer.queues.base import Lease, Leasing, Settlement, Verdict
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 
@@ -26,7 +26,7 @@ _Settled: TypeAlias = tuple[Lease, Settlement]
 
 
 class SettleMany(Protocol):
-    """``PullQueue.settle_many``, awaited."""
+    """``Leasing.settle_many``, awaited."""
 
     async def __call__(self, settlements: Sequence[_Settled], /, *, now: float) -> Sequence[bool]:
         """Settle tasks."""
@@ -48,7 +48,7 @@ class Leases:
 
     def __init__(
         self,
-        queue: PullQueue,
+        queue: Leasing,
         settle_many: SettleMany,
         in_thread: InThread,
         *,
@@ -136,25 +136,17 @@ class Leases:
             held = list(self._held.values())
             if not held:
                 continue
-            extensions, complete = await self._in_thread(partial(self._extend, held))
-            for extended in extensions:
-                if extended.owner in self._held:
-                    self._held[extended.owner] = extended
-            if not complete:
+            if not await self._in_thread(partial(self._extend, held)):
                 pause = min(pause, _EXTEND_AGAIN)
 
-    def _extend(self, held: Sequence[Lease]) -> tuple[list[Lease], bool]:
-        """Extend leases, in a thread. Return the extended ones, and False if the storage failed."""
-        extended = []
-        for lease in held:
-            try:
-                extended.append(self._queue.extend(lease, seconds=self._seconds, now=self._clock()))
-            except LeaseLost:
-                continue  # its settlement will report it
-            except Exception as error:  # noqa: BLE001  # the next turn tries again
-                _log.error("leases cannot be prolonged (%s)", name_of(error))
-                return extended, False
-        return extended, True
+    def _extend(self, held: Sequence[Lease]) -> bool:
+        """Extend leases, in a thread; False if the storage failed. The settlement of a lost lease reports it."""
+        try:
+            self._queue.extend_many(held, seconds=self._seconds, now=self._clock())
+        except Exception as error:  # noqa: BLE001  # the next turn tries again
+            _log.error("leases cannot be prolonged (%s)", name_of(error))
+            return False
+        return True
 
 
 def name_of(error: BaseException) -> str:

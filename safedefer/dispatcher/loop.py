@@ -28,8 +28,8 @@ from safedefer.dispatcher.request_headers import attempt_headers
 from safedefer.dispatcher.retry_policy import asks_to_wait, judge
 from safedefer.dispatcher.transport import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
 from safedefer.errors import QueueError
-from safedefer.queues.base import Lease, PullQueue, Settlement
-from safedefer.queues.loop_calls import QueueCalls, ThreadedQueue, queue_calls
+from safedefer.queues.base import DispatchedQueue, Lease, LeaseCalls, Settlement
+from safedefer.queues.loop_calls import ThreadedLeasing, lease_calls
 from safedefer.queues.rates import QueueLimits
 from safedefer.queues.rules import (
     MAX_BACKOFF,
@@ -123,7 +123,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        queue: PullQueue,
+        queue: DispatchedQueue,
         deliver: Deliver,
         *,
         clock: Callable[[], float],
@@ -140,7 +140,7 @@ class Dispatcher:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._threads: Threads | None = None
-        self._calls: QueueCalls = ThreadedQueue(queue, self._in_thread)
+        self._calls: LeaseCalls = ThreadedLeasing(queue, self._in_thread)
 
     def _begin(self) -> _RunState:
         options = self._options
@@ -165,7 +165,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Lease and deliver until ``stop``. After an error of the storage, try again."""
         self._threads = Threads(_THREADS, "safedefer-dispatcher")
-        async with queue_calls(self._queue, self._in_thread) as self._calls:
+        async with lease_calls(self._queue, self._in_thread) as self._calls:
             await self._work()
 
     async def _work(self) -> None:

@@ -38,6 +38,10 @@ class Deliver(Protocol):
         """POST the task's token. Raises ``Unreachable`` or ``Interrupted``."""
         ...
 
+    def address(self, task: QueuedTask, /) -> str:
+        """Return where a task is sent: the handler that is not there is not there for all that have this address."""
+        ...
+
 
 class HttpDelivery:
     """Delivers by HTTP POST, to the address of the task's target and to no other. Follows no redirect.
@@ -104,3 +108,7 @@ class InProcessDelivery:
     def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
         """Hand one task to the handler."""
         return self._handle(headers, task.token, path=task.url)
+
+    def address(self, task: QueuedTask, /) -> str:  # noqa: ARG002 - one handler takes all
+        """Return the empty text: there is one handler, and it is here."""
+        return ""

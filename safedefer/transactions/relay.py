@@ -16,7 +16,7 @@ from safedefer.transactions.databases import Opener, Source
 from safedefer.transactions.transfer import Transfer, slug
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import Queue
+    from safedefer.transactions.transfer import RelayedTo
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -39,7 +39,7 @@ class Relay:
         transfer: Moves them.
     """
 
-    def __init__(self, queue: Callable[[], Queue], transfer: Transfer) -> None:
+    def __init__(self, queue: Callable[[], RelayedTo], transfer: Transfer) -> None:
         self._queue = queue
         self._transfer = transfer
         self._openers: dict[str, Opener] = {}

@@ -10,6 +10,7 @@ process and is not carried: exceptions with one are refused.
 from __future__ import annotations
 
 import builtins
+from collections.abc import Mapping
 from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any, Final, cast
 
@@ -100,6 +101,7 @@ _CHAIN: Final = ("__cause__", "__context__", "__suppress_context__")
 _SKIPPED: Final = frozenset({"args", "__traceback__", "__dict__", "__weakref__", *_CHAIN})
 _ARGS: Final[Any] = BaseException.__dict__["args"]
 _TRACEBACK: Final[Any] = BaseException.__dict__["__traceback__"]
+_NAME_FROM: Final = "name_from"
 _ATOMS: Final = (str, int, bool, type(None))
 
 
@@ -131,6 +133,7 @@ def encode_exception(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
         if not is_member_name(key):
             raise Refusal("an attribute begins with '$', is no plain text or not exactly a str; rename it")
         state[key] = each
+    _check_imports(plan, state)
     tree = {"$exception": [name, trees, enc.attributes(state.items(), depth + 1)]}
     enc.open.discard(id(value))
     return tree
@@ -213,6 +216,7 @@ def decode_exception(dec: Decoder, payload: Json, depth: int) -> object:
     dec.settle(number, value)
     begin_decoded(dec, number, plan)
     state = dict(record(tree))
+    _check_imports(plan, state)
     members = _members(plan.base)
     for key in [key for key in state if key in members or key in _CHAIN]:
         descriptor = members.get(key) or BaseException.__dict__[key]
@@ -223,6 +227,21 @@ def decode_exception(dec: Decoder, payload: Json, depth: int) -> object:
     restore(dec, value, plan, state, depth + 1)
     dec.open.discard(number)
     return value
+
+
+def _check_imports(plan: Plan, state: Mapping[str, object]) -> None:
+    # To suggest a spelling, traceback imports the module that an ImportError with a name_from names: whoever logs the
+    # exception would import what a holder of a key wrote. Python 3.12 and later; refused everywhere, to be refused alike.
+    if issubclass(plan.base, ImportError) and state.get(_NAME_FROM) is not None:
+        raise Refusal(f"its {_NAME_FROM} makes a traceback import the module that its name says; set it to None")
+
+
+def imports_when_shown(value: object) -> bool:
+    """Whether ``traceback`` would import a module by its name to show this exception."""
+    descriptor = ImportError.__dict__.get(_NAME_FROM)  # None before Python 3.12
+    if descriptor is None or not inspect_safely.derives(type(value), ImportError):
+        return False
+    return descriptor.__get__(value) is not None
 
 
 def _check_offsets(value: BaseException) -> None:

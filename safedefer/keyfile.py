@@ -1,0 +1,97 @@
+"""Key files: what the texts say that keys are configured by. Makes no key and does no IO.
+
+Two formats: ``kid:base64url[,kid:base64url...]``, and a JWK Set (RFC 7517) of ``oct`` keys with members ``safedefer_*``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Final, Literal, Required, TypedDict
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from safedefer.errors import ConfigurationError, MalformedToken
+from safedefer.token import decode_segment
+
+_MAKE_ONE: Final = "make one with `safedefer keys new`"
+_State = Literal["active", "verify_only", "revoked"]
+
+
+class KeyFields(TypedDict, total=False):
+    """The arguments of a ``keys.Key``, which are checked there."""
+
+    kid: Required[str]
+    secret: Required[bytes]
+    state: Required[_State]
+    queues: Iterable[str] | None
+    patterns: Iterable[str] | None
+    pickle: bool
+
+
+class _Jwk(BaseModel):
+    """One key of a JWK Set. Members that we do not know are ignored (RFC 7517, section 4)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    kty: Literal["oct"]
+    kid: Annotated[str, Field(min_length=1)]
+    k: str = Field(repr=False)
+    alg: Literal["HS256"] = "HS256"
+    safedefer_state: _State = "verify_only"
+    safedefer_queues: list[str] | None = None
+    safedefer_patterns: list[str] | None = None
+    safedefer_pickle: bool = False
+
+
+class _Jwks(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    keys: list[_Jwk]
+
+
+def read_text(text: str) -> list[KeyFields]:
+    """Read ``kid:base64url[,kid:base64url...]``; the first key is active, the others verify.
+
+    Raises:
+        ConfigurationError: The text is malformed. Frames of its traceback hold secrets.
+    """
+    keys: list[KeyFields] = []
+    for item in (part.strip() for part in text.split(",")):
+        kid, colon, secret = item.partition(":")
+        if not colon:
+            raise ConfigurationError(f"keys are written kid:base64url, separated by commas; {_MAKE_ONE}")
+        keys.append({"kid": kid, "secret": _decode_secret(kid, secret), "state": "verify_only" if keys else "active"})
+    return keys
+
+
+def read_jwks(text: str | bytes) -> list[KeyFields]:
+    """Read a JWK Set (RFC 7517) of ``oct`` keys with our members ``safedefer_*``.
+
+    Raises:
+        ConfigurationError: It is not one. Frames of its traceback hold secrets.
+    """
+    try:
+        jwks = _Jwks.model_validate_json(text)
+    except ValidationError as error:
+        places = ", ".join(".".join(map(str, item["loc"])) or "the text" for item in error.errors()[:3])
+        raise ConfigurationError(f"the key file is not a JWK Set of oct keys (wrong: {places}); {_MAKE_ONE}") from None
+    return [
+        {
+            "kid": jwk.kid,
+            "secret": _decode_secret(jwk.kid, jwk.k),
+            "state": jwk.safedefer_state,
+            "queues": jwk.safedefer_queues,
+            "patterns": jwk.safedefer_patterns,
+            "pickle": jwk.safedefer_pickle,
+        }
+        for jwk in jwks.keys
+    ]
+
+
+def _decode_secret(kid: str, text: str) -> bytes:
+    try:
+        return decode_segment(text.encode())
+    except (MalformedToken, UnicodeEncodeError):
+        raise ConfigurationError(
+            f"the secret of key {kid[:64]!a} is not base64url without padding; {_MAKE_ONE}"
+        ) from None
