@@ -31,7 +31,7 @@ class AttemptRunner:
     """Delivers tasks; remembers the targets that were unreachable, and the queues whose handlers asked for a pause.
 
     Args:
-        queue: Holds queues, and has the records of handlers.
+        queue: Holds queues on request of their handlers.
         deliver: The transport.
         in_thread: Calls the queue in a thread.
         clock: Returns seconds since the epoch.
@@ -60,12 +60,10 @@ class AttemptRunner:
         """Deliver a task and return its settlement. Raises only the cancellation of the caller."""
         jitter = self._random.random()
         try:
-            targets = self.targets
-            if (
-                targets
-                and (settlement := targets.postpone(self._deliver.address(lease.task), now=self._clock())) is not None
-            ):
-                return settlement
+            if self.targets:
+                settlement = self.targets.postpone(self._deliver.address(lease.task), now=self._clock())
+                if settlement is not None:
+                    return settlement
             return await self._attempt(lease, jitter)
         except Exception as error:  # noqa: BLE001  # see below
             # An attacker may have written the row into the storage. It counts as refused; other tasks go on.
