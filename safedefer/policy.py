@@ -134,15 +134,7 @@ class Policy(Immutable):
         ConfigurationError: A pattern is malformed, names nothing, or names the standard library as a whole.
     """
 
-    __slots__ = (
-        "_deferrable",
-        "_exact",
-        "_metaclasses",
-        "_modules",
-        "_moved",
-        "_packages",
-        "_patterns",
-    )
+    __slots__ = ("_deferrable", "_exact", "_metaclasses", "_modules", "_moved", "_packages", "_patterns")
 
     _patterns: tuple[str, ...]
     _modules: frozenset[str]
