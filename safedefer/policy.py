@@ -20,6 +20,8 @@ The rules, in the order in which they are asked:
    their class by an exact pattern.
 
 The same policy is asked in ``defer()``, so that a mistake shows at the sender.
+
+Over 450 lines, since what a pattern may name and what it then admits are one set of rules.
 """
 
 from __future__ import annotations
