@@ -1,86 +1,42 @@
 """The application: keys, policy, codecs, a queue and a handler, put together.
 
-``App`` is the composition root. It does nothing when it is made but check its configuration; the
-queue is opened when it is first used, in the process that uses it.
+``App`` is the composition root and a facade. It builds the parts (``sending``, ``execution.direct``, ``delivery``,
+``transactions``), hands each what it needs, and passes calls on. It does nothing when it is made but check its
+configuration; the queue is opened when it is first used, in the process that uses it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
-import os
-import secrets
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import replace
-from datetime import UTC, datetime
-from functools import partial
-from hashlib import sha256
+from datetime import datetime
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, overload
 
-from safedefer.blobs import Blob
-from safedefer.claims import (
-    LIFETIME,
-    MAX_LIFETIME,
-    VERSION,
-    Call,
-    Claims,
-    Limits,
-    callable_name,
-    split_audience,
-    write_json,
-)
-from safedefer.codecs.pickled import PickledCodec
+from safedefer.claims import Limits
+from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.delivery.handler import Delivery, DeliveryOptions, Response
-from safedefer.errors import (
-    BadTransactionStateError,
-    CapabilityExceeded,
-    ConfigurationError,
-    Error,
-    InvalidTaskError,
-    InvalidTaskRetryOptionsError,
-    InvalidUrlError,
-    NotDeferrable,
-    PermanentTaskFailure,
-    QueueUnavailable,
-    RejectedTask,
-    UnknownQueueError,
-)
-from safedefer.events import LogObserver, Observer, TaskEnqueued, hears_enqueued, notify
-from safedefer.execution.binding import check_binds
-from safedefer.execution.run import Codec, Validate, call_in_thread, current_task, is_async, prepare
+from safedefer.errors import ConfigurationError, Error, QueueUnavailable
+from safedefer.events import LogObserver, Observer
+from safedefer.execution.context import current_task
+from safedefer.execution.direct import DirectRunner
+from safedefer.execution.run import Validate
 from safedefer.keys import Keyring
-from safedefer.options import (
-    DEFAULT_OPTIONS,
-    DEFAULT_QUEUE,
-    DEFAULT_TARGET,
-    DEFAULT_URL,
-    QUEUE_URLS,
-    Options,
-    Task,
-    TaskRetryOptions,
-)
+from safedefer.options import DEFAULT_OPTIONS, DEFAULT_TARGET, DEFAULT_URL, Options, Task
 from safedefer.policy import Policy
-from safedefer.queues import open_queue
-from safedefer.queues.base import (
-    FULL,
-    AlreadyWaiting,
-    DeadFilter,
-    PullQueue,
-    QueuedTask,
-    StorageOptions,
-    TaskState,
-    TaskView,
-)
-from safedefer.queues.capabilities import refuse_gaps
-from safedefer.queues.config import QueueFile
-from safedefer.refs import UNBOUND, bound_object
-from safedefer.settings import Settings
+from safedefer.queues import load_queue_file, open_queue
+from safedefer.queues.base import DeadFilter, PullQueue, StorageOptions
+from safedefer.sending.builder import Builder
+from safedefer.sending.dead_letters import DeadLetters
+from safedefer.sending.effects import effect_of
+from safedefer.sending.routes import ANY_URL, Routes
+from safedefer.sending.sender import CallTuple, Deferral, Sender
+from safedefer.sending.signatures import method_takes
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.transactions.databases import AwaitedConnection
@@ -89,10 +45,12 @@ from safedefer.transactions.outbox import Outbox
 if TYPE_CHECKING:
     from aiohttp.web import AbstractRouteDef
 
-_P = ParamSpec("_P")
+    from safedefer.queues.config import QueueFile
+    from safedefer.settings import Settings
 
-#: One call of ``defer_many``: the callable, its positional and its keyword arguments.
-CallTuple: TypeAlias = tuple[Callable[..., object], Sequence[object], Mapping[str, object]]
+__all__ = ["App", "CallTuple", "Deferral"]
+
+_P = ParamSpec("_P")
 
 
 class App:
@@ -154,48 +112,69 @@ class App:
             raise ConfigurationError(
                 "an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`"
             )
-        self.queue_file = QueueFile.load(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
-        queues = _declared(queues, targets, self.queue_file)
-        _check_names(environment, url, prefix, queues, targets)
-        _check_numbers(concurrency, inline_limit, lease_seconds, validate)
-        self._keyring = keyring
-        self.environment = environment
-        self.url = url
-        self.prefix = prefix.rstrip("/")
-        self.queues = None if queues is None else frozenset({*queues, DEFAULT_QUEUE})
-        self.targets = None if targets is None else dict(targets)
-        self.policy = policy
-        self._loaded = False
-        self._own_urls = _OwnUrls(url)
-        self.observer: Observer = LogObserver() if observer is None else observer
-        self._clock = clock
-        self._inline_limit = inline_limit
         limits = limits or Limits()
-        served = None if targets is None else frozenset({*targets, DEFAULT_TARGET})
-        self._signer = Signer(keyring, policy, limits=limits)
-        self._verifier = Verifier(
-            keyring,
-            policy,
-            serves=Serves(environment=environment, queues=self.queues, targets=served),
-            allow_pickle=allow_pickle,
-            limits=limits,
+        self.policy = policy
+        self.observer: Observer = LogObserver() if observer is None else observer
+        self.queue_file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
+        self._routes = Routes(
+            environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=self.queue_file
         )
-        self._codecs: dict[str, Codec] = {"typed": TypedCodec(limits=limits)}
-        if allow_pickle:
-            self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
         self._queue: PullQueue | str = queue
         limit = None if self.queue_file is None else self.queue_file.total_storage_limit
         self._storage = storage if limit is None else replace(storage or StorageOptions(), blob_limit=limit)
-        self._default_route = self._route(DEFAULT_OPTIONS)
-        self.outbox = Outbox(
-            lambda: self.queue, environment=environment, queues=self.queues, urls=outboxes, clock=clock
-        )
+        self._clock = clock
         # Reentrant: loading the policy imports modules, and one of them may defer something.
         self._lock = RLock()
-        self._delivery: Delivery | None = None
         self._closed = False
+        self._delivery: Delivery | None = None
         self._delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds, validate=validate
+        )
+        self._codecs: dict[str, Codec] = {"typed": TypedCodec(limits=limits)}
+        if allow_pickle:
+            # Here and not at the top: an App that takes no pickles loads nothing that could read one.
+            from safedefer.codecs.pickled import PickledCodec  # noqa: PLC0415
+
+            self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
+        self.outbox = Outbox(self._get_queue, environment=environment, queues=self.queues, urls=outboxes, clock=clock)
+        self._build_parts(keyring, limits, inline_limit, allow_pickle=allow_pickle)
+
+    def _build_parts(self, keyring: Keyring, limits: Limits, inline_limit: int, *, allow_pickle: bool) -> None:
+        routes, codecs, clock = self._routes, self._codecs, self._clock
+        served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
+        self._verifier = Verifier(
+            keyring,
+            self.policy,
+            serves=Serves(environment=routes.environment, queues=routes.queues, targets=served),
+            allow_pickle=allow_pickle,
+            limits=limits,
+        )
+        self._direct = DirectRunner(
+            verifier=self._verifier,
+            policy=self.policy,
+            codecs=codecs,
+            urls=routes.own_urls,
+            blobs=lambda: self.queue.blobs,
+            clock=clock,
+        )
+        self._builder = Builder(
+            signer=Signer(keyring, self.policy, limits=limits),
+            key=keyring.active,
+            codecs=codecs,
+            routes=routes,
+            inline_limit=inline_limit,
+            clock=clock,
+        )
+        self._sender = Sender(builder=self._builder, queue=self._get_queue, outbox=self.outbox, observer=self.observer)
+        self._dead_letters = DeadLetters(
+            verifier=self._verifier,
+            keyring=keyring,
+            codecs=codecs,
+            builder=self._builder,
+            routes=routes,
+            queue=self._get_queue,
+            load_policy=self._direct.load_policy,
+            clock=clock,
         )
 
     @classmethod
@@ -205,7 +184,11 @@ class App:
         Raises:
             ConfigurationError: Keys or policy are missing, or a setting is wrong.
         """
-        settings = settings or Settings.load()
+        if settings is None:
+            # Here and not at the top: an App that is made in code needs no settings library.
+            from safedefer.settings import Settings  # noqa: PLC0415
+
+            settings = Settings.load()
         return cls(
             keyring=settings.keyring(),
             policy=settings.load_policy(),
@@ -223,6 +206,33 @@ class App:
             lease_seconds=settings.lease_seconds,
             inline_limit=settings.inline_limit,
         )
+
+    # --- What it was made with ---
+
+    @property
+    def environment(self) -> str:
+        """``prod``, ``staging``, ...: part of every token's audience."""
+        return self._routes.environment
+
+    @property
+    def url(self) -> str:
+        """The path that tasks are posted to by default."""
+        return self._routes.url
+
+    @property
+    def prefix(self) -> str:
+        """The path in front of the handler's, which tokens do not name."""
+        return self._routes.prefix
+
+    @property
+    def queues(self) -> frozenset[str] | None:
+        """The names of the queues, ``default`` among them; None: any."""
+        return self._routes.queues
+
+    @property
+    def targets(self) -> Mapping[str, str] | None:
+        """Addresses of handlers by name; None: any name, one handler."""
+        return self._routes.targets
 
     # --- Deferring ---
 
@@ -247,167 +257,64 @@ class App:
             TaskTooLargeError: The token is over the limit.
             QueueUnavailable: The task was not stored.
         """
-        return self.defer_with(DEFAULT_OPTIONS, obj, args, kwargs)
+        return self._sender.send(DEFAULT_OPTIONS, obj, args, kwargs)
 
     async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
         """Do what ``defer`` does, without blocking the event loop."""
-        return await self.defer_with_async(DEFAULT_OPTIONS, obj, args, kwargs)
+        return await self._sender.send_async(DEFAULT_OPTIONS, obj, args, kwargs)
 
-    def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
-        """Defer several calls in one transaction: all are stored, or none."""
-        return self.defer_many_with(DEFAULT_OPTIONS, calls)
+    def defer_many(self, calls: Iterable[CallTuple], /, *, atomic: bool = True) -> list[Task]:
+        """Defer several calls in one transaction: all are stored, or none.
 
-    def options(
-        self,
-        *,
-        countdown: float | None = None,
-        eta: datetime | None = None,
-        headers: Mapping[str, str] | None = None,
-        name: str | None = None,
-        queue: str = DEFAULT_QUEUE,
-        retry_options: TaskRetryOptions | None = None,
-        target: str | None = None,
-        transactional: bool = False,
-        unique: bool = False,
-        url: str | None = DEFAULT_URL,
-        pickle: bool = False,
-    ) -> Deferral:
-        """Return a front of ``defer`` with options; see ``Options`` for their meaning.
+        Args:
+            calls: Callables with their positional and keyword arguments.
+            atomic: False lets an engine store some of them that cannot store all or none.
+
+        Raises:
+            InvalidTaskError: The engine cannot store all or none, and ``atomic`` is True.
+            DeferError: As ``defer``.
+        """
+        return self._sender.send_many(DEFAULT_OPTIONS, calls, atomic=atomic)
+
+    @method_takes(Options)
+    def options(self, **given: Any) -> Deferral:
+        """Return a front of ``defer`` with options, those of ``Options``; all are given by name.
+
+        Options:
+            countdown: Seconds from now until the task is due, at most 30 days.
+            eta: When it is due, an aware datetime; not together with ``countdown``.
+            headers: Further headers of the request that delivers the task.
+            name: ``[a-zA-Z0-9_-]{1,500}``, which no other task of the queue has, or had in the last days.
+            queue: The queue's name, ``default`` by default.
+            retry_options: ``TaskRetryOptions``: when it is tried again.
+            target: Which handler.
+            transactional: Enqueue if, and only if, the transaction of ``app.transaction(...)`` commits.
+            unique: Return the task of the same call and destination that waits or runs already, if there is one.
+            url: The path that the task is posted to, or a URL below the address of a target; None is the queue's own.
+            pickle: Carry the arguments as a pickle; both ends and the key must allow it.
 
         Raises:
             InvalidTaskError: An option is wrong.
         """
-        target, url = self.destination(target, url)
-        chosen = Options(
-            countdown=countdown,
-            eta=eta,
-            headers={} if headers is None else headers,
-            name=name,
-            queue=queue,
-            retry_options=retry_options,
-            target=target,
-            transactional=transactional,
-            unique=unique,
-            url=url,
-            pickle=pickle,
-        )
-        return Deferral(self, chosen)
-
-    def destination(self, target: str | None, url: str | None) -> tuple[str | None, str | None]:
-        """Turn an absolute URL below the address of a target into that target and a path.
-
-        Args:
-            target: The target that was asked for, if one was.
-            url: A path, None, or an absolute URL.
-
-        Returns:
-            The target and the path; unchanged if ``url`` is not absolute.
-
-        Raises:
-            InvalidUrlError: The URL is below no address that the operator listed, or below another target's.
-        """
-        if type(url) is not str or not url.startswith(("http://", "https://")):
-            return target, url
-        for name, address in (self.targets or {}).items():
-            base = address.rstrip("/")
-            if url.startswith(f"{base}/") and target in {None, name}:
-                return name, url.removeprefix(base)
-        raise InvalidUrlError(
-            "an absolute URL must be below the address of a target, so that tasks go only where the operator allows; "
-            "set SAFEDEFER_TARGETS, or give a path"
-        )
+        if "url" in given:
+            given["target"], given["url"] = self._routes.destination(given.get("target"), given["url"])
+        return Deferral(self._sender, Options(**given))
 
     def defer_with(
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Task:
-        """Defer one call with an ``Options`` object: what every other form of ``defer`` comes to."""
-        task, queued = self._build(options, obj, args, kwargs)
-        if options.transactional:
-            try:
-                self.outbox.put(queued)
-            except AlreadyWaiting as error:
-                return self._waiting_with(error) or self._waiting(error)
-            task = replace(task, was_enqueued=False)
-        elif options.unique:
-            return self._enqueue_unique(task, queued)
-        else:
-            self.queue.enqueue(queued)
-        self._tell(queued)
-        return task
+        """Defer one call with an ``Options`` object."""
+        return self._sender.send(options, obj, args, kwargs)
 
     async def defer_with_async(
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Task:
         """Do what ``defer_with`` does, without blocking the event loop."""
-        if not options.transactional:
-            return await asyncio.to_thread(self.defer_with, options, obj, args, kwargs)
-        # Here: a transaction belongs to its thread, and to its task.
-        task, queued = self._build(options, obj, args, kwargs, awaits=True)
-        try:
-            await self.outbox.put_async(queued)
-        except AlreadyWaiting as error:
-            ours = self._waiting_with(error)
-            return await asyncio.to_thread(self._waiting, error) if ours is None else ours
-        self._tell(queued)
-        return replace(task, was_enqueued=False)
+        return await self._sender.send_async(options, obj, args, kwargs)
 
-    def _waiting_with(self, error: AlreadyWaiting) -> Task | None:
-        """Return the task that a unique one is the same as, if it was deferred in the same transaction."""
-        queued = self.outbox.written(error.task_id)
-        return None if queued is None else replace(_task_of(queued), was_enqueued=False)
-
-    def _waiting(self, error: AlreadyWaiting) -> Task:
-        """Return the task that a unique one is the same as. Raises ``error`` if it has ended meanwhile."""
-        existing = self.queue.find(error.task_id)
-        if existing is None or existing.state not in {TaskState.WAITING, TaskState.RUNNING}:
-            raise error
-        return _task_of(existing)
-
-    def defer_many_with(self, options: Options, calls: Iterable[CallTuple]) -> list[Task]:
-        """Defer several calls with an ``Options`` object, in one transaction."""
-        if self.queue.capabilities.streams and not (options.name or options.unique or options.transactional):
-            return self._defer_stream(options, calls)
-        built = [self._build(options, obj, args, kwargs) for obj, args, kwargs in calls]
-        if options.name is not None and len(built) > 1:
-            raise InvalidTaskError("several tasks cannot have one name; defer them one by one, or without a name")
-        if options.unique:
-            raise InvalidTaskError("unique tasks are deferred one by one; leave unique out, or call defer() for each")
-        if options.transactional:
-            self.outbox.put(*(queued for _, queued in built))
-        elif built:
-            self.queue.enqueue_many([queued for _, queued in built])
-        for _, queued in built:
-            self._tell(queued)
-        return [replace(task, was_enqueued=not options.transactional) for task, _ in built]
-
-    def _defer_stream(self, options: Options, calls: Iterable[CallTuple]) -> list[Task]:
-        """Sign tasks while the queue stores those before them, in one transaction."""
-        tasks: list[Task] = []
-        told: list[QueuedTask] = []
-
-        def build() -> Iterator[QueuedTask]:
-            for obj, args, kwargs in calls:
-                task, queued = self._build(options, obj, args, kwargs)
-                tasks.append(task)
-                told.append(queued)
-                yield queued
-
-        self.queue.enqueue_many(build())
-        for queued in told:
-            self._tell(queued)
-        return tasks
-
-    def _enqueue_unique(self, task: Task, queued: QueuedTask) -> Task:
-        while True:
-            try:
-                self.queue.enqueue(queued)
-            except AlreadyWaiting as error:
-                existing = self.queue.find(error.task_id)
-                if existing is not None and existing.state in {TaskState.WAITING, TaskState.RUNNING}:
-                    return _task_of(existing)
-                continue  # it ended in between
-            self._tell(queued)
-            return task
+    def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
+        """Return the signed token of a call, for the default queue and URL; enqueues nothing."""
+        return self._builder.serialize(obj, args, kwargs)
 
     # --- Transactions ---
 
@@ -465,192 +372,9 @@ class App:
             BadTransactionStateError: There is no name and no task runs here, or as ``transaction``.
             InvalidTaskError: The name is empty, too long, or has a character that a database does not take.
         """
-        context = current_task()
-        if effect is not None:
-            _check_effect(effect)
-            return self.outbox.once(connection, effect=f"effect:{effect}")
-        if context is None:
-            raise BadTransactionStateError("no task runs here; name the effect: app.once(connection, 'charge-42')")
-        also = None if context.retry_of is None else f"task:{context.retry_of}"
-        return self.outbox.once(connection, effect=f"task:{context.id}", also=also)
-
-    def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
-        """Return the signed token of a call, for the default queue and URL; enqueues nothing."""
-        return self._signer.sign(self._claims(DEFAULT_OPTIONS, obj, args, kwargs, self._clock()))
-
-    def _build(
-        self,
-        options: Options,
-        obj: Callable[..., object],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        *,
-        awaits: bool = False,
-    ) -> tuple[Task, QueuedTask]:
-        if options.transactional:
-            self.outbox.check(named=options.name is not None or options.unique, awaits=awaits)
-        self._check_destination(options)
-        now = self._clock()
-        claims = self._claims(options, obj, args, kwargs, now)
-        task, queued = self._package(claims, options, now)
-        if options.unique:
-            queued = queued._replace(unique_key=_unique_key(claims))
-        if (capabilities := self.queue.capabilities) is not FULL:
-            refuse_gaps(capabilities, queued)
-        return task, queued
-
-    def _package(self, claims: Claims, options: Options, now: float) -> tuple[Task, QueuedTask]:
-        """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize."""
-        payload = token = self._signer.sign(claims)
-        digest = sha256(token)
-        blob = None
-        if len(token) > self._inline_limit:
-            blob = Blob(_random_id(), token)
-            pointer = {"id": blob.id, "sha256": digest.hexdigest(), "length": len(token)}
-            shared = {name: value for name, value in claims.items() if name in _POINTER_CLAIMS}
-            payload = self._signer.sign(cast("Claims", {**shared, "blob": pointer}))
-        eta = options.due(now)
-        _, queue, target, url = split_audience(claims["aud"])
-        trace = claims.get("trace")
-        headers = {**options.headers, **({"traceparent": trace} if trace is not None else {})}
-        queued = QueuedTask(
-            id=claims["jti"],
-            queue=queue,
-            token=payload,
-            audience=claims["aud"],
-            url=url,
-            target=target,
-            eta=eta,
-            created=now,
-            expires=claims["exp"],
-            name=claims.get("name"),
-            headers=headers,
-            retry_options={} if options.retry_options is None else options.retry_options.given(),
-            digest=digest.digest(),
-            blob=blob,
-            blob_id=None if blob is None else blob.id,
-            callable_name=callable_name(claims["call"]),
-        )
-        task = Task(
-            id=queued.id,
-            name=queued.name,
-            queue_name=queue,
-            url=url,
-            target=target,
-            headers=headers,
-            payload=payload,
-            eta=datetime.fromtimestamp(eta, UTC),
-            retry_options=options.retry_options,
-            was_enqueued=True,
-        )
-        return task, queued
-
-    def _claims(
-        self,
-        options: Options,
-        obj: Callable[..., object],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        now: float,
-    ) -> Claims:
-        gate = self._signer.gate
-        ref = gate.callable_ref(obj)
-        try:
-            check_binds(obj, args, kwargs)
-        except TypeError as error:
-            raise TypeError(
-                f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
-            ) from None
-        codec = self._pickled() if options.pickle else self._codecs["typed"]
-        # What makes a call unique is compared as trees, whose members can be sorted.
-        encode = codec.encode if options.unique else codec.write
-        bound, positional, named = encode((bound_object(obj), tuple(args), dict(kwargs)), gate)
-        made = due = int(now)
-        audience, lifetime = self._default_route
-        if options is not DEFAULT_OPTIONS:
-            due = int(options.due(now))
-            audience, lifetime = self._route(options)
-        # Every part was checked by itself.
-        claims: Claims = {
-            "v": VERSION,
-            "jti": new_task_id(now),
-            "iat": made,
-            "nbf": due,
-            "exp": due + lifetime,
-            "aud": audience,
-            "cty": "pickle" if options.pickle else "typed",
-        }
-        if options.name is not None:
-            claims["name"] = options.name
-        call: Call = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname}
-        if ref.member is not None:
-            call["member"] = ref.member
-        if bound is not UNBOUND:
-            call["bound"] = bound
-        claims["call"] = call
-        claims["args"] = positional
-        claims["kwargs"] = named
-        if options.headers:
-            claims["headers"] = dict(options.headers)
-        return claims
-
-    def _pickled(self) -> Codec:
-        """Return the codec of pickled arguments. Raises ``NotDeferrable`` if they may not be sent."""
-        codec = self._codecs.get("pickle")
-        if codec is None:
-            raise NotDeferrable("pickled arguments are off; make the App with allow_pickle=True", reason="pickle-off")
-        if not self._keyring.active.pickle:
-            raise NotDeferrable(
-                f"key {self._keyring.active.kid} may not sign pickled arguments; give it pickle=True, or use another",
-                reason="pickle-key",
-            )
-        return codec
-
-    def _route(self, options: Options) -> tuple[str, int]:
-        """Return the audience of a task, and for how many seconds after its eta it lives."""
-        url = self.url if options.url == DEFAULT_URL else options.path
-        target = options.target or self._target(options.queue)
-        retry_options = self._retry_options(options.queue, options.retry_options)
-        return f"{self.environment}:{options.queue}:{target}:{url}", _lifetime(retry_options)
-
-    def check_queue(self, name: str) -> None:
-        """Check that a queue may exist.
-
-        Raises:
-            InvalidTaskError: The name is impossible.
-            UnknownQueueError: It is not one of those that are declared.
-        """
-        self._check_destination(Options(queue=name))
-
-    def _check_destination(self, options: Options) -> None:
-        if self.queues is not None and options.queue not in self.queues:
-            raise UnknownQueueError(
-                f"there is no queue {options.queue}; declare it, or use one of {_list(self.queues)}"
-            )
-        known = self.targets is None or options.target in {None, DEFAULT_TARGET, *self.targets}
-        if not known:
-            raise InvalidTaskError(
-                f"there is no target {options.target}; set SAFEDEFER_TARGETS, or use one of {_list(self.targets or ())}"
-            )
-
-    def _target(self, queue: str) -> str:
-        section = None if self.queue_file is None else self.queue_file.section(queue)
-        return DEFAULT_TARGET if section is None or section.target is None else section.target
-
-    def _retry_options(self, queue: str, own: TaskRetryOptions | None) -> TaskRetryOptions | None:
-        """Return the retry options of a task, completed by its queue's."""
-        section = None if self.queue_file is None else self.queue_file.section(queue)
-        if section is None:
-            return own
-        return TaskRetryOptions.from_given({**section.retry_parameters.given(), **(own.given() if own else {})})
-
-    def _tell(self, queued: QueuedTask) -> None:
-        if not hears_enqueued(self.observer):
-            return
-        notify(
-            self.observer,
-            TaskEnqueued(task_id=queued.id, queue=queued.queue, callable=queued.callable_name, size=len(queued.token)),
-        )
+        task = current_task()
+        noted, also = effect_of(effect, None if task is None else (task.id, task.retry_of))
+        return self.outbox.once(connection, effect=noted, also=also)
 
     # --- Handling ---
 
@@ -673,18 +397,14 @@ class App:
 
     def accepts(self, path: str | None) -> str | Container[str]:
         """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
-        if path is None:
-            return self._own_urls
-        if not self.prefix:
-            return path
-        return path.removeprefix(self.prefix) if path.startswith(f"{self.prefix}/") else path
+        return self._routes.accepts(path)
 
     @property
     def delivery(self) -> Delivery:
         """The handler behind ``handle``; the policy's modules are imported when it is first asked for."""
         with self._lock:
             if self._delivery is None:
-                self._load_policy()
+                self._direct.load_policy()
                 self._delivery = Delivery(
                     verifier=self._verifier,
                     codecs=self._codecs,
@@ -709,56 +429,7 @@ class App:
         Raises:
             RejectedTask: One of its subclasses.
         """
-        return self._verifier.verify(data, url=_OwnUrls(None), now=self._clock(), expired=expired)
-
-    def run(self, data: bytes) -> object:
-        """Verify a token, call what it says, and return the result. Asks no ledger: the handler does.
-
-        Raises:
-            RejectedTask: The token is refused. Whatever the callable raises passes through.
-            RuntimeError: An event loop runs in this thread; use ``run_async``.
-        """
-        if asyncio._get_running_loop() is not None:  # noqa: SLF001  # public in asyncio's words: in events.__all__
-            raise RuntimeError("run() blocks and an event loop runs here; await run_async() instead")
-        target, args, kwargs = prepare(self._runnable(data), self._codecs)
-        result = target(*args, **kwargs)
-        return asyncio.run(_awaited(result)) if result is not None and inspect.isawaitable(result) else result
-
-    async def run_async(self, data: bytes) -> object:
-        """Do what ``run`` does inside a running loop: plain callables run in a thread."""
-        target, args, kwargs = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
-        call = partial(target, *args, **kwargs)
-        result = call() if is_async(target) else await call_in_thread(call)
-        return await _awaited(result) if inspect.isawaitable(result) else result
-
-    def run_from_datastore(self, key: str) -> object:
-        """Run the oversize task whose stored token has the id ``key``, and delete it unless it must be retried.
-
-        Raises:
-            PermanentTaskFailure: There is no such blob (as the original). Else as ``run``.
-        """
-        data = self.queue.blobs.get(key)
-        if data is None:
-            raise PermanentTaskFailure("there is no stored task of this key; it has ended, or was never enqueued")
-        try:
-            result = self.run(data)
-        except PermanentTaskFailure:
-            self.queue.blobs.delete(key)
-            raise
-        self.queue.blobs.delete(key)
-        return result
-
-    def _runnable(self, data: bytes) -> VerifiedTask:
-        if not self._loaded:
-            self._load_policy()
-        verified = self._verifier.verify(data, self._own_urls, self._clock())
-        return verified if type(verified) is VerifiedTask else self.follow(verified)
-
-    def _load_policy(self) -> None:
-        """Import the modules that the policy names, once."""
-        if not self._loaded:
-            self.policy.load()
-            self._loaded = True
+        return self._verifier.verify(data, url=ANY_URL, now=self._clock(), expired=expired)
 
     def follow(self, verified: VerifiedTask | VerifiedPointer, *, expired: bool = False) -> VerifiedTask:
         """Return the task that a verified pointer leads to, verified too; runs nothing.
@@ -767,26 +438,52 @@ class App:
             PermanentTaskFailure: The stored token is gone.
             RejectedTask: It is not the one that was pointed to, or is refused.
         """
-        if isinstance(verified, VerifiedTask):
-            return verified
-        data = self.queue.blobs.get(verified.blob["id"])
-        if data is None:
-            raise PermanentTaskFailure("the stored token is gone; the task has ended, or the blob was lost")
-        return self._verifier.verify_stored(
-            verified, data, url=split_audience(verified.claims["aud"])[3], now=self._clock(), expired=expired
-        )
+        return self._direct.follow(verified, expired=expired)
+
+    def run(self, data: bytes) -> object:
+        """Verify a token, call what it says, and return the result. Asks no ledger: the handler does.
+
+        Raises:
+            RejectedTask: The token is refused. Whatever the callable raises passes through.
+            RuntimeError: An event loop runs in this thread; use ``run_async``.
+        """
+        return self._direct.run(data)
+
+    async def run_async(self, data: bytes) -> object:
+        """Do what ``run`` does inside a running loop: plain callables run in a thread."""
+        return await self._direct.run_async(data)
+
+    def run_from_datastore(self, key: str) -> object:
+        """Run the oversize task whose stored token has the id ``key``, and delete it unless it must be retried.
+
+        Raises:
+            PermanentTaskFailure: There is no such blob (as the original). Else as ``run``.
+        """
+        return self._direct.run_from_datastore(key)
 
     # --- Looking after tasks ---
 
     @property
     def queue(self) -> PullQueue:
         """The queue, opened when it is first used. Raises ``QueueUnavailable`` after ``close``."""
+        return self._get_queue()
+
+    def _get_queue(self) -> PullQueue:
         with self._lock:
             if self._closed:
                 raise QueueUnavailable("the App is closed; make another one")
             if isinstance(self._queue, str):
                 self._queue = open_queue(self._queue, self._storage)
             return self._queue
+
+    def check_queue(self, name: str) -> None:
+        """Check that a queue may exist.
+
+        Raises:
+            InvalidTaskError: The name is impossible.
+            UnknownQueueError: It is not one of those that are declared.
+        """
+        self._routes.check(Options(queue=name))
 
     def cancel(self, task_id: str) -> bool:
         """End a waiting task unrun; False if it does not wait (any more)."""
@@ -808,45 +505,7 @@ class App:
             UnknownQueueError: There is no such queue.
             InvalidTaskError: The queue's name or the eta is impossible.
         """
-        view = self.queue.find(task_id)
-        if view is None or view.state is not TaskState.DEAD:
-            return None
-        self._load_policy()
-        task = self._verifier.verify(view.token, url=view.url, now=self._clock(), expired=True)
-        if not isinstance(task, VerifiedTask):
-            raise _unstored()
-        # Decoded under the limits of the key that signed: signing again must not widen what it could name.
-        prepare(task, self._codecs)
-        now = self._clock()
-        retry_options = _hinted(view.retry_options)
-        environment, old_queue, target, url = split_audience(task.claims["aud"])
-        options = Options(
-            headers=task.claims.get("headers", {}),
-            retry_options=retry_options,
-            queue=queue or old_queue,
-            eta=eta,
-            target=target,
-            url=f"{QUEUE_URLS}{queue}" if queue and url == f"{QUEUE_URLS}{old_queue}" else url,
-        )
-        self._check_destination(options)
-        key = next(key for key in self._keyring.keys if key.kid == task.identity.kid)
-        if key.queues is not None and options.queue not in key.queues:
-            raise CapabilityExceeded(
-                f"key {key.kid} may not sign for the queue {options.queue!a}; defer the task anew there"
-            )
-        due = int(options.due(now))
-        renewed: Claims = {
-            **task.claims,
-            "jti": new_task_id(now),
-            "iat": int(now),
-            "nbf": due,
-            "exp": due + _lifetime(self._retry_options(options.queue, retry_options)),
-            "aud": f"{environment}:{options.queue}:{target}:{options.path}",
-            "retry_of": task_id,
-        }
-        renewed.pop("name", None)
-        again, queued = self._package(renewed, options, now)
-        return again if self.queue.replace_dead(task_id, queued, now=now) else None
+        return self._dead_letters.retry(task_id, queue=queue, eta=eta)
 
     def retry_all(self, where: DeadFilter, *, queue: str | None = None) -> tuple[list[Task], dict[str, Error]]:
         """Re-run every dead letter that ``where`` means; return the new tasks, and by id why others stay.
@@ -854,24 +513,7 @@ class App:
         Raises:
             UnknownQueueError: There is no such ``queue``.
         """
-        if queue is not None:
-            self.check_queue(queue)
-        tasks: list[Task] = []
-        refused: dict[str, Error] = {}
-        after: tuple[float, str] | None = None
-        started = self._clock()
-        # What dies again meanwhile is for the next time.
-        where = replace(where, before=min(started, started if where.before is None else where.before))
-        while page := self.queue.dead_letters(where, after=after):
-            for view in page:
-                after = (view.ended or 0.0, view.id)
-                try:
-                    task = self.retry(view.id, queue=queue)
-                except (RejectedTask, UnknownQueueError) as error:  # the latter: our key may not sign for its queue
-                    refused[view.id] = error
-                else:
-                    tasks += [] if task is None else [task]
-        return tasks, refused
+        return self._dead_letters.retry_all(where, queue=queue)
 
     def set_log_level(self, level: int) -> None:
         """Set the level that a normal run is logged at (App Engine ``set_log_level``).
@@ -896,188 +538,3 @@ class App:
             self._closed = True
             if not isinstance(self._queue, str):
                 self._queue.close()
-
-
-class Deferral:
-    """``defer`` with options: what ``app.options(...)`` returns. Reusable."""
-
-    def __init__(self, app: App, options: Options) -> None:
-        self._app = app
-        self._options = options
-
-    def defer(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
-        """Do what ``App.defer`` does, with these options.
-
-        Raises:
-            TaskAlreadyExistsError: A task of this name lives in the queue.
-            TombstonedTaskError: A task of this name ended there not long ago.
-            UnknownQueueError: There is no such queue.
-            DeferError: As ``App.defer``.
-        """
-        return self._app.defer_with(self._options, obj, args, kwargs)
-
-    async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
-        """Do what ``defer`` does, without blocking the event loop."""
-        return await self._app.defer_with_async(self._options, obj, args, kwargs)
-
-    def defer_many(self, calls: Iterable[CallTuple], /) -> list[Task]:
-        """Defer several calls with these options, in one transaction: all are stored, or none."""
-        return self._app.defer_many_with(self._options, calls)
-
-
-class _OwnUrls(Container[str]):
-    """The application's URL and those of its queues; None: any path."""
-
-    def __init__(self, url: str | None) -> None:
-        self._url = url
-
-    def __contains__(self, path: object) -> bool:
-        return (
-            path == self._url
-            or self._url is None
-            or (isinstance(path, str) and path.startswith(QUEUE_URLS) and "/" not in path[len(QUEUE_URLS) :])
-        )
-
-
-_MAX_LEASE: Final = 86_400
-_MAX_EFFECT: Final = 700
-_POINTER_CLAIMS: Final = frozenset({"v", "jti", "iat", "nbf", "exp", "aud", "cty", "name"})
-_OF_ONE_TASK: Final = frozenset({"jti", "iat", "nbf", "exp", "trace"})
-
-
-def new_task_id(now: float) -> str:
-    """Return a UUID of version 7 in hex (RFC 9562, section 5.7): ids sort by time."""
-    try:
-        noise = _noise.pop()
-    except IndexError:
-        noise = _more_noise()
-    return (int(now * 1000) & 0xFFFF_FFFF_FFFF).to_bytes(6, "big").hex() + noise
-
-
-#: The parts of ids that are not the time, made many at once: to ask the system for each would take half of their cost.
-_noise: Final[list[str]] = []
-# A forked process must not draw what its parent will.
-os.register_at_fork(after_in_child=_noise.clear)
-
-
-def _more_noise() -> str:
-    noise = bytearray(os.urandom(_NOISE_BYTES * _NOISES))
-    noise[0::_NOISE_BYTES] = noise[0::_NOISE_BYTES].translate(_VERSION_7)
-    noise[2::_NOISE_BYTES] = noise[2::_NOISE_BYTES].translate(_VARIANT_10)
-    digits = noise.hex()
-    _noise.extend(digits[at : at + 2 * _NOISE_BYTES] for at in range(0, len(digits), 2 * _NOISE_BYTES))
-    return _noise.pop()
-
-
-_NOISE_BYTES: Final = 10
-_NOISES: Final = 64
-_VERSION_7: Final = bytes(0x70 | byte & 0x0F for byte in range(256))
-_VARIANT_10: Final = bytes(0x80 | byte & 0x3F for byte in range(256))
-
-
-def _check_effect(effect: str) -> None:
-    if type(effect) is not str or not 0 < len(effect) <= _MAX_EFFECT or "\0" in effect or not _is_unicode(effect):
-        raise InvalidTaskError(f"an effect's name is a text of 1 to {_MAX_EFFECT} characters, without NUL")
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _task_of(view: TaskView | QueuedTask) -> Task:
-    """Return a task that the queue has, as ``defer()`` returned it."""
-    return Task(
-        id=view.id,
-        name=view.name,
-        queue_name=view.queue,
-        url=view.url,
-        target=view.target,
-        headers=view.headers,
-        payload=view.token,
-        eta=datetime.fromtimestamp(view.eta, UTC),
-        retry_options=_hinted(view.retry_options),
-        was_enqueued=True,
-    )
-
-
-def _hinted(values: Mapping[str, float]) -> TaskRetryOptions | None:
-    try:
-        return TaskRetryOptions.from_given(values) if values else None
-    except InvalidTaskRetryOptionsError:  # a hint in the storage, which nobody signed: the queue's own will do
-        return None
-
-
-def _unique_key(claims: Claims) -> str:
-    """Return what tasks of the same call and destination have in common."""
-    same = {name: value for name, value in claims.items() if name not in _OF_ONE_TASK}
-    return sha256(write_json({**same, "kwargs": dict(sorted(claims["kwargs"].items()))})).hexdigest()
-
-
-def _declared(
-    queues: Iterable[str] | None, targets: Mapping[str, str] | None, file: QueueFile | None
-) -> Iterable[str] | None:
-    """Return the queues there are, with those of the file."""
-    if file is None or isinstance(queues, str):
-        return queues
-    for section in file.queue:
-        if targets is not None and section.target not in {None, DEFAULT_TARGET, *targets}:
-            raise ConfigurationError(
-                f"the queue {section.name} has the target {section.target}, which has no address; set SAFEDEFER_TARGETS"
-            )
-    return [*(queues or ()), *(section.name for section in file.queue)]
-
-
-def _random_id() -> str:
-    return secrets.token_hex(16)
-
-
-def _lifetime(options: TaskRetryOptions | None) -> int:
-    age = None if options is None else options.task_age_limit
-    return LIFETIME if age is None else min(max(LIFETIME, int(age)), MAX_LIFETIME)
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "(none)"
-
-
-def _unstored() -> RejectedTask:
-    return RejectedTask("the dead letter holds a pointer whose stored token is gone; restore the blobs")
-
-
-async def _awaited(result: Any) -> object:
-    return await result
-
-
-def _check_names(
-    environment: str, url: str, prefix: str, queues: Iterable[str] | None, targets: Mapping[str, str] | None
-) -> None:
-    if isinstance(queues, str):
-        raise ConfigurationError("queues is a list of names, not one text")
-    named = [("environment", environment), *(("queue", name) for name in queues or ())]
-    for what, name in (*named, *(("target", name) for name in targets or ())):
-        try:
-            Options(queue=name)
-        except InvalidTaskError:
-            raise ConfigurationError(
-                f"the {what} {name!a} is not 1 to 100 characters of A-Z a-z 0-9 . -; rename it"
-            ) from None
-    for what, path in (("url", url), ("prefix", prefix.rstrip("/") or "/")):
-        try:
-            Options(url=path)
-        except InvalidTaskError as error:
-            raise ConfigurationError(f"the {what} {path!a} is impossible: {error}") from error
-        if "{" in path or "}" in path:
-            raise ConfigurationError(f"the {what} {path!a} has a brace, which routes give a meaning; leave it out")
-    for name, address in (targets or {}).items():
-        if not address.startswith(("http://", "https://")):
-            raise ConfigurationError(f"the address of the target {name} must begin with http:// or https://")
-
-
-def _check_numbers(concurrency: int, inline_limit: int, lease_seconds: float, validate: Validate) -> None:
-    for what, number in (("concurrency", concurrency), ("inline_limit", inline_limit)):
-        if type(number) is not int or number < 1:
-            raise ConfigurationError(f"{what} is a whole number, 1 or more")
-    if type(lease_seconds) not in {int, float} or not 0 < lease_seconds <= _MAX_LEASE:
-        raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
-    if validate not in {None, "annotations"}:
-        raise ConfigurationError('validate is None or "annotations"')

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.app import App
 from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
-from safedefer.options import DEFAULT_QUEUE, DEFAULT_URL, Options, Task, TaskRetryOptions
+from safedefer.options import DEFAULT_QUEUE, DEFAULT_URL, Task, TaskRetryOptions
+from safedefer.sending.signatures import takes
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -61,10 +62,6 @@ __all__ = [
     "serialize",
     "set_log_level",
 ]
-
-_OPTIONS: Final = (
-    "_countdown", "_eta", "_headers", "_name", "_pickle", "_queue", "_retry_options", "_target", "_transactional", "_url",
-)  # fmt: skip
 
 
 class _Current:
@@ -145,7 +142,7 @@ def defer(
         DeferError: One of its subclasses says what is wrong; see ``App.defer``.
     """
     _check_unknown(kwargs)
-    options = _options(
+    deferral = current_app().options(
         countdown=_countdown,
         eta=_eta,
         headers={} if _headers is None else _headers,
@@ -157,25 +154,22 @@ def defer(
         url=_url,
         pickle=_pickle,
     )
-    return current_app().defer_with(options, obj, args, kwargs)
+    return deferral.defer(obj, *args, **kwargs)
 
 
+_OPTIONS: Final = tuple(sorted(defer.__kwdefaults__ or ()))
+
+
+@takes(defer)
 async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> Task:
     """Do what ``defer`` does, with the same options, without blocking the event loop."""
-    if not kwargs.get("_transactional"):
-        return await asyncio.to_thread(defer, obj, *args, **kwargs)
-    # Here: a transaction belongs to its thread, and to its task.
     given = {name.removeprefix("_"): kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     _check_unknown(kwargs)
-    headers = given.pop("headers", None)
-    options = _options(headers={} if headers is None else headers, **given)
-    return await current_app().defer_with_async(options, obj, args, kwargs)
-
-
-def _options(*, target: str | None = None, url: str | None = DEFAULT_URL, **given: Any) -> Options:
-    if type(url) is str and url.startswith(("http://", "https://")):
-        target, url = current_app().destination(target, url)
-    return Options(target=target, url=url, **given)
+    # To build an App reads files and imports modules.
+    app = configured_app()
+    if app is None:
+        app = await asyncio.to_thread(current_app)
+    return await app.options(**given).defer_async(obj, *args, **kwargs)
 
 
 def serialize(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:

@@ -1,16 +1,15 @@
-"""A verified task becomes an outcome."""
+"""Execution: runs a verified task and returns its outcome."""
 
 from __future__ import annotations
 
+from safedefer.codecs.protocol import Codec
+from safedefer.execution.context import TaskContext, current_task
 from safedefer.execution.run import (
-    Codec,
-    Interrupted,
+    CoroutineCancelled,
     Outcome,
     Result,
-    TaskContext,
     Validate,
     call_in_thread,
-    current_task,
     execute,
     is_async,
     prepare,
@@ -18,7 +17,7 @@ from safedefer.execution.run import (
 
 __all__ = [
     "Codec",
-    "Interrupted",
+    "CoroutineCancelled",
     "Outcome",
     "Result",
     "TaskContext",

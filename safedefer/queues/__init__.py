@@ -1,4 +1,4 @@
-"""Queues, and the one way to open one from a URL."""
+"""Queues, and the one way to open one from a URL. The door to the engines: each is imported when it is named."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
 from safedefer.errors import ConfigurationError, MissingExtra
-from safedefer.queues.memory.queue import MemoryQueue
-from safedefer.queues.sqlite.queue import SQLiteQueue
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from types import ModuleType
 
     from safedefer.queues.base import PullQueue, StorageOptions
+    from safedefer.queues.config import QueueFile
 
-__all__ = ["migrate_queue", "open_queue"]
+__all__ = ["load_queue_file", "migrate_queue", "open_queue"]
 
 _FORMS: Final = "sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database or memory://"
 
@@ -33,6 +33,7 @@ def open_queue(url: str, storage: StorageOptions | None = None) -> PullQueue:
         ConfigurationError: The URL is none of these.
         MissingExtra: The engine's packages are not installed.
     """
+    # Each engine is imported here, and only when it is named: importing safedefer must not load what it is not asked for.
     options = {} if storage is None else asdict(storage)
     parts = urlsplit(url)
     if parts.scheme in _POSTGRES:
@@ -43,10 +44,14 @@ def open_queue(url: str, storage: StorageOptions | None = None) -> PullQueue:
     if parts.scheme == "memory":
         if parts.netloc or parts.path not in ("", "/"):
             raise ConfigurationError("a memory queue has no name; use memory://")
+        from safedefer.queues.memory.queue import MemoryQueue  # noqa: PLC0415
+
         return MemoryQueue(**options)
     if parts.scheme == "sqlite":
         if parts.netloc:
             raise ConfigurationError(f"the path of a sqlite URL begins after three slashes; use {_FORMS}")
+        from safedefer.queues.sqlite.queue import SQLiteQueue  # noqa: PLC0415
+
         return SQLiteQueue(unquote(parts.path.removeprefix("/")), **options)
     raise ConfigurationError(f"no queue has URLs of the scheme {parts.scheme!r}; use {_FORMS}")
 
@@ -65,6 +70,18 @@ def migrate_queue(url: str) -> list[str]:
         return done
     open_queue(url).close()
     return []
+
+
+def load_queue_file(path: str | Path) -> QueueFile:
+    """Read a ``queue.yaml``.
+
+    Raises:
+        ConfigurationError: It cannot be read, or something in it is wrong; the message names the line.
+    """
+    # Here: only who has such a file needs YAML.
+    from safedefer.queues.config import QueueFile  # noqa: PLC0415
+
+    return QueueFile.load(path)
 
 
 def _postgres() -> ModuleType:

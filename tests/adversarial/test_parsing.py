@@ -8,7 +8,7 @@ import pytest
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import InvalidArguments, InvalidClaims, RejectedTask, UnresolvableCallable
 from safedefer.execution.run import prepare
-from tests.adversarial.forge import URL, make_app, mint, post
+from tests.adversarial.forge import make_app, mint, post
 from tests.schema import vectors
 
 CODECS = {"typed": TypedCodec()}
@@ -31,7 +31,7 @@ def payload(args="", kwargs="", **changes):
 
 def judge(app, text):
     token = vectors.mint(text).encode()
-    task = app._verifier.verify(token, url=URL, now=vectors.NOW)
+    task = app.verify(token)
     return prepare(task, CODECS)
 
 
@@ -179,7 +179,7 @@ def test_a_refused_megabyte_costs_a_few_megabytes(app):
     for token in tokens:
         tracemalloc.start()
         with pytest.raises(InvalidClaims):
-            app._verifier.verify(token, url=URL, now=vectors.NOW)
+            app.verify(token)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 60 * 2**20

@@ -74,6 +74,8 @@ def options_are_checked_too(app: App) -> None:
     app.options(countdwon=1)  # type: ignore[call-arg]
     app.options(countdown="1")  # type: ignore[arg-type]
     app.options(retry_options={"task_retry_limit": 1})  # type: ignore[arg-type]
+    app.options(60)  # type: ignore[call-arg]
+    assert_type(app.options(queue="mail").defer_many([], atomic=False), list[Task])
 
 
 async def the_async_forms_are_the_same(app: App) -> None:
@@ -109,6 +111,12 @@ def the_drop_in_module_takes_what_the_original_took() -> None:
     assert_type(deferred.run(b""), object)
     deferred.defer(send, 1, _countdown="60")  # type: ignore[arg-type]
     deferred.defer(5)  # type: ignore[arg-type]
+
+
+async def the_async_form_takes_the_same() -> None:
+    assert_type(await deferred.defer_async(send, 1, _countdown=60, _queue="mail", copy=True), Task)
+    await deferred.defer_async(send, 1, _countdown="60")  # type: ignore[arg-type]
+    await deferred.defer_async(5)  # type: ignore[arg-type]
 
 
 def a_task_says_what_it_is(task: Task) -> None:

@@ -4,12 +4,13 @@ import inspect
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 import safedefer
-from safedefer import PermanentTaskFailure, SingularTaskFailure, TaskRetryOptions, deferred
+from safedefer import App, Options, PermanentTaskFailure, SingularTaskFailure, TaskRetryOptions, deferred
 from safedefer.errors import ConfigurationError, InvalidEtaError, InvalidTaskError, NotDeferrable, RejectedTask
 from tests import sample_tasks as tasks
 from tests.unit.apps import handle, make_app
@@ -263,3 +264,14 @@ def test_a_module_that_asks_for_the_app_while_it_is_built_gets_an_error_and_no_d
     thread.start()
     thread.join(30)
     assert len(caught) == 1
+
+
+def test_every_option_is_spelled_once_and_the_forms_agree():
+    options = {item.name for item in fields(Options)}
+    assert [*inspect.signature(App.options).parameters][1:] == [item.name for item in fields(Options)]
+    for name in options:
+        assert f"        {name}: " in App.options.__doc__, name
+    # App Engine's functions have no unique tasks.
+    named = {name for name in inspect.signature(deferred.defer).parameters if name.startswith("_")}
+    assert named == {f"_{name}" for name in options - {"unique"}}
+    assert inspect.signature(deferred.defer_async).parameters == inspect.signature(deferred.defer).parameters

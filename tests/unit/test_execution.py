@@ -6,20 +6,24 @@ import threading
 
 import pytest
 
-from safedefer import Policy, current_task
+from safedefer import Key, Keyring, Policy, current_task
+from safedefer.codecs.typed import TypedCodec
 from safedefer.execution import run as execution
-from safedefer.execution.run import Interrupted, Prepared, Result, TaskContext, call_in_thread, execute, is_async
+from safedefer.execution.context import TaskContext
+from safedefer.execution.run import CoroutineCancelled, Prepared, Result, call_in_thread, execute, is_async
 from safedefer.task import VerifiedTask
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
 
+CODECS = {"typed": TypedCodec()}
+KEYRING = Keyring(Key("k1", bytes(range(32))))
 CONTEXT = TaskContext(id="i" * 16, name=None, queue_name="default", url="/x", headers={})
 
 
 @pytest.fixture
 def app():
     tasks.reset()
-    app = make_app()
+    app = make_app(keyring=KEYRING)
     yield app
     tasks.GATE.set()
     app.close()
@@ -32,7 +36,7 @@ def verified(app, *call, **kwargs):
 
 
 async def run(app, *call, validate=None, **kwargs):
-    return await execute(verified(app, *call, **kwargs), app._codecs, CONTEXT, validate=validate)
+    return await execute(verified(app, *call, **kwargs), CODECS, CONTEXT, validate=validate)
 
 
 async def test_plain_callables_run_in_a_thread_and_coroutines_on_the_loop(app):
@@ -55,7 +59,7 @@ class Counted:
 
 async def threads_for(app, *call, validate=None):
     counted = Counted()
-    outcome = await execute(verified(app, *call), app._codecs, CONTEXT, in_thread=counted, validate=validate)
+    outcome = await execute(verified(app, *call), CODECS, CONTEXT, in_thread=counted, validate=validate)
     assert outcome.result is Result.SUCCEEDED
     return counted.calls
 
@@ -96,7 +100,7 @@ async def test_a_known_coroutine_function_that_is_another_thing_now_is_looked_at
     add_later.__module__, add_later.__qualname__ = tasks.__name__, "add_later"
     monkeypatch.setattr(tasks, "add_later", add_later if now else None)
     counted = Counted()
-    outcome = await execute(app.verify(token), app._codecs, CONTEXT, in_thread=counted)
+    outcome = await execute(app.verify(token), CODECS, CONTEXT, in_thread=counted)
     assert (outcome.result, counted.calls) == (result, 1)
     assert tasks.RAN[1:] == ([False] if now else [])
 
@@ -116,7 +120,7 @@ async def test_a_running_task_knows_its_context_and_nobody_else_does(app):
 async def test_two_tasks_at_once_have_each_their_own_context(app):
     other = TaskContext(id="o" * 16, name="other", queue_name="mail", url="/x", headers={})
     task = verified(app, tasks.keep_context_async)
-    await asyncio.gather(*(execute(task, app._codecs, context) for context in (CONTEXT, other)))
+    await asyncio.gather(*(execute(task, CODECS, context) for context in (CONTEXT, other)))
     assert sorted(context.id for context in tasks.CONTEXTS) == ["i" * 16, "o" * 16]
 
 
@@ -153,7 +157,7 @@ async def test_cancelling_the_caller_ends_a_coroutine(app):
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    assert type(caught.value) is Interrupted
+    assert type(caught.value) is CoroutineCancelled
     assert tasks.RAN == ["begun", "over"]
 
 
@@ -163,7 +167,7 @@ async def test_cancelling_the_caller_leaves_a_thread_running(app):
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    assert type(caught.value) is not Interrupted
+    assert type(caught.value) is not CoroutineCancelled
     assert tasks.RAN == []
     tasks.GATE.set()
     while not tasks.RAN:  # noqa: ASYNC110  # what is waited for is a list
@@ -230,7 +234,7 @@ async def test_without_the_codec_a_task_is_rejected(app):
 
 
 async def test_a_policy_that_changed_since_rejects(app):
-    sender = make_app(keyring=app._keyring, policy=Policy("tests.sample_tasks", "operator:sub"))
+    sender = make_app(keyring=KEYRING, policy=Policy("tests.sample_tasks", "operator:sub"))
     import operator
 
     token = sender.serialize(operator.sub, 2, 1)

@@ -3,8 +3,8 @@
 import os
 import uuid
 
-from safedefer import app
-from safedefer.app import new_task_id
+from safedefer.sending import ids
+from safedefer.sending.ids import new_task_id
 
 
 def test_an_id_is_a_uuid_of_version_7_of_its_time():
@@ -26,7 +26,7 @@ def test_ids_of_one_moment_differ_in_all_other_bits():
 
 def test_a_forked_process_draws_other_ids():
     new_task_id(1.0)
-    assert app._noise
+    assert ids._noise
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:

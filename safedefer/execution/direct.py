@@ -1,0 +1,122 @@
+"""Tokens that are run where they are: verified, called, and answered with the result. Asks no ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Container, Mapping
+from functools import partial
+from typing import Any
+
+from safedefer.blobs import BlobStore
+from safedefer.claims import split_audience
+from safedefer.codecs.protocol import Codec
+from safedefer.errors import PermanentTaskFailure
+from safedefer.execution.run import call_in_thread, is_async, prepare
+from safedefer.policy import Policy
+from safedefer.signing import Verifier
+from safedefer.task import VerifiedPointer, VerifiedTask
+
+
+class DirectRunner:
+    """What ``App.run`` and its companions do.
+
+    Args:
+        verifier: Turns bytes into verified tasks.
+        policy: Its modules are imported before the first task runs.
+        codecs: By ``cty``.
+        urls: The paths that a token may name.
+        blobs: Returns where oversize tokens are.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        verifier: Verifier,
+        policy: Policy,
+        codecs: Mapping[str, Codec],
+        urls: Container[str],
+        blobs: Callable[[], BlobStore],
+        clock: Callable[[], float],
+    ) -> None:
+        self._verifier = verifier
+        self._policy = policy
+        self._codecs = codecs
+        self._urls = urls
+        self._blobs = blobs
+        self._clock = clock
+        self._loaded = False
+
+    def load_policy(self) -> None:
+        """Import the modules that the policy names, once.
+
+        Raises:
+            ConfigurationError: One cannot be imported.
+        """
+        if not self._loaded:
+            self._policy.load()
+            self._loaded = True
+
+    def run(self, data: bytes) -> object:
+        """Verify a token, call what it says, and return the result.
+
+        Raises:
+            RejectedTask: The token is refused. Whatever the callable raises passes through.
+            RuntimeError: An event loop runs in this thread; use ``run_async``.
+        """
+        if asyncio._get_running_loop() is not None:  # noqa: SLF001  # public in asyncio's words: in events.__all__
+            raise RuntimeError("run() blocks and an event loop runs here; await run_async() instead")
+        target, args, kwargs = prepare(self._runnable(data), self._codecs)
+        result = target(*args, **kwargs)
+        return asyncio.run(_awaited(result)) if result is not None and inspect.isawaitable(result) else result
+
+    async def run_async(self, data: bytes) -> object:
+        """Do what ``run`` does inside a running loop: plain callables run in a thread."""
+        target, args, kwargs = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
+        call = partial(target, *args, **kwargs)
+        result = call() if is_async(target) else await call_in_thread(call)
+        return await _awaited(result) if inspect.isawaitable(result) else result
+
+    def run_from_datastore(self, key: str) -> object:
+        """Run the oversize task whose stored token has the id ``key``, and delete it unless it must be retried.
+
+        Raises:
+            PermanentTaskFailure: There is no such blob (as the original). Else as ``run``.
+        """
+        data = self._blobs().get(key)
+        if data is None:
+            raise PermanentTaskFailure("there is no stored task of this key; it has ended, or was never enqueued")
+        try:
+            result = self.run(data)
+        except PermanentTaskFailure:
+            self._blobs().delete(key)
+            raise
+        self._blobs().delete(key)
+        return result
+
+    def follow(self, verified: VerifiedTask | VerifiedPointer, *, expired: bool = False) -> VerifiedTask:
+        """Return the task that a verified pointer leads to, verified too; runs nothing.
+
+        Raises:
+            PermanentTaskFailure: The stored token is gone.
+            RejectedTask: It is not the one that was pointed to, or is refused.
+        """
+        if isinstance(verified, VerifiedTask):
+            return verified
+        data = self._blobs().get(verified.blob["id"])
+        if data is None:
+            raise PermanentTaskFailure("the stored token is gone; the task has ended, or the blob was lost")
+        return self._verifier.verify_stored(
+            verified, data, url=split_audience(verified.claims["aud"])[3], now=self._clock(), expired=expired
+        )
+
+    def _runnable(self, data: bytes) -> VerifiedTask:
+        if not self._loaded:
+            self.load_policy()
+        verified = self._verifier.verify(data, self._urls, self._clock())
+        return verified if type(verified) is VerifiedTask else self.follow(verified)
+
+
+async def _awaited(result: Any) -> object:
+    return await result

@@ -1,0 +1,215 @@
+"""A call becomes a signed task for the queue: its claims, its token, and the hints beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any, Final, cast
+
+from safedefer.blobs import Blob
+from safedefer.claims import VERSION, Call, Claims, callable_name, split_audience, write_json
+from safedefer.codecs.protocol import Codec
+from safedefer.errors import ConfigurationError, InvalidTaskRetryOptionsError, NotDeferrable
+from safedefer.execution.binding import check_binds
+from safedefer.keys import Key
+from safedefer.options import DEFAULT_OPTIONS, Options, Task, TaskRetryOptions
+from safedefer.queues.base import QueuedTask, TaskView
+from safedefer.refs import UNBOUND, bound_object
+from safedefer.sending.ids import new_blob_id, new_task_id
+from safedefer.sending.routes import Routes
+from safedefer.signing import Signer
+
+_POINTER_CLAIMS: Final = frozenset({"v", "jti", "iat", "nbf", "exp", "aud", "cty", "name"})
+_OF_ONE_TASK: Final = frozenset({"jti", "iat", "nbf", "exp", "trace"})
+
+
+class Builder:
+    """Makes tasks of calls.
+
+    Args:
+        signer: Signs their claims.
+        key: The key that it signs with.
+        codecs: By ``cty``.
+        routes: Where tasks may go.
+        inline_limit: Tokens above this many bytes become blobs.
+        clock: Seconds since the epoch.
+
+    Raises:
+        ConfigurationError: ``inline_limit`` is not a whole number, 1 or more.
+    """
+
+    def __init__(
+        self,
+        *,
+        signer: Signer,
+        key: Key,
+        codecs: Mapping[str, Codec],
+        routes: Routes,
+        inline_limit: int,
+        clock: Callable[[], float],
+    ) -> None:
+        if type(inline_limit) is not int or inline_limit < 1:
+            raise ConfigurationError("inline_limit is a whole number, 1 or more")
+        self._signer = signer
+        self._key = key
+        self._codecs = codecs
+        self._routes = routes
+        self._inline_limit = inline_limit
+        self._clock = clock
+
+    def build(
+        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Task, QueuedTask]:
+        """Return the task of a call, and what the queue is given.
+
+        Raises:
+            TypeError: The callable does not take these arguments.
+            DeferError: One of its subclasses says what is wrong.
+        """
+        self._routes.check(options)
+        now = self._clock()
+        claims = self._claims(options, obj, args, kwargs, now)
+        task, queued = self.package(claims, options, now)
+        return task, queued._replace(unique_key=_unique_key(claims)) if options.unique else queued
+
+    def serialize(self, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
+        """Return the signed token of a call without options."""
+        return self._signer.sign(self._claims(DEFAULT_OPTIONS, obj, args, kwargs, self._clock()))
+
+    def package(self, claims: Claims, options: Options, now: float) -> tuple[Task, QueuedTask]:
+        """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize."""
+        payload = token = self._signer.sign(claims)
+        digest = sha256(token)
+        blob = None
+        if len(token) > self._inline_limit:
+            blob = Blob(new_blob_id(), token)
+            pointer = {"id": blob.id, "sha256": digest.hexdigest(), "length": len(token)}
+            shared = {name: value for name, value in claims.items() if name in _POINTER_CLAIMS}
+            payload = self._signer.sign(cast("Claims", {**shared, "blob": pointer}))
+        eta = options.due(now)
+        _, queue, target, url = split_audience(claims["aud"])
+        trace = claims.get("trace")
+        headers = {**options.headers, **({"traceparent": trace} if trace is not None else {})}
+        queued = QueuedTask(
+            id=claims["jti"],
+            queue=queue,
+            token=payload,
+            audience=claims["aud"],
+            url=url,
+            target=target,
+            eta=eta,
+            created=now,
+            expires=claims["exp"],
+            name=claims.get("name"),
+            headers=headers,
+            retry_options={} if options.retry_options is None else options.retry_options.given(),
+            digest=digest.digest(),
+            blob=blob,
+            blob_id=None if blob is None else blob.id,
+            callable_name=callable_name(claims["call"]),
+        )
+        task = Task(
+            id=queued.id,
+            name=queued.name,
+            queue_name=queue,
+            url=url,
+            target=target,
+            headers=headers,
+            payload=payload,
+            eta=datetime.fromtimestamp(eta, UTC),
+            retry_options=options.retry_options,
+            was_enqueued=True,
+        )
+        return task, queued
+
+    def _claims(
+        self,
+        options: Options,
+        obj: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        now: float,
+    ) -> Claims:
+        gate = self._signer.gate
+        ref = gate.callable_ref(obj)
+        try:
+            check_binds(obj, args, kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
+            ) from None
+        codec = self._pickled() if options.pickle else self._codecs["typed"]
+        # What makes a call unique is compared as trees, whose members can be sorted.
+        encode = codec.encode if options.unique else codec.write
+        bound, positional, named = encode((bound_object(obj), tuple(args), dict(kwargs)), gate)
+        made = due = int(now)
+        audience, lifetime = self._routes.default
+        if options is not DEFAULT_OPTIONS:
+            due = int(options.due(now))
+            audience, lifetime = self._routes.of(options)
+        # Every part was checked by itself.
+        claims: Claims = {
+            "v": VERSION,
+            "jti": new_task_id(now),
+            "iat": made,
+            "nbf": due,
+            "exp": due + lifetime,
+            "aud": audience,
+            "cty": "pickle" if options.pickle else "typed",
+        }
+        if options.name is not None:
+            claims["name"] = options.name
+        call: Call = {"kind": ref.kind, "module": ref.module, "qualname": ref.qualname}
+        if ref.member is not None:
+            call["member"] = ref.member
+        if bound is not UNBOUND:
+            call["bound"] = bound
+        claims["call"] = call
+        claims["args"] = positional
+        claims["kwargs"] = named
+        if options.headers:
+            claims["headers"] = dict(options.headers)
+        return claims
+
+    def _pickled(self) -> Codec:
+        """Return the codec of pickled arguments. Raises ``NotDeferrable`` if they may not be sent."""
+        codec = self._codecs.get("pickle")
+        if codec is None:
+            raise NotDeferrable("pickled arguments are off; make the App with allow_pickle=True", reason="pickle-off")
+        if not self._key.pickle:
+            raise NotDeferrable(
+                f"key {self._key.kid} may not sign pickled arguments; give it pickle=True, or use another",
+                reason="pickle-key",
+            )
+        return codec
+
+
+def stored_task(view: TaskView | QueuedTask) -> Task:
+    """Return a task that the queue has, as ``defer()`` returned it."""
+    return Task(
+        id=view.id,
+        name=view.name,
+        queue_name=view.queue,
+        url=view.url,
+        target=view.target,
+        headers=view.headers,
+        payload=view.token,
+        eta=datetime.fromtimestamp(view.eta, UTC),
+        retry_options=stored_retry_options(view.retry_options),
+        was_enqueued=True,
+    )
+
+
+def stored_retry_options(values: Mapping[str, float]) -> TaskRetryOptions | None:
+    """Return the retry options that the storage keeps of a task; None if there are none, or they are impossible."""
+    try:
+        return TaskRetryOptions.from_given(values) if values else None
+    except InvalidTaskRetryOptionsError:  # a hint in the storage, which nobody signed: the queue's own will do
+        return None
+
+
+def _unique_key(claims: Claims) -> str:
+    """Return what tasks of the same call and destination have in common."""
+    same = {name: value for name, value in claims.items() if name not in _OF_ONE_TASK}
+    return sha256(write_json({**same, "kwargs": dict(sorted(claims["kwargs"].items()))})).hexdigest()
