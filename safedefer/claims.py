@@ -3,7 +3,7 @@
 The payload of a token is one JSON object (RFC 7519, section 4), which pydantic parses and validates in one
 step: unknown members, null for an absent claim, floats for integers and strings for numbers are refused.
 Duplicate members are refused at every depth: what we wrote is known by writing it again, and other
-spellings are parsed with every name compared. The parser is jiter, pydantic's own, for both.
+spellings are parsed by jiter with every name compared.
 """
 
 from __future__ import annotations
@@ -153,6 +153,9 @@ def read_claims(payload: bytes) -> tuple[Claims, bool]:
     return claims, False
 
 
+# Jiter with every name compared would do alone (6.3 us for a small task, where pydantic's own parser takes 4.6 of the 28
+# that the whole path takes; 1.54 ms for 160 kB of rows, where orjson takes 0.96 of 1.8). The faster two are believed
+# only if writing what they read gives back the text.
 #: Up to this many bytes pydantic's own parser is the faster one. What nests in so few, it reads; the codec judges how deep.
 SHORT: Final = 512
 #: How deep brackets nest in a longer text that is known as canonical: what 64 plain values and the claims take.

@@ -21,6 +21,8 @@ The rules, in the order in which they are asked:
    ``__init__`` and ``__new__`` are admitted, or in a table of harmless ones.
 
 The same policy is asked in ``defer()``, so that a mistake shows at the sender.
+
+Over 450 lines, since what a pattern may name and what it then admits are one set of rules.
 """
 
 from __future__ import annotations
@@ -136,15 +138,7 @@ class Policy(Immutable):
         ConfigurationError: A pattern is malformed, names nothing, or names the standard library as a whole.
     """
 
-    __slots__ = (
-        "_deferrable",
-        "_exact",
-        "_metaclasses",
-        "_modules",
-        "_moved",
-        "_packages",
-        "_patterns",
-    )
+    __slots__ = ("_deferrable", "_exact", "_metaclasses", "_modules", "_moved", "_packages", "_patterns")
 
     _patterns: tuple[str, ...]
     _modules: frozenset[str]
