@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, overload
 
 from safedefer.claims import Limits
 from safedefer.codecs.typed import TypedCodec
-from safedefer.delivery.handler import Delivery, DeliveryOptions, Response
+from safedefer.delivery.options import DeliveryOptions
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 from safedefer.events import LogObserver, Observer
 from safedefer.execution.direct import DirectRunner
@@ -43,6 +43,8 @@ from safedefer.transactions.outbox import Outbox
 if TYPE_CHECKING:
     from aiohttp.web import AbstractRouteDef
 
+    from safedefer.delivery.handler import Delivery
+    from safedefer.headers import Response
     from safedefer.queues.config import QueueFile
     from safedefer.settings import Settings
 
@@ -401,6 +403,9 @@ class App:
         """The handler behind ``handle``; the policy's modules are imported when it is first asked for."""
         with self._lock:
             if self._delivery is None:
+                # Here and not at the top: a process that only defers needs no handler.
+                from safedefer.delivery.handler import Delivery  # noqa: PLC0415
+
                 self._direct.load_policy()
                 self._delivery = Delivery(
                     verifier=self._verifier,
