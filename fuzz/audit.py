@@ -35,6 +35,10 @@ def _hook(event: str, args: tuple[object, ...]) -> None:
         return
     if event == "compile" and args[1] == "<unknown>":  # ast.parse, for the marks under a traceback's lines
         return
+    if (
+        event == "open" and args[0] == "<unknown>"
+    ):  # of the same: from 3.13 on, the parser looks there for a faulty line
+        return
     _seen.append(f"{event} {args[0]!r:.200}" if args else event)
 
 

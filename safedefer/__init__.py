@@ -5,7 +5,9 @@
     deferred.defer(send_receipt, order.id, _countdown=60)
 
 ``defer`` and its companions are in ``safedefer.deferred``, with App Engine's names; ``App`` is the
-typed form. Everything here is public; nothing else is.
+typed form. Public are the names in ``__all__`` here and in ``safedefer.deferred``, ``errors``, ``events``
+and ``testing``, ``delivery.Response``, and ``DeadFilter``, ``TaskState`` and ``TaskView`` of ``queues.base``;
+nothing else is.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from safedefer.deferred import (
 )
 from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
 from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
-from safedefer.execution.run import TaskContext, current_task
+from safedefer.execution.context import TaskContext, current_task
 from safedefer.keys import Key, Keyring, KeyState
 from safedefer.options import DEFAULT_URL, Options, Task, TaskRetryOptions
 from safedefer.policy import Policy, deferrable

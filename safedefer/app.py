@@ -18,12 +18,14 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, ParamSpec, overload
 
 from safedefer.claims import Limits
+from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 from safedefer.events import LogObserver, Observer
+from safedefer.execution.context import current_task
 from safedefer.execution.direct import DirectRunner
-from safedefer.execution.run import Codec, Validate
+from safedefer.execution.prepare import Validate
 from safedefer.keys import Keyring
 from safedefer.options import DEFAULT_OPTIONS, DEFAULT_TARGET, DEFAULT_URL, Options, Task
 from safedefer.policy import Policy
@@ -372,7 +374,8 @@ class App:
             BadTransactionStateError: There is no name and no task runs here, or as ``transaction``.
             InvalidTaskError: The name is empty, too long, or has a character that a database does not take.
         """
-        noted, also = effect_of(effect)
+        task = current_task()
+        noted, also = effect_of(effect, None if task is None else (task.id, task.retry_of))
         return self.outbox.once(connection, effect=noted, also=also)
 
     # --- Handling ---

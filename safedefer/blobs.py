@@ -20,16 +20,12 @@ class Blob:
 
 
 class BlobStore(Protocol):
-    """Reads and deletes blobs; they are written by ``enqueue`` in the task's own transaction."""
+    """Reads and deletes blobs. They are written by ``enqueue_many`` in the task's own transaction, and go when the task ends."""
 
     def get(self, blob_id: str) -> bytes | None:
         """Return the bytes, or None if there are none. Raises ``QueueUnavailable``."""
         ...
 
     def delete(self, blob_id: str) -> None:
-        """Delete a blob; nothing happens if there is none."""
-        ...
-
-    def collect(self, *, now: float) -> int:
-        """Delete blobs that no waiting task points to; returns how many."""
+        """Delete a blob; nothing happens if there is none. Raises ``QueueUnavailable``."""
         ...

@@ -22,7 +22,6 @@ lambdas, static methods.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from threading import RLock
@@ -167,6 +166,8 @@ async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) 
     # To build an App reads files and imports modules.
     app = configured_app()
     if app is None:
+        import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
+
         app = await asyncio.to_thread(current_app)
     return await app.options(**given).defer_async(obj, *args, **kwargs)
 

@@ -1,7 +1,7 @@
-"""Events: frozen records of what happened, for logs and metrics. They identify and never quote.
+"""Events: frozen records for logs and metrics. They identify tasks and never quote them.
 
-An observer is any callable that takes an event. It runs where the event happens and must be quick;
-what it raises is logged and changes nothing.
+An observer is any callable that takes an event. It runs in the thread of the event and must be quick. An exception
+that it raises is logged and changes nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+__all__ = ["Event", "LogObserver", "Observer", "RequestRefused", "TaskEnqueued", "TaskHandled"]
+
 _log: Final = logging.getLogger("safedefer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskEnqueued:
-    """``defer()`` has stored a task."""
+    """``defer()`` stored a task."""
 
     task_id: str
     queue: str
@@ -27,7 +29,7 @@ class TaskEnqueued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskHandled:
-    """A handler has answered for an authentic task."""
+    """A handler answered the request for an authentic task."""
 
     task_id: str
     queue: str
@@ -37,7 +39,7 @@ class TaskHandled:
     """The ``Safedefer-Outcome``."""
     status: int
     reason: str | None
-    """A slug, where the outcome is not ``succeeded``."""
+    """A slug, unless the outcome is ``succeeded``."""
     attempt: int
     seconds: float
     """From the arrival of the request to the answer."""
@@ -45,7 +47,7 @@ class TaskHandled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRefused:
-    """A handler has refused a request that is not from a holder of our keys, or is for somebody else."""
+    """A handler refused a request: malformed, not signed by one of our keys, or for another audience."""
 
     status: int
     reason: str
@@ -53,15 +55,17 @@ class RequestRefused:
 
 
 Event: TypeAlias = TaskEnqueued | TaskHandled | RequestRefused
+"""Any of the events."""
 Observer: TypeAlias = Callable[[Event], None]
+"""What is called with every event."""
 
 
 class LogObserver:
-    """Logs events with ids and slugs in ``extra``; nothing in a line comes from outside the signature."""
+    """Logs events, each with the event in ``extra``. No text of a log line comes from unsigned bytes."""
 
     def __init__(self) -> None:
         self.level = logging.INFO
-        """The level in normal circumstances (App Engine ``set_log_level``)."""
+        """The level of a task that succeeded (App Engine ``set_log_level``)."""
 
     def __call__(self, event: Event) -> None:
         """Log one event."""
@@ -93,20 +97,20 @@ class LogObserver:
 
 
 def hears_enqueued(observer: Observer) -> bool:
-    """Whether an observer would do anything with ``TaskEnqueued``."""
+    """Whether an observer may act on ``TaskEnqueued``: the default log does so at debug level only."""
     return type(observer) is not LogObserver or _log.isEnabledFor(logging.DEBUG)
 
 
 def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:
-    """Whether an observer would do anything with ``TaskHandled``: a log whose level is off would not."""
+    """Whether an observer may act on ``TaskHandled``: the default log does not if its level is off."""
     if isinstance(observer, LogObserver) and type(observer) is LogObserver:  # a subclass may do more
         return _log.isEnabledFor(observer.level_of(outcome, reason))
     return True
 
 
 def notify(observer: Observer, event: Event) -> None:
-    """Tell an observer, and outlive what it raises."""
+    """Call an observer. Log an exception that it raises, and go on."""
     try:
         observer(event)
-    except Exception:  # noqa: BLE001  # whatever it is, the task goes on
+    except Exception:  # noqa: BLE001  # the task goes on after any error of an observer
         _log.exception("an observer failed; mend it")

@@ -67,6 +67,7 @@ GADGETS: Final = frozenset(
         "sched:scheduler", "tkinter:Tcl", "_tkinter:create", "sqlite3:connect", "_sqlite3:connect", "uuid:_get_command_stdout", "platform:popen", "platform:_syscmd_ver",
         "platform:_syscmd_file", "ssl:get_server_certificate", "tempfile:mktemp", "test.support.script_helper:assert_python_ok", "mailcap:findmatch",
         "ctypes.util:find_library", "gc:get_objects", "gc:get_referrers", "gc:get_referents", "string:Formatter", "string:Template",
+        "traceback:TracebackException",
         # Elsewhere.
         "numpy:load", "numpy:loadtxt", "numpy:fromfile", "numpy:genfromtxt", "numpy:frompyfunc", "numpy:vectorize", "numpy.lib.npyio:load",
         "numpy.lib._npyio_impl:load", "numpy:apply_along_axis", "numpy:apply_over_axes", "numpy:piecewise", "numpy:fromfunction",

@@ -1,4 +1,4 @@
-"""HTTP headers between a dispatcher and a handler: their names, what a request hints, what an answer says."""
+"""HTTP headers between a dispatcher and a handler: their names, and how requests and answers are read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
-#: How a token is POSTed (RFC 7515, section 9.2.1), and how App Engine's library did.
+#: The media type of a token (RFC 7515, section 9.2.1), and the one of App Engine's library.
 CONTENT_TYPE: Final = "application/jose"
 CONTENT_TYPES: Final = frozenset({CONTENT_TYPE, "application/octet-stream"})
 OUTCOME_HEADER: Final = "Safedefer-Outcome"
@@ -15,7 +15,7 @@ RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
 
 
 class Response(NamedTuple):
-    """What a handler answers."""
+    """The answer of a handler."""
 
     status: int
     headers: dict[str, str]
@@ -23,7 +23,7 @@ class Response(NamedTuple):
 
 
 class Hints(NamedTuple):
-    """The headers of a request that count. Of a repeated one, all values joined, which then agree with nothing."""
+    """The headers of a request that the handler reads. The values of a repeated header are joined, and match nothing."""
 
     encoding: str | None
     type: str | None
@@ -32,11 +32,11 @@ class Hints(NamedTuple):
 
 
 class AttemptHeaders(Mapping[str, str]):
-    """The headers of one delivery, made when they are read.
+    """The headers of one delivery, made when they are first read.
 
     Args:
-        hints: What ``read_hints`` would read in them.
-        make: Makes them.
+        hints: The result of ``read_hints`` for these headers.
+        make: Makes the headers.
     """
 
     __slots__ = ("_made", "_make", "hints")
@@ -62,7 +62,7 @@ class AttemptHeaders(Mapping[str, str]):
 
 
 class Answer(NamedTuple):
-    """What a dispatcher reads in a response."""
+    """The parts of a response that the dispatcher reads."""
 
     status: int
     outcome: str | None
@@ -75,7 +75,7 @@ _HINTS: Final = {
     QUEUE_HEADER.lower(): "queue",
     RETRY_HEADER.lower(): "retries",
 }
-#: As dispatchers of ours write them: most names need not be turned into lower case. None: of no account.
+#: Names as our dispatcher writes them: for these no lower-case copy is made. None: the handler ignores the header.
 _SPELLED: Final = {
     "Content-Type": "type",
     QUEUE_HEADER: "queue",
@@ -87,7 +87,7 @@ _SPELLED: Final = {
 
 
 def read_hints(headers: Mapping[str, str]) -> Hints:
-    """Read the headers of a request once, whatever their case."""
+    """Read the headers of a request in one pass; their names may be in any case."""
     found: dict[str, str] = {}
     for name, value in headers.items():
         hint = _SPELLED[name] if name in _SPELLED else _HINTS.get(name.lower())
@@ -108,7 +108,7 @@ _OUTCOME: Final = OUTCOME_HEADER.lower()
 
 
 def read_answer(response: Response) -> Answer:
-    """Read the headers of a response once. Proxies write their names as they like."""
+    """Read the headers of a response in one pass; proxies write their names in any case."""
     headers = response.headers
     if len(headers) == 1 and OUTCOME_HEADER in headers:
         return Answer(response.status, headers[OUTCOME_HEADER], None)

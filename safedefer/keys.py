@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from itertools import chain, permutations
 from types import MappingProxyType
-from typing import Final, Literal, Self, TypeVar, final
+from typing import Final, Literal, Self, TypeAlias, TypeVar, final
 
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
 from safedefer.immutable import Immutable
@@ -101,13 +101,13 @@ class Key(Immutable):
             pickle=pickle is True,
         )
 
-    def mac(self, signing_input: bytes) -> bytes:
-        """Return the encoded HMAC-SHA-256 of a JWS Signing Input (RFC 7515, section 5.1): 43 characters of base64url."""
-        # A copy of an HMAC that has its key takes 2.3 us for 500 bytes; hmac.digest(), which needs the secret again at
-        # every call, 2.9 us. No attribute holds the secret.
+    def begin_mac(self, start: bytes) -> hmac.HMAC:
+        """Return the HMAC-SHA-256 of a message that begins so, to be ended by ``end_mac``."""
+        # A copy of an HMAC that has its key takes 2.0 us for 500 bytes, hmac.digest() 2.9 us: it is given the secret
+        # again at every call, so that a key had to hold it.
         begun = self._hmac.copy()
-        begun.update(signing_input)
-        return encode_segment(begun.digest())
+        begun.update(start)
+        return begun
 
     def __repr__(self) -> str:
         """Show what is not secret."""
@@ -127,7 +127,7 @@ class Keyring(Immutable):
         WeakKey: Two share a secret.
     """
 
-    __slots__ = ("_decoy", "_start", "_writers", "active", "keys")
+    __slots__ = ("_begun", "_decoy", "_start", "_writers", "active", "keys")
 
     active: Key
     """The key that signs."""
@@ -135,9 +135,11 @@ class Keyring(Immutable):
     """All keys."""
     _start: bytes
     """What a token of ours begins with: the header of the active key, and a dot."""
-    _writers: Mapping[bytes, Key]
-    """By encoded header, the key that could have written it."""
-    _decoy: Key
+    _begun: hmac.HMAC
+    """The MAC of what a token of ours begins with."""
+    _writers: Mapping[bytes, _Writer]
+    """By encoded header, the key that could have written it, and the MAC of the header and a dot."""
+    _decoy: _Writer
     """What is computed with when no key could have written the header."""
 
     def __init__(self, *keys: Key | Iterable[Key]) -> None:
@@ -146,12 +148,17 @@ class Keyring(Immutable):
             raise ConfigurationError("a keyring is made of Key objects; use Keyring.from_text for their texts")
         self._check(given)
         active = next(key for key in given if key.state is KeyState.ACTIVE)
+        start = _headers(active.kid)[0] + b"."
+        decoy = Key("decoy", bytes(range(MIN_SECRET_BYTES)), KeyState.REVOKED)
         self._set(
             keys=given,
             active=active,
-            _start=_headers(active.kid)[0] + b".",
-            _writers=MappingProxyType({header: key for key in given for header in _headers(key.kid)}),
-            _decoy=Key("decoy", bytes(range(MIN_SECRET_BYTES)), KeyState.REVOKED),
+            _start=start,
+            _begun=active.begin_mac(start),
+            _writers=MappingProxyType(
+                {header: (key, key.begin_mac(header + b".")) for key in given for header in _headers(key.kid)}
+            ),
+            _decoy=(None, decoy.begin_mac(start)),
         )
 
     @staticmethod
@@ -161,13 +168,13 @@ class Keyring(Immutable):
             raise ConfigurationError(f"a keyring needs exactly one active key and has {len(active)}; {_MAKE_ONE}")
         if len({key.kid for key in keys}) != len(keys):
             raise ConfigurationError("two keys have the same kid; give every key its own")
-        if len({key.mac(b"") for key in keys}) != len(keys):
+        if len({end_mac(key.begin_mac(b""), b"") for key in keys}) != len(keys):
             raise WeakKey(f"two keys have the same secret; {_MAKE_ONE}")
 
     def sign(self, payload: bytes) -> bytes:
         """Return the token of a payload, signed with the active key."""
-        signing_input = self._start + encode_segment(payload)
-        return b"%b.%b" % (signing_input, self.active.mac(signing_input))
+        segment = encode_segment(payload)
+        return b"%b%b.%b" % (self._start, segment, end_mac(self._begun, segment))
 
     def verify(self, token: Token) -> tuple[Key, bytes]:
         """Verify the MAC over the raw segments, then decode the payload.
@@ -183,16 +190,15 @@ class Keyring(Immutable):
             RevokedKey: It matches, but the key is revoked.
             MalformedToken: A segment is not canonical base64url.
         """
-        key = self._writers.get(token.header, self._decoy)
+        key, begun = self._writers.get(token.header, self._decoy)
         # The right MAC of a forged token is never a local variable: tracebacks with locals reach logs.
-        matches = hmac.compare_digest(key.mac(b"%b.%b" % (token.header, token.payload)), token.mac)
-        known = key is not self._decoy
-        if not known or not matches:
+        matches = hmac.compare_digest(end_mac(begun, token.payload), token.mac)
+        if key is None or not matches:
             token.check_spelling()
-            if not known:
+            if key is None:
                 raise UnknownKey("no key of this ring wrote the token's header; add the key that signs, as verify_only")
             raise BadSignature("the signature does not match; the token was altered, or a key of the same kid differs")
-        if key.state is KeyState.REVOKED:
+        if key.state == "revoked":
             raise RevokedKey(f"key {key.kid} is revoked; re-run the task from its origin if it was wanted")
         return key, decode_segment(token.payload)
 
@@ -221,6 +227,17 @@ class Keyring(Immutable):
     def __repr__(self) -> str:
         """Show what is not secret."""
         return f"Keyring({', '.join(map(repr, getattr(self, 'keys', ())))})"
+
+
+#: The key that could have written a header, None if none could, and the MAC of the header and a dot.
+_Writer: TypeAlias = tuple[Key | None, hmac.HMAC]
+
+
+def end_mac(begun: hmac.HMAC, rest: bytes) -> bytes:
+    """Return the encoded MAC of a message whose start was taken in: 43 characters of base64url."""
+    mac = begun.copy()
+    mac.update(rest)
+    return encode_segment(mac.digest())
 
 
 def _headers(kid: str) -> list[bytes]:

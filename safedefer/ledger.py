@@ -70,39 +70,44 @@ class AttemptRecord(NamedTuple):
 
 
 RunEnd: TypeAlias = tuple[Execution, EndState, AttemptRecord]
-"""How a run ended: what ``Ledger.finish`` takes."""
+"""How a run ended: what ``Ledger.finish_many`` takes."""
+
+
+class LedgerCalls(Protocol):
+    """``Ledger.begin_many`` and ``Ledger.finish_many``, awaited."""
+
+    async def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
+        """Ask to run."""
+        ...
+
+    async def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
+        """Store the ends of runs."""
+        ...
 
 
 class Ledger(Protocol):
-    """Where runs are admitted and their ends are remembered. Every method is thread-safe."""
+    """Where runs are admitted and their ends are remembered.
 
-    def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
-        """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
+    Every method is thread-safe, does all that it is given in one transaction, and may raise ``QueueUnavailable``.
+    """
+
+    @property
+    def here(self) -> LedgerCalls | None:
+        """The calls of the running loop, if the queue has connections of it now; None: use a thread."""
         ...
 
     def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
-        """Do what ``begin`` does for each, in one transaction."""
+        """Ask to run; ``lease`` is seconds."""
         ...
 
-    def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
-        """Prolong the run; False if it is no longer ours."""
-        ...
-
-    def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
-        """Store the end of a run and its record in one transaction; False if it is no longer ours.
-
-        The record is stored in either case.
-        """
+    def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:
+        """Prolong runs to ``lease`` seconds from now; False stands for one that is no longer ours."""
         ...
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Do what ``finish`` does for each, in one transaction."""
+        """Store the ends of runs; False stands for one that was no longer ours. Every record is stored."""
         ...
 
-    def record(self, record: AttemptRecord) -> None:
-        """Store an attempt that never came to run (a rejected token, a lost connection)."""
-        ...
-
-    def prune(self, *, now: float) -> int:
-        """Forget ended entries whose ``expires`` is over an hour past; returns how many."""
+    def record_many(self, records: Sequence[AttemptRecord]) -> None:
+        """Store attempts that never came to run (a rejected token)."""
         ...

@@ -47,8 +47,6 @@ from safedefer.refs import (
     METACLASSES,
     UNBOUND,
     CallableRef,
-    Found,
-    FoundClass,
     check_class,
     class_path,
     find,
@@ -64,14 +62,11 @@ _NAME = r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
 _MODULE = re.compile(_NAME)
 _PACKAGE = re.compile(rf"({_NAME})\.\*")
 _EXACT = re.compile(rf"({_NAME}):({_NAME})")
-_CACHE_SIZE: Final = 4096
 #: The longest name that a class inside the arguments may have, before it is taken apart.
 _MAX_NAME: Final = 511
 #: Modules that are run again under another name when they are imported so.
 _OTHER_MODULES: Final = frozenset({"__main__", "__mp_main__", "__init__"})
 
-#: Stands for a reference that was never asked for.
-_NOTHING: Final[tuple[None, Any]] = (None, None)
 #: Marked objects by identity. The object is kept, so that its id is never another's.
 _MARKED: Final[dict[int, object]] = {}
 
@@ -97,6 +92,11 @@ def deferrable(obj: _T) -> _T:
 
 class Gate(Protocol):
     """What is asked before a class or a callable is named or loaded. Whoever asks imports nothing itself."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a name that was admitted stays so. Marks come with the modules that are imported."""
+        ...
 
     def check(self, ref: CallableRef) -> CallableRef:
         """Admit a reference by its names; imports nothing. Raises ``PolicyViolation`` or ``CapabilityExceeded``."""
@@ -135,16 +135,11 @@ class Policy(Immutable):
     """
 
     __slots__ = (
-        "_admitted",
         "_deferrable",
         "_exact",
-        "_found",
-        "_found_classes",
         "_metaclasses",
         "_modules",
         "_moved",
-        "_named",
-        "_named_classes",
         "_packages",
         "_patterns",
     )
@@ -156,11 +151,6 @@ class Policy(Immutable):
     _deferrable: bool
     _moved: Mapping[str, str]
     _metaclasses: frozenset[type]
-    _admitted: dict[int, CallableRef]
-    _named: dict[object, Found]
-    _named_classes: dict[int, FoundClass]
-    _found_classes: dict[str, FoundClass]
-    _found: dict[int, tuple[CallableRef, Found]]
 
     def __init__(
         self,
@@ -188,11 +178,6 @@ class Policy(Immutable):
             _deferrable=deferrable,
             _moved=MappingProxyType(moved),
             _metaclasses=METACLASSES | {_metaclass(item) for item in metaclasses},
-            _admitted={},
-            _named={},
-            _found={},
-            _named_classes={},
-            _found_classes={},
         )
 
     def __repr__(self) -> str:
@@ -204,6 +189,11 @@ class Policy(Immutable):
     def patterns(self) -> tuple[str, ...]:
         """The patterns, as given."""
         return self._patterns
+
+    @property
+    def is_settled(self) -> bool:
+        """See ``Gate.is_settled``."""
+        return not self._deferrable
 
     def restricted(self, patterns: Iterable[str]) -> Gate:
         """Return the gate that admits what both this policy and the ``patterns`` of a key admit."""
@@ -238,16 +228,10 @@ class Policy(Immutable):
         Raises:
             PolicyViolation: No pattern admits it.
         """
-        # By identity: the same name is the same object (refs.reference), and what is kept here stays that object.
-        if self._admitted.get(id(ref)) is ref:
-            return ref
         self._check_names(ref)
         moved = self._follow(ref)
         if moved is not ref:
             self._check_names(moved)
-        elif not self._deferrable and reference(*ref.parts) is ref:
-            _make_room(self._admitted)
-            self._admitted[id(ref)] = ref
         return moved
 
     def _check_names(self, ref: CallableRef) -> None:
@@ -374,10 +358,6 @@ class Policy(Immutable):
 
     def class_name(self, cls: type) -> str:
         """Name a class that is part of an argument. See ``Gate.class_name``."""
-        # By id, and the class is kept: looking a class up by itself would run its metaclass's hash.
-        known = self._named_classes.get(id(cls))
-        if known is not None and known.holds():
-            return known.name
         name = class_path(cls)
         if _HARMLESS_NAMES.get(name) is cls:
             return name
@@ -387,8 +367,6 @@ class Policy(Immutable):
         if name in self._moved:
             raise NotDeferrable(f"the class {name} has moved; use {self._moved[name]}", reason="moved")
         self._check_exact_class(name, cls, NotDeferrable)
-        if len(self._named_classes) < _CACHE_SIZE and (found := FoundClass.of(name, cls)) is not None:
-            self._named_classes[id(cls)] = found
         return name
 
     def check_class_name(self, name: str) -> str:
@@ -412,10 +390,7 @@ class Policy(Immutable):
 
     def load_class(self, name: str) -> type:
         """Find a class that is part of an argument. See ``Gate.load_class``."""
-        known = self._found_classes.get(name)
-        if known is not None and known.holds():
-            return known.cls
-        given, name = name, self.check_class_name(name)
+        name = self.check_class_name(name)
         if (harmless := _HARMLESS_NAMES.get(name)) is not None:
             return harmless
         cls = find(*name.split(":"))
@@ -428,8 +403,6 @@ class Policy(Immutable):
         if proved != name:
             raise UnresolvableCallable(f"{name} is a class of another name; deploy the code that defines it")
         self._check_exact_class(name, cast("type", cls), PolicyViolation)
-        if len(self._found_classes) < _CACHE_SIZE and (found := FoundClass.of(name, cast("type", cls))) is not None:
-            self._found_classes[given] = found
         return cast("type", cls)
 
     def _check_exact_class(self, name: str, cls: type, error: type[NotDeferrable | PolicyViolation]) -> None:
@@ -444,9 +417,6 @@ class Policy(Immutable):
 
     def callable_ref(self, obj: object) -> CallableRef:
         """Name a callable. See ``Gate.callable_ref``."""
-        # Functions are their own keys: no other hash than object's runs.
-        if type(obj) is FunctionType and (known := self._named.get(obj)) is not None and known.holds():
-            return known.ref
         ref = CallableRef.of(obj, metaclasses=self._metaclasses)
         try:
             moved = self.check(ref)
@@ -456,28 +426,14 @@ class Policy(Immutable):
             raise NotDeferrable(str(error), reason="policy") from error
         if moved.parts != ref.parts:
             raise NotDeferrable(f"{ref} has moved; defer {moved}", reason="moved")
-        if type(obj) is FunctionType and len(self._named) < _CACHE_SIZE:
-            self._named[obj] = Found.of(ref, obj)
         return ref
 
     def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
         """Find a callable. See ``Gate.load_callable``."""
-        asked, known = self._found.get(id(ref), _NOTHING)
-        if asked is ref and bound is UNBOUND and known.holds():
-            return known.function
         now = self.check(ref)
         found = now.resolve(bound, metaclasses=self._metaclasses)
         self._check_object(now)
-        if type(found) is FunctionType and reference(*ref.parts) is ref:
-            _make_room(self._found)
-            self._found[id(ref)] = ref, Found.of(now, found)
         return found
-
-
-def _make_room(known: dict[int, Any]) -> None:
-    """Forget what is known when it is too much: names that a key holder made up must not keep others out for ever."""
-    if len(known) >= _CACHE_SIZE:
-        known.clear()
 
 
 @final
@@ -489,6 +445,11 @@ class _Restricted:
     def __init__(self, outer: Policy, inner: Policy) -> None:
         self._outer = outer
         self._inner = inner
+
+    @property
+    def is_settled(self) -> bool:
+        """See ``Gate.is_settled``. Patterns of a key admit no marks."""
+        return self._outer.is_settled
 
     def check(self, ref: CallableRef) -> CallableRef:
         """Admit a reference by its names. Raises ``PolicyViolation`` or ``CapabilityExceeded``."""

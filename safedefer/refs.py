@@ -20,14 +20,12 @@ import re
 import sys
 from abc import ABCMeta
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum, EnumType, StrEnum
 from functools import lru_cache, partial
 from importlib import import_module
 from types import (
     BuiltinFunctionType,
     ClassMethodDescriptorType,
-    CodeType,
     FunctionType,
     MethodDescriptorType,
     MethodType,
@@ -64,7 +62,8 @@ _TYPE_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
 _TYPE_DICT: Final = cast("Any", type.__dict__["__dict__"]).__get__
 _TYPE_QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
 _TYPE_MODULE: Final = cast("Any", type.__dict__["__module__"]).__get__
-_MODULE_DICT: Final = cast("Any", vars(ModuleType)["__dict__"]).__get__
+#: Reads the namespace of a module, and runs no code of a subclass.
+module_dict: Final = cast("Any", vars(ModuleType)["__dict__"]).__get__
 
 
 class _Unbound(Enum):
@@ -177,78 +176,12 @@ class CallableRef(BaseModel):
 
 @lru_cache(maxsize=4096)
 def reference(kind: KindName, module: str, qualname: str, member: str | None) -> CallableRef:
-    """Return the reference of a name. The same name gives the same object, so that what it led to can be kept by it.
+    """Return the reference of a name. The same name gives the same object, by which ``policy_cache`` knows it.
 
     Raises:
         pydantic.ValidationError: It is no name.
     """
     return CallableRef(kind=kind, module=module, qualname=qualname, member=member)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A function that a reference was proved to lead to, and what to look at to see that it still does."""
-
-    ref: CallableRef
-    function: FunctionType
-    module: object
-    namespace: dict[str, object]
-    module_name: str
-    qualname: str
-    code: CodeType
-    name: str
-
-    @classmethod
-    def of(cls, ref: CallableRef, function: FunctionType) -> Found:
-        """Remember a proof that was just made."""
-        module, code = sys.modules[ref.module], function.__code__
-        return cls(ref, function, module, _MODULE_DICT(module), ref.module, ref.qualname, code, function.__name__)
-
-    def holds(self) -> bool:
-        """Whether the name still leads to this function, and the function still says this name."""
-        function, qualname, module_name = self.function, self.qualname, self.module_name
-        return (
-            self.namespace.get(qualname) is function
-            and sys.modules.get(module_name) is self.module
-            and function.__qualname__ == qualname
-            and function.__module__ == module_name
-            # What was judged besides its name: no lambda, no generator.
-            and function.__code__ is self.code
-            and function.__name__ == self.name
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class FoundClass:
-    """A class at the top level of a module that was proved to have its name, and what shows that it still has."""
-
-    name: str
-    qualname: str
-    cls: type
-    kind: type
-    """Its metaclass."""
-    module_name: str
-    module: object
-    namespace: dict[str, object]
-
-    @classmethod
-    def of(cls, name: str, found: type) -> FoundClass | None:
-        """Remember a proof that was just made; None of a nested class, which takes several looks."""
-        module_name, _, qualname = name.partition(":")
-        if "." in qualname:
-            return None
-        module = sys.modules[module_name]
-        return cls(name, qualname, found, type(found), module_name, module, _MODULE_DICT(module))
-
-    def holds(self) -> bool:
-        """Whether the name still leads to this class, and the class still says this name."""
-        found = self.cls
-        return (
-            self.namespace.get(self.qualname) is found
-            and sys.modules.get(self.module_name) is self.module
-            and type(found) is self.kind
-            and class_path(found) == self.name
-        )
 
 
 def bound_object(obj: object) -> object:
@@ -280,7 +213,7 @@ def find(module: str, qualname: str) -> object:
     if not issubclass(type(loaded), ModuleType):
         raise UnresolvableCallable(f"{module} is not a module here; do not replace modules that tasks live in")
     first, *rest = qualname.split(".")
-    found: object = _MODULE_DICT(loaded).get(first, UNBOUND)
+    found: object = module_dict(loaded).get(first, UNBOUND)
     for part in rest:
         found = _TYPE_DICT(found).get(part, UNBOUND) if _is_class(found) else UNBOUND
     if found is UNBOUND:
@@ -416,7 +349,7 @@ def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
 
 
 def _builtin_function(obj: object, home: ModuleType | None, name: str) -> CallableRef:
-    modules = [_MODULE_DICT(home).get("__name__")] if home is not None else []
+    modules = [module_dict(home).get("__name__")] if home is not None else []
     for module in map(_text, (*modules, cast("Any", obj).__module__)):
         if len(module) <= _MAX_NAME and is_found(obj, module, name):
             return reference("builtin", module, name, None)

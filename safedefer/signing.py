@@ -34,6 +34,7 @@ from safedefer.errors import (
 )
 from safedefer.keys import Key, Keyring, KeyState
 from safedefer.policy import Gate, Policy
+from safedefer.policy_cache import PolicyCache
 from safedefer.refs import reference
 from safedefer.task import VerifiedPointer, VerifiedTask, identify
 from safedefer.token import Token
@@ -156,11 +157,25 @@ class Verifier:
         # From here on every byte was written by a holder of our key. (4) The claims.
         claims, canonical = read_claims(payload)
         try:
-            # (5) The audience and the time, and what the key may sign.
-            self._check_audience(claims, url, queue)
-            self._check_key(claims, key)
+            # (5) The audience, what the key may sign, and the time.
+            environment, named, target, path = split_audience(claims["aud"])
+            if (
+                environment != self._serves.environment
+                or (self._serves.queues is not None and named not in self._serves.queues)
+                or (self._serves.targets is not None and target not in self._serves.targets)
+                or (path != url if isinstance(url, str) else path not in url)
+                or (queue is not None and queue != named)
+            ):
+                raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
+            if key.queues is not None and named not in key.queues:
+                raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
+            if claims["cty"] == "pickle":
+                self._check_pickle(key)
             if not expired:
-                _check_time(claims, now)
+                if claims["nbf"] > now + LEEWAY or claims["iat"] > now + LEEWAY:
+                    raise _not_yet(claims, now)
+                if now > claims["exp"] + LEEWAY:
+                    raise ExpiredTask("the task's time is over; re-run it from the dead letters if it is still wanted")
             if "call" not in claims:
                 return VerifiedPointer(claims=claims, blob=claims["blob"], kid=key.kid)
             # (6) The policy, within the limits of the key.
@@ -193,35 +208,17 @@ class Verifier:
             raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
         return task
 
-    def _check_audience(self, claims: Claims, url: str | Container[str], queue: str | None) -> None:
-        serves = self._serves
-        environment, named, target, path = split_audience(claims["aud"])
-        if (
-            environment != serves.environment
-            or (serves.queues is not None and named not in serves.queues)
-            or (serves.targets is not None and target not in serves.targets)
-            or (path != url if isinstance(url, str) else path not in url)
-            or (queue is not None and queue != named)
-        ):
-            raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
-
-    def _check_key(self, claims: Claims, key: Key) -> None:
-        if key.queues is not None and split_audience(claims["aud"])[1] not in key.queues:
-            raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
-        if claims["cty"] == "pickle":
-            if not key.pickle:
-                raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
-            if not self._allow_pickle:
-                raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
+    def _check_pickle(self, key: Key) -> None:
+        if not key.pickle:
+            raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
+        if not self._allow_pickle:
+            raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
 
 
-def _check_time(claims: Claims, now: float) -> None:
-    ahead = max(claims["nbf"], claims["iat"]) - LEEWAY - now
-    if ahead > 0:
-        raise NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead) + 1)
-    if now > claims["exp"] + LEEWAY:
-        raise ExpiredTask("the task's time is over; re-run it from the dead letters if it is still wanted")
+def _not_yet(claims: Claims, now: float) -> NotYetValid:
+    ahead = max(claims["nbf"], claims["iat"]) - now - LEEWAY
+    return NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead) + 1)
 
 
 def _gate(policy: Policy, key: Key) -> Gate:
-    return policy if key.patterns is None else policy.restricted(key.patterns)
+    return PolicyCache(policy if key.patterns is None else policy.restricted(key.patterns))

@@ -68,7 +68,7 @@ def test_the_contracts_of_the_layers_are_kept():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("room", ["queues/postgres"])
+@pytest.mark.parametrize("room", ["queues/postgres", "codecs", "dispatcher", "delivery", "execution"])
 def test_no_imports_within_a_room_form_a_circle_not_even_those_for_types(room):
     modules = {f"safedefer/{name}".removesuffix(".py").replace("/", "."): tree for name, tree in SOURCES.items()}
     package = f"safedefer/{room}".replace("/", ".")
@@ -83,7 +83,7 @@ def test_no_imports_within_a_room_form_a_circle_not_even_those_for_types(room):
         for name, tree in modules.items()
         if name.startswith(package)
     }
-    assert sum(map(len, graph.values())) > len(graph)
+    assert sum(map(len, graph.values())) >= len(graph) - 1
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
@@ -203,3 +203,54 @@ def test_importing_the_package_imports_no_framework():
 
 def test_every_module_says_what_it_is_for():
     assert not [name for name, tree in SOURCES.items() if not ast.get_docstring(tree)]
+
+
+#: Still longer than the limits below; each is to be split, and none may be added.
+LONG_FILES = {
+    "app.py",
+    "policy.py",
+    "refs.py",
+    "queues/memory/queue.py",
+}
+LONG_FUNCTIONS = {("app.py", "__init__")}
+#: Names of two classes. TaskHandler is one public name: what type checkers read, and the view that is made for it.
+#: The others are to be renamed, and none may be added.
+SHARED_NAMES = {"TaskHandler", "End", "Entry", "Watch", "_Row"}
+
+
+def classes_by_name(sources):
+    found = {}
+    for name, tree in sources.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(name)
+    return found
+
+
+def long_functions(sources, most):
+    return {
+        (name, node.name)
+        for name, tree in sources.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno + 1 > most
+    }
+
+
+def test_no_function_has_more_than_60_lines():
+    assert long_functions(SOURCES, 60) <= LONG_FUNCTIONS
+
+
+def test_no_file_has_more_than_450_lines_unless_its_docstring_says_why_it_is_one_file():
+    long = {name for name in SOURCES if (PACKAGE / name).read_text().count("\n") > 450}
+    assert {name for name in long if "One file:" not in ast.get_docstring(SOURCES[name])} <= LONG_FILES
+
+
+def test_no_two_classes_have_one_name():
+    assert {name for name, homes in classes_by_name(SOURCES).items() if len(homes) > 1} <= SHARED_NAMES
+
+
+def test_the_checks_of_length_and_names_find_what_they_look_for():
+    tree = ast.parse("class A:\n    def f(self):\n        x = 1\n        return x\nclass A: pass")
+    assert long_functions({"m.py": tree}, 2) == {("m.py", "f")}
+    assert long_functions({"m.py": tree}, 3) == set()
+    assert classes_by_name({"m.py": tree, "n.py": tree}) == {"A": ["m.py", "m.py", "n.py", "n.py"]}

@@ -22,7 +22,6 @@ from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.errors import ConfigurationError
-from safedefer.queues.loop_calls import on_loop
 from safedefer.web.server import serving
 
 _app_argument = click.argument("app", required=False, default=None, metavar="[MODULE:APP]")
@@ -218,7 +217,7 @@ async def _serving(
     """Serve the handler, by itself or as a worker of a supervisor; give the event that says when to stop."""
     async with contextlib.AsyncExitStack() as stack:
         stop = await stack.enter_async_context(_signals())
-        await stack.enter_async_context(on_loop(app.queue))
+        await stack.enter_async_context(app.queue.on_loop())
         if worker is None:
             print(await stack.enter_async_context(serving(app, host, port)), flush=True)
         else:

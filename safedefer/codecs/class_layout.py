@@ -1,8 +1,8 @@
-"""How the objects of a class are taken apart and put together: decided once for each class.
+"""The plan of a class: how the codec encodes and decodes its objects, decided once for each class.
 
-A plan is made by looking, never by running: which tag the class has, where its objects keep their
-state, and which of the state hooks of Python's data model (``__getstate__``, ``__setstate__``,
-``__getnewargs__``, ``__new__``) are its own.
+``make_plan`` looks at the class and runs none of its code. The plan says which tag the class has, where its objects
+keep their state, and which state hooks of Python's data model (``__getstate__``, ``__setstate__``, ``__getnewargs__``,
+``__new__``) it defines itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pydantic import BaseModel, RootModel
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.registry import TypeRegistry
 
-#: Built-in bases whose contents a subclass's object carries, and how: one value, items, or keys and values.
+#: Built-in bases with contents, which objects of subclasses carry as one value, as items, or as keys and values.
 CONTENTS: Final[dict[type, str]] = {
     int: "value",
     float: "value",
@@ -42,12 +42,12 @@ CONTENTS: Final[dict[type, str]] = {
     set: "items",
     dict: "keys",
 }
-#: Of those, the ones that are filled after they are made.
+#: The bases among them whose objects are filled after they are made.
 MUTABLE: Final[tuple[type, ...]] = (list, set, dict)
 
 REMEDY: Final = "register the type (safedefer.register_type), pass an id, or opt in to pickle"
 _NAMEDTUPLE_ARGS: Final = cast("Any", collections.namedtuple("_Probe", "a")).__getnewargs__.__code__  # noqa: PYI024
-# dataclasses writes these for slotted frozen classes; they read and set the fields, and nothing else.
+# dataclasses generates these for slotted frozen classes; they only read and set the fields.
 _DATACLASS_STATE: Final = tuple(
     getattr(dataclasses, name) for name in ("_dataclass_getstate", "_dataclass_setstate") if hasattr(dataclasses, name)
 )
@@ -55,13 +55,13 @@ _MODEL_STATE: Final = tuple(
     vars(base)[name] for base in (BaseModel, RootModel) for name in ("__getstate__", "__setstate__")
 )
 
-# What these do when hashed or compared is known.
+# Classes whose __hash__ and __eq__ are known to be harmless.
 _KNOWN: Final[tuple[type, ...]] = (BaseModel, RootModel, Enum, Flag)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """How objects of one class travel."""
+    """How the codec carries the objects of one class."""
 
     cls: type
     tag: str
@@ -75,42 +75,25 @@ class Plan:
     newargs_ex: FunctionType | None = None
     new: FunctionType | None = None
     definers: tuple[type, ...] = ()
-    """Classes of the MRO, other than the class, whose hooks run: they must be admitted too."""
+    """Other classes of the MRO whose hooks run: the policy must admit them too."""
     hash_definers: tuple[type, ...] = ()
-    """The same for ``__hash__`` and ``__eq__``, which run when an object is a key or in a set."""
+    """The same for ``__hash__`` and ``__eq__``, which run when an object is a dict key or set member."""
     identity_hash: bool = True
     functions: frozenset[str] = frozenset()
-    """Names of the functions of the class that no declared field has: no attribute of an object hides them."""
+    """Names of the functions of the class, without those of declared fields. No attribute of an object may hide one."""
 
 
 def make_plan(cls: type, registry: TypeRegistry) -> Plan:
-    """Decide how objects of a class travel. Runs no code of the class or of its metaclass.
+    """Make the plan of a class. Runs no code of the class or of its metaclass.
 
     Raises:
-        ValueError: They do not; the message says why, and what to do.
+        ValueError: They cannot travel; the message says why, and ends with the remedy.
     """
     if inspect_safely.derives(type(cls), EnumType):
         return Plan(cls, "$enum", hash_definers=_hash_definers(cls))
     base = inspect_safely.solid_base(cls)
     exception = inspect_safely.derives(base, BaseException)
-    if (base is cls and not exception and cls is not object) or (
-        base is not object and base not in CONTENTS and not exception
-    ):
-        what = (
-            "its state is kept in C, or it is a resource of this process"
-            if base is cls
-            else f"a subclass of {inspect_safely.type_name(base)} may hide state in C"
-        )
-        raise ValueError(f"{what}; {REMEDY}")
-    if cls is object:
-        raise ValueError(
-            "a bare object() is nothing but its identity, which does not travel; use None or an enum member"
-        )
-    if (finalizer := inspect_safely.lookup(cls, "__del__")) is not None:
-        raise ValueError(
-            f"{inspect_safely.type_name(finalizer[0])} defines __del__, which would run on whatever state a token gives "
-            f"the object; {REMEDY}"
-        )
+    _check_layout(cls, base, exception=exception)
     _refuse_reducers(cls, base)
     slots, shadowed = _slots(cls, base)
     tag, ignored = _tag(cls, base, registry)
@@ -126,7 +109,7 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         }.values()
     )
     own = {name: None if hook is None or ignored(hook[1]) else hook[1] for name, hook in hooks.items()}
-    if base is set or base is frozenset:  # their own __reduce__ asks for no arguments
+    if base is set or base is frozenset:  # the __reduce__ of these two ignores both hooks
         own["__getnewargs__"] = own["__getnewargs_ex__"] = None
     _pair_hooks(own, hooks)
     if any(own.values()):
@@ -135,7 +118,7 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         tag = "$object"
     if own["__new__"] and not (own["__getnewargs__"] or own["__getnewargs_ex__"]):
         if base in CONTENTS and base not in MUTABLE:
-            own["__new__"] = None  # the value is carried whole: the class's __new__ would change it again
+            own["__new__"] = None  # the carried value is final: the class's __new__ would change it again
         else:
             _check_bare_new(own["__new__"], cls)
     return Plan(
@@ -158,10 +141,10 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
 
 
 def _pair_hooks(own: dict[str, FunctionType | None], hooks: Mapping[str, tuple[type, FunctionType] | None]) -> None:
-    """Let a hook of the class's own meet its counterpart, which a library generated, as pickle would.
+    """Pair each hook that the class defines with its counterpart, as pickle does, also if a library generated that one.
 
     Raises:
-        ValueError: What one of them takes or returns is the library's own affair.
+        ValueError: The state that a generated hook takes or returns is not documented.
     """
     for name, other in (("__getstate__", "__setstate__"), ("__setstate__", "__getstate__")):
         if own[name] is not None and own[other] is None and hooks[other] is not None:
@@ -183,7 +166,7 @@ _FUNCTIONS: Final = (
 
 
 def function_names(cls: type) -> frozenset[str]:
-    """Return the names under which a class has functions, those of declared fields left out."""
+    """Return the names of the functions of a class, without those of declared fields."""
     names: set[str] = set()
     declared: set[str] = set()
     for each in inspect_safely.mro(cls):
@@ -194,8 +177,34 @@ def function_names(cls: type) -> frozenset[str]:
     return frozenset(names - declared)
 
 
+def _check_layout(cls: type, base: type, *, exception: bool) -> None:
+    """Refuse ``object`` itself, and a class that may keep state in C or has a finalizer.
+
+    Raises:
+        ValueError: The class is one of these.
+    """
+    if (base is cls and not exception and cls is not object) or (
+        base is not object and base not in CONTENTS and not exception
+    ):
+        what = (
+            "its state is kept in C, or it is a resource of this process"
+            if base is cls
+            else f"a subclass of {inspect_safely.type_name(base)} may hide state in C"
+        )
+        raise ValueError(f"{what}; {REMEDY}")
+    if cls is object:
+        raise ValueError(
+            "a bare object() is nothing but its identity, which does not travel; use None or an enum member"
+        )
+    if (finalizer := inspect_safely.lookup(cls, "__del__")) is not None:
+        raise ValueError(
+            f"{inspect_safely.type_name(finalizer[0])} defines __del__, which would run on whatever state a token gives "
+            f"the object; {REMEDY}"
+        )
+
+
 def _refuse_reducers(cls: type, base: type) -> None:
-    """Refuse a class that says itself how it is pickled: only pickle runs that."""
+    """Refuse a class with a reducer of its own: only pickle runs reducers."""
     for name in ("__reduce_ex__", "__reduce__"):
         found = inspect_safely.lookup(cls, name)
         if found is not None and found[0] is not object and not inspect_safely.derives(base, found[0]):
@@ -216,7 +225,7 @@ def _slots(cls: type, base: type) -> tuple[dict[str, MemberDescriptorType], tupl
 
 
 def _tag(cls: type, base: type, registry: TypeRegistry) -> tuple[str, Callable[[object], bool]]:
-    """Return the tag of a class, and what says whether a hook is generated, so that it need not run."""
+    """Return the tag of a class, and a function that says whether a hook is generated and need not run."""
     if inspect_safely.derives(base, BaseException):
         return "$exception", _never
     if base is tuple and _is_namedtuple(cls):
@@ -253,10 +262,10 @@ def _is_namedtuple_hook(hook: object) -> bool:
 
 
 def _own_hook(cls: type, name: str) -> tuple[type, FunctionType] | None:
-    """Return the class that defines a hook in Python, and the function; None if the built-in one holds.
+    """Return the class that defines a hook in Python, and the function; None if the hook is built in.
 
     Raises:
-        ValueError: The hook is there, and no plain function.
+        ValueError: The hook is not a plain function.
     """
     found = inspect_safely.lookup(cls, name)
     if found is None or not inspect_safely.made_in_python(found[0]):
@@ -280,5 +289,5 @@ def _hash_definers(cls: type) -> tuple[type, ...]:
 
 
 def _is_foreign(cls: type) -> bool:
-    """Say whether a class is neither built in nor of a library whose comparisons are known to be harmless."""
+    """Whether a class is neither built in nor one of those whose comparisons are known to be harmless."""
     return inspect_safely.made_in_python(cls) and not any(cls is known for known in _KNOWN)

@@ -1,4 +1,4 @@
-"""The walk that turns trees of JSON into values. Tag families add what they know by tag."""
+"""The walk that turns trees of JSON into values. The modules of ``tags`` decode the payloads of tags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safedefer.policy import Gate
 
 Handler: TypeAlias = "Callable[[Decoder, Any, int], object]"
 
-#: Holds the number of an object that does not exist yet.
+#: Stands for an object that has a number and is not made yet.
 _PENDING: Final = object()
 
 
@@ -22,10 +22,10 @@ class Decoder:
 
     Args:
         gate: Finds classes and callables.
-        limits: Bounds.
+        limits: Bounds of depth, items and digits.
         registry: Types of third parties.
-        handlers: What decodes the payload of each tag.
-        fallback: What decodes ``(tag, payload)`` of all others.
+        handlers: Functions that decode payloads, by tag.
+        fallback: Decodes the payloads of all other tags.
     """
 
     __slots__ = (
@@ -60,11 +60,11 @@ class Decoder:
         self._fallback = fallback
         self._items = 0
         self._shared: list[object] = []
-        #: By number, the values below what is finished, and the levels of them.
+        #: For each finished object, by number: the values below it, and the levels of them.
         self._unfolded: dict[int, tuple[int, int]] = {}
         #: The depth of the deepest value since the enclosing one began.
         self._deepest = 0
-        #: Numbers of unfinished objects whose hash their class computes.
+        #: Numbers of unfinished objects with a hash that their class computes.
         self.open: set[int] = set()
         #: How many set members and dict keys enclose the value.
         self.keyed = 0
@@ -77,7 +77,7 @@ class Decoder:
         """Return the value of one tree, ``depth`` values deep.
 
         Raises:
-            Refusal: It is malformed.
+            Refusal: The tree is malformed, or over a limit.
         """
         kind = type(tree)
         if kind is str or tree is None or kind is bool:
@@ -102,7 +102,7 @@ class Decoder:
             self.fill(value, tree, depth + 1)
         else:
             value = self._object(tree, depth)
-        # Of a tag that is not shared itself the number is that of what is inside it, which has ended before.
+        # If the tag itself has no number, this is the number of a value inside it, which is finished already.
         if len(self._shared) > number and number not in self._unfolded:
             self._unfolded[number] = self._items - items, self._deepest - depth
         self._deepest = max(deepest, self._deepest)
@@ -128,7 +128,7 @@ class Decoder:
         try:
             for tree in trees:
                 kind = type(tree)
-                # The conditions of `value`: most members are plain, and a call costs more than the question.
+                # The conditions of `value` again: most members are plain, and a call costs more than the test.
                 plain = (
                     kind is str
                     or (kind is int and -SAFE_INT <= tree <= SAFE_INT)
@@ -170,14 +170,14 @@ class Decoder:
         return value
 
     def text(self, tree: Json, depth: int) -> str:
-        """Return the value of a payload's part that must be text, plain or ``$str``."""
+        """Return the value of a part of a payload that must be text, plain or ``$str``."""
         value = self.value(tree, depth) if type(tree) is dict and "$str" in tree else tree
         if type(value) is not str:
             raise Refusal("here must be a string")
         return value
 
     def add(self, items: int) -> None:
-        """Count values. Raises ``Refusal`` when there are too many."""
+        """Count values. Raises ``Refusal`` over the limit."""
         self._items += items
         if self._items > self.limits.items:
             raise Refusal(f"there are more than {self.limits.items} values, shared ones counted wherever they are")
@@ -190,24 +190,24 @@ class Decoder:
         return len(self._shared) - 1
 
     def reserve(self) -> int:
-        """Take the next number for an object that cannot be made yet."""
+        """Return the next number, for an object that can be made only later."""
         return self.share(_PENDING)
 
     def settle(self, number: int, value: object) -> None:
-        """Say which object has a number that was reserved."""
+        """Set the object of a reserved number."""
         self._shared[number] = value
 
     def shared(self, number: Json, depth: int) -> object:
-        """Return what has a number, and count all that is below it once more: whoever walks it walks that again.
+        """Return the object of a number. The values below it count again: code that walks the arguments walks them again.
 
         Raises:
-            Refusal: Nothing has it yet, its hash would be computed too early, or there are too many values or levels.
+            Refusal: No object has the number yet, its hash would run too early, or there are too many values or levels.
         """
         if type(number) is not int or not 0 <= number < len(self._shared) or self._shared[number] is _PENDING:
             raise Refusal("$ref is the number of an earlier value")
         if self.keyed and number in self.open:
             raise Refusal("a set member or dict key contains itself")
-        items, levels = self._unfolded.get(number, (0, 0))  # what encloses the reference has not ended: a cycle
+        items, levels = self._unfolded.get(number, (0, 0))  # an enclosing object is unfinished: a cycle
         self.add(items)
         self._deepest = max(self._deepest, depth + levels)
         if self._deepest > self.limits.depth:
@@ -220,10 +220,10 @@ class Decoder:
     # --- Policy ---
 
     def admit(self, cls: type) -> None:
-        """Ask the gate about a class whose code is about to run though no name in the token says so.
+        """Ask the gate about a class whose code is about to run, though the token does not name it.
 
         Raises:
-            PolicyViolation: The gate does not admit it.
+            PolicyViolation: The gate does not admit the class.
         """
         if id(cls) in self._admitted:
             return
@@ -234,7 +234,7 @@ class Decoder:
         self._admitted.add(id(cls))
 
     def check_hash(self, cls: type) -> None:
-        """Ask the gate about the classes whose ``__hash__`` or ``__eq__`` objects of a class inherit."""
+        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``."""
         plan = self.registry.plans.get(id(cls))
         if plan is not None:
             for definer in plan.hash_definers:
@@ -245,7 +245,7 @@ class Decoder:
 
 
 def array(payload: Json, *, least: int = 0, most: int | None = None) -> list[Json]:
-    """Return the payload, an array of a length. Raises ``Refusal``."""
+    """Return the payload, an array of the right length. Raises ``Refusal``."""
     if type(payload) is not list or len(payload) < least or (most is not None and len(payload) > most):
         raise Refusal("here must be an array of the right length")
     return payload
@@ -259,7 +259,7 @@ def record(payload: Json) -> dict[str, Json]:
 
 
 def integer(payload: Json, least: int, most: int) -> int:
-    """Return the payload, an integer of a range. Raises ``Refusal``."""
+    """Return the payload, an integer in the range. Raises ``Refusal``."""
     if type(payload) is not int or not least <= payload <= most:
         raise Refusal("here must be an integer of the right range")
     return payload

@@ -1,4 +1,4 @@
-"""The walk that turns values into trees of JSON. Tag families add what they know by type."""
+"""The walk that turns values into trees of JSON. The modules of ``tags`` encode the types that need a tag."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safedefer.policy import Gate
 
 Handler: TypeAlias = "Callable[[Encoder, Any, int], Json]"
 
-#: A number that stands for "the state of another value", which cannot be a value too.
+#: Stands for the number of an object that is the state of another value, and so cannot be a value too.
 _STATE: Final = -1
 
 
@@ -24,10 +24,10 @@ class Encoder:
 
     Args:
         gate: Names classes and callables.
-        limits: Bounds.
+        limits: Bounds of depth, items and digits.
         registry: Types of third parties.
-        handlers: What encodes values, by exact type; types whose metaclass is ``type`` only.
-        fallback: What encodes all others.
+        handlers: Functions that encode values, by exact type. The metaclass of each type is ``type`` or ``ABCMeta``.
+        fallback: Encodes all other values.
     """
 
     __slots__ = (
@@ -61,30 +61,30 @@ class Encoder:
         self._fallback = fallback
         self._items = 0
         self._count = 0
-        # What was counted, by id; kept alive so that an id is never another object's.
+        # The numbers of counted objects, by id. _keep keeps them alive, so that no other object gets the id.
         self._numbers: dict[int, int] = {}
-        #: By number, the values below what is finished, and the levels of them.
+        #: For each finished object, by number: the values below it, and the levels of them.
         self._unfolded: dict[int, tuple[int, int]] = {}
-        #: The depth of the value that is encoded, and of the deepest one since the enclosing one began.
+        #: The depth of the current value, and of the deepest value since the enclosing one began.
         self._depth = self._deepest = 0
         self._keep: list[object] = []
-        #: Ids of objects that do not exist on the other side before what is inside them does.
+        #: Ids of objects that the decoder can make only after the values inside them.
         self.opaque: set[int] = set()
-        #: Ids of unfinished objects whose hash their class computes.
+        #: Ids of unfinished objects with a hash that their class computes.
         self.open: set[int] = set()
         #: How many set members and dict keys enclose the value.
         self.keyed = 0
         self.patterns = 0
         #: Characters in the ranges of case-insensitive patterns.
         self.folded = 0
-        # Names of classes that the gate admitted, by id of the class.
+        # Names of the classes that the gate admitted, by id.
         self._names: dict[int, str] = {}
 
     def value(self, value: Any, depth: int) -> Json:
         """Return the tree of one value, ``depth`` values deep.
 
         Raises:
-            Refusal: It cannot be carried.
+            Refusal: The value cannot be carried.
         """
         kind = type(value)
         if (
@@ -120,7 +120,7 @@ class Encoder:
             for value in values:
                 i += 1
                 kind = type(value)
-                # The conditions of `value`: most members are plain, and a call costs more than the question.
+                # The conditions of `value` again: most members are plain, and a call costs more than the test.
                 if not (
                     (kind is str and value.isascii())
                     or (kind is int and -SAFE_INT <= value <= SAFE_INT)
@@ -138,7 +138,7 @@ class Encoder:
         """Return a JSON object of names to trees: keyword arguments, attributes, fields.
 
         Raises:
-            Refusal: A name is no plain text, or begins with ``$``.
+            Refusal: A name is not text, or begins with ``$``.
         """
         out: dict[str, Json] = {}
         name: Any = None
@@ -163,14 +163,14 @@ class Encoder:
         return out
 
     def key(self, value: Any, depth: int) -> Json:
-        """Return the tree of what is hashed on the other side: a set member or a dict key."""
+        """Return the tree of a set member or dict key, which the decoder hashes."""
         self.keyed += 1
         tree = self.value(value, depth)
         self.keyed -= 1
         return tree
 
     def add(self, items: int) -> None:
-        """Count values. Raises ``Refusal`` when there are too many."""
+        """Count values. Raises ``Refusal`` over the limit."""
         self._items += items
         if self._items > self.limits.items:
             raise Refusal(
@@ -181,12 +181,12 @@ class Encoder:
     # --- Sharing ---
 
     def enter(self, value: object) -> Json | None:
-        """Count a mutable container or object; return the ``$ref`` if it was met before.
+        """Count a mutable container or object. Return its ``$ref`` if it was met before, else None.
 
-        What is below it counts each time that it is met: whoever walks the values walks it again.
+        The values below it count each time: code that walks the arguments walks them each time.
 
         Raises:
-            Refusal: It was met as part of what must exist before it, or there are too many values or levels.
+            Refusal: The object contains itself where it cannot, or there are too many values or levels.
         """
         number = self._numbers.get(id(value))
         if number is None:
@@ -202,7 +202,7 @@ class Encoder:
             raise Refusal("a set member or dict key contains itself, and its hash would run too early; break the cycle")
         if self.keyed:
             self.check_hash(type(value))
-        items, levels = self._unfolded.get(number, (0, 0))  # what encloses the value has not ended: a cycle
+        items, levels = self._unfolded.get(number, (0, 0))  # an enclosing object is unfinished: a cycle
         self.add(items)
         self._deepest = max(self._deepest, self._depth + levels)
         if self._deepest > self.limits.depth:
@@ -210,10 +210,10 @@ class Encoder:
         return {"$ref": number}
 
     def own_state(self, *states: object) -> None:
-        """Note parts of a value (its ``__dict__``) that are not values themselves.
+        """Note the parts of a value (its ``__dict__``) that are not values themselves.
 
         Raises:
-            Refusal: The call has one of them as a value too, or two objects share it.
+            Refusal: A part is a value of the call too, or two objects share it.
         """
         for state in states:
             if id(state) in self._numbers:
@@ -222,7 +222,7 @@ class Encoder:
             self._keep.append(state)
 
     def hold(self, value: object) -> None:
-        """Keep a value that was made only now, so that its id is never another's."""
+        """Keep a temporary value alive, so that no other object gets its id."""
         self._keep.append(value)
 
     # --- Policy ---
@@ -231,7 +231,7 @@ class Encoder:
         """Return the name of a class that the gate admits.
 
         Raises:
-            Refusal: It does not.
+            Refusal: The gate does not admit it.
         """
         name = self._names.get(id(cls))
         if name is None:
@@ -244,7 +244,7 @@ class Encoder:
         return name
 
     def check_hash(self, cls: type) -> None:
-        """Ask the gate about the classes whose ``__hash__`` or ``__eq__`` objects of a class inherit."""
+        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``."""
         plan = self.registry.plans.get(id(cls))
         if plan is not None:
             for definer in plan.hash_definers:

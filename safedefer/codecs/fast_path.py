@@ -1,7 +1,7 @@
-"""Recognizing trees of plain JSON values at the speed of C.
+"""The fast path: recognize trees of plain JSON values with loops in C.
 
-Most tasks carry ids, numbers and flat dicts. They are themselves in JSON, and need no walk in Python:
-each level of the tree is judged at once by the set of its types.
+Most tasks carry ids, numbers and flat dicts. JSON holds these unchanged, and they need no walk in Python: functions
+of C judge all values of a level of the tree together.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from safedefer.codecs.shared import SAFE_INT, Values, is_text
 from safedefer.refs import UNBOUND
 
 _PLAIN: Final[tuple[type, ...]] = (str, int, float, bool, NoneType, list, dict)
-# Below this many values a loop in Python is faster than setting out for C.
+# For fewer values a loop in Python is faster than the calls into C.
 _FEW: Final = 64
-# From this many containers of one length on, their values are judged by column; with more columns, at once.
+# With so many containers of one length, their values are judged by column; longer ones than this, all at once.
 _COLUMNS: Final = 16
 
 _HANDFUL: Final = 8
@@ -30,13 +30,13 @@ _Group = Sequence[Any]
 
 
 def are_few_scalars(args: _Group, kwargs: dict[str, Any], limits: Limits) -> bool:
-    """Say whether the arguments are a handful of ASCII texts, plain numbers, bools and None: the commonest tasks.
+    """Whether the arguments are a few ASCII texts, plain integers, bools and None, as in the commonest tasks.
 
-    False is only "not certainly".
+    False means "not certainly".
     """
     if len(args) > _HANDFUL or len(kwargs) > _HANDFUL or limits.items < 2 * _HANDFUL:
         return False
-    # The conditions stand twice: a call costs more than the question, and this is asked of every task.
+    # The conditions stand twice: a call costs more than the test, and this runs for every task.
     for value in args:
         kind = type(value)
         if not (
@@ -64,10 +64,10 @@ def are_few_scalars(args: _Group, kwargs: dict[str, Any], limits: Limits) -> boo
 
 
 def written_plainly(args: list[Any], kwargs: dict[str, Any], limits: Limits) -> tuple[bytes, bytes] | None:
-    """Write arguments that are plain JSON, in one go.
+    """Write the JSON text of arguments that are plain.
 
     Returns:
-        The texts of ``args`` and ``kwargs``; None is only "not certainly plain".
+        The texts of ``args`` and ``kwargs``; None means "not certainly plain".
     """
     if not is_plain([kwargs, *args], limits, to_be_written=True):
         return None
@@ -79,14 +79,14 @@ def written_plainly(args: list[Any], kwargs: dict[str, Any], limits: Limits) -> 
 
 
 def is_plain(values: _Group, limits: Limits, *, to_be_written: bool = False) -> bool:
-    """Say whether the values are a tree of plain JSON that is itself on the wire.
+    """Whether the values are a tree of plain JSON, which is on the wire as it is.
 
-    False is only "not certainly": the walk decides, and finds the path.
+    False means "not certainly": then the walk decides, and finds the path.
 
     Args:
         values: The topmost values.
-        limits: ``depth`` and ``items`` are kept.
-        to_be_written: Leave what ``write_json`` refuses by itself to it: wide integers, lone surrogates, names
+        limits: Bounds ``depth`` and ``items``.
+        to_be_written: Skip the tests that ``write_json`` makes itself: of wide integers, lone surrogates, and names
             that are not str.
 
     Returns:
@@ -105,7 +105,7 @@ def is_plain(values: _Group, limits: Limits, *, to_be_written: bool = False) -> 
                 return False
         if not lists and not dicts:
             return items <= limits.items
-        # What is met twice has to arrive as one, and a cycle would never end.
+        # A container that is met twice needs a $ref, and a cycle would never end.
         before = len(met)
         met.update(map(id, lists), map(id, dicts))
         if len(met) - before != len(lists) + len(dicts):
@@ -128,8 +128,8 @@ def _sort(  # noqa: C901 - one branch a type
     kind: type = type(group[0])
     if kind is NoneType and all(map(is_, group, repeat(None))):
         return True
-    # Types are compared by identity: a set of them would run the hash of a user's metaclass. And they must be: what
-    # orjson takes for a text or a number may be a member of an enumeration.
+    # Types are compared by identity: a set of them would run the hash of a user's metaclass. And all are compared:
+    # orjson takes members of some enums for texts or numbers.
     if all(map(is_, map(type, group), repeat(kind))):
         if kind is list:
             lists.extend(group)
@@ -181,12 +181,12 @@ def _scalars_are_plain(kind: type, group: _Group, *, to_be_written: bool) -> boo
     if to_be_written and kind in (str, int):
         return True
     if kind is str:
-        # One text will do: lone surrogates that meet in a join stay lone in Python.
+        # One test for all: two lone surrogates stay lone when Python joins them.
         return is_text("".join(group))
     if kind is int:
         return bool(min(group) >= -SAFE_INT and max(group) <= SAFE_INT)
     if kind is float:
-        # A sum of finite floats may overflow, which costs a walk; with a NaN or an infinity it is never finite.
+        # With a NaN or an infinity the sum is not finite. A sum of finite floats may overflow, which only costs a walk.
         return isfinite(sum(group))
     return kind is bool or kind is NoneType
 
@@ -200,17 +200,17 @@ def _names_are_plain(dicts: Sequence[dict[str, Any]]) -> bool:
         )
     names = list(dicts[0])
     # Rows mostly have the names of the first row, in its order, as the very same objects.
-    if not names or not all(map(is_, chain.from_iterable(dicts), cycle(names))):  # of no names a cycle has none
+    if not names or not all(map(is_, chain.from_iterable(dicts), cycle(names))):  # a cycle of no names yields none
         names = list(chain.from_iterable(dicts))
     if not all(map(is_, map(type, names), repeat(str))):
         return False
-    # One text for all names: "\n$" inside a name is a false alarm, which costs a walk.
+    # One text for all names. "\n$" inside a name is a false alarm, which only costs a walk.
     text = "\n" + "\n".join(names)
     return "\n$" not in text and is_text(text)
 
 
 def _columns(containers: Sequence[Any]) -> list[_Group]:
-    """Split the values of the containers into groups that are likely to be of one type each."""
+    """Split the values of the containers into groups, each likely of one type."""
     if not containers:
         return []
     size = len(containers[0])
@@ -224,10 +224,10 @@ def _columns(containers: Sequence[Any]) -> list[_Group]:
 
 
 def _columns_of_rows(dicts: Sequence[dict[str, Any]]) -> list[_Group]:
-    """Split the values of dicts of one length into columns, without a step in Python for each; empty if they differ."""
+    """Split the values of dicts of one length into columns, without a loop in Python; empty if the lengths differ."""
     if len(dicts) < _COLUMNS or not 1 < (size := len(dicts[0])) <= _COLUMNS:
         return []
-    # What a dict shows to the garbage collector are its values; were it more or less, their number would tell.
+    # The referents of a dict with str keys are its values. If they were not, their number would differ.
     values = get_referents(*dicts)
     if len(values) != size * len(dicts) or set(map(len, dicts)) != {size}:
         return []
@@ -236,7 +236,7 @@ def _columns_of_rows(dicts: Sequence[dict[str, Any]]) -> list[_Group]:
 
 # --- The text that a tree was parsed from ---------------------------------------------------------
 
-# Digits and the plus of an exponent become 0, and whatever may stand before a number becomes a comma.
+# Digits and the plus of an exponent become 0; the characters that may precede a number become a comma.
 _SHAPE: Final = bytes.maketrans(b"123456789+[:- \t\n\rE", b"0000000000,,,,,,,e")
 
 DOLLAR, _BACKSLASH = b"$\\"
@@ -246,25 +246,25 @@ _NO_BRACKETS: Final = bytes(set(range(256)) - set(b'[]{}"\\'))
 
 
 def may_hold_tags(text: bytes) -> bool:
-    """Say whether the JSON text may hold a member name that begins with ``$``."""
-    # One byte first, as a number: to search for it is several times faster than for bytes.
+    """Whether the JSON text may hold a member name that begins with ``$``."""
+    # First for one byte, given as a number: that search is several times faster than one for bytes.
     if DOLLAR not in text and _BACKSLASH not in text:
         return False
     return b'"$' in text or rb"\u0024" in text
 
 
 def is_canonical_plain(call: Values, text: bytes, limits: Limits) -> bool:
-    """Say whether values are themselves, and within limits, that were parsed from a canonical text.
+    """Whether values that were parsed from a canonical text are plain and within limits.
 
-    Its numbers are plain. False is only "not certainly".
+    The numbers of a canonical text are plain. False means "not certainly".
     """
-    # Of tags, too: what is canonical spells a dollar sign in one way only.
+    # No dollar sign, no tags: a canonical text spells it in one way only.
     if DOLLAR in text or (len(text) > 2 * limits.items and _may_hold_many(text, limits)):
         return False
     if len(text) > SHORT and limits.depth >= CANONICAL_BRACKETS - 2:
         return True
     bound, args, kwargs = call
-    # What lists and dicts show to the garbage collector is what they hold, and scalars show nothing.
+    # The referents of lists and dicts are their values, and scalars have none.
     inner = get_referents(*args, *kwargs.values())
     if bound is not UNBOUND:
         inner += get_referents(bound)
@@ -272,9 +272,9 @@ def is_canonical_plain(call: Values, text: bytes, limits: Limits) -> bool:
 
 
 def may_break_limits(text: bytes, limits: Limits) -> bool:
-    """Say whether the JSON text may hold too many values, too deep ones, or numbers that are not plain.
+    """Whether the JSON text may hold too many values, too deep ones, or numbers that are not plain.
 
-    A cheap over-estimate: it may say yes without cause, never no.
+    A cheap over-estimate: True may be wrong, False never is.
 
     Args:
         text: The text.
@@ -290,25 +290,25 @@ def may_break_limits(text: bytes, limits: Limits) -> bool:
 
 
 def _may_hold_many(text: bytes, limits: Limits) -> bool:
-    # A value takes at least two bytes of text, so that a short one needs not be asked.
+    # Only for long texts: a value takes at least two bytes.
     return text.count(b"[") + text.count(b"{") + text.count(b",") > limits.items
 
 
 def _may_be_deep(text: bytes, depth: int) -> bool:
-    """Say whether brackets may nest deeper than ``depth`` inside the two that every value is in."""
+    """Whether brackets may nest deeper than ``depth``, inside the two that enclose every value."""
     skeleton = text.translate(_ONE_KIND, _NO_BRACKETS)
     if skeleton.count(b"[") <= depth:
         return False
     if b"\\" in skeleton:
         return True
-    # Strings without brackets vanish here. A bracket inside one leaves an odd quote before it, so if none is left,
-    # every bracket is a real one.
+    # This removes strings without brackets. A string with a bracket leaves its quotes. So if no quote is left, all
+    # brackets are real ones.
     skeleton = skeleton.replace(b'""', b"")
     if b'"' in skeleton:
         return True
     for _ in range(depth + 2):
         if not skeleton:
             return False
-        # The innermost level goes, and no other.
+        # This removes the innermost level.
         skeleton = skeleton.replace(b"[]", b"")
     return bool(skeleton)

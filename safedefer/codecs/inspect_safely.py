@@ -1,8 +1,8 @@
-"""Looking at objects and classes without running any code of theirs.
+"""Inspect objects and classes without running their code.
 
 ``isinstance`` reads ``v.__class__``, ``getattr`` runs properties and ``__getattr__``, and ``==`` and
-``hash`` run methods. Everything here reads what the interpreter itself keeps: the exact type, the MRO,
-the namespaces of classes, and the descriptors of C that reach an object's ``__dict__`` and slots.
+``hash`` run methods. The functions of this module read only data of the interpreter: the exact type, the MRO,
+the namespaces of classes, and the C descriptors of an object's ``__dict__`` and slots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FLAGS: Final = cast("Any", type.__dict__["__flags__"]).__get__
 _SIZE: Final = cast("Any", type.__dict__["__basicsize__"]).__get__
 _QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
 
-# Include/object.h: made by a class statement or PyType_FromSpec; and never to be changed, so made in C.
+# Include/object.h. HEAP: made by a class statement or PyType_FromSpec. IMMUTABLE: made in C.
 _HEAP: Final = 1 << 9
 _IMMUTABLE: Final = 1 << 8
 _POINTER: Final = tuple.__itemsize__
@@ -32,19 +32,19 @@ def mro(cls: type) -> tuple[type, ...]:
 
 
 def namespace(cls: type) -> dict[str, Any]:
-    """Return the class's own namespace (a read-only view, typed as the dict that it shows)."""
+    """Return the namespace of the class itself (a read-only view, typed as a dict)."""
     return cast("dict[str, Any]", _NAMESPACE(cls))
 
 
 def type_name(cls: type) -> str:
-    """Return ``module.qualname`` for messages; the module is left out for built-ins."""
+    """Return ``module.qualname`` for messages; ``qualname`` alone for built-ins."""
     module = namespace(cls).get("__module__")
     name = cast("str", _QUALNAME(cls))
     return f"{module}.{name}" if type(module) is str else name
 
 
 def derives(cls: type, base: type) -> bool:
-    """Say whether ``base`` is in the MRO of ``cls``: no ``__subclasscheck__`` runs."""
+    """Whether ``base`` is in the MRO of ``cls``. No ``__subclasscheck__`` runs."""
     return any(each is base for each in mro(cls))
 
 
@@ -58,9 +58,9 @@ def lookup(cls: type, name: str) -> tuple[type, Any] | None:
 
 
 def made_in_python(cls: type) -> bool:
-    """Say whether a class statement made the class, so that its state is ``__dict__`` and slots only.
+    """Whether a class statement made the class, so that ``__dict__`` and slots are all its state.
 
-    A class made in C may hide state behind them: then its objects are larger than these account for.
+    A class made in C may have more state: then its objects are larger than ``__dict__`` and slots explain.
     """
     flags = _FLAGS(cls)
     if not flags & _HEAP or flags & _IMMUTABLE:
@@ -73,12 +73,12 @@ def made_in_python(cls: type) -> bool:
 
 
 def _is_slot_of(cls: type, value: object) -> bool:
-    # A decorator that makes a class anew, as attrs', copies the slots of the old one, which fit none of the new objects.
+    # A decorator that makes a second class (attrs) copies the slot descriptors of the first, which fit no object of it.
     return type(value) is MemberDescriptorType and value.__objclass__ is cls
 
 
 def solid_base(cls: type) -> type:
-    """Return the nearest base that was made in C: it decides the layout of the objects."""
+    """Return the nearest base that was made in C. It decides the memory layout of the objects."""
     base = cls
     while made_in_python(base):
         base = _BASE(base)
@@ -86,7 +86,7 @@ def solid_base(cls: type) -> type:
 
 
 def dict_getter(cls: type) -> Callable[[object], Any] | None:
-    """Return what reads the ``__dict__`` of objects of the class; None if they have none.
+    """Return a function that reads the ``__dict__`` of an object of the class; None if they have none.
 
     Raises:
         ValueError: The class hides it behind a property of its own.
@@ -102,7 +102,7 @@ def dict_getter(cls: type) -> Callable[[object], Any] | None:
 
 
 def slots(cls: type, *, stop: type) -> Iterator[tuple[str, MemberDescriptorType, bool]]:
-    """Yield the slots of the classes below ``stop``, base first: name, descriptor, and whether it is shadowed."""
+    """Yield the slots of the classes below ``stop``, base first: name, descriptor, and whether another name shadows it."""
     for each in reversed(mro(cls)):
         if each is stop or not made_in_python(each):
             continue
@@ -113,6 +113,6 @@ def slots(cls: type, *, stop: type) -> Iterator[tuple[str, MemberDescriptorType,
 
 
 def function(cls: type, name: str) -> FunctionType | None:
-    """Return the plain Python function that the class's MRO has under ``name``, if it is one."""
+    """Return the attribute ``name`` of the class if it is a plain Python function, else None."""
     found = lookup(cls, name)
     return found[1] if found is not None and type(found[1]) is FunctionType else None

@@ -1,4 +1,4 @@
-"""Taking the state of an object out and putting it back, by the plan of its class."""
+"""Read and restore the state of an object by the plan of its class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a hook of an admitted class, or a registered function.
 
     Raises:
-        Refusal: It raised.
+        Refusal: The function raised.
     """
     try:
         return function(*args, **kwargs)
@@ -45,11 +45,11 @@ def planned(enc: Encoder, cls: type) -> Plan:
     """Return the plan of an admitted class.
 
     Raises:
-        Refusal: Its objects do not travel, or the gate does not admit it.
+        Refusal: Its objects cannot be carried, or the gate does not admit the class.
     """
     plan = _plan(cls, enc.registry)
     enc.name(cls)
-    # Only now: what a policy admits is found by name, so the plans kept are bounded.
+    # Only after the gate: the classes that a policy admits are found by name, which bounds the number of plans.
     enc.registry.plans[id(cls)] = plan
     return plan
 
@@ -58,8 +58,8 @@ def planned_class(dec: Decoder, name: Json, tag: str) -> Plan:
     """Return the plan of a class that a token names.
 
     Raises:
-        Refusal: Its objects travel by another tag, or not at all.
-        RejectedTask: The gate does not admit it, or does not find it.
+        Refusal: Its objects have another tag, or cannot be carried.
+        RejectedTask: The gate does not admit or find the class.
     """
     cls = dec.gate.load_class(string(name))
     plan = _plan(cls, dec.registry)
@@ -72,7 +72,7 @@ def planned_class(dec: Decoder, name: Json, tag: str) -> Plan:
 
 
 def begin(enc: Encoder, value: object, plan: Plan) -> None:
-    """Note that the object is unfinished on the other side, while what is inside it is made."""
+    """Note that the decoder will not have finished this object while it makes the values inside it."""
     if not plan.identity_hash:
         enc.open.add(id(value))
 
@@ -84,7 +84,7 @@ def begin_decoded(dec: Decoder, number: int, plan: Plan) -> None:
 
 
 def slot_value(slot: MemberDescriptorType, value: object) -> Any:
-    """Return what a slot holds, or ``MISSING``."""
+    """Return the value of a slot, or ``MISSING``."""
     try:
         return slot.__get__(value)
     except AttributeError:
@@ -92,10 +92,10 @@ def slot_value(slot: MemberDescriptorType, value: object) -> Any:
 
 
 def attributes(enc: Encoder, value: object, plan: Plan) -> _Pairs:
-    """Return the attributes that are the state of an object: its ``__dict__``, then its slots.
+    """Return the attributes of an object: those of its ``__dict__``, then its slots.
 
     Raises:
-        Refusal: They cannot be told apart, or ``__getstate__`` returns another shape.
+        Refusal: ``__dict__`` and slots share a name, or ``__getstate__`` returns another shape.
     """
     if plan.getstate is not None:
         own, held = _halves(enc, hook_state(enc, value, plan), plan)
@@ -107,10 +107,10 @@ def attributes(enc: Encoder, value: object, plan: Plan) -> _Pairs:
 
 
 def check_names(names: Iterable[Any], plan: Plan) -> None:
-    """Refuse attributes that would be called, or asked, in place of a function of the class.
+    """Refuse attributes that hide a function of the class: code would call them in its place.
 
     Raises:
-        Refusal: There is one. Slots and declared fields are not meant.
+        Refusal: A name, other than that of a slot or declared field, does.
     """
     for name in names:
         if type(name) is str and name in plan.functions:
@@ -118,7 +118,7 @@ def check_names(names: Iterable[Any], plan: Plan) -> None:
 
 
 def hook_state(enc: Encoder, value: object, plan: Plan) -> Any:
-    """Return what ``__getstate__`` returns, or what ``object.__getstate__`` would."""
+    """Return the result of ``__getstate__``, or of ``object.__getstate__``."""
     if plan.getstate is not None:
         state = run(plan.getstate, value)
         enc.hold(state)
@@ -164,10 +164,10 @@ def _halves(enc: Encoder, state: Any, plan: Plan) -> tuple[dict[Any, Any], dict[
 
 
 def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> None:
-    """Set attributes as ``object.__setattr__`` would, without running anything of the class.
+    """Set attributes as ``object.__setattr__`` would. Runs no code of the class.
 
     Raises:
-        Refusal: The object has no place for one.
+        Refusal: The object can have no such attribute.
     """
     own = plan.state_of(value) if plan.state_of is not None else None
     trees = record(tree)

@@ -1,15 +1,15 @@
-"""The pickle codec: an opt-in for arguments that nothing else carries. The only user of pickle.
+"""The pickle codec: an opt-in for arguments that the typed codec refuses. No other module uses pickle.
 
-Unpickling runs what the pickle says, so this is off unless the app allows it, the key that signed may
-sign pickles, and the call asks for it. Even then the pickle is not trusted:
+Unpickling runs the code that the pickle names. So the app must allow pickles, the signing key must be allowed to sign
+them, and the call must ask for one. Even then the codec does not trust the pickle:
 
-1. its opcodes are scanned first: only what Python 3.11's own pickler writes, nothing after the end;
-2. names are found by the policy alone, exactly, and a fixed table of harmless standard types;
-3. only classes may be called while unpickling, with nothing that asks for memory of any size, and nothing that is a class, a module
-   or a function may be changed.
+1. it scans the opcodes first: only those that Python 3.11's own pickler writes, and no bytes after the end;
+2. it finds names only by the policy, exactly, and in a fixed table of harmless standard types;
+3. it calls only classes while unpickling, with no argument that asks for memory of any size, and changes no class,
+   module or function.
 
-``by_value_runs_code`` lifts 2 and 3: functions may then travel by value, so whoever may sign pickles
-runs any code in the handler.
+``by_value_runs_code`` lifts 2 and 3: functions may then travel by value, so a holder of a key that may sign pickles
+can run any code in the handler.
 
 On the wire all values are in one pickle, so that sharing holds: ``args`` is
 ``[base64 of the pickle, "3.11", cloudpickle's version]``, ``kwargs`` is ``{}``, and ``bound``, if the
@@ -43,7 +43,7 @@ import cloudpickle  # type: ignore[import-untyped]
 from safedefer.claims import Limits
 from safedefer.codecs.inspect_safely import derives
 from safedefer.codecs.shared import CallData, Values
-from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS
+from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, imports_when_shown
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
 from safedefer.policy import Gate
@@ -53,7 +53,7 @@ _PROTOCOL: Final = 5
 _PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
 _BOUND: Final = {"$pickle": 0}
 
-# What the standard library's own pickles call or name, and what none of it can be misused for.
+# Classes that pickles of the standard library name or call, and that no argument makes harmful.
 _HARMLESS: Final[dict[tuple[str, str], Any]] = {
     ("builtins", "Ellipsis"): ...,
     ("builtins", "object"): object,
@@ -72,67 +72,30 @@ _HARMLESS: Final[dict[tuple[str, str], Any]] = {
     },
 }
 
-# Of the built-in types only these are called in pickles; others could be asked for any amount of memory.
+# The only built-in types that pickles call; others would make an object of any size.
 _CALLED: Final = (complex, range, slice)
 
 # Every opcode that protocol 5 writes without out-of-band buffers, extensions and persistent ids.
 _OPCODES: Final = frozenset(
     [
-        "PROTO",
-        "FRAME",
-        "STOP",
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "LONG4",
-        "BINFLOAT",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BINUNICODE8",
-        "SHORT_BINBYTES",
-        "BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-        "EMPTY_LIST",
-        "APPEND",
-        "APPENDS",
-        "EMPTY_TUPLE",
-        "TUPLE",
-        "TUPLE1",
-        "TUPLE2",
-        "TUPLE3",
-        "EMPTY_DICT",
-        "SETITEM",
-        "SETITEMS",
-        "EMPTY_SET",
-        "ADDITEMS",
-        "FROZENSET",
-        "MARK",
-        "POP",
-        "POP_MARK",
-        "MEMOIZE",
-        "BINGET",
-        "LONG_BINGET",
-        "STACK_GLOBAL",
-        "REDUCE",
-        "NEWOBJ",
-        "NEWOBJ_EX",
-        "BUILD",
+        *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "BINGET", "LONG_BINGET"),
+        *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+        *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+        *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+        *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET"),
+        *("STACK_GLOBAL", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "BUILD"),
     ]
 )
-# An opcode for a value and one to remember it, and the ends of containers.
+# One opcode for the value, one for its memo, and those that end containers.
 _OPCODES_PER_ITEM: Final = 4
-# These put their operands into the object below them.
+# These opcodes put their operands into the object below them.
 _FILLING: Final = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODULE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
-# A few bytes of a token make one, and iterating it fills the memory.
+# A few bytes of a token make one, and to iterate it fills the memory.
 _BOUNDLESS: Final = frozenset(map(id, (range, IPv4Network, IPv6Network)))
 
 
@@ -141,7 +104,7 @@ class PickledCodec:
 
     Args:
         limits: ``token_bytes`` bounds the pickle, ``items`` its opcodes, ``depth`` its nesting.
-        by_value_runs_code: Whether functions may travel by value. Whoever may sign pickles then runs
+        by_value_runs_code: Whether functions may travel by value. A holder of a key that may sign pickles can then run
             any code.
     """
 
@@ -155,7 +118,7 @@ class PickledCodec:
         """Return the call as one pickle.
 
         Raises:
-            UnencodableArgument: It cannot be pickled, or names what the gate does not admit.
+            UnencodableArgument: A value cannot be pickled, or the gate does not admit a class or function.
         """
         owner, positional, named = call
         bound = () if owner is UNBOUND else (owner,)
@@ -173,21 +136,21 @@ class PickledCodec:
         return CallData(UNBOUND if not bound else dict(_BOUND), [text, _PYTHON, cloudpickle.__version__], {})
 
     def write(self, call: Values, gate: Gate) -> Values:
-        """Do what ``encode`` does: codecs are called alike."""
+        """As ``encode``; the ``Codec`` protocol has both."""
         return self.encode(call, gate)
 
     def decode(self, call: Values, gate: Gate, text: bytes, canonical: bool = False) -> Values:  # noqa: ARG002, FBT002 - as above
         """Return the values of a pickle.
 
         Raises:
-            InvalidArguments: It is malformed, over a limit, or does what a pickle here may not.
+            InvalidArguments: It is malformed, over a limit, or does something that is forbidden here.
             UnresolvableCallable: Another version of Python or cloudpickle wrote it.
-            RejectedTask: The gate does not admit or find what it names.
+            RejectedTask: The gate does not admit or find a class or function that it names.
         """
         data = self._open(call)
         try:
             _scan(data, self._limits)
-            # By value means that the pickle runs code: two switches say so.
+            # By value, the pickle may run code: the operator has set two switches for that.
             reader = pickle.Unpickler(io.BytesIO(data)) if self._by_value else _Reader(data, gate)  # noqa: S301
             values = reader.load()
         except RejectedTask:
@@ -229,7 +192,7 @@ class PickledCodec:
 
 
 class _Refused(Exception):
-    """The pickle does what it may not."""
+    """The pickle does something that is forbidden."""
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -243,8 +206,12 @@ class _ByReference(cloudpickle.Pickler):  # type: ignore[misc, name-defined, unu
         self._gate = gate
 
     def reducer_override(self, obj: object) -> Any:
-        """Ask the gate about every function and class, also those that reducers name."""
+        """Ask the gate about every function and class, including those that reducers return."""
         kind = type(obj)
+        if imports_when_shown(obj):
+            raise _Refused(
+                "an ImportError with a name_from makes a traceback import what its name says; set it to None"
+            )
         if any(obj is known for known in _HARMLESS.values()):
             return NotImplemented
         if kind is ZoneInfo:
@@ -260,7 +227,7 @@ class _ByReference(cloudpickle.Pickler):  # type: ignore[misc, name-defined, unu
 
 
 class _ByValue(cloudpickle.Pickler):  # type: ignore[misc, name-defined, unused-ignore]
-    """Writes what cannot be found by name by value: its code travels."""
+    """Writes functions and classes without an importable name by value, with their code."""
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -270,7 +237,7 @@ def _scan(data: bytes, limits: Limits) -> None:
     """Read the opcodes without running them.
 
     Raises:
-        _Refused: One is not of this library's pickles, there are too many, they nest too deep, or
+        _Refused: An opcode is not one of this library's pickles, there are too many, they nest too deep, or
             bytes follow the last.
     """
     if len(data) > limits.token_bytes:
@@ -298,7 +265,7 @@ def _scan(data: bytes, limits: Limits) -> None:
 
 
 def _step(op: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
-    """Apply an opcode to a stack of depths. Raises ``IndexError`` for one that reads below the bottom."""
+    """Apply an opcode to a stack of depths. Raises ``IndexError`` if it reads below the bottom."""
     name = op.name
     if name == "MARK":
         marks.append(len(stack))
@@ -323,26 +290,26 @@ def _step(op: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> Non
     stack.extend(max(base, inner) if name in _FILLING else inner for _ in op.stack_after)
 
 
-# Python's own unpickler in Python: the one in C cannot be asked before it calls or changes something.
+# The unpickler in Python of the standard library: the one in C has no hook before it calls or changes an object.
 _Unpickler: Final[Any] = pickle._Unpickler  # type: ignore[attr-defined, unused-ignore] # noqa: SLF001
 
 
 class _Reader(_Unpickler):  # type: ignore[misc]
-    """Unpickles what the policy admits, and asks before each opcode that calls or changes something."""
+    """Unpickles names that the policy admits, with a check before each opcode that calls or changes an object."""
 
     dispatch: Final[dict[int, Any]] = dict(_Unpickler.dispatch)
 
     def __init__(self, data: bytes, gate: Gate) -> None:
         super().__init__(io.BytesIO(data))
         self._gate = gate
-        # Classes and harmless functions that were named, by id; kept by the memo and the gate's modules.
+        # The classes that were named, by id; the memo and their modules keep them alive.
         self._callees: dict[int, object] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Find what the policy admits under exactly this name.
+        """Return the object of exactly this name.
 
         Raises:
-            RejectedTask: It admits or finds nothing there.
+            RejectedTask: The policy does not admit the name, or no object has it.
         """
         found = _HARMLESS.get((module, name))
         if found is None:
@@ -363,7 +330,7 @@ class _Reader(_Unpickler):  # type: ignore[misc]
             self._gate.load_class(f"{module}:{name}")
         except UnresolvableCallable:
             return self._gate.load_callable(reference("function", module, name, None))
-        # A class here may be called: the gate is asked as if it were the task's own callable.
+        # The pickle may call a class: the gate judges it like the callable of the task.
         return self._gate.load_callable(reference("class", module, name, None))
 
     def _check_call(self, func: object, args: object) -> None:
@@ -405,6 +372,8 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         """BUILD: set the state of an object."""
         self._check_target(self.stack[-2])
         super().load_build()
+        if imports_when_shown(self.stack[-1]):
+            raise _Refused("an ImportError with a name_from makes a traceback import what its name says")
 
     def load_append(self) -> None:
         """APPEND: to a list, or an object that is like one."""

@@ -1,9 +1,9 @@
-"""Types of third parties: how they register, and when they are found.
+"""The registry of types of third parties.
 
-Two ways in. ``register_type`` is for one class with a pair of functions. A ``ClassFamily`` is for a
-library that makes classes (attrs), whose objects are taken apart into attributes like a dataclass's.
-Distributions announce either through the entry-point group ``safedefer.types``: each entry point is
-a function that is called once with the registry, when a type or tag is met that nobody knows yet.
+``register_type`` adds one class with a pair of functions. ``register_family`` adds the classes that a library makes
+(attrs): the codec carries their objects by attributes, like those of a dataclass. Distributions register either by
+the entry-point group ``safedefer.types``: each entry point is a function of the registry, and the registry calls it
+once, at the first look-up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 ENTRY_POINT_GROUP: Final = "safedefer.types"
 
-#: Tags of the wire format; nobody may register them.
+#: The tags of the wire format itself.
 CORE_TAGS: Final[frozenset[str]] = frozenset(
     [
         "$tuple",
@@ -86,11 +86,11 @@ class TypeRegistry:
     def __init__(self, *, discover: bool = False) -> None:
         self._lock = RLock()
         self._undiscovered = discover
-        # By id, and the class is kept: looking a class up by itself would run its metaclass's hash.
+        # By id of the class, which the entry keeps alive: a class as a key would run the hash of its metaclass.
         self._types: dict[int, RegisteredType] = {}
         self._tags: dict[str, RegisteredType] = {}
         self._families: dict[str, ClassFamily] = {}
-        #: Plans of classes that a policy admitted, by id of the class; ``plans`` owns their meaning.
+        #: Plans of classes that a policy admitted, by id of the class (``class_layout.Plan``).
         self.plans: dict[int, Any] = {}
 
     def register_type(
@@ -99,10 +99,10 @@ class TypeRegistry:
         """Carry objects whose type is exactly ``cls`` as ``{tag: encode(obj)}``.
 
         Args:
-            cls: The class. Subclasses are not meant.
+            cls: The class. Objects of subclasses are not carried.
             tag: ``$`` and up to 64 of ``[a-z0-9_]``, such as ``$ndb_key``; the same at both ends.
-            encode: Returns any value that can be carried, from which ``decode`` makes an equal object.
-            decode: Returns an object whose type is exactly ``cls``. It gets what a holder of a key wrote.
+            encode: Returns a value that can be carried, from which ``decode`` makes an equal object.
+            decode: Returns an object whose type is exactly ``cls``. A holder of a key chooses its argument.
 
         Raises:
             ConfigurationError: The tag is malformed or taken, or the class is registered already.
@@ -117,7 +117,7 @@ class TypeRegistry:
             self._types[id(cls)] = self._tags[tag] = entry
 
     def register_family(self, family: ClassFamily) -> None:
-        """Carry objects of classes that a library makes.
+        """Carry the objects of the classes of a family.
 
         Raises:
             ConfigurationError: The tag is malformed or taken.
@@ -150,10 +150,10 @@ class TypeRegistry:
         return next((family for family in self._families.values() if family.matches(cls)), None)
 
     def discover(self) -> None:
-        """Load the shipped adapters and the entry points, once.
+        """Load the shipped types and the entry points, once.
 
         Raises:
-            ConfigurationError: An entry point cannot be loaded, or registers what is taken.
+            ConfigurationError: An entry point cannot be loaded, or registers a tag or class that is taken.
         """
         if not self._undiscovered:
             return
@@ -181,7 +181,7 @@ def _load(name: str, load: Callable[[], Callable[[TypeRegistry], object]], regis
         ) from error
 
 
-#: The registry that codecs use unless they are given another.
+#: The default registry.
 REGISTRY: Final = TypeRegistry(discover=True)
 
 

@@ -1,4 +1,4 @@
-"""What encoding and decoding share: refusals that collect their path, limits, and shapes of JSON."""
+"""Shared by encoder and decoder: refusals that collect their path, and tests of JSON names and text."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SAFE_INT: Final = 2**53 - 1
 _ATTRIBUTE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 
 
-#: The three parts of a ``CallData``: plain tuples of them will do, and cost less.
+#: The three parts of a ``CallData``. A plain tuple of them will do, and costs less.
 Values: TypeAlias = tuple[Any, Any, Any]
 
 
 class CallData(NamedTuple):
     """The values of one call.
 
-    ``bound`` is the object of a method or instance, else ``refs.UNBOUND``; ``args`` a sequence and
-    ``kwargs`` a dict with keys of str. Before encoding they hold values, after it trees of JSON.
+    ``bound`` is the object of a method or instance, else ``refs.UNBOUND``; ``args`` is a sequence and
+    ``kwargs`` a dict with str keys. They hold values before encoding and trees of JSON after it.
     """
 
     bound: Any
@@ -50,7 +50,7 @@ class Refusal(Exception):
 
 
 def step(key: object) -> str:
-    """Return the step of a path that leads to a key: ``.name``, ``[3]``, or ``{}`` for what is neither."""
+    """Return the path step of a key: ``.name``, ``[3]``, or ``{}`` for any other key."""
     if type(key) is str and _ATTRIBUTE.fullmatch(key):
         return f".{key}"
     if type(key) is int and -SAFE_INT <= key <= SAFE_INT:
@@ -59,7 +59,7 @@ def step(key: object) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Say whether the text has no lone surrogate, and so is itself in JSON (RFC 8259, section 8.2)."""
+    """Whether the text has no lone surrogate, so that JSON can hold it (RFC 8259, section 8.2)."""
     if value.isascii():
         return True
     try:
@@ -70,5 +70,5 @@ def is_text(value: str) -> bool:
 
 
 def is_member_name(key: object) -> bool:
-    """Say whether the key may be the name of a member of a JSON object of values: not a tag, and text."""
+    """Whether the key may name a member of a JSON object of values: text, and not a tag."""
     return type(key) is str and key[:1] != "$" and is_text(key)

@@ -1,8 +1,8 @@
 """The typed codec: the values of a call to trees of JSON and back, exactly or not at all.
 
 An argument arrives equal, of the same type and with the same sharing, or ``encode`` raises and names
-its path. Nothing is pickled, nothing is flattened, and no code runs but the hooks of classes that the
-policy admits. ``schema/README.md`` describes the format so that any language can write it.
+its path. The codec pickles nothing and flattens nothing. The only code of users that it runs are hooks of classes
+that the policy admits. ``schema/README.md`` describes the format for writers in any language.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safedefer.codecs.fast_path import (
 )
 from safedefer.codecs.registry import REGISTRY, TypeRegistry
 from safedefer.codecs.shared import CallData, Json, Refusal, Values
-from safedefer.codecs.tags import containers, exceptions, objects, scalars
+from safedefer.codecs.tags import containers, exceptions, objects, patterns, scalars, times
 from safedefer.errors import InvalidArguments, UnencodableArgument
 from safedefer.policy import Gate
 from safedefer.refs import UNBOUND
@@ -35,13 +35,21 @@ __all__ = ["CallData", "TypedCodec"]
 
 _ENCODERS: Final[dict[type, Any]] = {
     **scalars.ENCODERS,
+    **times.ENCODERS,
+    **patterns.ENCODERS,
     **containers.ENCODERS,
     **exceptions.ENCODERS,
     **objects.ENCODERS,
 }
-_DECODERS: Final[dict[str, Any]] = {**scalars.DECODERS, **containers.DECODERS, **objects.DECODERS}
+_DECODERS: Final[dict[str, Any]] = {
+    **scalars.DECODERS,
+    **times.DECODERS,
+    **patterns.DECODERS,
+    **containers.DECODERS,
+    **objects.DECODERS,
+}
 
-# The parser of the claims stops at 200 brackets, and the claims themselves take two.
+# The parser of the claims allows 200 nested brackets, and the claims take two of them.
 _MAX_BRACKETS: Final = 198
 _BRACKETS_PER_VALUE: Final = 3
 
@@ -63,17 +71,17 @@ class TypedCodec:
         self._short = min(SHORT, 2 * limits.items)
 
     def encode(self, call: Values, gate: Gate) -> Values:
-        """Return the call as trees of JSON. Plain values are returned as they are, not copied.
+        """Return the call as trees of JSON. Plain values are returned without a copy.
 
         Args:
             call: The values; ``bound`` is ``UNBOUND`` if there is no object.
-            gate: Names the classes and callables among them.
+            gate: Names the classes and callables among the values.
 
         Returns:
             The trees: exact dict, list, str, int, float, bool and None; ``bound`` may stay ``UNBOUND``.
 
         Raises:
-            UnencodableArgument: A value cannot arrive as it is. ``path`` names it.
+            UnencodableArgument: A value cannot arrive unchanged. ``path`` names it.
         """
         bound, positional, kwargs = call
         args = list(positional)
@@ -85,7 +93,7 @@ class TypedCodec:
         return self._walk(call, gate)
 
     def write(self, call: Values, gate: Gate) -> Values:
-        """Do what ``encode`` does, for ``write_json``: plain ``args`` and ``kwargs`` may be its fragments.
+        """As ``encode``, for ``write_json``: plain ``args`` and ``kwargs`` may be JSON fragments.
 
         Raises:
             UnencodableArgument: As ``encode``.
@@ -117,7 +125,7 @@ class TypedCodec:
             refusal.trail.append(at)
             raise _unencodable(refusal) from (refusal.__cause__ or refusal)
         except (RecursionError, RuntimeError) as error:
-            # The caller's stack was nearly full, or a value changed while it was read.
+            # The caller's stack was nearly full, or another thread changed a value meanwhile.
             raise UnencodableArgument(
                 f"{'$' + at}: the values cannot be read now ({type(error).__name__}); "
                 "defer from a less deep call, and do not change values meanwhile",
@@ -133,19 +141,19 @@ class TypedCodec:
 
         Args:
             call: The trees as jiter parsed them, duplicate names refused; ``bound`` may be ``UNBOUND``.
-            gate: Finds the classes and callables that they name.
-            text: The JSON text that they were parsed from; it may hold more than them.
-            canonical: ``claims.read_claims`` said that the text is.
+            gate: Finds the classes and callables that the trees name.
+            text: The JSON text that the trees were parsed from; it may hold more than these.
+            canonical: Whether ``claims.read_claims`` found the text canonical.
 
         Returns:
-            The values. Plain trees are returned as they are.
+            The values. Plain trees are returned without a copy.
 
         Raises:
             InvalidArguments: A tree is malformed, or over a limit. ``path`` names it.
             RejectedTask: The gate does not admit or find what a tree names.
         """
         bound, trees, named = call
-        # The commonest first, a short text of scalars: nothing in it shows anything to the garbage collector.
+        # The commonest case first, a short text of scalars: the garbage collector sees no referents in them.
         if (
             canonical
             and bound is UNBOUND
@@ -190,10 +198,10 @@ def _unencodable(refusal: Refusal) -> UnencodableArgument:
 
 
 def _check_brackets(trees: list[Json]) -> None:
-    """Refuse what nests deeper than the parser of the claims reads.
+    """Refuse trees that nest deeper than the parser of the claims reads.
 
     Raises:
-        UnencodableArgument: It does.
+        UnencodableArgument: They do.
     """
     level = trees
     for _ in range(_MAX_BRACKETS):

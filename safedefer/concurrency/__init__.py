@@ -1,1 +1,1 @@
-"""Threads, batches and forks: what several rooms need to run things at once."""
+"""Threads, batches and forks: tools for concurrent work, without knowledge of tasks."""

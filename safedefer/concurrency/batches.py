@@ -1,4 +1,4 @@
-"""Batches: calls to storage that come together are made together, in one transaction."""
+"""Batches: gather calls to storage and make them together, in one transaction."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from safedefer.errors import QueueUnavailable
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
-#: The most items in one call: bounds how long the first of them waits for the last.
+#: The most items in one call. It bounds the time that the first item waits for the last.
 _MOST: Final = 256
 
 
 class Batches(Generic[_T, _R]):
-    """Gathers items of one event loop, and hands them to one call at a time.
+    """Gathers items of one event loop, and makes one call at a time with all that are pending.
 
     Args:
-        call: Takes a list of items, and whether a caller was cancelled meanwhile; returns a future of a result for each, or
-            of an error for all.
-        orphaned: Told of each item for which the call raised, and whose caller was cancelled meanwhile.
+        call: Takes a list of items, and whether one of their callers was cancelled meanwhile. Returns a future of one
+            result for each item, or of an error for all.
+        orphaned: Called with each item whose call failed and whose caller was cancelled meanwhile, and the error.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Batches(Generic[_T, _R]):
         self._running: asyncio.Future[Sequence[_R]] | None = None
 
     def __call__(self, item: _T) -> asyncio.Future[_R]:
-        """Return a future of the result for ``item``, or of what its call raised. Cancelled, it leaves the item where it is."""
+        """Return a future of the result for ``item``, or of its call's error. Cancelling it leaves the item in."""
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # what another loop left behind, it left for good
+        if loop is not self._loop:  # a new event loop: drop the state of the old one
             self._loop = loop
             self._begin()
         future: asyncio.Future[_R] = loop.create_future()
         self._pending.append((item, future))
         if not self._under_way:
             self._under_way = True
-            # Not at once: what else this turn of the loop brings comes along.
+            # At the end of this turn of the loop: the items that it adds go into the same call.
             loop.call_soon(self._start, loop)
         return future
 
@@ -61,7 +61,7 @@ class Batches(Generic[_T, _R]):
             return
         try:
             self._running = self._call([item for item, _ in batch], any(future.done() for _, future in batch))
-        except Exception as error:  # noqa: BLE001  # the threads were let go of, say: whoever waits is told
+        except Exception as error:  # noqa: BLE001  # the threads are closed, for example; all callers get the error
             self._under_way = False
             for _, future in batch:
                 if not future.done():
@@ -75,7 +75,7 @@ class Batches(Generic[_T, _R]):
         batch: list[tuple[_T, asyncio.Future[_R]]],
         done: asyncio.Future[Sequence[_R]],
     ) -> None:
-        # A cancellation is for whoever was cancelled: to the others the storage did not answer.
+        # A cancellation concerns the caller that was cancelled. For the others the storage did not answer.
         failure = (
             QueueUnavailable("the event loop is being closed; try again") if done.cancelled() else done.exception()
         )

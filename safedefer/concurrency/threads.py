@@ -1,8 +1,8 @@
-"""Threads for what may block, as cheap as a change of threads can be.
+"""Threads for calls that may block, with few wake-ups.
 
-A call has a thread to itself while it runs, as with any executor. What is saved is waking: a thread that is
-awake takes the next call that waits, a second one is woken as soon as a call is begun while others wait, and
-all results that are there go back to the event loop together.
+A call has a thread to itself while it runs, as with any executor. The costly part is waking threads and event
+loops. So a thread that is awake takes the next waiting call itself; it wakes a second thread when it begins a call
+while others wait; and all results that are ready go back to the event loop in one wake-up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 _T = TypeVar("_T")
 
-#: Seconds that a thread without work keeps awake for more.
+#: Seconds that an idle thread waits for a call before it ends.
 _LINGER: Final = 0.1
 
 
@@ -34,28 +34,28 @@ class Threads:
     """Runs calls of event loops in threads.
 
     Args:
-        most: Threads at most.
-        name: How their names begin.
+        most: The most threads.
+        name: The prefix of their names.
     """
 
     def __init__(self, most: int, name: str) -> None:
         self._most = most
-        # It starts the threads, and ends them with the interpreter.
+        # The executor starts the threads, and ends them with the interpreter.
         self._executor = ThreadPoolExecutor(most, thread_name_prefix=name)
         self._lock = Lock()
         self._calls: deque[_Call] = deque()
         self._awake = 0
-        """Threads that have not returned: busy, idle, or on their way."""
+        """The number of threads that have not returned: busy, idle, or woken."""
         self._idle = 0
-        """Of these, those that wait and were not woken."""
+        """The number of them that wait and were not woken."""
         self._waking = False
-        """Whether one is on its way to what waits."""
+        """Whether a woken thread has not taken a call yet."""
         self._alarm: SimpleQueue[None] = SimpleQueue()
         self._closed = False
         self._results: _Results | None = None
 
     def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
-        """Return a future of what ``call`` does; a call that has not begun is cancelled with it.
+        """Return a future of the result of ``call``. Cancelling it cancels a call that has not begun.
 
         Raises:
             RuntimeError: ``close`` was called.
@@ -73,7 +73,7 @@ class Threads:
         return future
 
     def close(self, *, wait: bool, cancel: bool = False) -> None:
-        """Take no more calls; cancel those that have not begun, or let them go on; wait for them, or do not."""
+        """Take no more calls. ``cancel``: cancel the ones that have not begun. ``wait``: wait for the others."""
         with self._lock:
             self._closed = True
             if cancel:
@@ -86,7 +86,7 @@ class Threads:
         self._executor.shutdown(wait=wait)
 
     def _wake_one(self) -> None:
-        """Have somebody come for what waits, unless all are busy or one comes already; under the lock."""
+        """Wake or start a thread for the waiting calls, unless all are busy or one is woken already. Hold the lock."""
         if self._waking:
             return
         if self._idle:
@@ -106,12 +106,12 @@ class Threads:
             if not future.cancelled():
                 try:
                     results.put(future, call(), None)
-                except BaseException as error:  # noqa: BLE001  # whatever it is, it goes to who called
+                except BaseException as error:  # noqa: BLE001  # the caller gets any error
                     results.put(future, None, error)
-            del call, future, results, taken  # they may be large, and the next call may be long in coming
+            del call, future, results, taken  # they may be large, and the thread may wait long for the next call
 
     def _take(self, *, arrived: bool) -> _Call | None:
-        """Return the next call, waiting for it for a while; None if there is none."""
+        """Return the next call, after a wait if needed; None if the thread is to end."""
         while True:
             with self._lock:
                 if arrived:
@@ -130,7 +130,7 @@ class Threads:
             arrived = True
 
     def _is_woken(self) -> bool:
-        """Wait for work; False if there was none for a while, and this thread is counted out."""
+        """Wait for a call. Return False, and count this thread out, if none came in time."""
         try:
             self._alarm.get(timeout=_LINGER)
         except Empty:
@@ -139,13 +139,13 @@ class Threads:
                     self._idle -= 1
                     self._awake -= 1
                     return False
-            # All that were idle have been woken, this one too: the alarm is on its way.
+            # All idle threads have been woken, this one too: its alarm is in the queue, or about to be.
             self._alarm.get()
         return True
 
 
 class _Results:
-    """What threads have for one event loop."""
+    """Results of threads for one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -153,15 +153,15 @@ class _Results:
         self._told = False
 
     def put(self, future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
-        """Hand over what came of a call; from any thread."""
+        """Hand over the result or error of a call, from any thread."""
         self._done.append((future, result, error))
         if not self._told:
             self._told = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and no caller waits
                 self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        # First: what is appended from now on may be seen below, or else its thread tells again.
+        # First: a result appended from now on is either taken below, or its thread schedules another delivery.
         self._told = False
         while self._done:
             future, result, error = self._done.popleft()

@@ -1,15 +1,15 @@
-"""The bytes that requests may hold before anything of them was verified."""
+"""A budget of bytes for the bodies of requests that are not verified yet."""
 
 from __future__ import annotations
 
 from typing import Final
 
-#: Bytes that the bodies of all unverified requests may take together, by default.
+#: The default of the bytes that the bodies of all unverified requests may take together.
 UNVERIFIED_BYTES: Final = 32 * 1_048_576
 
 
 class ByteBudget:
-    """Counts the bytes of bodies that are being read. Used on one event loop at a time, or under the caller's lock.
+    """Counts the bytes of bodies that are being read. Not thread-safe: use it on one event loop, or under a lock.
 
     Args:
         most: Bytes at most, of all bodies together.
@@ -19,12 +19,12 @@ class ByteBudget:
         self._left = most
 
     def take(self, size: int) -> bool:
-        """Take ``size`` bytes; False, and nothing is taken, if there are not so many left."""
+        """Take ``size`` bytes and return True; if fewer are left, take none and return False."""
         if size > self._left:
             return False
         self._left -= size
         return True
 
     def give_back(self, size: int) -> None:
-        """Give back what was taken."""
+        """Give back ``size`` bytes that ``take`` took."""
         self._left += size

@@ -1,7 +1,7 @@
-"""Delivery: the whole handler without a framework. Headers and body in; status, headers and body out.
+"""The handler without a framework: headers and body in; status, headers and body out.
 
-Every way in ends here: the aiohttp handler, in-process delivery by the dispatcher, and whoever calls
-``App.handle`` from another framework. Nothing runs that was not verified in this call.
+The aiohttp handler, in-process delivery by the dispatcher, and ``App.handle`` for other frameworks all call
+``Delivery.handle``. It runs only tasks that it has verified in the same call.
 
 The answers are those of App Engine's push queues, made exact (status, ``Safedefer-Outcome``):
 
@@ -30,12 +30,13 @@ from functools import partial
 from typing import Final
 
 from safedefer.blobs import BlobStore
+from safedefer.codecs.protocol import Codec
 from safedefer.concurrency.threads import Threads
 from safedefer.delivery.budget import ByteBudget
 from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.delivery.redaction import redacted_traceback
-from safedefer.delivery.request import Run
+from safedefer.delivery.request import HandlerRequest
 from safedefer.errors import (
     ExpiredTask,
     InvalidArguments,
@@ -47,7 +48,7 @@ from safedefer.errors import (
     SingularTaskFailure,
 )
 from safedefer.events import Observer, RequestRefused, is_heard, notify
-from safedefer.execution.run import Codec, Interrupted, Outcome, Result, execute
+from safedefer.execution.run import CoroutineCancelled, Outcome, Result, execute
 from safedefer.headers import (
     CONTENT_TYPE,
     CONTENT_TYPES,
@@ -87,12 +88,12 @@ class Delivery:
 
     Args:
         verifier: Turns bytes into verified tasks.
-        codecs: By ``cty``.
-        ledger: Where runs are admitted; called in a thread.
-        blobs: Where oversize tokens are; called in a thread.
-        clock: Seconds since the epoch.
-        observer: Told of every answer.
-        options: How tasks are run.
+        codecs: Codecs by ``cty``.
+        ledger: Returns the ledger, which admits runs.
+        blobs: Returns the store of oversize tokens; called in a thread.
+        clock: Returns seconds since the epoch.
+        observer: Gets an event for every answer.
+        options: Limits, and how tasks are run.
     """
 
     def __init__(
@@ -113,15 +114,15 @@ class Delivery:
         self._observer = observer
         self._options = options
         self.budget = ByteBudget(options.unverified_bytes)
-        """What bodies that are being read may take together: whoever reads one asks before each chunk."""
+        """Bytes for all bodies that are being read. A reader takes from it before each chunk."""
         self.handled = 0
-        """How many requests were taken since the start, to their end."""
+        """The number of requests handled to their end, since the start."""
         self._running = 0
         self._abandoned = 0
         self._draining = False
         self._idle = asyncio.Event()
         self._threads = Threads(options.concurrency, "safedefer-task")
-        # Storage has threads of its own: a task that blocks must not keep its neighbour's end from being written.
+        # Storage has threads of its own: a task that blocks must not delay the ledger entries of others.
         self._storage = Threads(_STORAGE_THREADS, "safedefer-ledger")
         self._ledger_client = LedgerClient(ledger, self._storage, clock=clock, seconds=options.lease_seconds)
 
@@ -132,15 +133,15 @@ class Delivery:
 
     @property
     def running(self) -> int:
-        """How many tasks run now, those in threads that nobody waits for any more among them."""
+        """The number of running tasks, including those in threads whose request was cancelled."""
         return self._running + self._abandoned
 
     def drain(self) -> None:
-        """Answer ``busy`` from now on; what runs goes on."""
+        """Answer ``busy`` from now on. Running tasks go on."""
         self._draining = True
 
     async def drained(self, seconds: float) -> bool:
-        """Wait up to ``seconds`` until nothing runs; whether that is so."""
+        """Wait up to ``seconds`` until no task runs. Return whether none does."""
         try:
             async with asyncio.timeout(seconds):
                 while self._running:
@@ -151,7 +152,7 @@ class Delivery:
         return not self._abandoned
 
     def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
-        """Refuse what can be refused before the body is read; None if nothing speaks against it."""
+        """Return the refusal of a request that needs no look at its body; None to go on and read the body."""
         return self._check(method, read_hints(headers), length)
 
     def _check(self, method: str, hints: Hints, length: int | None) -> Response | None:
@@ -170,7 +171,7 @@ class Delivery:
         return None
 
     def busy(self) -> Response:
-        """Return the answer to what there is no room for now; it is tried again, and no attempt is charged."""
+        """Return the answer of a handler at capacity. The dispatcher tries again and charges no attempt."""
         return Response(503, {OUTCOME_HEADER: "busy", "Retry-After": "1"}, b"busy\n")
 
     def too_large(self) -> Response:
@@ -178,11 +179,11 @@ class Delivery:
         return self._refuse(413, "too-large")
 
     def timed_out(self) -> Response:
-        """Return the answer to a body that does not come."""
+        """Return the answer to a body that did not arrive in time."""
         return self._refuse(408, "body-timeout")
 
     def broken(self) -> Response:
-        """Return the answer to a body that ends before its end."""
+        """Return the answer to a body whose connection broke."""
         return self._refuse(400, "body-broken")
 
     async def handle(
@@ -193,26 +194,26 @@ class Delivery:
         Args:
             headers: The request's headers; names in any case.
             body: The raw body.
-            url: The path that it came on, which the token must name.
+            url: The path of the request, which the token must name; or a container of such paths.
             method: The request's method.
 
         Returns:
-            The answer. Nothing is raised but the cancellation of the caller.
+            The answer. Only the cancellation of the caller is raised.
         """
         hints = headers.hints if type(headers) is AttemptHeaders else read_hints(headers)
         early = self._check(method, hints, len(body))
         if early is not None:
             return early
-        run = Run(self._clock(), hints.retries)
+        request = HandlerRequest(self._clock(), hints.retries)
         self._running += 1
         try:
-            return await self._handle(run, hints, body, url)
+            return await self._handle(request, hints, body, url)
         except QueueUnavailable:
-            return self._answer(run, 503, "busy", QueueUnavailable.slug, {"Retry-After": "1"})
-        except Exception as error:  # noqa: BLE001  # whatever it is, the caller needs an answer
+            return self._answer(request, 503, "busy", QueueUnavailable.slug, {"Retry-After": "1"})
+        except Exception as error:  # noqa: BLE001  # the sender needs an answer to any error
             _log.error("the handler failed (%s); report it", type(error).__name__)
-            return self._answer(run, 500, "retry", "internal-error")
-        except Interrupted:
+            return self._answer(request, 500, "retry", "internal-error")
+        except CoroutineCancelled:
             raise
         except asyncio.CancelledError:
             self._abandoned += 1
@@ -223,106 +224,115 @@ class Delivery:
             if not self._running:
                 self._idle.set()
 
-    async def _handle(self, run: Run, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
+    async def _handle(self, request: HandlerRequest, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
-            verify = partial(self._verifier.verify, body, url=url, now=run.started, queue=hints.queue)
+            verify = partial(self._verifier.verify, body, url=url, now=request.started, queue=hints.queue)
             verified = verify() if len(body) <= _LARGE else await self._threads(verify)
             if isinstance(verified, VerifiedPointer):
-                task = await self._fetch(run, verified, url)
+                task = await self._fetch(request, verified, url)
                 if task is None:
-                    return await self._missing_blob(run)
+                    return await self._missing_blob(request)
             else:
                 task = verified
-            run.task = task
-            execution = run.ask(self._ledger_client.owner())
+            request.task = task
+            execution = request.ask(self._ledger_client.owner())
             admission = await self._ledger_client.begin(execution)
             if admission is not Admission.RUN:
-                return self._not_admitted(run, admission)
-            return await self._run(run, task, execution)
+                return self._not_admitted(request, admission)
+            return await self._run(request, task, execution)
         except RejectedTask as error:
             rejection = error
         try:
-            return await self._rejected(run, rejection)
+            return await self._rejected(request, rejection)
         finally:
-            del rejection  # its traceback holds this frame: the two would wait for the garbage collector
+            del rejection  # its traceback refers to this frame: only the garbage collector would free the two
 
     # --- Before the run ---
 
-    async def _fetch(self, run: Run, pointer: VerifiedPointer, url: str | Container[str]) -> VerifiedTask | None:
-        run.pointer = pointer
+    async def _fetch(
+        self, request: HandlerRequest, pointer: VerifiedPointer, url: str | Container[str]
+    ) -> VerifiedTask | None:
+        request.pointer = pointer
         data = await self._storage(partial(self._blobs().get, pointer.blob["id"]))
         if data is None:
             return None
-        verify = partial(self._verifier.verify_stored, pointer, data, url=url, now=run.started)
+        verify = partial(self._verifier.verify_stored, pointer, data, url=url, now=request.started)
         return verify() if len(data) <= _LARGE else await self._threads(verify)
 
-    async def _missing_blob(self, run: Run) -> Response:
-        # The blob goes when the task has ended: then the ledger knows, and this is a duplicate.
-        admission = await self._ledger_client.begin(run.ask(self._ledger_client.owner()))
+    async def _missing_blob(self, request: HandlerRequest) -> Response:
+        # A blob is deleted when its task has ended. Then the ledger has the end, and this is a duplicate.
+        admission = await self._ledger_client.begin(request.ask(self._ledger_client.owner()))
         if admission is not Admission.RUN:
-            return self._not_admitted(run, admission)
-        return await self._rejected(run, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
+            return self._not_admitted(request, admission)
+        return await self._rejected(request, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
 
-    def _not_admitted(self, run: Run, admission: Admission) -> Response:
+    def _not_admitted(self, request: HandlerRequest, admission: Admission) -> Response:
         if admission is Admission.DUPLICATE:
-            return self._answer(run, 200, "duplicate", None)
+            return self._answer(request, 200, "duplicate", None)
         if admission is Admission.RUNNING:
-            return self._answer(run, 409, "running", None)
+            return self._answer(request, 409, "running", None)
         return self._refuse(403, ReplayedTask.slug)
 
     # --- The run and its end ---
 
-    async def _run(self, run: Run, task: VerifiedTask, execution: Execution) -> Response:
+    async def _run(self, request: HandlerRequest, task: VerifiedTask, execution: Execution) -> Response:
         self._ledger_client.renewal.add(execution)
         try:
             outcome = await execute(
-                task, self._codecs, run.context(task), in_thread=self._threads, validate=self._options.validate
+                task, self._codecs, request.context(task), in_thread=self._threads, validate=self._options.validate
             )
             status, outcome_name = _STATUS[outcome.result]
             if outcome.reason == SingularTaskFailure.slug:
                 status = 408
-            await self._finish(run, execution, outcome, status)
-        except Interrupted:
-            # The process ends, and the coroutine with it: the task may run again, and at once. A thread goes on
-            # after a cancellation: then the ledger keeps the run until its lease is over.
-            await self._finish(run, execution, Outcome(result=Result.RETRY, reason="cancelled"), None)
+            await self._finish(request, execution, outcome, status)
+        except CoroutineCancelled:
+            # The coroutine has ended with the process: the task may run again at once. (A thread goes on after a
+            # cancellation: then the ledger keeps the run until its lease expires.)
+            await self._finish(request, execution, Outcome(result=Result.RETRY, reason="cancelled"), None)
             raise
         finally:
-            # Not before its end is written down: while that is tried again, nobody else may run it.
+            # Only after the end is stored: until then no other handler may run the task.
             self._ledger_client.renewal.remove(execution)
         if outcome.reason in _UNAUTHENTIC_REASONS:
             return self._refuse(403, outcome.reason)
-        return self._answer(run, status, outcome_name, outcome.reason)
+        return self._answer(request, status, outcome_name, outcome.reason)
 
-    def _finish(self, run: Run, execution: Execution, outcome: Outcome, status: int | None) -> Awaitable[None]:
-        """Write down how a run ended, before the answer goes out: also if the caller hangs up meanwhile."""
-        record = run.record(_STATUS[outcome.result][1], status, outcome.reason, outcome.error, ended=self._clock())
+    def _finish(
+        self, request: HandlerRequest, execution: Execution, outcome: Outcome, status: int | None
+    ) -> Awaitable[None]:
+        """Store the end of a run before the answer goes out, also if the sender closes the connection meanwhile."""
+        record = request.record(_STATUS[outcome.result][1], status, outcome.reason, outcome.error, ended=self._clock())
         return self._ledger_client.finish((execution, _END[outcome.result], record))
 
-    async def _rejected(self, run: Run, error: RejectedTask) -> Response:
+    async def _rejected(self, request: HandlerRequest, error: RejectedTask) -> Response:
         if not error.authentic:
             return self._refuse(403, error.slug)
-        run.refused = error.identity or run.identity
+        request.refused = error.identity or request.identity
         if isinstance(error, NotYetValid):
-            return self._answer(run, 503, "early", error.slug, {"Retry-After": str(error.retry_after)})
+            return self._answer(request, 503, "early", error.slug, {"Retry-After": str(error.retry_after)})
         failed = isinstance(error, ExpiredTask | InvalidArguments)
         status, outcome = (200, "failed") if failed else (500, "rejected")
-        if run.execution is not None:
+        if request.execution is not None:
             end = EndState.FAILED if failed else EndState.RETRY
-            record = run.record(outcome, status, error.slug, error, ended=self._clock())
-            await self._ledger_client.end((run.execution, end, record))
-        elif run.identity is not None:
-            record = run.record(outcome, status, error.slug, error, ended=self._clock())
+            record = request.record(outcome, status, error.slug, error, ended=self._clock())
+            await self._ledger_client.end((request.execution, end, record))
+        elif request.identity is not None:
+            record = request.record(outcome, status, error.slug, error, ended=self._clock())
             await self._ledger_client.record(record)
-        return self._answer(run, status, outcome, error.slug)
+        return self._answer(request, status, outcome, error.slug)
 
     # --- Answers ---
 
     def _answer(
-        self, run: Run, status: int, outcome: str, reason: str | None, headers: Mapping[str, str] | None = None
+        self,
+        request: HandlerRequest,
+        status: int,
+        outcome: str,
+        reason: str | None,
+        headers: Mapping[str, str] | None = None,
     ) -> Response:
-        if is_heard(self._observer, outcome, reason) and (identity := run.identity) is not None:
-            notify(self._observer, run.event(identity, status, outcome, reason, ended=self._clock()))
+        if is_heard(self._observer, outcome, reason) and (identity := request.identity) is not None:
+            notify(self._observer, request.event(identity, status, outcome, reason, ended=self._clock()))
         named = {OUTCOME_HEADER: outcome}
         if headers is not None:
             named.update(headers)
@@ -333,7 +343,7 @@ class Delivery:
         return Response(status, {OUTCOME_HEADER: "refused", **(headers or {})}, _REFUSED_BODY)
 
     def close(self) -> None:
-        """Let go of the threads."""
+        """Close the threads."""
         self._threads.close(wait=False, cancel=True)
         self._storage.close(wait=True)
 
@@ -350,5 +360,5 @@ _END: Final = {
     Result.FAILED: EndState.FAILED,
     Result.REJECTED: EndState.RETRY,
 }
-#: Found while the arguments were decoded, yet answered like any token that is not for us.
+#: Decoding the arguments found it, and it is answered like any token that is not authentic.
 _UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})

@@ -1,6 +1,6 @@
 """Ledger client of the handler: batches begin and finish calls, and extends the leases of running tasks.
 
-No task runs before the ledger admitted it, and no answer goes out before the ledger has its end.
+No task runs before the ledger has admitted it, and no answer goes out before the ledger has stored its end.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from safedefer.concurrency.batches import Batches
 from safedefer.concurrency.threads import InThread
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, Execution, Ledger, RunEnd
-from safedefer.queues.loop_calls import ledger_here
 
-#: Seconds between two tries to write down how a run ended.
+#: Seconds between two tries to store the end of a run.
 _STORE_AGAIN: Final = 0.25
-#: Beats in the length of a lease: a run is extended at every second one.
+#: Beats in the length of a lease. A run is extended at every second beat.
 _BEATS: Final = 6
 
 
@@ -30,10 +29,10 @@ class LedgerClient:
     """The ledger, as the handlers of one process use it.
 
     Args:
-        ledger: The ledger.
-        in_thread: How it is called.
-        clock: Seconds since the epoch.
-        seconds: How long the ledger believes in a silent run.
+        ledger: Returns the ledger.
+        in_thread: Calls it in a thread.
+        clock: Returns seconds since the epoch.
+        seconds: The length of a run's lease. The ledger takes a run for dead when its lease expires.
     """
 
     def __init__(
@@ -47,51 +46,51 @@ class LedgerClient:
         self._numbers = itertools.count()
         self._late: set[asyncio.Task[None]] = set()
         self.begin: Batches[Execution, Admission] = Batches(self._begin_many)
-        """Ask to run."""
+        """Ask the ledger to admit a run."""
         self.end: Batches[RunEnd, bool] = Batches(self._end_many, orphaned=self._orphaned)
-        """Write down how a run ended; as ``finish``, but tried once."""
+        """Store the end of a run; as ``finish``, but with one try."""
         self.renewal = RunRenewal(ledger, in_thread, clock=clock, seconds=seconds)
 
     def owner(self) -> str:
-        """Return a name that no other run has."""
-        # With the process: a forked one has the same name and numbers.
+        """Return a new owner, unique among all runs."""
+        # With the id of the process: a forked child has the same name and numbers.
         return f"{self._name}-{os.getpid()}-{next(self._numbers)}"
 
     def _begin_many(self, executions: list[Execution], _gone: bool) -> asyncio.Future[Sequence[Admission]]:
         ledger = self._ledger()
-        here, now = ledger_here(ledger), self._clock()
+        here, now = ledger.here, self._clock()
         if here is not None:
             return asyncio.ensure_future(here.begin_many(executions, now=now, lease=self._seconds))
         return self._in_thread(partial(ledger.begin_many, executions, now=now, lease=self._seconds))
 
     def _end_many(self, ends: list[RunEnd], gone: bool) -> asyncio.Future[Sequence[bool]]:
         ledger = self._ledger()
-        here = ledger_here(ledger)
+        here = ledger.here
         in_thread = partial(self._in_thread, partial(ledger.finish_many, ends))
         if here is None or gone:
             return in_thread()
         ending = asyncio.ensure_future(here.finish_many(ends))
-        # The loop may be taken down, and cancels whatever it has: a thread goes on, and finish is idempotent.
+        # A loop that is closed cancels its futures. A thread then stores the ends again: finish is idempotent.
         ending.add_done_callback(lambda done: in_thread() if done.cancelled() else None)
         return ending
 
     async def record(self, record: AttemptRecord) -> None:
-        """Write down an attempt that never came to run."""
-        await self._in_thread(partial(self._ledger().record, record))
+        """Store the record of an attempt that ended before the run began."""
+        await self._in_thread(partial(self._ledger().record_many, (record,)))
 
     async def finish(self, end: RunEnd) -> None:
-        """Write down how a run ended: also if the caller is cancelled meanwhile, and again if the storage fails.
+        """Store the end of a run, also if the caller is cancelled meanwhile; try again if the storage fails.
 
         Raises:
-            QueueUnavailable: It failed for as long as nobody else may run the task.
+            QueueUnavailable: The storage failed until the run's lease expired.
         """
         try:
-            await self.end(end)  # what is cancelled here is written all the same
+            await self.end(end)  # cancelled here, the end is stored all the same
         except QueueUnavailable as error:
             await asyncio.shield(self._finish_late(end, error))
 
     async def _finish_late(self, end: RunEnd, error: BaseException) -> None:
-        """Try again: the disk is full, say. Late is better than run again, as long as nobody else may run it."""
+        """Try again (a full disk gets room) until the lease expires: before that no other handler may run the task."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._seconds
         while isinstance(error, QueueUnavailable) and loop.time() + _STORE_AGAIN <= deadline:
@@ -105,7 +104,7 @@ class LedgerClient:
         raise error
 
     def _orphaned(self, end: RunEnd, error: BaseException) -> None:
-        """Go on where the caller has hung up, and the end of its run was not written down."""
+        """Go on storing the end of a run whose caller was cancelled before the end was stored."""
         late = asyncio.get_running_loop().create_task(self._finish_late(end, error))
         self._late.add(late)
         late.add_done_callback(self._late.discard)
@@ -113,7 +112,7 @@ class LedgerClient:
 
 
 def _forget(task: asyncio.Task[None]) -> None:
-    """Take notice of how a task ended, which nobody else does."""
+    """Retrieve the exception of a task that is not awaited; else asyncio logs it."""
     if not task.cancelled():
         task.exception()
 
@@ -121,13 +120,13 @@ def _forget(task: asyncio.Task[None]) -> None:
 class RunRenewal:
     """Extends the ledger's leases of running tasks, all with one timer.
 
-    Most runs end before the first beat, and cost two entries in a dictionary.
+    Most runs end before the first beat; they cost one entry in a dictionary, and its removal.
 
     Args:
-        ledger: Where the leases are extended.
-        in_thread: How it is called.
-        clock: Seconds since the epoch.
-        seconds: How long the ledger believes in a silent run.
+        ledger: Returns the ledger.
+        in_thread: Calls it in a thread.
+        clock: Returns seconds since the epoch.
+        seconds: The length of a run's lease.
     """
 
     def __init__(
@@ -142,13 +141,13 @@ class RunRenewal:
 
     def _forget(self) -> None:
         self._runs: dict[str, tuple[Execution, int]] = {}
-        """By owner, with the beat of its admission or last extension."""
+        """Runs by owner, each with the beat of its admission or last extension."""
         self._beat = 0
         self._timer: asyncio.TimerHandle | None = None
         self._beating: asyncio.Task[None] | None = None
 
     def add(self, execution: Execution) -> None:
-        """Extend the lease of a run from now on; within a running loop."""
+        """Extend the lease of a run from now on. Call it in a running event loop."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:  # a new event loop: drop the state of the old one
             self._loop = loop
@@ -158,7 +157,7 @@ class RunRenewal:
             self._timer = loop.call_later(self._seconds / _BEATS, self._tick, loop)
 
     def remove(self, execution: Execution) -> None:
-        """Stop extending it."""
+        """Stop extending the lease of a run."""
         self._runs.pop(execution.owner, None)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -170,12 +169,11 @@ class RunRenewal:
         due = [execution for execution, beat in self._runs.values() if self._beat - beat > 1]
         if due and (self._beating is None or self._beating.done()):
             self._runs.update((execution.owner, (execution, self._beat)) for execution in due)
-            self._beating = loop.create_task(self._prolong(due))
+            self._beating = loop.create_task(self._extend(due))
 
-    async def _prolong(self, due: list[Execution]) -> None:
+    async def _extend(self, due: list[Execution]) -> None:
         def extend() -> None:
-            for execution in due:
-                with contextlib.suppress(QueueUnavailable):  # tried again at the next turn
-                    self._ledger().extend(execution, now=self._clock(), lease=self._seconds)
+            with contextlib.suppress(QueueUnavailable):  # the next beat tries again
+                self._ledger().extend_many(due, now=self._clock(), lease=self._seconds)
 
         await self._in_thread(extend)

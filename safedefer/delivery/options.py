@@ -9,7 +9,7 @@ from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from safedefer.execution.run import Validate
+    from safedefer.execution.prepare import Validate
 
 _MAX_LEASE: Final = 86_400
 
@@ -25,13 +25,13 @@ class DeliveryOptions:
     max_bytes: int = 1_048_576
     """The largest body, in bytes."""
     concurrency: int = 16
-    """How many tasks run at once; one more is answered ``busy``."""
+    """The most tasks that run at once; the handler answers ``busy`` to another one."""
     lease_seconds: float = 60.0
-    """How long the ledger believes that a silent run is alive; a live one prolongs it."""
+    """Seconds after which the ledger takes a run for dead unless its lease is extended; a live handler extends it."""
     unverified_bytes: int = UNVERIFIED_BYTES
     """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
     validate: Validate = None
-    """``"annotations"``: arguments are checked against the callable's annotations before the call."""
+    """``"annotations"``: check the arguments against the callable's annotations before the call."""
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -1,4 +1,4 @@
-"""One request on its way through the handler: what is known of it, and what is written down of it."""
+"""The state of one request in the handler, and the records made from it."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from safedefer.claims import split_audience
 from safedefer.delivery.redaction import exception_type, redacted_traceback
 from safedefer.errors import TaskIdentity
 from safedefer.events import TaskHandled
-from safedefer.execution.run import TaskContext
+from safedefer.execution.context import TaskContext
 from safedefer.ledger import AttemptRecord, Execution
 from safedefer.task import VerifiedPointer, VerifiedTask
 
 
 @dataclass(slots=True)
-class Run:
+class HandlerRequest:
     """A request, from its arrival to its answer."""
 
     started: float
+    """When the request arrived, in seconds since the epoch."""
     retries: int
-    """What its header says; a hint."""
+    """The retry count of its header; a hint, it is not signed."""
     pointer: VerifiedPointer | None = None
-    """What was sent, where the task is oversize."""
+    """The token that was sent, if the task is oversize."""
     task: VerifiedTask | None = None
     refused: TaskIdentity | None = None
-    """Which task it was, as far as the verifier could tell before it refused it."""
+    """The identity of a task that the verifier refused, as far as it had been verified."""
     execution: Execution | None = None
-    """What the ledger was asked for."""
+    """The run that the ledger was asked to admit."""
 
     @property
     def identity(self) -> TaskIdentity | None:
-        """Which task it is: known as soon as a signature was verified."""
+        """The identity of the task; None until a signature is verified."""
         if self.refused is not None:
             return self.refused
         verified = self.pointer if self.task is None else self.task  # a pointer names no callable
         return None if verified is None else verified.identity
 
     def ask(self, owner: str) -> Execution:
-        """Return what the ledger is asked: whether ``owner`` may run the task."""
+        """Return the run that the ledger is asked to admit, with ``owner`` as its owner."""
         if self.pointer is not None:
             claims, digest = self.pointer.claims, bytes.fromhex(self.pointer.blob["sha256"])
         else:
-            assert self.task is not None  # verified, or pointed to
+            assert self.task is not None  # a verified task has no pointer
             claims, digest = self.task.claims, self.task.digest
         self.execution = Execution(
             audience=claims["aud"], task_id=claims["jti"], digest=digest, owner=owner, expires=claims["exp"]
@@ -49,7 +50,7 @@ class Run:
         return self.execution
 
     def context(self, task: VerifiedTask) -> TaskContext:
-        """Return what the task may know of itself."""
+        """Return what ``current_task()`` returns in the task."""
         claims = task.claims
         _, queue, _, url = split_audience(claims["aud"])
         return TaskContext(
@@ -66,12 +67,12 @@ class Run:
     def record(
         self, outcome: str, status: int | None, reason: str | None, error: BaseException | None, *, ended: float
     ) -> AttemptRecord:
-        """Return what is remembered of the attempt."""
+        """Return the record of the attempt, for the ledger."""
         if self.task is not None and self.refused is None:
             task_id, audience = self.task.claims["jti"], self.task.claims["aud"]
         else:
             identity = self.identity
-            assert identity is not None  # nothing is remembered of what nobody signed
+            assert identity is not None  # the handler records only tasks with a verified signature
             task_id, audience = identity.task_id, identity.audience
         return AttemptRecord(
             task_id=task_id,
@@ -88,7 +89,7 @@ class Run:
     def event(
         self, identity: TaskIdentity, status: int, outcome: str, reason: str | None, *, ended: float
     ) -> TaskHandled:
-        """Return what observers are told."""
+        """Return the event for the observer."""
         return TaskHandled(
             task_id=identity.task_id,
             queue=identity.audience.split(":")[1],

@@ -1,6 +1,6 @@
-"""The leases that a dispatcher has: prolonged while they last, and settled in batches.
+"""The leases of a dispatcher: extended while deliveries are under way, and settled in batches.
 
-All that ended while one call to the storage was under way is settled by the next one, in one transaction.
+One call settles, in one transaction, all deliveries that ended while the call before it was under way.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 from safedefer.concurrency.threads import InThread
-from safedefer.errors import Error, LeaseLost
-from safedefer.queues.base import Lease, PullQueue, Settlement, Verdict
+from safedefer.errors import Error
+from safedefer.queues.base import Lease, Leasing, Settlement, Verdict
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: Seconds between two tries to settle.
 _SETTLE_AGAIN: Final = 0.5
-#: Seconds between two tries to prolong, at most.
+#: The most seconds between two tries to extend after an error.
 _EXTEND_AGAIN: Final = 1.0
 
 _Settled: TypeAlias = tuple[Lease, Settlement]
 
 
 class SettleMany(Protocol):
-    """``PullQueue.settle_many``, awaited."""
+    """``Leasing.settle_many``, awaited."""
 
     async def __call__(self, settlements: Sequence[_Settled], /, *, now: float) -> Sequence[bool]:
         """Settle tasks."""
@@ -34,21 +34,21 @@ class SettleMany(Protocol):
 
 
 class Leases:
-    """What was leased and is not settled yet.
+    """The leases that are not settled yet.
 
     Args:
         queue: The queue.
-        settle_many: How tasks are settled in it.
-        in_thread: How it is called otherwise.
-        clock: Seconds since the epoch.
-        seconds: How long a lease lasts that is not prolonged.
-        patience: How long a cancelled settling is waited for, in seconds.
-        makes_room: Whether what has ended lets others be leased: something has a cap.
+        settle_many: Settles tasks in it.
+        in_thread: Makes all other calls of it, in a thread.
+        clock: Returns seconds since the epoch.
+        seconds: The length of a lease.
+        patience: The most seconds to wait for a settle call after a cancellation.
+        makes_room: Whether an ended task may let another one be leased: a queue has a cap.
     """
 
     def __init__(
         self,
-        queue: PullQueue,
+        queue: Leasing,
         settle_many: SettleMany,
         in_thread: InThread,
         *,
@@ -71,33 +71,33 @@ class Leases:
 
     @property
     def idle(self) -> bool:
-        """Whether all are settled."""
+        """Whether all leases are settled."""
         return not (self._held or self._ended or self._settling)
 
     def add(self, leases: Iterable[Lease]) -> None:
-        """Look after some leases from now on."""
+        """Extend these leases from now on, until they are settled."""
         self._held.update((lease.owner, lease) for lease in leases)
 
     def settle(self, lease: Lease, settlement: Settlement) -> None:
-        """Have a task settled, soon."""
+        """Settle a task with the next batch."""
         self._ended.append((lease, settlement))
         self._settle_now.set()
 
     async def keep_settling(self) -> None:
-        """Settle what has ended, until it is cancelled."""
+        """Settle ended deliveries until cancelled."""
         while True:
             await self._settle_now.wait()
             self._settle_now.clear()
             await self.flush()
 
     async def flush(self) -> None:
-        """Settle what has ended. Storage that fails is tried again."""
+        """Settle all ended deliveries. After an error of the storage, try again."""
         while self._ended:
             batch, self._ended = self._ended, []
             self._settling = True
             try:
                 await self._settle_batch(batch)
-            except Exception as error:  # noqa: BLE001  # whatever it is, the tasks are ours until it is stored
+            except Exception as error:  # noqa: BLE001  # after any error the tasks are ours until they are settled
                 _log.error("settling failed (%s); trying again", name_of(error))
                 self._ended = batch + self._ended
                 await asyncio.sleep(_SETTLE_AGAIN)
@@ -109,7 +109,7 @@ class Leases:
         try:
             kept: Sequence[bool] = await asyncio.shield(settling)
         except asyncio.CancelledError:
-            # The call goes on. Settled a second time, which changes nothing, the tasks would look lost.
+            # The call goes on. A second call would change nothing, and report the leases as lost.
             await asyncio.wait({settling}, timeout=self._patience)
             if settling.done() and not settling.cancelled() and settling.exception() is None:
                 self._note(batch, settling.result())
@@ -118,7 +118,7 @@ class Leases:
             raise
         self._note(batch, kept)
         if self._makes_room or any(settlement.verdict is Verdict.RETRY for _, settlement in batch):
-            # A retry may fall due before what is waited for, and what has ended makes room under a cap.
+            # A retry may fall due earlier than the task waited for, and an ended task makes room under a cap.
             self._queue.wake()
 
     def _note(self, batch: Sequence[_Settled], kept: Sequence[bool]) -> None:
@@ -128,7 +128,7 @@ class Leases:
                 _log.warning("task %a was delivered elsewhere meanwhile", lease.task.id)
 
     async def keep_extending(self) -> None:
-        """Prolong what is held, three times in the length of a lease, until it is cancelled."""
+        """Extend all leases, three times in the length of one, until cancelled."""
         pause = self._seconds / 3
         while True:
             await asyncio.sleep(pause)
@@ -136,27 +136,19 @@ class Leases:
             held = list(self._held.values())
             if not held:
                 continue
-            prolonged, complete = await self._in_thread(partial(self._extend, held))
-            for extended in prolonged:
-                if extended.owner in self._held:
-                    self._held[extended.owner] = extended
-            if not complete:
+            if not await self._in_thread(partial(self._extend, held)):
                 pause = min(pause, _EXTEND_AGAIN)
 
-    def _extend(self, held: Sequence[Lease]) -> tuple[list[Lease], bool]:
-        """Prolong leases, one after the other; in a thread. Returns those that were, and whether storage did not fail."""
-        extended = []
-        for lease in held:
-            try:
-                extended.append(self._queue.extend(lease, seconds=self._seconds, now=self._clock()))
-            except LeaseLost:
-                continue  # its settlement will say so
-            except Exception as error:  # noqa: BLE001  # the next turn may go better
-                _log.error("leases cannot be prolonged (%s)", name_of(error))
-                return extended, False
-        return extended, True
+    def _extend(self, held: Sequence[Lease]) -> bool:
+        """Extend leases, in a thread; False if the storage failed. The settlement of a lost lease reports it."""
+        try:
+            self._queue.extend_many(held, seconds=self._seconds, now=self._clock())
+        except Exception as error:  # noqa: BLE001  # the next turn tries again
+            _log.error("leases cannot be prolonged (%s)", name_of(error))
+            return False
+        return True
 
 
 def name_of(error: BaseException) -> str:
-    """Name an exception for the log, which its text is not for."""
+    """Return the name of an exception for the log: its text may quote a task."""
     return error.slug if isinstance(error, Error) else type(error).__name__

@@ -1,11 +1,10 @@
-"""The dispatcher: leases due tasks, delivers them, settles what came of it.
+"""The dispatcher: leases due tasks, delivers each to its handler, and settles it by the handler's answer.
 
-It believes nothing but the handler's answer, and decodes nothing: a token goes from the queue to the
-handler as the bytes that it is. Delivery is in process or by HTTP POST; either way it ends in
-``Delivery.handle``, which verifies.
+The dispatcher decodes nothing: it hands the bytes of a token from the queue to the handler, in this process
+or by HTTP POST. Either way they end in ``Delivery.handle``, which verifies them.
 
-Three things go on at once: leases are taken, a little ahead of free places; tasks are delivered, as many
-as there are places; and what has ended is settled, in batches.
+Three activities run at once: the loop leases tasks, some ahead of free slots; each slot delivers one task; and
+ended deliveries are settled in batches.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ import logging
 import random
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
 from safedefer.concurrency.threads import Threads
-from safedefer.dispatcher.attempt import Courier
+from safedefer.dispatcher.attempt import AttemptRunner
 from safedefer.dispatcher.leases import Leases, name_of
+from safedefer.dispatcher.prefetch import Prefetch
 from safedefer.dispatcher.request_headers import attempt_headers
 from safedefer.dispatcher.retry_policy import asks_to_wait, judge
 from safedefer.dispatcher.transport import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
 from safedefer.errors import QueueError
-from safedefer.queues.base import Lease, PullQueue, Settlement
-from safedefer.queues.loop_calls import QueueCalls, ThreadedQueue, queue_calls
+from safedefer.queues.base import DispatchedQueue, Lease, LeaseCalls, Settlement
+from safedefer.queues.loop_calls import ThreadedLeasing, lease_calls
 from safedefer.queues.rates import QueueLimits
 from safedefer.queues.rules import (
     MAX_BACKOFF,
@@ -67,78 +66,64 @@ __all__ = [
 _T = TypeVar("_T")
 _log: Final = logging.getLogger("safedefer.dispatcher")
 
-#: Leasing, settling, prolonging, and what is asked now and then.
+#: For leasing, settling, extending, and occasional calls.
 _THREADS: Final = 4
-#: How far ahead of free places tasks are leased, in seconds of the work that was done of late.
-_AHEAD_SECONDS: Final = 0.02
-#: And in times that a lease took of late, so that there is work while the next one is under way.
-_AHEAD_LEASES: Final = 3.0
-#: But never more than so many times the places.
-_AHEAD_PLACES: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatcherOptions:
-    """How a dispatcher works."""
+    """Options of a dispatcher."""
 
     concurrency: int = 16
-    """Deliveries at once."""
+    """The slots: the most deliveries at once."""
     lease_seconds: float = 60.0
-    """How long a silent dispatcher keeps a task; a live one prolongs it."""
+    """Seconds after which a lease expires unless it is extended; a live dispatcher extends it."""
     drain_seconds: float = 30.0
-    """How long a stop waits for what is being delivered."""
+    """The longest wait for deliveries under way after ``stop``."""
     queues: Sequence[str] | None = None
-    """The queues to empty; None is all."""
+    """The queues to lease from; None is all."""
     poll_seconds: float = 5.0
-    """The longest sleep between two looks at the queue."""
+    """The longest sleep between two lease calls."""
     limits: Sequence[QueueLimits] | None = None
-    """Put in force at the start, for every dispatcher of the queue; None leaves them as they are."""
+    """Limits to store at the start, for every dispatcher of the queue; None leaves the stored ones as they are."""
     retry_options: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By queue: what counts where a task brings nothing of its own."""
+    """Retry options by queue, for tasks without options of their own."""
 
 
 @dataclass(slots=True)
-class _State:
-    """What is under way, in one ``run``."""
+class _RunState:
+    """The state of one ``run``."""
 
     leases: Leases
-    courier: Courier
-    ended: deque[float]
-    """When the last deliveries ended, as many as may run at once."""
-    ready: deque[Lease] = field(default_factory=deque)
-    """Leased ahead, and started when a place is free."""
-    few: int = 0
-    """With no more than so many of them it is time to lease."""
+    attempts: AttemptRunner
+    prefetch: Prefetch
     deliveries: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    """By the owner of the lease."""
+    """Deliveries under way, by the owner of the lease."""
     leasing: bool = False
-    lease_took: float = 0.0
-    """Seconds, of late."""
-    dry: bool = False
-    """Whether the last look at the queue found less than was asked for."""
+    """Whether a lease call is under way."""
     configured: bool = False
-    """Whether the limits are in force."""
+    """Whether the limits are stored."""
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is under way."""
-        return not (self.ready or self.deliveries or self.leasing) and self.leases.idle
+        """Whether no task is leased, and no lease call is under way."""
+        return not (self.prefetch.ready or self.deliveries or self.leasing) and self.leases.idle
 
 
 class Dispatcher:
-    """Empties a queue.
+    """Leases the due tasks of a queue and delivers them to handlers.
 
     Args:
         queue: The queue.
-        deliver: How a task gets to a handler.
-        clock: Seconds since the epoch.
-        options: How it works.
-        rng: Where jitter comes from.
+        deliver: The transport.
+        clock: Returns seconds since the epoch.
+        options: Concurrency, times and limits.
+        rng: The source of jitter.
     """
 
     def __init__(
         self,
-        queue: PullQueue,
+        queue: DispatchedQueue,
         deliver: Deliver,
         *,
         clock: Callable[[], float],
@@ -155,9 +140,9 @@ class Dispatcher:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._threads: Threads | None = None
-        self._calls: QueueCalls = ThreadedQueue(queue, self._in_thread)
+        self._calls: LeaseCalls = ThreadedLeasing(queue, self._in_thread)
 
-    def _begin(self) -> _State:
+    def _begin(self) -> _RunState:
         options = self._options
         leases = Leases(
             self._queue,
@@ -168,19 +153,19 @@ class Dispatcher:
             patience=options.drain_seconds,
             makes_room=any(limits.max_concurrent is not None for limits in options.limits or ()),
         )
-        courier = Courier(self._queue, self._deliver, self._in_thread, clock=self._clock, rng=self._random)
-        return _State(leases, courier, deque(maxlen=options.concurrency))
+        attempts = AttemptRunner(self._queue, self._deliver, self._in_thread, clock=self._clock, rng=self._random)
+        return _RunState(leases, attempts, Prefetch(options.concurrency))
 
     def stop(self) -> None:
-        """Lease nothing more, finish what is being delivered, then return from ``run``."""
+        """Lease no more tasks, finish the deliveries under way, then return from ``run``."""
         self._stopping.set()
         self._changed.set()
         self._queue.wake()
 
     async def run(self) -> None:
-        """Work until ``stop``. Storage that fails is tried again; nothing else ends it."""
+        """Lease and deliver until ``stop``. After an error of the storage, try again."""
         self._threads = Threads(_THREADS, "safedefer-dispatcher")
-        async with queue_calls(self._queue, self._in_thread) as self._calls:
+        async with lease_calls(self._queue, self._in_thread) as self._calls:
             await self._work()
 
     async def _work(self) -> None:
@@ -192,9 +177,9 @@ class Dispatcher:
                     await self._configure()
                     if not await self._turn():
                         await self._rest()
-                except Exception as error:  # noqa: BLE001  # the storage's, or of a row that somebody wrote into it
+                except Exception as error:  # noqa: BLE001  # of the storage, or of a row that an attacker wrote into it
                     _log.error("the queue is unavailable (%s); trying again", name_of(error))
-                    self._changed.clear()  # a place that is free does not help
+                    self._changed.clear()  # a slot that becomes free must not end the sleep
                     if not self._stopping.is_set():
                         await self._sleep(1.0)
             await self._drain()
@@ -208,7 +193,7 @@ class Dispatcher:
         self._state.configured = True
 
     async def run_until_empty(self) -> None:
-        """Work until no task is due or being delivered: for tests and scripts. Later tasks stay."""
+        """Work until no task is due or under way, for tests and scripts. Tasks due later stay queued."""
         watcher = asyncio.create_task(self._stop_when_empty())
         try:
             await self.run()
@@ -222,7 +207,7 @@ class Dispatcher:
                 continue
             try:
                 due = await self._next_due()
-            except QueueError:  # run() says so, and tries again
+            except QueueError:  # run() logs it, and tries again
                 continue
             if (due is None or due > self._clock()) and self._state.idle:
                 self.stop()
@@ -231,11 +216,13 @@ class Dispatcher:
     # --- Leasing ---
 
     async def _turn(self) -> bool:
-        """Lease and start what fits; whether there may be more."""
-        wanted = self._wanted()
+        """Lease tasks and start their deliveries. Return whether the queue may have more tasks due."""
+        state = self._state
+        if state.attempts.targets and state.attempts.targets.pause(now=self._clock()) > 0:
+            return False
+        wanted = state.prefetch.wanted(len(state.deliveries))
         if wanted <= 0:
             return False
-        state = self._state
         state.leasing = True
         try:
             began = time.monotonic()
@@ -246,49 +233,28 @@ class Dispatcher:
                 now=self._clock(),
                 queues=self._options.queues,
             )
-            state.lease_took = (state.lease_took + time.monotonic() - began) / 2
-            state.dry = len(leases) < wanted
+            took = time.monotonic() - began
             if self._options.retry_options:
                 leases = [self._completed(lease) for lease in leases]
             state.leases.add(leases)
-            state.ready.extend(leases)
+            more = state.prefetch.leased(leases, wanted=wanted, seconds=took)
         finally:
             state.leasing = False
         self._start()
-        return not state.dry
+        return more
 
     def _completed(self, lease: Lease) -> Lease:
-        """Return a lease whose task has the retry options of its queue where it has none of its own."""
+        """Return the lease with the retry options of the queue added to those of the task; the task's own win."""
         queues_own = self._options.retry_options.get(lease.task.queue)
         return with_queues_options(lease, queues_own) if queues_own else lease
 
-    def _wanted(self) -> int:
-        """How many tasks to lease now: for the free places, and a little ahead where tasks are short."""
-        state = self._state
-        if state.courier.places and state.courier.places.pause(now=self._clock()) > 0:
-            return 0
-        free = self._options.concurrency - len(state.deliveries)
-        ahead = 0 if state.dry else self._ahead()
-        state.few = ahead // 2
-        if state.ready or free <= 0:
-            return 0 if len(state.ready) > state.few else ahead - len(state.ready)
-        return free + ahead
-
-    def _ahead(self) -> int:
-        ended = self._state.ended
-        if len(ended) < self._options.concurrency:
-            return 0
-        rate = len(ended) / max(time.monotonic() - ended[0], 1e-6)
-        seconds = _AHEAD_SECONDS + _AHEAD_LEASES * self._state.lease_took
-        return min(_AHEAD_PLACES * self._options.concurrency, int(rate * seconds))
-
     async def _rest(self) -> None:
-        """Sleep until a place is free, a task falls due, or one is enqueued by whatever process."""
+        """Sleep until a slot is free, a task falls due, or any process enqueues one."""
         self._changed.clear()
         state, now = self._state, self._clock()
-        if state.courier.places and (pause := state.courier.places.pause(now=now)) > 0:
+        if state.attempts.targets and (pause := state.attempts.targets.pause(now=now)) > 0:
             await self._sleep(pause)
-        elif state.ready or len(state.deliveries) >= self._options.concurrency:
+        elif state.prefetch.ready or len(state.deliveries) >= self._options.concurrency:
             await self._sleep(self._options.poll_seconds)
         else:
             due = await self._next_due()
@@ -309,26 +275,27 @@ class Dispatcher:
 
     def _start(self) -> None:
         state, loop = self._state, asyncio.get_running_loop()
-        while state.ready and len(state.deliveries) < self._options.concurrency and not self._stopping.is_set():
-            lease = state.ready.popleft()
+        ready = state.prefetch.ready
+        while ready and len(state.deliveries) < self._options.concurrency and not self._stopping.is_set():
+            lease = ready.popleft()
             state.deliveries[lease.owner] = loop.create_task(self._deliver_one(lease))
 
     async def _deliver_one(self, lease: Lease) -> None:
         try:
-            self._state.leases.settle(lease, await self._state.courier.settlement(lease))
+            self._state.leases.settle(lease, await self._state.attempts.run(lease))
         except asyncio.CancelledError:
-            # The drain is over. Whether it ran, and still runs, is for the ledger to say.
+            # The drain is over. The ledger knows whether the task ran, and whether it still runs.
             self._state.leases.settle(lease, give_back(lease, now=self._clock()))
             raise
         finally:
-            self._make_place(lease)
+            self._free_slot(lease)
 
-    def _make_place(self, lease: Lease) -> None:
+    def _free_slot(self, lease: Lease) -> None:
         state = self._state
         state.deliveries.pop(lease.owner, None)
-        state.ended.append(time.monotonic())
+        state.prefetch.delivered()
         self._start()
-        if len(state.ready) <= state.few:
+        if state.prefetch.is_low:
             self._changed.set()
 
     # --- The end ---
@@ -340,20 +307,20 @@ class Dispatcher:
             await asyncio.wait(deliveries, timeout=self._options.drain_seconds)
 
     def _give_back(self) -> None:
-        """Let others have what was leased ahead."""
+        """Give back the leases that wait for a slot: other dispatchers may take those tasks."""
         state = self._state
-        while state.ready:
-            lease = state.ready.popleft()
+        while state.prefetch.ready:
+            lease = state.prefetch.ready.popleft()
             state.leases.settle(lease, give_back(lease, now=self._clock()))
 
     async def _end(self, helpers: Sequence[asyncio.Task[None]]) -> None:
-        self._queue.wake()  # whoever cancels run() leaves a thread that waits
+        self._queue.wake()  # after a cancellation of run() a thread may still wait
         self._give_back()
         unfinished = set(self._state.deliveries.values())
         for task in (*unfinished, *helpers):
             task.cancel()
         await asyncio.gather(*unfinished, *helpers, return_exceptions=True)
-        with contextlib.suppress(TimeoutError):  # leases run out by themselves
+        with contextlib.suppress(TimeoutError):  # leases that are not settled expire
             async with asyncio.timeout(self._options.drain_seconds + 1.0):
                 await self._state.leases.flush()
         if self._threads is not None:

@@ -1,4 +1,4 @@
-"""The headers of one delivery, and the check of what the storage says before it becomes a part of a request."""
+"""The headers of one delivery, and the check of the stored values that become a part of the request."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from safedefer.queues.base import Lease, QueuedTask
 _SLUG: Final = re.compile("[a-z0-9-]{1,100}")
 _TRACE: Final = re.compile("[0-9a-f-]{1,100}")
 _TRACE_HEADER: Final = "traceparent"
-#: What names and ids are made of: whatever else there is, ``Options`` says what is wrong with it.
+#: Names and ids. ``Options`` says what is wrong with any other text.
 _NAME: Final = re.compile("[a-zA-Z0-9_-]{1,500}")
 
 
 def delivery_headers(lease: Lease) -> AttemptHeaders:
-    """Return the headers of one delivery, made when they are read: a handler in this process reads ``hints`` alone.
+    """Return the headers of one delivery, made when they are first read: a handler in this process reads ``hints`` only.
 
     Raises:
         InvalidTaskError: As ``attempt_headers``.
@@ -33,8 +33,8 @@ def attempt_headers(lease: Lease) -> dict[str, str]:
     """Return the headers of one delivery (App Engine's, with the task's own).
 
     Raises:
-        InvalidTaskError: The storage says something that no ``defer()`` wrote, and that would make another
-            request of this one.
+        InvalidTaskError: The storage holds a value that no ``defer()`` wrote, and that could change the meaning of
+            the request.
     """
     task = lease.task
     _check_hints(task)
@@ -62,7 +62,7 @@ def _check_hints(task: QueuedTask) -> None:
         _check_destination(task.queue, task.target, task.url)
         return
     others = dict(headers)
-    trace = others.pop(_TRACE_HEADER, None)  # written by defer() itself, and not by its caller
+    trace = others.pop(_TRACE_HEADER, None)  # defer() writes it, not its caller
     if trace is not None and _TRACE.fullmatch(trace) is None:
         raise InvalidTaskError("the stored trace is not one; defer the task anew")
     Options(queue=task.queue, target=task.target, url=str(task.url), headers=others)
@@ -70,5 +70,5 @@ def _check_hints(task: QueuedTask) -> None:
 
 @lru_cache(maxsize=1024)
 def _check_destination(queue: str, target: str, url: str) -> None:
-    """Check where a task goes, once for all tasks that go there."""
+    """Check the destination of a task, once for all tasks with the same one."""
     Options(queue=queue, target=target, url=str(url))

@@ -1,6 +1,6 @@
-"""Deliveries: how a leased task gets to a handler, by HTTP POST or in this process.
+"""Transports: deliver a leased task to a handler, by HTTP POST or in this process.
 
-Either way it ends in ``Delivery.handle``, which verifies.
+Either way the token ends in ``Delivery.handle``, which verifies it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from safedefer.queues.base import QueuedTask
 class Unreachable(Exception):
     """No connection to the handler could be made; nothing was sent.
 
-    ``place`` is where it was looked for, and ``everywhere`` whether all tasks go there.
+    ``address`` is the handler's, and ``everywhere`` says whether all tasks go to that address.
     """
 
-    def __init__(self, message: str = "", *, place: str = "", everywhere: bool = True) -> None:
+    def __init__(self, message: str = "", *, address: str = "", everywhere: bool = True) -> None:
         super().__init__(message)
-        self.place = place
+        self.address = address
         self.everywhere = everywhere
 
 
@@ -32,10 +32,14 @@ class Interrupted(Exception):
 
 
 class Deliver(Protocol):
-    """How one request gets to a handler."""
+    """A transport: sends one request to a handler."""
 
     def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
         """POST the task's token. Raises ``Unreachable`` or ``Interrupted``."""
+        ...
+
+    def address(self, task: QueuedTask, /) -> str:
+        """Return where a task is sent: the handler that is not there is not there for all that have this address."""
         ...
 
 
@@ -43,10 +47,10 @@ class HttpDelivery:
     """Delivers by HTTP POST, to the address of the task's target and to no other. Follows no redirect.
 
     Args:
-        address: Where tasks without a configured target go: ``http://127.0.0.1:8080``, with a prefix if there is one.
-        targets: Addresses by the names of targets.
-        timeout: Seconds that a handler may take for one task (App Engine: ten minutes).
-        concurrency: Connections at most.
+        address: The address for tasks without a configured target: ``http://127.0.0.1:8080``, with a prefix if needed.
+        targets: Addresses by target.
+        timeout: The most seconds that a handler may take for one task (App Engine: ten minutes).
+        concurrency: The most connections.
     """
 
     def __init__(
@@ -74,29 +78,29 @@ class HttpDelivery:
             await self._session.close()
 
     async def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Response:
-        """POST one task. Raises ``Unreachable``, ``Interrupted``, or what aiohttp has against the request."""
+        """POST one task. Raises ``Unreachable``, ``Interrupted``, or an aiohttp error about the request."""
         if self._session is None:
             raise Unreachable("the delivery is not open; enter it with `async with`")
-        address = self.place(task)
-        # As it was signed: a normalised path is another one, and the handler compares.
+        address = self.address(task)
+        # The path as it was signed: a normalised one is another path, and the handler compares it.
         url = URL(address + task.url, encoded=True)
         try:
             async with self._session.post(url, data=task.token, headers=headers, allow_redirects=False) as response:
-                # The body says nothing that the headers do not: it is not read, and cannot fill the memory.
+                # The body adds nothing to the headers: it stays unread, and cannot fill the memory.
                 return Response(response.status, dict(response.headers), b"")
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             only = all(target == self._address for target in self._targets.values())
-            raise Unreachable(type(error).__name__, place=address, everywhere=only) from error
+            raise Unreachable(type(error).__name__, address=address, everywhere=only) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Interrupted(type(error).__name__) from error
 
-    def place(self, task: QueuedTask) -> str:
+    def address(self, task: QueuedTask, /) -> str:
         """Return the address that a task is sent to."""
         return self._targets.get(task.target, self._address)
 
 
 class InProcessDelivery:
-    """Delivers to a handler in this process: the same function that HTTP requests end in."""
+    """Delivers to a handler in this process, by the function that HTTP requests end in too."""
 
     def __init__(self, handle: Callable[..., Awaitable[Response]]) -> None:
         self._handle = handle
@@ -104,3 +108,7 @@ class InProcessDelivery:
     def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
         """Hand one task to the handler."""
         return self._handle(headers, task.token, path=task.url)
+
+    def address(self, task: QueuedTask, /) -> str:  # noqa: ARG002 - one handler takes all
+        """Return the empty text: there is one handler, and it is here."""
+        return ""

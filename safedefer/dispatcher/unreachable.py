@@ -1,7 +1,7 @@
-"""Places where no handler was found: who asks there again, and when.
+"""Unreachable targets: which ones, and when each is tried again.
 
-A handler that is down is asked again soon, by one delivery; the other tasks for it are put off, so that
-tasks for other places have theirs.
+One delivery probes a target that is unreachable, soon and then at growing intervals. Other tasks for it are
+postponed, so that tasks for other targets have the slots.
 """
 
 from __future__ import annotations
@@ -12,64 +12,65 @@ from typing import Final
 from safedefer.dispatcher.transport import Unreachable
 from safedefer.queues.base import Settlement, Verdict
 
-#: Tasks for a place that is down are put off one after the other, by so many seconds each, up to a minute.
+#: Seconds between two tasks that are postponed for one target, so that they do not all come back at once.
 _SPREAD_SECONDS: Final = 0.01
 _MAX_SPREAD: Final = 60.0
 
 
 @dataclass(slots=True)
-class Down:
-    """A place where no handler was found."""
+class UnreachableTarget:
+    """A target that did not take a connection."""
 
     failures: int = 0
-    """Deliveries in a row that did not get there."""
+    """Failed deliveries in a row."""
     until: float = 0.0
-    """When it is tried again."""
+    """When it is tried again, in seconds since the epoch."""
     everywhere: bool = False
-    """Whether all tasks go there, so that nothing needs to be leased before ``until``."""
+    """Whether all tasks go to this target, so that nothing needs to be leased before ``until``."""
     probing: bool = False
-    """Whether one delivery is trying; the others need not wait for a time-out with it."""
-    put_off: int = 0
+    """Whether a delivery tries it now: the others must not wait for a time-out with it."""
+    postponed: int = 0
+    """Tasks that were postponed since it was last reached."""
 
 
-class Places:
-    """The places that are down. False if there are none."""
+class UnreachableTargets:
+    """The unreachable targets by address. False if there are none."""
 
     def __init__(self) -> None:
-        self._down: dict[str, Down] = {}
+        self._targets: dict[str, UnreachableTarget] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._down)
+        return bool(self._targets)
 
     def pause(self, *, now: float) -> float:
-        """Return the seconds for which nothing needs to be leased; 0 if something does."""
-        return max((down.until - now for down in self._down.values() if down.everywhere), default=0.0)
+        """Return the seconds for which no task needs to be leased; 0 or less if one does."""
+        return max((target.until - now for target in self._targets.values() if target.everywhere), default=0.0)
 
-    def put_off(self, place: str, *, now: float) -> Settlement | None:
-        """Say what becomes of a task for a place that is down; None if it is to try."""
-        down = self._down.get(place)
-        if down is None or (now >= down.until and not down.probing):
+    def postpone(self, address: str, *, now: float) -> Settlement | None:
+        """Return the settlement of a task for an unreachable target; None if the task is to be delivered."""
+        target = self._targets.get(address)
+        if target is None or (now >= target.until and not target.probing):
             return None
-        down.put_off += 1
-        at = max(down.until, now) + min(down.put_off * _SPREAD_SECONDS, _MAX_SPREAD)
+        target.postponed += 1
+        at = max(target.until, now) + min(target.postponed * _SPREAD_SECONDS, _MAX_SPREAD)
         return Settlement(verdict=Verdict.RETRY, at=at, charged=False, reason="unreachable")
 
-    def probe(self, place: str) -> Down | None:
-        """Note that a delivery tries a place that is down; whose ``probing`` is to be unset when it is over."""
-        down = self._down.get(place)
-        if down is not None:
-            down.probing = True
-        return down
+    def probe(self, address: str) -> UnreachableTarget | None:
+        """Note that a delivery tries an unreachable target, and return it. The caller unsets ``probing`` afterwards."""
+        target = self._targets.get(address)
+        if target is not None:
+            target.probing = True
+        return target
 
-    def found(self, place: str) -> None:
-        """Note that somebody was there."""
-        self._down.pop(place, None)
+    def reached(self, address: str) -> None:
+        """Note that a target took a connection."""
+        self._targets.pop(address, None)
 
-    def missed(self, error: Unreachable, *, now: float, jitter: float) -> Settlement:
-        """Note that nobody was there, and say what becomes of the task."""
-        down = self._down.setdefault(error.place, Down())
-        down.failures += 1
-        down.everywhere = error.everywhere
-        # A handler that is down is asked again soon, and the queue keeps its order meanwhile.
-        down.until = max(down.until, now + min(0.1 * 2 ** min(down.failures, 6), 5.0) * (1 - jitter / 2))
-        return Settlement(verdict=Verdict.RETRY, at=down.until, charged=False, reason="unreachable")
+    def failed(self, error: Unreachable, *, now: float, jitter: float) -> Settlement:
+        """Note that a target took no connection, and return the settlement of the task."""
+        target = self._targets.setdefault(error.address, UnreachableTarget())
+        target.failures += 1
+        target.everywhere = error.everywhere
+        # Soon and without a charge: the queue keeps its order while a handler restarts.
+        target.until = max(target.until, now + min(0.1 * 2 ** min(target.failures, 6), 5.0) * (1 - jitter / 2))
+        return Settlement(verdict=Verdict.RETRY, at=target.until, charged=False, reason="unreachable")

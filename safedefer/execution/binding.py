@@ -1,7 +1,7 @@
-"""Whether a callable takes some arguments, said without calling it.
+"""Check that a callable takes some arguments, without calling it.
 
-Python's own ``inspect.signature`` decides. What is common, positional and keyword arguments that fit a
-function's parameters, is recognized beforehand from a cached summary of the signature.
+Python's own ``inspect.signature`` decides. A cached summary of the signature recognizes the common case:
+positional and keyword arguments that fit the parameters of a function.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """A signature, and what is needed to see at once that arguments fit it."""
+    """A signature, and a summary from which most arguments are known to fit."""
 
     fitting: set[tuple[object, ...]]
-    """What fitted already: how many by position, those before the caller's own included, and the names."""
+    """Arguments that fitted before: the number by position (``before`` included), and the names."""
 
     signature: Signature
     positional: tuple[str, ...]
     """Names of the parameters that may be given by position."""
     required: int
-    """How many of them have no default."""
+    """The number of them without a default."""
     by_name: frozenset[str]
     """Names of the parameters that may be given by keyword."""
     named_required: frozenset[str]
     """Keyword-only parameters without a default."""
     rest: bool
-    """It has ``*args``."""
+    """Whether it has ``*args``."""
     named: bool
-    """It has ``**kwargs``."""
+    """Whether it has ``**kwargs``."""
 
     @classmethod
     def of(cls, signature: Signature) -> _Shape:
@@ -59,7 +59,7 @@ class _Shape:
         )
 
     def surely_binds(self, before: int, count: int, names: Mapping[str, object]) -> bool:
-        """Whether the arguments fit beyond doubt; False is only "ask the signature"."""
+        """Whether the arguments certainly fit. After False, the signature must decide."""
         given = before + count
         if not self.rest and given > len(self.positional):
             return False
@@ -75,9 +75,9 @@ class _Shape:
 
 
 def signature_of(target: Callable[..., object]) -> tuple[Signature | None, int]:
-    """Return a callable's signature, and how many parameters stand before the caller's own.
+    """Return the signature of a callable, and the number of its parameters that the binding fills (``self``).
 
-    None: a built-in that does not say what it takes.
+    The signature is None for a built-in that has none.
     """
     shape, before = _shape_of(target)
     return (None if shape is None else shape.signature), before
@@ -87,7 +87,7 @@ def check_binds(target: Callable[..., object], args: Sequence[Any], kwargs: Mapp
     """Check that a callable takes these arguments, without calling it.
 
     Raises:
-        TypeError: It does not; the message is Python's own.
+        TypeError: The arguments do not fit; the message is Python's own.
     """
     shape, before = (_shape(target), 0) if type(target) is FunctionType else _shape_of(target)
     if shape is None:
@@ -97,7 +97,7 @@ def check_binds(target: Callable[..., object], args: Sequence[Any], kwargs: Mapp
         return
     if not shape.surely_binds(before, len(args), kwargs):
         shape.signature.bind(*(None,) * before, *args, **kwargs)
-    # Exact texts only: what equals one need not be it.
+    # Exact str only: an instance of a subclass may equal a name and yet bind differently.
     if len(shape.fitting) < _MAX_FITTING and all(type(name) is str for name in kwargs):
         shape.fitting.add(given)
 
@@ -109,13 +109,13 @@ def _shape_of(target: Callable[..., object]) -> tuple[_Shape | None, int]:
     if kind is MethodType:
         return _shape(cast("Callable[..., object]", cast("MethodType", target).__func__)), 1
     if kind is BuiltinFunctionType:
-        return _read(target), 0  # bound to an object, which a cache would keep alive
+        return _read(target), 0  # a cache would keep the object alive that the method is bound to
     return _shape(cast("Any", kind).__call__), 1
 
 
 def _read(target: Callable[..., object]) -> _Shape | None:
     try:
-        # A wrapper may take other arguments than what it wraps, and it is the wrapper that is called.
+        # The wrapper is called, and may take other arguments than the function that it wraps.
         return _Shape.of(inspect.signature(target, follow_wrapped=False))
     except ValueError:  # some built-ins have no signature
         return None

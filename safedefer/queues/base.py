@@ -1,10 +1,10 @@
-"""What a queue is: the seam between ``defer()`` and the dispatcher.
+"""What a queue is: the seam between ``defer()``, the dispatcher, the handler and people, a Protocol for each.
 
-Queues carry opaque bytes. Everything beside the token in a ``QueuedTask`` is a hint for routing and
-for people who look: the token says it again, signed, and only the token is believed.
+Queues carry opaque bytes. All else in a ``QueuedTask`` is a hint for routing and display: the signed token repeats it, and
+only the token is believed.
 
-Times are seconds since the epoch (``float``) and come in as arguments. Every method is synchronous
-and thread-safe; the dispatcher calls them in threads. Any method may raise ``QueueUnavailable``.
+Times are seconds since the epoch (``float``) and come in as arguments. Every method is thread-safe, and may raise
+``QueueUnavailable``.
 """
 
 from __future__ import annotations
@@ -13,39 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
     from safedefer.blobs import Blob, BlobStore
     from safedefer.ledger import AttemptRecord, Ledger
+    from safedefer.queues.capabilities import Capabilities
     from safedefer.queues.rates import QueueControl, QueueLimits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capabilities:
-    """What an engine can do. A gap is refused at ``defer()`` with an error, never passed over."""
-
-    names: bool = True
-    unique: bool = True
-    eta: bool = True
-    headers: bool = True
-    retry_options: bool = True
-    targets: bool = True
-    oversize: bool = True
-    batch_atomic: bool = True
-    """``enqueue_many`` takes all or none."""
-    streams: bool = False
-    """``enqueue_many`` stores tasks while those after them are made: it may be given an iterator."""
-    due_order: bool = True
-    """What fell due first is leased first; without it, what was enqueued first."""
-    exact_wake: bool = True
-    """``wait`` ends for new tasks only; without it, now and then for nothing."""
-
-
-#: What an engine without gaps has.
-FULL: Final = Capabilities()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,26 +219,64 @@ class QueueStats:
     oldest: float | None
 
 
+class EnqueueStatements(Protocol):
+    """How a connection of the user's to the queue's own PostgreSQL database stores tasks, in its transaction."""
+
+    @property
+    def marker(self) -> str:
+        """A random text that is in this database alone, in the table ``safedefer.settings``."""
+        ...
+
+    def enqueue_statements(self, tasks: Sequence[QueuedTask], /) -> Sequence[tuple[str, tuple[object, ...]]]:
+        """Statements with parameters ``$1``, to be run in order, that store all tasks or fail."""
+        ...
+
+    def refusal(self, error: BaseException, /) -> Exception | None:
+        """Return what an error of such a statement means, as ``enqueue_many`` says it; None if it is something else."""
+        ...
+
+
+class EnqueueFile(Protocol):
+    """How an apsw connection of the user's to the queue's own SQLite file stores tasks, in its transaction."""
+
+    @property
+    def path(self) -> str:
+        """The absolute path of the file."""
+        ...
+
+    def enqueue_on(self, connection: Any, tasks: Sequence[QueuedTask], /) -> None:
+        """Store all tasks or none. Raises what ``enqueue_many`` raises, and apsw's errors."""
+        ...
+
+
 class Queue(Protocol):
-    """Takes tasks. What was enqueued when ``enqueue`` returns survives a crash."""
+    """Takes tasks: what producers need. What was enqueued when ``enqueue_many`` returns survives a crash."""
 
     @property
     def capabilities(self) -> Capabilities:
         """What the engine can do."""
         ...
 
-    def enqueue(self, task: QueuedTask, /) -> None:
-        """Store a task, with its blob, in one transaction.
+    @property
+    def statements(self) -> EnqueueStatements | None:
+        """How users' connections store tasks by SQL; None: the queue is in no database that they could connect to."""
+        ...
 
-        Raises ``TaskAlreadyExistsError`` while a task of its name lives in its queue, and
-        ``TombstonedTaskError`` for the tombstone window after it ended, counted to
-        ``task.created``. The same errors refuse an id that the queue knows already. ``AlreadyWaiting``
-        refuses a second task of one ``unique_key``; ``QueueUnavailable`` a blob for which there is no room.
-        """
+    @property
+    def file(self) -> EnqueueFile | None:
+        """How users' connections store tasks in the queue's file; None: it is in none."""
         ...
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
-        """Store all tasks or none, in one transaction. Where the engine ``streams``, an error of the iterator undoes it."""
+        """Store all tasks or none, with their blobs, in one transaction; an error of the iterator undoes it.
+
+        Raises:
+            TaskAlreadyExistsError: A task of the same name lives in its queue, or the id is known already.
+            TombstonedTaskError: The name's task ended within the tombstone window, counted to ``task.created``; or the
+                task of this id has ended.
+            AlreadyWaiting: A task of the same ``unique_key`` waits or runs in the queue.
+            QueueUnavailable: Also if there is no room for a blob.
+        """
         ...
 
     def cancel(self, task_id: str, *, now: float) -> bool:
@@ -279,40 +295,22 @@ class Queue(Protocol):
         ...
 
 
-class TransactionalQueue(Queue, Protocol):
-    """A queue in a PostgreSQL database, whose tasks can be stored by any connection to it, in its transaction."""
+class LeaseCalls(Protocol):
+    """``Leasing.lease`` and ``Leasing.settle_many``, awaited."""
 
-    @property
-    def marker(self) -> str:
-        """A random text that is in this database alone, in the table ``safedefer.settings``."""
+    async def lease(
+        self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
+    ) -> Sequence[Lease]:
+        """Claim tasks."""
         ...
 
-    def enqueue_statements(self, tasks: Sequence[QueuedTask], /) -> Sequence[tuple[str, tuple[object, ...]]]:
-        """Statements with parameters ``$1``, to be run in order, that store all tasks or fail."""
-        ...
-
-    def refusal(self, error: BaseException, /) -> Exception | None:
-        """Return what an error of such a statement means, as ``enqueue`` says it; None if it is something else."""
+    async def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
+        """Settle tasks."""
         ...
 
 
-def is_transactional(queue: Queue) -> TypeGuard[TransactionalQueue]:
-    """Whether a queue is a ``TransactionalQueue``."""
-    return hasattr(queue, "enqueue_statements")
-
-
-class PullQueue(Queue, Protocol):
-    """A queue that a dispatcher empties."""
-
-    @property
-    def ledger(self) -> Ledger:
-        """The ledger in the same storage."""
-        ...
-
-    @property
-    def blobs(self) -> BlobStore:
-        """The blobs in the same storage."""
-        ...
+class Leasing(Protocol):
+    """Hands tasks out and takes back what became of them: what a dispatcher needs."""
 
     def lease(
         self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
@@ -328,21 +326,16 @@ class PullQueue(Queue, Protocol):
         """
         ...
 
-    def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
-        """Prolong a lease. Raises ``LeaseLost``."""
-        ...
-
-    def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
-        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now.
-
-        Where DONE or DEAD contradicts an end that the ledger knows, the ledger is believed: a run
-        that failed, and whose dispatcher died, is answered ``duplicate`` the next time, and is a
-        dead letter all the same.
-        """
+    def extend_many(self, leases: Sequence[Lease], *, seconds: float, now: float) -> Sequence[bool]:
+        """Prolong leases to ``seconds`` from now; False stands for a lost one."""
         ...
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
-        """Settle several in one transaction; False stands for a lost lease."""
+        """Say how deliveries ended, in one transaction; False stands for a lost lease, of which nothing changes.
+
+        Where DONE or DEAD contradicts an end that the ledger knows, the ledger is believed (``rules.end_of``). A dead
+        letter of no reason gets that of its newest record.
+        """
         ...
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
@@ -365,31 +358,16 @@ class PullQueue(Queue, Protocol):
         """End a ``wait`` of this process early."""
         ...
 
-    def tasks(
-        self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
-    ) -> Sequence[TaskView]:
-        """List tasks, newest first, without records; without ``states``: waiting, running and dead.
+    def on_loop(self) -> AbstractAsyncContextManager[LeaseCalls | None]:
+        """Have connections of the running loop while the context lasts; the ledger's ``here`` has them too.
 
-        Running means leased, here and in ``find``: neither knows the time.
+        None: the engine has none, and is called in threads.
         """
         ...
 
-    def find(self, task_id: str) -> TaskView | None:
-        """One task in whatever state, with the records of its attempts.
 
-        What succeeded or was cancelled is known for a while, without its token, headers and options.
-        """
-        ...
-
-    def dead_letters(
-        self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
-    ) -> Sequence[TaskView]:
-        """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
-        ...
-
-    def drop_dead(self, task_ids: Sequence[str]) -> int:
-        """Delete dead letters, archived ones too, in one transaction; returns how many there were."""
-        ...
+class Throttle(Protocol):
+    """Holds queues back: what the dispatcher and people need."""
 
     def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
         """Put the declared limits in force, for every dispatcher; a queue that is not among them has none."""
@@ -411,6 +389,46 @@ class PullQueue(Queue, Protocol):
         """Cancel all that waits in a queue at the time of the call; returns how many. Not one transaction."""
         ...
 
+
+class Store(Protocol):
+    """Remembers: what the handler and people need."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger in the same storage."""
+        ...
+
+    @property
+    def blobs(self) -> BlobStore:
+        """The blobs in the same storage."""
+        ...
+
+    def find(self, task_id: str) -> TaskView | None:
+        """One task in whatever state, with the records of its attempts.
+
+        What succeeded or was cancelled is known for a while, without its token, headers and options.
+        """
+        ...
+
+    def tasks(
+        self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List tasks, newest first, without records; without ``states``: waiting, running and dead.
+
+        Running means leased, here and in ``find``: neither knows the time.
+        """
+        ...
+
+    def dead_letters(
+        self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
+        ...
+
+    def drop_dead(self, task_ids: Sequence[str]) -> int:
+        """Delete dead letters, archived ones too, in one transaction; returns how many there were."""
+        ...
+
     def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:
         """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
         ...
@@ -421,3 +439,11 @@ class PullQueue(Queue, Protocol):
         Does a bounded amount in one call; ``lease`` has it done now and then.
         """
         ...
+
+
+class DispatchedQueue(Leasing, Throttle, Protocol):
+    """What a dispatcher empties."""
+
+
+class PullQueue(Queue, DispatchedQueue, Store, Protocol):
+    """A queue that a dispatcher empties, and that keeps its own ledger, blobs and dead letters."""

@@ -1,17 +1,68 @@
-"""What an engine cannot do is refused at ``defer()``, loudly, before anything is stored."""
+"""What an engine can do; what it cannot is refused at ``defer()``, loudly, before anything is stored."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
 
 from safedefer.errors import InvalidTaskError, TaskTooLargeError
 from safedefer.options import DEFAULT_TARGET
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import Capabilities, QueuedTask
+    from collections.abc import Mapping
+
+    from safedefer.blobs import Blob
 
 
-def refuse_gaps(capabilities: Capabilities, task: QueuedTask) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can do. A gap is refused at ``defer()`` with an error, never passed over."""
+
+    names: bool = True
+    unique: bool = True
+    eta: bool = True
+    headers: bool = True
+    retry_options: bool = True
+    targets: bool = True
+    oversize: bool = True
+    batch_atomic: bool = True
+    """``enqueue_many`` takes all or none."""
+    streams: bool = False
+    """``enqueue_many`` stores tasks while those after them are made: it may be given an iterator."""
+    due_order: bool = True
+    """What fell due first is leased first; without it, what was enqueued first."""
+    exact_wake: bool = True
+    """``wait`` ends for new tasks only; without it, now and then for nothing."""
+
+
+#: What an engine without gaps has.
+FULL: Final = Capabilities()
+
+
+class _Wanted(Protocol):
+    """What of a task an engine may be unable to do: a part of ``QueuedTask``."""
+
+    @property
+    def token(self) -> bytes: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def eta(self) -> float: ...
+    @property
+    def created(self) -> float: ...
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def retry_options(self) -> Mapping[str, float]: ...
+    @property
+    def blob(self) -> Blob | None: ...
+    @property
+    def unique_key(self) -> str | None: ...
+
+
+def refuse_gaps(capabilities: Capabilities, task: _Wanted) -> None:
     """Check that an engine can do all that is asked of it for a task.
 
     Raises:

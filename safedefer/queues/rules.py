@@ -64,7 +64,7 @@ class Counters(NamedTuple):
         return cls._make(lease[3:])
 
 
-class Entry(NamedTuple):
+class Known(NamedTuple):
     """What the ledger knows of a task, as far as it decides something."""
 
     state: str
@@ -94,7 +94,7 @@ class LostDelivery(NamedTuple):
     record: AttemptRecord | None
 
 
-class End(NamedTuple):
+class Ending(NamedTuple):
     """How a task ends."""
 
     state: EndState
@@ -125,7 +125,7 @@ def after_retry(before: Counters, settlement: Settlement, *, leased_at: float | 
     )
 
 
-def retry_charges(settlement: Settlement, entry: Entry | None) -> bool:
+def retry_charges(settlement: Settlement, entry: Known | None) -> bool:
     """Whether a RETRY settles the run that the ledger holds uncharged.
 
     A run that another delivery began, and that goes on, stays to be charged.
@@ -134,7 +134,7 @@ def retry_charges(settlement: Settlement, entry: Entry | None) -> bool:
 
 
 def after_lost_lease(
-    before: Counters, task: tuple[str, str], entry: Entry | None, *, leased_at: float | None, now: float
+    before: Counters, task: tuple[str, str], entry: Known | None, *, leased_at: float | None, now: float
 ) -> LostDelivery:
     """Count a delivery whose lease ran out: as an attempt if the ledger saw its run begin.
 
@@ -160,7 +160,7 @@ def after_lost_lease(
 # --- The ledger has the last word -----------------------------------------------------------------
 
 
-def end_of(settlement: Settlement, entry: Entry | None) -> End:
+def end_of(settlement: Settlement, entry: Known | None) -> Ending:
     """Return how a task ends that is settled as DONE or DEAD.
 
     The ledger has the last word: it knows how the run ended, also when the dispatcher that saw it died, and the
@@ -172,15 +172,15 @@ def end_of(settlement: Settlement, entry: Entry | None) -> End:
         charged = charged and entry.uncharged
         if entry.state != state:
             state, reason = EndState(entry.state), None
-    return End(state, reason, charged, state is EndState.FAILED and reason in _VAGUE)
+    return Ending(state, reason, charged, state is EndState.FAILED and reason in _VAGUE)
 
 
-def may_cancel(entry: Entry | None) -> bool:
+def may_cancel(entry: Known | None) -> bool:
     """Whether a task that nobody has leased can be cancelled: by the ledger it neither runs now nor has ended."""
     return entry is None or not (entry.ended or entry.running)
 
 
-def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Entry) -> Admission:
+def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Known) -> Admission:
     """Say whether a task may run that the ledger knows; one that it does not know may."""
     if digest != execution.digest:
         return Admission.CONFLICT

@@ -9,9 +9,9 @@ from typing import Any, Final, cast
 
 from safedefer.blobs import Blob
 from safedefer.claims import VERSION, Call, Claims, callable_name, split_audience, write_json
+from safedefer.codecs.protocol import Codec
 from safedefer.errors import ConfigurationError, InvalidTaskRetryOptionsError, NotDeferrable
 from safedefer.execution.binding import check_binds
-from safedefer.execution.run import Codec
 from safedefer.keys import Key
 from safedefer.options import DEFAULT_OPTIONS, Options, Task, TaskRetryOptions
 from safedefer.queues.base import QueuedTask, TaskView

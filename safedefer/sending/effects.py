@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Final
 
 from safedefer.errors import BadTransactionStateError, InvalidTaskError
-from safedefer.execution.run import current_task
 
 _MAX_EFFECT: Final = 700
 
 
-def effect_of(name: str | None) -> tuple[str, str | None]:
+def effect_of(name: str | None, running: tuple[str, str | None] | None) -> tuple[str, str | None]:
     """Return what an effect is noted as, and what else counts as it: the task that the running one re-runs.
 
     Args:
         name: What the caller calls it; None is the task that runs.
+        running: The id of that task, and of the one that it re-runs; None if no task runs.
 
     Raises:
         BadTransactionStateError: There is no name and no task runs.
@@ -23,10 +23,10 @@ def effect_of(name: str | None) -> tuple[str, str | None]:
     if name is not None:
         _check(name)
         return f"effect:{name}", None
-    context = current_task()
-    if context is None:
+    if running is None:
         raise BadTransactionStateError("no task runs here; name the effect: app.once(connection, 'charge-42')")
-    return f"task:{context.id}", None if context.retry_of is None else f"task:{context.retry_of}"
+    task_id, retry_of = running
+    return f"task:{task_id}", None if retry_of is None else f"task:{retry_of}"
 
 
 def _check(name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, ParamSpec, TypeAlias
@@ -10,8 +9,8 @@ from typing import Any, Final, ParamSpec, TypeAlias
 from safedefer.errors import InvalidTaskError, QueueUnavailable
 from safedefer.events import Observer, TaskEnqueued, hears_enqueued, notify
 from safedefer.options import Options, Task
-from safedefer.queues.base import FULL, AlreadyWaiting, Capabilities, PullQueue, QueuedTask, TaskState
-from safedefer.queues.capabilities import refuse_gaps
+from safedefer.queues.base import AlreadyWaiting, PullQueue, QueuedTask, TaskState
+from safedefer.queues.capabilities import FULL, Capabilities, refuse_gaps
 from safedefer.sending.builder import Builder, stored_task
 from safedefer.transactions.outbox import Outbox
 
@@ -57,7 +56,7 @@ class Sender:
             refuse_gaps(capabilities, queued)
         if options.unique:
             return self._enqueue_unique(queue, task, queued)
-        queue.enqueue(queued)
+        queue.enqueue_many((queued,))
         self._tell(queued)
         return task
 
@@ -65,6 +64,8 @@ class Sender:
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Task:
         """Do what ``send`` does, without blocking the event loop."""
+        import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
+
         if not options.transactional:
             return await asyncio.to_thread(self.send, options, obj, args, kwargs)
         # On the loop: a transaction belongs to its thread, and to its task.
@@ -139,7 +140,7 @@ class Sender:
         blocker = ""
         for _ in range(_UNIQUE_TRIES):
             try:
-                queue.enqueue(queued)
+                queue.enqueue_many((queued,))
             except AlreadyWaiting as error:
                 blocker = error.task_id
                 existing = queue.find(blocker)

@@ -5,7 +5,6 @@ What a block does is written once, as coroutines: with a connection that blocks 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
@@ -24,7 +23,7 @@ from safedefer.transactions.savepoints import Savepoint
 from safedefer.transactions.tables import ONCE, OUTBOX, Table, provide
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import TransactionalQueue
+    from safedefer.queues.base import EnqueueStatements
     from safedefer.transactions.outbox import Outbox
 
 _T = TypeVar("_T")
@@ -55,6 +54,12 @@ _FORGET_ONCE: Final = {
         ))
     """,
 }
+#: The queue's functions look up operators by the path of the transaction: see ``tables``. The user's comes back after them.
+_TAKE_PATH: Final = """
+    WITH before AS MATERIALIZED (SELECT pg_catalog.current_setting('search_path'::pg_catalog.text) AS path)
+    SELECT path, pg_catalog.set_config('search_path', 'safedefer', true) FROM before
+"""
+_SET_PATH: Final = "SELECT pg_catalog.set_config('search_path', CAST(:path AS pg_catalog.text), true)"
 
 
 class Way(Enum):
@@ -227,9 +232,11 @@ class TransactionBlock(Block[None]):
     async def _write(self, tasks: Sequence[QueuedTask]) -> None:
         source, queue = self.source, self._outbox.queue()
         if self.way is Way.FILE:
-            queue.enqueue_on(source.connection, tasks)  # type: ignore[attr-defined]  # both have it, see Outbox.way
+            assert queue.file is not None  # see Outbox.way, here and below
+            queue.file.enqueue_on(source.connection, tasks)  # type: ignore[attr-defined]  # an ApswSource has it
         elif self.way is Way.STATEMENTS:
-            await _run_statements(source, queue, tasks)  # type: ignore[arg-type]  # as above
+            assert queue.statements is not None
+            await _run_statements(source, queue.statements, tasks)
         else:
             await self._insert(tasks)
         self._count += len(tasks)
@@ -288,6 +295,8 @@ open_blocks: Final[ContextVar[tuple[TransactionBlock, ...]]] = ContextVar("safed
 
 def here() -> tuple[int, object]:
     """Return the thread and the asyncio task that run."""
+    import asyncio  # noqa: PLC0415  # importing safedefer must not load it
+
     try:
         task = asyncio.current_task()
     except RuntimeError:
@@ -295,13 +304,16 @@ def here() -> tuple[int, object]:
     return threading.get_ident(), task
 
 
-async def _run_statements(source: Source, queue: TransactionalQueue, tasks: Sequence[QueuedTask]) -> None:
+async def _run_statements(source: Source, queue: EnqueueStatements, tasks: Sequence[QueuedTask]) -> None:
     """Enqueue tasks by the queue's own statements, in a savepoint: what is refused leaves the transaction as it was."""
     statements = queue.enqueue_statements(tasks)
     try:
         async with Savepoint(source):
+            # An error undoes the path with the savepoint.
+            path = str((await source.rows(_TAKE_PATH))[0][0])
             for statement, values in statements:
                 await source.run(statement, values)
+            await source.rows(_SET_PATH, {"path": path})
     except Exception as error:
         refusal = queue.refusal(error)
         if refusal is None:

@@ -8,13 +8,12 @@ A connection to the queue's own database needs no outbox: its transaction is the
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 from safedefer.errors import BadTransactionStateError, QueueError, QueueUnavailable
-from safedefer.queues.base import QueuedTask, is_transactional
+from safedefer.queues.base import QueuedTask
 from safedefer.transactions.blocks import OnceBlock, TransactionBlock, Way, here, open_blocks
 from safedefer.transactions.databases import Opener, Source, opener_of, run_now, split_schema
 from safedefer.transactions.relay import Relay, is_open
@@ -22,7 +21,8 @@ from safedefer.transactions.tables import read_mark
 from safedefer.transactions.transfer import Transfer, slug
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import Queue, TransactionalQueue
+    from safedefer.queues.base import EnqueueStatements
+    from safedefer.transactions.transfer import RelayedTo
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -40,7 +40,7 @@ class Outbox:
 
     def __init__(
         self,
-        queue: Callable[[], Queue],
+        queue: Callable[[], RelayedTo],
         *,
         environment: str,
         queues: Collection[str] | None = None,
@@ -124,8 +124,8 @@ class Outbox:
         Raises:
             BadTransactionStateError: It is to the queue's file, by another library.
         """
-        path = getattr(self.queue(), "path", None)
-        if path is not None and source.path == path and not source.is_apsw:
+        file = self.queue().file
+        if file is not None and source.path == file.path and not source.is_apsw:
             raise BadTransactionStateError(
                 "two SQLite libraries in one process must not open one file, and the queue's is open with apsw; "
                 "keep your tables in a file of their own, or use an apsw connection"
@@ -134,15 +134,14 @@ class Outbox:
     async def way(self, source: Source) -> Way:
         """Return how tasks get from a connection's database to the queue."""
         queue = self.queue()
-        path = getattr(queue, "path", None)
-        if path is not None and source.is_apsw and source.path == path:
+        if queue.file is not None and source.is_apsw and source.path == queue.file.path:
             return Way.FILE
-        if not source.native or not is_transactional(queue):
+        if not source.native or queue.statements is None:
             return Way.OUTBOX
         known = None if source.identity is None else self._marked.get(source.identity)
         if known is None:
             try:
-                known = await _is_marked(source, queue)
+                known = await _is_marked(source, queue.statements)
             except QueueUnavailable:  # the outbox serves until the queue is back
                 return Way.OUTBOX
             if source.identity is not None:
@@ -195,10 +194,14 @@ def _check_may_be_named(block: TransactionBlock, *, awaits: bool) -> None:
         )
 
 
-async def _is_marked(source: Source, queue: TransactionalQueue) -> bool:
+async def _is_marked(source: Source, queue: EnqueueStatements) -> bool:
     """Whether a database is the queue's own."""
     mark = await read_mark(source)
     if mark is None:
         return False
     # Read once, from the queue's database.
-    return mark == (await asyncio.to_thread(lambda: queue.marker) if source.is_async else queue.marker)
+    if not source.is_async:
+        return mark == queue.marker
+    import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
+
+    return mark == await asyncio.to_thread(lambda: queue.marker)

@@ -10,12 +10,13 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.errors import QueueError
 from safedefer.transactions.databases import Opener, Source
 from safedefer.transactions.transfer import Transfer, slug
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import Queue
+    from safedefer.transactions.transfer import RelayedTo
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -38,7 +39,7 @@ class Relay:
         transfer: Moves them.
     """
 
-    def __init__(self, queue: Callable[[], Queue], transfer: Transfer) -> None:
+    def __init__(self, queue: Callable[[], RelayedTo], transfer: Transfer) -> None:
         self._queue = queue
         self._transfer = transfer
         self._openers: dict[str, Opener] = {}
@@ -49,9 +50,6 @@ class Relay:
         self.tireless = False
         """Whether looking after what others have left is this process's business."""
         self._begin()
-        # Here: the registry of forks is with the queue's file.
-        from safedefer.queues.sqlite.connection import register_fork  # noqa: PLC0415
-
         register_fork(self, early=True)
 
     def _begin(self) -> None:

@@ -102,4 +102,5 @@ def transactional(text: str, task_id: str) -> QueuedTask:
 
 def environment_of(task: QueuedTask) -> str:
     """Return the environment that a task's audience names. Raises ValueError if it names none."""
-    return task.audience.partition(":")[0]
+    environment, _, _, _ = task.audience.split(":", 3)  # environment, queue, target, path
+    return environment

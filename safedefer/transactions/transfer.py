@@ -9,17 +9,16 @@ The outbox carries opaque bytes, like the queue: nothing here can decode, import
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from safedefer.errors import Error, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.queues.base import BlobsFull, QueuedTask
+from safedefer.queues.base import BlobsFull, Queue, QueuedTask, TaskView
 from safedefer.transactions.rows import environment_of, transactional
 from safedefer.transactions.tables import OUTBOX, Table, look
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import Queue
     from safedefer.transactions.databases.base import Source
 
 _log: Final = logging.getLogger("safedefer.outbox")
@@ -87,6 +86,14 @@ _LOCK: Final = "LOCK TABLE ONLY {table} IN ROW EXCLUSIVE MODE"
 _ADD_COLUMN: Final = "ALTER TABLE {table} ADD COLUMN environment VARCHAR(100)"
 
 
+class RelayedTo(Queue, Protocol):
+    """Where the tasks of an outbox go: a queue that can say whether it has a task."""
+
+    def find(self, task_id: str) -> TaskView | None:
+        """Return one task in whatever state; None if it is not known."""
+        ...
+
+
 class OutboxChanged(Exception):
     """The table is not any more what it was when it was chosen."""
 
@@ -136,7 +143,7 @@ class Transfer:
         self._said.add(complaint)
         return True
 
-    async def move(self, source: Source, queue: Queue, schemas: Iterable[str | None]) -> int:
+    async def move(self, source: Source, queue: RelayedTo, schemas: Iterable[str | None]) -> int:
         """Move what is committed to the queue; returns how many tasks.
 
         Args:
@@ -219,7 +226,7 @@ class Transfer:
 
     # --- What is in it ---
 
-    async def _empty(self, source: Source, queue: Queue, table: Table) -> int:
+    async def _empty(self, source: Source, queue: RelayedTo, table: Table) -> int:
         moved, position, failure = 0, None, None
         table = await self._brought_up_to_date(source, table)
         while rows := await self._read(source, table, position):
@@ -278,7 +285,7 @@ class Transfer:
             deleted = [await source.execute(statement, {"id": task_id}) for task_id in task_ids]
         return sum(deleted)
 
-    def _hand_over(self, queue: Queue, table: Table, rows: Sequence[_Row]) -> _HandedOver:
+    def _hand_over(self, queue: RelayedTo, table: Table, rows: Sequence[_Row]) -> _HandedOver:
         """Enqueue the tasks of some rows."""
         tasks = [task for row in rows if (task := self._task(table, row)) is not None]
         if not tasks:
@@ -316,7 +323,7 @@ class Transfer:
             return None
         return task
 
-    def _one_by_one(self, queue: Queue, table: Table, tasks: Sequence[QueuedTask]) -> _HandedOver:
+    def _one_by_one(self, queue: RelayedTo, table: Table, tasks: Sequence[QueuedTask]) -> _HandedOver:
         """Enqueue tasks of which one is refused: it stays where it is, and the others go on."""
         arrived: list[str] = []
         failure = None
@@ -348,7 +355,7 @@ async def _reading(source: Source) -> AsyncIterator[None]:
             await source.rollback()
 
 
-def _is_away(queue: Queue) -> bool:
+def _is_away(queue: RelayedTo) -> bool:
     """Whether a queue that took no task is not available at all. Else it is the task that it cannot store."""
     try:
         queue.stats(now=0.0)
@@ -357,13 +364,12 @@ def _is_away(queue: Queue) -> bool:
     return False
 
 
-def _enqueue(queue: Queue, task: QueuedTask) -> None:
+def _enqueue(queue: RelayedTo, task: QueuedTask) -> None:
     """Enqueue a task, unless the queue has it. Raises what refuses it."""
     try:
-        queue.enqueue(task)
+        queue.enqueue_many((task,))
     except (TaskAlreadyExistsError, TombstonedTaskError):
-        find: Callable[[str], object] | None = getattr(queue, "find", None)
-        if find is not None and find(task.id) is None:
+        if queue.find(task.id) is None:
             raise
 
 

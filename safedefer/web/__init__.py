@@ -1,1 +1,1 @@
-"""aiohttp: the handler that receives tasks."""
+"""The aiohttp handler, which receives tasks, and its server."""

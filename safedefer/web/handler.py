@@ -1,7 +1,7 @@
-"""The aiohttp handler: reads the raw body within limits, and hands it to ``App.handle``.
+"""The aiohttp handler: reads the raw body within limits, and passes it to ``Delivery.handle``.
 
 ``app.routes()`` serves the application's URL and those of its queues; ``TaskHandler`` is a view for
-another URL, as App Engine's was. Both answer with exactly what ``App.handle`` returns.
+another URL, as App Engine's was. Both give the answer of ``App.handle``.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from aiohttp.http import HttpProcessingError
 from safedefer.delivery.budget import ByteBudget
 from safedefer.delivery.handler import Delivery
 
-#: A body that takes longer than this many seconds is nobody's: tokens are a megabyte at most.
+#: Seconds for a body to arrive. A token has a megabyte at most.
 BODY_TIMEOUT: Final = 30.0
 
 
 class Handles(Protocol):
-    """What is served: an ``App``."""
+    """The part of an ``App`` that the web handler uses."""
 
     @property
     def url(self) -> str:
-        """The path that tasks are posted to by default."""
+        """The path that dispatchers post tasks to by default."""
         ...
 
     @property
     def prefix(self) -> str:
-        """A path in front of it."""
+        """The path in front of ``url`` that a mount or proxy adds."""
         ...
 
     @property
@@ -39,7 +39,7 @@ class Handles(Protocol):
         ...
 
     def accepts(self, path: str | None) -> str | Container[str]:
-        """Return the paths that a token may name which came on ``path``."""
+        """Return the paths that a token may name if its request came on ``path``."""
         ...
 
 
@@ -47,12 +47,12 @@ def routes(app: Handles) -> list[web.AbstractRouteDef]:
     """Make the routes of an application: its URL, and ``/_ah/queue/<queue>`` for the queues' own."""
     handler = handler_for(app)
     paths = dict.fromkeys([app.url, "/_ah/queue/{queue:[A-Za-z0-9.-]{1,100}}"])
-    # Every method, so that the answer to a wrong one is ours.
+    # Every method, so that our handler answers a wrong one.
     return [web.route("*", f"{app.prefix}{path}", handler) for path in paths]
 
 
 def handler_for(app: Handles) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """Make an aiohttp handler for a URL of your own.
+    """Make an aiohttp handler for another URL.
 
     ``web.route("*", "/tasks", handler_for(app))`` answers wrong methods too; tasks name the URL: ``_url="/tasks"``.
     """
@@ -67,9 +67,9 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
     """Answer a request as ``App.handle`` would."""
     delivery = app.delivery
     answer = None
-    # A body that came with its headers, as most do, is at hand: no timer and no second look at the headers.
+    # Most bodies arrive with their headers, and need no timer and no second look at the headers.
     at_hand = request.content.is_eof()
-    read_already = request.content.at_eof()  # by a middleware; or it is empty
+    read_already = request.content.at_eof()  # a middleware has read the body, or it is empty
     if not at_hand:
         answer = delivery.check_request(request.method, request.headers, request.content_length)
     if answer is None:
@@ -96,7 +96,7 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
             )
     response = web.Response(status=answer.status, headers=answer.headers, body=answer.body)
     if answer.status in _UNREAD or (answer.status == _BUSY and not at_hand):
-        response.force_close()  # the rest of the body is not wanted
+        response.force_close()  # the rest of the body is not read
     return response
 
 
@@ -107,15 +107,15 @@ _BUSY: Final = 503
 
 
 class _OverBudgetError(Exception):
-    """The bodies that are being read take all that they may."""
+    """The bodies that are being read use up the budget of unverified bytes."""
 
 
 async def _read(request: web.Request, limit: int, budget: ByteBudget) -> bytes | None:
-    """Read the raw body; None if it is over the limit. A chunked body without length stops there too.
+    """Read the raw body; None if it is over the limit. Reading stops there, also for a chunked body.
 
     Raises:
-        _OverBudgetError: There is no room for more of it now.
-        TimeoutError: It does not come.
+        _OverBudgetError: The budget has no bytes left for it now.
+        TimeoutError: The body did not arrive in time.
     """
     body = bytearray()
     taken = 0
@@ -134,7 +134,7 @@ async def _read(request: web.Request, limit: int, budget: ByteBudget) -> bytes |
 
 
 def task_view(current_app: Callable[[], Handles]) -> type[web.View]:
-    """Make the view class ``deferred.TaskHandler``, which serves the application in use."""
+    """Make the view class ``deferred.TaskHandler``, which serves the configured application."""
 
     class TaskHandler(web.View):
         """A view that processes deferred invocations (App Engine ``deferred.TaskHandler``).
@@ -145,7 +145,7 @@ def task_view(current_app: Callable[[], Handles]) -> type[web.View]:
         """
 
         def __await__(self) -> Generator[Any, None, web.StreamResponse]:
-            """Answer; to a method that a subclass has not given a meaning, as ``App.handle`` would."""
+            """Answer the request. Methods that a subclass does not define are answered as by ``App.handle``."""
             if getattr(self, self.request.method.lower(), None) is None:
                 return respond(current_app(), self.request).__await__()
             return super().__await__()

@@ -12,14 +12,14 @@ from aiohttp import web
 
 from safedefer.web.handler import Handles, routes
 
-#: Seconds that an idle connection is kept; dispatchers come back at once or not at all.
+#: Seconds that an idle connection is kept: a dispatcher sends its next request soon, or never.
 _KEEPALIVE: Final = 75.0
-#: Seconds that the rest of a refused body is read and thrown away, so that the sender gets to see the answer.
+#: Seconds for which the rest of a refused body is read and dropped, so that the sender can read the answer.
 _LINGERING: Final = 1.0
 
 
 class _Discreet(logging.Filter):
-    """Lets aiohttp's server say that a request was no HTTP, without quoting the request."""
+    """Rewrites the log records of aiohttp's server, which may quote a malformed request."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = record.exc_info[0] if isinstance(record.exc_info, tuple) else None
@@ -52,7 +52,7 @@ async def serving(
     """
     web_app = web.Application(client_max_size=app.delivery.max_bytes)
     web_app.add_routes(routes(app))
-    # auto_decompress: a body with an encoding is refused unread, and nothing may inflate it before that.
+    # auto_decompress: the handler refuses a body with an encoding unread, and nothing may inflate it before that.
     runner = web.AppRunner(
         web_app,
         auto_decompress=False,

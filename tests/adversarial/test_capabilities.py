@@ -9,6 +9,7 @@ from safedefer.policy import Policy
 from safedefer.queues.base import QueuedTask, Settlement, TaskState, Verdict
 from tests.adversarial import victim
 from tests.adversarial.forge import NOW, URL, VICTIM, make_app, mint, post
+from tests.queues.single import settle
 from tests.schema import invalid_arguments, tasks, vectors
 
 FORGED = [
@@ -31,21 +32,23 @@ def app():
 
 def bury(app, token):
     """Make a dead letter of a token, as a writer of the queue's storage can."""
-    app.queue.enqueue(
-        QueuedTask(
-            id="0123456789abcdef0123456789abcdef",
-            queue="default",
-            token=token,
-            audience=f"test:default:default:{URL}",
-            url=URL,
-            target="default",
-            eta=NOW,
-            created=NOW,
-            expires=NOW + 1000,
-        )
+    app.queue.enqueue_many(
+        [
+            QueuedTask(
+                id="0123456789abcdef0123456789abcdef",
+                queue="default",
+                token=token,
+                audience=f"test:default:default:{URL}",
+                url=URL,
+                target="default",
+                eta=NOW,
+                created=NOW,
+                expires=NOW + 1000,
+            )
+        ]
     )
     (lease,) = app.queue.lease(owner="attacker", limit=1, seconds=1, now=NOW)
-    app.queue.settle(lease, Settlement(verdict=Verdict.DEAD, reason="planted"), now=NOW)
+    settle(app.queue, lease, Settlement(verdict=Verdict.DEAD, reason="planted"), now=NOW)
 
 
 @pytest.mark.parametrize(("kid", "changes"), FORGED)

@@ -17,12 +17,14 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from safedefer.errors import BadTransactionStateError
+from safedefer.errors import BadTransactionStateError, TaskAlreadyExistsError
 from safedefer.queues.memory.queue import MemoryQueue
+from safedefer.queues.postgres.migrations import migrate
+from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.transactions.rows import to_text
 from tests import sample_tasks as tasks
 from tests.postgres.server import fresh_database, shared_server
-from tests.queues.contract import make_task
+from tests.queues.contract import DONE, make_task, take
 from tests.unit.apps import make_app
 
 _numbers = itertools.count(1)
@@ -211,6 +213,27 @@ def test_a_trigger_that_another_role_was_let_put_on_the_own_table_does_not_run(w
         assert connection.execute("SELECT 1").fetchone() == (1,)
     assert not world.is_robbed()
     assert "trigger" in caplog.text
+
+
+@pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
+def test_a_trigger_that_comes_between_the_check_and_the_use_is_seen(world, app, level):
+    """By a superuser, whom nobody refuses: what counts is that the lock is waited for, and the table judged after it."""
+    app.outbox._relay.expect = lambda *_: None  # no thread: the sweep is below
+    world.look.execute(f"ALTER ROLE {world.shop} SET default_transaction_isolation = '{level}'")
+    with psycopg.connect(world.url(world.shop)) as connection:
+        defer(app, connection)
+    with psycopg.connect(world.dsn) as other:
+        other.execute(STEAL.format(schema="public"))
+        other.execute(TRAPS["trigger"].format(table="safedefer_outbox", schema="public"))
+        moved = []
+        sweep = threading.Thread(target=lambda: moved.append(app.outbox.sweep()))
+        sweep.start()
+        until(lambda: world.look.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone())
+        other.commit()
+        sweep.join(10.0)
+    assert moved == [0]
+    assert world.count("safedefer_outbox") == 1
+    assert not world.is_robbed()
 
 
 def test_whoever_may_put_triggers_on_the_table_is_named_before_there_is_one(world, app):
@@ -542,3 +565,81 @@ def test_isolation_levels_of_the_user_do_not_matter(world, app):
             connection.isolation_level = level
             task = defer(app, connection)
         until(lambda task=task: task.id in waiting(app))
+
+
+# --- The PostgreSQL queue's own connections ------------------------------------------------------
+
+
+def hijack_the_queue(world):
+    """``mallory`` may enqueue: more is not needed to make operators that fit the queue's columns better."""
+    migrate(world.uri(world.shop))
+    world.as_(world.shop, f"GRANT USAGE ON SCHEMA safedefer TO {world.mallory}")
+    world.as_(world.mallory, STEAL.format(schema="public").replace("GRANT ALL ON SCHEMA public TO PUBLIC;", ""))
+    world.as_(world.mallory, HIJACKERS)
+    world.as_(world.mallory, """
+        CREATE FUNCTION public.hijack(safedefer.pgqueuer_status, safedefer.pgqueuer_status) RETURNS boolean
+            LANGUAGE plpgsql AS $$ BEGIN PERFORM public.steal(); RETURN pg_catalog.enum_eq($1, $2); END $$;
+        CREATE OPERATOR public.= (
+            LEFTARG = safedefer.pgqueuer_status, RIGHTARG = safedefer.pgqueuer_status, FUNCTION = public.hijack
+        );
+        CREATE FUNCTION public.hijack(bigint, double precision) RETURNS boolean LANGUAGE plpgsql AS
+            $$ BEGIN PERFORM public.steal(); RETURN $1::float8 OPERATOR(pg_catalog.<) $2; END $$;
+        CREATE OPERATOR public.< (LEFTARG = bigint, RIGHTARG = double precision, FUNCTION = public.hijack);
+    """)  # fmt: skip
+
+
+def test_functions_and_operators_of_another_role_are_not_called_by_the_queue(world):
+    hijack_the_queue(world)
+    queue = PostgresQueue(world.uri(world.shop))
+    now = time.time()
+    for task in (make_task(), make_task(name="n")):
+        queue.enqueue_many((task,))
+    leases = take(queue, now=now + 1)
+    for lease in leases:
+        queue.settle_many([(lease, DONE)], now=now + 2)
+    queue.stats(now=now)
+    queue.close()
+    assert not world.is_robbed()
+    assert len(leases) == 2
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_functions_and_operators_of_another_role_are_not_called_in_a_transaction_of_the_queues_database(world, driver):
+    """The path of the user's connection is what it was, after a task that was stored and after one that was refused."""
+    hijack_the_queue(world)
+    world.as_(
+        world.mallory,
+        "CREATE FUNCTION public.now() RETURNS timestamptz LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM public.steal(); RETURN pg_catalog.now(); END $$",
+    )
+    path = "public, pg_catalog"
+    world.look.execute(f"ALTER ROLE {world.shop} SET search_path = {path}")
+    app = make_app(queue=PostgresQueue(world.uri(world.shop)))
+    named = app.options(transactional=True, name="n")
+
+    def blocking():
+        with psycopg.connect(world.uri(world.shop)) as connection:
+            with app.transaction(connection):
+                named.defer(tasks.add, 1)
+                with pytest.raises(TaskAlreadyExistsError):
+                    named.defer(tasks.add, 1)
+                assert connection.execute("SHOW search_path").fetchone() == (path,)
+            assert connection.execute("SHOW search_path").fetchone() == (path,)
+
+    async def awaited():
+        connection = await asyncpg.connect(world.uri(world.shop))
+        async with app.transaction(connection):
+            await named.defer_async(tasks.add, 1)
+            with pytest.raises(TaskAlreadyExistsError):
+                await named.defer_async(tasks.add, 1)
+            assert await connection.fetchval("SHOW search_path") == path
+        assert await connection.fetchval("SHOW search_path") == path
+        await connection.close()
+
+    if driver == "psycopg":
+        blocking()
+    else:
+        asyncio.run(awaited())
+    assert len(app.queue.tasks()) == 1
+    app.close()
+    assert not world.is_robbed()

@@ -61,7 +61,7 @@ def redirect(status, to):
 
 async def dispatch(task, delivery):
     queue = MemoryQueue()
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     async with delivery as deliver:
         dispatcher = Dispatcher(queue, deliver, clock=lambda: NOW, options=DispatcherOptions(poll_seconds=0.05))
         await asyncio.wait_for(dispatcher.run_until_empty(), 60)

@@ -16,6 +16,7 @@ from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
 from safedefer.web.server import serving
 from tests.adversarial import victim
 from tests.adversarial.forge import NOW, URL, Clock, make_app, post
+from tests.queues.single import begin, finish
 
 HOUR = 3600.0
 
@@ -394,12 +395,12 @@ def test_a_row_poisoned_while_it_runs_lets_its_neighbours_be_settled(app, path, 
     for held in leases:
         task = held.task
         run = Execution(audience=task.audience, task_id=task.id, digest=task.digest, owner="w", expires=task.expires)
-        app.queue.ledger.begin(run, now=NOW, lease=60)
+        begin(app.queue.ledger, run, now=NOW, lease=60)
         if state is not None:
             record = AttemptRecord(
                 task_id=task.id, audience=task.audience, started=NOW, ended=NOW, outcome="x", status=200
             )
-            app.queue.ledger.finish(run, state, record)
+            finish(app.queue.ledger, run, state, record)
     write(path, poison.replace("?", f"'{tasks[1].id}'"))
     settlement = Settlement(verdict=verdict, reason="why", at=NOW + 5)
     first, _, last = app.queue.settle_many([(held, settlement) for held in leases], now=NOW + 1)

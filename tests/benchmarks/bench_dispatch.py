@@ -29,7 +29,9 @@ from safedefer.delivery.handler import Response
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
-from safedefer.queues.base import FULL, Settlement, Verdict
+from safedefer.queues.base import Settlement, Verdict
+from safedefer.queues.capabilities import FULL
+from safedefer.queues.loop_calls import no_connections
 
 
 class Nothing:
@@ -41,7 +43,11 @@ class Nothing:
         self.memory = open_queue("memory://")
         self.ledger = self
         self.blobs = None
+        self.here = None
         self.leases = None
+
+    def on_loop(self):
+        return no_connections()
 
     def enqueue_many(self, tasks):
         self.memory.enqueue_many(tasks)
@@ -209,6 +215,7 @@ def dispatch(app, deliver, concurrency, count):
             stop[0]()
         return answer
 
+    counting.address = lambda task: ""
     counted = counting
     with Clock() as clock:
         asyncio.run(work())

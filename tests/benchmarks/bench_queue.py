@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safedefer.queues import open_queue
 from safedefer.queues.base import PullQueue, QueuedTask, Settlement, Verdict
+from tests.queues.single import settle
 
 _numbers = itertools.count()
 DONE = Settlement(verdict=Verdict.DONE)
@@ -43,7 +44,7 @@ def enqueue_rate(queue: PullQueue, threads: int, seconds: float) -> float:
     def give() -> int:
         count = 0
         while time.perf_counter() < end:
-            queue.enqueue(make_task())
+            queue.enqueue_many([make_task()])
             count += 1
         return count
 
@@ -70,7 +71,7 @@ def lease_milliseconds(queue: PullQueue) -> float:
     for _ in range(101):
         started = time.perf_counter()
         (lease,) = queue.lease(owner="bench", limit=1, seconds=60.0, now=1.0)
-        queue.settle(lease, DONE, now=1.0)
+        settle(queue, lease, DONE, now=1.0)
         times.append(time.perf_counter() - started)
     return sorted(times)[50] * 1000
 

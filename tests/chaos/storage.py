@@ -23,6 +23,7 @@ from safedefer.queues.base import Settlement, Verdict
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.chaos.cast import Cast, Failed
 from tests.queues.contract import make_task
+from tests.unit.delivering import Delivering
 
 
 @contextlib.contextmanager
@@ -161,7 +162,7 @@ def _log_range(shared: Path) -> tuple[int, int]:
 def _check_copy(path: Path) -> tuple[int, ...]:
     with contextlib.closing(SQLiteQueue(path)) as queue:
         queue.stats(now=0.0)
-        queue.enqueue(make_task(id=f"after-the-cut-{os.getpid()}"))
+        queue.enqueue_many([make_task(id=f"after-the-cut-{os.getpid()}")])
     connection = apsw.Connection(str(path))
     try:
         for name, sql in _IMPOSSIBLE.items():
@@ -227,7 +228,7 @@ def million(*, pending: int = 1_000_000, sample: int = 1_500, bar: float = 0.7) 
 def _rates(queue: SQLiteQueue, sample: int) -> tuple[float, float]:
     began = time.monotonic()
     for _ in range(sample):
-        queue.enqueue(make_task(eta=60.0))
+        queue.enqueue_many([make_task(eta=60.0)])
     enqueued = time.monotonic()
     leased = 0
     while leased < sample:
@@ -250,7 +251,7 @@ async def _dispatch(queue: SQLiteQueue, count: int) -> tuple[int, float]:
             enough.set()
         return Response(200, {"Safedefer-Outcome": "succeeded"}, b"")
 
-    dispatcher = Dispatcher(queue, deliver, clock=time.time)
+    dispatcher = Dispatcher(queue, Delivering(deliver), clock=time.time)
     running = asyncio.create_task(dispatcher.run())
     await enough.wait()
     grown = _resident() - done[0]

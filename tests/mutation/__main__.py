@@ -28,11 +28,11 @@ from mutmut.mutation.file_mutation import mutate_file_contents
 from mutmut.utils.format_utils import get_mutant_name
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("token", "keys", "signing", "refs", "policy")
+MODULES = ("token", "keys", "signing", "refs", "policy", "policy_cache")
 
 QUICK = [
     "unit/test_mutants.py", "unit/test_token.py", "unit/test_keys.py", "unit/test_signing.py", "unit/test_refs.py",
-    "unit/test_policy.py", "adversarial/test_policy.py", "adversarial/test_capabilities.py",
+    "unit/test_policy.py", "unit/test_policy_cache.py", "adversarial/test_policy.py", "adversarial/test_capabilities.py",
 ]  # fmt: skip
 MORE = [
     "adversarial/test_inheritance.py", "unit/test_typed_refused.py", "unit/test_typed_accepted.py", "unit/test_execution.py",

@@ -11,16 +11,21 @@ import psycopg
 
 _TICK = 1e-6
 
+TABLES = (
+    "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
+    "ledger", "attempts",
+)  # fmt: skip
+"""What tests empty when they are over."""
+
 CLOCK = """
 CREATE SCHEMA clock;
 CREATE TABLE clock.time (seconds double precision NOT NULL);
 INSERT INTO clock.time VALUES (0);
 CREATE FUNCTION clock.now() RETURNS timestamptz LANGUAGE sql STABLE AS
     'SELECT pg_catalog.to_timestamp(seconds) FROM clock.time';
-DO $$ BEGIN
-    EXECUTE format('ALTER DATABASE %I SET search_path = clock, pg_catalog, public', current_database());
-END $$;
 """
+#: The ``search_path`` of a queue that goes by it.
+CLOCKED_PATH = "clock,pg_catalog,safedefer"
 
 
 class Clocked:
@@ -40,10 +45,6 @@ class Clocked:
     def tick(self, now):
         self._ticks += 1
         self.set(now + self._ticks * _TICK)
-
-    def enqueue(self, task):
-        self.set(task.created)
-        self._inner.enqueue(task)
 
     def enqueue_many(self, tasks):
         for task in tasks[:1]:

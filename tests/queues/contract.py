@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from safedefer.blobs import Blob
-from safedefer.errors import LeaseLost, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues import rules
 from safedefer.queues.base import (
     AlreadyWaiting,
     DeadFilter,
@@ -32,6 +33,9 @@ from safedefer.queues.base import (
     task_digest,
 )
 from safedefer.queues.rates import QueueLimits
+from safedefer.queues.rules import LOST_LEASE
+from tests.queues.cases import RUNS, SETTLEMENTS
+from tests.queues.single import begin, extend, finish, settle
 
 TOMBSTONE = 1000.0
 HISTORY = 5000.0
@@ -49,6 +53,12 @@ QUEUE_OPTIONS = {
 }
 
 _numbers = itertools.count(1)
+
+VIEWED = {
+    EndState.SUCCEEDED: TaskState.SUCCEEDED,
+    EndState.FAILED: TaskState.DEAD,
+    EndState.CANCELLED: TaskState.CANCELLED,
+}
 
 DONE = Settlement(verdict=Verdict.DONE)
 DEAD = Settlement(verdict=Verdict.DEAD, reason="permanent-task-failure")
@@ -144,13 +154,13 @@ class QueueContract:
             eta=99.123456,
             created=98.5,
         )
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
         assert whole(lease.task) == task
         assert lease == Lease(task=task, owner=lease.owner, until=160.0)
 
     def test_a_task_is_due_at_its_eta_and_not_before(self, queue):
-        queue.enqueue(make_task(eta=200.0))
+        queue.enqueue_many([make_task(eta=200.0)])
         assert take(queue, now=199.999) == []
         assert len(take(queue, now=200.0)) == 1
 
@@ -164,18 +174,18 @@ class QueueContract:
     def test_a_retry_takes_its_place_by_the_time_of_the_retry(self, queue):
         first, second = make_task(eta=10.0), make_task(eta=60.0)
         queue.enqueue_many([first, second])
-        queue.settle(take(queue, now=20.0)[0], Settlement(verdict=Verdict.RETRY, at=70.0), now=20.0)
+        settle(queue, take(queue, now=20.0)[0], Settlement(verdict=Verdict.RETRY, at=70.0), now=20.0)
         expected = [second.id, first.id] if queue.capabilities.due_order else [first.id, second.id]
         assert ids(take(queue)) == expected
 
     def test_a_leased_task_is_not_leased_again(self, queue):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         assert len(take(queue)) == 1
         assert take(queue, now=159.9) == []
 
     @pytest.mark.parametrize("limit", [0, -1])
     def test_a_limit_below_one_leases_nothing(self, queue, limit):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         assert take(queue, limit=limit) == []
 
     def test_a_lease_takes_only_the_queues_that_it_names(self, queue):
@@ -195,7 +205,7 @@ class QueueContract:
 
     def test_a_batch_is_stored_whole_or_not_at_all(self, queue):
         taken = make_task(name="taken")
-        queue.enqueue(taken)
+        queue.enqueue_many([taken])
         batch = [make_task(), oversize_task(), make_task(name="taken")]
         with pytest.raises(TaskAlreadyExistsError):
             queue.enqueue_many(batch)
@@ -213,9 +223,9 @@ class QueueContract:
 
     def test_a_task_id_is_accepted_once(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         with pytest.raises(TaskAlreadyExistsError):
-            queue.enqueue(task._replace(queue="mail"))
+            queue.enqueue_many([task._replace(queue="mail")])
         with pytest.raises(TaskAlreadyExistsError):
             queue.enqueue_many([(again := make_task()), again])
         assert ids(take(queue)) == [task.id]
@@ -225,38 +235,38 @@ class QueueContract:
     )
     def test_a_task_that_ended_is_not_enqueued_again(self, queue, settlement, error):
         task = make_task()
-        queue.enqueue(task)
-        queue.settle(take_one(queue), settlement, now=101.0)
+        queue.enqueue_many([task])
+        settle(queue, take_one(queue), settlement, now=101.0)
         with pytest.raises(error):
-            queue.enqueue(task)
+            queue.enqueue_many([task])
         assert take(queue) == []
 
     # --- Names --------------------------------------------------------------------------------
 
     def test_a_name_is_taken_while_its_task_waits_and_runs(self, queue):
-        queue.enqueue(make_task(name="n"))
+        queue.enqueue_many([make_task(name="n")])
         with pytest.raises(TaskAlreadyExistsError):
-            queue.enqueue(make_task(name="n"))
+            queue.enqueue_many([make_task(name="n")])
         take_one(queue)
         with pytest.raises(TaskAlreadyExistsError):
-            queue.enqueue(make_task(name="n", created=99999.0))
+            queue.enqueue_many([make_task(name="n", created=99999.0)])
 
     @pytest.mark.parametrize("end", ["done", "dead", "cancel"])
     def test_a_name_is_a_tombstone_after_its_task_ended_and_then_free(self, queue, end):
         task = make_task(name="n")
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         if end == "cancel":
             assert queue.cancel(task.id, now=500.0)
         else:
-            queue.settle(take_one(queue), DONE if end == "done" else DEAD, now=500.0)
+            settle(queue, take_one(queue), DONE if end == "done" else DEAD, now=500.0)
         with pytest.raises(TombstonedTaskError):
-            queue.enqueue(make_task(name="n", created=500.0))
+            queue.enqueue_many([make_task(name="n", created=500.0)])
         with pytest.raises(TombstonedTaskError):
-            queue.enqueue(make_task(name="n", created=500.0 + TOMBSTONE - 0.001))
+            queue.enqueue_many([make_task(name="n", created=500.0 + TOMBSTONE - 0.001)])
         free = make_task(name="n", created=500.0 + TOMBSTONE)
-        queue.enqueue(free)
+        queue.enqueue_many([free])
         with pytest.raises(TaskAlreadyExistsError):
-            queue.enqueue(make_task(name="n", created=9999.0))
+            queue.enqueue_many([make_task(name="n", created=9999.0)])
         assert ids(take(queue)) == [free.id]
 
     def test_names_are_per_queue(self, queue):
@@ -267,19 +277,22 @@ class QueueContract:
 
     def test_a_done_task_is_gone_and_the_ledger_knows(self, queue):
         task = make_task()
-        queue.enqueue(task)
-        queue.settle(take_one(queue), DONE, now=110.0)
+        queue.enqueue_many([task])
+        settle(queue, take_one(queue), DONE, now=110.0)
         assert take(queue, now=LATER) == []
         assert queue.next_due(now=110.0) is None
-        assert queue.ledger.begin(execution_of(task), now=111.0, lease=60.0) is Admission.DUPLICATE
+        assert begin(queue.ledger, execution_of(task), now=111.0, lease=60.0) is Admission.DUPLICATE
         view = queue.find(task.id)
         assert (view.state, view.ended, view.attempts, view.token) == (TaskState.SUCCEEDED, 110.0, 1, b"")
 
     def test_a_retry_is_due_again_with_its_counters(self, queue):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         lease = take_one(queue)
-        queue.settle(
-            lease, Settlement(verdict=Verdict.RETRY, at=200.0, executed=True, status=408, reason="exception"), now=105.0
+        settle(
+            queue,
+            lease,
+            Settlement(verdict=Verdict.RETRY, at=200.0, executed=True, status=408, reason="exception"),
+            now=105.0,
         )
         assert take(queue, now=199.9) == []
         again = take_one(queue, now=210.0)
@@ -296,30 +309,33 @@ class QueueContract:
         )
 
     def test_an_uncharged_retry_counts_as_a_delivery_only(self, queue):
-        queue.enqueue(make_task())
-        queue.settle(take_one(queue), Settlement(verdict=Verdict.RETRY, charged=False, status=503), now=105.0)
+        queue.enqueue_many([make_task()])
+        settle(queue, take_one(queue), Settlement(verdict=Verdict.RETRY, charged=False, status=503), now=105.0)
         again = take_one(queue, now=105.0)
         assert (again.attempts, again.retries, again.executions, again.first_attempt) == (0, 1, 0, None)
-        queue.settle(again, Settlement(verdict=Verdict.RETRY), now=106.0)
+        settle(queue, again, Settlement(verdict=Verdict.RETRY), now=106.0)
         third = take_one(queue, now=107.0)
         assert (third.attempts, third.retries, third.first_attempt) == (1, 2, 105.0)
-        queue.settle(third, Settlement(verdict=Verdict.RETRY), now=108.0)
+        settle(queue, third, Settlement(verdict=Verdict.RETRY), now=108.0)
         assert take_one(queue, now=109.0).first_attempt == 105.0
 
     def test_rejections_are_counted_from_the_first(self, queue):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         for now in (110.0, 120.0):
-            queue.settle(take_one(queue, now=now), Settlement(verdict=Verdict.RETRY, rejected=True), now=now + 1)
+            settle(queue, take_one(queue, now=now), Settlement(verdict=Verdict.RETRY, rejected=True), now=now + 1)
         lease = take_one(queue, now=130.0)
         assert (lease.rejections, lease.first_rejection) == (2, 111.0)
 
     def test_a_dead_letter_keeps_everything(self, queue):
         task = make_task(name="n", headers={"a": "b"}, retry_options={"task_retry_limit": 2.0})
-        queue.enqueue(task)
-        queue.settle(take_one(queue), Settlement(verdict=Verdict.RETRY), now=101.0)
+        queue.enqueue_many([task])
+        settle(queue, take_one(queue), Settlement(verdict=Verdict.RETRY), now=101.0)
         record = record_of(task, "failed", reason="exception", exception_type="ValueError", traceback="…")
-        queue.settle(
-            take_one(queue, now=102.0), Settlement(verdict=Verdict.DEAD, reason="gave-up", record=record), now=103.0
+        settle(
+            queue,
+            take_one(queue, now=102.0),
+            Settlement(verdict=Verdict.DEAD, reason="gave-up", record=record),
+            now=103.0,
         )
         view = queue.find(task.id)
         assert (view.state, view.reason, view.attempts, view.ended) == (TaskState.DEAD, "gave-up", 2, 103.0)
@@ -329,35 +345,33 @@ class QueueContract:
         assert (view.name, view.queue, view.url, view.target) == ("n", "default", task.url, task.target)
         assert view.callable_name == task.callable_name
         assert list(view.records) == [record]
-        assert queue.ledger.begin(execution_of(task), now=104.0, lease=60.0) is Admission.DUPLICATE
+        assert begin(queue.ledger, execution_of(task), now=104.0, lease=60.0) is Admission.DUPLICATE
         assert take(queue, now=LATER) == []
 
     def test_a_lost_lease_settles_nothing(self, queue):
         task = make_task(name="n")
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         old = take_one(queue)
         new = take_one(queue, now=160.0)
         for verdict in Verdict:
-            with pytest.raises(LeaseLost):
-                queue.settle(old, Settlement(verdict=verdict, record=record_of(task)), now=161.0)
-        with pytest.raises(LeaseLost):
-            queue.extend(old, seconds=999.0, now=161.0)
+            lost = Settlement(verdict=verdict, record=record_of(task))
+            assert list(queue.settle_many([(old, lost)], now=161.0)) == [False]
+        assert list(queue.extend_many([old], seconds=999.0, now=161.0)) == [False]
         view = queue.find(task.id)
         assert (view.state, view.attempts, list(view.records)) == (TaskState.RUNNING, 0, [])
         assert queue.next_due(now=161.0) == 220.0
-        queue.settle(new, DONE, now=162.0)
-        with pytest.raises(LeaseLost):
-            queue.settle(new, DONE, now=163.0)
+        settle(queue, new, DONE, now=162.0)
+        assert list(queue.settle_many([(new, DONE)], now=163.0)) == [False]
 
     def test_a_lease_that_ran_out_settles_while_nobody_else_has_the_task(self, queue):
-        queue.enqueue(make_task())
-        queue.settle(take_one(queue), DONE, now=9999.0)
+        queue.enqueue_many([make_task()])
+        settle(queue, take_one(queue), DONE, now=9999.0)
         assert take(queue, now=LATER) == []
 
     def test_several_are_settled_at_once_and_the_lost_ones_told(self, queue):
         queue.enqueue_many([make_task(), make_task(), make_task()])
         first, second, third = take(queue)
-        queue.settle(second, DONE, now=101.0)
+        settle(queue, second, DONE, now=101.0)
         retry = Settlement(verdict=Verdict.RETRY, at=300.0)
         assert list(queue.settle_many([(first, DONE), (second, DONE), (third, retry)], now=102.0)) == [
             True,
@@ -368,124 +382,189 @@ class QueueContract:
         assert queue.next_due(now=103.0) == 300.0
 
     def test_extending_keeps_the_task(self, queue):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         lease = take_one(queue)
-        longer = queue.extend(lease, seconds=60.0, now=150.0)
-        assert longer == lease._replace(until=210.0)
+        extend(queue, lease, seconds=60.0, now=150.0)
         assert take(queue, now=209.9) == []
-        queue.settle(lease, DONE, now=209.9)
+        settle(queue, lease, DONE, now=209.9)
 
     # --- Leases that run out ------------------------------------------------------------------
 
     def test_a_lease_that_ran_out_before_the_run_began_is_not_charged(self, queue):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         take_one(queue)
         again = take_one(queue, now=160.0)
         assert (again.attempts, again.retries, again.first_attempt) == (0, 1, None)
 
     def test_a_lease_that_ran_out_after_the_run_began_is_charged_once(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         take_one(queue)
-        assert queue.ledger.begin(execution_of(task), now=101.0, lease=30.0) is Admission.RUN
+        assert begin(queue.ledger, execution_of(task), now=101.0, lease=30.0) is Admission.RUN
         second = take_one(queue, now=160.0)
         assert (second.attempts, second.retries, second.first_attempt) == (1, 1, 100.0)
         third = take_one(queue, now=220.0)
         assert (third.attempts, third.retries, third.first_attempt) == (1, 2, 100.0)
-        assert queue.ledger.begin(execution_of(task, "run-2"), now=221.0, lease=30.0) is Admission.RUN
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=221.0, lease=30.0) is Admission.RUN
         fourth = take_one(queue, now=280.0)
         assert (fourth.attempts, fourth.retries, fourth.first_attempt) == (2, 3, 100.0)
         assert [record.reason for record in queue.find(task.id).records] == ["lease-expired", "lease-expired"]
 
     def test_a_run_that_ended_while_its_dispatcher_died_is_charged(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         take_one(queue)
         run = execution_of(task)
-        queue.ledger.begin(run, now=101.0, lease=30.0)
-        queue.ledger.finish(run, EndState.RETRY, record_of(task, "retry"))
+        begin(queue.ledger, run, now=101.0, lease=30.0)
+        finish(queue.ledger, run, EndState.RETRY, record_of(task, "retry"))
         assert take_one(queue, now=160.0).attempts == 1
         assert [record.outcome for record in queue.find(task.id).records] == ["retry"]
 
     @pytest.mark.parametrize("state", [EndState.SUCCEEDED, EndState.FAILED])
     def test_a_run_that_was_charged_with_its_lost_lease_is_not_charged_by_who_finds_it_ended(self, queue, state):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         take_one(queue)
         run = execution_of(task)
-        queue.ledger.begin(run, now=101.0, lease=30.0)
-        queue.ledger.finish(run, state, record_of(task))
+        begin(queue.ledger, run, now=101.0, lease=30.0)
+        finish(queue.ledger, run, state, record_of(task))
         again = take_one(queue, now=160.0)
         assert again.attempts == 1
-        queue.settle(again, DONE, now=161.0)
+        settle(queue, again, DONE, now=161.0)
         assert queue.find(task.id).attempts == 1
 
     def test_a_run_that_goes_on_is_charged_in_the_end_although_another_delivery_met_it(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
         run = execution_of(task)
-        queue.ledger.begin(run, now=101.0, lease=30.0)
+        begin(queue.ledger, run, now=101.0, lease=30.0)
         met = Settlement(verdict=Verdict.RETRY, charged=False, status=409, reason="running")
-        queue.settle(lease, met, now=102.0)
-        queue.ledger.finish(run, EndState.SUCCEEDED, record_of(task))
-        queue.settle(take_one(queue, now=103.0), DONE, now=104.0)
+        settle(queue, lease, met, now=102.0)
+        finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task))
+        settle(queue, take_one(queue, now=103.0), DONE, now=104.0)
         assert queue.find(task.id).attempts == 1
 
     def test_a_run_that_ended_and_was_not_to_be_charged_is_not_charged_with_a_later_lease(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
         run = execution_of(task)
-        queue.ledger.begin(run, now=101.0, lease=30.0)
-        queue.ledger.finish(run, EndState.RETRY, record_of(task, "rejected"))
+        begin(queue.ledger, run, now=101.0, lease=30.0)
+        finish(queue.ledger, run, EndState.RETRY, record_of(task, "rejected"))
         rejected = Settlement(verdict=Verdict.RETRY, charged=False, rejected=True, status=500, reason="rejected")
-        queue.settle(lease, rejected, now=102.0)
+        settle(queue, lease, rejected, now=102.0)
         take_one(queue, now=103.0)
         assert take_one(queue, now=163.0).attempts == 0
 
     def test_a_settled_delivery_is_not_charged_twice(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
         run = execution_of(task)
-        queue.ledger.begin(run, now=101.0, lease=30.0)
-        queue.ledger.finish(run, EndState.RETRY, record_of(task, "retry"))
-        queue.settle(lease, Settlement(verdict=Verdict.RETRY), now=102.0)
+        begin(queue.ledger, run, now=101.0, lease=30.0)
+        finish(queue.ledger, run, EndState.RETRY, record_of(task, "retry"))
+        settle(queue, lease, Settlement(verdict=Verdict.RETRY), now=102.0)
         take_one(queue, now=103.0)
         assert take_one(queue, now=163.0).attempts == 1
 
     def test_a_failed_run_whose_dispatcher_died_becomes_a_dead_letter(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         take_one(queue)
         run = execution_of(task)
-        queue.ledger.begin(run, now=101.0, lease=30.0)
-        queue.ledger.finish(run, EndState.FAILED, record_of(task, "failed", reason="permanent-task-failure"))
+        begin(queue.ledger, run, now=101.0, lease=30.0)
+        finish(queue.ledger, run, EndState.FAILED, record_of(task, "failed", reason="permanent-task-failure"))
         # The next delivery is answered "duplicate", which says no more than that the task ended.
-        queue.settle(take_one(queue, now=160.0), Settlement(verdict=Verdict.DONE, charged=False), now=161.0)
+        settle(queue, take_one(queue, now=160.0), Settlement(verdict=Verdict.DONE, charged=False), now=161.0)
         view = queue.find(task.id)
         assert (view.state, view.reason, view.token) == (TaskState.DEAD, "permanent-task-failure", task.token)
 
     def test_a_task_that_succeeded_by_the_ledger_is_not_a_dead_letter(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
         run = execution_of(task)
-        queue.ledger.begin(run, now=101.0, lease=30.0)
-        queue.ledger.finish(run, EndState.SUCCEEDED, record_of(task))
-        queue.settle(lease, DEAD, now=102.0)
+        begin(queue.ledger, run, now=101.0, lease=30.0)
+        finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task))
+        settle(queue, lease, DEAD, now=102.0)
         assert queue.find(task.id).state is TaskState.SUCCEEDED
+
+    # --- The rules, which are written once ------------------------------------------------------
+
+    @pytest.mark.parametrize("lost", [False, True], ids=["held", "lost"])
+    @pytest.mark.parametrize("run", RUNS)
+    def test_an_engine_settles_as_the_rules_say(self, queue, run, lost):
+        tasks = [make_task() for _ in SETTLEMENTS]
+        queue.enqueue_many(tasks)
+        leases, now, leased = take(queue), 100.0, 100.0
+        runs = [execution_of(task) for task in tasks]
+        known = None
+        if run is not None:
+            assert set(queue.ledger.begin_many(runs, now=now, lease=30.0)) == {Admission.RUN}
+            known = rules.Known(rules.RUNNING, uncharged=True, alive=True)
+        if run in tuple(EndState):
+            records = [record_of(task, str(run), reason="recorded") for task in tasks]
+            assert all(queue.ledger.finish_many([(item, run, r) for item, r in zip(runs, records, strict=True)]))
+            known = known._replace(state=str(run))
+        before, recorded = rules.Counters(), "recorded" if run in tuple(EndState) else None
+        if lost:
+            now = leased = 160.0
+            known = known and known._replace(alive=False)
+            delivery = rules.after_lost_lease(before, ("a", "i"), known, leased_at=100.0, now=now)
+            before, leases = delivery.counters, take(queue, now=now)
+            recorded = LOST_LEASE if delivery.record else recorded
+            known = known and known._replace(uncharged=False)
+        assert [rules.Counters.of(lease) for lease in leases] == [before] * len(tasks)
+        leases.sort(key=lambda lease: lease.task.id)
+        assert all(queue.settle_many(list(zip(leases, SETTLEMENTS, strict=True)), now=now + 1))
+        for task, settlement in zip(tasks, SETTLEMENTS, strict=True):
+            if settlement.verdict is not Verdict.RETRY:
+                end, view = rules.end_of(settlement, known), queue.find(task.id)
+                reason = (recorded if end.by_record else None) or end.reason
+                expected = (VIEWED[end.state], before.attempts + end.charged, reason)
+                assert (view.state, view.attempts, view.reason) == expected, settlement
+        retries = [item for item in SETTLEMENTS if item.verdict is Verdict.RETRY]
+        after = [rules.after_retry(before, item, leased_at=leased, now=now + 1) for item in retries]
+        again = sorted(take(queue, now=300.0), key=lambda lease: lease.task.id)
+        assert [rules.Counters.of(lease) for lease in again] == after
+        # Whether the settlement charged the run shows when the next lease is lost.
+        known = known and known._replace(alive=False)
+        expected = []
+        for counters, settlement in zip(after, retries, strict=True):
+            left = known and known._replace(uncharged=known.uncharged and not rules.retry_charges(settlement, known))
+            expected.append(rules.after_lost_lease(counters, ("a", "i"), left, leased_at=300.0, now=400.0).counters)
+        third = sorted(take(queue, now=400.0), key=lambda lease: lease.task.id)
+        assert [rules.Counters.of(lease) for lease in third] == expected
+
+    @pytest.mark.parametrize("now", [110.0, 200.0], ids=["alive", "over"])
+    @pytest.mark.parametrize("run", RUNS[1:])
+    def test_an_engine_admits_and_cancels_as_the_rules_say(self, queue, run, now):
+        task = make_task()
+        queue.enqueue_many([task])
+        first = execution_of(task)
+        assert begin(queue.ledger, first, now=100.0, lease=30.0) is Admission.RUN
+        if run in tuple(EndState):
+            assert finish(queue.ledger, first, run, record_of(task))
+        ended = run in tuple(EndState)
+        known = rules.Known(str(run), uncharged=True, alive=not ended and now < 130.0)
+        owner = None if ended else first.owner
+        for asked in (first._replace(digest=b"another"), execution_of(task, "run-2"), first):
+            expected = rules.admit(asked, digest=first.digest, owner=owner, entry=known)
+            assert begin(queue.ledger, asked, now=now, lease=30.0) is expected
+            if expected is Admission.RUN:
+                known, owner = rules.Known(rules.RUNNING, uncharged=True, alive=True), asked.owner
+        assert queue.cancel(task.id, now=now) is rules.may_cancel(known)
 
     # --- Cancel -------------------------------------------------------------------------------
 
     def test_a_cancelled_task_does_not_run(self, queue):
         task = oversize_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         assert queue.cancel(task.id, now=100.0) is True
         assert queue.cancel(task.id, now=100.0) is False
         assert take(queue, now=LATER) == []
-        assert queue.ledger.begin(execution_of(task), now=101.0, lease=60.0) is Admission.DUPLICATE
+        assert begin(queue.ledger, execution_of(task), now=101.0, lease=60.0) is Admission.DUPLICATE
         assert queue.blobs.get(task.blob.id) is None
         view = queue.find(task.id)
         assert (view.state, view.ended, view.attempts) == (TaskState.CANCELLED, 100.0, 0)
@@ -493,30 +572,29 @@ class QueueContract:
     def test_only_a_waiting_task_is_cancelled(self, queue):
         task = make_task()
         assert queue.cancel(task.id, now=100.0) is False
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
         assert queue.cancel(task.id, now=159.9) is False
-        queue.settle(lease, DONE, now=159.9)
+        settle(queue, lease, DONE, now=159.9)
         assert queue.cancel(task.id, now=160.0) is False
         assert queue.find(task.id).state is TaskState.SUCCEEDED
 
     def test_a_task_whose_lease_ran_out_is_cancelled_unless_it_runs(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
         run = execution_of(task)
-        queue.ledger.begin(run, now=150.0, lease=60.0)
+        begin(queue.ledger, run, now=150.0, lease=60.0)
         assert queue.cancel(task.id, now=160.0) is False
         assert queue.cancel(task.id, now=210.0) is True
-        assert queue.ledger.finish(run, EndState.SUCCEEDED, record_of(task)) is False
-        with pytest.raises(LeaseLost):
-            queue.settle(lease, DONE, now=211.0)
+        assert finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task)) is False
+        assert list(queue.settle_many([(lease, DONE)], now=211.0)) == [False]
 
     # --- Oversize -----------------------------------------------------------------------------
 
     def test_a_blob_is_stored_with_its_task(self, queue):
         task = oversize_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
         assert whole(lease.task) == task._replace(blob=None, blob_id=task.blob.id)
         assert queue.blobs.get(task.blob.id) == task.blob.data
@@ -525,41 +603,37 @@ class QueueContract:
     @pytest.mark.parametrize("settlement", [DONE, DEAD], ids=["done", "dead"])
     def test_a_blob_goes_when_its_task_ends(self, queue, settlement):
         task = oversize_task()
-        queue.enqueue(task)
-        queue.settle(take_one(queue), Settlement(verdict=Verdict.RETRY), now=101.0)
+        queue.enqueue_many([task])
+        settle(queue, take_one(queue), Settlement(verdict=Verdict.RETRY), now=101.0)
         assert queue.blobs.get(task.blob.id) == task.blob.data
-        queue.settle(take_one(queue, now=102.0), settlement, now=103.0)
+        settle(queue, take_one(queue, now=102.0), settlement, now=103.0)
         assert queue.blobs.get(task.blob.id) is None
 
     def test_a_dead_letter_keeps_the_stored_token(self, queue):
         task = oversize_task()
-        queue.enqueue(task)
-        queue.settle(take_one(queue), DEAD, now=101.0)
+        queue.enqueue_many([task])
+        settle(queue, take_one(queue), DEAD, now=101.0)
         assert queue.find(task.id).token == task.blob.data
         assert queue.tasks(states=[TaskState.DEAD])[0].token == task.blob.data
 
     def test_a_dead_letter_whose_blob_is_gone_keeps_the_pointer(self, queue):
         task = oversize_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         queue.blobs.delete(task.blob.id)
         queue.blobs.delete(task.blob.id)
-        queue.settle(take_one(queue), DEAD, now=101.0)
+        settle(queue, take_one(queue), DEAD, now=101.0)
         assert queue.find(task.id).token == b"pointer"
 
     def test_a_blob_belongs_to_one_task(self, queue):
         task = oversize_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         other = make_task(blob=Blob(task.blob.id, b"other"))
         with pytest.raises(TaskAlreadyExistsError):
-            queue.enqueue(other)
+            queue.enqueue_many([other])
         assert queue.blobs.get(task.blob.id) == task.blob.data
         assert queue.find(other.id) is None
 
-    def test_collecting_leaves_the_blobs_of_waiting_tasks(self, queue):
-        task = oversize_task()
-        queue.enqueue(task)
-        assert queue.blobs.collect(now=999.0) == 0
-        assert queue.blobs.get(task.blob.id) == task.blob.data
+    def test_a_blob_that_is_not_there_is_none(self, queue):
         assert queue.blobs.get("nothing-of-this-name") is None
 
     # --- Looking ------------------------------------------------------------------------------
@@ -577,10 +651,10 @@ class QueueContract:
     def test_stats_count_by_queue(self, queue):
         assert list(queue.stats(now=100.0)) == []
         queue.enqueue_many([make_task(queue="z", eta=90.0), *(make_task(eta=100.0 + n) for n in range(4))])
-        queue.enqueue(make_task(queue="a", eta=500.0))
+        queue.enqueue_many([make_task(queue="a", eta=500.0)])
         dead, running = take(queue, now=100.0, limit=2)
         assert (dead.task.queue, running.task.queue) == ("z", "default")
-        queue.settle(dead, DEAD, now=101.0)
+        settle(queue, dead, DEAD, now=101.0)
         assert list(queue.stats(now=159.0)) == [
             QueueStats(queue="a", waiting=1, running=0, dead=0, oldest=500.0),
             QueueStats(queue="default", waiting=3, running=1, dead=0, oldest=101.0),
@@ -592,8 +666,8 @@ class QueueContract:
         tasks = [make_task(created=float(n), eta=float(n), queue="mail" if n % 2 else "default") for n in range(6)]
         queue.enqueue_many(tasks)
         leases = take(queue, limit=4)
-        queue.settle(leases[0], DONE, now=101.0)
-        queue.settle(leases[1], DEAD, now=102.0)
+        settle(queue, leases[0], DONE, now=101.0)
+        settle(queue, leases[1], DEAD, now=102.0)
         queue.cancel(tasks[5].id, now=103.0)
 
         def listed(**filters: object) -> list[int]:
@@ -612,17 +686,17 @@ class QueueContract:
 
     def test_only_the_newest_hundred_records_of_a_task_are_kept(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         for number in range(105):
-            queue.ledger.record(record_of(task, "retry", started=float(number)))
+            queue.ledger.record_many([record_of(task, "retry", started=float(number))])
         assert [record.started for record in queue.find(task.id).records] == [float(n) for n in range(5, 105)]
 
     # --- Dead letters again -------------------------------------------------------------------
 
     def test_a_dead_letter_is_replaced_by_a_new_task(self, queue):
         dead = make_task()
-        queue.enqueue(dead)
-        queue.settle(take_one(queue), DEAD, now=101.0)
+        queue.enqueue_many([dead])
+        settle(queue, take_one(queue), DEAD, now=101.0)
         again = oversize_task()
         assert queue.replace_dead(dead.id, again, now=102.0) is True
         assert queue.find(dead.id) is None
@@ -632,9 +706,9 @@ class QueueContract:
 
     def test_a_dead_letter_stays_when_its_replacement_is_refused(self, queue):
         dead, named = make_task(), make_task(name="n")
-        queue.enqueue(dead)
-        queue.settle(take_one(queue), DEAD, now=101.0)
-        queue.enqueue(named)
+        queue.enqueue_many([dead])
+        settle(queue, take_one(queue), DEAD, now=101.0)
+        queue.enqueue_many([named])
         with pytest.raises(TaskAlreadyExistsError):
             queue.replace_dead(dead.id, make_task(name="n"), now=102.0)
         assert queue.find(dead.id).state is TaskState.DEAD
@@ -645,64 +719,64 @@ class QueueContract:
     def test_a_task_runs_in_one_place_at_a_time(self, queue):
         task, ledger = make_task(), queue.ledger
         first, second = execution_of(task, "run-1"), execution_of(task, "run-2")
-        assert ledger.begin(first, now=100.0, lease=60.0) is Admission.RUN
-        assert ledger.begin(second, now=159.9, lease=60.0) is Admission.RUNNING
-        assert ledger.extend(second, now=159.9, lease=60.0) is False
-        assert ledger.extend(first, now=159.9, lease=60.0) is True
-        assert ledger.begin(second, now=219.8, lease=60.0) is Admission.RUNNING
-        assert ledger.begin(second, now=220.0, lease=60.0) is Admission.RUN
-        assert ledger.extend(first, now=221.0, lease=60.0) is False
-        assert ledger.finish(first, EndState.SUCCEEDED, record_of(task)) is False
-        assert ledger.begin(first, now=222.0, lease=60.0) is Admission.RUNNING
-        assert ledger.finish(second, EndState.SUCCEEDED, record_of(task)) is True
-        assert ledger.begin(first, now=223.0, lease=60.0) is Admission.DUPLICATE
-        assert ledger.finish(second, EndState.FAILED, record_of(task)) is False
-        assert ledger.extend(second, now=223.0, lease=60.0) is False
+        assert begin(ledger, first, now=100.0, lease=60.0) is Admission.RUN
+        assert begin(ledger, second, now=159.9, lease=60.0) is Admission.RUNNING
+        assert ledger.extend_many([second], now=159.9, lease=60.0)[0] is False
+        assert ledger.extend_many([first], now=159.9, lease=60.0)[0] is True
+        assert begin(ledger, second, now=219.8, lease=60.0) is Admission.RUNNING
+        assert begin(ledger, second, now=220.0, lease=60.0) is Admission.RUN
+        assert ledger.extend_many([first], now=221.0, lease=60.0)[0] is False
+        assert finish(ledger, first, EndState.SUCCEEDED, record_of(task)) is False
+        assert begin(ledger, first, now=222.0, lease=60.0) is Admission.RUNNING
+        assert finish(ledger, second, EndState.SUCCEEDED, record_of(task)) is True
+        assert begin(ledger, first, now=223.0, lease=60.0) is Admission.DUPLICATE
+        assert finish(ledger, second, EndState.FAILED, record_of(task)) is False
+        assert ledger.extend_many([second], now=223.0, lease=60.0)[0] is False
 
     @pytest.mark.parametrize("state", [EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED])
     def test_a_run_that_ended_is_a_duplicate(self, queue, state):
         task = make_task()
         run = execution_of(task)
-        queue.ledger.begin(run, now=100.0, lease=60.0)
-        assert queue.ledger.finish(run, state, record_of(task)) is True
-        assert queue.ledger.begin(execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.DUPLICATE
+        begin(queue.ledger, run, now=100.0, lease=60.0)
+        assert finish(queue.ledger, run, state, record_of(task)) is True
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.DUPLICATE
 
     def test_a_run_that_is_to_be_retried_may_begin_again(self, queue):
         task = make_task()
         run = execution_of(task)
-        queue.ledger.begin(run, now=100.0, lease=60.0)
-        assert queue.ledger.finish(run, EndState.RETRY, record_of(task, "retry")) is True
-        assert queue.ledger.extend(run, now=101.0, lease=60.0) is False
-        assert queue.ledger.begin(execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.RUN
+        begin(queue.ledger, run, now=100.0, lease=60.0)
+        assert finish(queue.ledger, run, EndState.RETRY, record_of(task, "retry")) is True
+        assert queue.ledger.extend_many([run], now=101.0, lease=60.0)[0] is False
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.RUN
 
     @pytest.mark.parametrize("state", [None, EndState.RETRY, EndState.SUCCEEDED])
     def test_the_same_id_with_another_digest_is_a_conflict(self, queue, state):
         task = make_task()
         run = execution_of(task)
-        queue.ledger.begin(run, now=100.0, lease=60.0)
+        begin(queue.ledger, run, now=100.0, lease=60.0)
         if state is not None:
-            queue.ledger.finish(run, state, record_of(task))
+            finish(queue.ledger, run, state, record_of(task))
         other = execution_of(task, "run-2", digest=b"another")
-        assert queue.ledger.begin(other, now=9999.0, lease=60.0) is Admission.CONFLICT
+        assert begin(queue.ledger, other, now=9999.0, lease=60.0) is Admission.CONFLICT
 
     def test_entries_are_per_audience(self, queue):
         task = make_task()
-        queue.ledger.begin(execution_of(task), now=100.0, lease=60.0)
+        begin(queue.ledger, execution_of(task), now=100.0, lease=60.0)
         other = execution_of(task, "run-2", audience="prod:default:default:/x", digest=b"another")
-        assert queue.ledger.begin(other, now=100.0, lease=60.0) is Admission.RUN
+        assert begin(queue.ledger, other, now=100.0, lease=60.0) is Admission.RUN
 
     def test_the_record_of_a_run_is_kept_although_the_run_is_lost(self, queue):
         task = make_task()
-        queue.enqueue(task)
-        assert queue.ledger.finish(execution_of(task), EndState.SUCCEEDED, record_of(task)) is False
+        queue.enqueue_many([task])
+        assert finish(queue.ledger, execution_of(task), EndState.SUCCEEDED, record_of(task)) is False
         assert list(queue.find(task.id).records) == [record_of(task)]
 
     def test_records_are_kept_in_order(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         records = [record_of(task, "retry", started=float(n), status=None, reason=f"r{n}") for n in range(5)]
         for record in records:
-            queue.ledger.record(record)
+            queue.ledger.record_many([record])
         assert list(queue.find(task.id).records) == records
         assert list(queue.tasks()[0].records) == []
 
@@ -710,14 +784,14 @@ class QueueContract:
         old, late, running = make_task(expires=1000), make_task(expires=1001), make_task(expires=1000)
         for task in (old, late):
             run = execution_of(task)
-            queue.ledger.begin(run, now=100.0, lease=60.0)
-            queue.ledger.finish(run, EndState.SUCCEEDED, record_of(task))
-        queue.ledger.begin(execution_of(running), now=4600.0, lease=60.0)
-        assert queue.ledger.prune(now=4600.0) == 0
-        assert queue.ledger.prune(now=4600.5) == 1
-        assert queue.ledger.begin(execution_of(old), now=4601.0, lease=60.0) is Admission.RUN
-        assert queue.ledger.begin(execution_of(late), now=4601.0, lease=60.0) is Admission.DUPLICATE
-        assert queue.ledger.begin(execution_of(running, "run-2"), now=4601.0, lease=60.0) is Admission.RUNNING
+            begin(queue.ledger, run, now=100.0, lease=60.0)
+            finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task))
+        begin(queue.ledger, execution_of(running), now=4600.0, lease=60.0)
+        assert queue.prune(now=4600.0) == 0
+        assert queue.prune(now=4600.5) == 1
+        assert begin(queue.ledger, execution_of(old), now=4601.0, lease=60.0) is Admission.RUN
+        assert begin(queue.ledger, execution_of(late), now=4601.0, lease=60.0) is Admission.DUPLICATE
+        assert begin(queue.ledger, execution_of(running, "run-2"), now=4601.0, lease=60.0) is Admission.RUNNING
 
     # --- Forgetting ---------------------------------------------------------------------------
 
@@ -725,7 +799,7 @@ class QueueContract:
         done, dead, waiting = make_task(name="n"), make_task(), make_task(eta=1e6)
         queue.enqueue_many([done, dead, waiting])
         for task in (done, dead, waiting):
-            queue.ledger.record(record_of(task, "retry"))
+            queue.ledger.record_many([record_of(task, "retry")])
         first, second = take(queue)
         queue.settle_many([(first, DONE), (second, DEAD)], now=100.0)
         queue.prune(now=100.0 + HISTORY)
@@ -736,12 +810,12 @@ class QueueContract:
         assert len(queue.find(waiting.id).records) == 1
         assert queue.prune(now=100.5 + HISTORY) == 0
         # The ledger still knows it, for as long as its token is valid.
-        assert queue.ledger.begin(execution_of(done), now=101.0 + HISTORY, lease=60.0) is Admission.DUPLICATE
+        assert begin(queue.ledger, execution_of(done), now=101.0 + HISTORY, lease=60.0) is Admission.DUPLICATE
 
     def test_leasing_forgets_what_is_old(self, queue):
         task = make_task()
-        queue.enqueue(task)
-        queue.settle(take_one(queue), DONE, now=100.0)
+        queue.enqueue_many([task])
+        settle(queue, take_one(queue), DONE, now=100.0)
         take(queue, now=200.0 + HISTORY)
         queue.cancel("nothing-of-this-id", now=0.0)  # Comes after what the lease has set going.
         assert queue.find(task.id) is None
@@ -758,7 +832,7 @@ class QueueContract:
     # --- Waiting and threads ------------------------------------------------------------------
 
     def test_wait_returns_at_once_for_a_task_that_nobody_has_seen(self, queue):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         assert queue.wait(30.0) is True
         assert rests(queue, 0.03)
 
@@ -776,20 +850,20 @@ class QueueContract:
 
     def test_the_dispatchers_own_writes_end_no_wait(self, queue):
         task = make_task()
-        queue.enqueue(task)
+        queue.enqueue_many([task])
         lease = take_one(queue)
-        queue.ledger.begin(execution_of(task), now=100.0, lease=60.0)
-        queue.extend(lease, seconds=60.0, now=100.0)
-        queue.settle(lease, Settlement(verdict=Verdict.RETRY, at=500.0), now=100.0)
+        begin(queue.ledger, execution_of(task), now=100.0, lease=60.0)
+        extend(queue, lease, seconds=60.0, now=100.0)
+        settle(queue, lease, Settlement(verdict=Verdict.RETRY, at=500.0), now=100.0)
         assert rests(queue, 0.05)
 
     @pytest.mark.parametrize("how", ["enqueue", "enqueue_many", "replace_dead", "wake"])
     def test_wait_ends_for_a_new_task_and_for_wake(self, queue, how):
         dead = make_task()
-        queue.enqueue(dead)
-        queue.settle(take_one(queue), DEAD, now=100.0)
+        queue.enqueue_many([dead])
+        settle(queue, take_one(queue), DEAD, now=100.0)
         actions = {
-            "enqueue": lambda: queue.enqueue(make_task()),
+            "enqueue": lambda: queue.enqueue_many([make_task()]),
             "enqueue_many": lambda: queue.enqueue_many([make_task(), make_task()]),
             "replace_dead": lambda: queue.replace_dead(dead.id, make_task(), now=101.0),
             "wake": queue.wake,
@@ -816,7 +890,7 @@ class QueueContract:
         def give(part: list[QueuedTask]) -> list[str]:
             barrier.wait()
             for task in part:
-                queue.enqueue(task)
+                queue.enqueue_many([task])
             return []
 
         def work() -> list[str]:
@@ -840,7 +914,7 @@ class QueueContract:
         def give() -> bool:
             barrier.wait()
             try:
-                queue.enqueue(make_task(name="n"))
+                queue.enqueue_many([make_task(name="n")])
             except TaskAlreadyExistsError:
                 return False
             return True
@@ -851,11 +925,11 @@ class QueueContract:
         assert len(take(queue)) == 1
 
     def test_a_closed_queue_takes_nothing(self, queue):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         queue.close()
         queue.close()
         with pytest.raises(QueueUnavailable, match="open a new one"):
-            queue.enqueue(make_task())
+            queue.enqueue_many([make_task()])
 
     # --- Holding queues back ------------------------------------------------------------------
 
@@ -904,7 +978,7 @@ class QueueContract:
         first = take(queue, limit=2)
         second = queue.lease(owner="another-dispatcher", limit=9, seconds=60.0, now=100.0)
         assert (len(first), len(second)) == (2, 1)
-        queue.settle(first[0], DONE, now=101.0)
+        settle(queue, first[0], DONE, now=101.0)
         assert len(take(queue, now=101.0)) == 1
         assert take(queue, now=102.0) == []
         assert len(take(queue, now=160.0)) == 2  # The leases of the two that were lost have run out.
@@ -923,7 +997,7 @@ class QueueContract:
 
     def test_a_rate_of_zero_is_a_pause(self, queue):
         queue.configure([QueueLimits(queue="default", rate=0.0)], now=100.0)
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         assert take(queue, now=9999.0) == []
         assert queue.next_due(now=200.0) == 201.0
 
@@ -960,16 +1034,16 @@ class QueueContract:
     def test_a_purge_cancels_what_waits_and_nothing_else(self, queue):
         waiting = [oversize_task(), make_task(name="n"), make_task(eta=9999.0)]
         running, other = make_task(eta=1.0), make_task(queue="mail")
-        queue.enqueue(running)
+        queue.enqueue_many([running])
         (lease,) = take(queue, limit=1)
         queue.enqueue_many([*waiting, other])
         assert queue.purge("default", now=100.0) == 3
         assert [queue.find(task.id).state for task in waiting] == [TaskState.CANCELLED] * 3
         assert queue.blobs.get(waiting[0].blob.id) is None
         assert queue.purge("nothing", now=100.0) == 0
-        queue.settle(lease, DONE, now=101.0)
+        settle(queue, lease, DONE, now=101.0)
         with pytest.raises(TombstonedTaskError):
-            queue.enqueue(make_task(name="n", created=101.0))
+            queue.enqueue_many([make_task(name="n", created=101.0)])
         assert ids(take(queue, now=LATER * 3)) == [other.id]
 
     def test_a_purge_takes_thousands(self, queue):
@@ -984,16 +1058,34 @@ class QueueContract:
         queue.enqueue_many([first, make_task(unique_key="k", queue="mail"), make_task(unique_key="other")])
         for _ in range(2):
             with pytest.raises(AlreadyWaiting) as caught:
-                queue.enqueue(make_task(unique_key="k"))
+                queue.enqueue_many([make_task(unique_key="k")])
             assert caught.value.task_id == first.id
             leases = take(queue)
         assert leases == []
         (lease,) = take(queue, now=160.0, limit=1)
         assert whole(lease.task) == first
-        queue.settle(lease, DONE, now=161.0)
+        settle(queue, lease, DONE, now=161.0)
         again = make_task(unique_key="k")
-        queue.enqueue(again)
+        queue.enqueue_many([again])
         assert again.id in ids(take(queue, now=162.0))
+
+    @pytest.mark.parametrize("how", ["done", "dead", "overruled", "cancel", "purge"])
+    def test_a_key_is_free_when_its_task_has_ended(self, queue, how):
+        task = make_task(unique_key="k")
+        queue.enqueue_many([task])
+        if how == "cancel":
+            assert queue.cancel(task.id, now=100.0)
+        elif how == "purge":
+            assert queue.purge("default", now=100.0) == 1
+        else:
+            lease, run = take_one(queue), execution_of(task)
+            if how == "overruled":
+                begin(queue.ledger, run, now=101.0, lease=30.0)
+                finish(queue.ledger, run, EndState.FAILED, record_of(task))
+            settle(queue, lease, DEAD if how == "dead" else DONE, now=102.0)
+        again = make_task(unique_key="k")
+        queue.enqueue_many([again])
+        assert ids(take(queue, now=103.0)) == [again.id]
 
     def test_a_key_twice_in_one_batch_is_refused(self, queue):
         with pytest.raises(AlreadyWaiting):
@@ -1004,9 +1096,9 @@ class QueueContract:
 
     def dead(self, given, ended: float, reason: str = "gave-up", **changes: object) -> QueuedTask:
         task = make_task(**changes)
-        given.enqueue(task)
+        given.enqueue_many([task])
         (lease,) = take(given, now=ended)
-        given.settle(lease, Settlement(verdict=Verdict.DEAD, reason=reason, record=record_of(task)), now=ended)
+        settle(given, lease, Settlement(verdict=Verdict.DEAD, reason=reason, record=record_of(task)), now=ended)
         return task
 
     def test_dead_letters_are_listed_oldest_first_and_page_by_page(self, queue):
@@ -1038,13 +1130,13 @@ class QueueContract:
     def test_dead_letters_are_dropped_by_id(self, queue):
         first, second = self.dead(queue, 100.0), self.dead(queue, 101.0)
         waiting = make_task(eta=9999.0)
-        queue.enqueue(waiting)
+        queue.enqueue_many([waiting])
         assert queue.drop_dead([first.id, waiting.id, "nothing-of-this-id", first.id]) == 1
         assert queue.find(first.id) is None
         assert queue.find(waiting.id).state is TaskState.WAITING
         assert [view.id for view in queue.dead_letters(DeadFilter())] == [second.id]
         # The ledger still knows: the task that was dropped does not run again.
-        assert queue.ledger.begin(execution_of(first), now=102.0, lease=60.0) is Admission.DUPLICATE
+        assert begin(queue.ledger, execution_of(first), now=102.0, lease=60.0) is Admission.DUPLICATE
 
     def test_old_dead_letters_are_archived_and_kept(self, queue):
         old, new = self.dead(queue, 100.0), self.dead(queue, 150.0)
@@ -1070,10 +1162,10 @@ class QueueContract:
         tasks = [make_task(blob=Blob(f"blob-of-size-{n:08}", bytes(size)), digest=b"d" * 32) for n in range(3)]
         queue.enqueue_many(tasks[:2])
         with pytest.raises(QueueUnavailable, match="blob_limit"):
-            queue.enqueue(tasks[2])
+            queue.enqueue_many([tasks[2]])
         assert queue.find(tasks[2].id) is None
         assert queue.cancel(tasks[0].id, now=100.0)
-        queue.enqueue(tasks[2])
+        queue.enqueue_many([tasks[2]])
         assert queue.purge("default", now=100.0) == 2
         queue.enqueue_many([make_task(blob=Blob(f"blob-again-{n:08}", bytes(size)), digest=b"d" * 32) for n in (1, 2)])
 

@@ -22,6 +22,7 @@ from safedefer.transactions.outbox import Outbox
 from safedefer.transactions.rows import from_text, to_text
 from tests.queues.contract import DONE, make_task, oversize_task, take, whole
 from tests.queues.processes import start
+from tests.queues.single import settle
 
 LIBRARIES = ["sqlite3", "sqlite3-autocommit", "sqlalchemy-connection", "sqlalchemy-session", "apsw", "apsw-own-file"]
 
@@ -271,7 +272,7 @@ def test_an_outbox_that_cannot_be_read_right_after_the_commit_is_relayed_later(o
 def test_what_was_enqueued_and_not_deleted_from_the_outbox_is_not_enqueued_again(outbox, queue, tmp_path):
     waits, ended, new = make_task(), make_task(), make_task()
     queue.enqueue_many([ended, waits])
-    queue.settle(take(queue, limit=1)[0], DONE, now=101.0)
+    settle(queue, take(queue, limit=1)[0], DONE, now=101.0)
     with closing(sqlite3.connect(tmp_path / "shop.db")) as connection, outbox.transaction(connection):
         for task in (waits, ended, new):
             outbox.put(task)
@@ -372,7 +373,7 @@ def test_a_fork_during_a_sweep_waits_for_it(outbox, queue, tmp_path):
 
 
 def test_the_queues_file_by_another_library_is_refused(outbox, queue):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     with closing(sqlite3.connect(queue.path)) as connection:
         with pytest.raises(BadTransactionStateError, match="two SQLite libraries"), outbox.transaction(connection):
             pass

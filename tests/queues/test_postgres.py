@@ -22,15 +22,15 @@ from safedefer.dispatcher.loop import Dispatcher
 from safedefer.dispatcher.transport import InProcessDelivery
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.ledger import Admission, EndState
-from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
+from safedefer.queues.base import AlreadyWaiting, DeadFilter, Settlement, TaskState, Verdict
 from safedefer.queues.postgres.migrations import _queries, migrate
-from safedefer.queues.postgres.pgqueuer import STATEMENTS
+from safedefer.queues.postgres.pgqueuer import STATEMENTS, untested
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.postgres.statements import SQL, joined, to_json
 from safedefer.queues.rates import QueueLimits
 from tests import sample_tasks
 from tests.postgres.server import Server, fresh_database, shared_server
-from tests.queues.clocked import CLOCK, Clocked
+from tests.queues.clocked import CLOCK, CLOCKED_PATH, TABLES, Clocked
 from tests.queues.contract import (
     DEAD,
     DONE,
@@ -39,15 +39,12 @@ from tests.queues.contract import (
     execution_of,
     ids,
     make_task,
+    oversize_task,
     record_of,
     rests,
 )
+from tests.queues.single import begin, finish, settle
 from tests.unit.apps import JOSE, handle, make_app, until
-
-TABLES = (
-    "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
-    "ledger", "attempts",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +63,8 @@ def clocked_dsn(server):
 
 class TestPostgresQueue(QueueContract):
     @pytest.fixture
-    def queue(self, clocked_dsn):
+    def queue(self, clocked_dsn, monkeypatch):
+        monkeypatch.setattr("safedefer.queues.postgres.errors.SEARCH_PATH", CLOCKED_PATH)
         queue = Clocked(PostgresQueue(clocked_dsn, **QUEUE_OPTIONS), clocked_dsn)
         yield queue
         queue.close()
@@ -140,16 +138,16 @@ def run_python(code, **environment):
 def test_a_database_without_tables_is_told_from_one_that_does_not_answer(server, dsn):
     queue = PostgresQueue(dsn)
     with pytest.raises(ConfigurationError, match="run `safedefer migrate`"):
-        queue.enqueue(task_now())
+        queue.enqueue_many([task_now()])
     with pytest.raises(ConfigurationError, match="run `safedefer migrate`"):
         queue.lease(owner="d", limit=1, seconds=60.0, now=0.0)
     assert migrate(dsn)
-    queue.enqueue(task_now())
+    queue.enqueue_many([task_now()])
     assert len(lease_now(queue)) == 1
     queue.close()
     nowhere = PostgresQueue("postgresql://postgres:secret@127.0.0.1:1/nothing")
     with pytest.raises(QueueUnavailable, match="see that it runs") as caught:
-        nowhere.enqueue(task_now())
+        nowhere.enqueue_many([task_now()])
     assert "secret" not in str(caught.value) + repr(nowhere)
     nowhere.close()
 
@@ -168,7 +166,7 @@ def test_an_index_that_ignores_the_queue_does_not_tempt_the_planner(dsn):
     assert "pgqueuer_priority_id_id1_idx" not in indexes
     ask(dsn, "UPDATE safedefer.settings SET pgqueuer = '1.6.0-before'")  # another release with the same tables
     with contextlib.closing(PostgresQueue(dsn)) as queue:
-        queue.enqueue(task_now())
+        queue.enqueue_many([task_now()])
     assert migrate(dsn) == []
 
 
@@ -176,21 +174,21 @@ def test_a_newer_schema_is_refused(real_dsn):
     ask(real_dsn, "UPDATE safedefer.settings SET version = 99")
     queue = PostgresQueue(real_dsn)
     with pytest.raises(ConfigurationError, match="version 99.*upgrade safedefer"):
-        queue.enqueue(task_now())
+        queue.enqueue_many([task_now()])
     queue.close()
 
 
 def test_tables_of_another_pgqueuer_are_migrated_first(real_dsn):
     ask(real_dsn, "UPDATE safedefer.settings SET pgqueuer = '1.0.0'")
     queue = PostgresQueue(real_dsn)
-    queue.enqueue(task_now())  # nothing in them differs
+    queue.enqueue_many([task_now()])  # nothing in them differs
     queue.close()
     ask(real_dsn, "DROP INDEX safedefer.pgqueuer_picked_slot_idx")
     queue = PostgresQueue(real_dsn)
     with pytest.raises(ConfigurationError, match="pgqueuer 1.0.0; run `safedefer migrate`"):
-        queue.enqueue(task_now())
+        queue.enqueue_many([task_now()])
     assert any("pgqueuer_picked_slot_idx" in step for step in migrate(real_dsn))
-    queue.enqueue(task_now())
+    queue.enqueue_many([task_now()])
     queue.close()
 
 
@@ -199,7 +197,7 @@ def test_the_environment_of_the_users_own_pgqueuer_changes_no_name(real_dsn):
 from safedefer.queues.postgres.queue import PostgresQueue
 from tests.queues.test_postgres import task_now
 queue = PostgresQueue({real_dsn!r})
-queue.enqueue(task_now())
+queue.enqueue_many([task_now()])
 queue.close()
 """
     run_python(code, PGQUEUER_PREFIX="mine_", PGQUEUER_SCHEMA="mine", PGQUEUER_QUEUE_TABLE="theirs", QUEUE_TABLE="jobs")
@@ -236,7 +234,7 @@ def test_a_rival_for_a_name_waits_for_the_first_transaction(queue, real_dsn, how
         connection.execute("BEGIN")
         for statement, values in queue.enqueue_statements([first]):
             psycopg.RawCursor(connection).execute(statement.encode(), values)
-        rival = pool.submit(queue.enqueue, second)
+        rival = pool.submit(queue.enqueue_many, [second])
         time.sleep(0.3)
         assert not rival.done()
         connection.execute(how)
@@ -263,7 +261,7 @@ def test_two_batches_with_the_same_names_in_other_orders_do_not_lock_each_other_
             given = list(pool.map(give, [names, names[::-1]]))
             assert sum(given) == 1
             for lease in lease_now(queue):
-                queue.settle(lease, DONE, now=0.0)
+                settle(queue, lease, DONE, now=0.0)
             ask(queue._dsn, "TRUNCATE safedefer.names")
 
 
@@ -279,7 +277,7 @@ queue = PostgresQueue({real_dsn!r})
 queue.stats(now=0.0)
 sys.stdin.readline()
 started = time.time()
-queue.enqueue(task_now())
+queue.enqueue_many([task_now()])
 print(started)
 queue.close()
 """
@@ -298,22 +296,22 @@ queue.close()
 
 
 def test_a_fork_leaves_the_parents_connections_alone(queue):
-    queue.enqueue(task_now())
+    queue.enqueue_many([task_now()])
     (lease,) = lease_now(queue)
     of_child, of_parent = task_now(name="from-the-child"), task_now()
     child = os.fork()
     if not child:
         status = 1
         with contextlib.suppress(BaseException):
-            queue.enqueue(of_child)
+            queue.enqueue_many([of_child])
             assert [view.name for view in queue.tasks(states=[TaskState.WAITING])] == ["from-the-child"]
             queue.close()
             status = 0
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
-    queue.settle(lease, DONE, now=time.time())
+    settle(queue, lease, DONE, now=time.time())
     assert [lease.task.name for lease in lease_now(queue)] == ["from-the-child"]
-    queue.enqueue(of_parent)
+    queue.enqueue_many([of_parent])
     assert len(lease_now(queue)) == 1
 
 
@@ -324,19 +322,19 @@ def test_the_queue_goes_on_when_the_server_was_restarted():
         queue = PostgresQueue(server.dsn())
         queue.enqueue_many([task_now() for _ in range(3)])
         first, second, _third = lease_now(queue)
-        queue.settle(first, DONE, now=time.time())
+        settle(queue, first, DONE, now=time.time())
         server.stop()
         with pytest.raises(QueueUnavailable, match="see that it runs"):
-            queue.enqueue(task_now())
+            queue.enqueue_many([task_now()])
         with pytest.raises(QueueUnavailable):
             lease_now(queue)
         server.start()
-        queue.enqueue(task_now())
-        queue.settle(second, DONE, now=time.time())
+        queue.enqueue_many([task_now()])
+        settle(queue, second, DONE, now=time.time())
         assert len(lease_now(queue)) == 1
         server.restart()
         # Pooled connections that the restart has broken cost a producer nothing.
-        queue.enqueue(task_now())
+        queue.enqueue_many([task_now()])
         deadline = time.monotonic() + 60.0
         while not queue.wait(1.0):
             assert time.monotonic() < deadline
@@ -363,7 +361,7 @@ def test_a_try_that_was_committed_unheard_is_not_made_twice(queue, count):
     queue.enqueue_many(iter(tasks))
     assert queue.stats(now=0.0)[0].waiting == count
     with pytest.raises(TaskAlreadyExistsError):
-        queue.enqueue(task_now(name="n"))
+        queue.enqueue_many([task_now(name="n")])
 
 
 def test_a_stream_whose_connection_breaks_is_stored_whole(queue, real_dsn):
@@ -422,9 +420,9 @@ def read_with_pgqueuer(dsn, what):
 def test_pgqueuers_own_tools_read_our_jobs(queue, real_dsn):
     queue.enqueue_many([task_now(name=f"n{n}", headers={"a": "b"}) for n in range(4)])
     first, second, third, _ = lease_now(queue)
-    queue.settle(first, DONE, now=time.time())
-    queue.settle(second, DEAD, now=time.time())
-    queue.settle(third, Settlement(verdict=Verdict.RETRY, at=time.time() + 50), now=time.time())
+    settle(queue, first, DONE, now=time.time())
+    settle(queue, second, DEAD, now=time.time())
+    settle(queue, third, Settlement(verdict=Verdict.RETRY, at=time.time() + 50), now=time.time())
 
     async def look(queries):
         return (
@@ -444,14 +442,14 @@ def test_pgqueuers_own_tools_read_our_jobs(queue, real_dsn):
 
 def test_a_dead_letter_that_pgqueuers_dashboard_requeues_is_a_dead_letter_again(queue, real_dsn):
     task = task_now()
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     (lease,) = lease_now(queue)
-    queue.settle(lease, DEAD, now=time.time())
+    settle(queue, lease, DEAD, now=time.time())
     job = ask(real_dsn, "SELECT id FROM safedefer.pgqueuer")[0][0]
     read_with_pgqueuer(real_dsn, lambda queries: queries.requeue_jobs([job]))
     (again,) = lease_now(queue)
-    assert queue.ledger.begin(execution_of(task), now=time.time(), lease=60.0) is Admission.DUPLICATE
-    queue.settle(again, Settlement(verdict=Verdict.DONE, charged=False), now=time.time())
+    assert begin(queue.ledger, execution_of(task), now=time.time(), lease=60.0) is Admission.DUPLICATE
+    settle(queue, again, Settlement(verdict=Verdict.DONE, charged=False), now=time.time())
     view = queue.find(task.id)
     assert (view.state, view.reason, view.token) == (TaskState.DEAD, "permanent-task-failure", task.token)
     assert queue.drop_dead([task.id]) == 1
@@ -514,7 +512,7 @@ def test_a_queue_of_our_own_runs_the_calls_that_were_deferred(real_dsn):
 def test_pgqueuers_own_commands_work_on_our_jobs(queue, real_dsn):
     queue.enqueue_many([task_now(), task_now(queue="mail")])
     (lease,) = lease_now(queue, queues=["default"])
-    queue.settle(lease, DEAD, now=time.time())
+    settle(queue, lease, DEAD, now=time.time())
     environment = {**os.environ, "PGQUEUER_SCHEMA": "safedefer", "PGDSN": real_dsn}
 
     def pgq(*arguments):
@@ -543,7 +541,7 @@ def test_what_falls_due_later_is_put_aside_and_shown_in_its_queue(queue, real_ds
     assert len(queue.tasks(queue="mail")) == 4
     assert len(lease_now(queue)) == 1
     with pytest.raises(TaskAlreadyExistsError):
-        queue.enqueue(task_now(queue="mail", name="n0"))
+        queue.enqueue_many([task_now(queue="mail", name="n0")])
     assert queue.next_due(now=now, queues=["mail"]) < now + 61
     assert queue.cancel(far[0].id, now=now)
     assert queue.purge("mail", now=now) == 2
@@ -553,7 +551,7 @@ def test_what_falls_due_later_is_put_aside_and_shown_in_its_queue(queue, real_ds
 def test_what_was_put_aside_comes_back_when_it_is_due(queue, real_dsn):
     now = time.time()
     queue.enqueue_many([task_now(created=now, eta=now + 50, queue=name) for name in ("mail", "default", "mail")])
-    queue.enqueue(task_now(created=now, eta=now + 900, queue="mail"))
+    queue.enqueue_many([task_now(created=now, eta=now + 900, queue="mail")])
     assert queue.next_due(now=time.time()) == pytest.approx(now + 50, abs=20.0)
     assert lease_now(queue) == []
     ask(real_dsn, "UPDATE safedefer.pgqueuer SET execute_after = execute_after - interval '51 seconds'")
@@ -606,7 +604,7 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
 @pytest.mark.parametrize("at", [0, 99, 100, 250, 349])
 def test_a_stream_of_which_one_is_refused_is_stored_not_at_all(queue, at):
     tasks = [task_now() for _ in range(350)]
-    queue.enqueue(task_now(name="taken"))
+    queue.enqueue_many([task_now(name="taken")])
     tasks[at] = tasks[at]._replace(name="taken")
     with pytest.raises(TaskAlreadyExistsError, match="taken"):
         queue.enqueue_many(iter(tasks))
@@ -621,11 +619,11 @@ def test_a_stream_of_which_one_is_refused_is_stored_not_at_all(queue, at):
 def ran(queue, *ends):
     """Run a task once for each end of a run, and return its records as ``find`` has them."""
     task = task_now()
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     for number, (state, changes) in enumerate(ends):
         run = execution_of(task, owner=f"run-{number}")
-        assert queue.ledger.begin(run, now=0.0, lease=60.0) is Admission.RUN
-        assert queue.ledger.finish(run, state, record_of(task, **changes))
+        assert begin(queue.ledger, run, now=0.0, lease=60.0) is Admission.RUN
+        assert finish(queue.ledger, run, state, record_of(task, **changes))
     return task, list(queue.find(task.id).records)
 
 
@@ -643,10 +641,10 @@ def test_a_success_has_no_row_of_its_own_and_stands_where_it_was(queue):
     assert records == [record_of(task, **failed), record_of(task, started=3.0, ended=4.5)]
     assert stored_attempts(queue) == before + 1
     refused = record_of(task, outcome="rejected", status=500, reason="policy-violation", started=9.0, ended=9.0)
-    queue.ledger.record(refused)
+    queue.ledger.record_many([refused])
     assert list(queue.find(task.id).records) == [*records, refused]
     (lease,) = lease_now(queue)
-    queue.settle(lease, DONE, now=time.time())
+    settle(queue, lease, DONE, now=time.time())
     assert [record.outcome for record in queue.find(task.id).records] == ["retry", "succeeded", "rejected"]
 
 
@@ -678,7 +676,7 @@ def test_a_success_that_is_told_twice_is_remembered_once_and_another_ones_as_wel
     assert list(queue.find(task.id).records) == [late, *records]
     failed = record_of(task, outcome="failed")
     assert queue.ledger.finish_many([(again, EndState.FAILED, failed)]) == [False]
-    assert queue.ledger.begin(other, now=0.0, lease=60.0) is Admission.DUPLICATE
+    assert begin(queue.ledger, other, now=0.0, lease=60.0) is Admission.DUPLICATE
 
 
 def test_named_tasks_of_clocks_of_two_types_are_stored_together(queue):
@@ -714,7 +712,7 @@ def test_within_on_loop_the_loop_has_connections_of_its_own_and_none_after(queue
         assert queue.ledger.here is None
         assert await mine() == before
 
-    queue.enqueue(make_task(eta=0.0, created=0.0))
+    queue.enqueue_many([make_task(eta=0.0, created=0.0)])
     queue.stats(now=0.0)
     asyncio.run(work())
     assert [task.state for task in queue.tasks(states=[TaskState.SUCCEEDED])] == [TaskState.SUCCEEDED]
@@ -760,14 +758,14 @@ def test_what_is_settled_together_ends_as_it_would_alone(queue, odd):
     now = time.time()
     names = ["odd" if odd == "named" else None, None, None]
     for number, name in enumerate(names):
-        queue.enqueue(make_task(eta=now, created=now, name=name))
+        queue.enqueue_many([make_task(eta=now, created=now, name=name)])
     leases = queue.lease(owner="o", limit=5, seconds=60.0, now=now)
     for number, lease in enumerate(leases):
         if number or odd != "unknown to the ledger":
             execution = execution_of(lease.task)
-            assert queue.ledger.begin(execution, now=now, lease=60.0) is Admission.RUN
+            assert begin(queue.ledger, execution, now=now, lease=60.0) is Admission.RUN
             state = EndState.FAILED if odd == "ended otherwise" and not number else EndState.SUCCEEDED
-            queue.ledger.finish(execution, state, record_of(lease.task, outcome=str(state), status=200))
+            finish(queue.ledger, execution, state, record_of(lease.task, outcome=str(state), status=200))
     settlements = [(lease, DONE) for lease in leases]
     if odd == "lost":
         with psycopg.connect(queue._dsn, autocommit=True) as connection:
@@ -792,12 +790,15 @@ def test_what_is_settled_together_ends_as_it_would_alone(queue, odd):
 def test_pgqueuer_logs_the_end_of_a_job_the_same_whichever_statement_ends_it(queue):
     now = time.time()
     for number in range(2):
-        queue.enqueue(make_task(eta=now, created=now))
+        queue.enqueue_many([make_task(eta=now, created=now)])
     leases = queue.lease(owner="o", limit=5, seconds=60.0, now=now)
     for lease in leases:
-        queue.ledger.begin(execution_of(lease.task), now=now, lease=60.0)
-        queue.ledger.finish(
-            execution_of(lease.task), EndState.SUCCEEDED, record_of(lease.task, outcome="succeeded", status=200)
+        begin(queue.ledger, execution_of(lease.task), now=now, lease=60.0)
+        finish(
+            queue.ledger,
+            execution_of(lease.task),
+            EndState.SUCCEEDED,
+            record_of(lease.task, outcome="succeeded", status=200),
         )
     assert queue.settle_many([(leases[0], DONE)], now=now) == [True]
     assert queue.settle_many([(leases[1], replace(DONE, reason="by the long way"))], now=now) == [True]
@@ -938,13 +939,13 @@ def test_jobs_are_ended_by_their_ids_whatever_the_planner_has_counted(queue):
 @pytest.mark.parametrize("end", ["succeeded", "cancelled", "by the long way"])
 def test_history_keeps_nothing_that_came_with_the_token(queue, end):
     task = task_now(headers={"X-Api-Key": "s3cret"}, retry_options={"task_retry_limit": 7.0})
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     if end == "cancelled":
         assert queue.cancel(task.id, now=time.time())
     else:
         (lease,) = lease_now(queue)
         succeeded(queue, [lease], now=time.time())
-        queue.settle(lease, DONE if end == "succeeded" else replace(DONE, reason="odd"), now=time.time())
+        settle(queue, lease, DONE if end == "succeeded" else replace(DONE, reason="odd"), now=time.time())
     with psycopg.connect(queue._dsn) as connection:
         ((kept,),) = connection.execute("SELECT headers::text FROM safedefer.ended").fetchall()
     assert "s3cret" not in kept
@@ -1094,3 +1095,105 @@ def test_closing_the_queue_disconnects_every_loop(queue):
                 await until(lambda: connection.execute(open_).fetchone() == (0,))
 
     asyncio.run(work())
+
+
+# --- What somebody deletes with other tools -------------------------------------------------------
+
+
+def plant_key(dsn, task_id="a-task-of-long-ago"):
+    ask(dsn, f"INSERT INTO safedefer.uniques VALUES ('default', 'k', '{task_id}')")
+
+
+def test_a_key_that_outlived_its_task_is_taken_over(queue):
+    plant_key(queue._dsn)
+    tasks = [task_now(), task_now(unique_key="k"), task_now(unique_key="other")]
+    queue.enqueue_many(iter(tasks))
+    assert {lease.task.id for lease in lease_now(queue)} == {task.id for task in tasks}
+    with pytest.raises(AlreadyWaiting) as caught:
+        queue.enqueue_many([task_now(unique_key="k")])
+    assert caught.value.task_id == tasks[1].id
+
+
+def test_a_key_that_outlived_its_task_is_taken_over_in_a_transaction_of_the_users(queue):
+    plant_key(queue._dsn)
+    task = task_now(unique_key="k")
+
+    async def enqueue():
+        connection = await asyncpg.connect(queue._dsn)
+        async with connection.transaction():
+            for statement, values in queue.statements.enqueue_statements([task]):
+                await connection.execute(statement, *values)
+        await connection.close()
+
+    asyncio.run(enqueue())
+    assert [lease.task.id for lease in lease_now(queue)] == [task.id]
+
+
+def test_a_unique_task_is_deferred_anew_when_its_job_was_deleted(queue):
+    app = make_app(queue=queue)
+    first = app.options(unique=True).defer(sample_tasks.add, 1)
+    assert app.options(unique=True).defer(sample_tasks.add, 1).id == first.id
+    ask(queue._dsn, "DELETE FROM safedefer.pgqueuer")
+    again = app.options(unique=True).defer(sample_tasks.add, 1)
+    assert again.id != first.id
+    assert queue.find(again.id).state is TaskState.WAITING
+
+
+def test_a_user_who_may_not_delete_keys_is_told_which_row_is_in_the_way(real_dsn):
+    queue = PostgresQueue(real_dsn)
+    queue.enqueue_many([task_now()])
+    plant_key(real_dsn)
+    role = f"producer_{os.getpid()}"
+    with psycopg.connect(real_dsn, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {role} LOGIN")
+        connection.execute(f"GRANT USAGE ON SCHEMA safedefer TO {role}")
+        connection.execute(f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA safedefer TO {role}")
+        connection.execute(f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA safedefer TO {role}")
+    app = make_app(queue=PostgresQueue(real_dsn.replace("postgres@", f"{role}@", 1)))
+    try:
+        ask(real_dsn, "UPDATE safedefer.uniques SET unique_key = %s", unique_key_of(app, real_dsn))
+        with pytest.raises(QueueUnavailable, match="a-task-of-long-ago is gone.*safedefer.uniques"):
+            app.options(unique=True).defer(sample_tasks.add, 1)
+    finally:
+        app.close()
+        queue.close()
+        with psycopg.connect(real_dsn, autocommit=True) as connection:
+            connection.execute(f"DROP OWNED BY {role}")
+            connection.execute(f"DROP ROLE {role}")
+
+
+def unique_key_of(app, dsn):
+    """Return the key of the call that the tests defer."""
+    first = app.options(unique=True).defer(sample_tasks.add, 1)
+    ((key,),) = ask(dsn, "SELECT unique_key FROM safedefer.uniques WHERE task_id = %s", first.id)
+    ask(dsn, "DELETE FROM safedefer.pgqueuer")
+    ask(dsn, "DELETE FROM safedefer.uniques WHERE task_id = %s", first.id)
+    return key
+
+
+def test_a_blob_whose_job_was_deleted_is_pruned_and_no_other(queue):
+    lost, kept = oversize_task(id="a" * 32), oversize_task(id="b" * 32)
+    queue.enqueue_many([lost, kept])
+    ask(queue._dsn, f"DELETE FROM safedefer.pgqueuer WHERE dedupe_key = '{lost.id}'")
+    for _ in range(1_000):
+        queue.prune(now=time.time())
+        if queue.blobs.get(lost.blob.id) is None:
+            break
+    assert queue.blobs.get(lost.blob.id) is None
+    assert queue.blobs.get(kept.blob.id) == kept.blob.data
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"), [("1.6.0", False), ("1.6.12", False), ("1.7.0", True), ("1.10.dev3", True), ("2.0", True)]
+)
+def test_a_pgqueuer_that_is_newer_than_those_that_were_tested_is_warned_of(version, warned):
+    warning = untested(version)
+    assert (warning is not None and "pgqueuer<1.7" in warning) is warned
+
+
+def test_the_warning_is_given_when_the_tables_are_checked(real_dsn, monkeypatch, caplog):
+    monkeypatch.setattr("safedefer.queues.postgres.migrations.untested", lambda version: f"{version} is new")
+    queue = PostgresQueue(real_dsn)
+    queue.stats(now=0.0)
+    queue.close()
+    assert "is new" in caplog.text

@@ -24,6 +24,7 @@ from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.postgres.statements import SQL
 from tests.postgres.server import Server
 from tests.queues.contract import DONE, execution_of, ids
+from tests.queues.single import begin, settle
 from tests.queues.test_postgres import ask, lease_now, task_now
 
 OURS = "FROM pg_stat_activity WHERE application_name LIKE 'safedefer%%'"
@@ -124,7 +125,7 @@ def broken_before_it_is_stored(dsn):
 def test_one_that_was_there_before_does_not_stand_for_those_that_were_never_stored(queue, dsn, count, at):
     known, tasks = task_now(), [task_now() for _ in range(count)]
     tasks[at] = known
-    queue.enqueue(known)
+    queue.enqueue_many([known])
     with broken_before_it_is_stored(dsn), pytest.raises(TaskAlreadyExistsError):
         queue.enqueue_many(iter(tasks))
     assert queue.stats(now=0.0)[0].waiting == 1
@@ -141,7 +142,7 @@ def test_what_was_never_answered_is_stored_also_if_some_of_it_has_ended_meanwhil
         store(connection, made)
         for lease in lease_now(queue)[:2]:
             settlement = Settlement(verdict=Verdict.DONE if ended else Verdict.DEAD, charged=True)
-            queue.settle(lease, settlement, now=time.time())
+            settle(queue, lease, settlement, now=time.time())
         raise psycopg.OperationalError("server closed the connection unexpectedly")
 
     producers._store = unheard
@@ -160,14 +161,14 @@ def test_a_database_that_goes_while_it_is_asked_what_is_stored_leaves_it_in_doub
 
     producers._store, producers._stored = unheard, b"SELECT 1 / 0"
     with pytest.raises(QueueUnavailable, match="whether the tasks were stored is not known"):
-        queue.enqueue(task)
+        queue.enqueue_many([task])
 
 
 def test_a_run_whose_admission_was_never_answered_is_admitted_at_once(queue, dsn):
     run = execution_of(task_now())
     queue.stats(now=0.0)
     with broken_after_the_commit(dsn):
-        assert queue.ledger.begin(run, now=0.0, lease=60.0) is Admission.RUN
+        assert begin(queue.ledger, run, now=0.0, lease=60.0) is Admission.RUN
     assert ask(dsn, "SELECT count(*) FROM safedefer.ledger WHERE state = 'running'") == [(1,)]
 
 
@@ -185,7 +186,7 @@ def test_a_try_that_is_still_being_committed_is_waited_for(queue, dsn, changes):
         raise psycopg.OperationalError("server closed the connection unexpectedly")
 
     producers._store = first
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     committing.join()
     slow.close()
     assert ids(lease_now(queue)) == [task.id]
@@ -206,7 +207,7 @@ def test_an_answer_that_stays_lost_is_said_to_be_lost(queue, dsn, monkeypatch):
 
     producers._store = unheard
     with pytest.raises(QueueUnavailable, match="whether the tasks were stored is not known"):
-        queue.enqueue(task_now())
+        queue.enqueue_many([task_now()])
 
 
 def test_a_database_error_of_whoever_makes_the_tasks_is_theirs(queue):
@@ -229,7 +230,7 @@ def test_connections_that_end_at_any_moment_are_an_unavailable_queue_and_nothing
     def work():
         while not over.is_set():
             try:
-                done.append(queue.ledger.begin(execution_of(task_now()), now=0.0, lease=60.0))
+                done.append(begin(queue.ledger, execution_of(task_now()), now=0.0, lease=60.0))
             except QueueUnavailable:
                 continue
             except BaseException as error:
@@ -244,28 +245,28 @@ def test_connections_that_end_at_any_moment_are_an_unavailable_queue_and_nothing
             time.sleep(0.01)
         over.set()
     assert errors == []
-    assert queue.ledger.begin(execution_of(task_now()), now=0.0, lease=60.0) is Admission.RUN
+    assert begin(queue.ledger, execution_of(task_now()), now=0.0, lease=60.0) is Admission.RUN
 
 
 def test_producers_are_back_as_soon_as_the_server_is(server, queue, monkeypatch):
     monkeypatch.setattr(postgres_producers, "_PATIENCE", 1.0)
-    queue.enqueue(task_now())
+    queue.enqueue_many([task_now()])
     server.stop(immediate=True)
     for _ in range(2):
         with pytest.raises(QueueUnavailable):
-            queue.enqueue(task_now())
+            queue.enqueue_many([task_now()])
     server.start()
     began = time.monotonic()
-    queue.enqueue(task_now())
+    queue.enqueue_many([task_now()])
     assert time.monotonic() - began < 10.0
 
 
 def test_a_restart_within_its_patience_is_nothing_to_a_producer(server, queue, monkeypatch):
     monkeypatch.setattr(postgres_producers, "_PATIENCE", 60.0)
-    queue.enqueue(task_now())
+    queue.enqueue_many([task_now()])
     server.stop(immediate=True)
     with ThreadPoolExecutor(1) as pool:
-        enqueued = pool.submit(queue.enqueue, task_now())
+        enqueued = pool.submit(queue.enqueue_many, [task_now()])
         time.sleep(0.5)
         server.start()
         enqueued.result(60.0)
@@ -279,13 +280,13 @@ def test_a_server_without_free_connections_is_unavailable_until_there_are_some(q
             while True:
                 taken.enter_context(psycopg.connect(dsn))
         with pytest.raises(QueueUnavailable):
-            queue.enqueue(task_now())
+            queue.enqueue_many([task_now()])
         with pytest.raises(QueueUnavailable):
             lease_now(queue)
     deadline = time.monotonic() + 30.0
     while True:  # the server takes a moment to notice who has gone
         try:
-            queue.enqueue(task_now())
+            queue.enqueue_many([task_now()])
         except QueueUnavailable:
             assert time.monotonic() < deadline
         else:
@@ -296,7 +297,7 @@ def test_a_server_without_free_connections_is_unavailable_until_there_are_some(q
 def test_many_threads_share_few_connections(dsn):
     queue = PostgresQueue(dsn, producers=2)
     with ThreadPoolExecutor(10) as pool:
-        list(pool.map(lambda _: queue.enqueue(task_now()), range(200)))
+        list(pool.map(lambda _: queue.enqueue_many([task_now()]), range(200)))
     assert queue.stats(now=0.0)[0].waiting == 200
     assert ask(
         dsn,
@@ -312,9 +313,9 @@ def test_who_gets_no_connection_in_time_is_told_so(dsn, monkeypatch):
     producers = queue._store.open().producers
     connection = producers._take(time.monotonic() + 5.0)
     with pytest.raises(QueueUnavailable, match="other threads have all 1 connections"):
-        queue.enqueue(task_now())
+        queue.enqueue_many([task_now()])
     producers._give(connection)
-    queue.enqueue(task_now())
+    queue.enqueue_many([task_now()])
     queue.close()
     with pytest.raises(QueueUnavailable, match="closed"):
         producers._take(time.monotonic() + 5.0)
@@ -357,7 +358,7 @@ def test_a_machine_that_stands_still_within_a_transaction_keeps_nobody_waiting(d
     settings = {**postgres_pools._MISSED, "idle_in_transaction_session_timeout": "500ms"}
     monkeypatch.setattr(postgres_pools, "_MISSED", settings)
     still, other = PostgresQueue(dsn), PostgresQueue(dsn)
-    other.enqueue(task_now())
+    other.enqueue_many([task_now()])
     other.pause("paused", paused=True, now=0.0)
     held, leased = threading.Event(), threading.Event()
 
@@ -388,12 +389,12 @@ def test_what_was_leased_is_leased_although_nothing_can_be_pruned(queue, monkeyp
     with pytest.raises(QueueUnavailable):
         queue.prune(now=0.0)
     task = task_now()
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     assert ids(lease_now(queue)) == [task.id]
 
 
 def test_a_settlement_that_is_made_twice_changes_nothing_the_second_time(queue):
-    queue.enqueue(task_now())
+    queue.enqueue_many([task_now()])
     (lease,) = lease_now(queue)
     assert list(queue.settle_many([(lease, DONE)], now=0.0)) == [True]
     assert list(queue.settle_many([(lease, DONE)], now=0.0)) == [False]
@@ -420,7 +421,7 @@ def test_whatever_ends_the_connection_that_listens_it_is_made_anew(queue, error)
     while queue.wait(0.2):
         pass
     other = PostgresQueue(queue._dsn)
-    other.enqueue(task_now())
+    other.enqueue_many([task_now()])
     assert queue.wait(30.0) is True
     other.close()
 

@@ -16,11 +16,12 @@ import pytest
 from safedefer.blobs import Blob
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.queues import open_queue
-from safedefer.queues.base import DeadFilter
+from safedefer.queues.base import AlreadyWaiting, DeadFilter
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.sqlite.connection import MIGRATIONS, SQL
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.queues.contract import DONE, QUEUE_OPTIONS, QueueContract, ids, make_task, oversize_task, take, take_one
+from tests.queues.single import settle
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_nothing_is_opened_before_the_first_call(path):
 def test_the_file_and_its_log_are_private(queue, path):
     previous = os.umask(0)
     try:
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
     finally:
         os.umask(previous)
     for name in ("tasks.db", "tasks.db-wal", "tasks.db-shm"):
@@ -66,7 +67,7 @@ def test_the_file_and_its_log_are_private(queue, path):
 
 
 def test_every_commit_reaches_the_disk(queue, path):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     with queue._writer._handle.use() as connection:
         assert connection.pragma("journal_mode") == "wal"
         assert connection.pragma("synchronous") == 2
@@ -75,7 +76,7 @@ def test_every_commit_reaches_the_disk(queue, path):
 
 def test_tasks_survive_closing(queue, path):
     task = oversize_task()
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     queue.close()
     again = SQLiteQueue(path)
     assert again.blobs.get(task.blob.id) == task.blob.data
@@ -86,7 +87,7 @@ def test_tasks_survive_closing(queue, path):
 def test_two_queues_of_one_process_share_the_file(queue, path):
     other = SQLiteQueue(path)
     task = make_task()
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     assert other.wait(30.0) is True
     assert ids(take(other)) == [task.id]
     assert take(queue) == []
@@ -94,7 +95,7 @@ def test_two_queues_of_one_process_share_the_file(queue, path):
 
 
 def test_a_closed_queue_does_not_open_the_file_again(queue):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     queue.close()
     for call in (
         lambda: queue.find("x"),
@@ -109,7 +110,7 @@ def test_a_closed_queue_does_not_open_the_file_again(queue):
 
 def test_a_queue_that_nobody_refers_to_is_closed(path):
     queue = SQLiteQueue(path)
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     (writer,) = [thread for thread in threading.enumerate() if thread.name == "safedefer-writer"]
     del queue
     writer.join(30)
@@ -119,7 +120,7 @@ def test_a_queue_that_nobody_refers_to_is_closed(path):
 
 def test_a_queue_that_is_collected_while_its_connection_is_in_use_is_closed_by_the_user(path):
     queue = SQLiteQueue(path)
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     reader = queue._reader
     with reader.use() as connection:
         del queue
@@ -131,7 +132,7 @@ def test_a_queue_that_is_collected_while_its_connection_is_in_use_is_closed_by_t
 def test_a_queue_that_is_collected_during_a_fork_holds_nobody_up(path):
     # As if the garbage collector ran in a thread that the fork waits for, when the fork has the locks already.
     queue = SQLiteQueue(path)
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     queue.stats(now=0.0)
     members = [queue._writer, queue._reader, queue._watch]
     for member in members:
@@ -149,7 +150,7 @@ def test_a_queue_that_is_collected_during_a_fork_holds_nobody_up(path):
 def test_a_process_that_forgets_to_close_ends_and_has_stored_its_task(path):
     program = (
         "import sys; from safedefer.queues.sqlite.queue import SQLiteQueue; from tests.queues.contract import make_task\n"
-        "queue = SQLiteQueue(sys.argv[1]); queue.enqueue(make_task()); print('stored')"
+        "queue = SQLiteQueue(sys.argv[1]); queue.enqueue_many([make_task()]); print('stored')"
     )
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=30, check=True)
     assert (done.stdout, done.stderr) == ("stored\n", "")
@@ -162,7 +163,7 @@ def test_a_process_that_forgets_to_close_ends_and_has_stored_its_task(path):
 
 
 def test_a_file_of_a_newer_version_is_refused_and_left_alone(queue, path):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     queue.close()
     connection = apsw.Connection(str(path))
     connection.execute("INSERT INTO safedefer_schema (version) VALUES (?)", (len(MIGRATIONS) + 1,))
@@ -197,7 +198,7 @@ def test_a_file_of_an_older_version_is_migrated_with_all_that_is_in_it(path):
     with contextlib.closing(SQLiteQueue(path, **QUEUE_OPTIONS)) as queue:
         assert [view.id for view in queue.dead_letters(DeadFilter())] == ["dead-0123456789"]
         with pytest.raises(QueueUnavailable, match="blob_limit"):  # what was there before is counted
-            queue.enqueue(make_task(blob=Blob("new-blob-0123456789", bytes(400_000))))
+            queue.enqueue_many([make_task(blob=Blob("new-blob-0123456789", bytes(400_000)))])
         queue.pause("mail", paused=True, now=100.0)
         assert ids(take(queue)) == ["waiting-0123456789", "oversize-012345678"]
     connection = apsw.Connection(str(path))
@@ -209,7 +210,7 @@ def test_a_file_of_an_older_version_is_migrated_with_all_that_is_in_it(path):
 def test_many_threads_may_open_a_new_file_at_once(path):
     queues = [SQLiteQueue(path) for _ in range(6)]
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda queue: queue.enqueue(make_task()), queues))
+        list(pool.map(lambda queue: queue.enqueue_many([make_task()]), queues))
     assert len(take(queues[0])) == 6
     for queue in queues:
         queue.close()
@@ -218,14 +219,14 @@ def test_many_threads_may_open_a_new_file_at_once(path):
 def test_an_applications_own_tables_may_live_in_the_file(queue, path):
     connection = apsw.Connection(str(path))
     connection.execute("CREATE TABLE tasks (id); CREATE TABLE orders (id); PRAGMA user_version = 77")
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     assert len(take(queue)) == 1
     assert connection.pragma("user_version") == 77
     connection.close()
 
 
 def test_every_statement_is_one_that_sqlite_understands(queue, path):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     connection = apsw.Connection(str(path))
     for name, statement in SQL.items():
         if not name.startswith(("migration", "schema_table")):
@@ -263,7 +264,7 @@ def _parameters(connection: apsw.Connection, statement: str) -> list[str]:
     ],
 )
 def test_what_runs_often_uses_an_index_and_sorts_nothing(queue, path, name, index):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     connection = apsw.Connection(str(path))
     values = {**dict.fromkeys(_parameters(connection, SQL[name])), "now": 0, "queue": "", "limit": 1, "before": 0}
     plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {SQL[name]}", values))
@@ -277,7 +278,7 @@ def test_what_runs_often_uses_an_index_and_sorts_nothing(queue, path, name, inde
 
 
 def test_threads_share_commits_and_one_failure_spoils_no_other(queue, path):
-    queue.enqueue(make_task(name="taken"))
+    queue.enqueue_many([make_task(name="taken")])
     watcher = apsw.Connection(str(path))
     commits = 0
 
@@ -294,10 +295,10 @@ def test_threads_share_commits_and_one_failure_spoils_no_other(queue, path):
     blocker.execute("BEGIN IMMEDIATE")
     with ThreadPoolExecutor(21) as pool:
         # The first holds up the writer at its BEGIN; the others gather behind it.
-        first = pool.submit(queue.enqueue, make_task())
+        first = pool.submit(queue.enqueue_many, [make_task()])
         _until(lambda: not queue._writer._pending and first.running())
-        good = [pool.submit(queue.enqueue, make_task()) for _ in range(10)]
-        bad = [pool.submit(queue.enqueue, make_task(name="taken")) for _ in range(9)]
+        good = [pool.submit(queue.enqueue_many, [make_task()]) for _ in range(10)]
+        bad = [pool.submit(queue.enqueue_many, [make_task(name="taken")]) for _ in range(9)]
         _until(lambda: len(queue._writer._pending) == 19)
         counter = threading.Thread(target=count)
         counter.start()
@@ -328,22 +329,22 @@ def _until(condition) -> None:
 def test_a_lock_that_is_held_too_long_is_unavailable_and_passes(path):
     queue = SQLiteQueue(path, busy_timeout=0.05)
     task = make_task()
-    queue.enqueue(task)
+    queue.enqueue_many([task])
     other = apsw.Connection(str(path))
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(QueueUnavailable, match="long transaction") as caught:
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
     assert isinstance(caught.value.__cause__, apsw.BusyError)
     assert queue.find(task.id) is not None
     other.execute("ROLLBACK")
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     assert len(take(queue)) == 2
     other.close()
     queue.close()
 
 
 def test_a_full_disk_acknowledges_nothing_and_the_queue_works_again_after_it(queue):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     with queue._writer._handle.use() as connection:
         connection.execute(f"PRAGMA max_page_count = {connection.pragma('page_count') + 8}")
     small = make_task()
@@ -351,10 +352,10 @@ def test_a_full_disk_acknowledges_nothing_and_the_queue_works_again_after_it(que
         queue.enqueue_many([small, make_task(token=b"x" * 200_000)])
     assert isinstance(caught.value.__cause__, apsw.FullError)
     assert queue.find(small.id) is None
-    queue.enqueue(small)
+    queue.enqueue_many([small])
     with queue._writer._handle.use() as connection:
         connection.execute("PRAGMA max_page_count = 100000")
-    queue.enqueue(make_task(token=b"x" * 200_000))
+    queue.enqueue_many([make_task(token=b"x" * 200_000)])
     assert len(take(queue)) == 3
 
 
@@ -365,12 +366,12 @@ def test_a_full_device_fails_the_commit_for_everybody_and_passes(path):
         "from safedefer.queues.sqlite.queue import SQLiteQueue\n"
         "from tests.queues.contract import make_task, take\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "queue = SQLiteQueue(sys.argv[1]); queue.enqueue(make_task())\n"
+        "queue = SQLiteQueue(sys.argv[1]); queue.enqueue_many([make_task()])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))\n"
-        "try: queue.enqueue(make_task(token=b'x' * 600_000))\n"
+        "try: queue.enqueue_many([make_task(token=b'x' * 600_000)])\n"
         "except QueueUnavailable as error: print(type(error.__cause__).__name__)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "queue.enqueue(make_task(token=b'x' * 600_000)); print(len(take(queue)))\n"
+        "queue.enqueue_many([make_task(token=b'x' * 600_000)]); print(len(take(queue)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=60, check=True)
     error, count = done.stdout.split()
@@ -384,7 +385,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(path, size):
     path.write_bytes(data)
     queue = SQLiteQueue(path)
     with pytest.raises(QueueUnavailable, match="not a SQLite database"):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
     queue.close()
     assert path.read_bytes() == data
 
@@ -392,9 +393,9 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(path, size):
 def test_a_directory_that_does_not_exist_is_unavailable(tmp_path):
     queue = SQLiteQueue(tmp_path / "nowhere" / "tasks.db")
     with pytest.raises(QueueUnavailable, match="nowhere"):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
     (tmp_path / "nowhere").mkdir()
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     assert len(take(queue)) == 1
     queue.close()
 
@@ -412,10 +413,10 @@ def test_a_damaged_file_is_unavailable(queue, path):
 
 
 def test_a_file_that_was_deleted_while_open_takes_nothing_more(queue, path):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     path.unlink()
     with pytest.raises(QueueUnavailable, match="moved, deleted or replaced"):
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
 
 
 def test_what_an_operation_raises_is_undone(queue):
@@ -423,7 +424,7 @@ def test_what_an_operation_raises_is_undone(queue):
         connection.execute("DELETE FROM safedefer_tasks")
         raise ZeroDivisionError
 
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     with pytest.raises(ZeroDivisionError):
         queue._writer.run(action)
     assert len(take(queue)) == 1
@@ -433,7 +434,7 @@ def test_what_an_operation_raises_is_undone(queue):
 
 
 def test_a_task_in_the_users_transaction_is_there_if_it_commits(queue, path):
-    queue.enqueue(first := make_task())
+    queue.enqueue_many([first := make_task()])
     take_one(queue)
     connection = apsw.Connection(str(path))
     connection.set_busy_timeout(5000)
@@ -469,7 +470,7 @@ def test_leasing_reads_no_more_pages_when_much_waits(queue):
             connection.execute("PRAGMA shrink_memory").fetchall()  # Begins with an empty cache.
             before = connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS)[0]
         (lease,) = take(queue, limit=1)
-        queue.settle(lease, DONE, now=101.0)
+        settle(queue, lease, DONE, now=101.0)
         with queue._writer._handle.use() as connection:
             return connection.status(apsw.SQLITE_DBSTATUS_CACHE_MISS)[0] - before
 
@@ -510,3 +511,15 @@ def test_other_urls_are_refused_with_what_exists(url):
     with pytest.raises(ConfigurationError, match="memory://") as caught:
         open_queue(url)
     assert "secret" not in str(caught.value)
+
+
+def test_a_unique_key_is_gone_with_the_row_of_its_task(queue, path):
+    queue.enqueue_many([first := make_task(unique_key="k")])
+    with pytest.raises(AlreadyWaiting) as caught:
+        queue.enqueue_many([make_task(unique_key="k")])
+    assert queue.find(caught.value.task_id).id == first.id
+    connection = apsw.Connection(str(path))
+    connection.execute("DELETE FROM safedefer_tasks")
+    connection.close()
+    queue.enqueue_many([make_task(unique_key="k")])
+    assert len(take(queue)) == 1

@@ -48,7 +48,7 @@ def exit_code(pid: int) -> int:
 
 
 def test_an_enqueue_wakes_a_wait_of_another_process(queue, path, capsys):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     waiter = start(
         """
         queue.wait(0)
@@ -64,7 +64,7 @@ def test_an_enqueue_wakes_a_wait_of_another_process(queue, path, capsys):
     for number in range(25):
         # Short and long pauses: looking is rarer after a while without a change.
         time.sleep(random.Random(number).uniform(0.01, 0.05) if number % 2 else 0.3)
-        queue.enqueue(make_task())
+        queue.enqueue_many([make_task()])
         stored = time.monotonic()
         latencies.append((float(waiter.stdout.readline()) - stored) * 1000)
     assert waiter.communicate(timeout=60)[1] == ""
@@ -80,7 +80,7 @@ def test_what_another_dispatcher_settles_wakes_nobody(queue, path):
     other = start(
         """
         for lease in take(queue, limit=20):
-            queue.settle(lease, DONE, now=101.0)
+            queue.settle_many([(lease, DONE)], now=101.0)
         print("settled")
         """,
         path,
@@ -102,7 +102,7 @@ def test_what_was_acknowledged_survives_kill_9(path, acknowledged):
         def give():
             while True:
                 task = make_task(id=os.urandom(16).hex())
-                queue.enqueue(task)
+                queue.enqueue_many([task])
                 with lock:
                     os.write(1, (task.id + "\\n").encode())
         for _ in range(4):
@@ -169,7 +169,7 @@ def test_two_processes_lease_every_task_once(queue, path):
 
 
 def test_processes_may_make_the_file_at_the_same_time(path):
-    program = "sys.stdin.readline(); queue.enqueue(make_task(id=os.urandom(16).hex()))"
+    program = "sys.stdin.readline(); queue.enqueue_many([make_task(id=os.urandom(16).hex())])"
     givers = [start(program, path) for _ in range(4)]
     for giver in givers:
         assert giver.communicate("go\n", timeout=60) == ("", "")
@@ -190,13 +190,13 @@ def test_parent_and_children_enqueue_at_the_same_time(queue):
     def give() -> None:
         while not stop.is_set():
             task = make_task(id=os.urandom(16).hex())
-            queue.enqueue(task)
+            queue.enqueue_many([task])
             with lock:
                 expected.add(task.id)
 
     def child(names: list[str]) -> None:
         for task_id in names:
-            queue.enqueue(make_task(id=task_id))
+            queue.enqueue_many([make_task(id=task_id)])
             assert queue.find(task_id) is not None
             assert queue.wait(30.0)
 
@@ -220,19 +220,19 @@ def test_parent_and_children_enqueue_at_the_same_time(queue):
 def test_a_child_keeps_its_tasks_when_its_parent_closes_the_queue(path):
     # A connection carried across the fork would let the parent remove the log that the child writes.
     queue = SQLiteQueue(path)
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     go, gone = os.pipe()
 
     def child() -> None:
-        queue.enqueue(make_task(id="from-the-child-1"))
+        queue.enqueue_many([make_task(id="from-the-child-1")])
         os.read(go, 1)
-        queue.enqueue(make_task(id="from-the-child-2"))
+        queue.enqueue_many([make_task(id="from-the-child-2")])
 
     pid = in_child(child)
     with contextlib.closing(SQLiteQueue(path)) as other:
         while other.find("from-the-child-1") is None:
             time.sleep(0.005)
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     queue.close()
     os.write(gone, b"x")
     assert exit_code(pid) == 0
@@ -244,7 +244,7 @@ def test_a_child_keeps_its_tasks_when_its_parent_closes_the_queue(path):
 
 
 def test_a_fork_leaves_no_connection_open_in_the_child(queue, path):
-    queue.enqueue(make_task())
+    queue.enqueue_many([make_task()])
     queue.stats(now=100.0)
     queue.wait(0)
 
@@ -264,9 +264,9 @@ def test_a_program_without_threads_of_its_own_forks_without_a_warning(path):
     # Python 3.12 warns of a fork in a process that has several threads: ours has ended by then.
     output = run(
         """
-        queue.enqueue(make_task(id="parent-0123456789"))
+        queue.enqueue_many([make_task(id="parent-0123456789")])
         pid = os.fork()
-        queue.enqueue(make_task(id=f"{'parent' if pid else 'child'}-012345678"))
+        queue.enqueue_many([make_task(id=f"{'parent' if pid else 'child'}-012345678")])
         if pid:
             assert os.waitpid(pid, 0)[1] == 0
             print(sorted(ids(take(queue))))
@@ -280,9 +280,9 @@ def test_a_fork_that_python_does_not_know_of_is_refused(path):
     output = run(
         """
         import ctypes
-        queue.enqueue(make_task()); queue.stats(now=0.0)
+        queue.enqueue_many([make_task()]); queue.stats(now=0.0)
         pid = ctypes.PyDLL(None).fork()
-        for call in (lambda: queue.enqueue(make_task()), lambda: queue.stats(now=0.0)):
+        for call in (lambda: queue.enqueue_many([make_task()]), lambda: queue.stats(now=0.0)):
             try: call()
             except QueueUnavailable as error: os.write(1, b"refused\\n" if "lazy-apps" in str(error) else b"?\\n")
             else: os.write(1, b"ok\\n")
@@ -297,7 +297,7 @@ def test_a_fork_that_python_does_not_know_of_is_refused(path):
 def test_waiting_costs_little(path, capsys):
     output = run(
         """
-        queue.enqueue(make_task()); queue.wait(0); queue.wait(0.5)
+        queue.enqueue_many([make_task()]); queue.wait(0); queue.wait(0.5)
         before = time.process_time(); queue.wait(3.0); print((time.process_time() - before) / 3.0)
         """,
         path,

@@ -9,7 +9,8 @@ import itertools
 from pydantic import TypeAdapter
 
 from safedefer.claims import adapter
-from safedefer.keys import TOKEN_TYPE, _Jwks
+from safedefer.keyfile import _Jwks
+from safedefer.keys import TOKEN_TYPE
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 KID = "^[A-Za-z0-9_-]{1,64}$"

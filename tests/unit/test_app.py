@@ -29,6 +29,7 @@ from safedefer.events import LogObserver, TaskEnqueued
 from safedefer.queues.base import TaskState
 from safedefer.task import VerifiedPointer, VerifiedTask
 from tests import sample_tasks as tasks
+from tests.queues.single import settle
 from tests.unit.apps import SECRET, Recorder, handle, make_app
 
 NOW = 1_800_000_000.5
@@ -359,7 +360,7 @@ def bury(app, *call, options=None):
 
     task = app.defer_with(options or Options(), call[0], call[1:], {})
     (lease,) = app.queue.lease(owner="test", limit=1, seconds=60, now=NOW)
-    app.queue.settle(lease, Settlement(verdict=Verdict.DEAD, reason="test"), now=NOW)
+    settle(app.queue, lease, Settlement(verdict=Verdict.DEAD, reason="test"), now=NOW)
     return task
 
 

@@ -19,6 +19,7 @@ from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
 from tests import sample_tasks as tasks
+from tests.queues.single import begin
 from tests.unit.apps import JOSE, handle, make_app, until
 
 
@@ -77,7 +78,7 @@ def test_a_run_is_kept_alive_until_its_end_is_written_down(monkeypatch):
         return finish(ends)
 
     monkeypatch.setattr(app.queue.ledger, "finish_many", fail)
-    monkeypatch.setattr(app.queue.ledger, "extend", lambda execution, **more: extended.append(execution.task_id))
+    monkeypatch.setattr(app.queue.ledger, "extend_many", lambda executions, **more: extended.extend(executions))
     token = app.serialize(tasks.add, 1)
     assert outcome(asyncio.run(app.handle({"Content-Type": "application/jose"}, token))) == (200, "succeeded")
     assert extended, "within a lease its end was not written down, nor was it prolonged"
@@ -326,8 +327,8 @@ def test_many_runs_begin_and_end_as_one_would(kind, tmp_path):
     assert list(queue.ledger.finish_many([*ends, (stranger, EndState.SUCCEEDED, ends[0][2])])) == [
         True, True, False, True, False,
     ]  # fmt: skip
-    assert queue.ledger.begin(runs[0], now=3.0, lease=60.0) is Admission.DUPLICATE
-    assert queue.ledger.begin(runs[1], now=3.0, lease=60.0) is Admission.RUN
+    assert begin(queue.ledger, runs[0], now=3.0, lease=60.0) is Admission.DUPLICATE
+    assert begin(queue.ledger, runs[1], now=3.0, lease=60.0) is Admission.RUN
     queue.close()
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safedefer import TaskRetryOptions
+from safedefer import Key, Keyring, KeyState, Policy, TaskRetryOptions
 from safedefer.delivery.handler import Response
 from safedefer.dispatcher.loop import (
     REJECT_LIMIT,
@@ -25,12 +25,12 @@ from safedefer.dispatcher.loop import (
     gives_up,
     judge,
 )
-from safedefer.errors import InvalidTaskError, LeaseLost, QueueUnavailable
+from safedefer.errors import InvalidTaskError, QueueUnavailable
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, Verdict
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks as tasks
-from tests.unit.apps import make_app, until
+from tests.unit.apps import SECRET, make_app, until
 
 NOW = 1_000_000.0
 
@@ -272,6 +272,9 @@ class Handler:
             raise reply
         return reply
 
+    def address(self, task):
+        return ""
+
 
 def dispatch(queue, handler, clock=lambda: NOW, **options):
     return Dispatcher(queue, handler, clock=clock, options=DispatcherOptions(**options))
@@ -280,7 +283,7 @@ def dispatch(queue, handler, clock=lambda: NOW, **options):
 async def test_run_until_empty_runs_what_is_due_and_leaves_the_rest():
     queue = MemoryQueue()
     queue.enqueue_many([task_of(n) for n in range(1, 41)])
-    queue.enqueue(task_of(99, eta=NOW + 5))
+    queue.enqueue_many([task_of(99, eta=NOW + 5)])
     handler = Handler()
     await dispatch(queue, handler).run_until_empty()
     assert sorted(handler.seen) == [task_of(n).id for n in range(1, 41)]
@@ -292,7 +295,7 @@ async def test_a_dispatcher_can_run_again():
     handler = Handler()
     dispatcher = dispatch(queue, handler)
     for number in (1, 2):
-        queue.enqueue(task_of(number))
+        queue.enqueue_many([task_of(number)])
         await dispatcher.run_until_empty()
     assert handler.seen == [task_of(1).id, task_of(2).id]
 
@@ -335,7 +338,7 @@ async def test_no_more_than_the_concurrency_is_delivered_at_once():
 )  # fmt: skip
 async def test_an_attempt_is_charged_only_if_the_handler_took_it(reply, charged):
     queue = MemoryQueue()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
     await dispatch(queue, Handler(lambda task: reply)).run_until_empty()
     view = queue.find(task_of().id)
     assert (view.state, view.attempts) == (TaskState.WAITING, charged)
@@ -346,8 +349,8 @@ async def test_an_attempt_is_charged_only_if_the_handler_took_it(reply, charged)
 async def test_a_hostile_row_is_kept_and_its_neighbours_run(caplog):
     queue = MemoryQueue()
     for number, what in enumerate(HOSTILE, 1):
-        queue.enqueue(task_of(number, **HOSTILE[what]))
-    queue.enqueue(task_of(99))
+        queue.enqueue_many([task_of(number, **HOSTILE[what])])
+    queue.enqueue_many([task_of(99)])
     handler = Handler()
     await dispatch(queue, handler).run_until_empty()
     assert handler.seen == [task_of(99).id]
@@ -373,7 +376,7 @@ async def test_storage_that_fails_is_tried_again(caplog):
             return super().settle_many(settlements, now=now)
 
     queue = Failing()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
     handler = Handler()
     dispatcher = dispatch(queue, handler)
     dispatcher._sleep = lambda seconds: asyncio.sleep(0)
@@ -394,14 +397,14 @@ async def test_settling_that_fails_is_tried_again():
             return super().settle_many(settlements, now=now)
 
     queue = Failing()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
     await dispatch(queue, Handler()).run_until_empty()
     assert queue.find(task_of().id).state is TaskState.SUCCEEDED
 
 
 async def test_a_lease_that_was_lost_changes_nothing(caplog):
     queue = MemoryQueue()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
 
     async def lose(task):
         (stolen,) = queue.lease(owner="other", limit=1, seconds=60, now=NOW + 100)
@@ -418,13 +421,12 @@ async def test_the_lease_of_a_long_task_is_prolonged_before_it_ends():
     class Extending(MemoryQueue):
         extended = ()
 
-        def extend(self, lease, *, seconds, now):
-            extended = super().extend(lease, seconds=seconds, now=now)
-            self.extended += ((lease.until, now),)
-            return extended
+        def extend_many(self, leases, *, seconds, now):
+            self.extended += tuple((self._state.rows[lease.task.id].due, now) for lease in leases)
+            return super().extend_many(leases, seconds=seconds, now=now)
 
     queue = Extending()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
     stolen = []
 
     async def slow(task):
@@ -445,13 +447,13 @@ async def test_leases_that_cannot_be_prolonged_are_tried_again_and_lost_ones_are
     class Failing(MemoryQueue):
         calls = 0
 
-        def extend(self, lease, *, seconds, now):
+        def extend_many(self, leases, *, seconds, now):
             self.calls += 1
             if self.calls == 1:
                 raise QueueUnavailable("locked")
-            if lease.task.id == task_of(2).id:
-                raise LeaseLost("theirs")
-            return super().extend(lease, seconds=seconds, now=now)
+            ours = [lease for lease in leases if lease.task.id != task_of(2).id]
+            super().extend_many(ours, seconds=seconds, now=now)
+            return [lease in ours for lease in leases]
 
     queue = Failing()
     queue.enqueue_many([task_of(n) for n in (1, 2, 3)])
@@ -472,7 +474,7 @@ async def test_a_queue_that_cannot_be_held_is_tried_on(caplog):
             raise QueueUnavailable("locked")
 
     queue = Failing()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
     handler = Handler(lambda task: answer(503, "busy", Retry_After="1"))
     await dispatch(queue, handler).run_until_empty()
     assert "cannot be held (queue-unavailable)" in caplog.text
@@ -482,11 +484,11 @@ async def test_a_queue_that_cannot_be_held_is_tried_on(caplog):
 async def test_a_queue_that_was_held_and_answers_again_begins_anew():
     replies = [answer(503, "busy", Retry_After="1"), answer(200, "succeeded")]
     queue = MemoryQueue()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
     dispatcher = dispatch(queue, Handler(lambda task: replies.pop(0)), clock=time.time)
     running = asyncio.create_task(dispatcher.run())
     await until(lambda: not queue.tasks())
-    assert dispatcher._state.courier._busy == {}
+    assert dispatcher._state.attempts._busy == {}
     dispatcher.stop()
     await running
 
@@ -501,7 +503,7 @@ async def test_a_settlement_that_is_cancelled_is_stored_all_the_same():
             return super().settle_many(settlements, now=now)
 
     queue = Slow()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
     running = asyncio.create_task(dispatch(queue, Handler()).run())
     await asyncio.to_thread(begun.wait, 30)
     running.cancel()
@@ -529,22 +531,22 @@ async def test_there_is_work_while_the_next_is_leased():
     dispatcher = dispatch(queue, Handler(quick), clock=time.time, concurrency=4)
     await dispatcher.run_until_empty()
     assert len(idle) == 600
-    assert sum(1 for places in idle if places) > 100
+    assert sum(1 for slots in idle if slots) > 100
 
 
-async def test_a_place_that_is_down_stops_no_other():
-    class Places(Handler):
-        def place(self, task):
+async def test_a_target_that_is_down_stops_no_other():
+    class Targets(Handler):
+        def address(self, task, /):
             return task.target
 
     def reply(task):
         if task.target == "down":
-            return Unreachable("refused", place="down", everywhere=False)
+            return Unreachable("refused", address="down", everywhere=False)
         return answer(200, "succeeded")
 
     queue = MemoryQueue()
     queue.enqueue_many([task_of(n, target="down" if n % 2 else "up") for n in range(1, 201)])
-    handler = Places(reply)
+    handler = Targets(reply)
     await asyncio.wait_for(dispatch(queue, handler, concurrency=4).run_until_empty(), 60)
     waiting = queue.tasks(states=[TaskState.WAITING], limit=1000)
     assert len(waiting) == 100
@@ -554,9 +556,9 @@ async def test_a_place_that_is_down_stops_no_other():
     assert len(handler.seen) < 110
 
 
-async def test_a_place_that_hangs_takes_one_place_alone():
-    class Places(Handler):
-        def place(self, task):
+async def test_a_target_that_hangs_takes_one_slot_alone():
+    class Targets(Handler):
+        def address(self, task, /):
             return task.target
 
     moment = [NOW]
@@ -568,11 +570,11 @@ async def test_a_place_that_hangs_takes_one_place_alone():
         tried.append(task.id)
         if len(tried) > 1:
             await over.wait()
-        raise Unreachable("timed out", place="down", everywhere=False)
+        raise Unreachable("timed out", address="down", everywhere=False)
 
     queue = MemoryQueue()
     queue.enqueue_many([task_of(n, target="down") for n in range(1, 51)])
-    dispatcher = dispatch(queue, Places(reply), clock=lambda: moment[0], concurrency=4)
+    dispatcher = dispatch(queue, Targets(reply), clock=lambda: moment[0], concurrency=4)
     running = asyncio.create_task(dispatcher.run())
     await until(lambda: tried and queue.next_due(now=moment[0]) > moment[0])  # all are put off
     moment[0] += 100
@@ -641,7 +643,7 @@ async def test_what_was_leased_ahead_is_given_back_untouched():
 
     async def quick(task):
         nonlocal most
-        most = max(most, len(dispatcher._state.ready))
+        most = max(most, len(dispatcher._state.prefetch.ready))
         if task.id == task_of(200).id:
             dispatcher.stop()
         return answer(200, "succeeded")
@@ -658,7 +660,7 @@ async def test_what_was_leased_ahead_is_given_back_untouched():
 
 async def test_a_drain_that_is_over_gives_its_tasks_back():
     queue = MemoryQueue()
-    queue.enqueue(task_of())
+    queue.enqueue_many([task_of()])
     begun = asyncio.Event()
 
     async def endless(task):
@@ -709,10 +711,9 @@ async def test_a_rejected_task_dies_after_an_hour_with_its_reason():
     tasks.reset()
     queue = MemoryQueue()
     moment = [NOW]
-    sender = make_app(queue=queue, clock=lambda: moment[0])
-    from safedefer import Policy
-
-    handler = make_app(queue=queue, clock=lambda: moment[0], keyring=sender._keyring, policy=Policy("tests.zoo.values"))
+    common = {"queue": queue, "clock": lambda: moment[0], "keyring": Keyring(Key("k1", SECRET, KeyState.ACTIVE))}
+    sender = make_app(**common)
+    handler = make_app(**common, policy=Policy("tests.zoo.values"))
     task = sender.defer(tasks.add, 1)
     deliveries = 0
     while queue.find(task.id).state is TaskState.WAITING:

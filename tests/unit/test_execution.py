@@ -9,7 +9,10 @@ import pytest
 from safedefer import Key, Keyring, Policy, current_task
 from safedefer.codecs.typed import TypedCodec
 from safedefer.execution import run as execution
-from safedefer.execution.run import Interrupted, Prepared, Result, TaskContext, call_in_thread, execute, is_async
+from safedefer.execution.context import TaskContext
+from safedefer.execution.direct import call_in_thread
+from safedefer.execution.prepare import Prepared, is_async
+from safedefer.execution.run import CoroutineCancelled, Result, execute
 from safedefer.task import VerifiedTask
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
@@ -156,7 +159,7 @@ async def test_cancelling_the_caller_ends_a_coroutine(app):
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    assert type(caught.value) is Interrupted
+    assert type(caught.value) is CoroutineCancelled
     assert tasks.RAN == ["begun", "over"]
 
 
@@ -166,7 +169,7 @@ async def test_cancelling_the_caller_leaves_a_thread_running(app):
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    assert type(caught.value) is not Interrupted
+    assert type(caught.value) is not CoroutineCancelled
     assert tasks.RAN == []
     tasks.GATE.set()
     while not tasks.RAN:  # noqa: ASYNC110  # what is waited for is a list

@@ -9,7 +9,8 @@ import pytest
 
 from safedefer.errors import InvalidTaskError, QueueUnavailable, TaskTooLargeError
 from safedefer.options import TaskRetryOptions
-from safedefer.queues.base import AlreadyWaiting, Capabilities
+from safedefer.queues.base import AlreadyWaiting
+from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.unit.apps import make_app
@@ -117,11 +118,12 @@ class Forgetful(MemoryQueue):
 
     tries = 0
 
-    def enqueue(self, task, /):
-        if task.unique_key is not None and self.tries is not None:
+    def enqueue_many(self, tasks, /):
+        tasks = list(tasks)
+        if tasks[0].unique_key is not None and self.tries is not None:
             self.tries += 1
             raise AlreadyWaiting("0" * 32)
-        super().enqueue(task)
+        super().enqueue_many(tasks)
 
 
 def test_a_unique_key_that_outlived_its_task_ends_in_an_error_and_not_in_a_loop():
@@ -137,10 +139,10 @@ def test_a_unique_key_that_outlived_its_task_ends_in_an_error_and_not_in_a_loop(
 
 def test_a_unique_task_is_stored_when_the_one_before_it_ends_meanwhile():
     class Ending(Forgetful):
-        def enqueue(self, task, /):
+        def enqueue_many(self, tasks, /):
             if self.tries == 2:
                 self.tries = None
-            super().enqueue(task)
+            super().enqueue_many(tasks)
 
     app = make_app(queue=Ending())
     task = app.options(unique=True).defer(sample_tasks.add, 1, 2)

@@ -7,7 +7,7 @@ import sys
 import tracemalloc
 from abc import ABCMeta
 from base64 import urlsafe_b64decode
-from types import FunctionType, ModuleType
+from types import ModuleType
 
 import pytest
 
@@ -23,7 +23,7 @@ from safedefer.errors import (
 )
 from safedefer.keys import Key, Keyring
 from safedefer.policy import Policy, deferrable
-from safedefer.refs import METACLASSES, UNBOUND, CallableRef, Found, FoundClass, find, reference
+from safedefer.refs import METACLASSES, UNBOUND, CallableRef, find
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.token import Token, decode_segment, encode_segment
 
@@ -132,53 +132,8 @@ def module(monkeypatch):
     return found
 
 
-def test_a_remembered_function_is_what_was_proved(module):
-    ref = CallableRef.of(module.f)
-    found = Found.of(ref, module.f)
-    assert found == Found(ref, module.f, module, vars(module), "tests.found", "f", module.f.__code__, "f")
-    assert found.holds()
-
-
-@pytest.mark.parametrize("change", [
-    lambda module, f: delattr(module, "f"),
-    lambda module, f: setattr(module, "f", FunctionType(f.__code__, vars(module))),
-    lambda module, f: sys.modules.pop("tests.found"),
-    lambda module, f: sys.modules.update({"tests.found": ModuleType("tests.found")}),
-    lambda module, f: setattr(f, "__qualname__", "g"),
-    lambda module, f: setattr(f, "__module__", "tests"),
-    lambda module, f: setattr(f, "__code__", f.__code__.replace(co_name="g")),
-    lambda module, f: setattr(f, "__name__", "g"),
-])  # fmt: skip
-def test_a_remembered_function_that_changed_is_looked_up_again(module, change):
-    found = Found.of(CallableRef.of(module.f), module.f)
-    change(module, module.f)
-    assert not found.holds()
-
-
-def test_a_remembered_class_is_what_was_proved(module):
-    found = FoundClass.of("tests.found:C", module.C)
-    assert found == FoundClass("tests.found:C", "C", module.C, ABCMeta, "tests.found", module, vars(module))
-    assert found.holds()
-    assert FoundClass.of("tests.found:D.E", module.D.E) is None, "a nested class takes several looks"
-
-
 class Meta(ABCMeta):
     pass
-
-
-@pytest.mark.parametrize("change", [
-    lambda module, cls: delattr(module, "C"),
-    lambda module, cls: setattr(module, "C", ABCMeta("C", (), {"__module__": "tests.found"})),
-    lambda module, cls: sys.modules.pop("tests.found"),
-    lambda module, cls: sys.modules.update({"tests.found": ModuleType("tests.found")}),
-    lambda module, cls: setattr(cls, "__class__", Meta),
-    lambda module, cls: setattr(cls, "__qualname__", "D"),
-    lambda module, cls: setattr(cls, "__module__", "tests"),
-])  # fmt: skip
-def test_a_remembered_class_that_changed_is_looked_up_again(module, change):
-    found = FoundClass.of("tests.found:C", module.C)
-    change(module, module.C)
-    assert not found.holds()
 
 
 def test_a_class_within_a_class_that_is_missing_does_not_exist(module):
@@ -276,30 +231,6 @@ def test_modules_after_one_that_moved_are_imported_all_the_same():
     policy = Policy("tests.a_gone", "tests.z_missing", moved={"tests.a_gone:f": "tests.zoo.callables:function"})
     with pytest.raises(ConfigurationError, match="z_missing"):
         policy.load()
-
-
-def test_a_policy_does_not_prove_again_what_it_has_proved(odd, monkeypatch):
-    policy = Policy("tests.found")
-
-    def look():
-        ref = policy.callable_ref(odd.f)
-        return ref, policy.load_callable(ref), policy.class_name(odd.C), policy.load_class("tests.found:C")
-
-    def trap(*args, **kwargs):
-        raise AssertionError("proved again")
-
-    before = look()
-    assert before[1:] == (odd.f, "tests.found:C", odd.C)
-    for name in ("refs._classify", "refs.find", "policy.find", "policy.check_class"):
-        monkeypatch.setattr(f"safedefer.{name}", trap)
-    assert look() == before
-
-
-def test_a_policy_does_not_judge_a_name_again_that_it_has_admitted(monkeypatch):
-    policy, name = Policy("tests.found"), reference("function", "tests.found", "f", None)
-    assert policy.check(name) is name
-    monkeypatch.setattr(Policy, "_check_names", lambda self, ref: pytest.fail("judged again"))
-    assert policy.check(name) is name
 
 
 def test_a_policy_that_names_a_metaclass_admits_its_classes_everywhere(odd):

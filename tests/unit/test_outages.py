@@ -9,7 +9,9 @@ from safedefer.errors import QueueUnavailable
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.queues.base import TaskState
 from safedefer.queues.memory.queue import MemoryQueue
+from tests.queues.single import begin, finish
 from tests.unit.apps import until
+from tests.unit.delivering import Delivering
 from tests.unit.test_dispatcher import answer, task_of
 
 
@@ -39,10 +41,10 @@ class Away(MemoryQueue):
         self._check_here()
         return super().settle_many(settlements, now=now)
 
-    def extend(self, lease, **arguments):
+    def extend_many(self, leases, **arguments):
         self.extended.append(time.monotonic())
         self._check_here()
-        return super().extend(lease, **arguments)
+        return super().extend_many(leases, **arguments)
 
     def find(self, task_id):
         self._check_here()
@@ -50,13 +52,13 @@ class Away(MemoryQueue):
 
 
 def dispatch(queue, deliver, **options):
-    return Dispatcher(queue, deliver, clock=time.time, options=DispatcherOptions(**options))
+    return Dispatcher(queue, Delivering(deliver), clock=time.time, options=DispatcherOptions(**options))
 
 
 async def test_a_queue_that_is_away_is_asked_about_once_a_second():
     queue, ended = Away(), []
     for number in range(4):
-        queue.enqueue(task_of(number, eta=0.0))
+        queue.enqueue_many([task_of(number, eta=0.0)])
 
     async def deliver(task, headers):
         queue.away = True  # and now a place is free, which is no reason to ask at once
@@ -80,7 +82,7 @@ async def test_a_queue_that_is_away_is_asked_about_once_a_second():
 
 async def test_leases_are_prolonged_as_soon_as_that_is_possible_again():
     queue = Away()
-    queue.enqueue(task_of(eta=0.0))
+    queue.enqueue_many([task_of(eta=0.0)])
 
     async def deliver(task, headers):
         queue.away = True
@@ -95,22 +97,22 @@ async def test_leases_are_prolonged_as_soon_as_that_is_possible_again():
     assert queue.find(task_of().id).state is TaskState.SUCCEEDED
 
 
-async def test_a_failed_task_whose_reason_cannot_be_looked_up_is_dead_all_the_same():
+async def test_a_failed_task_has_its_recorded_reason_although_the_queue_was_away_when_it_was_answered():
     queue = Away()
-    queue.enqueue(task_of(eta=0.0))
+    queue.enqueue_many([task_of(eta=0.0)])
 
     async def deliver(task, headers):
         run = Execution(audience=task.audience, task_id=task.id, digest=task.digest, owner="run", expires=task.expires)
         record = AttemptRecord(
             task_id=task.id, audience=task.audience, started=0.0, ended=0.0, outcome="failed", status=200, reason="why"
         )
-        queue.ledger.begin(run, now=time.time(), lease=60.0)
-        queue.ledger.finish(run, EndState.FAILED, record)
+        begin(queue.ledger, run, now=time.time(), lease=60.0)
+        finish(queue.ledger, run, EndState.FAILED, record)
         queue.away = True
         asyncio.get_running_loop().call_later(0.3, setattr, queue, "away", False)
         return answer(200, "failed")
 
     await dispatch(queue, deliver).run_until_empty()
     view = queue.find(task_of().id)
-    assert (view.state, [record.outcome for record in view.records]) == (TaskState.DEAD, ["failed"])
+    assert (view.state, view.reason, [record.outcome for record in view.records]) == (TaskState.DEAD, "why", ["failed"])
     assert view.attempts == 1

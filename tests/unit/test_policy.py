@@ -25,7 +25,7 @@ from safedefer.gadgets import (
     is_standard_library,
 )
 from safedefer.policy import Policy, deferrable
-from safedefer.refs import UNBOUND, CallableRef, bound_object, reference
+from safedefer.refs import UNBOUND, CallableRef, bound_object
 from tests.zoo import callables as zoo
 from tests.zoo import decorators
 
@@ -641,22 +641,6 @@ def test_a_policy_is_immutable():
 def test_a_policy_shows_its_patterns():
     assert repr(Policy("shop.*", deferrable=True)) == "Policy('shop.*', deferrable=True)"
     assert repr(Policy()) == "Policy()"
-
-
-def test_the_memory_of_a_policy_is_bounded(monkeypatch):
-    monkeypatch.setattr("safedefer.policy._CACHE_SIZE", 3)
-    policy = Policy(ZOO)
-    for number in range(10):
-        policy.check(reference("function", ZOO, f"f{number}", None))
-        policy.check(ref(f"{ZOO}:g{number}"))  # no shared object: not kept
-    assert len(policy._admitted) == 1, "room was made three times: what somebody made up keeps nothing out"
-    assert all(reference(*kept.parts) is kept for kept in policy._admitted.values())
-    policy = Policy("tests.zoo.*")
-    functions = [zoo.function, zoo.coroutine, zoo.decorated, zoo.Function, zoo.claimed]
-    for function in functions * 2:
-        assert policy.load_callable(policy.callable_ref(function)) is function
-    assert len(policy._named) == 3
-    assert 1 <= len(policy._found) <= 3
 
 
 # --- Loading --------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from safedefer.queues.rates import QueueLimits
 from tests import sample_tasks as tasks
 from tests.queues.contract import make_task
 from tests.unit.apps import make_app, until
+from tests.unit.delivering import Delivering
 
 SECRET = base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
 FILE = """\
@@ -228,7 +229,7 @@ def test_an_answer_that_asks_to_wait_holds_the_whole_queue_and_no_other(app):
         return Response(*((503, {"Retry-After": "60"}, b"") if task.queue == "default" else (200, {}, b"")))
 
     async def work():
-        this = dispatcher(app, deliver, concurrency=1)
+        this = dispatcher(app, Delivering(deliver), concurrency=1)
         running = asyncio.create_task(this.run())
         for _ in range(5):
             app.defer(tasks.add, 1)

@@ -380,6 +380,7 @@ RENAMES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Assigning a code object of non-matching type:DeprecationWarning")  # from 3.13 on
 @pytest.mark.parametrize("attribute", RENAMES)
 def test_a_function_that_was_admitted_is_judged_again_when_it_has_changed(attribute, monkeypatch):
     policy = Policy(HERE)

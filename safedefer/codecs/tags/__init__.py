@@ -1,1 +1,1 @@
-"""The tags of typed values, by what they carry."""
+"""The tags of typed values, a module for each kind of value."""

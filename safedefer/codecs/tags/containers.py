@@ -1,7 +1,7 @@
 """Tags of containers of the standard library, and ``$ref``.
 
-Lists and dicts with plain keys need no tag. Mutable containers are counted for ``$ref``, so that what
-was one arrives as one; tuples, frozensets and slices are not.
+Lists and dicts with plain keys need no tag. Mutable containers are counted for ``$ref``: one that is shared arrives
+as one. Tuples, frozensets and slices are not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _decode_slice(dec: Decoder, payload: Json, depth: int) -> slice:
 
 
 def members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[Json]:
-    """Return the trees of what is hashed on the other side."""
+    """Return the trees of set members or dict keys, which the decoder hashes."""
     enc.add(size)
     out: list[Json] = []
     try:
@@ -56,7 +56,7 @@ def members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[
 
 
 def read_members(dec: Decoder, payload: Json, depth: int) -> list[Any]:
-    """Return values that are about to be hashed."""
+    """Return the values of set members or dict keys."""
     trees = array(payload)
     dec.add(len(trees))
     out: list[Any] = []
@@ -69,12 +69,12 @@ def read_members(dec: Decoder, payload: Json, depth: int) -> list[Any]:
     return out
 
 
-#: So many members of a set, or keys of a dict, may have one hash: each is compared with those before it.
+#: The most set members or dict keys with one hash: each is compared with all before it.
 MAX_EQUAL_HASHES: Final = 64
 
 
 def _check_hashes(values: Iterable[Any], size: int) -> None:
-    """Bound the comparisons of what is hashed. Numbers of any hash are easily found: multiples of ``2**61 - 1``.
+    """Bound the comparisons of set members or dict keys. An attacker finds numbers of equal hash: multiples of ``2**61 - 1``.
 
     Raises:
         Refusal: Too many have one hash.
@@ -93,10 +93,10 @@ def _check_hashes(values: Iterable[Any], size: int) -> None:
 
 
 def hashed(make: Any, values: Sequence[Any], keys: Iterable[Any]) -> Any:
-    """Return a set or dict of the values, whose ``keys`` are hashed.
+    """Return ``make(values)``, a set or dict that hashes ``keys``.
 
     Raises:
-        Refusal: One cannot be hashed, or too many have the same hash.
+        Refusal: A key cannot be hashed, or too many have the same hash.
     """
     try:
         _check_hashes(keys, len(values))
@@ -145,7 +145,7 @@ def _decode_frozenset(dec: Decoder, payload: Json, depth: int) -> frozenset[Any]
 
 
 def plain_names(keys: Iterable[Any]) -> bool:
-    """Say whether the keys may be the names of a JSON object: exactly str, text, and no tags."""
+    """Whether the keys may be the names of a JSON object: exactly str, text, and no tags."""
     # A loop rather than all(): most dicts are small.
     for key in keys:  # noqa: SIM110
         if type(key) is not str or key[:1] == "$" or not (key.isascii() or is_text(key)):
@@ -203,7 +203,7 @@ def _fill_pairs(dec: Decoder, out: dict[Any, Any], payload: list[Json], depth: i
 
 
 def fill_dict(out: dict[Any, Any], pairs: Sequence[tuple[Any, Any]]) -> None:
-    """Add pairs to a dict, or to an object of a subclass, whose own methods do not run."""
+    """Add pairs to a dict or an object of a subclass. No method of the subclass runs."""
     insert: Any = OrderedDict.__setitem__ if type(out) is OrderedDict else dict.__setitem__
 
     def fill(pairs: Sequence[tuple[Any, Any]]) -> None:
@@ -262,7 +262,7 @@ def _decode_defaultdict(dec: Decoder, payload: Json, depth: int) -> defaultdict[
     factory, *pairs = array(payload, least=1)
     made = dec.value(factory, depth + 1)
     try:
-        # The constructor asks in C whether it can be called; the attribute takes anything.
+        # The constructor checks in C that the factory is callable; the attribute takes any object.
         out.default_factory = defaultdict(made).default_factory
     except TypeError:
         raise Refusal("$defaultdict begins with a callable or null") from None

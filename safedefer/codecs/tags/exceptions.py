@@ -1,8 +1,8 @@
-"""The tag ``$exception``: class, args, and what else the exception holds.
+"""The tag ``$exception``: class, args, and further attributes.
 
-Built-in exceptions keep attributes in C (``OSError.filename``, ``ImportError.name``). What ``args`` alone
-does not give again is carried by name, found by comparing with an exception that was made from the same
-``args``. A traceback holds frames of this process and is not carried: exceptions that have one are refused.
+Built-in exceptions keep attributes in C (``OSError.filename``, ``ImportError.name``). The encoder makes a second
+exception from the same ``args`` and carries the attributes that differ, by name. A traceback holds frames of this
+process and is not carried: exceptions with one are refused.
 """
 
 # ruff: noqa: ARG001 - handlers have one signature
@@ -10,6 +10,7 @@ does not give again is carried by name, found by comparing with an exception tha
 from __future__ import annotations
 
 import builtins
+from collections.abc import Mapping
 from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any, Final, cast
 
@@ -20,7 +21,7 @@ from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.object_state import attributes, begin, begin_decoded, planned_class, restore, run
 from safedefer.codecs.shared import Json, Refusal, is_member_name, step
 
-#: Built-in exceptions, which are values like any other: no policy is asked.
+#: Built-in exceptions are values that need no policy.
 _BUILTIN: Final[dict[str, type[BaseException]]] = {
     f"builtins:{name}": getattr(builtins, name)
     for name in [
@@ -95,11 +96,12 @@ _BUILTIN: Final[dict[str, type[BaseException]]] = {
 }
 _NAMES: Final = {id(cls): name for name, cls in _BUILTIN.items()}
 
-# In this order: setting the cause sets the suppression too.
+# In this order: to set the cause sets the suppression too.
 _CHAIN: Final = ("__cause__", "__context__", "__suppress_context__")
 _SKIPPED: Final = frozenset({"args", "__traceback__", "__dict__", "__weakref__", *_CHAIN})
 _ARGS: Final[Any] = BaseException.__dict__["args"]
 _TRACEBACK: Final[Any] = BaseException.__dict__["__traceback__"]
+_NAME_FROM: Final = "name_from"
 _ATOMS: Final = (str, int, bool, type(None))
 
 
@@ -131,13 +133,14 @@ def encode_exception(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
         if not is_member_name(key):
             raise Refusal("an attribute begins with '$', is no plain text or not exactly a str; rename it")
         state[key] = each
+    _check_imports(plan, state)
     tree = {"$exception": [name, trees, enc.attributes(state.items(), depth + 1)]}
     enc.open.discard(id(value))
     return tree
 
 
 def _held(value: BaseException, plan: Plan, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """Return what the base keeps in C and ``args`` does not give again."""
+    """Return the attributes that the base keeps in C and does not make from ``args``."""
     try:
         twin = _fresh(plan, args)
     except Refusal:
@@ -163,7 +166,7 @@ def _held(value: BaseException, plan: Plan, args: tuple[Any, ...]) -> list[tuple
 
 
 def _fresh(plan: Plan, args: tuple[Any, ...]) -> BaseException:
-    """Make an exception from its args by the built-in base alone: no ``__new__`` or ``__init__`` of a class."""
+    """Make an exception from its args by the built-in base alone. No ``__new__`` or ``__init__`` of a user's class runs."""
     base: Any = plan.base
     made = run(base.__new__, plan.cls, *args)
     if type(made) is not plan.cls:
@@ -175,7 +178,7 @@ def _fresh(plan: Plan, args: tuple[Any, ...]) -> BaseException:
 
 
 def _members(base: type) -> dict[str, Any]:
-    """Return the descriptors of what a built-in exception keeps in C, by name."""
+    """Return the descriptors of the attributes that a built-in exception keeps in C, by name."""
     return {
         name: each
         for cls in reversed(inspect_safely.mro(base))
@@ -213,6 +216,7 @@ def decode_exception(dec: Decoder, payload: Json, depth: int) -> object:
     dec.settle(number, value)
     begin_decoded(dec, number, plan)
     state = dict(record(tree))
+    _check_imports(plan, state)
     members = _members(plan.base)
     for key in [key for key in state if key in members or key in _CHAIN]:
         descriptor = members.get(key) or BaseException.__dict__[key]
@@ -225,11 +229,26 @@ def decode_exception(dec: Decoder, payload: Json, depth: int) -> object:
     return value
 
 
+def _check_imports(plan: Plan, state: Mapping[str, object]) -> None:
+    # To suggest a spelling, traceback imports the module that an ImportError with a name_from names: whoever logs the
+    # exception would import what a holder of a key wrote. Python 3.12 and later; refused everywhere, to be refused alike.
+    if issubclass(plan.base, ImportError) and state.get(_NAME_FROM) is not None:
+        raise Refusal(f"its {_NAME_FROM} makes a traceback import the module that its name says; set it to None")
+
+
+def imports_when_shown(value: object) -> bool:
+    """Whether ``traceback`` would import a module by its name to show this exception."""
+    descriptor = ImportError.__dict__.get(_NAME_FROM)  # None before Python 3.12
+    if descriptor is None or not inspect_safely.derives(type(value), ImportError):
+        return False
+    return descriptor.__get__(value) is not None
+
+
 def _check_offsets(value: BaseException) -> None:
-    """Refuse a ``UnicodeError`` whose offsets lie outside its object: ``str()`` of one would read or write there.
+    """Refuse a ``UnicodeError`` whose offsets lie outside its object: ``str()`` of it would read or write there.
 
     Raises:
-        Refusal: They do, or one of the three was never set.
+        Refusal: They do, or an attribute was never set.
     """
     for cls in (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError):
         if inspect_safely.derives(type(value), cls):
@@ -271,7 +290,7 @@ def _encode_builtin(enc: Encoder, value: BaseException, depth: int) -> Json:
     return encode_exception(enc, value, depth, _plan_of(type(value)))
 
 
-#: Built-in exceptions, for which no policy is asked.
+#: Built-in exceptions, which need no policy.
 BUILTIN_EXCEPTIONS: Final = tuple(_BUILTIN.values())
 
 ENCODERS: Final[dict[type, Any]] = dict.fromkeys(_BUILTIN.values(), _encode_builtin)

@@ -1,7 +1,7 @@
-"""Tags of objects of classes: enums, named tuples, dataclasses, models, objects, callables, classes.
+"""Tags of objects of classes: enums, named tuples, dataclasses, objects, callables, classes.
 
-Every class is named by the gate (the policy), and found again by it: nothing here imports or looks
-names up. The order when encoding is: look (``plans``), ask the gate, and only then run a hook.
+The gate (the policy) names every class and finds it again: this module imports nothing and looks up no names. The
+encoder first looks at the class (``class_layout``), then asks the gate, and only then runs a hook.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from enum import Flag
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any, Final, cast
 
-from pydantic import BaseModel, RootModel, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import ValidationError
 
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_families import ClassFamily
@@ -23,18 +22,17 @@ from safedefer.codecs.object_state import (
     attributes,
     begin,
     begin_decoded,
-    check_names,
     hook_state,
     planned,
     planned_class,
     restore,
     run,
-    slot_value,
 )
 from safedefer.codecs.registry import RegisteredType
 from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text
 from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, members, read_members
 from safedefer.codecs.tags.exceptions import decode_exception, encode_exception
+from safedefer.codecs.tags.models import decode_model, encode_model
 from safedefer.errors import NotDeferrable
 from safedefer.refs import UNBOUND, CallableRef, bound_object, reference
 
@@ -42,7 +40,7 @@ _CALLABLES: Final = (FunctionType, BuiltinFunctionType, MethodType)
 
 
 def encode_other(enc: Encoder, value: Any, depth: int) -> Json:
-    """Encode what no exact built-in type claims: registered types, classes, objects of classes."""
+    """Encode values that no tag claims by exact type: registered types, classes, objects of classes."""
     cls = type(value)
     entry = enc.registry.by_class(cls)
     if entry is not None:
@@ -124,12 +122,12 @@ def _members_of(cls: type) -> dict[str, object]:
 
 
 def _flag_by_value(cls: type) -> bool:
-    """Say whether combinations of flags are made by ``enum`` itself, not by code of the class."""
+    """Whether ``enum`` itself makes combinations of flags, not code of the class."""
     missing = inspect_safely.lookup(cls, "_missing_")
     return inspect_safely.derives(cls, Flag) and missing is not None and missing[0] is Flag
 
 
-#: An enum keeps every combination of flags that was ever made: so many may there be of one class.
+#: The most combinations of flags of one class: an enum keeps all that were ever made.
 _MOST_COMBINATIONS: Final = 4_096
 
 
@@ -213,7 +211,7 @@ def _encode_registered(enc: Encoder, value: Any, depth: int, entry: RegisteredTy
 
 
 def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
-    """Decode what no core tag claims."""
+    """Decode the payload of a tag that is not of the wire format itself: a registered type or family."""
     entry = dec.registry.by_tag(tag)
     if entry is None:
         raise Refusal("there is no such tag; register the type at this end too")
@@ -225,73 +223,6 @@ def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
     if type(value) is not entry.cls:
         raise Refusal("the registered decoder returned an object of another type; correct it")
     dec.settle(number, value)
-    return value
-
-
-# --- pydantic models ------------------------------------------------------------------------------
-
-_FIELDS_SET, _EXTRA, _PRIVATE = (
-    BaseModel.__dict__[name] for name in ("__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
-)
-_MODEL_SLOTS: Final = frozenset({"__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__"})
-
-
-def _encode_model(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
-    name = enc.name(plan.cls)
-    ref = enc.enter(value)
-    if ref is not None:
-        return ref
-    fields_set = slot_value(_FIELDS_SET, value)
-    if not plan.slots.keys() <= _MODEL_SLOTS or type(fields_set) is not set or plan.state_of is None:
-        raise Refusal(f"a model with slots of its own, or one that was not made completely; {REMEDY}")
-    if not all(type(field) is str and is_text(field) for field in fields_set):
-        raise Refusal("its set of given fields holds what is no name; correct it")
-    begin(enc, value, plan)
-    enc.own_state(fields_set)
-    check_names(plan.state_of(value), plan)
-    tree: list[Json] = [name, _part(enc, plan.state_of(value), depth), sorted(fields_set)]
-    enc.add(len(fields_set))
-    tree.append(_part(enc, slot_value(_EXTRA, value), depth))
-    private = slot_value(_PRIVATE, value)
-    if type(private) is dict and any(each is PydanticUndefined for each in private.values()):
-        # Declared and never set: pydantic leaves these out of its own state too.
-        private = {key: each for key, each in private.items() if each is not PydanticUndefined}
-    tree.append(_part(enc, private, depth))
-    enc.open.discard(id(value))
-    return {"$model": tree}
-
-
-def _part(enc: Encoder, part: object, depth: int) -> Json:
-    if part is None or part is inspect_safely.MISSING:
-        return None
-    if type(part) is not dict:
-        raise Refusal(f"its fields are not kept in a dict; {REMEDY}")
-    enc.own_state(part)
-    return enc.attributes(part.items(), depth + 1)
-
-
-def _decode_model(dec: Decoder, payload: Json, depth: int) -> object:
-    name, fields, names, extra, private = array(payload, least=5, most=5)
-    plan = planned_class(dec, name, "$model")
-    value = run(object.__new__, plan.cls)
-    number = dec.share(value)
-    begin_decoded(dec, number, plan)
-    state = plan.state_of(value) if plan.state_of is not None else {}
-    check_names(record(fields), plan)
-    dec.members(state, record(fields), depth + 1)
-    dec.add(len(array(names)))
-    given = {string(each) for each in names}
-    if len(given) != len(names):
-        raise Refusal("a field is given twice")
-    _FIELDS_SET.__set__(value, given)
-    for slot, part in ((_EXTRA, extra), (_PRIVATE, private)):
-        if part is not None:
-            members_of: dict[str, object] = {}
-            dec.members(members_of, record(part), depth + 1)
-            slot.__set__(value, members_of)
-        elif not inspect_safely.derives(plan.cls, RootModel):
-            slot.__set__(value, None)
-    dec.open.discard(number)
     return value
 
 
@@ -351,7 +282,7 @@ def _new_args(enc: Encoder, value: object, plan: Plan) -> tuple[tuple[Any, ...],
 
 
 def _encode_contents(enc: Encoder, value: Any, plan: Plan, tree: dict[str, Json], depth: int) -> None:
-    """Add what the built-in base holds, read by the base's own methods."""
+    """Add the contents of the built-in base, read by its own methods."""
     base: Any = plan.base
     match CONTENTS[base]:
         case "value":
@@ -402,7 +333,7 @@ def _fill(dec: Decoder, value: Any, parts: dict[str, Json], plan: Plan, depth: i
 
 
 def _check_parts(parts: dict[str, Json], plan: Plan) -> None:
-    """Refuse parts that are missing, or that the class has no use for."""
+    """Refuse missing parts, and parts that the class does not use."""
     has_args = plan.newargs is not None or plan.newargs_ex is not None
     needed = {"class"} | ({"args"} if has_args else set())
     if plan.base in MUTABLE or (plan.base in CONTENTS and not has_args):
@@ -416,7 +347,7 @@ def _check_parts(parts: dict[str, Json], plan: Plan) -> None:
 
 
 def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> object:
-    """Return the object as ``__new__`` makes it."""
+    """Return the new object, before its state is restored."""
     base: Any = plan.base
     if "args" in parts:
         kwargs: dict[str, object] = {}
@@ -440,10 +371,10 @@ def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> objec
 
 
 def _new(plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = MappingProxyType({})) -> object:
-    """Return a new object, as ``__new__`` makes it.
+    """Call ``__new__`` and return the object.
 
     Raises:
-        Refusal: ``__new__`` raised, or returns an object that there was before: its state is not the token's to set.
+        Refusal: ``__new__`` raised, or returns the same object twice: a token must not change the state of a singleton.
     """
     base: Any = plan.base
     if plan.new is None:
@@ -460,7 +391,7 @@ def _new(plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = Mappi
 _BY_TAG: Final[dict[str, Any]] = {
     "$enum": _encode_enum,
     "$namedtuple": _encode_namedtuple,
-    "$model": _encode_model,
+    "$model": encode_model,
     "$exception": encode_exception,
     "$object": _encode_object,
 }
@@ -473,7 +404,7 @@ DECODERS: Final[dict[str, Any]] = {
     "$enum": _decode_enum,
     "$namedtuple": _decode_namedtuple,
     "$dataclass": _decode_dataclass,
-    "$model": _decode_model,
+    "$model": decode_model,
     "$exception": decode_exception,
     "$object": _decode_object,
 }

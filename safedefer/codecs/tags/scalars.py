@@ -1,7 +1,7 @@
-"""Tags of values that hold no other values: numbers, text, bytes, times, names of things.
+"""Tags of values that hold no other values: text, bytes, numbers, UUIDs, paths, addresses.
 
-All are immutable, so none is counted for ``$ref``. Every ``decode_*`` accepts one spelling only: what
-``encode_*`` writes.
+All but ``bytearray`` are immutable, and not counted for ``$ref``. Every ``decode_*`` accepts one spelling only: the one
+that ``encode_*`` writes.
 """
 
 # ruff: noqa: ARG001 - handlers have one signature
@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import re
 from binascii import Error as Base64Error
-from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal, DecimalException
 from fractions import Fraction
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from math import gcd, inf, nan
 from pathlib import PosixPath, PurePath, PurePosixPath, PureWindowsPath, WindowsPath
 from types import EllipsisType
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 from uuid import UUID, SafeUUID
-from zoneinfo import ZoneInfo
 
 from pybase64 import b64decode, b64encode_as_string
 
-from safedefer.codecs.decoder import Decoder, array, integer, string
+from safedefer.codecs.decoder import Decoder, array, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.inspect_safely import derives, dict_getter
 from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text
@@ -42,7 +40,7 @@ def _unbase64(payload: Json) -> bytes:
         value = b64decode(text, validate=True)
     except (Base64Error, ValueError):
         raise Refusal("here must be base64 with padding") from None
-    # Bits that are left over in the last group would give one value two spellings.
+    # With other spare bits in the last group, one value would have two spellings.
     if text[-4:] != _base64(value[-((len(value) - 1) % 3 + 1) :] if value else b""):
         raise Refusal("here must be canonical base64 with padding")
     return value
@@ -91,7 +89,7 @@ _DECIMAL: Final = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?(?:E[+-][0-9]{1,20})?|Inf
 
 def _encode_int(enc: Encoder, value: int, _depth: int) -> Json:
     digits = enc.limits.int_digits
-    # Bits first: writing decimal digits is quadratic.
+    # The bits first: to write decimal digits takes quadratic time.
     if value.bit_length() <= digits * _BITS_PER_DIGIT + 1:
         try:
             text = str(value)
@@ -186,122 +184,7 @@ def _decode_ellipsis(dec: Decoder, payload: Json, _depth: int) -> EllipsisType:
     return ...
 
 
-# --- Times ----------------------------------------------------------------------------------------
-
-# A key of the IANA database: no empty, dot or absolute parts, so that it never leads out of it.
-_ZONE: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}(?:/[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}){0,4}")
-_DAYS: Final = 999_999_999
-_DAY: Final = 86_399
-_MICRO: Final = 999_999
-
-
-def _encode_datetime(enc: Encoder, value: datetime, depth: int) -> Json:
-    zone = value.tzinfo
-    if zone is None:
-        return {"$datetime": [value.isoformat(), value.fold, None]}
-    return {"$datetime": [value.replace(tzinfo=None).isoformat(), value.fold, _encode_zone(enc, zone, depth)]}
-
-
-def _decode_datetime(dec: Decoder, payload: Json, depth: int) -> datetime:
-    text, fold, zone = array(payload, least=3, most=3)
-    return _parse(datetime, text).replace(fold=integer(fold, 0, 1), tzinfo=_decode_zone(dec, zone, depth))
-
-
-def _encode_time(enc: Encoder, value: time, depth: int) -> Json:
-    zone = value.tzinfo
-    tree = None if zone is None else _encode_zone(enc, zone, depth)
-    return {"$time": [value.replace(tzinfo=None).isoformat(), value.fold, tree]}
-
-
-def _decode_time(dec: Decoder, payload: Json, depth: int) -> time:
-    text, fold, zone = array(payload, least=3, most=3)
-    return _parse(time, text).replace(fold=integer(fold, 0, 1), tzinfo=_decode_zone(dec, zone, depth))
-
-
-def _encode_date(enc: Encoder, value: date, _depth: int) -> Json:
-    return {"$date": value.isoformat()}
-
-
-def _decode_date(dec: Decoder, payload: Json, _depth: int) -> date:
-    return _parse(date, payload)
-
-
-_Moment = TypeVar("_Moment", date, datetime, time)
-
-
-def _parse(cls: type[_Moment], payload: Json) -> _Moment:
-    """Parse ISO 8601 text as ``isoformat`` writes it, and no other of its many forms."""
-    text = string(payload)
-    try:
-        value = cls.fromisoformat(text)
-    except ValueError:
-        raise Refusal("here must be ISO 8601 text without a time zone") from None
-    if value.isoformat() != text or getattr(value, "tzinfo", None) is not None:
-        raise Refusal("here must be ISO 8601 text as Python writes it, without a time zone")
-    return value
-
-
-def _encode_zone(enc: Encoder, zone: tzinfo, depth: int) -> Json:
-    try:
-        return enc.value(zone, depth + 1)
-    except Refusal as refusal:
-        refusal.trail.append(".tzinfo")
-        raise
-
-
-def _decode_zone(dec: Decoder, payload: Json, depth: int) -> tzinfo | None:
-    zone = dec.value(payload, depth + 1)
-    if zone is not None and not derives(type(zone), tzinfo):
-        raise Refusal("here must be a time zone or null")
-    return cast("tzinfo | None", zone)
-
-
-def _encode_timedelta(enc: Encoder, value: timedelta, _depth: int) -> Json:
-    return {"$timedelta": [value.days, value.seconds, value.microseconds]}
-
-
-def _decode_timedelta(dec: Decoder, payload: Json, _depth: int) -> timedelta:
-    days, seconds, micro = array(payload, least=3, most=3)
-    return timedelta(integer(days, -_DAYS, _DAYS), integer(seconds, 0, _DAY), integer(micro, 0, _MICRO))
-
-
-def _encode_timezone(enc: Encoder, value: timezone, depth: int) -> Json:
-    offset, *name = value.__getinitargs__()  # type: ignore[attr-defined]
-    parts: list[Json] = [offset.days, offset.seconds, offset.microseconds]
-    return {"$timezone": [*parts, enc.value(name[0], depth + 1) if name else None]}
-
-
-def _decode_timezone(dec: Decoder, payload: Json, depth: int) -> timezone:
-    *offset, name = array(payload, least=4, most=4)
-    delta = _decode_timedelta(dec, offset, depth)
-    try:
-        return timezone(delta) if name is None else timezone(delta, dec.text(name, depth + 1))
-    except ValueError:
-        raise Refusal("the offset of $timezone is strictly within a day") from None
-
-
-def _encode_zoneinfo(enc: Encoder, value: ZoneInfo, _depth: int) -> Json:
-    key = value.key
-    try:
-        shared = value.__reduce__()[1][1]
-    except Exception:  # noqa: BLE001 - pickle.PicklingError, for a zone that was read from a file
-        shared = False
-    if not shared or type(key) is not str or _ZONE.fullmatch(key) is None:
-        raise Refusal("a ZoneInfo from a file or from no_cache() equals no other; make it with ZoneInfo(key)")
-    return {"$zoneinfo": key}
-
-
-def _decode_zoneinfo(dec: Decoder, payload: Json, _depth: int) -> ZoneInfo:
-    key = string(payload)
-    if _ZONE.fullmatch(key) is None:
-        raise Refusal("$zoneinfo is a key of the IANA time zone database")
-    try:
-        return ZoneInfo(key)
-    except Exception as error:
-        raise Refusal("the time zone is not in this machine's database; install tzdata") from error
-
-
-# --- Names of things ------------------------------------------------------------------------------
+# --- Identifiers ----------------------------------------------------------------------------------
 
 _SAFE: Final = {"safe": SafeUUID.safe, "unsafe": SafeUUID.unsafe, None: SafeUUID.unknown}
 _SAFE_NAMES: Final = {SafeUUID.safe: "safe", SafeUUID.unsafe: "unsafe", SafeUUID.unknown: None}
@@ -310,7 +193,7 @@ _PATHS: Final = {cls.__name__: cls for cls in (PosixPath, PurePosixPath, PureWin
 _IPS: Final = {
     cls.__name__: cls for cls in (IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network)
 }
-# What ipaddress itself keeps in a network's __dict__: the parts, and cached properties made of them.
+# The attributes that ipaddress keeps in the __dict__ of a network: its parts, and cached properties.
 _IP_PARTS: Final = frozenset(
     {"network_address", "netmask", "_prefixlen", "hosts", "broadcast_address", "hostmask", "network", "is_private"}
 )
@@ -382,88 +265,6 @@ def _decode_ip(dec: Decoder, payload: Json, depth: int) -> object:
     return value
 
 
-# --- Patterns -------------------------------------------------------------------------------------
-
-MAX_PATTERN: Final = 1_024
-MAX_PATTERNS: Final = 16
-#: So many characters may the ranges of case-insensitive patterns span, in one call.
-MAX_FOLDED: Final = 200_000
-# Not re.DEBUG, which prints, nor the deprecated re.TEMPLATE.
-_FLAGS: Final = int(re.ASCII | re.IGNORECASE | re.LOCALE | re.MULTILINE | re.DOTALL | re.UNICODE | re.VERBOSE)
-
-
-def _encode_pattern(enc: Encoder, value: re.Pattern[Any], depth: int) -> Json:
-    enc.patterns += 1
-    source = value.pattern
-    if type(source) not in (str, bytes) or len(source) > MAX_PATTERN or enc.patterns > MAX_PATTERNS:
-        raise Refusal(
-            f"patterns have at most {MAX_PATTERN} characters, and a call {MAX_PATTERNS} of them; pass the text"
-        )
-    enc.folded += _folded(source, value.flags)
-    if enc.folded > MAX_FOLDED:
-        raise Refusal(
-            f"the ranges of case-insensitive patterns have more than {MAX_FOLDED} characters; "
-            "write narrower ones, or pass the text"
-        )
-    if value.flags & ~_FLAGS or _compile(source, value.flags) != value:
-        raise Refusal("a pattern that its text and flags do not give again; pass the text")
-    return {"$pattern": [enc.value(source, depth + 1), value.flags]}
-
-
-def _decode_pattern(dec: Decoder, payload: Json, depth: int) -> re.Pattern[Any]:
-    tree, flags = array(payload, least=2, most=2)
-    source = dec.value(tree, depth + 1)
-    dec.patterns += 1
-    if type(source) not in (str, bytes) or len(source) > MAX_PATTERN or dec.patterns > MAX_PATTERNS:
-        raise Refusal(f"$pattern is text or $bytes of at most {MAX_PATTERN}, and there are at most {MAX_PATTERNS}")
-    dec.folded += _folded(source, integer(flags, 0, _FLAGS))
-    if dec.folded > MAX_FOLDED:
-        raise Refusal(f"the ranges of case-insensitive patterns have more than {MAX_FOLDED} characters")
-    pattern = _compile(source, integer(flags, 0, _FLAGS) & _FLAGS)
-    if pattern is None or pattern.flags != flags:
-        raise Refusal("$pattern is [pattern, flags], with the flags that Python reports")
-    return pattern
-
-
-#: A character of a pattern: escaped by number, by name, or otherwise; or itself.
-_CHARACTER: Final = re.compile(
-    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{1,3})|(N)\{[^}]*\}|(.))|(.)", re.DOTALL
-)
-_IGNORES_CASE: Final = re.compile(r"\(\?[a-zA-Z]*i")
-_LAST: Final = 0x10FFFF
-
-
-def _folded(source: str | bytes, flags: int) -> int:
-    """Return how many characters the ranges of a case-insensitive pattern span: ``re`` looks at each when it compiles.
-
-    What only looks like a range, outside brackets, is counted too.
-    """
-    text = source if isinstance(source, str) else source.decode("latin-1")
-    if not flags & re.IGNORECASE and _IGNORES_CASE.search(text) is None:
-        return 0
-    found = list(_CHARACTER.finditer(text))
-    return sum(
-        max(0, _code(after, unknown=_LAST) - _code(before, unknown=0) + 1)
-        for before, dash, after in zip(found, found[1:], found[2:], strict=False)
-        if dash[0] == "-"
-    )
-
-
-def _code(character: re.Match[str], *, unknown: int) -> int:
-    for group, base in ((1, 16), (2, 16), (3, 16), (4, 8)):
-        if character[group] is not None:
-            return int(character[group], base)
-    return unknown if character[5] is not None else ord(character[6] or character[7])
-
-
-def _compile(source: Any, flags: int) -> re.Pattern[Any] | None:
-    try:
-        return re.compile(source, flags)
-    # re.error, OverflowError, RecursionError, ValueError, and warnings that are errors.
-    except Exception:  # noqa: BLE001
-        return None
-
-
 ENCODERS: Final[dict[type, Any]] = {
     str: _encode_str,
     bytes: _encode_bytes,
@@ -475,14 +276,7 @@ ENCODERS: Final[dict[type, Any]] = {
     Fraction: _encode_fraction,
     range: _encode_range,
     EllipsisType: _encode_ellipsis,
-    datetime: _encode_datetime,
-    date: _encode_date,
-    time: _encode_time,
-    timedelta: _encode_timedelta,
-    timezone: _encode_timezone,
-    ZoneInfo: _encode_zoneinfo,
     UUID: _encode_uuid,
-    re.Pattern: _encode_pattern,
     **dict.fromkeys(_PATHS.values(), _encode_path),
     **dict.fromkeys(_IPS.values(), _encode_ip),
 }
@@ -498,14 +292,7 @@ DECODERS: Final[dict[str, Any]] = {
     "$fraction": _decode_fraction,
     "$range": _decode_range,
     "$ellipsis": _decode_ellipsis,
-    "$datetime": _decode_datetime,
-    "$date": _decode_date,
-    "$time": _decode_time,
-    "$timedelta": _decode_timedelta,
-    "$timezone": _decode_timezone,
-    "$zoneinfo": _decode_zoneinfo,
     "$uuid": _decode_uuid,
     "$path": _decode_path,
     "$ip": _decode_ip,
-    "$pattern": _decode_pattern,
 }

@@ -1,1 +1,1 @@
-"""Values of well-known libraries."""
+"""Types of well-known libraries, a module for each."""

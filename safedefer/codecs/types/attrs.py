@@ -1,7 +1,7 @@
 """attrs classes, by the tag ``$attrs``: the shipped example of a ``ClassFamily``.
 
-attrs itself is never imported: its classes say what they are (``__attrs_attrs__``), and a process
-that has one has imported attrs already. Without attrs installed the tag does not exist.
+This module does not import attrs: attrs marks its classes (``__attrs_attrs__``), and a process with such a class has
+imported attrs already. Without attrs installed the tag does not exist.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from safedefer.codecs.class_families import ClassFamily
 from safedefer.codecs.inspect_safely import namespace
 
-# attrs writes these for slotted classes; they read and set the fields, and nothing else.
+# attrs generates these for slotted classes; they only read and set the fields.
 _GENERATED: Final = frozenset({"slots_getstate", "slots_setstate"})
 
 
@@ -29,7 +29,7 @@ def register(registry: _Registry) -> None:
 
 
 def _is_attrs_class(cls: type) -> bool:
-    # Its own attribute, not an inherited one: a plain subclass of an attrs class is an ordinary object.
+    # The attribute of the class itself: a plain subclass of an attrs class is carried as an ordinary object.
     return (namespace(cls).get("__attrs_attrs__") is not None) and "attr" in sys.modules
 
 

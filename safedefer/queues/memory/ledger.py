@@ -11,7 +11,7 @@ from safedefer.queues.base import task_digest
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from collections.abc import Set as AbstractSet
 
     from safedefer.queues.base import QueuedTask
@@ -28,9 +28,9 @@ class Entry:
     expires: int
     uncharged: bool
 
-    def known(self, now: float) -> rules.Entry:
+    def known(self, now: float) -> rules.Known:
         """Return what decides something."""
-        return rules.Entry(self.state, self.uncharged, self.until > now)
+        return rules.Known(self.state, self.uncharged, self.until > now)
 
 
 class MemoryLedger:
@@ -41,8 +41,16 @@ class MemoryLedger:
         self._entries: dict[tuple[str, str], Entry] = {}
         self._records: dict[str, list[AttemptRecord]] = {}
 
-    def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
+    @property
+    def here(self) -> None:
+        """None: there are no connections."""
+        return None
+
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
         """Ask to run; ``lease`` is seconds."""
+        return [self._begin(execution, now=now, lease=lease) for execution in executions]
+
+    def _begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
         with self._lock:
             entry = self._entries.get((execution.audience, execution.task_id))
             if entry is not None:
@@ -60,20 +68,20 @@ class MemoryLedger:
             )
             return Admission.RUN
 
-    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
-        """Do what ``begin`` does for each."""
-        return [self.begin(execution, now=now, lease=lease) for execution in executions]
-
-    def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
-        """Prolong the run; False if it is no longer ours."""
+    def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:
+        """Prolong runs; False stands for one that is no longer ours."""
         with self._lock:
-            entry = self._ours(execution)
-            if entry is not None:
-                entry.until = now + lease
-            return entry is not None
+            entries = [self._ours(execution) for execution in executions]
+            for entry in entries:
+                if entry is not None:
+                    entry.until = now + lease
+            return [entry is not None for entry in entries]
 
-    def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
-        """Store the end of a run and its record; False if it is no longer ours."""
+    def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
+        """Store the ends of runs and their records; False stands for one that is no longer ours."""
+        return [self._finish(*end) for end in ends]
+
+    def _finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
         with self._lock:
             self.record(record)
             entry = self._ours(execution)
@@ -81,30 +89,19 @@ class MemoryLedger:
                 entry.state, entry.owner, entry.until = str(state), None, 0.0
             return entry is not None
 
-    def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Do what ``finish`` does for each."""
-        return [self.finish(*end) for end in ends]
-
-    def record(self, record: AttemptRecord) -> None:
-        """Store an attempt that never came to run."""
+    def record_many(self, records: Sequence[AttemptRecord]) -> None:
+        """Store attempts that never came to run."""
         with self._lock:
-            records = self._records.setdefault(record.task_id, [])
-            records.append(record)
-            del records[: -rules.RECORDS_KEPT]
-
-    def prune(self, *, now: float) -> int:
-        """Forget entries whose ``expires`` is over an hour past; returns how many."""
-        with self._lock:
-            old = [
-                key
-                for key, entry in self._entries.items()
-                if entry.expires < now - rules.LEDGER_LEEWAY and not entry.known(now).running
-            ]
-            for key in old:
-                del self._entries[key]
-            return len(old)
+            for record in records:
+                self.record(record)
 
     # --- For the queue, which holds the lock ------------------------------------------------------
+
+    def record(self, record: AttemptRecord) -> None:
+        """Store the record of an attempt."""
+        records = self._records.setdefault(record.task_id, [])
+        records.append(record)
+        del records[: -rules.RECORDS_KEPT]
 
     def entry(self, task: QueuedTask) -> Entry | None:
         """Return the entry of a task."""
@@ -113,7 +110,7 @@ class MemoryLedger:
     def end(self, task: QueuedTask, state: EndState) -> None:
         """Note how a task ended, unless it has ended already."""
         entry = self.entry(task)
-        if entry is None or not entry.known(0.0).ended:
+        if entry is None or entry.state in (rules.RUNNING, EndState.RETRY):
             self._entries[task.audience, task.id] = Entry(
                 digest=task_digest(task) if entry is None else entry.digest,
                 state=str(state),
@@ -132,14 +129,21 @@ class MemoryLedger:
         records = self._records.get(task_id)
         return records[-1].reason if records else None
 
-    def prune_all(self, *, now: float, before: float, known: AbstractSet[str]) -> int:
+    def prune(self, *, now: float, before: float, known: AbstractSet[str]) -> int:
         """Forget old entries, and the records from before ``before`` of tasks that are not ``known``."""
         old = [
             task_id for task_id, records in self._records.items() if task_id not in known and records[-1].ended < before
         ]
         for task_id in old:
             del self._records[task_id]
-        return len(old) + self.prune(now=now)
+        expired = [
+            key
+            for key, entry in self._entries.items()
+            if entry.expires < now - rules.LEDGER_LEEWAY and not entry.known(now).running
+        ]
+        for key in expired:
+            del self._entries[key]
+        return len(old) + len(expired)
 
     def _ours(self, execution: Execution) -> Entry | None:
         entry = self._entries.get((execution.audience, execution.task_id))
@@ -148,11 +152,9 @@ class MemoryLedger:
 
 
 class MemoryBlobs:
-    """A ``BlobStore`` in memory, under the lock of its queue."""
+    """A ``BlobStore`` in memory. The queue writes it under its lock."""
 
-    def __init__(self, lock: threading.Condition, points_to: Callable[[str], bool]) -> None:
-        self._lock = lock
-        self._points_to = points_to
+    def __init__(self) -> None:
         self._data: dict[str, bytes] = {}
 
     @property
@@ -165,17 +167,9 @@ class MemoryBlobs:
         return self._data.get(blob_id)
 
     def put(self, blob_id: str, data: bytes) -> None:
-        """Store a blob; ``enqueue`` does it together with its task."""
+        """Store a blob."""
         self._data[blob_id] = data
 
     def delete(self, blob_id: str) -> None:
         """Delete a blob; nothing happens if there is none."""
         self._data.pop(blob_id, None)
-
-    def collect(self, *, now: float) -> int:  # noqa: ARG002 - other stores need the time
-        """Delete blobs that no waiting task points to; returns how many."""
-        with self._lock:
-            old = [blob_id for blob_id in self._data if not self._points_to(blob_id)]
-            for blob_id in old:
-                del self._data[blob_id]
-            return len(old)

@@ -11,14 +11,12 @@ from collections import ChainMap
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
-from safedefer.errors import LeaseLost, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import EndState
 from safedefer.queues import rules
 from safedefer.queues.base import (
-    FULL,
     AlreadyWaiting,
     BlobsFull,
-    Capabilities,
     DeadFilter,
     Lease,
     QueuedTask,
@@ -29,12 +27,15 @@ from safedefer.queues.base import (
     Verdict,
     task_digest,
 )
+from safedefer.queues.capabilities import FULL, Capabilities
+from safedefer.queues.loop_calls import no_connections
 from safedefer.queues.memory.ledger import MemoryBlobs, MemoryLedger
 from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.rules import Counters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractAsyncContextManager
 
 _PRUNE_EVERY: Final = 60.0
 _NEW: Final = Counters()
@@ -108,12 +109,22 @@ class MemoryQueue:
         self._closed = False
         self._next_prune = float("-inf")
         self._ledger = MemoryLedger(self._changed)
-        self._blobs = MemoryBlobs(self._changed, self._points_to)
+        self._blobs = MemoryBlobs()
 
     @property
     def capabilities(self) -> Capabilities:
         """Everything."""
         return FULL
+
+    @property
+    def statements(self) -> None:
+        """None: it is in no database."""
+        return None
+
+    @property
+    def file(self) -> None:
+        """None: it is in no file."""
+        return None
 
     @property
     def ledger(self) -> MemoryLedger:
@@ -132,12 +143,8 @@ class MemoryQueue:
 
     # --- Giving tasks -----------------------------------------------------------------------------
 
-    def enqueue(self, task: QueuedTask, /) -> None:
-        """Store a task. Raises ``TaskAlreadyExistsError`` and ``TombstonedTaskError``."""
-        self.enqueue_many((task,))
-
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
-        """Store all tasks or none; raises what ``enqueue`` raises."""
+        """Store all tasks or none."""
         tasks = list(tasks)
         with self._changed:
             self._check(tasks)
@@ -212,7 +219,7 @@ class MemoryQueue:
             entry = self._ledger.entry(row.task)
             if not rules.may_cancel(None if entry is None else entry.known(now)):
                 return False
-            self._end(row, rules.End(EndState.CANCELLED), now=now)
+            self._end(row, rules.Ending(EndState.CANCELLED), now=now)
             return True
 
     def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:  # noqa: ARG002 - the seam has it
@@ -341,20 +348,18 @@ class MemoryQueue:
         if lost.record is not None:
             self._ledger.record(lost.record)
 
-    def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
-        """Prolong a lease. Raises ``LeaseLost``."""
+    def extend_many(self, leases: Sequence[Lease], *, seconds: float, now: float) -> Sequence[bool]:
+        """Prolong leases; False stands for a lost one."""
         with self._changed:
-            row = self._held(lease)
-            if row is None:
-                raise _lost(lease)
-            row.due = now + seconds
-            self._schedule(row)
-            return lease._replace(until=row.due)
+            return [self._extend(lease, until=now + seconds) for lease in leases]
 
-    def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
-        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""
-        if not self.settle_many(((lease, settlement),), now=now)[0]:
-            raise _lost(lease)
+    def _extend(self, lease: Lease, *, until: float) -> bool:
+        row = self._held(lease)
+        if row is None:
+            return False
+        row.due = until
+        self._schedule(row)
+        return True
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Settle several at once; False stands for a lost lease."""
@@ -380,7 +385,7 @@ class MemoryQueue:
             entry.uncharged = False
         return True
 
-    def _end(self, row: _Row, end: rules.End, *, now: float) -> None:
+    def _end(self, row: _Row, end: rules.Ending, *, now: float) -> None:
         task = row.task
         reason = (self._ledger.last_reason(task.id) if end.by_record else None) or end.reason
         attempts = rules.plus(row.counters.attempts, end.charged)
@@ -432,6 +437,10 @@ class MemoryQueue:
             self._wakes += 1
             self._changed.notify_all()
 
+    def on_loop(self) -> AbstractAsyncContextManager[None]:
+        """Have no connections of the running loop."""
+        return no_connections()
+
     def prune(self, *, now: float) -> int:
         """Forget what is too old: tombstones, history with its records, ledger entries; returns how many."""
         with self._changed:
@@ -448,10 +457,7 @@ class MemoryQueue:
                 del self._state.ended[task_id]
             known = {*self._state.rows, *self._state.ended}
             return (
-                len(old_names)
-                + len(old)
-                + self._archive(now)
-                + self._ledger.prune_all(now=now, before=before, known=known)
+                len(old_names) + len(old) + self._archive(now) + self._ledger.prune(now=now, before=before, known=known)
             )
 
     def _archive(self, now: float) -> int:
@@ -567,9 +573,6 @@ class MemoryQueue:
         row = self._state.rows.get(lease.task.id)
         return row if row is not None and row.owner == lease.owner else None
 
-    def _points_to(self, blob_id: str) -> bool:
-        return any(row.task.blob_id == blob_id for row in self._state.rows.values())
-
 
 def _dead_order(view: TaskView) -> tuple[float, str]:
     return (view.ended or 0.0, view.id)
@@ -584,7 +587,3 @@ def _matches(view: TaskView, where: DeadFilter) -> bool:
         and (where.since is None or ended >= where.since)
         and (where.before is None or ended < where.before)
     )
-
-
-def _lost(lease: Lease) -> LeaseLost:
-    return LeaseLost(f"the task {lease.task.id} is no longer ours; leave it to the dispatcher that has it now")

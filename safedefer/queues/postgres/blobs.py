@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safedefer.queues.postgres.statements import SQL
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from safedefer.queues.postgres.store import PostgresStore
 
 
@@ -26,8 +24,3 @@ class PostgresBlobs:
     def delete(self, blob_id: str) -> None:
         """Delete a blob; nothing happens if there is none."""
         self._store.run(lambda connection: connection.fetch(SQL["blobs_drop"], [blob_id]))
-
-    def collect(self, *, now: float) -> int:  # noqa: ARG002 - other stores need the time
-        """Delete blobs that no waiting or running task points to; returns how many."""
-        rows: Sequence[Any] = self._store.run(lambda connection: connection.fetch(SQL["blobs_collect"]))
-        return int(rows[0]["dropped"])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class PostgresCalls:
-    """``QueueCalls`` on the connections of one event loop.
+    """``LeaseCalls`` on the connections of one event loop.
 
     Args:
         store: The connections of the process.

@@ -12,14 +12,12 @@ from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.progress import read_progress
 from safedefer.queues.postgres.rows import dead_values, ledger_keys, read_task, write_hints
 from safedefer.queues.postgres.statements import SQL, interval, to_json
+from safedefer.queues.rules import Ending, Known, may_cancel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from safedefer.queues.postgres.connection import Connection
-
-TERMINAL: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
-"""States of a ledger entry after which the task does not run again."""
 
 #: The status under which pgqueuer logs the end of a job. It keeps the rows of failed jobs, and deletes the others.
 _LOGGED: Final = {EndState.SUCCEEDED: "successful", EndState.CANCELLED: "canceled", EndState.FAILED: "failed"}
@@ -31,11 +29,10 @@ class End:
 
     task: QueuedTask
     job_id: int
-    state: EndState
-    reason: str | None
+    ending: Ending
     attempts: int
-    known: str | None
-    """The state of the ledger's entry; None: it has none."""
+    known: Known | None
+    """What the ledger knows of it."""
     has_progress: bool
     """Whether ``progress`` may have a row of it."""
 
@@ -48,36 +45,36 @@ async def end(connection: Connection, ends: Sequence[End], *, now: float, tombst
             "queue": item.task.queue,
             "headers": write_hints(item.task._replace(headers={}, retry_options={}, unique_key=None)),
             "attempts": item.attempts,
-            "state": str(item.state),
-            "reason": item.reason,
+            "state": str(item.ending.state),
+            "reason": item.ending.reason,
         }
         for item in ends
-        if item.state is not EndState.FAILED
+        if item.ending.state is not EndState.FAILED
     ]
     if history:
         await connection.execute(SQL["ended_insert"], to_json(history), now)
     for item in ends:
-        if item.state is EndState.FAILED:
+        if item.ending.state is EndState.FAILED:
             values = dead_values(
                 item.task,
                 item.job_id,
-                reason=item.reason,
-                last_reason=item.known == EndState.FAILED and item.reason is None,
+                reason=item.ending.reason,
+                last_reason=item.ending.by_record,
                 attempts=item.attempts,
                 now=now,
             )
             await connection.execute(SQL["dead_insert"], *values)
-    statuses = [_LOGGED[item.state] for item in ends]
+    statuses = [_LOGGED[item.ending.state] for item in ends]
     await connection.execute(STATEMENTS.log, [item.job_id for item in ends], statuses, list(repeat(None, len(ends))))
     await _free(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
-    unknown = [item for item in ends if item.known is None or item.known not in TERMINAL]
+    unknown = [item for item in ends if item.known is None or not item.known.ended]
     if unknown:
         entries = [
             {
                 "audience": item.task.audience,
                 "task_id": item.task.id,
                 "digest": task_digest(item.task).hex(),
-                "state": str(item.state),
+                "state": str(item.ending.state),
                 "expires": item.task.expires,
             }
             for item in unknown
@@ -128,11 +125,12 @@ async def cancel(
     ends = []
     for job_id, task in tasks.items():
         entry = entries.get((task.audience, task.id))
-        if entry is not None and (entry["state"] in TERMINAL or (entry["state"] == "running" and entry["alive"])):
+        known = None if entry is None else Known(entry["state"], entry["uncharged"], entry["alive"])
+        if not may_cancel(known):
             continue
         attempts = progress[job_id].attempts if job_id in progress else 0
-        known = None if entry is None else entry["state"]
-        ends.append(End(task, job_id, EndState.CANCELLED, None, attempts, known, has_progress=job_id in progress))
+        ending = Ending(EndState.CANCELLED)
+        ends.append(End(task, job_id, ending, attempts, known, has_progress=job_id in progress))
     if ends:
         await end(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
     return len(ends)

@@ -16,6 +16,13 @@ REMEDY_MIGRATE: Final = "run `safedefer migrate`"
 CONNECT_SECONDS: Final = 10
 """Timeout of a connection attempt, and of running statements when the queue is closed."""
 
+SEARCH_PATH: Final = "safedefer"
+"""``search_path`` of all connections of the queue; PostgreSQL looks into ``pg_catalog`` before it.
+
+In a schema such as ``public`` another role may have made functions or operators whose types fit better than those of
+``pg_catalog``. They would run as the role of the queue.
+"""
+
 BROKEN: Final = (
     OSError,
     asyncpg.PostgresError,

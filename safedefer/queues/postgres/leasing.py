@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask
 from safedefer.queues.postgres.connection import in_transaction
 from safedefer.queues.postgres.controls import put_control, read_controls
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
-from safedefer.queues.postgres.progress import Progress, read_progress, write_progress
+from safedefer.queues.postgres.progress import read_progress, write_progress
 from safedefer.queues.postgres.records import add_records
 from safedefer.queues.postgres.rows import Hold, ledger_keys, read_task, write_holds
-from safedefer.queues.postgres.statements import SQL, interval
+from safedefer.queues.postgres.statements import SQL, interval, to_json
+from safedefer.queues.rules import Counters, Known, after_lost_lease
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from uuid import UUID
 
     from safedefer.queues.postgres.connection import Connection, RunOnOwnLoop
-
-LOST_LEASE: Final = "lease-expired"
-"""The reason of a delivery whose lease ran out before it was settled."""
 
 #: Parked jobs of each queue that are promoted before a lease.
 _PROMOTED_AT_ONCE: Final = 1_000
@@ -100,7 +97,7 @@ async def lease(
     jobs, until = sorted(jobs, key=_number), now + seconds
     for job, name in zip(jobs, write_holds(owner, manager.hex, jobs, leased=now), strict=True):
         task, counters = tasks[job["id"]], progress.get(job["id"])
-        leases.append(Lease(task, name, until) if counters is None else counters.leased(task, owner=name, until=until))
+        leases.append(Lease(task, name, until) if counters is None else Lease(task, name, until, *counters))
     return leases
 
 
@@ -108,9 +105,12 @@ def _number(job: Mapping[str, Any]) -> int:
     return int(job["id"])
 
 
-async def extend(connection: Connection, hold: Hold) -> bool:
-    """Prolong a lease: set the heartbeat of its job to now. False if the lease was lost."""
-    return bool(await connection.fetch(SQL["extend"], hold.job, hold.manager, hold.updated))
+async def extend_many(connection: Connection, *, leases: Sequence[Lease]) -> list[bool]:
+    """Prolong leases: set the heartbeats of their jobs to now. False stands for a lost lease."""
+    holds = [Hold.read(lease.owner) for lease in leases]
+    asked = [{"id": hold.job, "manager": hold.manager, "updated": hold.updated} for hold in holds if hold is not None]
+    held = {(row["id"], row["updated"]) for row in await connection.fetch(SQL["extend"], to_json(asked))}
+    return [hold is not None and (hold.job, hold.updated) in held for hold in holds]
 
 
 async def _charge_lost_leases(
@@ -118,9 +118,9 @@ async def _charge_lost_leases(
     *,
     tasks: Mapping[int, QueuedTask],
     lost: Mapping[int, float],
-    progress: Mapping[int, Progress],
+    progress: Mapping[int, Counters],
     now: float,
-) -> dict[int, Progress]:
+) -> dict[int, Counters]:
     """Count the deliveries that nobody settled, and charge an attempt where the ledger saw the run begin.
 
     Args:
@@ -137,32 +137,18 @@ async def _charge_lost_leases(
     entries = {(row["audience"], row["task_id"]): row for row in await connection.fetch(SQL["ledger_find"], named)}
     after, records = {}, []
     for job_id, leased in lost.items():
-        task = tasks[job_id]
-        before = progress.get(job_id) or Progress(job_id=job_id)
-        counted = replace(before, deliveries=before.deliveries + 1, retry_reason=LOST_LEASE, previous_response=None)
-        entry = entries.get((task.audience, task.id))
-        if entry is not None and entry["uncharged"]:
-            first = leased if before.first_attempt is None else before.first_attempt
-            counted = replace(counted, attempts=before.attempts + 1, first_attempt=first)
-            if entry["state"] == "running":  # a run that ended has stored its own record
-                records.append(_lost_record(task, leased, now))
-        after[job_id] = counted
+        key = (tasks[job_id].audience, tasks[job_id].id)
+        entry = entries.get(key)
+        known = None if entry is None else Known(entry["state"], entry["uncharged"], entry["alive"])
+        before = progress.get(job_id) or Counters()
+        delivery = after_lost_lease(before, key, known, leased_at=leased, now=now)
+        after[job_id] = delivery.counters
+        if delivery.record is not None:
+            records.append(delivery.record)
     await connection.execute(SQL["ledger_charged"], named)
-    await write_progress(connection, after.values())
+    await write_progress(connection, after)
     await add_records(connection, records)
     return after
-
-
-def _lost_record(task: QueuedTask, started: float, ended: float) -> AttemptRecord:
-    return AttemptRecord(
-        task_id=task.id,
-        audience=task.audience,
-        started=started,
-        ended=ended,
-        outcome="retry",
-        status=None,
-        reason=LOST_LEASE,
-    )
 
 
 async def _dequeue_under_control(

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
-from safedefer.queues.postgres.pruning import LEDGER_LEEWAY
 from safedefer.queues.postgres.records import add_records, is_plain_success, record_values, trim_records
 from safedefer.queues.postgres.statements import SQL, changed_rows, interval, joined, to_json
+from safedefer.queues.rules import RUNNING, Known, admit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from safedefer.queues.postgres.connection import Connection
     from safedefer.queues.postgres.pools import Pools
     from safedefer.queues.postgres.store import PostgresStore
-
-_PRUNED_AT_ONCE: Final = 1000
 
 
 async def begin_many(connection: Connection, executions: Sequence[Execution], *, lease: float) -> list[Admission]:
@@ -62,16 +60,18 @@ async def _begin_each_once(
     names = to_json([{"audience": audience, "task_id": task_id} for audience, task_id in which])
     for row in await connection.fetch(SQL["ledger_find"], names):
         index = which.pop((row["audience"], row["task_id"]))
-        if bytes(row["digest"]) != executions[index].digest:
-            results[index] = Admission.CONFLICT
-        elif row["state"] == "running" and row["owner"] == executions[index].owner:
-            results[index] = Admission.RUN
-        elif row["state"] in {"running", "retry"}:
-            results[index] = Admission.RUNNING
-        else:
-            results[index] = Admission.DUPLICATE
+        results[index] = _admission(executions[index], row)
     for index in which.values():  # pruned between the two statements: its token has expired
         results[index] = Admission.DUPLICATE
+
+
+def _admission(run: Execution, row: Mapping[str, Any]) -> Admission:
+    """Return what became of a run that ``ledger_begin`` was asked for together with one that it did not admit."""
+    known = Known(row["state"], row["uncharged"], row["alive"])
+    admission = admit(run, digest=bytes(row["digest"]), owner=row["owner"], entry=known)
+    ours = known.state == RUNNING and row["owner"] == run.owner
+    # Another owner's run ended, or its lease ran out, only after the statement: the task may run the next time.
+    return Admission.RUNNING if admission is Admission.RUN and not ours else admission
 
 
 def _name(run: Execution) -> tuple[str, str]:
@@ -80,6 +80,15 @@ def _name(run: Execution) -> tuple[str, str]:
 
 async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bool]:
     """Store the ends of runs; returns which were still ours. The records are stored in either case."""
+    # Lock order: as in begin_many and extend_many.
+    places = sorted(range(len(ends)), key=lambda index: _name(ends[index][0]))
+    results = [False] * len(ends)
+    for index, ours in zip(places, await _finish_sorted(connection, [ends[index] for index in places]), strict=True):
+        results[index] = ours
+    return results
+
+
+async def _finish_sorted(connection: Connection, ends: Sequence[RunEnd]) -> list[bool]:
     distinct = len({(run.audience, run.task_id) for run, _, _ in ends}) == len(ends)
     if distinct and all(state is EndState.SUCCEEDED and is_plain_success(record, run) for run, state, record in ends):
         succeeded = await connection.execute(
@@ -161,44 +170,38 @@ class PostgresLedger:
         pools = self._store.here
         return None if pools is None else LedgerOnLoop(self._store, pools)
 
-    def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
-        """Ask to run; ``lease`` is seconds."""
-        return self.begin_many((execution,), now=now, lease=lease)[0]
-
     def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:  # noqa: ARG002 - the database's clock
-        """Do what ``begin`` does for each."""
+        """Ask to run; ``lease`` is seconds."""
         return self._store.run(partial(begin_many, executions=executions, lease=lease), idempotent=True)
 
-    def extend(self, execution: Execution, *, now: float, lease: float) -> bool:  # noqa: ARG002 - the seam has it
-        """Prolong the run; False if it is no longer ours."""
-        values = (execution.audience, execution.task_id, execution.owner, interval(lease))
-        rows: Sequence[Any] = self._store.run(
+    def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:  # noqa: ARG002 - the seam has it
+        """Prolong runs; False stands for one that is no longer ours."""
+        # Lock order: as in begin_many and finish_many.
+        asked = [
+            {"audience": run.audience, "task_id": run.task_id, "owner": run.owner}
+            for run in sorted(executions, key=_name)
+        ]
+        values = to_json(asked), interval(lease)
+        rows = self._store.run(
             lambda connection: connection.fetch(SQL["ledger_extend"], *values), purpose="relaxed", idempotent=True
         )
-        return bool(rows)
-
-    def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
-        """Store the end of a run and its record in one transaction; False if it is no longer ours."""
-        return self.finish_many(((execution, state, record),))[0]
+        ours = {(row["audience"], row["task_id"], row["owner"]) for row in rows}
+        return [(run.audience, run.task_id, run.owner) in ours for run in executions]
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Do what ``finish`` does for each. The call may be repeated after an error: a stored end counts once."""
+        """Store the ends of runs and their records; False stands for one that is no longer ours.
+
+        The call may be repeated after an error: a stored end counts once.
+        """
         return self._store.run(partial(finish_many, ends=ends))
 
-    def record(self, record: AttemptRecord) -> None:
-        """Store an attempt that never came to run."""
+    def record_many(self, records: Sequence[AttemptRecord]) -> None:
+        """Store attempts that never came to run."""
 
         async def action(connection: Connection) -> None:
-            await add_records(connection, [record])
+            await add_records(connection, records)
             # Trimmed each time: a holder of a token can post it any number of times.
-            await trim_records(connection, record.task_id)
+            for task_id in dict.fromkeys(record.task_id for record in records):
+                await trim_records(connection, task_id)
 
         self._store.run(action)
-
-    def prune(self, *, now: float) -> int:
-        """Delete entries whose ``expires`` is over an hour past; returns how many."""
-        total = 0
-        values = (now - LEDGER_LEEWAY, _PRUNED_AT_ONCE)
-        while removed := len(self._store.run(lambda connection: connection.fetch(SQL["ledger_prune"], *values))):
-            total += removed
-        return total

@@ -10,6 +10,7 @@ from typing import Final
 
 import asyncpg
 
+from safedefer.queues.postgres import errors
 from safedefer.queues.postgres.errors import CONNECT_SECONDS
 from safedefer.queues.postgres.pgqueuer import NAMES
 from safedefer.queues.postgres.watch import Watch
@@ -51,7 +52,7 @@ class Listener:
     async def _listen_once(self) -> None:
         connection = await asyncpg.connect(
             self._dsn, timeout=CONNECT_SECONDS, command_timeout=_ALIVE_SECONDS,
-            server_settings={"application_name": "safedefer-listen"},
+            server_settings={"application_name": "safedefer-listen", "search_path": errors.SEARCH_PATH},
         )  # fmt: skip
         try:
             gone = asyncio.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,12 +14,15 @@ from pgqueuer.db import AsyncpgDriver
 from pgqueuer.queries import Queries
 
 from safedefer.errors import ConfigurationError, QueueUnavailable
+from safedefer.queues.postgres import errors
 from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, REMEDY_MIGRATE, place
-from safedefer.queues.postgres.pgqueuer import NAMES, SCHEMA, UNWANTED_INDEX
+from safedefer.queues.postgres.pgqueuer import NAMES, SCHEMA, UNWANTED_INDEX, untested
 from safedefer.queues.postgres.statements import SQL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_log: Final = logging.getLogger("safedefer")
 
 MIGRATIONS: Final = ("migration_1",)
 """Step n brings the tables of safedefer from version n - 1 to n. Steps are appended, never edited."""
@@ -48,6 +52,8 @@ async def check_schema(connection: Any) -> tuple[str, float]:
     Raises:
         ConfigurationError: The database was not migrated, or by another release.
     """
+    if (warning := untested(pgqueuer_version)) is not None:
+        _log.warning(warning)
     if not (await connection.fetchrow(SQL["has_settings"]))["found"]:
         raise ConfigurationError(f"the queue's tables are not in this database; {REMEDY_MIGRATE}")
     settings = await connection.fetchrow(SQL["settings"])
@@ -81,7 +87,11 @@ def _wanted(statements: Iterable[str]) -> list[str]:
 
 
 async def _migrate(dsn: str) -> list[str]:
-    connection = await asyncpg.connect(dsn, timeout=CONNECT_SECONDS, server_settings={"application_name": "safedefer"})
+    connection = await asyncpg.connect(
+        dsn,
+        timeout=CONNECT_SECONDS,
+        server_settings={"application_name": "safedefer", "search_path": errors.SEARCH_PATH},
+    )
     done = []
     try:
         # Concurrent migrations wait here, for each other.

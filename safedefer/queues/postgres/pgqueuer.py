@@ -41,6 +41,9 @@ NAMES: Final = DBSettings(
     widen_id=True,
 )
 
+#: The first minor version whose SQL this release was not tested with.
+_UNTESTED: Final = (1, 7)
+
 UNWANTED_INDEX: Final = f"{NAMES.queue_table}_priority_id_id1_idx"
 """Dropped by ``migrate``: the planner prefers it to the index that begins with the entrypoint (``drop_tempting_index``)."""
 
@@ -101,6 +104,15 @@ class Statements:
         except asyncpg.DeadlockDetectedError:
             pass
         return ()  # another dispatcher took the last slot under the cap
+
+
+def untested(version: str) -> str | None:
+    """Return a warning if a pgqueuer is newer than those that this release was tested with; else None."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if numbers < _UNTESTED:
+        return None
+    first = ".".join(map(str, _UNTESTED))
+    return f"pgqueuer {version} is newer than this safedefer was tested with; install 'pgqueuer<{first}', or upgrade safedefer"
 
 
 def _with_ours(statement: str, parts: Mapping[str, str]) -> str:

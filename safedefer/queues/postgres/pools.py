@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar
 
 import asyncpg
 
+from safedefer.queues.postgres import errors
 from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, closed, failure, is_gone, refusal
 
 if TYPE_CHECKING:
@@ -76,7 +77,13 @@ class Pools:
                 timeout=CONNECT_SECONDS,
                 max_cached_statement_lifetime=_PLANNED_SECONDS,
                 reset=_keep,
-                server_settings={"application_name": "safedefer", **_BY_INDEX, **_MISSED, **_SETTINGS[purpose]},
+                server_settings={
+                    "application_name": "safedefer",
+                    "search_path": errors.SEARCH_PATH,
+                    **_BY_INDEX,
+                    **_MISSED,
+                    **_SETTINGS[purpose],
+                },
             )
         return pool
 

@@ -21,10 +21,12 @@ from psycopg.types.numeric import FloatBinaryDumper, IntBinaryDumper
 from psycopg.types.string import BytesBinaryDumper, StrBinaryDumper
 
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.base import AlreadyWaiting
+from safedefer.queues.postgres import errors
 from safedefer.queues.postgres.errors import about, closed, failure, is_gone, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 #: Seconds that a producer waits for a connection that another thread uses, or for a server that restarts; and once more,
 #: when the answer to a commit was lost, to find out whether its tasks were stored.
@@ -48,6 +50,9 @@ _BINARY: Final = (
 )
 
 
+#: Numbers of two parameters of the statement.
+_UNIQUE_KEYS: Final = 9
+_QUEUES: Final = 13
 #: Numbers of the parameters that are arrays of a value per task, never NULL. For a single task they are sent as plain values:
 #: making the arrays took psycopg half as long as all the rest of the call.
 _OF_EACH: Final = frozenset({1, 2, 3, 4, 5, 6, 13})
@@ -66,14 +71,16 @@ class Producers:
         most: Connections at most.
         statement: Enqueues a batch of tasks.
         stored: Counts the given ids that are stored.
+        free: Deletes those of the given queues' unique keys whose task is gone.
     """
 
-    def __init__(self, dsn: str, most: int, statement: str, stored: str) -> None:
+    def __init__(self, dsn: str, most: int, statement: str, stored: str, free: str) -> None:
         self._dsn = dsn
         self._most = most
         self._statement = statement.encode()
         self._statement_of_one = _EACH.sub(r"ARRAY[$\1::\2]", statement).encode()
         self._stored = stored.encode()
+        self._free = free.encode()
         self._changed = threading.Condition()
         self._idle: deque[tuple[float, _Connection]] = deque()
         """Each with the time when it became idle; the one used last is at the end, and taken first."""
@@ -111,7 +118,9 @@ class Producers:
         given = conninfo_to_dict(self._dsn)
         # Defaults that detect a vanished server; parameters in the user's DSN override them.
         alive = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
-        options = f"-c jit=off -c statement_timeout={_STATEMENT_SECONDS}s {given.get('options', '')}"
+        own = f"-c jit=off -c statement_timeout={_STATEMENT_SECONDS}s"
+        # The last of two settings of one name counts: the path of the DSN does not.
+        options = f"{own} {given.get('options', '')} -c search_path={errors.SEARCH_PATH}"
         parameters = {"connect_timeout": _CONNECT_SECONDS, **alive, **given, "options": options}
         connection = psycopg.connect("", autocommit=True, **{**parameters, "application_name": "safedefer"})  # type: ignore[arg-type]  # libpq's, by name
         for kind, dumper in _BINARY:
@@ -180,7 +189,8 @@ class Producers:
                 if error is attempt.made.failure:
                     raise
                 if connection is not None and not connection.closed and not is_gone(error):
-                    if attempt.was_done(self._dsn, error, partial(self._are_stored, connection)):
+                    stored = partial(self._are_stored, connection)
+                    if attempt.was_done(self._dsn, error, stored, partial(self._free_keys, connection)):
                         return True
                 elif attempt.may_go_on(sent=connection is not None):
                     self._recover(connection)
@@ -222,6 +232,15 @@ class Producers:
             raise failure(self._dsn, error, in_doubt=True) from error
         return bool(number == len(ids))
 
+    def _free_keys(self, connection: _Connection, batches: Sequence[tuple[Any, ...]]) -> bool:
+        """Delete the unique keys of batches whose task is gone; whether there were any."""
+        freed = 0
+        for values in batches:
+            queues, keys = values[_QUEUES - 1], values[_UNIQUE_KEYS - 1]
+            if keys is not None:
+                freed += psycopg.RawCursor(connection).execute(self._free, (queues, keys)).rowcount
+        return freed > 0
+
     def _insert(self, connection: _Connection, values: tuple[Any, ...]) -> None:
         statement = self._statement
         if len(values[0]) == 1:
@@ -241,6 +260,11 @@ class _Made:
         """Whether the iterator is exhausted: before that no commit was sent."""
         self.failure: BaseException | None = None
         """The exception that the iterator raised."""
+
+    @property
+    def batches(self) -> Sequence[tuple[object, ...]]:
+        """What was taken so far."""
+        return self._made
 
     def __iter__(self) -> Iterator[tuple[object, ...]]:
         yield from list(self._made)
@@ -264,6 +288,7 @@ class _Attempt:
         self.in_doubt = False
         """Whether the answer to a commit was lost."""
         self._looked = False
+        self._freed = False
 
     def may_go_on(self, *, sent: bool) -> bool:
         """Whether to try again after a connection broke (``sent``), or could not be made."""
@@ -271,7 +296,13 @@ class _Attempt:
             self.in_doubt, self.deadline = True, time.monotonic() + _PATIENCE
         return time.monotonic() < self.deadline
 
-    def was_done(self, dsn: str, error: psycopg.Error, are_stored: Callable[[set[str]], bool]) -> bool:
+    def was_done(
+        self,
+        dsn: str,
+        error: psycopg.Error,
+        are_stored: Callable[[set[str]], bool],
+        free_keys: Callable[[Sequence[tuple[object, ...]]], bool],
+    ) -> bool:
         """Decide on an error that the server answered.
 
         Returns:
@@ -283,6 +314,13 @@ class _Attempt:
         if isinstance(error, psycopg.errors.DeadlockDetected) and time.monotonic() < self.deadline:
             return False
         refused = refusal(error)
+        if isinstance(refused, AlreadyWaiting) and not self._freed:
+            self._freed = True
+            try:
+                if free_keys(self.made.batches):
+                    return False
+            except psycopg.errors.InsufficientPrivilege:
+                pass  # App says which row is in the way
         if self.in_doubt and isinstance(refused, TaskAlreadyExistsError | TombstonedTaskError):
             if about(error) in self.made.ids:
                 # One of our ids exists. Only a committed attempt stores all of them; the one may be older than this call.

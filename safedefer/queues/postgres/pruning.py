@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Final
 
 from safedefer.queues.postgres.statements import SQL
+from safedefer.queues.rules import LEDGER_LEEWAY
 
 if TYPE_CHECKING:
     from safedefer.queues.base import StorageOptions
     from safedefer.queues.postgres.connection import Connection
     from safedefer.queues.postgres.pools import Pools
-
-LEDGER_LEEWAY: Final = 3600
-"""Seconds that a ledger entry is kept after its token expired."""
 
 _EVERY_SECONDS: Final = 60.0
 #: The wait after a pruning that reached its limit.
@@ -59,4 +58,11 @@ class Pruning:
             ("ledger_prune", (now - LEDGER_LEEWAY, _AT_ONCE)),
         ):
             removed += len(await connection.fetch(SQL[name], *values))
-        return removed
+        (blobs,) = await connection.fetch(SQL["blobs_prune"], _some_id(), _AT_ONCE)
+        return removed + int(blobs["dropped"])
+
+
+def _some_id() -> str:
+    """Return a random text before a random blob's id; every sixteenth time before them all."""
+    text = secrets.token_urlsafe(3)
+    return text if secrets.randbelow(16) else ""

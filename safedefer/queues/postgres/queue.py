@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from safedefer.errors import LeaseLost
 from safedefer.queues.base import (
-    Capabilities,
     DeadFilter,
     Lease,
     QueuedTask,
@@ -24,6 +22,7 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
 )
+from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.postgres import controls, ends, leasing, views
 from safedefer.queues.postgres.blobs import PostgresBlobs
 from safedefer.queues.postgres.calls import PostgresCalls
@@ -32,7 +31,6 @@ from safedefer.queues.postgres.errors import place, refusal
 from safedefer.queues.postgres.ledger import PostgresLedger
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.pruning import Pruning
-from safedefer.queues.postgres.rows import Hold
 from safedefer.queues.postgres.statements import SQL
 from safedefer.queues.postgres.store import PostgresStore
 
@@ -113,6 +111,16 @@ class PostgresQueue:
         return self._blobs
 
     @property
+    def statements(self) -> Self:
+        """Itself: any connection to the database can enqueue."""
+        return self
+
+    @property
+    def file(self) -> None:
+        """None: it is in a database."""
+        return None
+
+    @property
     def marker(self) -> str:
         """The random text in the settings of the database that names it."""
         return self._store.open().marker
@@ -148,15 +156,8 @@ class PostgresQueue:
 
     # --- Enqueue and cancel -----------------------------------------------------------------------
 
-    def enqueue(self, task: QueuedTask, /) -> None:
-        """Store a task, with its blob, in one transaction.
-
-        Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``.
-        """
-        self.enqueue_many((task,))
-
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
-        """Store all tasks or none, in one transaction. Raises what ``enqueue`` raises, and what the iterator raises.
+        """Store all tasks or none, in one transaction. Raises also what the iterator raises.
 
         Tasks are taken from the iterator and sent in batches of 100; the server stores one while the next is made.
         """
@@ -172,7 +173,12 @@ class PostgresQueue:
 
         The tasks are enqueued if and only if that transaction commits. ``refusal`` translates errors of the statements.
         """
-        return [(STATEMENTS.enqueue, enqueue_values(tasks, blob_limit=self._options.blob_limit))]
+        enqueue = STATEMENTS.enqueue, enqueue_values(tasks, blob_limit=self._options.blob_limit)
+        unique = [task for task in tasks if task.unique_key is not None]
+        if not unique:
+            return [enqueue]
+        keys = [task.queue for task in unique], [task.unique_key for task in unique]
+        return [(SQL["uniques_free"], keys), enqueue]
 
     def refusal(self, error: BaseException, /) -> Exception | None:
         """Return the error of safedefer for a database error of ``enqueue_statements``; None if it is no refusal."""
@@ -242,17 +248,10 @@ class PostgresQueue:
         noted = self._store.noted_lease_seconds
         return self._store.open().lease_seconds if noted is None else noted
 
-    def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
-        """Prolong a lease. Raises ``LeaseLost``."""
-        hold = Hold.read(lease.owner)
-        if hold is not None and self._store.run(partial(leasing.extend, hold=hold), purpose="relaxed", idempotent=True):
-            return lease._replace(until=now + seconds)
-        raise _lost(lease)
-
-    def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
-        """Apply the end of a delivery. Raises ``LeaseLost`` and changes nothing if the lease was lost."""
-        if not self.settle_many(((lease, settlement),), now=now)[0]:
-            raise _lost(lease)
+    def extend_many(self, leases: Sequence[Lease], *, seconds: float, now: float) -> Sequence[bool]:  # noqa: ARG002 - the database's clock
+        """Prolong leases by a heartbeat; False stands for a lost one."""
+        action = partial(leasing.extend_many, leases=leases)
+        return self._store.run(action, purpose="relaxed", idempotent=True)
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Apply the ends of deliveries in one transaction; False stands for a lost lease."""
@@ -323,7 +322,3 @@ class PostgresQueue:
 
 async def _next_to_purge(connection: Connection, *, queue: str, after: int, newest: int) -> Sequence[Mapping[str, Any]]:
     return await connection.fetch(SQL["purge_next"], queue, after, newest, _PURGED_AT_ONCE)
-
-
-def _lost(lease: Lease) -> LeaseLost:
-    return LeaseLost(f"the task {lease.task.id} is no longer ours; leave it to the dispatcher that has it now")

@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.ledger import AttemptRecord, EndState
 from safedefer.queues.postgres.statements import SQL, to_json
+from safedefer.queues.rules import RECORDS_KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from safedefer.ledger import Execution
     from safedefer.queues.postgres.connection import Connection
-
-RECORDS_KEPT: Final = 100
-"""Records kept of one task; older ones are deleted."""
 
 _OK: Final = 200
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from safedefer.ledger import EndState
+from safedefer.queues import rules
 from safedefer.queues.base import Verdict
 from safedefer.queues.postgres.connection import in_transaction
-from safedefer.queues.postgres.ends import TERMINAL, End, end
+from safedefer.queues.postgres.ends import End, end
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
-from safedefer.queues.postgres.progress import Progress, write_progress
-from safedefer.queues.postgres.records import RECORDS_KEPT, add_records, trim_records
+from safedefer.queues.postgres.progress import write_progress
+from safedefer.queues.postgres.records import add_records, trim_records
 from safedefer.queues.postgres.rows import PARKED_AFTER, Hold, ledger_keys
 from safedefer.queues.postgres.statements import SQL, changed_rows, interval, joined, to_json
 
@@ -148,7 +148,7 @@ async def _settle_each(
         if hold is not None
     }
     found = await connection.fetch(SQL["held"], to_json(list(asked.values())))
-    held = {row["id"]: {"known": row["state"], "uncharged": row["uncharged"]} for row in found}
+    held = {row["id"]: None if row["state"] is None else rules.Known(row["state"], row["uncharged"]) for row in found}
     results, ends, retries, over, records = [], [], [], [], []
     for hold, (lease, settlement) in zip(holds, settlements, strict=True):
         ours = hold is not None and hold.job in held and asked[hold.job]["updated"] == hold.updated
@@ -159,11 +159,13 @@ async def _settle_each(
             records.append(settlement.record)
         if settlement.verdict is Verdict.RETRY:
             retries.append((hold, lease, settlement))
-            # Not charged yet: a run that an earlier delivery began, and that still runs.
-            if settlement.charged or held[hold.job]["known"] == EndState.RETRY:
+            if rules.retry_charges(settlement, held[hold.job]):
                 over.append(lease.task)
         else:
-            ends.append(_end(hold, lease, settlement, **held[hold.job]))
+            known = held[hold.job]
+            ending = rules.end_of(settlement, known)
+            attempts = rules.plus(lease.attempts, ending.charged)
+            ends.append(End(lease.task, hold.job, ending, attempts, known, has_progress=lease.retries > 0))
         del held[hold.job]
     await add_records(connection, records)
     if retries:
@@ -173,19 +175,6 @@ async def _settle_each(
     if ends:
         await end(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
     return results
-
-
-def _end(hold: Hold, lease: Lease, settlement: Settlement, *, known: str | None, uncharged: bool | None) -> End:
-    state = EndState.SUCCEEDED if settlement.verdict is Verdict.DONE else EndState.FAILED
-    charged = settlement.charged
-    # A terminal state of the ledger overrules the settlement: if the dispatcher that saw the end died, the next
-    # delivery was answered "duplicate", and its dispatcher does not know how the run ended.
-    if known is not None and known in TERMINAL:
-        state = EndState(known)
-        # Not uncharged: the attempt was charged when its lease ran out.
-        charged = charged and bool(uncharged)
-    attempts = lease.attempts + charged
-    return End(lease.task, hold.job, state, settlement.reason, attempts, known, has_progress=lease.retries > 0)
 
 
 async def _retry(connection: Connection, retries: Sequence[tuple[Hold, Lease, Settlement]], *, now: float) -> None:
@@ -198,8 +187,11 @@ async def _retry(connection: Connection, retries: Sequence[tuple[Hold, Lease, Se
     parked = [job for job, delay, _ in delays if delay.total_seconds() > PARKED_AFTER]
     if parked:
         await connection.execute(SQL["park"], parked)
-    after = [Progress.after(lease, settlement, hold, now=now) for hold, lease, settlement in retries]
+    after = {
+        hold.job: rules.after_retry(rules.Counters.of(lease), settlement, leased_at=hold.leased, now=now)
+        for hold, lease, settlement in retries
+    }
     await write_progress(connection, after)
     for _, lease, _ in retries:
-        if lease.retries >= RECORDS_KEPT:
+        if lease.retries >= rules.RECORDS_KEPT:
             await trim_records(connection, lease.task.id)

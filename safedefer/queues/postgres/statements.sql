@@ -118,9 +118,20 @@ SET attempts = excluded.attempts, deliveries = excluded.deliveries, executions =
 DELETE FROM safedefer.progress WHERE job_id = ANY ($1::bigint[]);
 
 -- name: extend
-UPDATE safedefer.pgqueuer SET heartbeat = now()
-WHERE id = $1 AND queue_manager_id = $2 AND updated = timestamptz 'epoch' + $3::bigint * interval '1 microsecond'
-    AND status = 'picked' RETURNING id;
+-- Prolong leases that are still ours. Lock order: jobs by ascending id, as settlements lock them.
+WITH held AS MATERIALIZED (
+    SELECT job.id
+    FROM (
+        SELECT * FROM json_to_recordset($1::json) AS given (id bigint, manager uuid, updated bigint) ORDER BY id
+    ) AS lease
+    CROSS JOIN LATERAL (
+        SELECT id, status, queue_manager_id, updated FROM safedefer.pgqueuer WHERE pgqueuer.id = lease.id FOR UPDATE OFFSET 0
+    ) AS job
+    WHERE job.queue_manager_id = lease.manager AND job.status = 'picked'
+        AND job.updated = timestamptz 'epoch' + lease.updated * interval '1 microsecond'
+)
+UPDATE safedefer.pgqueuer SET heartbeat = now() WHERE id = ANY (ARRAY (SELECT id FROM held))
+RETURNING id, round(extract(epoch FROM updated) * 1000000)::bigint AS updated;
 
 -- name: held
 -- Locks the jobs whose lease is still held, by ascending id, and returns them with the state of their ledger entry.
@@ -213,6 +224,13 @@ UPDATE safedefer.names SET until = $3
 FROM unnest($1::text[], $2::text[]) AS given (queue, name)
 WHERE names.queue = given.queue AND names.name = given.name;
 
+-- name: uniques_free
+-- Keys whose job somebody deleted, with a tool of pgqueuer's, say.
+DELETE FROM safedefer.uniques AS known USING unnest($1::text[], $2::text[]) AS given (queue, unique_key)
+WHERE known.queue = given.queue AND known.unique_key = given.unique_key AND NOT EXISTS (
+    SELECT FROM safedefer.pgqueuer AS job WHERE job.dedupe_key = known.task_id AND job.status IN ('queued', 'picked') OFFSET 0
+);
+
 -- name: uniques_delete
 DELETE FROM safedefer.uniques WHERE task_id = ANY ($1::text[]) AND (queue, unique_key) IN (
     SELECT * FROM unnest($2::text[], $3::text[])
@@ -224,11 +242,13 @@ SELECT safedefer.drop_blobs($1::text[]) AS dropped;
 -- name: blob_get
 SELECT data FROM safedefer.blobs WHERE id = $1;
 
--- name: blobs_collect
+-- name: blobs_prune
+-- Blobs whose job somebody deleted, with a tool of pgqueuer's, say: among the first $2 from a random id on.
 SELECT safedefer.drop_blobs(ARRAY (
-    SELECT id FROM safedefer.blobs WHERE NOT EXISTS (
+    SELECT chosen.id FROM (SELECT id, task_id FROM safedefer.blobs WHERE id >= $1 ORDER BY id LIMIT $2) AS chosen
+    WHERE NOT EXISTS (
         SELECT FROM safedefer.pgqueuer AS job
-        WHERE job.dedupe_key = blobs.task_id AND job.status IN ('queued', 'picked')
+        WHERE job.dedupe_key = chosen.task_id AND job.status IN ('queued', 'picked') OFFSET 0
     )
 )) AS dropped;
 
@@ -281,8 +301,11 @@ JOIN json_to_recordset($1::json) AS given (audience text, task_id text)
     ON entry.audience = given.audience AND entry.task_id = given.task_id;
 
 -- name: ledger_extend
-UPDATE safedefer.ledger SET until = now() + $4::interval
-WHERE audience = $1 AND task_id = $2 AND owner = $3 AND state = 'running' RETURNING task_id;
+UPDATE safedefer.ledger AS entry SET until = now() + $2::interval
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, owner text)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.owner = given.owner
+    AND entry.state = 'running'
+RETURNING entry.audience, entry.task_id, entry.owner;
 
 -- name: ledger_succeed
 -- The command status counts the runs that were still held by their owner, and are now succeeded.

@@ -67,7 +67,7 @@ class Connections:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="safedefer-postgres", daemon=True)
         self._thread.start()
-        self.producers = Producers(dsn, producers, STATEMENTS.enqueue, SQL["stored"])
+        self.producers = Producers(dsn, producers, STATEMENTS.enqueue, SQL["stored"], SQL["uniques_free"])
         self._lock = threading.Lock()
         self._closed = False
         try:

@@ -13,8 +13,7 @@ import contextlib
 import os
 import threading
 import time
-import weakref
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import apsw
 
@@ -269,53 +268,3 @@ class Handle:
         """Let it be used again."""
         self._lock.release()
         self._drop_if_closed()
-
-
-class ForkAware(Protocol):
-    """Something that must be still while the process forks."""
-
-    def before_fork(self) -> None:
-        """Come to rest; nothing may be open when this returns."""
-
-    def after_fork_in_parent(self) -> None:
-        """Go on."""
-
-    def after_fork_in_child(self) -> None:
-        """Begin anew: no other thread lives here."""
-
-
-_forking = threading.Lock()
-_registered: weakref.WeakSet[ForkAware] = weakref.WeakSet()
-_registered_early: weakref.WeakSet[ForkAware] = weakref.WeakSet()
-_held: list[ForkAware] = []
-
-
-def register_fork(member: ForkAware, *, early: bool = False) -> None:
-    """Have ``member`` told of every fork of this process, as long as somebody else refers to it.
-
-    ``early`` is for who uses a queue: it comes to rest while the queues still work.
-    """
-    with _forking:
-        (_registered_early if early else _registered).add(member)
-
-
-def _before_fork() -> None:
-    _forking.acquire()
-    for member in (*_registered_early, *_registered):
-        member.before_fork()
-        _held.append(member)
-
-
-def _after_fork_in_parent() -> None:
-    while _held:
-        _held.pop().after_fork_in_parent()
-    _forking.release()
-
-
-def _after_fork_in_child() -> None:
-    while _held:
-        _held.pop().after_fork_in_child()
-    _forking.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

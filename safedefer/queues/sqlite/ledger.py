@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
 from safedefer.queues import rules
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from safedefer.queues.sqlite.writer import Writer
 
-_PRUNED_AT_ONCE: Final = 1000
-
 
 class SQLiteLedger:
     """A ``Ledger`` in the queue's file."""
@@ -25,40 +23,37 @@ class SQLiteLedger:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
 
-    def begin(self, execution: Execution, *, now: float, lease: float) -> Admission:
-        """Ask to run; ``lease`` is seconds. Raises ``QueueUnavailable``."""
-        return self._writer.run(lambda connection: begin(connection, execution, now=now, lease=lease), durable=False)
+    @property
+    def here(self) -> None:
+        """None: the file is written by one thread."""
+        return None
 
     def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
-        """Do what ``begin`` does for each, in one transaction."""
+        """Ask to run, in one transaction; ``lease`` is seconds."""
         return self._writer.run(
             lambda connection: [begin(connection, execution, now=now, lease=lease) for execution in executions],
             durable=False,
         )
 
-    def extend(self, execution: Execution, *, now: float, lease: float) -> bool:
-        """Prolong the run; False if it is no longer ours."""
-        values: dict[str, str | float] = {**_key(execution), "owner": execution.owner, "until": now + lease}
-        return self._writer.run(lambda connection: _changed(connection, "ledger_extend", values), durable=False)
-
-    def finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
-        """Store the end of a run and its record in one transaction; False if it is no longer ours."""
-        return self._writer.run(lambda connection: finish(connection, execution, state, record))
+    def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:
+        """Prolong runs; False stands for one that is no longer ours."""
+        until = now + lease
+        return self._writer.run(
+            lambda connection: [extend(connection, execution, until=until) for execution in executions], durable=False
+        )
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Do what ``finish`` does for each, in one transaction."""
+        """Store the ends of runs and their records; False stands for one that is no longer ours."""
         return self._writer.run(lambda connection: [finish(connection, *end) for end in ends])
 
-    def record(self, record: AttemptRecord) -> None:
-        """Store an attempt that never came to run."""
-        self._writer.run(lambda connection: operations.add_record(connection, record))
+    def record_many(self, records: Sequence[AttemptRecord]) -> None:
+        """Store attempts that never came to run."""
 
-    def prune(self, *, now: float) -> int:
-        """Forget entries whose ``expires`` is over an hour past; returns how many."""
-        total = 0
-        while removed := self._writer.run(lambda connection: prune(connection, now=now, limit=_PRUNED_AT_ONCE)):
-            total += removed
-        return total
+        def action(connection: apsw.Connection) -> None:
+            for record in records:
+                operations.add_record(connection, record)
+
+        self._writer.run(action)
 
 
 def begin(connection: apsw.Connection, execution: Execution, *, now: float, lease: float) -> Admission:
@@ -77,6 +72,11 @@ def begin(connection: apsw.Connection, execution: Execution, *, now: float, leas
     }
     connection.execute(SQL["ledger_begin"], values)
     return Admission.RUN
+
+
+def extend(connection: apsw.Connection, execution: Execution, *, until: float) -> bool:
+    """Prolong a run, within a transaction; False if it is no longer ours."""
+    return _changed(connection, "ledger_extend", {**_key(execution), "owner": execution.owner, "until": until})
 
 
 def finish(connection: apsw.Connection, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
@@ -117,12 +117,3 @@ class SQLiteBlobs:
     def delete(self, blob_id: str) -> None:
         """Delete a blob; nothing happens if there is none."""
         self._writer.run(lambda connection: connection.execute(SQL["blob_delete"], (blob_id,)).close())
-
-    def collect(self, *, now: float) -> int:  # noqa: ARG002 - other stores need the time
-        """Delete blobs that no waiting task points to; returns how many."""
-        return self._writer.run(_collect)
-
-
-def _collect(connection: apsw.Connection) -> int:
-    connection.execute(SQL["blobs_collect"])
-    return connection.changes()

@@ -143,6 +143,12 @@ def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) 
     )
 
 
+def extend(connection: apsw.Connection, held: Lease, *, until: float) -> bool:
+    """Prolong a lease; False if it was lost."""
+    connection.execute(SQL["task_extend"], {"id": held.task.id, "owner": held.owner, "until": until})
+    return connection.changes() > 0
+
+
 # --- Settle ---------------------------------------------------------------------------------------
 
 
@@ -182,7 +188,7 @@ def end(
     connection: apsw.Connection,
     task_id: str,
     row: Standing,
-    how: rules.End,
+    how: rules.Ending,
     *,
     now: float,
     tombstone_seconds: float,
@@ -214,7 +220,7 @@ def cancel(connection: apsw.Connection, task_id: str, *, now: float, tombstone_s
         return False
     if not rules.may_cancel(known(connection, row.audience, task_id, now=now)):
         return False
-    end(connection, task_id, row, rules.End(EndState.CANCELLED), now=now, tombstone_seconds=tombstone_seconds)
+    end(connection, task_id, row, rules.Ending(EndState.CANCELLED), now=now, tombstone_seconds=tombstone_seconds)
     return True
 
 
@@ -276,7 +282,7 @@ def find_ledger(connection: apsw.Connection, audience: str, task_id: str) -> Led
     return None if row is None else LedgerRow(*row)
 
 
-def known(connection: apsw.Connection, audience: str, task_id: str, *, now: float) -> rules.Entry | None:
+def known(connection: apsw.Connection, audience: str, task_id: str, *, now: float) -> rules.Known | None:
     """Return what the ledger knows of a task, as far as it decides something."""
     row = find_ledger(connection, audience, task_id)
     return None if row is None else row.known(now)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from safedefer.errors import ConfigurationError, LeaseLost
+from safedefer.concurrency.forks import register_fork
+from safedefer.errors import ConfigurationError
 from safedefer.queues.base import (
-    FULL,
-    Capabilities,
     DeadFilter,
     Lease,
     QueuedTask,
@@ -19,8 +18,10 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
 )
+from safedefer.queues.capabilities import FULL, Capabilities
+from safedefer.queues.loop_calls import no_connections
 from safedefer.queues.sqlite import controls, operations
-from safedefer.queues.sqlite.connection import SQL, Handle, register_fork
+from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
 from safedefer.queues.sqlite.repair import mend
@@ -30,6 +31,7 @@ from safedefer.queues.sqlite.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     import apsw
 
@@ -112,6 +114,16 @@ class SQLiteQueue:
         return self._path
 
     @property
+    def statements(self) -> None:
+        """None: the library of an apsw connection to the file is the queue's own, so ``file`` serves."""
+        return None
+
+    @property
+    def file(self) -> Self:
+        """Itself."""
+        return self
+
+    @property
     def ledger(self) -> SQLiteLedger:
         """The ledger in the same file."""
         return self._ledger
@@ -128,22 +140,15 @@ class SQLiteQueue:
 
     # --- Giving tasks -----------------------------------------------------------------------------
 
-    def enqueue(self, task: QueuedTask, /) -> None:
-        """Store a task, with its blob, in one transaction.
-
-        Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``.
-        """
-        self.enqueue_many((task,))
-
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
-        """Store all tasks or none, in one transaction; raises what ``enqueue`` raises."""
+        """Store all tasks or none, with their blobs, in one transaction."""
         limit, tasks = self._blob_limit, list(tasks)
         self._watch.advance(self._writer.run(lambda connection: _enqueue_all(connection, tasks, limit)))
 
     def enqueue_on(self, connection: apsw.Connection, tasks: Sequence[QueuedTask], /) -> None:
         """Store tasks in the transaction of an apsw connection to the queue's own file.
 
-        They are enqueued if and only if that transaction commits. Raises what ``enqueue`` raises,
+        They are enqueued if and only if that transaction commits. Raises what ``enqueue_many`` raises,
         ``ConfigurationError`` for a connection to another file, and apsw's errors as they are.
         """
         if os.path.realpath(connection.filename) != self._path:
@@ -235,23 +240,12 @@ class SQLiteQueue:
             self._writer.submit(lambda connection: self._prune(connection, now))
         return leases
 
-    def extend(self, lease: Lease, *, seconds: float, now: float) -> Lease:
-        """Prolong a lease. Raises ``LeaseLost``."""
+    def extend_many(self, leases: Sequence[Lease], *, seconds: float, now: float) -> Sequence[bool]:
+        """Prolong leases; False stands for a lost one."""
         until = now + seconds
-        values = {"id": lease.task.id, "owner": lease.owner, "until": until}
-
-        def action(connection: apsw.Connection) -> bool:
-            connection.execute(SQL["task_extend"], values)
-            return connection.changes() > 0
-
-        if not self._writer.run(action, durable=False):
-            raise _lost(lease)
-        return lease._replace(until=until)
-
-    def settle(self, lease: Lease, settlement: Settlement, *, now: float) -> None:
-        """Say how a delivery ended. Raises ``LeaseLost`` and changes nothing if it is not ours now."""
-        if not self.settle_many(((lease, settlement),), now=now)[0]:
-            raise _lost(lease)
+        return self._writer.run(
+            lambda connection: [operations.extend(connection, lease, until=until) for lease in leases], durable=False
+        )
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Settle several in one transaction; False stands for a lost lease."""
@@ -279,6 +273,10 @@ class SQLiteQueue:
     def wake(self) -> None:
         """End a ``wait`` of this process early."""
         self._watch.wake()
+
+    def on_loop(self) -> AbstractAsyncContextManager[None]:
+        """Have no connections of the running loop: the file is written by one thread."""
+        return no_connections()
 
     def prune(self, *, now: float) -> int:
         """Forget what is too old: tombstones, history, stray records, ledger entries; returns how many.
@@ -410,10 +408,6 @@ def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask], blob_
 
 def _counts(rows: Iterable[tuple[Any, ...]]) -> dict[str, int]:
     return {queue: count for queue, count in rows}  # noqa: C416 - dict() would not do: a row has any length
-
-
-def _lost(lease: Lease) -> LeaseLost:
-    return LeaseLost(f"the task {lease.task.id} is no longer ours; leave it to the dispatcher that has it now")
 
 
 def _close(writer: Writer, reader: Handle, watch: Watch, *, wait: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView, task_digest
-from safedefer.queues.rules import Counters, Entry
+from safedefer.queues.rules import Counters, Known
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,9 +85,9 @@ class LedgerRow(NamedTuple):
     until: float
     uncharged: int
 
-    def known(self, now: float) -> Entry:
+    def known(self, now: float) -> Known:
         """Return what decides something."""
-        return Entry(self.state, bool(self.uncharged), self.until > now)
+        return Known(self.state, bool(self.uncharged), self.until > now)
 
 
 def task_values(task: QueuedTask) -> dict[str, Any]:

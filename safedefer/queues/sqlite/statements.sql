@@ -278,6 +278,3 @@ SELECT data FROM safedefer_blobs WHERE id = :id;
 
 -- name: blob_delete
 DELETE FROM safedefer_blobs WHERE id = :id;
-
--- name: blobs_collect
-DELETE FROM safedefer_blobs WHERE task NOT IN (SELECT seq FROM safedefer_tasks);

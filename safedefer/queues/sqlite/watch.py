@@ -12,8 +12,9 @@ import threading
 import time
 from typing import Final
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.queues.sqlite import operations
-from safedefer.queues.sqlite.connection import Handle, register_fork
+from safedefer.queues.sqlite.connection import Handle
 
 INTERVAL: Final = 0.010
 """Seconds between two looks: what another process enqueues is noticed within about this time."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import apsw
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.errors import QueueUnavailable
-from safedefer.queues.sqlite.connection import Handle, forked, register_fork, unavailable
+from safedefer.queues.sqlite.connection import Handle, forked, unavailable
 from safedefer.queues.sqlite.repair import mend
 
 if TYPE_CHECKING:

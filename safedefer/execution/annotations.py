@@ -1,0 +1,69 @@
+"""Check arguments against the annotations of a callable, with pydantic in strict mode."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import FunctionType, MethodType
+from typing import Any, cast, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from safedefer.errors import InvalidArguments
+
+
+def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that each argument is of the type that its annotation says. Arguments without one pass.
+
+    Raises:
+        InvalidArguments: One is of another type; the message names it and does not quote its value.
+    """
+    try:
+        # The signature of the wrapped function, if there is one: it has the annotations.
+        signature = inspect.signature(target)
+        bound = signature.bind(*args, **kwargs)
+    except (ValueError, TypeError):  # a built-in without a signature, or a wrapper that takes other arguments
+        return
+    hints = _hints(target)
+    for name, value in bound.arguments.items():
+        adapter = hints.get(name)
+        if adapter is None:
+            continue
+        kind = signature.parameters[name].kind
+        values = value if kind is inspect.Parameter.VAR_POSITIONAL else (value,)
+        values = tuple(value.values()) if kind is inspect.Parameter.VAR_KEYWORD else values
+        for item in values:
+            try:
+                adapter.validate_python(item, strict=True)
+            except ValidationError as error:
+                what = error.errors(include_input=False, include_url=False)[0]["type"]
+                raise InvalidArguments(
+                    f"the argument {name} is not what its annotation says ({what}); send the annotated type",
+                    path=f"$.kwargs.{name}",
+                ) from None
+
+
+def _hints(target: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+    kind = type(target)
+    if kind is MethodType:
+        return _function_hints(cast("MethodType", target).__func__)
+    if kind is FunctionType:
+        return _function_hints(target)
+    return _function_hints(cast("Any", target).__init__ if issubclass(kind, type) else cast("Any", kind).__call__)
+
+
+@lru_cache(maxsize=1024)
+def _function_hints(function: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+    adapters = {}
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # annotations for type checkers only, or a C function
+        return {}
+    for name, hint in hints.items():
+        try:
+            adapters[name] = TypeAdapter(hint)
+        except PydanticUserError:  # a type that pydantic cannot validate: isinstance decides
+            adapters[name] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    return adapters

@@ -1,0 +1,34 @@
+"""The context of a running task: ``safedefer.current_task()``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskContext:
+    """What a running task may know of itself: ``safedefer.current_task()``."""
+
+    id: str
+    name: str | None
+    queue_name: str
+    url: str
+    headers: Mapping[str, str]
+    """The task's own headers, as they were signed."""
+    retry_count: int = 0
+    """Deliveries before this one (``X-AppEngine-TaskRetryCount``); a hint, it is not signed."""
+    trace: str | None = None
+    retry_of: str | None = None
+    """The dead letter that this task re-runs."""
+
+
+CURRENT: Final[ContextVar[TaskContext | None]] = ContextVar("safedefer_task", default=None)
+"""The task that runs in this thread or coroutine; ``execute`` sets it."""
+
+
+def current_task() -> TaskContext | None:
+    """Return the context of the task that runs in this thread or coroutine, or None outside one."""
+    return CURRENT.get()

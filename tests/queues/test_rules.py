@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues.base import Lease, Settlement, Verdict
+from safedefer.queues.rules import (
+    LOST_LEASE,
+    MOST_COUNTED,
+    Counters,
+    Ending,
+    Known,
+    admit,
+    after_lost_lease,
+    after_retry,
+    end_of,
+    judge_outcome,
+    may_cancel,
+    plus,
+    retry_charges,
+    with_queues_options,
+)
+from tests.queues.contract import make_task
+
+SUCCEEDED, FAILED, CANCELLED, RETRY = EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED, EndState.RETRY
+DONE = Settlement(verdict=Verdict.DONE)
+UNCHARGED = Settlement(verdict=Verdict.DONE, charged=False)
+GAVE_UP = Settlement(verdict=Verdict.DEAD, reason="retry-limit")
+VAGUE = Settlement(verdict=Verdict.DEAD)
+REJECTED = Settlement(verdict=Verdict.DEAD, reason="rejected", charged=False)
+
+# settlement, what the ledger knows, how the task ends
+ENDS = [
+    (DONE, None, Ending(SUCCEEDED, None, True)),
+    (UNCHARGED, None, Ending(SUCCEEDED, None, False)),
+    (GAVE_UP, None, Ending(FAILED, "retry-limit", True)),
+    (VAGUE, None, Ending(FAILED, None, True, True)),
+    (REJECTED, None, Ending(FAILED, "rejected", False, True)),
+    # A run that has not ended overrules nothing.
+    (DONE, Known("running", True, True), Ending(SUCCEEDED, None, True)),
+    (GAVE_UP, Known("running", False), Ending(FAILED, "retry-limit", True)),
+    (GAVE_UP, Known(RETRY, True), Ending(FAILED, "retry-limit", True)),
+    # The ledger agrees; what is not uncharged was charged with its lost lease.
+    (DONE, Known(SUCCEEDED, True), Ending(SUCCEEDED, None, True)),
+    (DONE, Known(SUCCEEDED, False), Ending(SUCCEEDED, None, False)),
+    (UNCHARGED, Known(SUCCEEDED, True), Ending(SUCCEEDED, None, False)),
+    (GAVE_UP, Known(FAILED, True), Ending(FAILED, "retry-limit", True)),
+    (VAGUE, Known(FAILED, True), Ending(FAILED, None, True, True)),
+    # The ledger has the last word, and the reason of what it overrules goes.
+    (DONE, Known(FAILED, False), Ending(FAILED, None, False, True)),
+    (DONE, Known(CANCELLED, True), Ending(CANCELLED, None, True)),
+    (GAVE_UP, Known(SUCCEEDED, True), Ending(SUCCEEDED, None, True)),
+    (GAVE_UP, Known(CANCELLED, False), Ending(CANCELLED, None, False)),
+    (REJECTED, Known(SUCCEEDED, True), Ending(SUCCEEDED, None, False)),
+]
+
+
+@pytest.mark.parametrize(("settlement", "known", "expected"), ENDS)
+def test_the_ledger_has_the_last_word_on_how_a_task_ends(settlement, known, expected):
+    assert end_of(settlement, known) == expected
+
+
+BEFORE = Counters(3, 5, 2, 10.0, 1, 20.0, 503, "busy")
+
+# before, settlement, after
+RETRIES = [
+    (Counters(), Settlement(verdict=Verdict.RETRY, status=500, reason="retry"),
+     Counters(1, 1, 0, 100.0, 0, None, 500, "retry")),
+    (Counters(), Settlement(verdict=Verdict.RETRY, charged=False, rejected=True, status=500, reason="rejected"),
+     Counters(0, 1, 0, None, 1, 107.0, 500, "rejected")),
+    (BEFORE, Settlement(verdict=Verdict.RETRY, executed=True, status=404, reason="retry"),
+     Counters(4, 6, 3, 10.0, 1, 20.0, 404, "retry")),
+    (BEFORE, Settlement(verdict=Verdict.RETRY, rejected=True, charged=False), Counters(3, 6, 2, 10.0, 2, 20.0, None, None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "settlement", "after"), RETRIES)
+def test_a_retry_counts_what_its_settlement_says(before, settlement, after):
+    assert after_retry(before, settlement, leased_at=100.0, now=107.0) == after
+
+
+RECORD = AttemptRecord("id", "aud", 100.0, 160.0, "retry", None, LOST_LEASE)
+
+# what the ledger knows, attempts and first attempt after, record
+LOST = [
+    (None, 3, 10.0, None),
+    (Known("running", False, True), 3, 10.0, None),
+    (Known("running", True, True), 4, 10.0, RECORD),
+    (Known("running", True, False), 4, 10.0, RECORD),
+    (Known(RETRY, True), 4, 10.0, None),
+    (Known(SUCCEEDED, True), 4, 10.0, None),
+    (Known(FAILED, False), 3, 10.0, None),
+]
+
+
+@pytest.mark.parametrize(("known", "attempts", "first", "record"), LOST)
+def test_a_lost_lease_is_an_attempt_if_the_run_had_begun(known, attempts, first, record):
+    lost = after_lost_lease(BEFORE, ("aud", "id"), known, leased_at=100.0, now=160.0)
+    assert lost.counters == Counters(attempts, 6, 2, first, 1, 20.0, None, LOST_LEASE)
+    assert (lost.charged, lost.record) == (attempts == 4, record)
+
+
+@pytest.mark.parametrize(("leased_at", "first"), [(100.0, 100.0), (None, 160.0)])
+def test_the_first_attempt_began_when_its_lost_lease_did(leased_at, first):
+    lost = after_lost_lease(Counters(), ("aud", "id"), Known("running", True), leased_at=leased_at, now=160.0)
+    assert (lost.counters.attempts, lost.counters.first_attempt) == (1, first)
+
+
+# charged, what the ledger knows, whether the run is charged
+CHARGES = [
+    (True, None, False),
+    (False, None, False),
+    (True, Known("running", True, True), True),
+    (False, Known("running", True, True), False),
+    (False, Known(RETRY, True), True),
+    (False, Known(SUCCEEDED, True), False),
+    (True, Known(SUCCEEDED, True), True),
+]
+
+
+@pytest.mark.parametrize(("charged", "known", "expected"), CHARGES)
+def test_a_run_that_another_delivery_began_and_that_goes_on_stays_to_be_charged(charged, known, expected):
+    assert retry_charges(Settlement(verdict=Verdict.RETRY, charged=charged), known) is expected
+
+
+# state, alive, whether the task can be cancelled, what a run by the same owner and by another one is told
+STATES = [
+    ("running", True, False, Admission.RUN, Admission.RUNNING),
+    ("running", False, True, Admission.RUN, Admission.RUN),
+    (RETRY, False, True, Admission.RUN, Admission.RUN),
+    (SUCCEEDED, False, False, Admission.DUPLICATE, Admission.DUPLICATE),
+    (FAILED, False, False, Admission.DUPLICATE, Admission.DUPLICATE),
+    (CANCELLED, False, False, Admission.DUPLICATE, Admission.DUPLICATE),
+]
+
+
+@pytest.mark.parametrize(("state", "alive", "cancel", "same", "other"), STATES)
+def test_the_ledger_says_what_runs_and_what_can_be_cancelled(state, alive, cancel, same, other):
+    known = Known(str(state), uncharged=True, alive=alive)
+    assert may_cancel(known) is cancel
+    for owner, expected in (("me", same), ("you", other)):
+        run = Execution("aud", "id", b"digest", owner, 1000)
+        assert admit(run, digest=b"digest", owner="me", entry=known) is expected
+        assert admit(run, digest=b"another", owner="me", entry=known) is Admission.CONFLICT
+
+
+def test_a_task_that_the_ledger_does_not_know_can_be_cancelled():
+    assert may_cancel(None)
+
+
+@given(st.integers(0, 2**64), st.booleans())
+def test_counters_stop_where_one_more_still_fits(count, more):
+    assert plus(count, more) == (count + more if count <= MOST_COUNTED else MOST_COUNTED + more)
+    assert plus(count, more) < 2**31
+
+
+def test_counters_are_the_last_fields_of_a_lease():
+    assert Lease._fields[3:] == Counters._fields
+    assert Counters.of(Lease(make_task(), "owner", 160.0, *BEFORE)) == BEFORE
+
+
+def test_a_task_without_an_option_of_its_own_has_that_of_its_queue():
+    lease = Lease(make_task(retry_options={"task_retry_limit": 2}), "owner", 160.0)
+    both = with_queues_options(lease, {"task_retry_limit": 9, "min_backoff_seconds": 5})
+    assert both.task.retry_options == {"task_retry_limit": 2, "min_backoff_seconds": 5}
+    assert both == lease._replace(task=both.task)
+
+
+def test_options_that_contradict_each_other_are_the_tasks_own():
+    lease = Lease(make_task(retry_options={"max_backoff_seconds": 1}), "owner", 160.0)
+    assert with_queues_options(lease, {"min_backoff_seconds": 5}) == lease
+
+
+def test_a_handler_judges_without_http():
+    lease = Lease(make_task(eta=100.0), "owner", 160.0)
+    early = judge_outcome(lease, 503, "early", wait=None, now=100.0, jitter=0.0)
+    assert (early.verdict, early.at, early.charged) == (Verdict.RETRY, 101.0, False)
+    assert judge_outcome(lease, 503, "early", wait=500.0, now=100.0, jitter=0.0).at == 160.0
+    assert judge_outcome(lease, 503, None, wait=500.0, now=100.0, jitter=0.0).at == 600.0
+    assert judge_outcome(lease, 200, "failed", wait=None, now=100.0, jitter=0.0) == Settlement(
+        verdict=Verdict.DEAD, status=200, executed=True
+    )
