@@ -89,7 +89,7 @@ class CallableRef(BaseModel):
     The object of a method or instance is not part of the name: it travels as a typed value.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
     kind: KindName
     module: ModuleName

@@ -20,7 +20,7 @@ from safedefer.claims import Claims, Limits
 from safedefer.codecs.registry import CORE_TAGS
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import RejectedTask
-from safedefer.execution.run import prepare
+from safedefer.execution.prepare import prepare
 from safedefer.keys import Keyring
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND, KindName

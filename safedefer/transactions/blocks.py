@@ -5,7 +5,6 @@ What a block does is written once, as coroutines: with a connection that blocks 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
@@ -326,6 +325,8 @@ open_blocks: Final[ContextVar[tuple[TransactionBlock, ...]]] = ContextVar("safed
 
 def here() -> tuple[int, object]:
     """Return the thread and the asyncio task that run."""
+    import asyncio  # noqa: PLC0415  # importing safedefer must not load it
+
     try:
         task = asyncio.current_task()
     except RuntimeError:
