@@ -67,22 +67,20 @@ def test_the_contracts_of_the_layers_are_kept():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("room", ["queues/postgres", "codecs", "dispatcher", "delivery", "execution"])
-def test_no_imports_within_a_room_form_a_circle_not_even_those_for_types(room):
+def test_no_imports_form_a_circle_not_even_those_for_types():
+    """A package's ``__init__`` hands names on: what it imports is looked at, what imports it is not."""
     modules = {f"safedefer/{name}".removesuffix(".py").replace("/", "."): tree for name, tree in SOURCES.items()}
-    package = f"safedefer/{room}".replace("/", ".")
     graph = {
         name: {
             imported
             for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom)
             for imported in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
-            if imported in modules and imported.startswith(package)
+            if imported in modules
         }
         for name, tree in modules.items()
-        if name.startswith(package)
     }
-    assert sum(map(len, graph.values())) >= len(graph) - 1
+    assert sum(map(len, graph.values())) > 3 * len(graph)
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
