@@ -91,7 +91,7 @@ HARMLESS_TYPES: Final[frozenset[type]] = frozenset(
 #: are long. ``list``, ``set``, ``tuple``, ``bytes`` and ``str`` are not here: they go through ``range(10**18)``, make 10**12 bytes, or
 #: import the codec that they are told.
 HARMLESS_BASES: Final[tuple[type, ...]] = (
-    object, Generic, cast("type", Protocol), BaseModel, RootModel, Enum, IntEnum, StrEnum, Flag, IntFlag,
+    object, cast("type", Generic), cast("type", Protocol), BaseModel, RootModel, Enum, IntEnum, StrEnum, Flag, IntFlag,
     bool, complex, dict, float, int, BaseException, *(
         cls for cls in vars(builtins).values() if isinstance(cls, type) and issubclass(cls, BaseException)
     ),
