@@ -283,6 +283,7 @@ SOON = datetime(2024, 1, 1, tzinfo=UTC)
     ({"queue": 3}, InvalidTaskError), ({"target": ""}, InvalidTaskError), ({"target": "a/b"}, InvalidTaskError), ({"target": 3}, InvalidTaskError),
     ({"retry_options": {}}, InvalidTaskRetryOptionsError), ({"retry_options": 3}, InvalidTaskRetryOptionsError),
     ({"transactional": 1}, InvalidTaskError), ({"transactional": None}, InvalidTaskError), ({"pickle": "no"}, InvalidTaskError), ({"pickle": 0}, InvalidTaskError),
+    *[({"deadline": value}, InvalidTaskError) for value in (0, 0.5, -1, 86_401, 86_400.5, float("nan"), float("inf"), 10**400, "60", True, False, timedelta(1), [])],
     ({"url": ""}, InvalidUrlError), ({"url": "u"}, InvalidUrlError), ({"url": "//evil.example/"}, InvalidUrlError), ({"url": "http://evil.example/"}, InvalidUrlError), ({"url": "/a b"}, InvalidUrlError),
     ({"url": "/a?b"}, InvalidUrlError), ({"url": "/a#b"}, InvalidUrlError), ({"url": "/é"}, InvalidUrlError), ({"url": "/a\n"}, InvalidUrlError), ({"url": "/" + "a" * 2048}, InvalidUrlError), ({"url": 3}, InvalidUrlError),
     ({"countdown": 1, "eta": SOON}, InvalidEtaError), ({"countdown": "1"}, InvalidEtaError), ({"countdown": True}, InvalidEtaError), ({"countdown": float("nan")}, InvalidEtaError),
