@@ -212,7 +212,7 @@ def test_a_proxy_that_asks_to_wait_charges_no_attempt():
     lease = Lease(task=make_task(), owner="o", until=200.0)
     settlement = judge(lease, Response(503, {"Retry-After": "7"}, b""), now=100.0, jitter=0.0)
     assert (settlement.verdict, settlement.charged, settlement.at) == (Verdict.RETRY, False, 107.0)
-    assert judge(lease, Response(503, {}, b""), now=100.0, jitter=0.0).charged
+    assert not judge(lease, Response(503, {}, b""), now=100.0, jitter=0.0).charged
 
 
 def test_a_handler_whose_clock_is_an_hour_behind_puts_a_task_off_by_a_minute():
