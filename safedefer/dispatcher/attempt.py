@@ -105,7 +105,7 @@ class AttemptRunner:
 
     async def _slow(self, queue: str, answer: Answer) -> None:
         """Hold a queue if its handler asks for it. Our own handler at capacity is asked again soon at first."""
-        seconds = wait_asked_for(answer)
+        seconds = wait_asked_for(answer, now=self._clock())
         if seconds is None:
             if self._busy:
                 self._busy.pop(queue, None)
