@@ -21,7 +21,7 @@ from safedefer.cli.supervisor import SupervisorOptions, supervise
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
-from safedefer.errors import ConfigurationError
+from safedefer.sending.addresses import check_address
 from safedefer.web.server import serving
 
 _app_argument = click.argument("app", required=False, default=None, metavar="[MODULE:APP]")
@@ -126,8 +126,7 @@ def dispatch(
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
     loaded = load_app(app)
-    if not address.startswith(("http://", "https://")):
-        raise ConfigurationError("--to is an address that begins with http:// or https://")
+    check_address("--to", address)
 
     async def work() -> None:
         http = HttpDelivery(address, targets=loaded.targets, timeout=timeout, concurrency=concurrency)

@@ -9,7 +9,7 @@ from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDeliver
 from safedefer.errors import ConfigurationError
 from safedefer.queues.base import QueuedTask
 from safedefer.queues.memory.queue import MemoryQueue
-from tests.adversarial.forge import NOW, URL
+from tests.adversarial.forge import NOW, URL, make_app
 
 TASK = QueuedTask(
     id="0123456789abcdef0123456789abcdef",
@@ -156,9 +156,27 @@ async def test_no_cookie_comes_back():
         assert not any("sid=1" in head for head in handler.requests)
 
 
-@pytest.mark.parametrize("address", ["ftp://x", "evil.example", "//evil.example", "file:///etc/passwd", ""])
-def test_an_address_that_is_no_http_is_refused_when_it_is_configured(address):
-    from tests.adversarial.forge import make_app
+IMPOSSIBLE = [
+    "ftp://x", "evil.example", "//evil.example", "file:///etc/passwd", "", "HTTP://x", "http:/x", "http://", "https://", "http:///x", "http://?x",
+    "http://127.0.0.1:99999", "http://127.0.0.1:0", "http://127.0.0.1:-1", "http://127.0.0.1:x", "http://127.0.0.1:", "http://:80",
+    "http://[::1", "http://::1]", "http://[::1]x", "http://[::1]x:80", "http://x[::1]", "http://[]", "http://[1.2.3.4]", "http://[x]", "http://[::1]:99999", "http://::1",
+    "http://1.2.3.4.5", "http://1.2.3", "http://1.2.3.256", "http://1.2.3.4.", "http://12345", "http://x.1", "http://01.2.3.4",
+    "http://a..b", "http://.a", "http://-a", "http://a-.b", "http://a b", "http://a\tb", "http://a\r\nX-Evil: 1", "http://a\0", "http://\u00e9",
+    "http://" + "a" * 64, "http://" + ".".join(["a" * 60] * 5), "http://a" + "/x" * 2000,
+    "http://a/?x", "http://a/?", "http://a/#x", "http://a#", "http://a?x@b", "http://a\\b",
+]  # fmt: skip
 
-    with pytest.raises(ConfigurationError):
+
+@pytest.mark.parametrize("address", IMPOSSIBLE)
+def test_an_address_that_is_none_is_refused_when_it_is_configured(address):
+    with pytest.raises(ConfigurationError, match="write "):
         make_app(targets={"mail": address})
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:8080", "https://shop.example", "http://shop.example./tasks/", "http://handler_1:80", "http://localhost:1/x/y",
+     "http://[::1]:8080", "https://u@[::1]/x", "https://xn--bcher-kva.example", "http://1a", "http://user:word@shop.example:65535/"],
+)  # fmt: skip
+def test_an_address_that_a_request_can_go_to_is_taken(address):
+    assert make_app(targets={"mail": address}).targets == {"mail": address}
