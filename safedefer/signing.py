@@ -167,10 +167,9 @@ class Verifier:
                 or (queue is not None and queue != named)
             ):
                 raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
-            if key.queues is not None and named not in key.queues:
-                raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
-            if claims["cty"] == "pickle":
-                self._check_pickle(key)
+            _check_key(key, named, claims["cty"])
+            if claims["cty"] == "pickle" and not self._allow_pickle:
+                raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
             if not expired:
                 if claims["nbf"] > now + LEEWAY or claims["iat"] > now + LEEWAY:
                     raise _not_yet(claims, now)
@@ -188,6 +187,25 @@ class Verifier:
         return VerifiedTask(
             claims=claims, ref=ref, gate=gate, kid=key.kid, token=data, text=payload, canonical=canonical
         )
+
+    def authenticate(self, data: bytes) -> Claims:
+        """Return the claims of a token that one of our keys signed and may sign: steps 1 to 4, and the key's limits.
+
+        It says nothing of audience, time and policy: nothing may run by it. A dispatcher learns from it what was
+        signed, before it sends a request.
+
+        Raises:
+            RejectedTask: One of its subclasses, by the first check that fails.
+        """
+        token = Token.parse(data, self._max_bytes)
+        key, payload = self._keyring.verify(token)
+        claims, _ = read_claims(payload)
+        try:
+            _check_key(key, split_audience(claims["aud"])[1], claims["cty"])
+        except CapabilityExceeded as error:
+            error.identity = identify(claims, key.kid)
+            raise
+        return claims
 
     def verify_stored(
         self, pointer: VerifiedPointer, data: bytes, *, url: str | Container[str], now: float, expired: bool = False
@@ -208,11 +226,13 @@ class Verifier:
             raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
         return task
 
-    def _check_pickle(self, key: Key) -> None:
-        if not key.pickle:
-            raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
-        if not self._allow_pickle:
-            raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
+
+def _check_key(key: Key, queue: str, cty: str) -> None:
+    """Check what a key may sign. Raises ``CapabilityExceeded``."""
+    if key.queues is not None and queue not in key.queues:
+        raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
+    if cty == "pickle" and not key.pickle:
+        raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
 
 
 def _not_yet(claims: Claims, now: float) -> NotYetValid:

@@ -21,6 +21,7 @@ from safedefer.cli.supervisor import SupervisorOptions, supervise
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
+from safedefer.dispatcher.signed_route import SignedRoute
 from safedefer.sending.addresses import check_address
 from safedefer.web.server import serving
 
@@ -128,8 +129,12 @@ def dispatch(
     loaded = load_app(app)
     check_address("--to", address)
 
+    def stored_token(blob_id: str) -> bytes | None:
+        return loaded.queue.blobs.get(blob_id)
+
     async def work() -> None:
-        http = HttpDelivery(address, targets=loaded.targets, timeout=timeout, concurrency=concurrency)
+        verify = SignedRoute(loaded.authenticate, stored_token)
+        http = HttpDelivery(address, targets=loaded.targets, timeout=timeout, concurrency=concurrency, verify=verify)
         async with _signals() as stop, http as deliver:
             options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
             _keep_what_is_loaded()

@@ -288,8 +288,13 @@ def _failed(status: int) -> Settlement:
     return Settlement(verdict=Verdict.DEAD, status=status, executed=True)
 
 
-def judge_rejection(lease: Lease, status: int | None, outcome: str, *, now: float, jitter: float) -> Settlement:
-    """Say what becomes of a task that no handler took for one of its own."""
+def judge_rejection(
+    lease: Lease, status: int | None, outcome: str, *, now: float, jitter: float, reason: str | None = None
+) -> Settlement:
+    """Say what becomes of a task that no handler took for one of its own.
+
+    ``reason`` is the slug, where the dispatcher itself found it: no handler could record it.
+    """
     count = lease.rejections + 1
     since = now if lease.first_rejection is None else lease.first_rejection
     over = count >= REJECT_LIMIT and now - since >= REJECT_SECONDS
@@ -300,8 +305,14 @@ def judge_rejection(lease: Lease, status: int | None, outcome: str, *, now: floa
         rejected=True,
         status=status,
         reason=outcome,
-        record=_record(lease.task, outcome, status, now) if outcome == "refused" else None,
+        record=_record(lease.task, outcome, status, now, reason) if reason or outcome == "refused" else None,
     )
+
+
+def park(lease: Lease, reason: str, *, now: float) -> Settlement:
+    """Make a dead letter at once of a task that no later delivery could change; it keeps its token."""
+    record = _record(lease.task, "refused", None, now, reason)
+    return Settlement(verdict=Verdict.DEAD, charged=False, rejected=True, reason=reason, record=record)
 
 
 def judge_failure(lease: Lease, status: int | None, *, now: float, jitter: float, reason: str = "retry") -> Settlement:
@@ -335,6 +346,6 @@ def _options(lease: Lease) -> TaskRetryOptions:
         return TaskRetryOptions()
 
 
-def _record(task: QueuedTask, outcome: str, status: int | None, now: float) -> AttemptRecord:
+def _record(task: QueuedTask, outcome: str, status: int | None, now: float, reason: str | None = None) -> AttemptRecord:
     """Return the record of an attempt that the handler could not write."""
-    return AttemptRecord(task.id, task.audience, now, now, outcome, status, outcome)
+    return AttemptRecord(task.id, task.audience, now, now, outcome, status, reason or outcome)

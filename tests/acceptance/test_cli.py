@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 
+import apsw
 import pytest
 
 from tests.acceptance.processes import ROOT
@@ -103,6 +104,26 @@ def test_serve_and_dispatch_work_together_and_stop_with_what_runs_finished(proje
     assert project.terminate(server)[0] == 0
     listed = [json.loads(line) for line in project.run("tasks", "list", "--json").stdout.splitlines()]
     assert [(one["state"], one["attempt_count"]) for one in listed] == [("waiting", 0)]
+
+
+def test_dispatch_sends_nothing_that_somebody_wrote_into_the_storage(project):
+    odd = project.defer("t.work, 1, _countdown=1")
+    connection = apsw.Connection(str(project.folder / "tasks.db"))
+    connection.execute("UPDATE safedefer_tasks SET url = '/admin', headers = json('{\"Cookie\": \"sid=1\"}')")
+    connection.close()
+    server, url = project.start("serve", "--port", "0")
+    dispatcher, _ = project.start("dispatch", "--to", url, wait_for_line=False)
+    project.defer("t.work, 2")
+    project.until(lambda: project.results() == [2])
+    project.until(lambda: json.loads(project.run("tasks", "show", odd).stdout)["reason"] == "storage-mismatch")
+    status, _, err = project.terminate(dispatcher)
+    assert status == 0
+    assert f"task '{odd}' is parked: the url that is stored is not what was signed" in err
+    assert project.terminate(server)[0] == 0
+    project.run("tasks", "retry", odd)
+    process, _ = project.start("run", "--port", "0")
+    project.until(lambda: sorted(project.results()) == [1, 2])
+    assert project.terminate(process)[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
