@@ -12,17 +12,20 @@ from safedefer.concurrency.threads import InThread
 from safedefer.dispatcher.leases import name_of
 from safedefer.dispatcher.request_headers import delivery_headers
 from safedefer.dispatcher.retry_policy import judge_answer, wait_asked_for
+from safedefer.dispatcher.signed_route import StorageMismatch
 from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import UnreachableTargets
-from safedefer.errors import QueueError
+from safedefer.errors import QueueError, RejectedTask
 from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
-from safedefer.queues.rules import judge_failure, judge_rejection
+from safedefer.queues.rules import judge_failure, judge_rejection, park
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: Seconds of the first hold of a queue whose handler is at capacity; each such answer in a row doubles them.
 _BUSY_SECONDS: Final = 0.02
+#: Seconds until a task is tried again whose stored token could not be read.
+_STORAGE_SECONDS: Final = 1.0
 #: The statuses with which a handler may ask for a pause.
 _WAITING: Final = frozenset({429, 503})
 
@@ -65,6 +68,22 @@ class AttemptRunner:
                 if settlement is not None:
                     return settlement
             return await self._attempt(lease, jitter)
+        except StorageMismatch as error:
+            _log.error(
+                "task %a is parked: the %s that is stored is not what was signed; look who writes the storage, and run "
+                "the task as it was signed with `safedefer tasks retry`",
+                lease.task.id,
+                error,
+            )
+            return park(lease, "storage-mismatch", now=self._clock())
+        except RejectedTask as error:
+            # As the handler would answer it: another process may have the key, or read such claims.
+            outcome = "rejected" if error.authentic else "refused"
+            return judge_rejection(lease, None, outcome, now=self._clock(), jitter=jitter, reason=error.slug)
+        except QueueError as error:
+            _log.error("the stored token of task %a cannot be read (%s); trying again", lease.task.id, error.slug)
+            at = self._clock() + _STORAGE_SECONDS * (1 + jitter)
+            return Settlement(verdict=Verdict.RETRY, at=at, charged=False, reason="busy")
         except Exception as error:  # noqa: BLE001  # see below
             # An attacker may have written the row into the storage. It counts as refused; other tasks go on.
             _log.error("task %a cannot be delivered (%s); look at what is stored of it", lease.task.id, name_of(error))
@@ -103,7 +122,7 @@ class AttemptRunner:
 
     async def _slow(self, queue: str, answer: Answer) -> None:
         """Hold a queue if its handler asks for it. Our own handler at capacity is asked again soon at first."""
-        seconds = wait_asked_for(answer)
+        seconds = wait_asked_for(answer, now=self._clock())
         if seconds is None:
             if self._busy:
                 self._busy.pop(queue, None)

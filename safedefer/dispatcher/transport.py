@@ -11,6 +11,7 @@ from typing import Protocol, Self
 import aiohttp
 from yarl import URL
 
+from safedefer.dispatcher.signed_route import SignedRoute
 from safedefer.headers import Response
 from safedefer.queues.base import QueuedTask
 
@@ -51,11 +52,20 @@ class HttpDelivery:
         targets: Addresses by target.
         timeout: The most seconds that a handler may take for one task (App Engine: ten minutes).
         concurrency: The most connections.
+        verify: Checks a task before anything of it is sent. None sends what the storage says, unchecked: for
+            tests, and for storage that nobody else can write.
     """
 
     def __init__(
-        self, address: str, *, targets: Mapping[str, str] | None = None, timeout: float = 600.0, concurrency: int = 16
+        self,
+        address: str,
+        *,
+        targets: Mapping[str, str] | None = None,
+        timeout: float = 600.0,
+        concurrency: int = 16,
+        verify: SignedRoute | None = None,
     ) -> None:
+        self._verify = verify
         self._address = address.rstrip("/")
         self._targets = {name: url.rstrip("/") for name, url in (targets or {}).items()}
         self._timeout = aiohttp.ClientTimeout(total=timeout, connect=10.0)
@@ -78,9 +88,20 @@ class HttpDelivery:
             await self._session.close()
 
     async def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Response:
-        """POST one task. Raises ``Unreachable``, ``Interrupted``, or an aiohttp error about the request."""
+        """POST one task.
+
+        Raises:
+            Unreachable: No connection was made.
+            Interrupted: No answer came.
+            StorageMismatch: The storage says something else than the token; nothing was sent.
+            RejectedTask: The token is not one of ours, or cannot be read here; nothing was sent.
+            QueueError: The stored token of an oversize task cannot be read now; nothing was sent.
+            aiohttp.ClientError: The request is impossible.
+        """
         if self._session is None:
             raise Unreachable("the delivery is not open; enter it with `async with`")
+        if self._verify is not None:
+            await self._verify.check(task)
         address = self.address(task)
         # The path as it was signed: a normalised one is another path, and the handler compares it.
         url = URL(address + task.url, encoded=True)

@@ -20,6 +20,7 @@ from safedefer.dispatcher.loop import (
     InProcessDelivery,
     Interrupted,
     Unreachable,
+    asks_to_wait,
     attempt_headers,
     backoff,
     gives_up,
@@ -132,8 +133,14 @@ TABLE = [
     (413, "refused", Verdict.RETRY, False, False, True),
     (404, None, Verdict.RETRY, True, True, False),
     (301, None, Verdict.RETRY, True, True, False),
-    (502, None, Verdict.RETRY, True, False, False),
-    (503, None, Verdict.RETRY, True, False, False),
+    (500, None, Verdict.RETRY, True, False, False),
+    (501, None, Verdict.RETRY, True, False, False),
+    (429, None, Verdict.RETRY, False, False, False),
+    (502, None, Verdict.RETRY, False, False, False),
+    (503, None, Verdict.RETRY, False, False, False),
+    (504, None, Verdict.RETRY, False, False, False),
+    (502, "other", Verdict.RETRY, True, False, False),
+    (429, "other", Verdict.RETRY, True, True, False),
     (200, None, Verdict.DONE, True, True, False),
     (204, "other", Verdict.DONE, True, True, False),
 ]
@@ -165,11 +172,38 @@ def test_header_names_count_in_any_case():
         ("-5", 1),
         ("x", 1),
         ("٣", 1),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 1),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 60),
     ],
 )
 def test_a_handler_puts_a_task_off_by_seconds_within_a_minute(text, seconds):
     assert verdict(lease_of(), answer(503, "early", Retry_After=text)).at == NOW + seconds
+
+
+OCTOBER = 1_445_326_080.0  # Tuesday, 20 October 2015, 07:28:00 UTC
+
+RETRY_AFTER = [
+    ("600", 600), ("3600", 3600), ("3601", 3600), ("999999999", 3600), ("9999999999", 1), ("0", 1),
+    # The three forms of an HTTP date, and other zones than they allow.
+    ("Tue, 20 Oct 2015 07:38:00 GMT", 600), ("Tuesday, 20-Oct-15 07:38:00 GMT", 600), ("Tue Oct 20 07:38:00 2015", 600),
+    ("Tue, 20 Oct 2015 09:38:00 +0200", 600), ("Tue, 20 Oct 2015 07:38:00 -0000", 600), ("Tue, 20 Oct 2015 07:38:00", 600),
+    ("Tue, 20 Oct 2015 09:38:00 GMT", 3600), ("Fri, 31 Dec 9999 23:59:59 GMT", 3600),
+    ("Tue, 20 Oct 2015 07:28:00 GMT", 1), ("Mon, 01 Jan 0001 00:00:00 +1400", 1), ("Fri, 31 Dec 9999 23:59:59 -1400", 3600),
+    # Neither seconds nor a date.
+    ("", 1), (" ", 1), ("soon", 1), ("-600", 1), ("+600", 1), ("600.0", 1), ("6e2", 1), ("1_0", 1), ("٣", 1), ("nan", 1), ("inf", 1),
+    ("Tue, 40 Oct 2015 07:38:00 GMT", 1), ("Tue, 20 Oct 99999999999 07:38:00 GMT", 1), ("Tue, 20 Oct 2015 07:38:00 +99999999", 1),
+    ("Tue, 20 Oct 2015 07:38:00 GMT" + " " * 10_000, 1), ("(" * 60, 1), ("Tue, ٢٠ Oct 2015 07:38:00 GMT", 1), ("\0", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "seconds"), RETRY_AFTER)
+def test_retry_after_is_seconds_or_a_date_up_to_an_hour_ahead(text, seconds):
+    assert asks_to_wait(answer(503, Retry_After=text), now=OCTOBER) == seconds
+    assert verdict(lease_of(eta=OCTOBER), answer(503, Retry_After=text), now=OCTOBER).at == OCTOBER + seconds
+
+
+@given(st.text(max_size=80))
+def test_no_retry_after_breaks_anything(text):
+    assert 1 <= asks_to_wait(answer(503, Retry_After=text), now=OCTOBER) <= 3600
 
 
 @pytest.mark.parametrize(
