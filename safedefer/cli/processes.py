@@ -129,11 +129,8 @@ def dispatch(
     loaded = load_app(app)
     check_address("--to", address)
 
-    def stored_token(blob_id: str) -> bytes | None:
-        return loaded.queue.blobs.get(blob_id)
-
     async def work() -> None:
-        verify = SignedRoute(loaded.authenticate, stored_token)
+        verify = SignedRoute(loaded.authenticate)
         http = HttpDelivery(address, targets=loaded.targets, timeout=timeout, concurrency=concurrency, verify=verify)
         async with _signals() as stop, http as deliver:
             options = _dispatcher_options(loaded, concurrency, lease, drain, queues)

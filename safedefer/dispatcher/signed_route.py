@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from hashlib import sha256
 from typing import Final
 
 from safedefer.claims import Claims, split_audience
-from safedefer.errors import InvalidClaims
 from safedefer.queues.base import QueuedTask
 
 #: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
 _LARGE: Final = 65_536
-#: What a pointer and the stored token that it points to have in common.
-_SHARED: Final = ("jti", "aud", "nbf", "exp", "name")
 _TRACE_HEADER: Final = "traceparent"
 
 
@@ -31,12 +27,10 @@ class SignedRoute:
 
     Args:
         authenticate: Returns the claims of a token that one of our keys signed; raises ``RejectedTask``.
-        stored_token: Returns the stored token of an oversize task by its id, None if it is gone; called in a thread.
     """
 
-    def __init__(self, authenticate: Callable[[bytes], Claims], stored_token: Callable[[str], bytes | None]) -> None:
+    def __init__(self, authenticate: Callable[[bytes], Claims]) -> None:
         self._authenticate = authenticate
-        self._stored_token = stored_token
 
     async def check(self, task: QueuedTask) -> None:
         """Check one task.
@@ -44,12 +38,9 @@ class SignedRoute:
         Raises:
             RejectedTask: One of its subclasses: no key of ours signed the token, or it cannot be read.
             StorageMismatch: The row says something else than the token.
-            QueueError: The stored token of an oversize task cannot be read now.
         """
         claims = await self._claims(task.token)
-        if "blob" in claims and task.headers and not signed_headers(claims):
-            # A pointer may leave the headers to the token that it points to.
-            claims = await asyncio.to_thread(self._pointed_to, claims)
+        # The pointer of an oversize task has the headers that the stored token has.
         if (what := difference(task, claims)) is not None:
             raise StorageMismatch(what)
 
@@ -57,18 +48,6 @@ class SignedRoute:
         if len(token) <= _LARGE:
             return self._authenticate(token)
         return await asyncio.to_thread(self._authenticate, token)
-
-    def _pointed_to(self, pointer: Claims) -> Claims:
-        blob = pointer["blob"]
-        data = self._stored_token(blob["id"])
-        if data is None:
-            raise InvalidClaims("the stored token is gone; restore the blobs from a backup")
-        if len(data) != blob["length"] or sha256(data).hexdigest() != blob["sha256"]:
-            raise InvalidClaims("the stored token is not the one that was pointed to; restore the blob from a backup")
-        claims = self._authenticate(data)
-        if any(claims.get(name) != pointer.get(name) for name in _SHARED):
-            raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
-        return claims
 
 
 def signed_headers(claims: Claims) -> Mapping[str, str]:

@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
-from hashlib import sha256
 
 import pytest
 
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery
 from safedefer.dispatcher.signed_route import SignedRoute, difference
-from safedefer.errors import ConfigurationError, QueueUnavailable
+from safedefer.errors import ConfigurationError
 from safedefer.queues.base import DeadFilter, QueuedTask, TaskState
 from safedefer.queues.memory.queue import MemoryQueue
 from tests.adversarial import victim
@@ -184,7 +183,7 @@ def app():
 
 
 def route_of(app):
-    return SignedRoute(app.authenticate, lambda blob_id: app.queue.blobs.get(blob_id))
+    return SignedRoute(app.authenticate)
 
 
 def write(app, task, **changes):
@@ -340,41 +339,11 @@ async def test_a_trace_that_was_signed_is_sent(app):
     assert f"traceparent: {TRACE}\r\n" in request
 
 
-@pytest.mark.parametrize("how", ["gone", "longer", "changed", "another"])
-async def test_headers_that_only_the_stored_token_could_prove_are_not_sent_if_it_does_not(app, how):
+async def test_headers_of_an_oversize_task_are_those_of_its_pointer(app):
     task = app.options(headers=SIGNED).defer(victim.note, "x" * 20_000)
-    pointer = app.authenticate(task.payload)["blob"]
-    blobs, blob_id = app.queue.blobs, pointer["id"]
-    stored = blobs.get(blob_id)
-    blobs.delete(blob_id)
-    data = {"gone": None, "longer": stored + b"A", "changed": stored[:-4] + b"AAAA", "another": mint(headers=SIGNED)}[
-        how
-    ]
-    if data is not None:
-        blobs.put(blob_id, data)
-    if how == "another":
-        claims = {
-            **app.authenticate(task.payload),
-            "blob": {"id": pointer["id"], "sha256": sha256(data).hexdigest(), "length": len(data)},
-        }
-        write(app, task, token=vectors.mint(claims, kid="now").encode())
+    write(app, task, headers={**SIGNED, "Cookie": "a=b"})
     assert await deliver(app) == []
-    view = app.queue.find(task.id)
-    assert (view.state, view.records[-1].reason) == (TaskState.WAITING, "invalid-claims")
-
-
-async def test_a_stored_token_that_cannot_be_read_now_puts_its_task_off(app, monkeypatch, caplog):
-    task = app.options(headers=SIGNED).defer(victim.note, "x" * 20_000)
-
-    def get(blob_id):
-        raise QueueUnavailable("locked")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(app.queue.blobs, "get", get)
-        assert await deliver(app) == []
-    view = app.queue.find(task.id)
-    assert (view.state, view.attempts, list(view.records)) == (TaskState.WAITING, 0, [])
-    assert "cannot be read (queue-unavailable)" in caplog.text
+    assert app.queue.find(task.id).reason == "storage-mismatch"
 
 
 # --- Addresses --------------------------------------------------------------------------------------
