@@ -36,7 +36,7 @@ class AttemptRunner:
     """Delivers tasks; remembers the targets that were unreachable, hang, or asked for a pause.
 
     Args:
-        queue: Holds queues, and has the records of handlers.
+        queue: Holds queues on request of their handlers.
         deliver: The transport.
         in_thread: Calls the queue in a thread.
         clock: Returns seconds since the epoch.
@@ -69,12 +69,10 @@ class AttemptRunner:
         """Deliver a task and return its settlement. Raises only the cancellation of the caller."""
         jitter = self._random.random()
         try:
-            targets = self.targets
-            if (
-                targets
-                and (settlement := targets.postpone(self._deliver.address(lease.task), now=self._clock())) is not None
-            ):
-                return settlement
+            if self.targets:
+                settlement = self.targets.postpone(self._deliver.address(lease.task), now=self._clock())
+                if settlement is not None:
+                    return settlement
             if self._holds and (settlement := self._postpone_held(lease.task)) is not None:
                 return settlement
             return await self._attempt(lease, jitter)

@@ -45,7 +45,7 @@ class Deliver(Protocol):
         ...
 
     def address(self, task: QueuedTask, /) -> str:
-        """Return where a task is sent: the handler that is not there is not there for all that have this address."""
+        """Return the address of a task. One unreachable handler postpones all tasks with its address."""
         ...
 
 
@@ -140,5 +140,5 @@ class InProcessDelivery:
         return self._handle(headers, task.token, path=task.url)
 
     def address(self, task: QueuedTask, /) -> str:  # noqa: ARG002 - one handler takes all
-        """Return the empty text: there is one handler, and it is here."""
+        """Return the empty text: this process has one handler."""
         return ""

@@ -9,7 +9,7 @@ from datetime import datetime
 from safedefer.claims import Claims, split_audience
 from safedefer.codecs.protocol import Codec
 from safedefer.errors import CapabilityExceeded, Error, RejectedTask, UnknownQueueError
-from safedefer.execution.run import prepare
+from safedefer.execution.prepare import prepare
 from safedefer.keys import Keyring
 from safedefer.options import QUEUE_URLS, Options, Task
 from safedefer.queues.base import DeadFilter, PullQueue, TaskState, TaskView

@@ -324,15 +324,15 @@ async def test_a_task_longer_than_both_leases_runs_once(tmp_path, monkeypatch):
     tasks.reset()
     moment = [time.time()]
     app = make_app(queue=f"sqlite:///{tmp_path}/q.db", lease_seconds=0.6, clock=lambda: moment[0])
-    prolonged = {"lease": [], "run": []}
+    extended = {"lease": [], "run": []}
     for name, owner in (("lease", app.queue), ("run", app.queue.ledger)):
 
-        def extend(what, *, now, extend=owner.extend, moments=prolonged[name], **more):
-            result = extend(what, now=now, **more)
+        def extend_many(many, *, now, extend_many=owner.extend_many, moments=extended[name], **more):
+            result = extend_many(many, now=now, **more)
             moments.append(now)
             return result
 
-        monkeypatch.setattr(owner, "extend", extend)
+        monkeypatch.setattr(owner, "extend_many", extend_many)
     task = app.defer(tasks.wait_for_gate, 60.0)
     deliver, options = InProcessDelivery(app.handle), DispatcherOptions(lease_seconds=0.6)
     dispatcher = Dispatcher(app.queue, deliver, clock=lambda: moment[0], options=options)
@@ -340,7 +340,7 @@ async def test_a_task_longer_than_both_leases_runs_once(tmp_path, monkeypatch):
     await until(tasks.STARTED.is_set)
     for _ in range(4):
         moment[0] += 0.4
-        await until(lambda: all(moments and moments[-1] == moment[0] for moments in prolonged.values()))
+        await until(lambda: all(moments and moments[-1] == moment[0] for moments in extended.values()))
         # Neither another dispatcher nor another handler takes it.
         assert app.queue.lease(owner="other", limit=1, seconds=60.0, now=moment[0]) == []
         assert (await app.handle(JOSE, task.payload)).headers["Safedefer-Outcome"] == "running"
