@@ -9,9 +9,11 @@ from functools import partial
 from typing import Final
 
 from safedefer.concurrency.threads import InThread
+from safedefer.dispatcher.holds import TargetHolds
 from safedefer.dispatcher.leases import name_of
 from safedefer.dispatcher.request_headers import delivery_headers
 from safedefer.dispatcher.retry_policy import judge_answer, wait_asked_for
+from safedefer.dispatcher.shares import TargetShares
 from safedefer.dispatcher.signed_route import StorageMismatch
 from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import UnreachableTargets
@@ -31,7 +33,7 @@ _WAITING: Final = frozenset({429, 503})
 
 
 class AttemptRunner:
-    """Delivers tasks; remembers the targets that were unreachable, and the queues whose handlers asked for a pause.
+    """Delivers tasks; remembers the targets that were unreachable, hang, or asked for a pause.
 
     Args:
         queue: Holds queues on request of their handlers.
@@ -39,6 +41,7 @@ class AttemptRunner:
         in_thread: Calls the queue in a thread.
         clock: Returns seconds since the epoch.
         rng: The source of jitter.
+        slots: The most deliveries at once.
     """
 
     def __init__(
@@ -49,15 +52,18 @@ class AttemptRunner:
         *,
         clock: Callable[[], float],
         rng: random.Random,
+        slots: int,
     ) -> None:
         self._queue = queue
         self._deliver = deliver
         self._in_thread = in_thread
         self._clock = clock
         self._random = rng
-        self._busy: dict[str, int] = {}
-        """Queues, with the number of answers in a row that asked for a pause."""
+        self._busy: dict[tuple[str, str], int] = {}
+        """Queues and addresses, with the number of answers in a row that asked for a pause."""
+        self._holds = TargetHolds()
         self.targets = UnreachableTargets()
+        self.shares = TargetShares(slots)
 
     async def run(self, lease: Lease) -> Settlement:
         """Deliver a task and return its settlement. Raises only the cancellation of the caller."""
@@ -67,6 +73,8 @@ class AttemptRunner:
                 settlement = self.targets.postpone(self._deliver.address(lease.task), now=self._clock())
                 if settlement is not None:
                     return settlement
+            if self._holds and (settlement := self._postpone_held(lease.task)) is not None:
+                return settlement
             return await self._attempt(lease, jitter)
         except StorageMismatch as error:
             _log.error(
@@ -89,6 +97,9 @@ class AttemptRunner:
             _log.error("task %a cannot be delivered (%s); look at what is stored of it", lease.task.id, name_of(error))
             return judge_rejection(lease, None, "refused", now=self._clock(), jitter=jitter)
 
+    def _postpone_held(self, task: QueuedTask) -> Settlement | None:
+        return self._holds.postpone(task.queue, self._deliver.address(task), now=self._clock())
+
     async def _attempt(self, lease: Lease, jitter: float) -> Settlement:
         task, targets = lease.task, self.targets
         probed = targets.probe(self._deliver.address(task)) if targets else None
@@ -104,10 +115,12 @@ class AttemptRunner:
                 probed.probing = False
         if targets:
             targets.reached(self._deliver.address(task))
+        if self._deliver.several:
+            self.shares.answered(self._deliver.address(task))
         answer = read_answer(response)
         settlement = judge_answer(lease, answer, now=self._clock(), jitter=jitter)
         if self._busy or answer.status in _WAITING:
-            await self._slow(task.queue, answer)
+            await self._slow(task, answer)
         if answer.outcome is None and settlement.verdict is Verdict.DONE:
             self._warn(task, answer)
         return settlement
@@ -120,17 +133,24 @@ class AttemptRunner:
             OUTCOME_HEADER,
         )
 
-    async def _slow(self, queue: str, answer: Answer) -> None:
-        """Hold a queue if its handler asks for it. Our own handler at capacity is asked again soon at first."""
-        seconds = wait_asked_for(answer, now=self._clock())
+    async def _slow(self, task: QueuedTask, answer: Answer) -> None:
+        """Hold a queue if its handler asks for it, or of a queue of several handlers what goes to this one.
+
+        Our own handler at capacity is asked again soon at first.
+        """
+        queue, address = task.queue, self._deliver.address(task)
+        now = self._clock()
+        seconds = wait_asked_for(answer, now=now)
         if seconds is None:
             if self._busy:
-                self._busy.pop(queue, None)
+                self._busy.pop((queue, address), None)
             return
-        times = self._busy[queue] = self._busy.get(queue, 0) + 1
+        times = self._busy[queue, address] = self._busy.get((queue, address), 0) + 1
         if answer.outcome == "busy":
             seconds = min(seconds, _BUSY_SECONDS * 2 ** min(times, 10))
-        now = self._clock()
+        if self._deliver.several:
+            self._holds.hold(queue, address, until=now + seconds, now=now)
+            return
         try:
             await self._in_thread(partial(self._queue.hold, queue, until=now + seconds, now=now))
         except QueueError as error:

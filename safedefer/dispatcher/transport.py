@@ -6,7 +6,7 @@ Either way the token ends in ``Delivery.handle``, which verifies it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 import aiohttp
 from yarl import URL
@@ -34,6 +34,11 @@ class Interrupted(Exception):
 
 class Deliver(Protocol):
     """A transport: sends one request to a handler."""
+
+    @property
+    def several(self) -> bool:
+        """Whether tasks go to more than one address."""
+        ...
 
     def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
         """POST the task's token. Raises ``Unreachable`` or ``Interrupted``."""
@@ -68,6 +73,8 @@ class HttpDelivery:
         self._verify = verify
         self._address = address.rstrip("/")
         self._targets = {name: url.rstrip("/") for name, url in (targets or {}).items()}
+        self.several = any(target != self._address for target in self._targets.values())
+        """Whether tasks go to more than one address."""
         self._timeout = aiohttp.ClientTimeout(total=timeout, connect=10.0)
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
@@ -110,8 +117,7 @@ class HttpDelivery:
                 # The body adds nothing to the headers: it stays unread, and cannot fill the memory.
                 return Response(response.status, dict(response.headers), b"")
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            only = all(target == self._address for target in self._targets.values())
-            raise Unreachable(type(error).__name__, address=address, everywhere=only) from error
+            raise Unreachable(type(error).__name__, address=address, everywhere=not self.several) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Interrupted(type(error).__name__) from error
 
@@ -122,6 +128,9 @@ class HttpDelivery:
 
 class InProcessDelivery:
     """Delivers to a handler in this process, by the function that HTTP requests end in too."""
+
+    several: Final = False
+    """There is one handler."""
 
     def __init__(self, handle: Callable[..., Awaitable[Response]]) -> None:
         self._handle = handle

@@ -271,6 +271,33 @@ async def test_a_target_that_is_down_stops_no_other(tmp_path):
     await asyncio.to_thread(app.close)
 
 
+async def test_a_target_that_takes_connections_and_never_answers_stops_no_other(tmp_path):
+    tasks.reset()
+    connections = []
+
+    async def hang(reader, writer):
+        connections.append(writer)
+        await reader.read(-1)
+        writer.close()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    hung = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    app = make_app(queue=f"sqlite:///{tmp_path}/q.db", targets={"big": hung}, policy=Policy("tests.sample_tasks"))
+    app.options(target="big").defer_many([(tasks.add, (n,), {}) for n in range(60)])
+    async with serving(app, "127.0.0.1", 0) as url, HttpDelivery(url, targets=app.targets, timeout=60.0) as deliver:
+        dispatcher = dispatcher_of(app, deliver, drain_seconds=0.1)
+        running = asyncio.create_task(dispatcher.run())
+        await until(lambda: connections)
+        app.defer_many([(tasks.add, (n,), {}) for n in range(20)])
+        await until(lambda: len(tasks.RAN) == 20)
+        assert len(connections) <= 8
+        dispatcher.stop()
+        await running
+    assert {view.target for view in app.queue.tasks(limit=1000)} == {"big"}
+    server.close()
+    await asyncio.to_thread(app.close)
+
+
 async def test_many_answers_with_bodies_do_not_matter(app):
     async def large(request):
         return web.Response(body=b"x" * 3_000_000, headers={"Safedefer-Outcome": "succeeded"})
