@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from safedefer.claims import Limits
+from safedefer.claims import Claims, Limits
 from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.delivery.options import DeliveryOptions
@@ -218,6 +218,14 @@ class App(Producer):
             ``(status, headers, body)``. Nothing is raised.
         """
         return await self.delivery.handle(headers, body, url=self.accepts(path), method=method)
+
+    def authenticate(self, data: bytes) -> Claims:
+        """Return the claims of a token that one of our keys signed. Says nothing of audience, time and policy.
+
+        Raises:
+            RejectedTask: One of its subclasses says what is wrong.
+        """
+        return self._verifier.authenticate(data)
 
     def accepts(self, path: str | None) -> str | Container[str]:
         """Return the paths that a token may name which came on ``path``, the configured prefix removed."""

@@ -137,7 +137,7 @@ def _is_at_hand(task: VerifiedTask) -> bool:
 
 
 def _prepare_at_once(task: VerifiedTask, codecs: Mapping[str, Codec]) -> Prepared | None:
-    """Prepare a task on the loop; None if a thread should do it, and raise the error if there is one."""
+    """Prepare a task on the loop. After an error return None: a thread then prepares the task again, and reports it."""
     try:
         prepared = prepare(task, codecs)
     except RejectedTask:

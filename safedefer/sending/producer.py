@@ -90,6 +90,7 @@ class Producer:
             transactional: Enqueue if, and only if, the transaction of ``app.transaction(...)`` commits.
             unique: Return the task of the same call and destination that waits or runs already, if there is one.
             url: The path that the task is posted to, or a URL below the address of a target; None is the queue's own.
+            deadline: Seconds that one attempt may take, from 1 to 86,400; the queue's own without it.
             pickle: Carry the arguments as a pickle; both ends and the key must allow it.
 
         Raises:

@@ -50,6 +50,7 @@ def _claims():
         {"required": task, "properties": {"blob": False}},
         {"required": ["blob"], "properties": dict.fromkeys(task, False)},
     ]
+    schema["dependentRequired"] = {"root": ["retry_of"]}
     call = schema["$defs"]["Call"]
     kinds = call["properties"]["kind"]["enum"]
     call["oneOf"] = [
