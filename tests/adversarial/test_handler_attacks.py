@@ -65,7 +65,7 @@ def no_parser(monkeypatch):
         (jiter, "from_json"),
         (orjson, "loads"),
         (json, "loads"),
-        (safedefer.claims, "_parse"),
+        (safedefer.claims, "adapter"),
         (safedefer.signing, "read_claims"),
         (safedefer.keys, "decode_segment"),
         (TypedCodec, "decode"),
