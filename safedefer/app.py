@@ -169,7 +169,6 @@ class App:
         self._dead_letters = DeadLetters(
             verifier=self._verifier,
             keyring=keyring,
-            codecs=codecs,
             builder=self._builder,
             routes=routes,
             queue=self._get_queue,
@@ -367,14 +366,14 @@ class App:
 
         Args:
             connection: As for ``transaction``.
-            effect: Names it, up to 700 characters; without it, the task that runs and the one that it re-runs.
+            effect: Names it, up to 700 characters; without it, the task that runs, the same for all its re-runs.
 
         Raises:
             BadTransactionStateError: There is no name and no task runs here, or as ``transaction``.
             InvalidTaskError: The name is empty, too long, or has a character that a database does not take.
         """
         task = current_task()
-        noted, also = effect_of(effect, None if task is None else (task.id, task.retry_of))
+        noted, also = effect_of(effect, None if task is None else (task.root or task.id, task.retry_of))
         return self.outbox.once(connection, effect=noted, also=also)
 
     # --- Handling ---
@@ -493,8 +492,9 @@ class App:
     def retry(self, task_id: str, *, queue: str | None = None, eta: datetime | None = None) -> Task | None:
         """Re-run a dead letter as a new task, which names it in ``retry_of``; None if there is none.
 
-        Only what verifies now is signed again, expiry aside: by a key that is not revoked, within that
-        key's limits, and under the policy, arguments included.
+        Only what verifies now is signed again, expiry aside, and what has neither succeeded, nor been cancelled or
+        re-run; once it has expired, the ledger must know that it died. Arguments are not decoded: the handler does, within
+        the limits of the key that signed the first task.
 
         Args:
             task_id: The dead letter.
@@ -502,8 +502,9 @@ class App:
             eta: When it is due, aware; now without it.
 
         Raises:
-            RejectedTask: The dead letter does not verify now; it stays where it is.
+            RejectedTask: The dead letter does not verify now, or may not run again; it stays where it is.
             UnknownQueueError: There is no such queue.
+            DeferError: The new task cannot be signed, or stored.
             InvalidTaskError: The queue's name or the eta is impossible.
         """
         return self._dead_letters.retry(task_id, queue=queue, eta=eta)
