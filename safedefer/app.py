@@ -17,15 +17,15 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ParamSpec, overload
 
-from safedefer.claims import Limits
+from safedefer.claims import Claims, Limits
 from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
-from safedefer.delivery.handler import Delivery, DeliveryOptions, Response
+from safedefer.delivery.options import DeliveryOptions
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 from safedefer.events import LogObserver, Observer
 from safedefer.execution.context import current_task
 from safedefer.execution.direct import DirectRunner
-from safedefer.execution.run import Validate
+from safedefer.execution.prepare import Validate
 from safedefer.keys import Keyring
 from safedefer.options import DEFAULT_OPTIONS, DEFAULT_TARGET, DEFAULT_URL, Options, Task
 from safedefer.policy import Policy
@@ -45,6 +45,8 @@ from safedefer.transactions.outbox import Outbox
 if TYPE_CHECKING:
     from aiohttp.web import AbstractRouteDef
 
+    from safedefer.delivery.handler import Delivery
+    from safedefer.headers import Response
     from safedefer.queues.config import QueueFile
     from safedefer.settings import Settings
 
@@ -395,6 +397,14 @@ class App:
         """
         return await self.delivery.handle(headers, body, url=self.accepts(path), method=method)
 
+    def authenticate(self, data: bytes) -> Claims:
+        """Return the claims of a token that one of our keys signed. Says nothing of audience, time and policy.
+
+        Raises:
+            RejectedTask: One of its subclasses says what is wrong.
+        """
+        return self._verifier.authenticate(data)
+
     def accepts(self, path: str | None) -> str | Container[str]:
         """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
         return self._routes.accepts(path)
@@ -404,6 +414,9 @@ class App:
         """The handler behind ``handle``; the policy's modules are imported when it is first asked for."""
         with self._lock:
             if self._delivery is None:
+                # Here and not at the top: a process that only defers needs no handler.
+                from safedefer.delivery.handler import Delivery  # noqa: PLC0415
+
                 self._direct.load_policy()
                 self._delivery = Delivery(
                     verifier=self._verifier,

@@ -22,8 +22,6 @@ lambdas, static methods.
 
 from __future__ import annotations
 
-import asyncio
-import difflib
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from threading import RLock
@@ -168,6 +166,8 @@ async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) 
     # To build an App reads files and imports modules.
     app = configured_app()
     if app is None:
+        import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
+
         app = await asyncio.to_thread(current_app)
     return await app.options(**given).defer_async(obj, *args, **kwargs)
 
@@ -258,6 +258,8 @@ def set_log_level(log_level: int) -> None:
 def _check_unknown(kwargs: Mapping[str, Any]) -> None:
     for name in kwargs:
         if name.startswith("_"):
+            import difflib  # noqa: PLC0415  # for this message only
+
             near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"defer() has no option {name!a}; did you mean {near}? "

@@ -173,9 +173,9 @@ class Verifier:
                 or (queue is not None and queue != named)
             ):
                 raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
-            _check_queue(key, named)
-            if claims["cty"] == "pickle":
-                self._check_pickle(key)
+            _check_key(key, named, claims["cty"])
+            if claims["cty"] == "pickle" and not self._allow_pickle:
+                raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
             # Whose limits hold inside the task. A key that signs a root has none of its own.
             limits = key if "root" not in claims else self._root_key(key, claims, named)
             if not expired:
@@ -194,6 +194,25 @@ class Verifier:
         return VerifiedTask(
             claims=claims, ref=ref, gate=gate, kid=key.kid, token=data, text=payload, canonical=canonical
         )
+
+    def authenticate(self, data: bytes) -> Claims:
+        """Return the claims of a token that one of our keys signed and may sign: steps 1 to 4, and the key's limits.
+
+        It says nothing of audience, time and policy: nothing may run by it. A dispatcher learns from it what was
+        signed, before it sends a request.
+
+        Raises:
+            RejectedTask: One of its subclasses, by the first check that fails.
+        """
+        token = Token.parse(data, self._max_bytes)
+        key, payload = self._keyring.verify(token)
+        claims, _ = read_claims(payload)
+        try:
+            _check_key(key, split_audience(claims["aud"])[1], claims["cty"])
+        except CapabilityExceeded as error:
+            error.identity = identify(claims, key.kid)
+            raise
+        return claims
 
     def verify_stored(
         self, pointer: VerifiedPointer, data: bytes, *, url: str | Container[str], now: float, expired: bool = False
@@ -229,16 +248,16 @@ class Verifier:
             raise UnknownKey(f"the root's key {kid} is not in this ring; add it, as verify_only")
         if root.state is KeyState.REVOKED:
             raise RevokedKey(f"the root's key {kid} is revoked; defer the task anew if it was wanted")
-        _check_queue(root, queue)
-        if claims["cty"] == "pickle":
-            self._check_pickle(root)
+        _check_key(root, queue, claims["cty"])
         return root
 
-    def _check_pickle(self, key: Key) -> None:
-        if not key.pickle:
-            raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
-        if not self._allow_pickle:
-            raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
+
+def _check_key(key: Key, queue: str, cty: str) -> None:
+    """Check what a key may sign. Raises ``CapabilityExceeded``."""
+    if key.queues is not None and queue not in key.queues:
+        raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
+    if cty == "pickle" and not key.pickle:
+        raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
 
 
 def check_begun(claims: Claims, now: float) -> None:
@@ -256,11 +275,6 @@ def is_over(claims: Claims, now: float) -> bool:
 def shared_claims(claims: Claims) -> dict[str, object]:
     """Return what a pointer and the stored token that it points to have in common."""
     return {name: value for name, value in claims.items() if name not in _OF_ONE_TOKEN}
-
-
-def _check_queue(key: Key, queue: str) -> None:
-    if key.queues is not None and queue not in key.queues:
-        raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
 
 
 def _check_may_sign_root(key: Key) -> None:

@@ -24,7 +24,7 @@ KEYS = {
 }
 CONFIG = {
     "now": NOW,
-    "policy": [TASKS, "operator:add"],
+    "policy": [TASKS, "operator:add", "builtins:str.upper", "builtins:list.count", "builtins:dict.fromkeys"],
     "moved": {f"{TASKS}:former": f"{TASKS}:echo", f"{TASKS}:OldPoint": f"{TASKS}:Point"},
     "environment": "test",
     "queues": ["default", "mail"],

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import safedefer
-from safedefer import App, Options, PermanentTaskFailure, SingularTaskFailure, TaskRetryOptions, deferred
+from safedefer import App, Options, PermanentTaskFailure, Policy, SingularTaskFailure, TaskRetryOptions, deferred
 from safedefer.claims import Claims
 from safedefer.errors import ConfigurationError, InvalidEtaError, InvalidTaskError, NotDeferrable, RejectedTask
 from tests import sample_tasks as tasks
@@ -59,6 +59,7 @@ def test_classes_and_built_ins_can_be_used_as_tasks(app):
 
     for obj, args, result in [(tasks.Counter, (5,), tasks.Counter(5)), (len, ("abc",), 3), (operator.add, (1, 2), 3)]:
         assert deferred.run(deferred.serialize(obj, *args)) == result
+    deferred.configure(make_app(policy=Policy("builtins:str.split")))
     assert deferred.run(deferred.serialize("a-b".split, "-")) == ["a", "b"]
 
 

@@ -503,3 +503,45 @@ def test_a_task_tells_its_size_and_time():
     )
     assert (task.size, task.eta_posix) == (6, NOW)
     assert "secret" not in repr(task)
+
+
+# --- What was signed, without a word on whether it may run ------------------------------------------
+
+
+def test_authenticating_asks_neither_policy_nor_time_nor_audience():
+    for changes in (
+        {"call": {**CALL, "module": "os", "qualname": "system"}},
+        {"nbf": NOW + 10**6, "exp": NOW + 2 * 10**6, "iat": NOW + 10**6},
+        {"nbf": 1, "exp": 2, "iat": 1},
+        {"aud": "staging:other:elsewhere:/x"},
+        {"call": None, "args": None, "kwargs": None, "blob": {"id": "b" * 32, "sha256": "0" * 64, "length": 9}},
+    ):
+        assert verifier(queues=["default"], targets=["default"]).authenticate(signed(**changes)) == make(**changes)
+
+
+def test_authenticating_takes_pickles_of_a_key_that_may_sign_them():
+    ring = Keyring(Key("a", SECRET, pickle=True))
+    assert verifier(ring).authenticate(signed(ring, cty="pickle"))["cty"] == "pickle"
+
+
+LIMITED = Keyring(Key("a", SECRET, queues=["mail"]))
+
+
+@pytest.mark.parametrize(
+    ("error", "data", "ring"),
+    [
+        (MalformedToken, b"", RING),
+        (MalformedToken, b"x" * 2_000_000, RING),
+        (UnknownKey, signed(Keyring(Key("b", SECRET))), RING),
+        (BadSignature, signed(Keyring(Key("a", OTHER))), RING),
+        (InvalidClaims, signed(v=2), RING),
+        (CapabilityExceeded, signed(cty="pickle"), RING),
+        (CapabilityExceeded, signed(), LIMITED),
+    ],
+)
+def test_authenticating_refuses_what_no_key_of_ours_signed_or_may_sign(error, data, ring):
+    with pytest.raises(RejectedTask) as caught:
+        verifier(ring).authenticate(data)
+    assert type(caught.value) is error
+    if error is CapabilityExceeded:
+        assert caught.value.identity.task_id == "a" * 32

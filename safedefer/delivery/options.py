@@ -1,0 +1,43 @@
+"""How a handler runs tasks: checked where an App is made, which may be long before a handler is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from safedefer.delivery.budget import UNVERIFIED_BYTES
+from safedefer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from safedefer.execution.prepare import Validate
+
+_MAX_LEASE: Final = 86_400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryOptions:
+    """How a handler runs tasks.
+
+    Raises:
+        ConfigurationError: A value is wrong.
+    """
+
+    max_bytes: int = 1_048_576
+    """The largest body, in bytes."""
+    concurrency: int = 16
+    """The most tasks that run at once; the handler answers ``busy`` to another one."""
+    lease_seconds: float = 60.0
+    """Seconds after which the ledger takes a run for dead unless its lease is extended; a live handler extends it."""
+    unverified_bytes: int = UNVERIFIED_BYTES
+    """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
+    validate: Validate = None
+    """``"annotations"``: check the arguments against the callable's annotations before the call."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if type(self.concurrency) is not int or self.concurrency < 1:
+            raise ConfigurationError("concurrency is a whole number, 1 or more")
+        if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:
+            raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
+        if self.validate not in {None, "annotations"}:
+            raise ConfigurationError('validate is None or "annotations"')
