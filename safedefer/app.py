@@ -162,7 +162,6 @@ class App(Producer):
         self._dead_letters = DeadLetters(
             verifier=self._verifier,
             keyring=keyring,
-            codecs=codecs,
             builder=self._builder,
             routes=routes,
             queue=self._get_queue,
@@ -327,8 +326,9 @@ class App(Producer):
     def retry(self, task_id: str, *, queue: str | None = None, eta: datetime | None = None) -> Task | None:
         """Re-run a dead letter as a new task, which names it in ``retry_of``; None if there is none.
 
-        Only what verifies now is signed again, expiry aside: by a key that is not revoked, within that
-        key's limits, and under the policy, arguments included.
+        Only what verifies now is signed again, expiry aside, and what has neither succeeded, nor been cancelled or
+        re-run; once it has expired, the ledger must know that it died. Arguments are not decoded: the handler does, within
+        the limits of the key that signed the first task.
 
         Args:
             task_id: The dead letter.
@@ -336,8 +336,9 @@ class App(Producer):
             eta: When it is due, aware; now without it.
 
         Raises:
-            RejectedTask: The dead letter does not verify now; it stays where it is.
+            RejectedTask: The dead letter does not verify now, or may not run again; it stays where it is.
             UnknownQueueError: There is no such queue.
+            DeferError: The new task cannot be signed, or stored.
             InvalidTaskError: The queue's name or the eta is impossible.
         """
         return self._dead_letters.retry(task_id, queue=queue, eta=eta)

@@ -50,6 +50,21 @@ class Execution(NamedTuple):
     """The token's ``exp``, in seconds since the epoch: the entry is kept until then plus leeway."""
 
 
+class VerifiedLetter(NamedTuple):
+    """What the verified token of a dead letter says of it: nothing here is the storage's.
+
+    Where a new task replaces the letter, the ledger notes the old one as cancelled: it does not run, and is not replaced
+    again. The ledger keeps its entry of a task for as long as there is a dead letter of it.
+    """
+
+    audience: str
+    digest: bytes
+    """SHA-256 of the token."""
+    expires: int
+    expired: bool
+    """Whether its time is over: then the ledger must know that it died."""
+
+
 class AttemptRecord(NamedTuple):
     """What is remembered of one attempt, for dead letters and for whoever asks what went wrong."""
 

@@ -148,7 +148,7 @@ class Verifier:
             url: The path on which they came, or the paths that would do.
             now: Seconds since the epoch.
             queue: The queue that a request header names, if one does; it must agree.
-            expired: Whether a task whose time is over passes: dead letters are re-signed, not run.
+            expired: Whether a task passes whose time is over, or has not come: it is looked at, not run.
 
         Returns:
             The task, or the pointer to it.
@@ -179,9 +179,8 @@ class Verifier:
             # Whose limits hold inside the task. A key that signs a root has none of its own.
             limits = key if "root" not in claims else self._root_key(key, claims, named)
             if not expired:
-                if claims["nbf"] > now + LEEWAY or claims["iat"] > now + LEEWAY:
-                    raise _not_yet(claims, now)
-                if now > claims["exp"] + LEEWAY:
+                check_begun(claims, now)
+                if is_over(claims, now):
                     raise ExpiredTask("the task's time is over; re-run it from the dead letters if it is still wanted")
             if "call" not in claims:
                 return VerifiedPointer(claims=claims, blob=claims["blob"], kid=key.kid)
@@ -261,6 +260,18 @@ def _check_key(key: Key, queue: str, cty: str) -> None:
         raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
 
 
+def check_begun(claims: Claims, now: float) -> None:
+    """Check that a task's time has come. Raises ``NotYetValid``, with the seconds until then."""
+    ahead = max(claims["nbf"], claims["iat"]) - now - LEEWAY
+    if ahead > 0:
+        raise NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead) + 1)
+
+
+def is_over(claims: Claims, now: float) -> bool:
+    """Whether a task's time is over."""
+    return now > claims["exp"] + LEEWAY
+
+
 def shared_claims(claims: Claims) -> dict[str, object]:
     """Return what a pointer and the stored token that it points to have in common."""
     return {name: value for name, value in claims.items() if name not in _OF_ONE_TOKEN}
@@ -272,11 +283,6 @@ def _check_may_sign_root(key: Key) -> None:
         raise CapabilityExceeded(
             f"key {key.kid} is limited to queues or patterns and may not sign re-runs; sign with a key without limits"
         )
-
-
-def _not_yet(claims: Claims, now: float) -> NotYetValid:
-    ahead = max(claims["nbf"], claims["iat"]) - now - LEEWAY
-    return NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead) + 1)
 
 
 def _gate(policy: Policy, key: Key) -> Gate:

@@ -12,7 +12,7 @@ import click
 
 from safedefer.app import App
 from safedefer.cli.common import app_option, load_app, plain, summary, time_text
-from safedefer.errors import Error, RejectedTask
+from safedefer.errors import DeferError, Error, RejectedTask
 from safedefer.queues.base import DeadFilter, TaskState, TaskView
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -103,7 +103,7 @@ def dead_retry(
         eta = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
         try:
             task = loaded.retry(task_id, queue=to_queue, eta=eta)
-        except RejectedTask as error:
+        except (RejectedTask, DeferError) as error:
             refused[task_id] = error
             continue
         if task is None:
@@ -112,7 +112,9 @@ def dead_retry(
     for task_id, rejection in refused.items():
         click.echo(f"{plain(task_id)} stays: {rejection.slug}: {rejection}", err=True)
     if refused:
-        raise click.ClickException(f"{len(refused)} do not verify now; correct keys or policy, or purge them")
+        raise click.ClickException(
+            f"{len(refused)} may not run again now; correct keys or policy, or defer the tasks anew and purge them"
+        )
 
 
 @dead.command("purge")

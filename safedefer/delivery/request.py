@@ -62,6 +62,7 @@ class HandlerRequest:
             retry_count=self.retries,
             trace=claims.get("trace"),
             retry_of=claims.get("retry_of"),
+            root=claims["root"]["id"] if "root" in claims else None,
         )
 
     def record(

@@ -23,6 +23,8 @@ class TaskContext:
     trace: str | None = None
     retry_of: str | None = None
     """The dead letter that this task re-runs."""
+    root: str | None = None
+    """The id of the first task of the chain of re-runs that this one is of."""
 
 
 CURRENT: Final[ContextVar[TaskContext | None]] = ContextVar("safedefer_task", default=None)

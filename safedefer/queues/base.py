@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from safedefer.blobs import Blob, BlobStore
-    from safedefer.ledger import AttemptRecord, Ledger
+    from safedefer.ledger import AttemptRecord, Ledger, VerifiedLetter
     from safedefer.queues.capabilities import Capabilities
     from safedefer.queues.rates import QueueControl, QueueLimits
 
@@ -429,14 +429,14 @@ class Store(Protocol):
         """Delete dead letters, archived ones too, in one transaction; returns how many there were."""
         ...
 
-    def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:
-        """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
+    def replace_dead(self, task_id: str, task: QueuedTask, letter: VerifiedLetter, *, now: float) -> bool:
+        """Enqueue ``task`` for the dead letter, in one transaction; False if there is none. See ``check_replacement``."""
         ...
 
     def prune(self, *, now: float) -> int:
         """Forget what is too old: tombstones, history, ledger entries; archive old dead letters; returns how many.
 
-        Does a bounded amount in one call; ``lease`` has it done now and then.
+        The ledger keeps what it knows of dead letters. Bounded work in a call; ``lease`` has it done now and then.
         """
         ...
 

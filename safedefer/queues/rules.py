@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from safedefer.errors import InvalidTaskRetryOptionsError
-from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.errors import ExpiredTask, InvalidTaskRetryOptionsError, ReplayedTask
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, VerifiedLetter
 from safedefer.options import TaskRetryOptions
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Verdict
 
@@ -39,6 +39,8 @@ RUNNING: Final = "running"
 MOST_COUNTED: Final = 2**31 - 2
 
 _ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
+#: A task that was replaced counts as cancelled.
+_PAST_REPLACING: Final = frozenset({EndState.SUCCEEDED, EndState.CANCELLED})
 #: Reasons of a dead letter that say less than the record of its last attempt.
 _VAGUE: Final = frozenset({None, "rejected"})
 #: What a proxy answers, without ``Safedefer-Outcome``, for a handler that it does not reach or lets wait.
@@ -181,6 +183,32 @@ def end_of(settlement: Settlement, entry: Known | None) -> Ending:
 def may_cancel(entry: Known | None) -> bool:
     """Whether a task that nobody has leased can be cancelled: by the ledger it neither runs now nor has ended."""
     return entry is None or not (entry.ended or entry.running)
+
+
+def check_replacement(letter: VerifiedLetter, *, digest: bytes | None, entry: Known | None) -> None:
+    """Check that a dead letter may be replaced by a new task.
+
+    Args:
+        letter: What its token says.
+        digest: That of the ledger's entry; None if there is none.
+        entry: What the ledger knows of it.
+
+    Raises:
+        ReplayedTask: It runs, has succeeded, or was cancelled or replaced, or is another task.
+        ExpiredTask: Its time is over, and the ledger does not know that it died.
+    """
+    if entry is None and letter.expired:
+        raise ExpiredTask("the task's time is over, and the ledger does not know that it died; defer it anew")
+    if entry is None:
+        return
+    if digest != letter.digest:
+        raise ReplayedTask("the ledger knows another task of this id; defer the task anew")
+    if entry.running:
+        raise ReplayedTask("the task runs now; wait for its end, or defer it anew")
+    if entry.state in _PAST_REPLACING:
+        raise ReplayedTask("the task has succeeded, or was cancelled or re-run; defer it anew if it is wanted again")
+    if letter.expired and entry.state != EndState.FAILED:
+        raise ExpiredTask("the task's time is over, and by the ledger it did not die; defer it anew")
 
 
 def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Known) -> Admission:

@@ -14,7 +14,8 @@ def effect_of(name: str | None, running: tuple[str, str | None] | None) -> tuple
 
     Args:
         name: What the caller calls it; None is the task that runs.
-        running: The id of that task, and of the one that it re-runs; None if no task runs.
+        running: The id of that task, of the first one in a chain of re-runs, and the id of the one that it re-runs;
+            None if no task runs.
 
     Raises:
         BadTransactionStateError: There is no name and no task runs.

@@ -160,12 +160,12 @@ class Producer:
 
         Args:
             connection: As for ``transaction``.
-            effect: Names it, up to 700 characters; without it, the task that runs and the one that it re-runs.
+            effect: Names it, up to 700 characters; without it, the task that runs, the same for all its re-runs.
 
         Raises:
             BadTransactionStateError: There is no name and no task runs here, or as ``transaction``.
             InvalidTaskError: The name is empty, too long, or has a character that a database does not take.
         """
         task = current_task()
-        noted, also = effect_of(effect, None if task is None else (task.id, task.retry_of))
+        noted, also = effect_of(effect, None if task is None else (task.root or task.id, task.retry_of))
         return self.outbox.once(connection, effect=noted, also=also)

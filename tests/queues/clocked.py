@@ -51,9 +51,9 @@ class Clocked:
             self.set(task.created)
         self._inner.enqueue_many(tasks)
 
-    def replace_dead(self, task_id, task, *, now):
+    def replace_dead(self, task_id, task, letter, *, now):
         self.set(task.created)
-        return self._inner.replace_dead(task_id, task, now=now)
+        return self._inner.replace_dead(task_id, task, letter, now=now)
 
     def next_due(self, *, now, queues=None):
         self.tick(now)

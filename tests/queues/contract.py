@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from safedefer.blobs import Blob
-from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.errors import ExpiredTask, QueueUnavailable, ReplayedTask, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, VerifiedLetter
 from safedefer.queues import rules
 from safedefer.queues.base import (
     AlreadyWaiting,
@@ -44,6 +44,7 @@ DEAD_LIMIT = 10
 BLOB_LIMIT = 1_000_000
 LATER = 4000.0
 EXPIRES = 1_000_000
+PLANTED = "test:default:default:/planted"
 QUEUE_OPTIONS = {
     "tombstone_seconds": TOMBSTONE,
     "history_seconds": HISTORY,
@@ -105,6 +106,10 @@ def execution_of(task: QueuedTask, owner: str = "run-1", **changes: object) -> E
         "expires": task.expires,
     }
     return Execution(**{**values, **changes})
+
+
+def letter_of(task: QueuedTask, *, expired: bool = False, **changes: object) -> VerifiedLetter:
+    return VerifiedLetter(task.audience, task_digest(task), task.expires, expired)._replace(**changes)
 
 
 def record_of(task: QueuedTask, outcome: str = "succeeded", **changes: object) -> AttemptRecord:
@@ -698,11 +703,11 @@ class QueueContract:
         queue.enqueue_many([dead])
         settle(queue, take_one(queue), DEAD, now=101.0)
         again = oversize_task()
-        assert queue.replace_dead(dead.id, again, now=102.0) is True
+        assert queue.replace_dead(dead.id, again, letter_of(dead), now=102.0) is True
         assert queue.find(dead.id) is None
         assert ids(take(queue)) == [again.id]
         assert queue.blobs.get(again.blob.id) == again.blob.data
-        assert queue.replace_dead(dead.id, make_task(), now=103.0) is False
+        assert queue.replace_dead(dead.id, make_task(), letter_of(dead), now=103.0) is False
 
     def test_a_dead_letter_stays_when_its_replacement_is_refused(self, queue):
         dead, named = make_task(), make_task(name="n")
@@ -710,9 +715,79 @@ class QueueContract:
         settle(queue, take_one(queue), DEAD, now=101.0)
         queue.enqueue_many([named])
         with pytest.raises(TaskAlreadyExistsError):
-            queue.replace_dead(dead.id, make_task(name="n"), now=102.0)
+            queue.replace_dead(dead.id, make_task(name="n"), letter_of(dead), now=102.0)
         assert queue.find(dead.id).state is TaskState.DEAD
-        assert queue.replace_dead(named.id, make_task(), now=103.0) is False
+        assert queue.replace_dead(named.id, make_task(), letter_of(named), now=103.0) is False
+
+    def test_a_replaced_task_runs_no_more_and_is_replaced_no_second_time(self, queue):
+        dead = make_task()
+        queue.enqueue_many([dead])
+        settle(queue, take_one(queue), DEAD, now=101.0)
+        assert queue.replace_dead(dead.id, make_task(), letter_of(dead), now=102.0) is True
+        assert begin(queue.ledger, execution_of(dead), now=103.0, lease=60.0) is Admission.DUPLICATE
+        # Its row comes back, as whoever writes the storage can do; the task that it would become does not.
+        queue.enqueue_many([dead])
+        (lease,) = [lease for lease in take(queue, now=103.0) if lease.task.id == dead.id]
+        settle(queue, lease, DEAD, now=103.0)
+        assert queue.find(dead.id).state is TaskState.CANCELLED
+
+    @pytest.mark.parametrize("expired", [False, True])
+    @pytest.mark.parametrize("how", ["succeeded", "replaced", "runs", "other"])
+    def test_a_letter_that_the_ledger_contradicts_is_not_replaced(self, queue, expired, how):
+        dead = make_task()
+        self.plant(queue, dead)
+        entry = execution_of(dead, audience=PLANTED, **({"digest": b"another"} if how == "other" else {}))
+        letter = letter_of(dead, audience=PLANTED)
+        if how == "replaced":
+            assert queue.replace_dead(dead.id, make_task(eta=1e6), letter, now=101.0) is True
+            self.plant(queue, dead)
+        else:
+            assert begin(queue.ledger, entry, now=100.0, lease=60.0) is Admission.RUN
+        if how in ("succeeded", "other"):
+            end = EndState.SUCCEEDED if how == "succeeded" else EndState.FAILED
+            assert finish(queue.ledger, entry, end, record_of(dead))
+        with pytest.raises(ReplayedTask, match="defer"):
+            queue.replace_dead(dead.id, make_task(), letter._replace(expired=expired), now=102.0)
+        assert queue.find(dead.id).state is TaskState.DEAD
+        assert take(queue, now=102.0) == []
+
+    @pytest.mark.parametrize("how", ["unknown", "retry", "lost"])
+    def test_an_expired_letter_needs_the_proof_that_it_died_and_another_does_not(self, queue, how):
+        dead = make_task()
+        self.plant(queue, dead)
+        entry = execution_of(dead, audience=PLANTED)
+        if how != "unknown":
+            assert begin(queue.ledger, entry, now=100.0, lease=1.0) is Admission.RUN
+        if how == "retry":
+            assert finish(queue.ledger, entry, EndState.RETRY, record_of(dead, "retry"))
+        letter = letter_of(dead, audience=PLANTED)
+        with pytest.raises(ExpiredTask, match="defer it anew"):
+            queue.replace_dead(dead.id, make_task(created=102.0), letter._replace(expired=True), now=102.0)
+        assert queue.find(dead.id).state is TaskState.DEAD
+        assert queue.replace_dead(dead.id, make_task(created=102.0), letter, now=102.0) is True
+        assert begin(queue.ledger, entry._replace(owner="run-2"), now=103.0, lease=60.0) is Admission.DUPLICATE
+
+    def test_a_letter_that_expired_is_replaced_for_as_long_as_it_is_there(self, queue):
+        dead, dropped = make_task(expires=1000), make_task(expires=1000)
+        queue.enqueue_many([dead, dropped])
+        queue.settle_many([(lease, DEAD) for lease in take(queue)], now=101.0)
+        for now in (5000.0, 5001.0):
+            queue.prune(now=now)
+        assert begin(queue.ledger, execution_of(dead), now=5002.0, lease=60.0) is Admission.DUPLICATE
+        assert queue.replace_dead(dead.id, make_task(eta=1e6), letter_of(dead, expired=True), now=5003.0) is True
+        # The entry goes with the letter, whichever way that went; what comes back later has no proof.
+        assert queue.drop_dead([dropped.id]) == 1
+        queue.prune(now=5004.0)
+        for task in (dead, dropped):
+            self.plant(queue, task)
+            with pytest.raises(ExpiredTask):
+                queue.replace_dead(task.id, make_task(), letter_of(task, expired=True, audience=PLANTED), now=5005.0)
+
+    @staticmethod
+    def plant(queue, task):
+        """Make a dead letter of a task, without the entry in the ledger that its token names: that is of ``PLANTED``."""
+        queue.enqueue_many([task])
+        settle(queue, take_one(queue, now=100.0), DEAD, now=100.0)
 
     # --- Ledger -------------------------------------------------------------------------------
 
@@ -865,7 +940,7 @@ class QueueContract:
         actions = {
             "enqueue": lambda: queue.enqueue_many([make_task()]),
             "enqueue_many": lambda: queue.enqueue_many([make_task(), make_task()]),
-            "replace_dead": lambda: queue.replace_dead(dead.id, make_task(), now=101.0),
+            "replace_dead": lambda: queue.replace_dead(dead.id, make_task(), letter_of(dead), now=101.0),
             "wake": queue.wake,
         }
         assert rests(queue, 0.0)
@@ -1146,7 +1221,7 @@ class QueueContract:
         assert [view.id for view in queue.tasks(states=[TaskState.DEAD])] == [new.id]
         assert queue.stats(now=200.0)[0].dead == 1
         assert queue.find(old.id).token == old.token
-        assert queue.replace_dead(old.id, make_task(), now=200.0) is True
+        assert queue.replace_dead(old.id, make_task(), letter_of(old), now=200.0) is True
         assert queue.dead_letters(DeadFilter(archived=True)) == []
 
     def test_the_oldest_of_too_many_dead_letters_are_archived(self, queue):

@@ -23,7 +23,7 @@ from safedefer.queues.rates import FULL_LOOK, PAUSED_LOOK, QueueLimits
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.postgres.server import fresh_database, shared_server
 from tests.queues.clocked import CLOCK, TABLES, Clocked
-from tests.queues.contract import execution_of, make_task, oversize_task, record_of, whole
+from tests.queues.contract import execution_of, letter_of, make_task, oversize_task, record_of, whole
 from tests.queues.single import begin, extend, finish, settle
 
 TOMBSTONE = 50.0
@@ -323,7 +323,7 @@ class QueueMachine(RuleBasedStateMachine):
         task = self.make(drawn)
         refused = self.name_error(task)
         try:
-            assert self.queue.replace_dead(model.task.id, task, now=self.now) is True
+            assert self.queue.replace_dead(model.task.id, task, letter_of(model.task), now=self.now) is True
         except (TaskAlreadyExistsError, TombstonedTaskError):
             assert refused is not None
             return

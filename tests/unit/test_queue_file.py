@@ -315,15 +315,32 @@ def test_all_that_a_filter_means_run_again_and_the_rest_is_told(tmp_path):
 def test_a_letter_that_our_key_may_not_sign_keeps_no_other_from_running_again(tmp_path):
     path = f"sqlite:///{tmp_path}/tasks.db"
     secret = bytes(range(7, 39))
-    app = make_app(queue=path, keyring=Keyring(Key("k1", secret)))
-    (stays,), others = die(app, 1), die(app, 3, queue="mail")
+    app = make_app(queue=path, keyring=Keyring(Key("k1", secret, pickle=True)), allow_pickle=True)
+    (stays,), others = die(app, 1, pickle=True), die(app, 3, queue="mail")
     app.close()
-    keys = [Key("k1", secret, KeyState.VERIFY_ONLY), Key("k2", bytes(range(60, 99)), KeyState.ACTIVE, queues=["mail"])]
+    keys = [Key("k1", secret, KeyState.VERIFY_ONLY, pickle=True), Key("k2", bytes(range(60, 99)), KeyState.ACTIVE)]
+    plain = make_app(queue=path, keyring=Keyring(*keys), allow_pickle=True)
+    tasks_again, refused = plain.retry_all(DeadFilter())
+    assert len(tasks_again) == len(others)
+    assert [(task_id, error.slug) for task_id, error in refused.items()] == [(stays.id, "not-deferrable")]
+    assert plain.queue.find(stays.id).state is TaskState.DEAD
+    plain.close()
+
+
+@pytest.mark.parametrize("limits", [{"queues": ["mail"]}, {"patterns": ["tests.sample_tasks"]}])
+def test_a_limited_key_signs_no_re_run(tmp_path, limits):
+    path = f"sqlite:///{tmp_path}/tasks.db"
+    secret = bytes(range(7, 39))
+    app = make_app(queue=path, keyring=Keyring(Key("k1", secret)))
+    dead = die(app, 2, queue="mail")
+    app.close()
+    keys = [Key("k1", secret, KeyState.VERIFY_ONLY), Key("k2", bytes(range(60, 99)), KeyState.ACTIVE, **limits)]
     limited = make_app(queue=path, keyring=Keyring(*keys))
     tasks_again, refused = limited.retry_all(DeadFilter())
-    assert len(tasks_again) == len(others)
-    assert [(task_id, error.slug) for task_id, error in refused.items()] == [(stays.id, "unknown-queue-error")]
-    assert limited.queue.find(stays.id).state is TaskState.DEAD
+    assert tasks_again == []
+    assert {task_id: error.slug for task_id, error in refused.items()} == {
+        task.id: "capability-exceeded" for task in dead
+    }
     limited.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd, VerifiedLetter
 from safedefer.queues import rules
 from safedefer.queues.base import task_digest
 
@@ -120,6 +120,23 @@ class MemoryLedger:
                 uncharged=False,
             )
 
+    def check_replacement(self, task_id: str, letter: VerifiedLetter, *, now: float) -> None:
+        """Check that a dead letter may be replaced."""
+        entry = self._entries.get((letter.audience, task_id))
+        digest, known = (None, None) if entry is None else (entry.digest, entry.known(now))
+        rules.check_replacement(letter, digest=digest, entry=known)
+
+    def replace(self, task_id: str, letter: VerifiedLetter) -> None:
+        """Note that a dead letter was replaced."""
+        self._entries[letter.audience, task_id] = Entry(
+            digest=letter.digest,
+            state=str(EndState.CANCELLED),
+            owner=None,
+            until=0.0,
+            expires=letter.expires,
+            uncharged=False,
+        )
+
     def records_of(self, task_id: str) -> list[AttemptRecord]:
         """Return the records of a task, oldest first."""
         return list(self._records.get(task_id, ()))
@@ -129,8 +146,8 @@ class MemoryLedger:
         records = self._records.get(task_id)
         return records[-1].reason if records else None
 
-    def prune(self, *, now: float, before: float, known: AbstractSet[str]) -> int:
-        """Forget old entries, and the records from before ``before`` of tasks that are not ``known``."""
+    def prune(self, *, now: float, before: float, known: AbstractSet[str], dead: AbstractSet[str]) -> int:
+        """Forget old entries but those of the ``dead``, and the records from before ``before`` of what is not ``known``."""
         old = [
             task_id for task_id, records in self._records.items() if task_id not in known and records[-1].ended < before
         ]
@@ -139,7 +156,7 @@ class MemoryLedger:
         expired = [
             key
             for key, entry in self._entries.items()
-            if entry.expires < now - rules.LEDGER_LEEWAY and not entry.known(now).running
+            if entry.expires < now - rules.LEDGER_LEEWAY and not entry.known(now).running and key[1] not in dead
         ]
         for key in expired:
             del self._entries[key]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.ledger import EndState
+from safedefer.ledger import EndState, VerifiedLetter
 from safedefer.queues import rules
 from safedefer.queues.base import (
     AlreadyWaiting,
@@ -225,13 +225,15 @@ class MemoryQueue:
             self._end(row, rules.Ending(EndState.CANCELLED), now=now)
             return True
 
-    def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:  # noqa: ARG002 - the seam has it
+    def replace_dead(self, task_id: str, task: QueuedTask, letter: VerifiedLetter, *, now: float) -> bool:
         """Enqueue ``task`` and remove the dead letter; False if there is none."""
         with self._changed:
             dead = self._state.ended.get(task_id)
             if dead is None or dead.state is not TaskState.DEAD:
                 return False
+            self._ledger.check_replacement(task_id, letter, now=now)
             self._check((task,), replaced=task_id)
+            self._ledger.replace(task_id, letter)
             self._forget_dead(task_id)
             self._store((task,))
             return True
@@ -459,9 +461,9 @@ class MemoryQueue:
             for task_id in old:
                 del self._state.ended[task_id]
             known = {*self._state.rows, *self._state.ended}
-            return (
-                len(old_names) + len(old) + self._archive(now) + self._ledger.prune(now=now, before=before, known=known)
-            )
+            dead = {view.id for view in self._state.ended.values() if view.state is TaskState.DEAD}
+            forgotten = self._ledger.prune(now=now, before=before, known=known, dead=dead)
+            return len(old_names) + len(old) + self._archive(now) + forgotten
 
     def _archive(self, now: float) -> int:
         dead = sorted((view for view in self._current_dead()), key=_dead_order, reverse=True)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
-from safedefer.ledger import EndState
+from safedefer.errors import ReplayedTask
+from safedefer.ledger import EndState, VerifiedLetter
 from safedefer.queues.base import QueuedTask, task_digest
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.progress import read_progress
 from safedefer.queues.postgres.rows import dead_values, ledger_keys, read_task, write_hints
-from safedefer.queues.postgres.statements import SQL, interval, to_json
-from safedefer.queues.rules import Ending, Known, may_cancel
+from safedefer.queues.postgres.statements import SQL, changed_rows, interval, to_json
+from safedefer.queues.rules import Ending, Known, check_replacement, may_cancel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -134,6 +135,23 @@ async def cancel(
     if ends:
         await end(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
     return len(ends)
+
+
+async def note_replacement(connection: Connection, task_id: str, letter: VerifiedLetter) -> None:
+    """Note in the ledger that a dead letter was replaced by a new task.
+
+    Raises:
+        ReplayedTask: By the ledger it runs, has succeeded, or was cancelled or replaced, or is another task.
+        ExpiredTask: Its time is over, and the ledger does not know that it died.
+    """
+    found = await connection.fetch(SQL["ledger_lock"], letter.audience, task_id)
+    digest, known = None, None
+    for row in found:
+        digest, known = bytes(row["digest"]), Known(row["state"], row["uncharged"], bool(row["alive"]))
+    check_replacement(letter, digest=digest, entry=known)
+    values = letter.audience, task_id, letter.digest, letter.expires
+    if changed_rows(await connection.execute(SQL["ledger_replace"], *values)) == 0:
+        raise ReplayedTask("the task runs now; wait for its end, or defer it anew")
 
 
 async def drop_dead(connection: Connection, task_ids: Sequence[str]) -> int:

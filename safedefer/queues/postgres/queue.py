@@ -37,6 +37,7 @@ from safedefer.queues.postgres.store import PostgresStore
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 
+    from safedefer.ledger import VerifiedLetter
     from safedefer.queues.postgres.connection import Connection
     from safedefer.queues.postgres.pools import Pools
     from safedefer.queues.rates import QueueControl, QueueLimits
@@ -301,12 +302,20 @@ class PostgresQueue:
         """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
         return self._store.run(partial(views.dead_letters, where=where, after=after, limit=limit))
 
-    def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:  # noqa: ARG002 - the seam has it
+    def replace_dead(
+        self,
+        task_id: str,
+        task: QueuedTask,
+        letter: VerifiedLetter,
+        *,
+        now: float,  # noqa: ARG002 - the seam has it
+    ) -> bool:
         """Enqueue ``task`` and delete the dead letter, in one transaction; False if there is none."""
 
         async def action(connection: Connection) -> bool:
             if not await ends.drop_dead(connection, [task_id]):
                 return False
+            await ends.note_replacement(connection, task_id, letter)
             for statement, values in self.enqueue_statements((task,)):
                 await connection.execute(statement, *values)
             return True

@@ -363,6 +363,19 @@ ON CONFLICT (audience, task_id) DO UPDATE
 SET state = excluded.state, owner = NULL, until = NULL, uncharged = false
 WHERE entry.state IN ('running', 'retry');
 
+-- name: ledger_lock
+SELECT digest, state, uncharged, until > now() AS alive FROM safedefer.ledger
+WHERE audience = $1 AND task_id = $2 FOR UPDATE;
+
+-- name: ledger_replace
+-- The task was re-run as another one: it counts as cancelled. An entry that was not there to be locked may be there now,
+-- of a run that began meanwhile: then nothing changes.
+INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, expires, uncharged)
+VALUES ($1, $2, $3, 'cancelled', $4, false)
+ON CONFLICT (audience, task_id) DO UPDATE SET state = 'cancelled', owner = NULL, until = NULL, uncharged = false
+WHERE entry.digest = excluded.digest
+    AND (entry.state IN ('failed', 'retry') OR (entry.state = 'running' AND entry.until <= now()));
+
 -- name: next_due
 -- Returns when the first job or lease of each queue falls due: seconds since the epoch, by the database's clock.
 SELECT given.queue, extract(epoch FROM least(
@@ -466,7 +479,10 @@ DELETE FROM safedefer.attempts WHERE ctid = ANY (ARRAY (
 )) RETURNING 1;
 
 -- name: ledger_prune
+-- What has a dead letter keeps its entry, the proof that it died.
 DELETE FROM safedefer.ledger WHERE (audience, task_id) IN (
     SELECT audience, task_id FROM safedefer.ledger
-    WHERE expires < $1::double precision AND NOT (state = 'running' AND until > now()) LIMIT $2 FOR UPDATE SKIP LOCKED
+    WHERE expires < $1::double precision AND NOT (state = 'running' AND until > now())
+        AND NOT EXISTS (SELECT FROM safedefer.dead WHERE dead.id = ledger.task_id OFFSET 0)
+    LIMIT $2 FOR UPDATE SKIP LOCKED
 ) RETURNING 1;

@@ -9,7 +9,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.ledger import AttemptRecord, EndState
+from safedefer.ledger import AttemptRecord, EndState, VerifiedLetter
 from safedefer.queues import rules
 from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict
 from safedefer.queues.sqlite.connection import SQL
@@ -224,11 +224,24 @@ def cancel(connection: apsw.Connection, task_id: str, *, now: float, tombstone_s
     return True
 
 
-def replace_dead(connection: apsw.Connection, task_id: str, task: QueuedTask, *, blob_limit: int) -> bool:
+def replace_dead(
+    connection: apsw.Connection,
+    task_id: str,
+    task: QueuedTask,
+    letter: VerifiedLetter,
+    *,
+    now: float,
+    blob_limit: int,
+) -> bool:
     """Enqueue ``task`` in the place of a dead letter; False if there is none."""
     connection.execute(SQL["dead_delete"], (task_id,))
     if not connection.changes():
         return False
+    entry = find_ledger(connection, letter.audience, task_id)
+    digest, known_entry = (None, None) if entry is None else (entry.digest, entry.known(now))
+    rules.check_replacement(letter, digest=digest, entry=known_entry)
+    values = {"audience": letter.audience, "task_id": task_id, "digest": letter.digest, "expires": letter.expires}
+    connection.execute(SQL["ledger_replace"], values)
     connection.execute(SQL["attempts_become_stray"], (task_id,))
     enqueue(connection, task, blob_limit=blob_limit)
     return True

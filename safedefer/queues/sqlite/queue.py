@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     import apsw
 
-    from safedefer.ledger import AttemptRecord
+    from safedefer.ledger import AttemptRecord, VerifiedLetter
     from safedefer.queues.rates import QueueControl, QueueLimits
 
 T = TypeVar("T")
@@ -164,11 +164,11 @@ class SQLiteQueue:
             lambda connection: operations.cancel(connection, task_id, now=now, tombstone_seconds=seconds)
         )
 
-    def replace_dead(self, task_id: str, task: QueuedTask, *, now: float) -> bool:  # noqa: ARG002 - the seam has it
+    def replace_dead(self, task_id: str, task: QueuedTask, letter: VerifiedLetter, *, now: float) -> bool:
         """Enqueue ``task`` and remove the dead letter, in one transaction; False if there is none."""
 
         def action(connection: apsw.Connection) -> tuple[bool, int]:
-            replaced = operations.replace_dead(connection, task_id, task, blob_limit=self._blob_limit)
+            replaced = operations.replace_dead(connection, task_id, task, letter, now=now, blob_limit=self._blob_limit)
             return replaced, operations.newest_seq(connection)
 
         replaced, newest = self._writer.run(action)

@@ -243,10 +243,19 @@ ON CONFLICT (audience, task_id) DO UPDATE
 SET state = excluded.state, owner = NULL, until = 0, uncharged = 0
 WHERE state IN ('running', 'retry');
 
+-- name: ledger_replace
+-- The task was re-run as another one: it counts as cancelled.
+INSERT INTO safedefer_ledger (audience, task_id, digest, state, expires)
+VALUES (:audience, :task_id, :digest, 'cancelled', :expires)
+ON CONFLICT (audience, task_id) DO UPDATE SET state = 'cancelled', owner = NULL, until = 0, uncharged = 0;
+
 -- name: ledger_prune
+-- What has a dead letter keeps its entry, the proof that it died.
 DELETE FROM safedefer_ledger WHERE (audience, task_id) IN (
     SELECT audience, task_id FROM safedefer_ledger
-    WHERE expires < :before AND NOT (state = 'running' AND until > :now) LIMIT :limit
+    WHERE expires < :before AND NOT (state = 'running' AND until > :now)
+        AND NOT EXISTS (SELECT 1 FROM safedefer_dead WHERE id = task_id)
+    LIMIT :limit
 );
 
 -- name: names_prune
