@@ -1011,7 +1011,8 @@ def test_two_relays_at_once_enqueue_every_task_once(database, queue):
 
 
 def test_transactions_that_overlap_without_end_do_not_keep_the_relay_away(database, outbox, queue, monkeypatch):
-    monkeypatch.setattr("safedefer.relay._SWEEP_SECONDS", 600.0)  # after which no transaction is waited for
+    # After so long no transaction is waited for any more.
+    monkeypatch.setattr("safedefer.transactions.relay._SWEEP_SECONDS", 600.0)
     stop, done = threading.Event(), []
 
     def busy():
