@@ -36,7 +36,8 @@ def defer_again(number):
     deferred.defer(write, number)
 
 def environment(number):
-    (FOLDER / f"environment-{number}").write_text("\\n".join(sorted(os.environ)))
+    (FOLDER / "environment").write_text("\\n".join(sorted(os.environ)))
+    (FOLDER / "environment").rename(FOLDER / f"environment-{number}")
 """
 
 
@@ -140,10 +141,8 @@ def test_a_second_signal_ends_at_once(project):
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None, "it waits for the task"
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
-    assert time.monotonic() - began < 5
+    assert process.wait(20) == 130  # the task that runs would take a minute, and a drain half of one
     project.until(lambda: not any(map(alive, pids)))
 
 
@@ -160,7 +159,7 @@ def test_a_second_signal_ends_an_unsupervised_process_at_once(project, command):
     time.sleep(0.5)
     assert process.poll() is None, "it waits for the task"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 143
+    assert process.wait(20) == 143
 
 
 def test_a_stop_lets_the_task_that_runs_end(project):
@@ -202,7 +201,6 @@ def test_a_task_sees_neither_that_it_runs_in_a_worker_nor_the_keys(project):
     process, _ = project.start("run", "--port", "0")
     defer(project, "t.environment, 1")
     project.until(lambda: (project.folder / "environment-1").exists())
-    time.sleep(0.1)
     names = (project.folder / "environment-1").read_text().split()
     assert "PATH" in names
     assert "SAFEDEFER_WORKER" not in names

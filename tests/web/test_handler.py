@@ -483,15 +483,14 @@ async def held(served, count, size):
     return streams
 
 
-async def answers(streams, wait=0.3):
-    """The statuses of those that are answered by now."""
-    found = []
-    for reader, _ in streams:
-        try:
-            line = await asyncio.wait_for(reader.readline(), wait)
-        except TimeoutError:
-            continue
-        found.append(int(line.split()[1]))
+async def answers(streams, count):
+    """The statuses of those that are answered: wait for so many, and a moment for more."""
+    reading = [asyncio.ensure_future(reader.readline()) for reader, _ in streams]
+    await until(lambda: sum(map(asyncio.Future.done, reading)) >= count)
+    await asyncio.sleep(0.3)
+    found = [int(line.result().split()[1]) for line in reading if line.done()]
+    for line in reading:
+        line.cancel()
     return found
 
 
@@ -501,17 +500,17 @@ async def test_bodies_that_stop_before_their_end_share_a_budget(tmp_path):
     async with serve(tmp_path) as served:
         served.app.delivery.budget = ByteBudget(10 * size)
         streams = await held(served, 30, size)
-        refused = await answers(streams)
+        refused = await answers(streams, 20)
         assert refused == [503] * 20, "what is beyond the budget is told to come again, and keeps nothing"
         # What comes with its headers takes nothing of it: the neighbours' tasks run.
         task = served.app.defer(tasks.add, 1)
         assert await served.outcome(task.payload) == (200, "succeeded")
         for _, writer in streams:
             writer.close()
-        await asyncio.sleep(0.2)
+        await until(lambda: served.app.delivery.budget._left == 10 * size)
         (again,) = await held(served, 1, size)
         again[1].write(b"x")
-        assert await answers([again], 5.0) == [403], "what was given up is given back"
+        assert await answers([again], 1) == [403], "what was given up is given back"
         assert served.app.delivery.budget.take(10 * size), "all of it"
         again[1].close()
 
