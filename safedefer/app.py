@@ -128,7 +128,11 @@ class App:
         self._closed = False
         self._delivery: Delivery | None = None
         self._delivery_options = DeliveryOptions(
-            max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds, validate=validate
+            max_bytes=limits.token_bytes,
+            concurrency=concurrency,
+            lease_seconds=lease_seconds,
+            validate=validate,
+            deadlines={} if self.queue_file is None else self.queue_file.deadlines,
         )
         self._codecs: dict[str, Codec] = {"typed": TypedCodec(limits=limits)}
         if allow_pickle:

@@ -109,10 +109,10 @@ def serve(
 @_drain
 @click.option(
     "--timeout",
-    default=600.0,
-    show_default=True,
+    default=None,
+    show_default="the queue's deadline and 30 s",
     type=click.FloatRange(min=0.1),
-    help="Seconds that a handler may take for one task.",
+    help="Seconds to wait for the answer to one task.",
 )
 def dispatch(
     *,
@@ -122,7 +122,7 @@ def dispatch(
     concurrency: int,
     lease: float,
     drain: float,
-    timeout: float,
+    timeout: float | None,
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
     loaded = load_app(app)
@@ -130,7 +130,10 @@ def dispatch(
         raise ConfigurationError("--to is an address that begins with http:// or https://")
 
     async def work() -> None:
-        http = HttpDelivery(address, targets=loaded.targets, timeout=timeout, concurrency=concurrency)
+        deadlines = None if loaded.queue_file is None else loaded.queue_file.deadlines
+        http = HttpDelivery(
+            address, targets=loaded.targets, timeout=timeout, deadlines=deadlines, concurrency=concurrency
+        )
         async with _signals() as stop, http as deliver:
             options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
             _keep_what_is_loaded()
@@ -221,7 +224,7 @@ async def _serving(
         if worker is None:
             print(await stack.enter_async_context(serving(app, host, port)), flush=True)
         else:
-            enough = partial(_has_handled, app, max_tasks)
+            enough = partial(_is_used_up, app, max_tasks)
             await stack.enter_async_context(worker.watched(stop, recycle=enough))
             await stack.enter_async_context(serving(app, listener=worker.listener))
             worker.ready()
@@ -236,8 +239,9 @@ def _hide_keys(spec: str | None, app: App) -> None:
         os.environ.pop("SAFEDEFER_KEYS", None)
 
 
-def _has_handled(app: App, tasks: int | None) -> bool:
-    return tasks is not None and app.delivery.handled >= tasks
+def _is_used_up(app: App, tasks: int | None) -> bool:
+    """Whether a worker process asks to be replaced: it handled its tasks, or too many do not return."""
+    return app.delivery.is_clogged or (tasks is not None and app.delivery.handled >= tasks)
 
 
 def _dispatcher_options(

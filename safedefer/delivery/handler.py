@@ -10,7 +10,8 @@ returned                                                200     ``succeeded``
 ledger: ended already                                   200     ``duplicate``
 ledger: running elsewhere                               409     ``running``
 ``SingularTaskFailure``                                 408     ``retry``
-any other exception                                     500     ``retry``
+any other exception, or past the deadline               500     ``retry``
+cancelled while it ran                                  200     ``cancelled``
 ``PermanentTaskFailure``, expired, arguments undecodable  200   ``failed``
 unresolvable, refused by policy, claims unknown         500     ``rejected``
 too early                                               503     ``early``
@@ -26,7 +27,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -37,6 +38,7 @@ from safedefer.delivery.budget import UNVERIFIED_BYTES, ByteBudget
 from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.redaction import redacted_traceback
 from safedefer.delivery.request import HandlerRequest
+from safedefer.delivery.runs import Runs
 from safedefer.errors import (
     ConfigurationError,
     ExpiredTask,
@@ -49,6 +51,13 @@ from safedefer.errors import (
     SingularTaskFailure,
 )
 from safedefer.events import Observer, RequestRefused, is_heard, notify
+from safedefer.execution.deadline import (
+    DEADLINE_EXCEEDED,
+    DEFAULT_DEADLINE,
+    MAX_DEADLINE,
+    deadline_of,
+    stuck_limit,
+)
 from safedefer.execution.run import CoroutineCancelled, Outcome, Result, Validate, execute
 from safedefer.headers import (
     CONTENT_TYPE,
@@ -103,6 +112,10 @@ class DeliveryOptions:
     """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
     validate: Validate = None
     """``"annotations"``: check the arguments against the callable's annotations before the call."""
+    deadline: float = DEFAULT_DEADLINE
+    """Seconds that an attempt may take where neither the task nor its queue says so; 0 is no deadline."""
+    deadlines: Mapping[str, float] = field(default_factory=dict)
+    """The ``attempt_deadline`` of queues, in seconds; 0 is no deadline."""
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -110,6 +123,9 @@ class DeliveryOptions:
             raise ConfigurationError("concurrency is a whole number, 1 or more")
         if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:
             raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
+        for seconds in (self.deadline, *self.deadlines.values()):
+            if type(seconds) not in {int, float} or not 0 <= seconds <= MAX_DEADLINE:
+                raise ConfigurationError("a deadline is a number of seconds, at most a day; 0 is none")
         if self.validate not in {None, "annotations"}:
             raise ConfigurationError('validate is None or "annotations"')
 
@@ -153,6 +169,7 @@ class Delivery:
         self._draining = False
         self._idle = asyncio.Event()
         self._threads = Threads(options.concurrency, "safedefer-task")
+        self._runs = Runs(self._threads, limit=stuck_limit(options.concurrency))
         # Storage has threads of its own: a task that blocks must not delay the ledger entries of others.
         self._storage = Threads(_STORAGE_THREADS, "safedefer-ledger")
         self._ledger_client = LedgerClient(ledger, self._storage, clock=clock, seconds=options.lease_seconds)
@@ -164,8 +181,18 @@ class Delivery:
 
     @property
     def running(self) -> int:
-        """The number of running tasks, including those in threads whose request was cancelled."""
-        return self._running + self._abandoned
+        """The number of running tasks, including those whose request was cancelled or answered at the deadline."""
+        return self._running + self._abandoned + self._runs.stuck
+
+    @property
+    def stuck(self) -> int:
+        """The number of runs that go on past their deadlines: threads, and coroutines that suppress a cancellation."""
+        return self._runs.stuck
+
+    @property
+    def is_clogged(self) -> bool:
+        """Whether so many runs are stuck that the process should be replaced."""
+        return self._runs.stuck >= self._runs.limit
 
     def drain(self) -> None:
         """Answer ``busy`` from now on. Running tasks go on."""
@@ -180,7 +207,7 @@ class Delivery:
                     await self._idle.wait()
         except TimeoutError:
             return False
-        return not self._abandoned
+        return not (self._abandoned or self._runs.stuck)
 
     def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
         """Return the refusal of a request that needs no look at its body; None to go on and read the body."""
@@ -197,7 +224,9 @@ class Delivery:
                 return self._refuse(415, "content-type")
         if length is not None and length > self._options.max_bytes:
             return self.too_large()
-        if self._draining or self._running >= self._options.concurrency:
+        concurrency = self._options.concurrency
+        # Each stuck thread was replaced: beyond as many again, memory counts more than this process's work.
+        if self._draining or self._running >= concurrency or self._runs.stuck >= max(concurrency, self._runs.limit):
             return self.busy()
         return None
 
@@ -307,11 +336,20 @@ class Delivery:
     # --- The run and its end ---
 
     async def _run(self, request: HandlerRequest, task: VerifiedTask, execution: Execution) -> Response:
+        context = request.context(task)
+        own: float | None = task.claims.get("deadline")  # type: ignore[assignment]  # absent in tokens without the claim
+        seconds = deadline_of(own, self._options.deadlines.get(context.queue_name), self._options.deadline)
+        goes_on = False
         self._ledger_client.renewal.add(execution)
         try:
-            outcome = await execute(
-                task, self._codecs, request.context(task), in_thread=self._threads, validate=self._options.validate
-            )
+            run = execute(task, self._codecs, context, in_thread=self._threads, validate=self._options.validate)
+            late = partial(self._finish_late, request, execution)
+            outcome = await self._runs.run(run, context.control, seconds=seconds, late=late)
+            if outcome is None:
+                goes_on = True
+                return await self._answer_for_stuck(request, task, seconds)
+            if outcome.reason == DEADLINE_EXCEEDED:
+                self._log_deadline(task, seconds, "was cancelled")
             status, outcome_name = _STATUS[outcome.result]
             if outcome.reason == SingularTaskFailure.slug:
                 status = 408
@@ -323,10 +361,39 @@ class Delivery:
             raise
         finally:
             # Only after the end is stored: until then no other handler may run the task.
-            self._ledger_client.renewal.remove(execution)
+            if not goes_on:
+                self._ledger_client.renewal.remove(execution)
         if outcome.reason in _UNAUTHENTIC_REASONS:
             return self._refuse(403, outcome.reason)
         return self._answer(request, status, outcome_name, outcome.reason)
+
+    async def _answer_for_stuck(self, request: HandlerRequest, task: VerifiedTask, seconds: float | None) -> Response:
+        """Answer for a run that goes on past its deadline. Its ledger entry stays ``running``."""
+        self._log_deadline(task, seconds, "goes on, as it cannot be cancelled")
+        record = request.record("retry", 500, DEADLINE_EXCEEDED, None, ended=self._clock())
+        await self._ledger_client.record(record)
+        return self._answer(request, 500, "retry", DEADLINE_EXCEEDED)
+
+    async def _finish_late(self, request: HandlerRequest, execution: Execution, outcome: Outcome) -> None:
+        """Store the end of a run that returned after its deadline: a success counts, anything else is tried again."""
+        if outcome.result is not Result.SUCCEEDED:
+            outcome = Outcome(result=Result.RETRY, reason=outcome.reason, error=outcome.error)
+        try:
+            await self._finish(request, execution, outcome, None)
+        except QueueUnavailable:
+            _log.error("the end of task %s was not stored; it runs again", execution.task_id)
+        finally:
+            self._ledger_client.renewal.remove(execution)
+
+    def _log_deadline(self, task: VerifiedTask, seconds: float | None, what: str) -> None:
+        _log.error(
+            "task %s (%s) passed its deadline of %g s and %s; split it, or give it or its queue a longer deadline "
+            "(attempt_deadline in queue.yaml)",
+            task.identity.task_id,
+            task.identity.callable_name,
+            seconds,
+            what,
+        )
 
     def _finish(
         self, request: HandlerRequest, execution: Execution, outcome: Outcome, status: int | None
@@ -384,12 +451,14 @@ _STATUS: Final = {
     Result.RETRY: (500, "retry"),
     Result.FAILED: (200, "failed"),
     Result.REJECTED: (500, "rejected"),
+    Result.CANCELLED: (200, "cancelled"),
 }
 _END: Final = {
     Result.SUCCEEDED: EndState.SUCCEEDED,
     Result.RETRY: EndState.RETRY,
     Result.FAILED: EndState.FAILED,
     Result.REJECTED: EndState.RETRY,
+    Result.CANCELLED: EndState.CANCELLED,
 }
 #: Decoding the arguments found it, and it is answered like any token that is not authentic.
 _UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})

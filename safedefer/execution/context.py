@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
+
+from safedefer.execution.deadline import RunControl, Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,13 @@ class TaskContext:
     trace: str | None = None
     retry_of: str | None = None
     """The dead letter that this task re-runs."""
+    control: RunControl = field(default_factory=RunControl, repr=False, compare=False)
+    """Shared with the handler, which stops the run by it."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task was cancelled while it runs. A plain function may look, and return early."""
+        return self.control.stop is Stop.CANCELLED
 
 
 CURRENT: Final[ContextVar[TaskContext | None]] = ContextVar("safedefer_task", default=None)

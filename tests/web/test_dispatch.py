@@ -300,12 +300,12 @@ async def test_a_task_longer_than_both_leases_runs_once(tmp_path, monkeypatch):
     prolonged = {"lease": [], "run": []}
     for name, owner in (("lease", app.queue), ("run", app.queue.ledger)):
 
-        def extend(what, *, now, extend=owner.extend, moments=prolonged[name], **more):
+        def extend(what, *, now, extend=owner.extend_many, moments=prolonged[name], **more):
             result = extend(what, now=now, **more)
             moments.append(now)
             return result
 
-        monkeypatch.setattr(owner, "extend", extend)
+        monkeypatch.setattr(owner, "extend_many", extend)
     task = app.defer(tasks.wait_for_gate, 60.0)
     deliver, options = InProcessDelivery(app.handle), DispatcherOptions(lease_seconds=0.6)
     dispatcher = Dispatcher(app.queue, deliver, clock=lambda: moment[0], options=options)
