@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ Late = Callable[[Outcome], Awaitable[None]]
 
 
 class Runs:
-    """Awaits runs up to their deadlines.
+    """Awaits runs up to their deadlines, all with one timer.
 
     A run that cannot be stopped is *stuck*: it goes on without its request, and another thread takes the place of its.
 
@@ -33,6 +34,15 @@ class Runs:
         self._stuck: set[_Run] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._warned = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._waiting: set[_Run] = set()
+        """Runs whose requests wait for them."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._fires = math.inf
+        """When the timer fires, in the loop's time: no later than the first deadline of a run."""
 
     @property
     def stuck(self) -> int:
@@ -54,47 +64,69 @@ class Runs:
             asyncio.CancelledError: The caller was cancelled; ``CoroutineCancelled`` if nothing of the task runs any more.
         """
         loop = asyncio.get_running_loop()
+        if loop is not self._loop:  # a new event loop: drop the state of the old one
+            self._loop = loop
+            self._forget()
         run = _Run(loop, attempt, control, late)
+        self._waiting.add(run)
         if seconds is not None:
-            run.timer = loop.call_later(seconds, self._stop, run, Stop.DEADLINE)
-        run.task.add_done_callback(lambda _: self._ended(run))
+            self._stop_at(run, loop, loop.time() + seconds)
         try:
             await run.answered
         except asyncio.CancelledError:
             run.task.cancel()
             await asyncio.wait({run.task})
-            if run.task.cancelled():
-                raise
         finally:
-            if run.timer is not None:
-                run.timer.cancel()
+            self._waiting.discard(run)
         if run.stuck:  # also if it has returned since
             return None
-        outcome = run.task.result()
-        if outcome is None:
+        if control.cancelled_with_caller:
             raise CoroutineCancelled
-        return outcome
+        return run.outcome or run.task.result()  # without an outcome it was cancelled
 
-    def _stop(self, run: _Run, why: Stop) -> None:
+    # --- Deadlines ---
+
+    def _stop_at(self, run: _Run, loop: asyncio.AbstractEventLoop, when: float) -> None:
+        run.deadline = when
+        if when < self._fires:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._fires = when
+            self._timer = loop.call_at(when, self._fire, loop)
+
+    def _fire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer, self._fires = None, math.inf
+        now = loop.time()
+        for run in [run for run in self._waiting if run.deadline <= now]:
+            run.deadline = math.inf
+            if run.stopped:
+                self._answer_without(run)
+            else:
+                self._stop(run, loop, Stop.DEADLINE)
+        first = min((run.deadline for run in self._waiting), default=math.inf)
+        if first < self._fires:
+            self._fires = first
+            self._timer = loop.call_at(first, self._fire, loop)
+
+    def _stop(self, run: _Run, loop: asyncio.AbstractEventLoop, why: Stop) -> None:
         """Stop a run: cancel its coroutine, and answer without it if that does not end it."""
-        if run.task.done():
-            return
         if run.control.stop is None:
             run.control.stop = why
-        if not run.control.withdraw():
+        if run.control.withdraw():
+            run.stopped = True
+            run.task.cancel()
+            self._stop_at(run, loop, loop.time() + GRACE)
+        else:
             self._answer_without(run)
-            return
-        run.timer = run.task.get_loop().call_later(GRACE, self._answer_without, run)
-        run.task.cancel()
 
     def _answer_without(self, run: _Run) -> None:
-        if run.task.done() or run.answered.done():
+        if run.answered.done():
             return
         run.stuck = True
         self._stuck.add(run)
-        if run.control.in_thread:
-            run.replaced = True
+        if replaced := run.control.in_thread:
             self._threads.add_one()
+        run.task.add_done_callback(lambda _: self._returned_late(run, replaced=replaced))
         run.answered.set_result(None)
         if self.stuck >= self.limit and not self._warned:
             self._warned = True
@@ -103,17 +135,12 @@ class Runs:
                 self.stuck,
             )
 
-    def _ended(self, run: _Run) -> None:
-        if run.replaced:
-            self._threads.remove_one()
-        if not run.stuck:
-            if not run.answered.done():
-                run.answered.set_result(None)
-            return
+    def _returned_late(self, run: _Run, *, replaced: bool) -> None:
         self._stuck.discard(run)
-        outcome = None if run.task.cancelled() else run.task.result()
-        if outcome is not None:
-            ending = run.task.get_loop().create_task(_await(run.late(outcome)))
+        if replaced:
+            self._threads.remove_one()
+        if run.outcome is not None:  # it was not cancelled with the event loop
+            ending = run.task.get_loop().create_task(_await(run.late(run.outcome)))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
 
@@ -121,7 +148,7 @@ class Runs:
 class _Run:
     """A run under way. ``execute`` has an asyncio task of its own, which the request need not outlast."""
 
-    __slots__ = ("answered", "control", "late", "replaced", "stuck", "task", "timer")
+    __slots__ = ("answered", "control", "deadline", "late", "outcome", "stopped", "stuck", "task")
 
     def __init__(
         self,
@@ -130,23 +157,24 @@ class _Run:
         control: RunControl,
         late: Late,
     ) -> None:
-        self.task = loop.create_task(_outcome_of(attempt))
+        self.task = loop.create_task(self._await(attempt))
         self.control = control
         self.late = late
         self.answered: asyncio.Future[None] = loop.create_future()
-        self.timer: asyncio.TimerHandle | None = None
+        self.outcome: Outcome | None = None
+        self.deadline = math.inf
+        """When it is stopped, or answered without if it was, in the loop's time."""
+        self.stopped = False
+        """Whether its coroutine was cancelled."""
         self.stuck = False
         """Whether its request was answered without it."""
-        self.replaced = False
-        """Whether another thread took the place of its."""
 
-
-async def _outcome_of(attempt: Coroutine[Any, Any, Outcome]) -> Outcome | None:
-    # A cancelled asyncio task does not keep the class of its cancellation: None says that the coroutine has ended.
-    try:
-        return await attempt
-    except CoroutineCancelled:
-        return None
+    async def _await(self, attempt: Coroutine[Any, Any, Outcome]) -> None:
+        try:
+            self.outcome = await attempt
+        finally:
+            if not self.answered.done():  # here and not in a callback, which the loop would call a turn later
+                self.answered.set_result(None)
 
 
 async def _await(ending: Awaitable[None]) -> None:

@@ -33,13 +33,15 @@ class Stop(StrEnum):
 class RunControl:
     """The state that a run shares with its handler: what it is doing, and whether it is to stop."""
 
-    __slots__ = ("_unclaimed", "in_thread", "stop")
+    __slots__ = ("_unclaimed", "cancelled_with_caller", "in_thread", "stop")
 
     def __init__(self) -> None:
         self.in_thread = False
         """Whether a call of the run was handed to a thread that has not returned."""
         self.stop: Stop | None = None
         """Why the run is to stop; None while it may go on."""
+        self.cancelled_with_caller = False
+        """Whether the run ended with the cancellation of its caller, and nothing of it runs any more."""
         self._unclaimed: list[None] = []
 
     def hand_over(self) -> None:

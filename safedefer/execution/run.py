@@ -177,6 +177,7 @@ def _raised(error: BaseException, control: RunControl) -> Outcome:
         if not control.withdraw():
             raise error
         if control.stop is None:
+            control.cancelled_with_caller = True  # an asyncio task does not keep the class of its cancellation
             raise CoroutineCancelled from error
     if control.stop is not None:  # the cancellation, or what the coroutine made of it
         return _stopped(control.stop, error)
