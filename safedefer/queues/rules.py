@@ -191,6 +191,15 @@ def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Know
     return Admission.RUN
 
 
+def end_counts(end: EndState, entry: Known, *, ours: bool) -> bool:
+    """Say whether the end of a run changes the ledger's entry, which has the run's digest.
+
+    The first end that is final counts, also of an owner whose lease has lapsed: the task has run, and another run of it
+    would be one too many. RETRY counts only from the current owner, who else would make room for a third.
+    """
+    return not entry.ended and (end in _ENDED or (ours and entry.state == RUNNING))
+
+
 # --- Which limits count ---------------------------------------------------------------------------
 
 

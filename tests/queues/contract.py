@@ -726,12 +726,61 @@ class QueueContract:
         assert begin(ledger, second, now=219.8, lease=60.0) is Admission.RUNNING
         assert begin(ledger, second, now=220.0, lease=60.0) is Admission.RUN
         assert ledger.extend_many([first], now=221.0, lease=60.0)[0] is False
-        assert finish(ledger, first, EndState.SUCCEEDED, record_of(task)) is False
+        assert finish(ledger, first, EndState.RETRY, record_of(task, "retry")) is False
         assert begin(ledger, first, now=222.0, lease=60.0) is Admission.RUNNING
         assert finish(ledger, second, EndState.SUCCEEDED, record_of(task)) is True
         assert begin(ledger, first, now=223.0, lease=60.0) is Admission.DUPLICATE
         assert finish(ledger, second, EndState.FAILED, record_of(task)) is False
         assert ledger.extend_many([second], now=223.0, lease=60.0)[0] is False
+
+    @pytest.mark.parametrize("digest", ["same", "another"])
+    @pytest.mark.parametrize("ours", [True, False])
+    @pytest.mark.parametrize("before", [None, *EndState])
+    @pytest.mark.parametrize("end", EndState)
+    def test_an_end_counts_as_the_rules_say(self, queue, end, before, ours, digest):
+        task, ledger = make_task(), queue.ledger
+        first, second = execution_of(task, "run-1"), execution_of(task, "run-2")
+        begin(ledger, first, now=100.0, lease=60.0)
+        assert begin(ledger, second, now=170.0, lease=60.0) is Admission.RUN
+        if before is not None:
+            assert finish(ledger, second, before, record_of(task, "retry"))
+        ended = (second if ours else first)._replace(**({} if digest == "same" else {"digest": b"another"}))
+        known = rules.Known("running" if before is None else str(before), uncharged=True, alive=before is None)
+        counts = digest == "same" and rules.end_counts(end, known, ours=ours)
+        assert finish(ledger, ended, end, record_of(task, "retry")) is counts
+        state = str(end) if counts else known.state
+        expected = {"running": Admission.RUNNING, "retry": Admission.RUN}.get(state, Admission.DUPLICATE)
+        assert begin(ledger, execution_of(task, "run-3"), now=171.0, lease=60.0) is expected
+
+    @pytest.mark.parametrize("late", [EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED])
+    def test_a_late_end_counts_and_the_queue_believes_it(self, queue, late):
+        task = make_task()
+        queue.enqueue_many([task])
+        lost = execution_of(task, "run-1")
+        take_one(queue, seconds=60.0)
+        begin(queue.ledger, lost, now=100.0, lease=60.0)
+        lease = take_one(queue, now=161.0)
+        second = execution_of(task, "run-2")
+        assert begin(queue.ledger, second, now=161.0, lease=60.0) is Admission.RUN
+        ends = [
+            (lost, late, record_of(task, str(late))),
+            (second, EndState.RETRY, record_of(task, "retry")),
+            (second, EndState.SUCCEEDED, record_of(task, started=161.0)),
+        ]
+        assert list(queue.ledger.finish_many(ends)) == [True, False, False]
+        assert begin(queue.ledger, execution_of(task, "run-3"), now=162.0, lease=60.0) is Admission.DUPLICATE
+        settle(queue, lease, DONE, now=163.0)
+        states = {"succeeded": TaskState.SUCCEEDED, "failed": TaskState.DEAD, "cancelled": TaskState.CANCELLED}
+        assert queue.find(task.id).state is states[str(late)]
+
+    def test_a_retry_and_a_late_success_in_one_call_are_a_success(self, queue):
+        task, ledger = make_task(), queue.ledger
+        first, second = execution_of(task, "run-1"), execution_of(task, "run-2")
+        begin(ledger, first, now=100.0, lease=60.0)
+        begin(ledger, second, now=161.0, lease=60.0)
+        ends = [(second, EndState.RETRY, record_of(task, "retry")), (first, EndState.SUCCEEDED, record_of(task))]
+        assert list(ledger.finish_many(ends)) == [True, True]
+        assert begin(ledger, execution_of(task, "run-3"), now=162.0, lease=60.0) is Admission.DUPLICATE
 
     @pytest.mark.parametrize("state", [EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED])
     def test_a_run_that_ended_is_a_duplicate(self, queue, state):

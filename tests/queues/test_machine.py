@@ -311,9 +311,10 @@ class QueueMachine(RuleBasedStateMachine):
             return  # Only cancel() says so.
         model = self.some(data, lambda model: model.run, "finished")
         run = execution_of(model.task, model.run if ours else "somebody-else")
-        assert finish(self.queue.ledger, run, state, record_of(model.task)) is ours
+        counts = ours or state is not EndState.RETRY
+        assert finish(self.queue.ledger, run, state, record_of(model.task)) is counts
         model.records += 1
-        if ours:
+        if counts:
             model.ledger, model.run = str(state), None
 
     @precondition(lambda self: self.has(lambda model: model.state is TaskState.DEAD))

@@ -78,16 +78,19 @@ class MemoryLedger:
             return [entry is not None for entry in entries]
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Store the ends of runs and their records; False stands for one that is no longer ours."""
+        """Store the ends of runs and their records; False stands for one that does not count any more."""
         return [self._finish(*end) for end in ends]
 
     def _finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
         with self._lock:
             self.record(record)
-            entry = self._ours(execution)
-            if entry is not None:
-                entry.state, entry.owner, entry.until = str(state), None, 0.0
-            return entry is not None
+            entry = self._entries.get((execution.audience, execution.task_id))
+            if entry is None or entry.digest != execution.digest:
+                return False
+            if not rules.end_counts(state, entry.known(0.0), ours=entry.owner == execution.owner):
+                return False
+            entry.state, entry.owner, entry.until = str(state), None, 0.0
+            return True
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:
         """Store attempts that never came to run."""

@@ -319,8 +319,8 @@ WHERE entry.audience = coalesce(given.audience, '') AND entry.task_id = coalesce
     AND entry.state = 'running' AND entry.owner = coalesce(given.owner, '');
 
 -- name: ledger_finish
--- Stores ends of runs and their records in one transaction, and returns the entries that were held by their owner. It is
--- idempotent: a success whose first answer got lost is returned again.
+-- Stores ends of runs and their records in one transaction, and returns the entries that changed, as rules.end_counts
+-- says. It is idempotent: a success whose first answer got lost is returned again. $1 names an entry once.
 WITH recorded AS (
     INSERT INTO safedefer.attempts (
         task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
@@ -339,10 +339,11 @@ WITH recorded AS (
 UPDATE safedefer.ledger AS entry
 SET state = given.state, owner = NULL, until = NULL, began = given.began, finished = given.finished
 FROM json_to_recordset($1::json) AS given (
-    audience text, task_id text, owner text, state text, began double precision, finished double precision
+    audience text, task_id text, owner text, digest text, state text, began double precision, finished double precision
 )
-WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND (
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.digest = decode(given.digest, 'hex') AND (
     (entry.state = 'running' AND entry.owner = given.owner)
+    OR (given.state <> 'retry' AND entry.state IN ('running', 'retry'))
     OR (entry.state = given.state AND entry.began = given.began AND entry.finished = given.finished)
 )
 RETURNING entry.audience, entry.task_id, given.owner;

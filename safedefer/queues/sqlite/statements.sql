@@ -230,8 +230,11 @@ UPDATE safedefer_ledger SET until = :until
 WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
 
 -- name: ledger_finish
+-- As rules.end_counts says.
 UPDATE safedefer_ledger SET state = :state, owner = NULL, until = 0
-WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
+WHERE audience = :audience AND task_id = :task_id AND digest = :digest AND (
+    (state = 'running' AND owner = :owner) OR (:state <> 'retry' AND state IN ('running', 'retry'))
+);
 
 -- name: ledger_charged
 UPDATE safedefer_ledger SET uncharged = 0 WHERE audience = :audience AND task_id = :task_id AND uncharged = 1;
