@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -93,6 +94,7 @@ def serve(
     _hide_keys(app, loaded)
 
     async def work() -> None:
+        loaded.delivery.stop_renewal_after(hang_seconds)
         async with _serving(loaded, worker, host, port, max_tasks) as stop:
             await stop.wait()
             await _drain_handler(loaded, drain)
@@ -179,8 +181,9 @@ def run(
     _hide_keys(app, loaded)
 
     async def work() -> None:
+        loaded.delivery.stop_renewal_after(hang_seconds)
         async with _serving(loaded, worker, host, port, max_tasks) as stop:
-            options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
+            options = replace(_dispatcher_options(loaded, concurrency, lease, drain, queues), hang_seconds=hang_seconds)
             deliver = InProcessDelivery(loaded.handle)
             dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options)
             await _dispatch(dispatcher, stop, loaded.delivery.drain)  # what is posted from now on is answered busy

@@ -27,20 +27,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Container, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
 from safedefer.blobs import BlobStore
 from safedefer.codecs.protocol import Codec
 from safedefer.concurrency.threads import Threads
-from safedefer.delivery.budget import UNVERIFIED_BYTES, ByteBudget
+from safedefer.delivery.budget import ByteBudget
 from safedefer.delivery.ledger_client import LedgerClient
+from safedefer.delivery.options import DeliveryOptions
 from safedefer.delivery.redaction import redacted_traceback
 from safedefer.delivery.request import HandlerRequest
 from safedefer.delivery.runs import Runs
 from safedefer.errors import (
-    ConfigurationError,
     ExpiredTask,
     InvalidArguments,
     InvalidClaims,
@@ -51,14 +50,8 @@ from safedefer.errors import (
     SingularTaskFailure,
 )
 from safedefer.events import Observer, RequestRefused, is_heard, notify
-from safedefer.execution.deadline import (
-    DEADLINE_EXCEEDED,
-    DEFAULT_DEADLINE,
-    MAX_DEADLINE,
-    deadline_of,
-    stuck_limit,
-)
-from safedefer.execution.run import CoroutineCancelled, Outcome, Result, Validate, execute
+from safedefer.execution.deadline import DEADLINE_EXCEEDED, deadline_of, stuck_limit
+from safedefer.execution.run import CoroutineCancelled, Outcome, Result, execute
 from safedefer.headers import (
     CONTENT_TYPE,
     CONTENT_TYPES,
@@ -89,45 +82,8 @@ _log: Final = logging.getLogger("safedefer")
 
 _REFUSED_BODY: Final = b"refused\n"
 _STORAGE_THREADS: Final = 4
-_MAX_LEASE: Final = 86_400
 #: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
 _LARGE: Final = 65_536
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeliveryOptions:
-    """How a handler runs tasks.
-
-    Raises:
-        ConfigurationError: A value is wrong.
-    """
-
-    max_bytes: int = 1_048_576
-    """The largest body, in bytes."""
-    concurrency: int = 16
-    """The most tasks that run at once; the handler answers ``busy`` to another one."""
-    lease_seconds: float = 60.0
-    """Seconds after which the ledger takes a run for dead unless its lease is extended; a live handler extends it."""
-    unverified_bytes: int = UNVERIFIED_BYTES
-    """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
-    validate: Validate = None
-    """``"annotations"``: check the arguments against the callable's annotations before the call."""
-    deadline: float = DEFAULT_DEADLINE
-    """Seconds that an attempt may take where neither the task nor its queue says so; 0 is no deadline."""
-    deadlines: Mapping[str, float] = field(default_factory=dict)
-    """The ``attempt_deadline`` of queues, in seconds; 0 is no deadline."""
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        if type(self.concurrency) is not int or self.concurrency < 1:
-            raise ConfigurationError("concurrency is a whole number, 1 or more")
-        if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:
-            raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
-        for seconds in (self.deadline, *self.deadlines.values()):
-            if type(seconds) not in {int, float} or not 0 <= seconds <= MAX_DEADLINE:
-                raise ConfigurationError("a deadline is a number of seconds, at most a day; 0 is none")
-        if self.validate not in {None, "annotations"}:
-            raise ConfigurationError('validate is None or "annotations"')
 
 
 class Delivery:
@@ -193,6 +149,10 @@ class Delivery:
     def is_clogged(self) -> bool:
         """Whether so many runs are stuck that the process should be replaced."""
         return self._runs.stuck >= self._runs.limit
+
+    def stop_renewal_after(self, hang_seconds: float) -> None:
+        """Extend no lease while the event loop stands for so long: then the supervisor ends this process."""
+        self._ledger_client.renewal.beat.hang_seconds = hang_seconds
 
     def drain(self) -> None:
         """Answer ``busy`` from now on. Running tasks go on."""
@@ -442,6 +402,7 @@ class Delivery:
 
     def close(self) -> None:
         """Close the threads."""
+        self._ledger_client.renewal.close()
         self._threads.close(wait=False, cancel=True)
         self._storage.close(wait=True)
 

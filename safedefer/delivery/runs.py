@@ -31,14 +31,14 @@ class Runs:
     def __init__(self, threads: Threads, *, limit: int) -> None:
         self.limit = limit
         self._threads = threads
-        self._stuck: set[_Run] = set()
+        self._stuck: set[_Awaited] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._warned = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._forget()
 
     def _forget(self) -> None:
-        self._waiting: set[_Run] = set()
+        self._waiting: set[_Awaited] = set()
         """Runs whose requests wait for them."""
         self._timer: asyncio.TimerHandle | None = None
         self._fires = math.inf
@@ -67,7 +67,7 @@ class Runs:
         if loop is not self._loop:  # a new event loop: drop the state of the old one
             self._loop = loop
             self._forget()
-        run = _Run(loop, attempt, control, late)
+        run = _Awaited(loop, attempt, control, late)
         self._waiting.add(run)
         if seconds is not None:
             self._stop_at(run, loop, loop.time() + seconds)
@@ -86,7 +86,7 @@ class Runs:
 
     # --- Deadlines ---
 
-    def _stop_at(self, run: _Run, loop: asyncio.AbstractEventLoop, when: float) -> None:
+    def _stop_at(self, run: _Awaited, loop: asyncio.AbstractEventLoop, when: float) -> None:
         run.deadline = when
         if when < self._fires:
             if self._timer is not None:
@@ -108,7 +108,7 @@ class Runs:
             self._fires = first
             self._timer = loop.call_at(first, self._fire, loop)
 
-    def _stop(self, run: _Run, loop: asyncio.AbstractEventLoop, why: Stop) -> None:
+    def _stop(self, run: _Awaited, loop: asyncio.AbstractEventLoop, why: Stop) -> None:
         """Stop a run: cancel its coroutine, and answer without it if that does not end it."""
         if run.control.stop is None:
             run.control.stop = why
@@ -119,7 +119,7 @@ class Runs:
         else:
             self._answer_without(run)
 
-    def _answer_without(self, run: _Run) -> None:
+    def _answer_without(self, run: _Awaited) -> None:
         if run.answered.done():
             return
         run.stuck = True
@@ -135,7 +135,7 @@ class Runs:
                 self.stuck,
             )
 
-    def _returned_late(self, run: _Run, *, replaced: bool) -> None:
+    def _returned_late(self, run: _Awaited, *, replaced: bool) -> None:
         self._stuck.discard(run)
         if replaced:
             self._threads.remove_one()
@@ -145,7 +145,7 @@ class Runs:
             ending.add_done_callback(self._ending.discard)
 
 
-class _Run:
+class _Awaited:
     """A run under way. ``execute`` has an asyncio task of its own, which the request need not outlast."""
 
     __slots__ = ("answered", "control", "deadline", "late", "outcome", "stopped", "stuck", "task")

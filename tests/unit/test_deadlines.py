@@ -254,7 +254,8 @@ async def test_a_coroutine_does_not_begin_after_the_deadline(make, function):
         return step
 
     task = app.verify(app.serialize(function, 1))
-    outcome = await execute(task, {"typed": TypedCodec()}, context, in_thread=overdue)
+    # With annotations to check, a thread prepares also a coroutine function that is known.
+    outcome = await execute(task, {"typed": TypedCodec()}, context, in_thread=overdue, validate="annotations")
     assert (outcome.result, outcome.reason) == (Result.RETRY, "deadline-exceeded")
     assert not any(entry[0] == "add_later" for entry in tasks.RAN)
 

@@ -1,0 +1,50 @@
+"""``DeliveryOptions``: how a handler runs tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from safedefer.delivery.budget import UNVERIFIED_BYTES
+from safedefer.errors import ConfigurationError
+from safedefer.execution.deadline import DEFAULT_DEADLINE, MAX_DEADLINE
+from safedefer.execution.run import Validate
+
+_MAX_LEASE: Final = 86_400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryOptions:
+    """How a handler runs tasks.
+
+    Raises:
+        ConfigurationError: A value is wrong.
+    """
+
+    max_bytes: int = 1_048_576
+    """The largest body, in bytes."""
+    concurrency: int = 16
+    """The most tasks that run at once; the handler answers ``busy`` to another one."""
+    lease_seconds: float = 60.0
+    """Seconds after which the ledger takes a run for dead unless its lease is extended; a live handler extends it."""
+    unverified_bytes: int = UNVERIFIED_BYTES
+    """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
+    validate: Validate = None
+    """``"annotations"``: check the arguments against the callable's annotations before the call."""
+    deadline: float = DEFAULT_DEADLINE
+    """Seconds that an attempt may take where neither the task nor its queue says so; 0 is no deadline."""
+    deadlines: Mapping[str, float] = field(default_factory=dict)
+    """The ``attempt_deadline`` of queues, in seconds; 0 is no deadline."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if type(self.concurrency) is not int or self.concurrency < 1:
+            raise ConfigurationError("concurrency is a whole number, 1 or more")
+        if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:
+            raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
+        for seconds in (self.deadline, *self.deadlines.values()):
+            if type(seconds) not in {int, float} or not 0 <= seconds <= MAX_DEADLINE:
+                raise ConfigurationError("a deadline is a number of seconds, at most a day; 0 is none")
+        if self.validate not in {None, "annotations"}:
+            raise ConfigurationError('validate is None or "annotations"')
