@@ -490,8 +490,15 @@ class App:
         self._routes.check(Options(queue=name))
 
     def cancel(self, task_id: str) -> bool:
-        """End a waiting task unrun; False if it does not wait (any more)."""
-        return self.queue.cancel(task_id, now=self._clock())
+        """Cancel a task that waits or runs; False if there is none, or it has ended.
+
+        A coroutine that runs is cancelled, in any process within some seconds; a plain function sees
+        ``current_task().cancelled``. The task does not run again.
+        """
+        cancelled = self.queue.cancel(task_id, now=self._clock())
+        if cancelled and self._delivery is not None:
+            self._delivery.cancel(task_id)
+        return cancelled
 
     def retry(self, task_id: str, *, queue: str | None = None, eta: datetime | None = None) -> Task | None:
         """Re-run a dead letter as a new task, which names it in ``retry_of``; None if there is none.

@@ -167,6 +167,16 @@ def fail_at_gate():
     raise PermanentTaskFailure("too late")
 
 
+def wait_for_cancellation(end="return"):
+    """Look whether the task was cancelled, as a plain function does."""
+    STARTED.set()
+    while not current_task().cancelled and not GATE.is_set():
+        time.sleep(0.01)
+    RAN.append(("cancelled", current_task().cancelled))
+    if end == "raise":
+        raise ValueError("stopped")
+
+
 def backtrack(length):
     """Hold the interpreter in a regular expression: C code that no other thread interrupts."""
     RAN.append("begun")

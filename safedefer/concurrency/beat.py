@@ -30,13 +30,17 @@ class Beat:
         first: Seconds to the first call.
         name: The name of the thread.
         hang_seconds: Seconds without a turn of the loop after which the calls stop, until it turns again.
+        log: Whether to log that they stop.
     """
 
-    def __init__(self, call: Callable[[], float], *, first: float, name: str, hang_seconds: float) -> None:
+    def __init__(
+        self, call: Callable[[], float], *, first: float, name: str, hang_seconds: float, log: bool = True
+    ) -> None:
         self.hang_seconds = hang_seconds
         self._call = call
         self._first = first
         self._name = name
+        self._log = log
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turned = 0.0
         self._stopped = threading.Event()
@@ -70,6 +74,6 @@ class Beat:
             stands = time.monotonic() - self._turned
             if stands < self.hang_seconds:
                 pause, told = self._call(), False
-            elif not told:
+            elif self._log and not told:
                 told = True
                 _log.error("the event loop stands for %.1f s; leases are not extended any more", stands)

@@ -128,7 +128,9 @@ class Delivery:
         self._runs = Runs(self._threads, limit=stuck_limit(options.concurrency))
         # Storage has threads of its own: a task that blocks must not delay the ledger entries of others.
         self._storage = Threads(_STORAGE_THREADS, "safedefer-ledger")
-        self._ledger_client = LedgerClient(ledger, self._storage, clock=clock, seconds=options.lease_seconds)
+        self._ledger_client = LedgerClient(
+            ledger, self._storage, clock=clock, seconds=options.lease_seconds, cancel=self.cancel
+        )
 
     @property
     def max_bytes(self) -> int:
@@ -149,6 +151,10 @@ class Delivery:
     def is_clogged(self) -> bool:
         """Whether so many runs are stuck that the process should be replaced."""
         return self._runs.stuck >= self._runs.limit
+
+    def cancel(self, task_id: str) -> None:
+        """Stop a task that was cancelled, if it runs here; from any thread."""
+        self._runs.cancel(task_id)
 
     def stop_renewal_after(self, hang_seconds: float) -> None:
         """Extend no lease while the event loop stands for so long: then the supervisor ends this process."""
@@ -304,7 +310,7 @@ class Delivery:
         try:
             run = execute(task, self._codecs, context, in_thread=self._threads, validate=self._options.validate)
             late = partial(self._finish_late, request, execution)
-            outcome = await self._runs.run(run, context.control, seconds=seconds, late=late)
+            outcome = await self._runs.run(run, context.control, execution, seconds=seconds, late=late)
             if outcome is None:
                 goes_on = True
                 return await self._answer_for_stuck(request, task, seconds)

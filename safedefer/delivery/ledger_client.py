@@ -24,6 +24,8 @@ _log: Final = logging.getLogger("safedefer")
 
 #: Seconds between two tries to store the end of a run.
 _STORE_AGAIN: Final = 0.25
+#: Seconds between two looks for tasks that were cancelled while they run.
+_LOOK_SECONDS: Final = 1.0
 #: Beats in the length of a lease. A run is extended at every second beat.
 _BEATS: Final = 6
 
@@ -36,10 +38,17 @@ class LedgerClient:
         in_thread: Calls it in a thread.
         clock: Returns seconds since the epoch.
         seconds: The length of a run's lease. The ledger takes a run for dead when its lease expires.
+        cancel: Called with the id of a task that was cancelled while it runs, from a thread.
     """
 
     def __init__(
-        self, ledger: Callable[[], Ledger], in_thread: InThread, *, clock: Callable[[], float], seconds: float
+        self,
+        ledger: Callable[[], Ledger],
+        in_thread: InThread,
+        *,
+        clock: Callable[[], float],
+        seconds: float,
+        cancel: Callable[[str], None],
     ) -> None:
         self._ledger = ledger
         self._in_thread = in_thread
@@ -52,7 +61,7 @@ class LedgerClient:
         """Ask the ledger to admit a run."""
         self.end: Batches[RunEnd, bool] = Batches(self._end_many, orphaned=self._orphaned)
         """Store the end of a run; as ``finish``, but with one try."""
-        self.renewal = RunRenewal(ledger, clock=clock, seconds=seconds)
+        self.renewal = RunRenewal(ledger, clock=clock, seconds=seconds, cancel=cancel)
 
     def owner(self) -> str:
         """Return a new owner, unique among all runs."""
@@ -129,6 +138,7 @@ class RunRenewal:
         ledger: Returns the ledger.
         clock: Returns seconds since the epoch.
         seconds: The length of a run's lease.
+        cancel: Called with the id of a task that was cancelled while it runs, from a thread.
         hang_seconds: Seconds without a turn of the event loop after which no lease is extended.
     """
 
@@ -138,11 +148,18 @@ class RunRenewal:
         *,
         clock: Callable[[], float],
         seconds: float,
+        cancel: Callable[[str], None],
         hang_seconds: float = HANG_SECONDS,
     ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._seconds = seconds
+        self._cancel = cancel
+        self._looked_at: set[str] = set()
+        """Owners of the runs that the last look found."""
+        self.looks = Beat(
+            self._look, first=_LOOK_SECONDS, name="safedefer-cancels", hang_seconds=hang_seconds, log=False
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self.beat = Beat(self._tick, first=seconds / _BEATS, name="safedefer-runs", hang_seconds=hang_seconds)
         self._forget()
@@ -159,6 +176,7 @@ class RunRenewal:
             self._loop = loop
             self._forget()
             self.beat.start()
+            self.looks.start()
         self._runs[execution.owner] = _Extended(execution, self._count)
 
     def remove(self, execution: Execution) -> None:
@@ -169,6 +187,23 @@ class RunRenewal:
         """Extend no more."""
         self._loop = None
         self.beat.stop()
+        self.looks.stop()
+
+    def _look(self) -> float:
+        """Ask, in the thread, which runs were cancelled of those that the last look found too."""
+        runs = self._runs.copy()
+        lasting = [run.execution for owner, run in runs.items() if owner in self._looked_at]
+        self._looked_at = set(runs)
+        if lasting:
+            try:
+                cancelled = self._ledger().cancelled_many(lasting)
+            except Exception as error:  # noqa: BLE001  # after any error the next look tries again
+                _log.error("the ledger cannot be asked for cancelled tasks (%s)", type(error).__name__)
+                cancelled = ()
+            for execution, is_cancelled in zip(lasting, cancelled, strict=False):
+                if is_cancelled:
+                    self._cancel(execution.task_id)
+        return _LOOK_SECONDS
 
     def _tick(self) -> float:
         """Extend, in the thread, what has lasted for two beats."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine
@@ -11,6 +12,7 @@ from typing import Any, Final
 from safedefer.concurrency.threads import Threads
 from safedefer.execution.deadline import GRACE, RunControl, Stop
 from safedefer.execution.run import CoroutineCancelled, Outcome
+from safedefer.ledger import Execution
 
 _log: Final = logging.getLogger("safedefer")
 
@@ -50,13 +52,20 @@ class Runs:
         return len(self._stuck)
 
     async def run(
-        self, attempt: Coroutine[Any, Any, Outcome], control: RunControl, *, seconds: float | None, late: Late
+        self,
+        attempt: Coroutine[Any, Any, Outcome],
+        control: RunControl,
+        execution: Execution,
+        *,
+        seconds: float | None,
+        late: Late,
     ) -> Outcome | None:
         """Return the outcome of a run; None if it passed its deadline and goes on.
 
         Args:
             attempt: The run: ``execute(...)``.
             control: Its control.
+            execution: What the ledger admitted.
             seconds: Its deadline; None is none.
             late: Awaited with the outcome of a run that goes on, when it returns.
 
@@ -67,7 +76,7 @@ class Runs:
         if loop is not self._loop:  # a new event loop: drop the state of the old one
             self._loop = loop
             self._forget()
-        run = _Awaited(loop, attempt, control, late)
+        run = _Awaited(loop, attempt, control, execution, late)
         self._waiting.add(run)
         if seconds is not None:
             self._stop_at(run, loop, loop.time() + seconds)
@@ -83,6 +92,19 @@ class Runs:
         if control.cancelled_with_caller:
             raise CoroutineCancelled
         return run.outcome or run.task.result()  # without an outcome it was cancelled
+
+    def cancel(self, task_id: str) -> None:
+        """Stop the runs of a task that was cancelled, from any thread: a coroutine is cancelled, a thread is told."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing runs in it
+                self._loop.call_soon_threadsafe(self._cancel, task_id)
+
+    def _cancel(self, task_id: str) -> None:
+        for run in [run for run in (*self._waiting, *self._stuck) if run.execution.task_id == task_id]:
+            if run.control.stop is None or run.stuck:
+                run.control.stop = Stop.CANCELLED
+                if run.control.withdraw():
+                    run.task.cancel()
 
     # --- Deadlines ---
 
@@ -148,17 +170,19 @@ class Runs:
 class _Awaited:
     """A run under way. ``execute`` has an asyncio task of its own, which the request need not outlast."""
 
-    __slots__ = ("answered", "control", "deadline", "late", "outcome", "stopped", "stuck", "task")
+    __slots__ = ("answered", "control", "deadline", "execution", "late", "outcome", "stopped", "stuck", "task")
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         attempt: Coroutine[Any, Any, Outcome],
         control: RunControl,
+        execution: Execution,
         late: Late,
     ) -> None:
         self.task = loop.create_task(self._await(attempt))
         self.control = control
+        self.execution = execution
         self.late = late
         self.answered: asyncio.Future[None] = loop.create_future()
         self.outcome: Outcome | None = None

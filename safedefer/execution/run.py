@@ -152,6 +152,12 @@ async def execute(
             begin = partial(_begin, task, codecs, validate, control)
             step: _Step = await in_thread(partial(copy_context().run, begin))
             control.in_thread = False
+            if (
+                control.stop is Stop.CANCELLED
+                and step.coroutine_function is None
+                and not inspect.isawaitable(step.result)
+            ):
+                return _stopped(control.stop, step.error)
             if step.error is not None:
                 return _outcome(step.error, started=step.started)
             prepared, result = step.coroutine_function, step.result
@@ -167,7 +173,7 @@ async def execute(
         return _raised(error, control)
     finally:
         CURRENT.reset(token)
-    return _SUCCEEDED
+    return _SUCCEEDED if control.stop is not Stop.CANCELLED else _stopped(control.stop, None)
 
 
 def _raised(error: BaseException, control: RunControl) -> Outcome:

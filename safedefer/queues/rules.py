@@ -180,6 +180,11 @@ def may_cancel(entry: Known | None) -> bool:
     return entry is None or not (entry.ended or entry.running)
 
 
+def may_stop(entry: Known | None) -> bool:
+    """Whether a task that somebody has leased or runs can be cancelled: by the ledger it has not ended."""
+    return entry is None or not entry.ended
+
+
 def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Known) -> Admission:
     """Say whether a task may run that the ledger knows; one that it does not know may."""
     if digest != execution.digest:

@@ -554,7 +554,9 @@ class QueueContract:
             assert begin(queue.ledger, asked, now=now, lease=30.0) is expected
             if expected is Admission.RUN:
                 known, owner = rules.Known(rules.RUNNING, uncharged=True, alive=True), asked.owner
-        assert queue.cancel(task.id, now=now) is rules.may_cancel(known)
+        assert queue.cancel(task.id, now=now) is rules.may_stop(known)
+        # It is marked only where it runs; the queue keeps it until its delivery ends.
+        assert (queue.find(task.id).state is TaskState.CANCELLED) is rules.may_cancel(known)
 
     # --- Cancel -------------------------------------------------------------------------------
 
@@ -569,25 +571,49 @@ class QueueContract:
         view = queue.find(task.id)
         assert (view.state, view.ended, view.attempts) == (TaskState.CANCELLED, 100.0, 0)
 
-    def test_only_a_waiting_task_is_cancelled(self, queue):
+    def test_only_a_task_that_has_not_ended_is_cancelled(self, queue):
         task = make_task()
         assert queue.cancel(task.id, now=100.0) is False
         queue.enqueue_many([task])
-        lease = take_one(queue)
-        assert queue.cancel(task.id, now=159.9) is False
-        settle(queue, lease, DONE, now=159.9)
+        settle(queue, take_one(queue), DONE, now=159.9)
         assert queue.cancel(task.id, now=160.0) is False
         assert queue.find(task.id).state is TaskState.SUCCEEDED
 
-    def test_a_task_whose_lease_ran_out_is_cancelled_unless_it_runs(self, queue):
+    @pytest.mark.parametrize("verdict", ["done", "dead", "retry", "lost"])
+    @pytest.mark.parametrize("runs", [True, False])
+    def test_a_task_that_is_leased_or_runs_is_marked_and_its_delivery_ends_as_cancelled(self, queue, runs, verdict):
+        task, other = oversize_task(), make_task()
+        queue.enqueue_many([task])
+        lease = take_one(queue)
+        run, bystander = execution_of(task), execution_of(other)
+        begin(queue.ledger, bystander, now=100.0, lease=60.0)
+        if runs:
+            begin(queue.ledger, run, now=100.0, lease=60.0)
+        assert list(queue.ledger.cancelled_many([bystander, run])) == [False, False]
+        assert queue.cancel(task.id, now=101.0) is True
+        assert queue.cancel(task.id, now=101.0) is False, "it has ended by the ledger"
+        assert list(queue.ledger.cancelled_many([bystander, run])) == [False, True]
+        assert queue.find(task.id).state is TaskState.RUNNING
+        assert queue.blobs.get(task.blob.id) is not None, "the handler may be about to read it"
+        assert list(queue.ledger.extend_many([run], now=102.0, lease=60.0)) == [False]
+        assert finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task)) is False
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=102.0, lease=60.0) is Admission.DUPLICATE
+        if verdict == "retry":
+            settle(queue, lease, Settlement(verdict=Verdict.RETRY, at=103.0), now=103.0)
+        if verdict in {"retry", "lost"}:
+            lease = take_one(queue, now=170.0)
+        settle(queue, lease, DEAD if verdict == "dead" else DONE, now=171.0)
+        view = queue.find(task.id)
+        assert (view.state, view.attempts) == (TaskState.CANCELLED, int(runs or verdict == "retry"))
+        assert queue.blobs.get(task.blob.id) is None
+
+    def test_a_task_whose_lease_ran_out_is_cancelled(self, queue):
         task = make_task()
         queue.enqueue_many([task])
         lease = take_one(queue)
-        run = execution_of(task)
-        begin(queue.ledger, run, now=150.0, lease=60.0)
-        assert queue.cancel(task.id, now=160.0) is False
+        begin(queue.ledger, execution_of(task), now=100.0, lease=60.0)
         assert queue.cancel(task.id, now=210.0) is True
-        assert finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task)) is False
+        assert queue.find(task.id).state is TaskState.CANCELLED
         assert list(queue.settle_many([(lease, DONE)], now=211.0)) == [False]
 
     # --- Oversize -----------------------------------------------------------------------------

@@ -183,6 +183,9 @@ class Recorder:
         self.calls, self.moments = [], []
         self.fails = fails
 
+    def cancelled_many(self, executions):
+        return [False] * len(executions)
+
     def extend_many(self, executions, *, now, lease):
         self.calls += [execution.owner for execution in executions]
         self.moments.append(time.monotonic())
@@ -198,7 +201,7 @@ def run_of(owner):
 
 @contextmanager
 def renewal_of(ledger, seconds, **more):
-    renewal = RunRenewal(lambda: ledger, clock=time.time, seconds=seconds, **more)
+    renewal = RunRenewal(lambda: ledger, clock=time.time, seconds=seconds, cancel=[].append, **more)
     yield renewal
     renewal.close()
 

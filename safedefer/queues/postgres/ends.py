@@ -11,7 +11,7 @@ from safedefer.queues.base import QueuedTask, task_digest
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.progress import read_progress
 from safedefer.queues.postgres.rows import dead_values, ledger_keys, read_task, write_hints
-from safedefer.queues.postgres.statements import SQL, interval, to_json
+from safedefer.queues.postgres.statements import SQL, changed_rows, interval, to_json
 from safedefer.queues.rules import Ending, Known, may_cancel
 
 if TYPE_CHECKING:
@@ -134,6 +134,21 @@ async def cancel(
     if ends:
         await end(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
     return len(ends)
+
+
+async def stop(connection: Connection, task_id: str) -> bool:
+    """Mark a task as cancelled that is leased or runs; False if there is none, or it has ended by the ledger.
+
+    Args:
+        connection: In a transaction.
+        task_id: The task.
+    """
+    tasks = [read_task(job) for job in await connection.fetch(SQL["living_of"], [task_id])]
+    entries = [
+        {"audience": task.audience, "task_id": task.id, "digest": task_digest(task).hex(), "expires": task.expires}
+        for task in tasks
+    ]
+    return bool(entries) and changed_rows(await connection.execute(SQL["ledger_cancel"], to_json(entries))) > 0
 
 
 async def drop_dead(connection: Connection, task_ids: Sequence[str]) -> int:

@@ -195,6 +195,15 @@ class PostgresLedger:
         ours = {(row["audience"], row["task_id"], row["owner"]) for row in rows}
         return [(run.audience, run.task_id, run.owner) in ours for run in executions]
 
+    def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
+        """Return which of these runs belong to tasks that were cancelled."""
+        names = to_json([{"audience": run.audience, "task_id": run.task_id} for run in executions])
+        rows = self._store.run(
+            lambda connection: connection.fetch(SQL["ledger_find"], names), purpose="relaxed", idempotent=True
+        )
+        cancelled = {(row["audience"], row["task_id"]) for row in rows if row["state"] == EndState.CANCELLED}
+        return [_name(run) in cancelled for run in executions]
+
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Store the ends of runs and their records; False stands for one that does not count any more.
 

@@ -155,6 +155,13 @@ WHERE job.dedupe_key = ANY ($1::text[])
     AND (job.status = 'queued' OR (job.status = 'picked' AND job.heartbeat < now() - $2::interval))
 ORDER BY job.id FOR UPDATE OF job;
 
+-- name: living_of
+-- Locks the given tasks that have not ended, by ascending id.
+SELECT job.id, job.dedupe_key, job.entrypoint, job.headers, job.payload
+FROM safedefer.pgqueuer AS job
+WHERE job.dedupe_key = ANY ($1::text[]) AND job.status IN ('queued', 'picked')
+ORDER BY job.id FOR UPDATE OF job;
+
 -- name: ended_insert
 INSERT INTO safedefer.ended (id, queue, headers, attempts, state, reason, ended)
 SELECT id, queue, headers::jsonb, attempts, state, reason, $2
@@ -362,6 +369,15 @@ SELECT given.audience, given.task_id, decode(given.digest, 'hex'), given.state, 
 FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text, state text, expires bigint)
 ON CONFLICT (audience, task_id) DO UPDATE
 SET state = excluded.state, owner = NULL, until = NULL, uncharged = false
+WHERE entry.state IN ('running', 'retry');
+
+-- name: ledger_cancel
+-- A run that began stays uncharged: the end of its delivery charges it.
+INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, expires, uncharged)
+SELECT given.audience, given.task_id, decode(given.digest, 'hex'), 'cancelled', given.expires, false
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text, expires bigint)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = 'cancelled', owner = NULL, until = NULL
 WHERE entry.state IN ('running', 'retry');
 
 -- name: next_due

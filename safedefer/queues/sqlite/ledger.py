@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class SQLiteLedger:
     """A ``Ledger`` in the queue's file."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, reader: Handle) -> None:
         self._writer = writer
+        self._reader = reader
 
     @property
     def here(self) -> None:
@@ -41,6 +42,12 @@ class SQLiteLedger:
         return self._writer.run(
             lambda connection: [extend(connection, execution, until=until) for execution in executions], durable=False
         )
+
+    def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
+        """Return which of these runs belong to tasks that were cancelled."""
+        with self._reader.use() as connection:
+            entries = [operations.find_ledger(connection, run.audience, run.task_id) for run in executions]
+        return [entry is not None and entry.state == EndState.CANCELLED for entry in entries]
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Store the ends of runs and their records; False stands for one that does not count any more."""

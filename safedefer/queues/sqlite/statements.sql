@@ -246,6 +246,14 @@ ON CONFLICT (audience, task_id) DO UPDATE
 SET state = excluded.state, owner = NULL, until = 0, uncharged = 0
 WHERE state IN ('running', 'retry');
 
+-- name: ledger_cancel
+-- A run that began stays uncharged: the end of its delivery charges it.
+INSERT INTO safedefer_ledger (audience, task_id, digest, state, expires)
+VALUES (:audience, :task_id, :digest, 'cancelled', :expires)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = 'cancelled', owner = NULL, until = 0
+WHERE state IN ('running', 'retry');
+
 -- name: ledger_prune
 DELETE FROM safedefer_ledger WHERE (audience, task_id) IN (
     SELECT audience, task_id FROM safedefer_ledger
