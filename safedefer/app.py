@@ -1,7 +1,7 @@
 """The application: keys, policy, codecs, a queue and a handler, put together.
 
 ``App`` is the composition root and a facade. It builds the parts (``sending``, ``execution.direct``, ``delivery``,
-``transactions``), hands each what it needs, and passes calls on. It does nothing when it is made but check its
+``transactions``), hands each what it needs, and passes calls on; what it does for those who defer is in ``Producer``. It does nothing when it is made but check its
 configuration; the queue is opened when it is first used, in the process that uses it.
 """
 
@@ -10,50 +10,46 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any, ParamSpec, overload
+from typing import TYPE_CHECKING
 
-from safedefer.claims import Limits
+from safedefer.claims import Claims, Limits
 from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
-from safedefer.delivery.handler import Delivery, DeliveryOptions, Response
+from safedefer.delivery.options import DeliveryOptions
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 from safedefer.events import LogObserver, Observer
-from safedefer.execution.context import current_task
 from safedefer.execution.direct import DirectRunner
-from safedefer.execution.run import Validate
+from safedefer.execution.prepare import Validate
 from safedefer.keys import Keyring
-from safedefer.options import DEFAULT_OPTIONS, DEFAULT_TARGET, DEFAULT_URL, Options, Task
+from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, Options, Task
 from safedefer.policy import Policy
 from safedefer.queues import load_queue_file, open_queue
 from safedefer.queues.base import DeadFilter, PullQueue, StorageOptions
 from safedefer.sending.builder import Builder
 from safedefer.sending.dead_letters import DeadLetters
-from safedefer.sending.effects import effect_of
+from safedefer.sending.producer import Producer
 from safedefer.sending.routes import ANY_URL, Routes
 from safedefer.sending.sender import CallTuple, Deferral, Sender
-from safedefer.sending.signatures import method_takes
 from safedefer.signing import Serves, Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
-from safedefer.transactions.databases import AwaitedConnection
 from safedefer.transactions.outbox import Outbox
 
 if TYPE_CHECKING:
     from aiohttp.web import AbstractRouteDef
 
+    from safedefer.delivery.handler import Delivery
+    from safedefer.headers import Response
     from safedefer.queues.config import QueueFile
     from safedefer.settings import Settings
 
 __all__ = ["App", "CallTuple", "Deferral"]
 
-_P = ParamSpec("_P")
 
-
-class App:
+class App(Producer):
     """What defers and handles the tasks of one application.
 
     Args:
@@ -116,34 +112,36 @@ class App:
         self.policy = policy
         self.observer: Observer = LogObserver() if observer is None else observer
         self.queue_file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
-        self._routes = Routes(
+        routes = Routes(
             environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=self.queue_file
         )
+        self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
+        self.queues, self.targets = routes.queues, routes.targets
         self._queue: PullQueue | str = queue
         limit = None if self.queue_file is None else self.queue_file.total_storage_limit
         self._storage = storage if limit is None else replace(storage or StorageOptions(), blob_limit=limit)
         self._clock = clock
-        # Reentrant: loading the policy imports modules, and one of them may defer something.
-        self._lock = RLock()
+        self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
         self._closed = False
         self._delivery: Delivery | None = None
-        self._delivery_options = DeliveryOptions(
-            max_bytes=limits.token_bytes,
-            concurrency=concurrency,
-            lease_seconds=lease_seconds,
-            validate=validate,
-            deadlines={} if self.queue_file is None else self.queue_file.deadlines,
+        options = DeliveryOptions(max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds)
+        deadlines = {} if self.queue_file is None else self.queue_file.deadlines
+        self._delivery_options = replace(options, validate=validate, deadlines=deadlines)
+        self._codecs = _codecs(limits, allow_pickle=allow_pickle, by_value_runs_code=by_value_pickles_run_code)
+        builder = Builder(
+            signer=Signer(keyring, policy, limits=limits),
+            key=keyring.active,
+            codecs=self._codecs,
+            routes=routes,
+            inline_limit=inline_limit,
+            clock=clock,
         )
-        self._codecs: dict[str, Codec] = {"typed": TypedCodec(limits=limits)}
-        if allow_pickle:
-            # Here and not at the top: an App that takes no pickles loads nothing that could read one.
-            from safedefer.codecs.pickled import PickledCodec  # noqa: PLC0415
+        outbox = Outbox(self._get_queue, environment=environment, queues=self.queues, urls=outboxes, clock=clock)
+        sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observer)
+        super().__init__(sender=sender, builder=builder, routes=routes, outbox=outbox)
+        self._build_handling(keyring, limits, allow_pickle=allow_pickle)
 
-            self._codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_pickles_run_code)
-        self.outbox = Outbox(self._get_queue, environment=environment, queues=self.queues, urls=outboxes, clock=clock)
-        self._build_parts(keyring, limits, inline_limit, allow_pickle=allow_pickle)
-
-    def _build_parts(self, keyring: Keyring, limits: Limits, inline_limit: int, *, allow_pickle: bool) -> None:
+    def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
@@ -161,15 +159,6 @@ class App:
             blobs=lambda: self.queue.blobs,
             clock=clock,
         )
-        self._builder = Builder(
-            signer=Signer(keyring, self.policy, limits=limits),
-            key=keyring.active,
-            codecs=codecs,
-            routes=routes,
-            inline_limit=inline_limit,
-            clock=clock,
-        )
-        self._sender = Sender(builder=self._builder, queue=self._get_queue, outbox=self.outbox, observer=self.observer)
         self._dead_letters = DeadLetters(
             verifier=self._verifier,
             keyring=keyring,
@@ -211,175 +200,6 @@ class App:
             inline_limit=settings.inline_limit,
         )
 
-    # --- What it was made with ---
-
-    @property
-    def environment(self) -> str:
-        """``prod``, ``staging``, ...: part of every token's audience."""
-        return self._routes.environment
-
-    @property
-    def url(self) -> str:
-        """The path that tasks are posted to by default."""
-        return self._routes.url
-
-    @property
-    def prefix(self) -> str:
-        """The path in front of the handler's, which tokens do not name."""
-        return self._routes.prefix
-
-    @property
-    def queues(self) -> frozenset[str] | None:
-        """The names of the queues, ``default`` among them; None: any."""
-        return self._routes.queues
-
-    @property
-    def targets(self) -> Mapping[str, str] | None:
-        """Addresses of handlers by name; None: any name, one handler."""
-        return self._routes.targets
-
-    # --- Deferring ---
-
-    def defer(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
-        """Call ``obj(*args, **kwargs)`` later, as soon as possible, on the default queue.
-
-        When it returns, the task is stored and survives a crash of this process.
-
-        Args:
-            obj: A function or class at the top level of a module, an object of such a class with
-                ``__call__``, one of its instance or class methods, a built-in function or method.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments, all of them: options are given with ``options``.
-
-        Returns:
-            The task.
-
-        Raises:
-            NotDeferrable: The callable is of another category, or the policy does not admit it.
-            TypeError: It does not take these arguments.
-            UnencodableArgument: A value cannot arrive exactly as it is; ``path`` says which.
-            TaskTooLargeError: The token is over the limit.
-            QueueUnavailable: The task was not stored.
-        """
-        return self._sender.send(DEFAULT_OPTIONS, obj, args, kwargs)
-
-    async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
-        """Do what ``defer`` does, without blocking the event loop."""
-        return await self._sender.send_async(DEFAULT_OPTIONS, obj, args, kwargs)
-
-    def defer_many(self, calls: Iterable[CallTuple], /, *, atomic: bool = True) -> list[Task]:
-        """Defer several calls in one transaction: all are stored, or none.
-
-        Args:
-            calls: Callables with their positional and keyword arguments.
-            atomic: False lets an engine store some of them that cannot store all or none.
-
-        Raises:
-            InvalidTaskError: The engine cannot store all or none, and ``atomic`` is True.
-            DeferError: As ``defer``.
-        """
-        return self._sender.send_many(DEFAULT_OPTIONS, calls, atomic=atomic)
-
-    @method_takes(Options)
-    def options(self, **given: Any) -> Deferral:
-        """Return a front of ``defer`` with options, those of ``Options``; all are given by name.
-
-        Options:
-            countdown: Seconds from now until the task is due, at most 30 days.
-            eta: When it is due, an aware datetime; not together with ``countdown``.
-            headers: Further headers of the request that delivers the task.
-            name: ``[a-zA-Z0-9_-]{1,500}``, which no other task of the queue has, or had in the last days.
-            queue: The queue's name, ``default`` by default.
-            retry_options: ``TaskRetryOptions``: when it is tried again.
-            target: Which handler.
-            transactional: Enqueue if, and only if, the transaction of ``app.transaction(...)`` commits.
-            unique: Return the task of the same call and destination that waits or runs already, if there is one.
-            url: The path that the task is posted to, or a URL below the address of a target; None is the queue's own.
-            pickle: Carry the arguments as a pickle; both ends and the key must allow it.
-
-        Raises:
-            InvalidTaskError: An option is wrong.
-        """
-        if "url" in given:
-            given["target"], given["url"] = self._routes.destination(given.get("target"), given["url"])
-        return Deferral(self._sender, Options(**given))
-
-    def defer_with(
-        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Task:
-        """Defer one call with an ``Options`` object."""
-        return self._sender.send(options, obj, args, kwargs)
-
-    async def defer_with_async(
-        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Task:
-        """Do what ``defer_with`` does, without blocking the event loop."""
-        return await self._sender.send_async(options, obj, args, kwargs)
-
-    def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
-        """Return the signed token of a call, for the default queue and URL; enqueues nothing."""
-        return self._builder.serialize(obj, args, kwargs)
-
-    # --- Transactions ---
-
-    @overload
-    def transaction(self, connection: AwaitedConnection) -> AbstractAsyncContextManager[None]: ...  # type: ignore[overload-overlap]  # the first one counts
-
-    @overload
-    def transaction(self, connection: object) -> AbstractContextManager[None]: ...
-
-    def transaction(self, connection: object) -> AbstractContextManager[None] | AbstractAsyncContextManager[None]:
-        """Make tasks that are deferred with ``transactional=True`` in this block go with a transaction.
-
-        They are enqueued if it commits, and only then. If no transaction is open, the block opens one, commits it
-        at its end, and undoes it if the block raises; one that is open already stays the caller's to commit.
-
-        The block of a connection that is awaited is awaited, too, and so are its tasks::
-
-            async with app.transaction(connection):
-                await app.options(transactional=True).defer_async(send_receipt, order_id)
-
-        Args:
-            connection: A connection of psycopg 3 or asyncpg, a ``sqlite3.Connection``, a SQLAlchemy connection or
-                session (on SQLite or PostgreSQL), Django's connection (as well), or an ``apsw.Connection``. It may be
-                to the queue's own database, by apsw in the case of a file.
-
-        Raises:
-            BadTransactionStateError: On entering: the connection is of no known kind, or cannot be used for this.
-        """
-        return self.outbox.transaction(connection)
-
-    @overload
-    def once(  # type: ignore[overload-overlap]  # the first one counts
-        self, connection: AwaitedConnection, effect: str | None = None
-    ) -> AbstractAsyncContextManager[bool]: ...
-
-    @overload
-    def once(self, connection: object, effect: str | None = None) -> AbstractContextManager[bool]: ...
-
-    def once(
-        self, connection: object, effect: str | None = None
-    ) -> AbstractContextManager[bool] | AbstractAsyncContextManager[bool]:
-        """Give True the first time, and False when the effect has been had: for an effect that happens exactly once.
-
-        The note is in the transaction of the effect itself, which is opened and ended as ``transaction`` does. ::
-
-            with app.once(connection) as first:
-                if first:
-                    connection.execute("UPDATE accounts ...")
-
-        Args:
-            connection: As for ``transaction``.
-            effect: Names it, up to 700 characters; without it, the task that runs and the one that it re-runs.
-
-        Raises:
-            BadTransactionStateError: There is no name and no task runs here, or as ``transaction``.
-            InvalidTaskError: The name is empty, too long, or has a character that a database does not take.
-        """
-        task = current_task()
-        noted, also = effect_of(effect, None if task is None else (task.id, task.retry_of))
-        return self.outbox.once(connection, effect=noted, also=also)
-
     # --- Handling ---
 
     async def handle(
@@ -399,6 +219,14 @@ class App:
         """
         return await self.delivery.handle(headers, body, url=self.accepts(path), method=method)
 
+    def authenticate(self, data: bytes) -> Claims:
+        """Return the claims of a token that one of our keys signed. Says nothing of audience, time and policy.
+
+        Raises:
+            RejectedTask: One of its subclasses says what is wrong.
+        """
+        return self._verifier.authenticate(data)
+
     def accepts(self, path: str | None) -> str | Container[str]:
         """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
         return self._routes.accepts(path)
@@ -408,6 +236,9 @@ class App:
         """The handler behind ``handle``; the policy's modules are imported when it is first asked for."""
         with self._lock:
             if self._delivery is None:
+                # Here and not at the top: a process that only defers needs no handler.
+                from safedefer.delivery.handler import Delivery  # noqa: PLC0415
+
                 self._direct.load_policy()
                 self._delivery = Delivery(
                     verifier=self._verifier,
@@ -549,3 +380,13 @@ class App:
             self._closed = True
             if not isinstance(self._queue, str):
                 self._queue.close()
+
+
+def _codecs(limits: Limits, *, allow_pickle: bool, by_value_runs_code: bool) -> dict[str, Codec]:
+    codecs: dict[str, Codec] = {"typed": TypedCodec(limits=limits)}
+    if allow_pickle:
+        # Here and not at the top: an App that takes no pickles loads nothing that could read one.
+        from safedefer.codecs.pickled import PickledCodec  # noqa: PLC0415
+
+        codecs["pickle"] = PickledCodec(limits=limits, by_value_runs_code=by_value_runs_code)
+    return codecs

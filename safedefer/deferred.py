@@ -22,8 +22,6 @@ lambdas, static methods.
 
 from __future__ import annotations
 
-import asyncio
-import difflib
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from threading import RLock
@@ -110,13 +108,11 @@ def defer(
     _target: str | None = None,
     _transactional: bool = False,
     _url: str | None = DEFAULT_URL,
+    _deadline: float | None = None,
     _pickle: bool = False,
     **kwargs: Any,
 ) -> Task:
     """Defer a callable for execution later (App Engine ``deferred.defer``).
-
-    The default URL of ``/_ah/queue/deferred`` is used unless another is given; ``_url=None`` is the
-    default URL of the queue.
 
     Args:
         obj: The callable to execute; see the module docstring for restrictions.
@@ -130,7 +126,8 @@ def defer(
         _target: Which handler.
         _transactional: Enqueue if, and only if, the current transaction commits, that of the innermost
             ``app.transaction(connection)``. Where the connection is awaited, the task is written at the block's end.
-        _url: The path that the task is posted to, or a URL below the address of a configured target.
+        _url: The path that the task is posted to, or a URL below the address of a target; None: the queue's own URL.
+        _deadline: Seconds that one attempt may take, from 1 to 86,400.
         _pickle: Carry the arguments as a pickle; both ends and the key must allow it.
         kwargs: Any other keyword arguments are passed through to the callable.
 
@@ -152,6 +149,7 @@ def defer(
         target=_target,
         transactional=_transactional,
         url=_url,
+        deadline=_deadline,
         pickle=_pickle,
     )
     return deferral.defer(obj, *args, **kwargs)
@@ -168,6 +166,8 @@ async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) 
     # To build an App reads files and imports modules.
     app = configured_app()
     if app is None:
+        import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
+
         app = await asyncio.to_thread(current_app)
     return await app.options(**given).defer_async(obj, *args, **kwargs)
 
@@ -258,6 +258,8 @@ def set_log_level(log_level: int) -> None:
 def _check_unknown(kwargs: Mapping[str, Any]) -> None:
     for name in kwargs:
         if name.startswith("_"):
+            import difflib  # noqa: PLC0415  # for this message only
+
             near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"defer() has no option {name!a}; did you mean {near}? "

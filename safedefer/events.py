@@ -7,13 +7,21 @@ that it raises is logged and changes nothing.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 from typing import Final, TypeAlias
 
 __all__ = ["Event", "LogObserver", "Observer", "RequestRefused", "TaskEnqueued", "TaskHandled"]
 
 _log: Final = logging.getLogger("safedefer")
+
+#: Seconds between two log lines about refusals of one reason.
+REFUSALS_EVERY: Final = 60.0
+#: The most reasons that are told apart; refusals for others are counted together.
+_REASONS: Final = 100
+_OTHERS: Final = "others"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +68,33 @@ Observer: TypeAlias = Callable[[Event], None]
 """What is called with every event."""
 
 
-class LogObserver:
-    """Logs events, each with the event in ``extra``. No text of a log line comes from unsigned bytes."""
+@dataclass(slots=True)
+class _Refusals:
+    """The refusals of one reason since its last log line."""
 
-    def __init__(self) -> None:
+    logged: float
+    """When that was."""
+    count: int = 0
+    last: RequestRefused | None = None
+
+
+class LogObserver:
+    """Logs events, each with the event in ``extra``. No text of a log line comes from unsigned bytes.
+
+    The first refusal of a reason is logged at once. Those that follow are counted, and logged with their number when
+    any event comes a minute or more after the last line: a flood of requests makes no flood of lines.
+
+    Args:
+        clock: Returns seconds that only grow.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.level = logging.INFO
         """The level of a task that succeeded (App Engine ``set_log_level``)."""
+        self._clock = clock
+        self._lock = Lock()
+        self._refusals: dict[str, _Refusals] = {}
+        """By reason: those of the last minute, and those that are not logged yet."""
 
     def __call__(self, event: Event) -> None:
         """Log one event."""
@@ -85,7 +114,36 @@ class LogObserver:
                     extra={"safedefer": event},
                 )
             case RequestRefused():
-                _log.warning("request refused: %s", event.reason, extra={"safedefer": event})
+                self._refused(event)
+        if self._refusals:
+            self._log_counts()
+
+    def _refused(self, event: RequestRefused) -> None:
+        with self._lock:
+            known = self._refusals
+            reason = event.reason if event.reason in known or len(known) < _REASONS else _OTHERS
+            if (refusals := known.get(reason)) is not None:
+                refusals.count += 1
+                refusals.last = event
+                return
+            known[reason] = _Refusals(self._clock())
+        _log.warning("request refused: %s", reason, extra={"safedefer": event})
+
+    def _log_counts(self) -> None:
+        """Log how many refusals followed those lines that are a minute old; forget a reason that had none."""
+        lines: list[tuple[str, int, RequestRefused | None]] = []
+        with self._lock:
+            now = self._clock()
+            for reason, refusals in list(self._refusals.items()):
+                if now - refusals.logged < REFUSALS_EVERY:
+                    continue
+                if refusals.count:
+                    lines.append((reason, refusals.count, refusals.last))
+                    self._refusals[reason] = _Refusals(now)
+                else:
+                    del self._refusals[reason]
+        for reason, count, last in lines:
+            _log.warning("request refused: %s, %d more since the last line", reason, count, extra={"safedefer": last})
 
     def level_of(self, outcome: str, reason: str | None) -> int:
         """Return the level at which the end of a run is logged."""

@@ -1,20 +1,19 @@
-"""Names that turn a call into arbitrary code, and built-in methods that do not.
+"""Names that turn a call into arbitrary code, and classes that do not.
 
 A gadget is a callable that runs a command, code or a pickle handed to it as data, or that leads to
 one by name. No module pattern and no mark ever admits a gadget: only an exact pattern does, written
 by an operator who means it. The whole standard library is reached by exact patterns only, so its
 gadgets stand here for the sake of marks, of subclasses and of whoever reads a pattern list.
-
-``HARMLESS_METHODS`` are the built-in methods that need no pattern: they work on the value that they
-belong to and on their arguments, call nothing back by name, import nothing, and cannot grow one
-argument without bound (``str.format``, ``str.encode``, which imports the codec that it is told, ``bytes.join`` over a user's
-iterator and ``int.from_bytes`` are not here).
 """
 
 from __future__ import annotations
 
+import builtins
 import sys
-from typing import Final
+from enum import Enum, Flag, IntEnum, IntFlag, StrEnum
+from typing import Final, Generic, Protocol, cast
+
+from pydantic import BaseModel, RootModel
 
 STDLIB: Final = frozenset(sys.stdlib_module_names)
 
@@ -83,36 +82,20 @@ GADGETS: Final = frozenset(
     }
 )  # fmt: skip
 
-#: Built-in methods that any policy with a pattern admits, by the class that defines them.
-HARMLESS_METHODS: Final[dict[type, frozenset[str]]] = {
-    list: frozenset({"append", "clear", "copy", "count", "extend", "index", "insert", "pop", "remove", "reverse"}),
-    dict: frozenset({"clear", "copy", "fromkeys", "get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"}),
-    set: frozenset({
-        "add", "clear", "copy", "difference", "difference_update", "discard", "intersection", "intersection_update", "isdisjoint",
-        "issubset", "issuperset", "pop", "remove", "symmetric_difference", "symmetric_difference_update", "union", "update",
-    }),
-    frozenset: frozenset({"copy", "difference", "intersection", "isdisjoint", "issubset", "issuperset", "symmetric_difference", "union"}),
-    tuple: frozenset({"count", "index"}),
-    str: frozenset({
-        "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
-        "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition",
-        "removeprefix", "removesuffix", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip",
-        "swapcase", "title", "upper",
-    }),
-    bytes: frozenset({
-        "capitalize", "count", "endswith", "find", "hex", "index", "isalnum", "isalpha", "isascii", "isdigit", "islower", "isspace",
-        "istitle", "isupper", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "rfind", "rindex", "rpartition", "rsplit",
-        "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper",
-    }),
-    int: frozenset({"as_integer_ratio", "bit_count", "bit_length", "conjugate"}),
-    float: frozenset({"as_integer_ratio", "conjugate", "hex", "is_integer"}),
-    complex: frozenset({"conjugate"}),
-}  # fmt: skip
-
 #: Built-in types that may be values of arguments (``defaultdict(list)``), though never callees.
 HARMLESS_TYPES: Final[frozenset[type]] = frozenset(
     {bool, bytearray, bytes, complex, dict, float, frozenset, int, list, range, set, slice, str, tuple, type(None)}
 )
+
+#: Classes whose ``__init__`` and ``__new__`` an admitted class may inherit: they do nothing, or as much as their arguments
+#: are long. ``list``, ``set``, ``tuple``, ``bytes`` and ``str`` are not here: they go through ``range(10**18)``, make 10**12 bytes, or
+#: import the codec that they are told.
+HARMLESS_BASES: Final[tuple[type, ...]] = (
+    object, cast("type", Generic), cast("type", Protocol), BaseModel, RootModel, Enum, IntEnum, StrEnum, Flag, IntFlag,
+    bool, complex, dict, float, int, BaseException, *(
+        cls for cls in vars(builtins).values() if isinstance(cls, type) and issubclass(cls, BaseException)
+    ),
+)  # fmt: skip
 
 
 def is_gadget(module: str, qualname: str) -> bool:

@@ -31,7 +31,7 @@ class KeyFields(TypedDict, total=False):
 class _Jwk(BaseModel):
     """One key of a JWK Set. Members that we do not know are ignored (RFC 7517, section 4)."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True, defer_build=True)
 
     kty: Literal["oct"]
     kid: Annotated[str, Field(min_length=1)]
@@ -44,7 +44,7 @@ class _Jwk(BaseModel):
 
 
 class _Jwks(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True, defer_build=True)
 
     keys: list[_Jwk]
 

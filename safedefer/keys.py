@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from itertools import chain, permutations
 from types import MappingProxyType
-from typing import Final, Literal, Self, TypeAlias, TypeVar, final
+from typing import Final, Literal, NoReturn, Self, TypeAlias, TypeVar, final
 
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
-from safedefer.immutable import Immutable
 from safedefer.keyfile import KeyFields, read_jwks, read_text
 from safedefer.token import Token, decode_segment, encode_segment
 
@@ -41,6 +40,25 @@ class KeyState(StrEnum):
     """Verifies: a key that is about to be promoted, or one whose tasks are still in flight."""
     REVOKED = "revoked"
     """Refused. Whoever has it can back-date a task, so no time bound would help."""
+
+
+class Immutable:
+    """Base class of immutable objects. ``__init__`` sets their attributes by ``_set``."""
+
+    __slots__ = ()
+
+    def _set(self, **attributes: object) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a {type(self).__name__} is immutable; make another one")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a {type(self).__name__} is immutable; make another one")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} is not pickled or copied; make it where it is used")
 
 
 @final

@@ -18,6 +18,8 @@ from safedefer.errors import (
 
 #: No task may be due later than this many seconds from now (App Engine: 30 days).
 MAX_ETA: Final = 30 * 86_400
+#: No attempt may take longer than this many seconds.
+MAX_DEADLINE: Final = 86_400
 #: Where tasks are posted unless told otherwise (App Engine ``deferred``).
 DEFAULT_URL: Final = "/_ah/queue/deferred"
 DEFAULT_QUEUE: Final = "default"
@@ -112,6 +114,8 @@ class Options:
     """Return the task of the same call and destination that waits or runs already, if there is one."""
     url: str | None = DEFAULT_URL
     """The path that the task is posted to; None is the queue's own, ``/_ah/queue/<queue>``."""
+    deadline: float | None = None
+    """Seconds that one attempt may take, from 1 to 86,400; None is the queue's own."""
     pickle: bool = False
     """Carry the arguments as a pickle. Both ends and the key must allow it."""
 
@@ -130,6 +134,7 @@ class Options:
         if self.unique and self.name is not None:
             raise InvalidTaskError("a unique task has no name; leave one of the two out")
         _check_url(self.url)
+        _check_deadline(self.deadline)
         _check_eta(self.countdown, self.eta)
         object.__setattr__(self, "headers", _check_headers(self.headers))
 
@@ -171,6 +176,17 @@ def _check_url(url: str | None) -> None:
         raise InvalidUrlError("a task's URL is a path of this application, such as /tasks/mail; use target for others")
     if _PATH.fullmatch(url) is None:
         raise InvalidUrlError("a task's URL is a path of printable ASCII without query or fragment; pass arguments")
+
+
+def _check_deadline(deadline: object) -> None:
+    if deadline is None:
+        return
+    number = type(deadline) is int or type(deadline) is float
+    # A comparison with NaN is false, and one with a huge integer does not overflow.
+    if not number or not 1 <= deadline <= MAX_DEADLINE:  # type: ignore[operator]  # a number, by the line above
+        raise InvalidTaskError(
+            f"deadline is a number of seconds from 1 to {MAX_DEADLINE}; split longer work into tasks"
+        )
 
 
 def _check_eta(countdown: object, eta: object) -> None:

@@ -12,14 +12,17 @@ pattern               allows
 The rules, in the order in which they are asked:
 
 1. By name, before anything is imported. Built-ins, the standard library and gadgets need an exact
-   pattern, or the table of harmless built-in methods.
+   pattern.
 2. The reference is resolved and proved (``refs``).
 3. By identity. An exact pattern admits the object that it named when the policy was built. A member
    is admitted only if the class of the MRO that defines it is: an inherited one from elsewhere
-   needs a pattern of its own, ``mod:Class.member``. Built-in methods are admitted one by one, or with
-   their class by an exact pattern.
+   needs a pattern of its own, ``mod:Class.member``. Built-in methods are admitted one by one,
+   ``builtins:list.append``: no callee is implicit. A class may be called if those that define its
+   ``__init__`` and ``__new__`` are admitted, or in a table of harmless ones.
 
 The same policy is asked in ``defer()``, so that a mistake shows at the sender.
+
+Over 450 lines, since what a pattern may name and what it then admits are one set of rules.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ from safedefer.errors import (
     PolicyViolation,
     UnresolvableCallable,
 )
-from safedefer.gadgets import GADGETS, HARMLESS_METHODS, HARMLESS_TYPES, is_gadget, is_standard_library
-from safedefer.immutable import Immutable
+from safedefer.gadgets import GADGETS, HARMLESS_BASES, HARMLESS_TYPES, is_gadget, is_standard_library
+from safedefer.keys import Immutable
 from safedefer.refs import (
     METACLASSES,
     UNBOUND,
@@ -67,11 +70,12 @@ _MAX_NAME: Final = 511
 #: Modules that are run again under another name when they are imported so.
 _OTHER_MODULES: Final = frozenset({"__main__", "__mp_main__", "__init__"})
 
+#: What runs when a class is called. Those of built-in classes are of types of their own, and ``__new__`` is static.
+_CONSTRUCTION: Final = ("__new__", "__init__")
 #: Marked objects by identity. The object is kept, so that its id is never another's.
 _MARKED: Final[dict[int, object]] = {}
 
 _HARMLESS_NAMES: Final = {class_path(cls): cls for cls in HARMLESS_TYPES}
-_HARMLESS_OWNERS: Final = {class_path(cls): methods for cls, methods in HARMLESS_METHODS.items()}
 
 
 def deferrable(obj: _T) -> _T:
@@ -134,15 +138,7 @@ class Policy(Immutable):
         ConfigurationError: A pattern is malformed, names nothing, or names the standard library as a whole.
     """
 
-    __slots__ = (
-        "_deferrable",
-        "_exact",
-        "_metaclasses",
-        "_modules",
-        "_moved",
-        "_packages",
-        "_patterns",
-    )
+    __slots__ = ("_deferrable", "_exact", "_metaclasses", "_modules", "_moved", "_packages", "_patterns")
 
     _patterns: tuple[str, ...]
     _modules: frozenset[str]
@@ -242,12 +238,6 @@ class Policy(Immutable):
             _deny(ref, "it is a known gadget, a way to run whatever it is handed, and needs an exact pattern")
         if ref.kind == "builtin":
             _deny(ref, "a built-in needs an exact pattern")
-        if (
-            ref.kind == "builtin_method"
-            and self._patterns
-            and member in _HARMLESS_OWNERS.get(f"{module}:{qualname}", ())
-        ):
-            return
         if not self._admits(module, qualname):
             _deny(ref, "no pattern admits it")
 
@@ -330,6 +320,30 @@ class Policy(Immutable):
             module, _, qualname = class_path(base).partition(":")
             if self._is_gadget(module, qualname, None) and base not in _PLAIN_BASES:
                 _deny(ref, "it inherits from a known gadget, which needs an exact pattern")
+        for definer in {id(found): found for found in (find_member(cls, name)[0] for name in _CONSTRUCTION)}.values():
+            if definer is cls or any(definer is base for base in HARMLESS_BASES) or self._names_construction(definer):
+                continue
+            name = class_path(definer)
+            if not self._defines(definer):
+                raise PolicyViolation(
+                    f"{ref} may not run: its construction is that of {name}, which is not admitted; "
+                    f"add '{name}.__init__' to the policy if that may run on the arguments of a task"
+                )
+
+    def _names_construction(self, definer: type) -> bool:
+        """Whether an exact pattern names the ``__init__`` or ``__new__`` of a class."""
+        names = ((f"{class_path(definer)}.{member}", member) for member in _CONSTRUCTION)
+        return any(self._exact.get(name, UNBOUND) is find_member(definer, member)[1] for name, member in names)
+
+    def _defines(self, cls: type) -> bool:
+        """Whether a class is admitted by its name, and found there."""
+        name = class_path(cls)
+        module, _, qualname = name.partition(":")
+        # By name first: the proof that the class is found there may import.
+        admitted = self._admits(module, qualname) and is_found(cls, module, qualname)
+        if admitted:
+            self._check_exact_class(name, cls, PolicyViolation)
+        return admitted
 
     def _check_member(self, ref: CallableRef, cls: type, member: str) -> None:
         definer, raw = find_member(cls, member)
@@ -342,10 +356,10 @@ class Policy(Immutable):
         name = class_path(definer)
         module, _, qualname = name.partition(":")
         if ref.kind == "builtin_method":
-            named = self._exact.get(name) is definer and f"{name}.{member}" not in GADGETS
-            if not named and member not in HARMLESS_METHODS.get(definer, ()):
-                _deny(ref, "it is a built-in method, which needs an exact pattern")
-            return
+            raise PolicyViolation(
+                f"{ref} may not run: it is a built-in method, which needs an exact pattern; "
+                f"add '{name}.{member}' to the policy if it may run on the arguments of a task"
+            )
         if self._is_gadget(module, qualname, member):
             _deny(ref, f"it is a known gadget of {name}, which needs an exact pattern")
         # By name first: the proof that the class is found there may import.
@@ -556,7 +570,7 @@ def _canonical(module: str, qualname: str, found: object) -> str:
         return class_path(cast("type", found))
     owner, _, member = qualname.rpartition(".")
     if owner:
-        if type(found) not in _MEMBER_TYPES:
+        if type(found) not in _MEMBER_TYPES and member not in _CONSTRUCTION:
             raise ConfigurationError(f"the pattern {module}:{qualname} names no method or class method; correct it")
         return f"{class_path(cast('type', find(module, owner)))}.{member}"
     try:

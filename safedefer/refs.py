@@ -11,6 +11,8 @@ is made, ``CallableRef.resolve`` proves it again where the task runs.
 
 Look-ups read ``__dict__`` of modules and, along the MRO, of classes. No property, descriptor,
 ``__getattr__`` or metaclass of the user's runs.
+
+Over 450 lines, since naming and finding again are one proof in two directions and share every look-up.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import re
 import sys
 from abc import ABCMeta
 from collections.abc import Callable
-from enum import Enum, EnumType, StrEnum
+from enum import Enum, EnumType
 from functools import lru_cache, partial
 from importlib import import_module
 from types import (
@@ -76,18 +78,7 @@ UNBOUND: Final = _Unbound.UNBOUND
 AnyCallable: TypeAlias = Callable[..., object]
 
 
-class Kind(StrEnum):
-    """The categories of callables that may be deferred (App Engine ``deferred``, module doc)."""
-
-    FUNCTION = "function"
-    CLASS = "class"
-    INSTANCE = "instance"
-    METHOD = "method"
-    CLASSMETHOD = "classmethod"
-    BUILTIN = "builtin"
-    BUILTIN_METHOD = "builtin_method"
-
-
+#: The categories of callables that may be deferred (App Engine ``deferred``, module doc).
 KindName: TypeAlias = Literal["function", "class", "instance", "method", "classmethod", "builtin", "builtin_method"]
 
 
@@ -98,7 +89,7 @@ class CallableRef(BaseModel):
     The object of a method or instance is not part of the name: it travels as a typed value.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
 
     kind: KindName
     module: ModuleName
@@ -159,19 +150,19 @@ class CallableRef(BaseModel):
         return found
 
     def _bind(self, bound: object) -> AnyCallable | None:
-        owner = find(self.module, self.qualname)
-        match self.kind:
-            case "function" | "class" | "builtin":
-                return cast("AnyCallable", owner) if self.member is None and bound is UNBOUND else None
-            case "instance":
-                same = self.member is None and type(bound) is owner
-                return cast("AnyCallable", bound) if same else None
-            case "classmethod":
-                return _bind_classmethod(owner, self.member) if bound is UNBOUND else None
-            case "method":
-                return _bind_method(owner, self.member, bound) if type(bound) is owner else None
-            case _:  # builtin_method
-                return _bind_builtin(owner, self.member, bound)
+        owner, member = find(self.module, self.qualname), self.member
+        if self.kind in {"function", "class", "builtin"}:
+            return cast("AnyCallable", owner) if member is None and bound is UNBOUND else None
+        if self.kind == "instance":
+            return cast("AnyCallable", bound) if member is None and type(bound) is owner else None
+        if not _is_class(owner) or member is None:
+            return None
+        cls = cast("type", owner)
+        if self.kind == "classmethod":
+            return _bind_classmethod(cls, member) if bound is UNBOUND else None
+        if self.kind == "method":
+            return _bind_method(cls, member, bound)
+        return _bind_builtin(cls, member, bound)
 
 
 @lru_cache(maxsize=4096)
@@ -480,27 +471,22 @@ def _refuse_member(qualname: str, member: str, raw: object) -> NoReturn:
 # --- Look-ups of members --------------------------------------------------------------------------
 
 
-def _bind_classmethod(owner: object, member: str | None) -> AnyCallable | None:
-    if not _is_class(owner) or member is None:
-        return None
-    _, raw = find_member(cast("type", owner), member)
+def _bind_classmethod(cls: type, member: str) -> AnyCallable | None:
+    _, raw = find_member(cls, member)
     if type(raw) is not classmethod or type(raw.__func__) is not FunctionType:
         return None
-    return MethodType(raw.__func__, owner)
+    return MethodType(raw.__func__, cls)
 
 
-def _bind_method(owner: object, member: str | None, bound: object) -> AnyCallable | None:
-    if not _is_class(owner) or member is None:
+def _bind_method(cls: type, member: str, bound: object) -> AnyCallable | None:
+    if type(bound) is not cls:
         return None
-    _, raw = find_member(cast("type", owner), member)
+    _, raw = find_member(cls, member)
     return MethodType(raw, bound) if type(raw) is FunctionType else None
 
 
-def _bind_builtin(owner: object, member: str | None, bound: object) -> AnyCallable | None:
-    if not _is_class(owner) or member is None or bound is UNBOUND:
-        return None
-    cls = cast("type", owner)
-    if bound is not cls and type(bound) is not cls:
+def _bind_builtin(cls: type, member: str, bound: object) -> AnyCallable | None:
+    if bound is UNBOUND or (bound is not cls and type(bound) is not cls):
         return None
     _, raw = find_member(cls, member)
     return _bind_raw(raw, bound, cls)

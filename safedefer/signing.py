@@ -7,7 +7,7 @@ the order in which it checks:
 2. the key, by its ``kid``;
 3. the MAC, over the raw bytes. From here on every byte was written by a holder of our key;
 4. the claims;
-5. the audience and the time, and what the key may sign;
+5. the audience and the time, and what the key may sign (in a re-run, also what the first task's key may);
 6. the policy, by name. Nothing was imported, and no argument decoded.
 """
 
@@ -28,7 +28,9 @@ from safedefer.errors import (
     NotYetValid,
     PolicyViolation,
     RejectedTask,
+    RevokedKey,
     TaskTooLargeError,
+    UnknownKey,
     UnknownQueueError,
     WrongAudience,
 )
@@ -39,8 +41,8 @@ from safedefer.refs import reference
 from safedefer.task import VerifiedPointer, VerifiedTask, identify
 from safedefer.token import Token
 
-#: What a pointer and the stored token that it points to have in common.
-_SHARED: Final = ("jti", "aud", "nbf", "exp", "name")
+#: What a pointer and the stored token that it points to do not have in common.
+_OF_ONE_TOKEN: Final = frozenset({"iat", "call", "args", "kwargs", "blob"})
 
 
 @final
@@ -67,8 +69,11 @@ class Signer:
             TaskTooLargeError: The token is over the limit.
             UnknownQueueError: The active key may not sign for the queue.
             NotDeferrable: The active key may not sign pickled arguments.
+            CapabilityExceeded: The claims re-run a task, which the active key may not sign.
         """
         key = self._key
+        if "root" in claims:
+            _check_may_sign_root(key)
         if key.queues is not None and (queue := split_audience(claims["aud"])[1]) not in key.queues:
             raise UnknownQueueError(f"key {key.kid} may not sign for the queue {queue!a}; use another queue or key")
         if claims["cty"] == "pickle" and not key.pickle:
@@ -131,6 +136,7 @@ class Verifier:
         # A revoked key's patterns may name what is gone: they are not read.
         keys = (key for key in keyring.keys if key.state is not KeyState.REVOKED)
         self._gates: dict[str, Gate] = {key.kid: _gate(policy, key) for key in keys}
+        self._keys = {key.kid: key for key in keyring.keys}
 
     def verify(
         self, data: bytes, url: str | Container[str], now: float, queue: str | None = None, *, expired: bool = False
@@ -167,10 +173,11 @@ class Verifier:
                 or (queue is not None and queue != named)
             ):
                 raise WrongAudience("the token is for another environment, queue, target or URL; post it there")
-            if key.queues is not None and named not in key.queues:
-                raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
-            if claims["cty"] == "pickle":
-                self._check_pickle(key)
+            _check_key(key, named, claims["cty"])
+            if claims["cty"] == "pickle" and not self._allow_pickle:
+                raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
+            # Whose limits hold inside the task. A key that signs a root has none of its own.
+            limits = key if "root" not in claims else self._root_key(key, claims, named)
             if not expired:
                 if claims["nbf"] > now + LEEWAY or claims["iat"] > now + LEEWAY:
                     raise _not_yet(claims, now)
@@ -179,7 +186,7 @@ class Verifier:
             if "call" not in claims:
                 return VerifiedPointer(claims=claims, blob=claims["blob"], kid=key.kid)
             # (6) The policy, within the limits of the key.
-            call, gate = claims["call"], self._gates[key.kid]
+            call, gate = claims["call"], self._gates[limits.kid]
             ref = reference(call["kind"], call["module"], call["qualname"], call.get("member"))
             gate.check(ref)
         except RejectedTask as error:
@@ -188,6 +195,25 @@ class Verifier:
         return VerifiedTask(
             claims=claims, ref=ref, gate=gate, kid=key.kid, token=data, text=payload, canonical=canonical
         )
+
+    def authenticate(self, data: bytes) -> Claims:
+        """Return the claims of a token that one of our keys signed and may sign: steps 1 to 4, and the key's limits.
+
+        It says nothing of audience, time and policy: nothing may run by it. A dispatcher learns from it what was
+        signed, before it sends a request.
+
+        Raises:
+            RejectedTask: One of its subclasses, by the first check that fails.
+        """
+        token = Token.parse(data, self._max_bytes)
+        key, payload = self._keyring.verify(token)
+        claims, _ = read_claims(payload)
+        try:
+            _check_key(key, split_audience(claims["aud"])[1], claims["cty"])
+        except CapabilityExceeded as error:
+            error.identity = identify(claims, key.kid)
+            raise
+        return claims
 
     def verify_stored(
         self, pointer: VerifiedPointer, data: bytes, *, url: str | Container[str], now: float, expired: bool = False
@@ -204,15 +230,48 @@ class Verifier:
         task = self.verify(data, url=url, now=now, expired=expired)
         if not isinstance(task, VerifiedTask):
             raise InvalidClaims("a stored token points to another one; store the task itself")
-        if any(task.claims.get(name) != pointer.claims.get(name) for name in _SHARED):
+        if shared_claims(task.claims) != shared_claims(pointer.claims):
             raise InvalidClaims("a stored token and its pointer disagree; sign both with the same claims")
         return task
 
-    def _check_pickle(self, key: Key) -> None:
-        if not key.pickle:
-            raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
-        if not self._allow_pickle:
-            raise PolicyViolation("pickled arguments are off; start the handler with allow_pickle=True if trusted")
+    def _root_key(self, key: Key, claims: Claims, queue: str) -> Key:
+        """Return the key that signed the first task of a chain of re-runs, within whose limits all of them are.
+
+        Raises:
+            CapabilityExceeded: The key that signed the re-run is limited itself, or that of the root may not sign it.
+            UnknownKey: The root's key is not in the ring: taking a key out must not lift its limits.
+            RevokedKey: The root's key is revoked.
+        """
+        _check_may_sign_root(key)
+        kid = claims["root"]["kid"]
+        root = self._keys.get(kid)
+        if root is None:
+            raise UnknownKey(f"the root's key {kid} is not in this ring; add it, as verify_only")
+        if root.state is KeyState.REVOKED:
+            raise RevokedKey(f"the root's key {kid} is revoked; defer the task anew if it was wanted")
+        _check_key(root, queue, claims["cty"])
+        return root
+
+
+def _check_key(key: Key, queue: str, cty: str) -> None:
+    """Check what a key may sign. Raises ``CapabilityExceeded``."""
+    if key.queues is not None and queue not in key.queues:
+        raise CapabilityExceeded(f"key {key.kid} may not sign for this queue; use another key")
+    if cty == "pickle" and not key.pickle:
+        raise CapabilityExceeded(f"key {key.kid} may not sign pickled arguments; use another key")
+
+
+def shared_claims(claims: Claims) -> dict[str, object]:
+    """Return what a pointer and the stored token that it points to have in common."""
+    return {name: value for name, value in claims.items() if name not in _OF_ONE_TOKEN}
+
+
+def _check_may_sign_root(key: Key) -> None:
+    # Whoever signs a root says whose limits hold.
+    if key.queues is not None or key.patterns is not None:
+        raise CapabilityExceeded(
+            f"key {key.kid} is limited to queues or patterns and may not sign re-runs; sign with a key without limits"
+        )
 
 
 def _not_yet(claims: Claims, now: float) -> NotYetValid:

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 TRUST_CORE = (
     "errors.py",
-    "immutable.py",
     "refs.py",
     "claims.py",
     "token.py",
@@ -68,22 +67,20 @@ def test_the_contracts_of_the_layers_are_kept():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("room", ["queues/postgres", "codecs", "dispatcher", "delivery", "execution"])
-def test_no_imports_within_a_room_form_a_circle_not_even_those_for_types(room):
+def test_no_imports_form_a_circle_not_even_those_for_types():
+    """A package's ``__init__`` hands names on: what it imports is looked at, what imports it is not."""
     modules = {f"safedefer/{name}".removesuffix(".py").replace("/", "."): tree for name, tree in SOURCES.items()}
-    package = f"safedefer/{room}".replace("/", ".")
     graph = {
         name: {
             imported
             for node in ast.walk(tree)
             if isinstance(node, ast.ImportFrom)
             for imported in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
-            if imported in modules and imported.startswith(package)
+            if imported in modules
         }
         for name, tree in modules.items()
-        if name.startswith(package)
     }
-    assert sum(map(len, graph.values())) >= len(graph) - 1
+    assert sum(map(len, graph.values())) > 3 * len(graph)
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
@@ -182,7 +179,7 @@ def test_the_trust_core_is_one_reviewers_afternoon():
             if line.strip() and not line.strip().startswith("#") and number not in doc
         )
 
-    assert sum(map(lines, TRUST_CORE)) < 1_900
+    assert sum(map(lines, TRUST_CORE)) < 1_550
 
 
 def fresh(code):
@@ -197,6 +194,7 @@ def test_importing_the_package_imports_no_framework():
     heavy = {
         *("aiohttp", "click", "celery", "google.cloud", "cloudpickle", "ruamel", "ruamel.yaml", "pydantic_settings"),
         *("sqlite3", "_sqlite3", "apsw", "psycopg", "asyncpg", "pgqueuer", "sqlalchemy", "django"),
+        *("asyncio", "ssl"),  # a tenth of the time, and of use to those only who have a loop: they have loaded it
     }
     assert not heavy & set(loaded)
 
@@ -205,17 +203,8 @@ def test_every_module_says_what_it_is_for():
     assert not [name for name, tree in SOURCES.items() if not ast.get_docstring(tree)]
 
 
-#: Still longer than the limits below; each is to be split, and none may be added.
-LONG_FILES = {
-    "app.py",
-    "policy.py",
-    "refs.py",
-    "queues/memory/queue.py",
-}
-LONG_FUNCTIONS = {("app.py", "__init__")}
 #: Names of two classes. TaskHandler is one public name: what type checkers read, and the view that is made for it.
-#: The others are to be renamed, and none may be added.
-SHARED_NAMES = {"TaskHandler", "End", "Entry", "Watch", "_Row"}
+SHARED_NAMES = {"TaskHandler"}
 
 
 def classes_by_name(sources):
@@ -237,12 +226,12 @@ def long_functions(sources, most):
 
 
 def test_no_function_has_more_than_60_lines():
-    assert long_functions(SOURCES, 60) <= LONG_FUNCTIONS
+    assert long_functions(SOURCES, 60) == set()
 
 
 def test_no_file_has_more_than_450_lines_unless_its_docstring_says_why_it_is_one_file():
     long = {name for name in SOURCES if (PACKAGE / name).read_text().count("\n") > 450}
-    assert {name for name in long if "One file:" not in ast.get_docstring(SOURCES[name])} <= LONG_FILES
+    assert not {name for name in long if "Over 450 lines, since" not in ast.get_docstring(SOURCES[name])}
 
 
 def test_no_two_classes_have_one_name():

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from base64 import urlsafe_b64decode
-from typing import Annotated
+from typing import Annotated, get_args
 
 import jsonschema
 import pytest
@@ -20,10 +20,10 @@ from safedefer.claims import Claims, Limits
 from safedefer.codecs.registry import CORE_TAGS
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import RejectedTask
-from safedefer.execution.run import prepare
+from safedefer.execution.prepare import prepare
 from safedefer.keys import Keyring
 from safedefer.policy import Policy
-from safedefer.refs import UNBOUND, Kind
+from safedefer.refs import UNBOUND, KindName
 from safedefer.signing import Serves, Verifier
 from safedefer.task import VerifiedPointer
 from tests.schema import schemas, values, vectors
@@ -80,7 +80,7 @@ def test_every_schema_obeys_the_metaschema_and_has_an_id(name):
 def test_there_are_enough_vectors_of_every_kind_and_tag():
     assert VALID["numberOfTests"] == len(VALID["tests"]) >= 60
     assert INVALID["numberOfTests"] == len(INVALID["tests"]) >= 200
-    assert {call["kind"] for _, call, _, _ in values.KINDS} == set(Kind)
+    assert {call["kind"] for _, call, _, _ in values.KINDS} == set(get_args(KindName))
     text = "".join(test["payload"] for test in VALID["tests"])
     assert {tag for tag in CORE_TAGS if f'"{tag}"' not in text} == set()
     for document in (VALID, INVALID):
@@ -149,7 +149,7 @@ def test_the_claims_of_a_valid_vector_obey_the_schema(test, claims_schema):
 
 
 #: What no JSON Schema can say, times compared, and what this validator gets wrong: its ``$`` is Python's.
-UNSAID = re.compile(r"exp before nbf|exp over 92 days|a newline behind")
+UNSAID = re.compile(r"exp before nbf|exp over 92 days|a newline behind|above the|a count with a fraction of zero")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ const DAY = 86_400;
  * @param {string} callable  "module:qualname" of a function
  * @param {unknown[]} args  typed values (schema/README.md): JSON, or objects with one tag such as {"$bytes": "YQ=="}
  * @param {Record<string, unknown>} kwargs  typed values by name
- * @param {{environment?: string, queue?: string, target?: string, url?: string, delay?: number, now?: number}} options
+ * @param {{environment?: string, queue?: string, target?: string, url?: string, delay?: number, now?: number,
+ *   retry?: Record<string, number>, deadline?: number}} options  `retry` and `deadline` are the claims of these names
  */
 export async function mint(key, callable, args = [], kwargs = {}, options = {}) {
   const { environment = "default", queue = "default", target = "default", url = "/_ah/queue/deferred" } = options;
@@ -30,6 +31,9 @@ export async function mint(key, callable, args = [], kwargs = {}, options = {}) 
     call: { kind: "function", module, qualname },
     args,
     kwargs,
+    // An absent claim is left out: JSON.stringify drops what is undefined.
+    retry: options.retry,
+    deadline: options.deadline,
   };
   return new CompactSign(new TextEncoder().encode(JSON.stringify(claims)))
     .setProtectedHeader({ alg: "HS256", typ: "safedefer+jwt", kid: key.kid })

@@ -22,7 +22,8 @@ from safedefer.cli.supervisor import SupervisorOptions, supervise
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
-from safedefer.errors import ConfigurationError
+from safedefer.dispatcher.signed_route import SignedRoute
+from safedefer.sending.addresses import check_address
 from safedefer.web.server import serving
 
 _app_argument = click.argument("app", required=False, default=None, metavar="[MODULE:APP]")
@@ -128,13 +129,18 @@ def dispatch(
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
     loaded = load_app(app)
-    if not address.startswith(("http://", "https://")):
-        raise ConfigurationError("--to is an address that begins with http:// or https://")
+    check_address("--to", address)
 
     async def work() -> None:
+        verify = SignedRoute(loaded.authenticate)
         deadlines = None if loaded.queue_file is None else loaded.queue_file.deadlines
         http = HttpDelivery(
-            address, targets=loaded.targets, timeout=timeout, deadlines=deadlines, concurrency=concurrency
+            address,
+            targets=loaded.targets,
+            timeout=timeout,
+            deadlines=deadlines,
+            concurrency=concurrency,
+            verify=verify,
         )
         async with _signals() as stop, http as deliver:
             options = _dispatcher_options(loaded, concurrency, lease, drain, queues)

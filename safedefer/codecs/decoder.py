@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias, cast
 
 from safedefer.claims import Limits
@@ -26,6 +27,7 @@ class Decoder:
         registry: Types of third parties.
         handlers: Functions that decode payloads, by tag.
         fallback: Decodes the payloads of all other tags.
+        scalars: Those of the handlers whose values hold nothing that is shared: nothing is counted for them.
     """
 
     __slots__ = (
@@ -34,6 +36,7 @@ class Decoder:
         "_fallback",
         "_handlers",
         "_items",
+        "_scalars",
         "_shared",
         "_unfolded",
         "folded",
@@ -52,11 +55,13 @@ class Decoder:
         registry: TypeRegistry,
         handlers: dict[str, Handler],
         fallback: Callable[[Decoder, str, Any, int], object],
+        scalars: Mapping[str, Handler] = MappingProxyType({}),
     ) -> None:
         self.gate = gate
         self.limits = limits
         self.registry = registry
         self._handlers = handlers
+        self._scalars = scalars
         self._fallback = fallback
         self._items = 0
         self._shared: list[object] = []
@@ -73,7 +78,7 @@ class Decoder:
         self.folded = 0
         self._admitted: set[int] = set()
 
-    def value(self, tree: Json, depth: int) -> Any:
+    def value(self, tree: Json, depth: int) -> Any:  # noqa: C901 - one branch a type
         """Return the value of one tree, ``depth`` values deep.
 
         Raises:
@@ -94,6 +99,10 @@ class Decoder:
             raise Refusal(f"values nest deeper than {self.limits.depth}")
         if kind is not list and kind is not dict:
             raise Refusal("this is no JSON value")
+        if kind is dict and len(tree) == 1:
+            (tag,) = tree
+            if (handler := self._scalars.get(tag)) is not None:
+                return handler(self, tree[tag], depth)
         number, items, deepest = len(self._shared), self._items, self._deepest
         self._deepest = depth
         if kind is list:

@@ -28,6 +28,7 @@ class Encoder:
         registry: Types of third parties.
         handlers: Functions that encode values, by exact type. The metaclass of each type is ``type`` or ``ABCMeta``.
         fallback: Encodes all other values.
+        scalars: Those of the handlers whose values hold nothing that is shared: nothing is counted for them.
     """
 
     __slots__ = (
@@ -40,6 +41,7 @@ class Encoder:
         "_keep",
         "_names",
         "_numbers",
+        "_scalars",
         "_unfolded",
         "folded",
         "gate",
@@ -52,12 +54,19 @@ class Encoder:
     )
 
     def __init__(
-        self, gate: Gate, limits: Limits, registry: TypeRegistry, handlers: dict[type, Handler], fallback: Handler
+        self,
+        gate: Gate,
+        limits: Limits,
+        registry: TypeRegistry,
+        handlers: dict[type, Handler],
+        fallback: Handler,
+        scalars: frozenset[Handler] = frozenset(),
     ) -> None:
         self.gate = gate
         self.limits = limits
         self.registry = registry
         self._handlers = handlers
+        self._scalars = scalars
         self._fallback = fallback
         self._items = 0
         self._count = 0
@@ -98,9 +107,11 @@ class Encoder:
         if depth > self.limits.depth:
             raise Refusal(f"values nest deeper than {self.limits.depth}; pass a flatter value, or an id")
         handler = self._handlers.get(kind) if (meta := type(kind)) is type or meta is ABCMeta else None
-        items, deepest = self._items, self._deepest
-        self._depth = self._deepest = depth
         try:
+            if handler is not None and handler in self._scalars:
+                return handler(self, value, depth)
+            items, deepest = self._items, self._deepest
+            self._depth = self._deepest = depth
             tree = (handler or self._fallback)(self, value, depth)
         except Refusal as refusal:
             refusal.kind = refusal.kind or type_name(kind)

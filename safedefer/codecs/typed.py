@@ -49,6 +49,14 @@ _DECODERS: Final[dict[str, Any]] = {
     **objects.DECODERS,
 }
 
+# A bytearray is shared, and so counted.
+_SCALAR_TAGS: Final = {
+    tag: decode for each in (scalars, times, patterns) for tag, decode in each.DECODERS.items() if tag != "$bytearray"
+}
+_SCALAR_ENCODERS: Final = frozenset(
+    encode for each in (scalars, times, patterns) for kind, encode in each.ENCODERS.items() if kind is not bytearray
+)
+
 # The parser of the claims allows 200 nested brackets, and the claims take two of them.
 _MAX_BRACKETS: Final = 198
 _BRACKETS_PER_VALUE: Final = 3
@@ -111,7 +119,7 @@ class TypedCodec:
     def _walk(self, call: Values, gate: Gate) -> Values:
         bound, positional, kwargs = call
         args = list(positional)
-        enc = Encoder(gate, self._limits, self._registry, _ENCODERS, objects.encode_other)
+        enc = Encoder(gate, self._limits, self._registry, _ENCODERS, objects.encode_other, _SCALAR_ENCODERS)
         at = ""
         try:
             if bound is not UNBOUND:
@@ -170,7 +178,7 @@ class TypedCodec:
             top = [named, *trees] if bound is UNBOUND else [named, bound, *trees]
             if is_plain(top, self._limits):
                 return call
-        dec = Decoder(gate, self._limits, self._registry, _DECODERS, objects.decode_other)
+        dec = Decoder(gate, self._limits, self._registry, _DECODERS, objects.decode_other, _SCALAR_TAGS)
         at = ""
         try:
             if bound is not UNBOUND:

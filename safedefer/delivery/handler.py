@@ -303,7 +303,7 @@ class Delivery:
 
     async def _run(self, request: HandlerRequest, task: VerifiedTask, execution: Execution) -> Response:
         context = request.context(task)
-        own: float | None = task.claims.get("deadline")  # type: ignore[assignment]  # absent in tokens without the claim
+        own = task.claims.get("deadline")
         seconds = deadline_of(own, self._options.deadlines.get(context.queue_name), self._options.deadline)
         goes_on = False
         self._ledger_client.renewal.add(execution)

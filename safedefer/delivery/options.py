@@ -1,15 +1,17 @@
-"""``DeliveryOptions``: how a handler runs tasks."""
+"""How a handler runs tasks: checked where an App is made, which may be long before a handler is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
 from safedefer.execution.deadline import DEFAULT_DEADLINE, MAX_DEADLINE
-from safedefer.execution.run import Validate
+
+if TYPE_CHECKING:
+    from safedefer.execution.prepare import Validate
 
 _MAX_LEASE: Final = 86_400
 

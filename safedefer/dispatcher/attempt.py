@@ -9,33 +9,39 @@ from functools import partial
 from typing import Final
 
 from safedefer.concurrency.threads import InThread
+from safedefer.dispatcher.holds import TargetHolds
 from safedefer.dispatcher.leases import name_of
 from safedefer.dispatcher.request_headers import delivery_headers
 from safedefer.dispatcher.retry_policy import judge_answer, wait_asked_for
+from safedefer.dispatcher.shares import TargetShares
+from safedefer.dispatcher.signed_route import StorageMismatch
 from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import UnreachableTargets
-from safedefer.errors import QueueError
+from safedefer.errors import QueueError, RejectedTask
 from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
-from safedefer.queues.rules import judge_failure, judge_rejection
+from safedefer.queues.rules import judge_failure, judge_rejection, park
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: Seconds of the first hold of a queue whose handler is at capacity; each such answer in a row doubles them.
 _BUSY_SECONDS: Final = 0.02
+#: Seconds until a task is tried again whose stored token could not be read.
+_STORAGE_SECONDS: Final = 1.0
 #: The statuses with which a handler may ask for a pause.
 _WAITING: Final = frozenset({429, 503})
 
 
 class AttemptRunner:
-    """Delivers tasks; remembers the targets that were unreachable, and the queues whose handlers asked for a pause.
+    """Delivers tasks; remembers the targets that were unreachable, hang, or asked for a pause.
 
     Args:
-        queue: Holds queues, and has the records of handlers.
+        queue: Holds queues on request of their handlers.
         deliver: The transport.
         in_thread: Calls the queue in a thread.
         clock: Returns seconds since the epoch.
         rng: The source of jitter.
+        slots: The most deliveries at once.
     """
 
     def __init__(
@@ -46,31 +52,53 @@ class AttemptRunner:
         *,
         clock: Callable[[], float],
         rng: random.Random,
+        slots: int,
     ) -> None:
         self._queue = queue
         self._deliver = deliver
         self._in_thread = in_thread
         self._clock = clock
         self._random = rng
-        self._busy: dict[str, int] = {}
-        """Queues, with the number of answers in a row that asked for a pause."""
+        self._busy: dict[tuple[str, str], int] = {}
+        """Queues and addresses, with the number of answers in a row that asked for a pause."""
+        self._holds = TargetHolds()
         self.targets = UnreachableTargets()
+        self.shares = TargetShares(slots)
 
     async def run(self, lease: Lease) -> Settlement:
         """Deliver a task and return its settlement. Raises only the cancellation of the caller."""
         jitter = self._random.random()
         try:
-            targets = self.targets
-            if (
-                targets
-                and (settlement := targets.postpone(self._deliver.address(lease.task), now=self._clock())) is not None
-            ):
+            if self.targets:
+                settlement = self.targets.postpone(self._deliver.address(lease.task), now=self._clock())
+                if settlement is not None:
+                    return settlement
+            if self._holds and (settlement := self._postpone_held(lease.task)) is not None:
                 return settlement
             return await self._attempt(lease, jitter)
+        except StorageMismatch as error:
+            _log.error(
+                "task %a is parked: the %s that is stored is not what was signed; look who writes the storage, and run "
+                "the task as it was signed with `safedefer tasks retry`",
+                lease.task.id,
+                error,
+            )
+            return park(lease, "storage-mismatch", now=self._clock())
+        except RejectedTask as error:
+            # As the handler would answer it: another process may have the key, or read such claims.
+            outcome = "rejected" if error.authentic else "refused"
+            return judge_rejection(lease, None, outcome, now=self._clock(), jitter=jitter, reason=error.slug)
+        except QueueError as error:
+            _log.error("the stored token of task %a cannot be read (%s); trying again", lease.task.id, error.slug)
+            at = self._clock() + _STORAGE_SECONDS * (1 + jitter)
+            return Settlement(verdict=Verdict.RETRY, at=at, charged=False, reason="busy")
         except Exception as error:  # noqa: BLE001  # see below
             # An attacker may have written the row into the storage. It counts as refused; other tasks go on.
             _log.error("task %a cannot be delivered (%s); look at what is stored of it", lease.task.id, name_of(error))
             return judge_rejection(lease, None, "refused", now=self._clock(), jitter=jitter)
+
+    def _postpone_held(self, task: QueuedTask) -> Settlement | None:
+        return self._holds.postpone(task.queue, self._deliver.address(task), now=self._clock())
 
     async def _attempt(self, lease: Lease, jitter: float) -> Settlement:
         task, targets = lease.task, self.targets
@@ -87,10 +115,12 @@ class AttemptRunner:
                 probed.probing = False
         if targets:
             targets.reached(self._deliver.address(task))
+        if self._deliver.several:
+            self.shares.answered(self._deliver.address(task))
         answer = read_answer(response)
         settlement = judge_answer(lease, answer, now=self._clock(), jitter=jitter)
         if self._busy or answer.status in _WAITING:
-            await self._slow(task.queue, answer)
+            await self._slow(task, answer)
         if answer.outcome is None and settlement.verdict is Verdict.DONE:
             self._warn(task, answer)
         return settlement
@@ -103,17 +133,24 @@ class AttemptRunner:
             OUTCOME_HEADER,
         )
 
-    async def _slow(self, queue: str, answer: Answer) -> None:
-        """Hold a queue if its handler asks for it. Our own handler at capacity is asked again soon at first."""
-        seconds = wait_asked_for(answer)
+    async def _slow(self, task: QueuedTask, answer: Answer) -> None:
+        """Hold a queue if its handler asks for it, or of a queue of several handlers what goes to this one.
+
+        Our own handler at capacity is asked again soon at first.
+        """
+        queue, address = task.queue, self._deliver.address(task)
+        now = self._clock()
+        seconds = wait_asked_for(answer, now=now)
         if seconds is None:
             if self._busy:
-                self._busy.pop(queue, None)
+                self._busy.pop((queue, address), None)
             return
-        times = self._busy[queue] = self._busy.get(queue, 0) + 1
+        times = self._busy[queue, address] = self._busy.get((queue, address), 0) + 1
         if answer.outcome == "busy":
             seconds = min(seconds, _BUSY_SECONDS * 2 ** min(times, 10))
-        now = self._clock()
+        if self._deliver.several:
+            self._holds.hold(queue, address, until=now + seconds, now=now)
+            return
         try:
             await self._in_thread(partial(self._queue.hold, queue, until=now + seconds, now=now))
         except QueueError as error:

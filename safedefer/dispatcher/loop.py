@@ -27,6 +27,7 @@ from safedefer.dispatcher.leases import Leases, name_of
 from safedefer.dispatcher.prefetch import Prefetch
 from safedefer.dispatcher.request_headers import attempt_headers
 from safedefer.dispatcher.retry_policy import asks_to_wait, judge
+from safedefer.dispatcher.shares import ANSWERS_SECONDS
 from safedefer.dispatcher.transport import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
 from safedefer.errors import QueueError
 from safedefer.queues.base import DispatchedQueue, Lease, LeaseCalls, Settlement
@@ -156,7 +157,14 @@ class Dispatcher:
             makes_room=any(limits.max_concurrent is not None for limits in options.limits or ()),
             hang_seconds=options.hang_seconds,
         )
-        attempts = AttemptRunner(self._queue, self._deliver, self._in_thread, clock=self._clock, rng=self._random)
+        attempts = AttemptRunner(
+            self._queue,
+            self._deliver,
+            self._in_thread,
+            clock=self._clock,
+            rng=self._random,
+            slots=options.concurrency,
+        )
         return _RunState(leases, attempts, Prefetch(options.concurrency))
 
     def stop(self) -> None:
@@ -223,6 +231,7 @@ class Dispatcher:
         state = self._state
         if state.attempts.targets and state.attempts.targets.pause(now=self._clock()) > 0:
             return False
+        self._start()  # a target that had no room may have some, or has been silent for long enough
         wanted = state.prefetch.wanted(len(state.deliveries))
         if wanted <= 0:
             return False
@@ -257,8 +266,10 @@ class Dispatcher:
         state, now = self._state, self._clock()
         if state.attempts.targets and (pause := state.attempts.targets.pause(now=now)) > 0:
             await self._sleep(pause)
-        elif state.prefetch.ready or len(state.deliveries) >= self._options.concurrency:
+        elif len(state.deliveries) >= self._options.concurrency:
             await self._sleep(self._options.poll_seconds)
+        elif state.prefetch.ready:  # their targets have no room
+            await self._sleep(min(self._options.poll_seconds, ANSWERS_SECONDS))
         else:
             due = await self._next_due()
             poll = self._options.poll_seconds
@@ -279,9 +290,26 @@ class Dispatcher:
     def _start(self) -> None:
         state, loop = self._state, asyncio.get_running_loop()
         ready = state.prefetch.ready
+        waiting: list[Lease] = []
         while ready and len(state.deliveries) < self._options.concurrency and not self._stopping.is_set():
             lease = ready.popleft()
+            if self._deliver.several and not self._has_room(lease, waiting):
+                continue
             state.deliveries[lease.owner] = loop.create_task(self._deliver_one(lease))
+        ready.extendleft(reversed(waiting))
+
+    def _has_room(self, lease: Lease, waiting: list[Lease]) -> bool:
+        """Take a slot for the target of a task. Without room, the task is postponed if the target is silent, else waits."""
+        shares, address = self._state.attempts.shares, self._deliver.address(lease.task)
+        if shares.has_room(address):
+            shares.begin(address)
+            return True
+        settlement = shares.postpone(address, now=self._clock())
+        if settlement is None:
+            waiting.append(lease)
+        else:
+            self._state.leases.settle(lease, settlement)
+        return False
 
     async def _deliver_one(self, lease: Lease) -> None:
         try:
@@ -296,6 +324,8 @@ class Dispatcher:
     def _free_slot(self, lease: Lease) -> None:
         state = self._state
         state.deliveries.pop(lease.owner, None)
+        if self._deliver.several:
+            state.attempts.shares.end(self._deliver.address(lease.task))
         state.prefetch.delivered()
         self._start()
         if state.prefetch.is_low:

@@ -6,11 +6,12 @@ Either way the token ends in ``Delivery.handle``, which verifies it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 import aiohttp
 from yarl import URL
 
+from safedefer.dispatcher.signed_route import SignedRoute
 from safedefer.execution.deadline import ANSWER_SECONDS, DEFAULT_DEADLINE
 from safedefer.headers import Response
 from safedefer.queues.base import QueuedTask
@@ -35,12 +36,17 @@ class Interrupted(Exception):
 class Deliver(Protocol):
     """A transport: sends one request to a handler."""
 
+    @property
+    def several(self) -> bool:
+        """Whether tasks go to more than one address."""
+        ...
+
     def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
         """POST the task's token. Raises ``Unreachable`` or ``Interrupted``."""
         ...
 
     def address(self, task: QueuedTask, /) -> str:
-        """Return where a task is sent: the handler that is not there is not there for all that have this address."""
+        """Return the address of a task. One unreachable handler postpones all tasks with its address."""
         ...
 
 
@@ -53,6 +59,8 @@ class HttpDelivery:
         timeout: The most seconds to wait for an answer; None is the deadline of the task's queue and 30 s more.
         deadlines: The ``attempt_deadline`` of queues, in seconds; 0 is no deadline. Other queues have 600 s.
         concurrency: The most connections.
+        verify: Checks a task before anything of it is sent. None sends what the storage says, unchecked: for
+            tests, and for storage that nobody else can write.
     """
 
     def __init__(
@@ -63,9 +71,13 @@ class HttpDelivery:
         timeout: float | None = None,
         deadlines: Mapping[str, float] | None = None,
         concurrency: int = 16,
+        verify: SignedRoute | None = None,
     ) -> None:
+        self._verify = verify
         self._address = address.rstrip("/")
         self._targets = {name: url.rstrip("/") for name, url in (targets or {}).items()}
+        self.several = any(target != self._address for target in self._targets.values())
+        """Whether tasks go to more than one address."""
         self._timeout = _timeout(DEFAULT_DEADLINE + ANSWER_SECONDS if timeout is None else timeout)
         # A timeout that was given holds for all queues.
         queues = {} if timeout is not None or deadlines is None else deadlines
@@ -91,9 +103,20 @@ class HttpDelivery:
             await self._session.close()
 
     async def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Response:
-        """POST one task. Raises ``Unreachable``, ``Interrupted``, or an aiohttp error about the request."""
+        """POST one task.
+
+        Raises:
+            Unreachable: No connection was made.
+            Interrupted: No answer came.
+            StorageMismatch: The storage says something else than the token; nothing was sent.
+            RejectedTask: The token is not one of ours, or cannot be read here; nothing was sent.
+            QueueError: The stored token of an oversize task cannot be read now; nothing was sent.
+            aiohttp.ClientError: The request is impossible.
+        """
         if self._session is None:
             raise Unreachable("the delivery is not open; enter it with `async with`")
+        if self._verify is not None:
+            await self._verify.check(task)
         address = self.address(task)
         # The path as it was signed: a normalised one is another path, and the handler compares it.
         url = URL(address + task.url, encoded=True)
@@ -105,8 +128,7 @@ class HttpDelivery:
                 # The body adds nothing to the headers: it stays unread, and cannot fill the memory.
                 return Response(response.status, dict(response.headers), b"")
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            only = all(target == self._address for target in self._targets.values())
-            raise Unreachable(type(error).__name__, address=address, everywhere=only) from error
+            raise Unreachable(type(error).__name__, address=address, everywhere=not self.several) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Interrupted(type(error).__name__) from error
 
@@ -122,6 +144,9 @@ def _timeout(seconds: float | None) -> aiohttp.ClientTimeout:
 class InProcessDelivery:
     """Delivers to a handler in this process, by the function that HTTP requests end in too."""
 
+    several: Final = False
+    """There is one handler."""
+
     def __init__(self, handle: Callable[..., Awaitable[Response]]) -> None:
         self._handle = handle
 
@@ -130,5 +155,5 @@ class InProcessDelivery:
         return self._handle(headers, task.token, path=task.url)
 
     def address(self, task: QueuedTask, /) -> str:  # noqa: ARG002 - one handler takes all
-        """Return the empty text: there is one handler, and it is here."""
+        """Return the empty text: this process has one handler."""
         return ""

@@ -1,30 +1,7 @@
-"""Execution: runs a verified task and returns its outcome."""
+"""A verified task becomes an outcome. The modules that need an event loop are imported by those who have one."""
 
 from __future__ import annotations
 
-from safedefer.codecs.protocol import Codec
 from safedefer.execution.context import TaskContext, current_task
-from safedefer.execution.run import (
-    CoroutineCancelled,
-    Outcome,
-    Result,
-    Validate,
-    call_in_thread,
-    execute,
-    is_async,
-    prepare,
-)
 
-__all__ = [
-    "Codec",
-    "CoroutineCancelled",
-    "Outcome",
-    "Result",
-    "TaskContext",
-    "Validate",
-    "call_in_thread",
-    "current_task",
-    "execute",
-    "is_async",
-    "prepare",
-]
+__all__ = ["TaskContext", "current_task"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Container, Mapping
 from functools import partial
@@ -12,7 +11,7 @@ from safedefer.blobs import BlobStore
 from safedefer.claims import split_audience
 from safedefer.codecs.protocol import Codec
 from safedefer.errors import PermanentTaskFailure
-from safedefer.execution.run import call_in_thread, is_async, prepare
+from safedefer.execution.prepare import is_async, prepare
 from safedefer.policy import Policy
 from safedefer.signing import Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
@@ -65,6 +64,8 @@ class DirectRunner:
             RejectedTask: The token is refused. Whatever the callable raises passes through.
             RuntimeError: An event loop runs in this thread; use ``run_async``.
         """
+        import asyncio  # noqa: PLC0415  # only who runs tasks needs it
+
         if asyncio._get_running_loop() is not None:  # noqa: SLF001  # public in asyncio's words: in events.__all__
             raise RuntimeError("run() blocks and an event loop runs here; await run_async() instead")
         target, args, kwargs = prepare(self._runnable(data), self._codecs)
@@ -73,6 +74,8 @@ class DirectRunner:
 
     async def run_async(self, data: bytes) -> object:
         """Do what ``run`` does inside a running loop: plain callables run in a thread."""
+        import asyncio  # noqa: PLC0415  # as above
+
         target, args, kwargs = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
         call = partial(target, *args, **kwargs)
         result = call() if is_async(target) else await call_in_thread(call)
@@ -120,3 +123,21 @@ class DirectRunner:
 
 async def _awaited(result: Any) -> object:
     return await result
+
+
+async def call_in_thread(call: Callable[[], object]) -> object:
+    """Run a plain callable in a thread. Return its result or raise its exception, a ``StopIteration`` as RuntimeError."""
+    import asyncio  # noqa: PLC0415  # as above
+
+    def step() -> tuple[object, BaseException | None]:
+        try:
+            return call(), None
+        except BaseException as error:  # noqa: BLE001  # a future cannot carry a StopIteration
+            return None, error
+
+    result, error = await asyncio.to_thread(step)
+    if error is None:
+        return result
+    if isinstance(error, StopIteration):  # nor can a coroutine raise one (PEP 479)
+        raise RuntimeError("the callable raised StopIteration") from error  # noqa: TRY004
+    raise error

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from types import CoroutineType, FunctionType, MethodType
-from typing import Any, Final, Literal, NamedTuple, TypeVar, cast
+from types import CoroutineType
+from typing import Final, TypeVar, cast
 
 from safedefer.codecs.fast_path import may_hold_tags
 from safedefer.codecs.protocol import Codec
@@ -26,18 +26,13 @@ from safedefer.errors import (
     PermanentTaskFailure,
     RejectedTask,
     SingularTaskFailure,
-    UnresolvableCallable,
 )
-from safedefer.execution.annotations import check_annotations
-from safedefer.execution.binding import check_binds
 from safedefer.execution.context import CURRENT, TaskContext
 from safedefer.execution.deadline import RunControl, Stop
-from safedefer.refs import UNBOUND
+from safedefer.execution.prepare import Prepared, Validate, is_async, prepare
 from safedefer.task import VerifiedTask
 
 _T = TypeVar("_T")
-_tuple: Final = tuple.__new__
-Validate = Literal["annotations"] | None
 
 
 class Result(StrEnum):
@@ -63,56 +58,6 @@ class Outcome:
     """A slug, unless the run succeeded."""
     error: BaseException | None = None
     """The exception, for the record of the attempt only."""
-
-
-class Prepared(NamedTuple):
-    """A callable and its arguments, ready to be called."""
-
-    target: Callable[..., object]
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-
-    def __repr__(self) -> str:
-        """Show the numbers of arguments only: logs identify, they do not quote."""
-        return f"<Prepared with {len(self.args)} and {len(self.kwargs)} named arguments>"
-
-    def __call__(self) -> object:
-        """Call it."""
-        return self.target(*self.args, **self.kwargs)
-
-
-def prepare(task: VerifiedTask, codecs: Mapping[str, Codec], *, validate: Validate = None) -> Prepared:
-    """Import the callable, decode the arguments, and check that they bind.
-
-    Raises:
-        UnresolvableCallable: The callable does not exist here, or takes other arguments.
-        InvalidArguments: The arguments do not decode, or their types contradict the annotations.
-        PolicyViolation: The policy does not admit the callable, or a class inside the arguments.
-        CapabilityExceeded: The key that signed the task may not name it.
-    """
-    claims, ref, gate, _, _, text, canonical = task
-    try:
-        codec = codecs[claims["cty"]]
-    except KeyError:
-        raise UnresolvableCallable(
-            f"no codec for {claims['cty']} arguments; configure the handler as the sender"
-        ) from None
-    call = claims["call"]
-    if "bound" in call:
-        sent = call["bound"], claims["args"], claims["kwargs"]
-        bound, args, kwargs = codec.decode(sent, gate, text, canonical)
-        target = gate.load_callable(ref, bound)
-    else:
-        target = gate.load_callable(ref)
-        _, args, kwargs = codec.decode((UNBOUND, claims["args"], claims["kwargs"]), gate, text, canonical)
-    try:
-        check_binds(target, args, kwargs)
-    except TypeError as error:
-        raise UnresolvableCallable(f"{task.ref} takes other arguments now: {error}; deploy both ends alike") from error
-    prepared = _tuple(Prepared, (target, args, kwargs))
-    if validate is not None:
-        check_annotations(target, args, kwargs)
-    return prepared
 
 
 def to_thread(call: Callable[[], _T], /) -> asyncio.Future[_T]:
@@ -214,29 +159,12 @@ def _is_at_hand(task: VerifiedTask) -> bool:
 
 
 def _prepare_at_once(task: VerifiedTask, codecs: Mapping[str, Codec]) -> Prepared | None:
-    """Prepare a task on the loop; None if a thread should do it, and raise the error if there is one."""
+    """Prepare a task on the loop. After an error return None: a thread then prepares the task again, and reports it."""
     try:
         prepared = prepare(task, codecs)
     except RejectedTask:
         return None
     return prepared if is_async(prepared.target) else None
-
-
-async def call_in_thread(call: Callable[[], object]) -> object:
-    """Run a plain callable in a thread. Return its result or raise its exception, a ``StopIteration`` as RuntimeError."""
-
-    def step() -> _Step:
-        try:
-            return _Step(result=call())
-        except BaseException as error:  # noqa: BLE001  # a future cannot carry a StopIteration
-            return _Step(error=error)
-
-    done = await asyncio.to_thread(step)
-    if done.error is None:
-        return done.result
-    if isinstance(done.error, StopIteration):  # nor can a coroutine raise one (PEP 479)
-        raise RuntimeError("the callable raised StopIteration") from done.error  # noqa: TRY004
-    raise done.error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,14 +214,3 @@ def _outcome(error: BaseException, *, started: bool) -> Outcome:
         return Outcome(result=Result.RETRY, reason="exception", error=error)
     result = Result.FAILED if isinstance(error, InvalidArguments | ExpiredTask) else Result.REJECTED
     return Outcome(result=result, reason=error.slug, error=error)
-
-
-def is_async(target: object) -> bool:
-    """Whether calling the target makes a coroutine: a coroutine function, or an object with an async ``__call__``."""
-    kind = type(target)
-    if kind is FunctionType and cast("FunctionType", target).__code__.co_flags & inspect.CO_COROUTINE:
-        return True  # as inspect would say, in a tenth of the time
-    if inspect.iscoroutinefunction(target):
-        return True
-    plain = kind is FunctionType or kind is MethodType or issubclass(kind, type)
-    return not plain and inspect.iscoroutinefunction(getattr(kind, "__call__", None))  # noqa: B004  # not a test of callability

@@ -24,7 +24,8 @@ MAX_DOUBLINGS: Final = 16
 #: Rejections (a bad deploy, a wrong key) after which a task is given up, if they span ``REJECT_SECONDS``.
 REJECT_LIMIT: Final = 10
 REJECT_SECONDS: Final = 3_600.0
-#: The longest that a handler can put off a task, in seconds: its clock may be wrong, and be corrected.
+#: The longest that a handler can put off a task, in seconds: its clock may be wrong, and be corrected. It is also the
+#: longest backoff of a delivery that no handler took.
 MAX_PUT_OFF: Final = 60.0
 #: Seconds that a ledger entry is kept after its token expired.
 LEDGER_LEEWAY: Final = 3_600
@@ -40,6 +41,8 @@ MOST_COUNTED: Final = 2**31 - 2
 _ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED})
 #: Reasons of a dead letter that say less than the record of its last attempt.
 _VAGUE: Final = frozenset({None, "rejected"})
+#: What a proxy answers, without ``Safedefer-Outcome``, for a handler that it does not reach or lets wait.
+_PROXY_REASONS: Final = {429: "busy", 502: "unreachable", 503: "busy", 504: "unreachable"}
 _STATES: Final = {Verdict.DONE: EndState.SUCCEEDED, Verdict.DEAD: EndState.FAILED}
 
 
@@ -276,7 +279,17 @@ def judge_outcome(
     if not outcome and wait is not None:  # whoever it is has not taken the request
         at = now + wait * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=at, charged=False, status=status, reason="busy")
+    if not outcome and status in _PROXY_REASONS:
+        return _not_taken(lease, status, now=now, jitter=jitter)
     return judge_failure(lease, status, now=now, jitter=jitter)
+
+
+def _not_taken(lease: Lease, status: int, *, now: float, jitter: float) -> Settlement:
+    """Say when a task is tried again that a proxy answered for: the backoff of the deliveries that charged nothing."""
+    n = max(lease.retries - lease.attempts, 0) + 1
+    wait = min(backoff(_options(lease), n), MAX_PUT_OFF) * (1 - jitter / 2)
+    reason = _PROXY_REASONS[status]
+    return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, status=status, reason=reason)
 
 
 @lru_cache(maxsize=100)
@@ -289,8 +302,13 @@ def _failed(status: int) -> Settlement:
     return Settlement(verdict=Verdict.DEAD, status=status, executed=True)
 
 
-def judge_rejection(lease: Lease, status: int | None, outcome: str, *, now: float, jitter: float) -> Settlement:
-    """Say what becomes of a task that no handler took for one of its own."""
+def judge_rejection(
+    lease: Lease, status: int | None, outcome: str, *, now: float, jitter: float, reason: str | None = None
+) -> Settlement:
+    """Say what becomes of a task that no handler took for one of its own.
+
+    ``reason`` is the slug, where the dispatcher itself found it: no handler could record it.
+    """
     count = lease.rejections + 1
     since = now if lease.first_rejection is None else lease.first_rejection
     over = count >= REJECT_LIMIT and now - since >= REJECT_SECONDS
@@ -301,8 +319,14 @@ def judge_rejection(lease: Lease, status: int | None, outcome: str, *, now: floa
         rejected=True,
         status=status,
         reason=outcome,
-        record=_record(lease.task, outcome, status, now) if outcome == "refused" else None,
+        record=_record(lease.task, outcome, status, now, reason) if reason or outcome == "refused" else None,
     )
+
+
+def park(lease: Lease, reason: str, *, now: float) -> Settlement:
+    """Make a dead letter at once of a task that no later delivery could change; it keeps its token."""
+    record = _record(lease.task, "refused", None, now, reason)
+    return Settlement(verdict=Verdict.DEAD, charged=False, rejected=True, reason=reason, record=record)
 
 
 def judge_failure(lease: Lease, status: int | None, *, now: float, jitter: float, reason: str = "retry") -> Settlement:
@@ -336,6 +360,6 @@ def _options(lease: Lease) -> TaskRetryOptions:
         return TaskRetryOptions()
 
 
-def _record(task: QueuedTask, outcome: str, status: int | None, now: float) -> AttemptRecord:
+def _record(task: QueuedTask, outcome: str, status: int | None, now: float, reason: str | None = None) -> AttemptRecord:
     """Return the record of an attempt that the handler could not write."""
-    return AttemptRecord(task.id, task.audience, now, now, outcome, status, outcome)
+    return AttemptRecord(task.id, task.audience, now, now, outcome, status, reason or outcome)

@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import Any, Final, cast
 
 from safedefer.blobs import Blob
-from safedefer.claims import VERSION, Call, Claims, callable_name, split_audience, write_json
+from safedefer.claims import VERSION, Call, Claims, Retry, callable_name, split_audience, write_json
 from safedefer.codecs.protocol import Codec
 from safedefer.errors import ConfigurationError, InvalidTaskRetryOptionsError, NotDeferrable
 from safedefer.execution.binding import check_binds
@@ -18,10 +18,14 @@ from safedefer.queues.base import QueuedTask, TaskView
 from safedefer.refs import UNBOUND, bound_object
 from safedefer.sending.ids import new_blob_id, new_task_id
 from safedefer.sending.routes import Routes
-from safedefer.signing import Signer
+from safedefer.signing import Signer, shared_claims
 
-_POINTER_CLAIMS: Final = frozenset({"v", "jti", "iat", "nbf", "exp", "aud", "cty", "name"})
-_OF_ONE_TASK: Final = frozenset({"jti", "iat", "nbf", "exp", "trace"})
+#: In the order in which they are written: another one is read more slowly.
+_CLAIMS: Final = tuple(Claims.__annotations__)
+#: What two tasks of the same call may differ in: the time, how they are tried again, and where they come from.
+_OF_ONE_TASK: Final = frozenset(
+    {"jti", "iat", "nbf", "exp", "retry", "deadline", "trace", "headers", "root", "retry_of"}
+)
 
 
 class Builder:
@@ -85,8 +89,8 @@ class Builder:
         if len(token) > self._inline_limit:
             blob = Blob(new_blob_id(), token)
             pointer = {"id": blob.id, "sha256": digest.hexdigest(), "length": len(token)}
-            shared = {name: value for name, value in claims.items() if name in _POINTER_CLAIMS}
-            payload = self._signer.sign(cast("Claims", {**shared, "blob": pointer}))
+            shared = {**shared_claims(claims), "iat": claims["iat"], "blob": pointer}
+            payload = self._signer.sign(in_order(shared))
         eta = options.due(now)
         _, queue, target, url = split_audience(claims["aud"])
         trace = claims.get("trace")
@@ -168,6 +172,10 @@ class Builder:
         claims["call"] = call
         claims["args"] = positional
         claims["kwargs"] = named
+        if options.retry_options is not None:
+            claims["retry"] = cast("Retry", options.retry_options.given())
+        if options.deadline is not None:
+            claims["deadline"] = options.deadline
         if options.headers:
             claims["headers"] = dict(options.headers)
         return claims
@@ -183,6 +191,11 @@ class Builder:
                 reason="pickle-key",
             )
         return codec
+
+
+def in_order(claims: Mapping[str, object]) -> Claims:
+    """Return claims in the order in which they are written."""
+    return cast("Claims", {name: claims[name] for name in _CLAIMS if name in claims})
 
 
 def stored_task(view: TaskView | QueuedTask) -> Task:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from typing import Final
 
 
@@ -18,7 +17,7 @@ def new_task_id(now: float) -> str:
 
 def new_blob_id() -> str:
     """Return 128 random bits in hex: nobody guesses the id of a stored token."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 #: The parts of ids that are not the time, made many at once: to ask the system for each would take half of their cost.

@@ -19,6 +19,7 @@ from safedefer.options import (
     Options,
     TaskRetryOptions,
 )
+from safedefer.sending.addresses import check_address
 
 if TYPE_CHECKING:
     from safedefer.queues.config import QueueFile
@@ -180,8 +181,7 @@ def _check_names(environment: str, queues: Iterable[str] | None, targets: Mappin
                 f"the {what} {name!a} is not 1 to 100 characters of A-Z a-z 0-9 . -; rename it"
             ) from None
     for name, address in (targets or {}).items():
-        if not address.startswith(("http://", "https://")):
-            raise ConfigurationError(f"the address of the target {name} must begin with http:// or https://")
+        check_address(f"the address of the target {name}", address)
 
 
 def _check_paths(url: str, prefix: str) -> None:

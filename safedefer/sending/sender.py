@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, ParamSpec, TypeAlias
@@ -65,6 +64,8 @@ class Sender:
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Task:
         """Do what ``send`` does, without blocking the event loop."""
+        import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
+
         if not options.transactional:
             return await asyncio.to_thread(self.send, options, obj, args, kwargs)
         # On the loop: a transaction belongs to its thread, and to its task.

@@ -5,16 +5,15 @@ What a block does is written once, as coroutines: with a connection that blocks 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from enum import Enum
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from safedefer.errors import BadTransactionStateError
 from safedefer.queues.base import QueuedTask
@@ -24,8 +23,7 @@ from safedefer.transactions.savepoints import Savepoint
 from safedefer.transactions.tables import ONCE, OUTBOX, Table, provide
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import EnqueueStatements
-    from safedefer.transactions.outbox import Outbox
+    from safedefer.queues.base import EnqueueStatements, Queue
 
 _T = TypeVar("_T")
 
@@ -73,10 +71,41 @@ class Way(Enum):
     """A connection to the queue's own PostgreSQL database."""
 
 
+class BlockOwner(Protocol):
+    """The members of an outbox that its blocks use."""
+
+    @property
+    def environment(self) -> str:
+        """The environment of the application."""
+        ...
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Returns seconds since the epoch."""
+        ...
+
+    @property
+    def queue(self) -> Callable[[], Queue]:
+        """Returns the queue."""
+        ...
+
+    def check_source(self, source: Source) -> None:
+        """Check that a connection may be used beside the queue. Raises ``BadTransactionStateError``."""
+        ...
+
+    async def way(self, source: Source) -> Way:
+        """Return how tasks get from a connection's database to the queue."""
+        ...
+
+    def relay_after(self, source: Source, identity: str | None, opener: Opener | None, schema: str | None) -> None:
+        """Move what a block has written to a schema, now or when its transaction has ended."""
+        ...
+
+
 class Block(ABC, Generic[_T]):
     """A block in the transaction of a connection: ``with`` for one that blocks, ``async with`` for one that is awaited."""
 
-    def __init__(self, outbox: Outbox, connection: object) -> None:
+    def __init__(self, outbox: BlockOwner, connection: object) -> None:
         self._outbox = outbox
         self._connection = connection
         self._entered: Source | None = None
@@ -181,7 +210,7 @@ class Block(ABC, Generic[_T]):
 class TransactionBlock(Block[None]):
     """One ``app.transaction(...)``."""
 
-    def __init__(self, outbox: Outbox, connection: object) -> None:
+    def __init__(self, outbox: BlockOwner, connection: object) -> None:
         super().__init__(outbox, connection)
         self.way = Way.OUTBOX
         self.here: tuple[int, object] | None = None
@@ -275,7 +304,7 @@ class OnceBlock(Block[bool]):
         also: An effect that counts as this one.
     """
 
-    def __init__(self, outbox: Outbox, connection: object, *, effect: str, also: str | None = None) -> None:
+    def __init__(self, outbox: BlockOwner, connection: object, *, effect: str, also: str | None = None) -> None:
         super().__init__(outbox, connection)
         self._effect = effect
         self._also = also
@@ -296,6 +325,8 @@ open_blocks: Final[ContextVar[tuple[TransactionBlock, ...]]] = ContextVar("safed
 
 def here() -> tuple[int, object]:
     """Return the thread and the asyncio task that run."""
+    import asyncio  # noqa: PLC0415  # importing safedefer must not load it
+
     try:
         task = asyncio.current_task()
     except RuntimeError:

@@ -8,7 +8,6 @@ A connection to the queue's own database needs no outbox: its transaction is the
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final
@@ -201,4 +200,8 @@ async def _is_marked(source: Source, queue: EnqueueStatements) -> bool:
     if mark is None:
         return False
     # Read once, from the queue's database.
-    return mark == (await asyncio.to_thread(lambda: queue.marker) if source.is_async else queue.marker)
+    if not source.is_async:
+        return mark == queue.marker
+    import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
+
+    return mark == await asyncio.to_thread(lambda: queue.marker)

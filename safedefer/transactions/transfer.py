@@ -98,7 +98,7 @@ class OutboxChanged(Exception):
     """The table is not any more what it was when it was chosen."""
 
 
-class _Row(NamedTuple):
+class _OutboxRow(NamedTuple):
     """A row as it was read."""
 
     raw_id: bytes
@@ -254,7 +254,7 @@ class Transfer:
             return table
         return table._replace(columns=table.columns | {"environment"})
 
-    async def _read(self, source: Source, table: Table, after: _Row | None) -> list[_Row]:
+    async def _read(self, source: Source, table: Table, after: _OutboxRow | None) -> list[_OutboxRow]:
         statement = _PAGE[source.dialect].format(
             table=table.name,
             mine=_MINE[source.dialect] if "environment" in table.columns else "true",
@@ -277,7 +277,7 @@ class Transfer:
             # Without the write lock, which would keep others from the file: reading runs no trigger.
             async with _reading(source):
                 rows = await source.rows(statement, values)
-        return [_Row(bytes(row[0]), float(row[1]), None if row[2] is None else bytes(row[2])) for row in rows]
+        return [_OutboxRow(bytes(row[0]), float(row[1]), None if row[2] is None else bytes(row[2])) for row in rows]
 
     async def _delete(self, source: Source, table: Table, task_ids: Sequence[str]) -> int:
         statement = _DELETE[source.dialect].format(table=table.name)
@@ -285,7 +285,7 @@ class Transfer:
             deleted = [await source.execute(statement, {"id": task_id}) for task_id in task_ids]
         return sum(deleted)
 
-    def _hand_over(self, queue: RelayedTo, table: Table, rows: Sequence[_Row]) -> _HandedOver:
+    def _hand_over(self, queue: RelayedTo, table: Table, rows: Sequence[_OutboxRow]) -> _HandedOver:
         """Enqueue the tasks of some rows."""
         tasks = [task for row in rows if (task := self._task(table, row)) is not None]
         if not tasks:
@@ -301,7 +301,7 @@ class Transfer:
             return _HandedOver([task.id for task in tasks])
         return self._one_by_one(queue, table, tasks)
 
-    def _task(self, table: Table, row: _Row) -> QueuedTask | None:
+    def _task(self, table: Table, row: _OutboxRow) -> QueuedTask | None:
         """Return the task of a row; None if it is not one of this application's, or none at all."""
         try:
             if row.text is None:

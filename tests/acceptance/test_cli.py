@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 
+import apsw
 import pytest
 
 from tests.acceptance.processes import ROOT
@@ -105,6 +106,26 @@ def test_serve_and_dispatch_work_together_and_stop_with_what_runs_finished(proje
     assert [(one["state"], one["attempt_count"]) for one in listed] == [("waiting", 0)]
 
 
+def test_dispatch_sends_nothing_that_somebody_wrote_into_the_storage(project):
+    odd = project.defer("t.work, 1, _countdown=1")
+    connection = apsw.Connection(str(project.folder / "tasks.db"))
+    connection.execute("UPDATE safedefer_tasks SET url = '/admin', headers = json('{\"Cookie\": \"sid=1\"}')")
+    connection.close()
+    server, url = project.start("serve", "--port", "0")
+    dispatcher, _ = project.start("dispatch", "--to", url, wait_for_line=False)
+    project.defer("t.work, 2")
+    project.until(lambda: project.results() == [2])
+    project.until(lambda: json.loads(project.run("tasks", "show", odd).stdout)["reason"] == "storage-mismatch")
+    status, _, err = project.terminate(dispatcher)
+    assert status == 0
+    assert f"task '{odd}' is parked: the url that is stored is not what was signed" in err
+    assert project.terminate(server)[0] == 0
+    project.run("tasks", "retry", odd)
+    process, _ = project.start("run", "--port", "0")
+    project.until(lambda: sorted(project.results()) == [1, 2])
+    assert project.terminate(process)[0] == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_is_both_in_one_process(project, number):
     process, url = project.start("run", "--port", "0")
@@ -196,7 +217,13 @@ ERRORS = [
     (["serve", "shop_tasks"], {}, "is not module:name"),
     (["serve", "shop_tasks:work"], {}, "is not a safedefer.App"),
     (["serve", "--host", "192.0.2.1", "--port", "0"], {}, "start again"),
-    (["dispatch", "--to", "127.0.0.1:80"], {}, "begins with http"),
+    (["dispatch", "--to", "127.0.0.1:80"], {}, "--to must begin with http"),
+    (["dispatch", "--to", "http://"], {}, "--to has the host '', which is none; write a name or an IP address"),
+    (["dispatch", "--to", "http://127.0.0.1:99999"], {}, "write one from 1 to 65535"),
+    (["dispatch", "--to", "http://[::1"], {}, "write http://[::1]:8080"),
+    (["dispatch", "--to", "http://1.2.3.4.5"], {}, "--to has the host '1.2.3.4.5', which is none"),
+    (["serve"], {"SAFEDEFER_TARGETS": "mail=http://[::1"}, "the address of the target mail has a bracket"),
+    (["serve"], {"SAFEDEFER_TARGETS": "mail=http://1.2.3.4.5"}, "the address of the target mail has the host"),
     (["tasks", "show", "nothing\x1b[31m"], {}, "there is no task nothing\ufffd[31m"),
     (["tasks", "cancel", "nothing"], {}, "no task nothing waits"),
     (["tasks", "retry", "nothing"], {}, "there is no dead letter nothing"),

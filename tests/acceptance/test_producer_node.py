@@ -59,6 +59,16 @@ def test_a_token_of_the_npm_package_jose_runs_in_the_python_handler(producer, ra
     app.close()
 
 
+def test_retry_options_and_a_deadline_are_signed_and_read(producer, ran):
+    options = {**json.loads(OPTIONS), "retry": {"task_retry_limit": 3, "min_backoff_seconds": 0.5}, "deadline": 90}
+    token = run_node(producer, "mint.js", KEY, "tests.adversarial.victim:note", "[]", "{}", json.dumps(options))
+    app = make_app()
+    claims = app.verify(token.encode()).claims
+    assert (claims["retry"], claims["deadline"]) == (options["retry"], 90)
+    assert post(app, token.encode())[1]["Safedefer-Outcome"] == "succeeded"
+    app.close()
+
+
 def test_values_that_json_has_no_word_for_arrive_as_python_s_own(producer):
     program = """
         import { mint, typed } from "./producer.js";

@@ -7,7 +7,7 @@ import pytest
 
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import InvalidArguments, InvalidClaims, RejectedTask, UnresolvableCallable
-from safedefer.execution.run import prepare
+from safedefer.execution.prepare import prepare
 from tests.adversarial.forge import make_app, mint, post
 from tests.schema import vectors
 

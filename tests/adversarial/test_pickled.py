@@ -33,7 +33,7 @@ from safedefer.refs import UNBOUND
 from tests.zoo import values as zoo
 from tests.zoo.exactly import assert_exact
 
-POLICY = Policy("tests.zoo.values")
+POLICY = Policy("tests.zoo.values", "builtins:list.__init__", "builtins:str.__init__")
 CODEC = PickledCodec()
 RUNS_CODE = PickledCodec(by_value_runs_code=True)
 STAMP = [f"{sys.version_info.major}.{sys.version_info.minor}", cloudpickle.__version__]

@@ -182,3 +182,38 @@ def test_a_handler_judges_without_http():
     assert judge_outcome(lease, 200, "failed", wait=None, now=100.0, jitter=0.0) == Settlement(
         verdict=Verdict.DEAD, status=200, executed=True
     )
+
+
+# What a proxy says for a handler that it does not reach: status, deliveries and attempts before it, seconds, reason.
+PROXY = [
+    (502, 0, 0, 0.1, "unreachable"),
+    (504, 1, 0, 0.2, "unreachable"),
+    (503, 2, 0, 0.4, "busy"),
+    (429, 3, 0, 0.8, "busy"),
+    (502, 7, 5, 0.4, "unreachable"),
+    # Lost leases may have been charged without a delivery, and a storage writer may write anything.
+    (502, 0, 9, 0.1, "unreachable"),
+    (502, MOST_COUNTED, 0, 60.0, "unreachable"),
+]
+
+
+@pytest.mark.parametrize(("status", "retries", "attempts", "seconds", "reason"), PROXY)
+@pytest.mark.parametrize("outcome", [None, ""])
+def test_an_answer_of_a_proxy_charges_nothing_and_waits_by_what_was_not_charged(
+    status, retries, attempts, seconds, reason, outcome
+):
+    limits = {"task_retry_limit": 0, "task_age_limit": 1}  # both are exceeded: only a charged attempt ends a task
+    lease = Lease(make_task(eta=1.0, retry_options=limits), "owner", 160.0, attempts, retries)
+    settled = judge_outcome(lease, status, outcome, wait=None, now=100.0, jitter=0.0)
+    assert settled == Settlement(
+        verdict=Verdict.RETRY, at=pytest.approx(100.0 + seconds), charged=False, status=status, reason=reason
+    )
+    assert (
+        100.0 + seconds / 2 <= judge_outcome(lease, status, outcome, wait=None, now=100.0, jitter=1.0).at < settled.at
+    )
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(500, None), (404, None), (502, "retry"), (503, "other")])
+def test_what_is_not_a_proxys_answer_for_its_handler_is_charged(status, outcome):
+    lease = Lease(make_task(eta=100.0), "owner", 160.0)
+    assert judge_outcome(lease, status, outcome, wait=None, now=100.0, jitter=0.0).charged

@@ -80,6 +80,10 @@ NAMES = [
             ("builtins:bytes", "decode", {"$bytes": "YQ=="}),
             ("builtins:bytes", "join", {"$bytes": "YQ=="}),
             ("builtins:int", "from_bytes", {"$class": "builtins:int"}),
+            ("builtins:set", "isdisjoint", {"$set": [-1]}),
+            ("builtins:list", "extend", []),
+            ("builtins:list", "append", []),
+            ("builtins:str", "split", "a"),
         )
     ],
     *[

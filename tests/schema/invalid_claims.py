@@ -99,8 +99,22 @@ _NEEDED = (
     "call.module",
     "call.qualname",
 )
-_OPTIONAL = ("name", "blob", "retry_of", "headers", "trace", "call.member", "call.bound")
+_OPTIONAL = (
+    "name",
+    "blob",
+    "retry",
+    "deadline",
+    "retry_of",
+    "root",
+    "headers",
+    "trace",
+    "call.member",
+    "call.bound",
+)
 _BLOB = {"id": "f" * 32, "sha256": "0" * 64, "length": 1}
+_SECONDS = ("min_backoff_seconds", "max_backoff_seconds", "task_age_limit")
+_COUNTS = ("max_doublings", "task_retry_limit")
+_ROOT = {"id": "0123456789abcdef", "kid": "now"}
 _RECEIPT = {"$object": {"class": "tests.schema.tasks:Receipt", "state": {"number": 1}}}
 
 
@@ -210,6 +224,54 @@ def changes(now):
         },
         "retry_of: a number": {"retry_of": 1},
         "retry_of: 15 characters": {"retry_of": "a" * 15},
+        **{
+            f"retry: {name}: {comment}": {"retry": {name: value}}
+            for name in (*_SECONDS, *_COUNTS)
+            for comment, value in {
+                "null": None,
+                "true": True,
+                "text": "1",
+                "a list": [1],
+                "negative": -1,
+                "2**31": 2**31,
+            }.items()
+        },
+        **{f"retry: {name}: a fraction": {"retry": {name: 1.5}} for name in _COUNTS},
+        **{f"retry: {name}: a count with a fraction of zero": {"retry": {name: 1.0}} for name in _COUNTS},
+        "retry: a list": {"retry": []},
+        "retry: text": {"retry": "{}"},
+        "retry: a number": {"retry": 3},
+        "retry: an unknown member": {"retry": {"limit": 1}},
+        "retry: a least backoff above the largest": {"retry": {"min_backoff_seconds": 2, "max_backoff_seconds": 1}},
+        **{
+            f"deadline: {comment}": {"deadline": value}
+            for comment, value in {
+                "0": 0,
+                "below a second": 0.999,
+                "negative": -60,
+                "above a day": 86_401,
+                "above a day, by a fraction": 86_400.5,
+                "text": "60",
+                "true": True,
+                "a list": [60],
+            }.items()
+        },
+        "root without retry_of": {"root": _ROOT},
+        **{
+            f"root: {comment}": {"retry_of": "f" * 16, "root": root}
+            for comment, root in {
+                "text": "0123456789abcdef",
+                "a list": ["0123456789abcdef", "now"],
+                "empty": {},
+                "no kid": {"id": "0123456789abcdef"},
+                "no id": {"kid": "now"},
+                "an id of 15 characters": {**_ROOT, "id": "f" * 15},
+                "a kid of 65 characters": {**_ROOT, "kid": "k" * 65},
+                "an empty kid": {**_ROOT, "kid": ""},
+                "a kid that is null": {**_ROOT, "kid": None},
+                "an unknown member": {**_ROOT, "queues": []},
+            }.items()
+        },
         "headers: a list": {"headers": [["X-A", "1"]]},
         "headers: a number": {"headers": {"X-A": 1}},
         "headers: null": {"headers": {"X-A": None}},
@@ -233,7 +295,7 @@ _MULTILINE = "\nx"
 
 #: What `$` without an end-of-text anchor, `\w`, `\d` or a multi-line mode would let pass.
 REGEX = {
-    f"{name}: {what}": {name: text}
+    f"{name}: {what}": {name: text, **({"retry_of": _ID} if name == "root" else {})}
     for name, texts in {
         "jti": {
             "a newline behind": f"{_ID}\n",
@@ -292,6 +354,12 @@ REGEX = {
             "an index": "echo[0]",
         },
         "retry_of": {"a newline behind": f"{_ID}\n"},
+        "root": {
+            "a newline behind the id": {"id": f"{_ID}\n", "kid": "now"},
+            "a newline behind the kid": {"id": _ID, "kid": "now\n"},
+            "an Arabic digit in the kid": {"id": _ID, "kid": "now\u0661"},
+            "a dot in the kid": {"id": _ID, "kid": "now."},
+        },
         "trace": {"a newline behind": f"{_TRACE}\n", "an Arabic digit": _TRACE.replace("0", "\u0660", 1)},
         "headers": {
             "a value with a newline behind": {"X-A": "1\n"},

@@ -8,7 +8,7 @@ import itertools
 
 from pydantic import TypeAdapter
 
-from safedefer.claims import CLAIMS
+from safedefer.claims import adapter
 from safedefer.keyfile import _Jwks
 from safedefer.keys import TOKEN_TYPE
 
@@ -44,12 +44,13 @@ def _header():
 
 
 def _claims():
-    schema = _plain(CLAIMS.json_schema())
+    schema = _plain(adapter().json_schema())
     task = ["call", "args", "kwargs"]
     schema["oneOf"] = [
         {"required": task, "properties": {"blob": False}},
         {"required": ["blob"], "properties": dict.fromkeys(task, False)},
     ]
+    schema["dependentRequired"] = {"root": ["retry_of"]}
     call = schema["$defs"]["Call"]
     kinds = call["properties"]["kind"]["enum"]
     call["oneOf"] = [

@@ -24,7 +24,7 @@ KEYS = {
 }
 CONFIG = {
     "now": NOW,
-    "policy": [TASKS, "operator:add"],
+    "policy": [TASKS, "operator:add", "builtins:str.upper", "builtins:list.count", "builtins:dict.fromkeys"],
     "moved": {f"{TASKS}:former": f"{TASKS}:echo", f"{TASKS}:OldPoint": f"{TASKS}:Point"},
     "environment": "test",
     "queues": ["default", "mail"],
@@ -186,6 +186,32 @@ def _valid():
     yield _ok("an old iat", "Time", claims(iat=0), "((), {})")
     yield _ok("a name", "Claim", claims(name="a" * 500), "((), {})")
     yield _ok("the dead letter that is run again", "Claim", claims(retry_of="f" * 64), "((), {})")
+    root = {"retry_of": "f" * 64, "root": {"id": "e" * 16, "kid": "before"}}
+    yield _ok("a re-run, and the first task of its chain", "Claim", claims(**root), "((), {})")
+    yield _ok(
+        "a re-run within the queues of the first task's key",
+        "Claim",
+        claims(aud=f"test:mail:default:{URL}", retry_of="f" * 16, root={"id": "f" * 16, "kid": "mail-only"}),
+        "((), {})",
+    )
+    yield _ok(
+        "a re-run within the patterns of the first task's key",
+        "Claim",
+        claims(args=[{"$class": f"{TASKS}:Point"}], retry_of="f" * 16, root={"id": "f" * 16, "kid": "narrow"}),
+        f"((<class '{TASKS}.Point'>,), {{}})",
+    )
+    retry = {
+        "min_backoff_seconds": 0.5,
+        "max_backoff_seconds": 3600,
+        "task_age_limit": 2**31 - 1,
+        "max_doublings": 0,
+        "task_retry_limit": 2**31 - 1,
+    }
+    yield _ok("all retry options", "Claim", claims(retry=retry), "((), {})")
+    yield _ok("one retry option", "Claim", claims(retry={"task_retry_limit": 0}), "((), {})")
+    yield _ok("retry options that give none", "Claim", claims(retry={}), "((), {})")
+    for seconds in (1, 1.5, 86_400):
+        yield _ok(f"a deadline of {seconds} seconds", "Claim", claims(deadline=seconds), "((), {})")
     yield _ok("headers", "Claim", claims(headers={"X-Tenant": "7 \t~", "if-none-match": ""}), "((), {})")
     yield _ok("a trace", "Claim", claims(trace="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"), "((), {})")
     yield _ok("the shortest id", "Claim", claims(jti="A-Z_a-z_0123456-"), "((), {})")
@@ -203,6 +229,19 @@ def _valid():
     )
     stored = mint(claims(args=["x" * 100]))
     yield _ok("a pointer and its stored token", "Pointer", pointer(stored), f"(({'x' * 100!r},), {{}})", stored=stored)
+    shared = {
+        "name": "big",
+        "headers": {"X-Tenant": "7"},
+        "retry": {"task_retry_limit": 1},
+        "deadline": 60,
+        "retry_of": "f" * 16,
+        "root": {"id": "e" * 16, "kid": "now"},
+        "trace": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    }
+    whole = mint(claims(args=[2], **shared))
+    yield _ok(
+        "a pointer with all claims of its stored token", "Pointer", pointer(whole, **shared), "((2,), {})", stored=whole
+    )
     other = mint(claims(name="big", args=[1]), kid="before")
     yield _ok("a stored token of another key", "Pointer", pointer(other, name="big"), "((1,), {})", stored=other)
 
@@ -219,7 +258,8 @@ INVALID_NOTES = {
     "Regex": "a text that a pattern refuses in every engine, if it is anchored at both ends of the text",
     "Audience": "a token for somebody else",
     "Time": "too early or too late",
-    "Capability": "what the key that signed may not name",
+    "Capability": "what the key that signed may not name, or that of the first task of a chain of re-runs",
+    "Root": "a re-run whose chain began with a key that is no longer believed",
     "Policy": "what the policy does not admit",
     "Callable": "a name that does not lead back to a callable of that kind",
     "Value": "arguments that do not decode",
@@ -247,6 +287,7 @@ def _invalid():
         yield _no(comment, "Regex", "invalid-claims", mint(_changed(changes)))
     yield from _audiences()
     yield from _times()
+    yield from _roots()
     for comment, slug, kid, changes in invalid_arguments.NAMES:
         flag = {"capability-exceeded": "Capability", "policy-violation": "Policy"}.get(slug, "Callable")
         yield _no(comment, flag, slug, mint(claims(**changes), kid=kid))
@@ -473,6 +514,36 @@ def _times():
     yield _no("exp in 1970", "Time", "expired-task", mint(claims(iat=0, nbf=0, exp=0)))
 
 
+def _roots():
+    def rerun(comment, slug, kid, root, **more):
+        flag = "Capability" if slug == "capability-exceeded" else "Root"
+        changed = claims(retry_of="f" * 16, root={"id": "f" * 16, "kid": root}, **more)
+        return _no(comment, flag, slug, mint(changed, kid=kid))
+
+    call = {"kind": "function", "module": TASKS, "qualname": "other"}
+    yield rerun("a re-run whose first key is revoked", "revoked-key", "now", "stolen")
+    yield rerun("a re-run whose first key is unknown", "unknown-key", "now", "lost")
+    yield rerun("a re-run in a queue that the first key may not name", "capability-exceeded", "now", "mail-only")
+    yield rerun(
+        "a re-run of a callable that the first key may not name", "capability-exceeded", "now", "narrow", call=call
+    )
+    yield rerun(
+        "a re-run with a class that the first key may not name",
+        "capability-exceeded",
+        "now",
+        "narrow",
+        args=[{"$class": f"{TASKS}:Order"}],
+    )
+    yield rerun(
+        "a re-run signed by a key of one queue",
+        "capability-exceeded",
+        "mail-only",
+        "mail-only",
+        aud=f"test:mail:default:{URL}",
+    )
+    yield rerun("a re-run signed by a key of some patterns", "capability-exceeded", "narrow", "narrow")
+
+
 def _pointers():
     stored = mint(claims(args=["x"]))
 
@@ -489,11 +560,24 @@ def _pointers():
         "nbf": NOW - 1,
         "exp": NOW + DAY,
         "name": "other",
+        "headers": {"X-A": "1"},
+        "retry": {},
+        "deadline": 1,
+        "retry_of": "f" * 16,
+        "trace": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     }
     for name, value in others.items():
         yield points(
             f"pointer and stored token of another {name}", "invalid-claims", pointer(stored, **{name: value}), stored
         )
+    rerun = {"retry_of": "f" * 16, "root": {"id": "f" * 16, "kid": "now"}}
+    again = mint(claims(**rerun))
+    yield points(
+        "pointer and stored token of another root",
+        "invalid-claims",
+        pointer(again, **rerun | {"root": {"id": "e" * 16, "kid": "now"}}),
+        again,
+    )
     forged = mint(claims(), mac=bytes(32))
     yield points("a stored token with a forged MAC", "bad-signature", pointer(forged), forged)
     revoked = mint(claims(), kid="stolen")

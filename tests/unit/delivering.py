@@ -6,6 +6,8 @@ from __future__ import annotations
 class Delivering:
     """Hands every task to a function; all have one address."""
 
+    several = False
+
     def __init__(self, call):
         self._call = call
 

@@ -59,6 +59,24 @@ RIGHT = {
     "retry of": BASE | {"retry_of": "c" * 16},
     "headers": BASE | {"headers": {"X-A": "b c", "x~": "\t~ "}},
     "trace": BASE | {"trace": f"00-{'a' * 32}-{'b' * 16}-01"},
+    "retry": BASE
+    | {
+        "retry": {
+            "min_backoff_seconds": 1,
+            "max_backoff_seconds": 1,
+            "task_age_limit": 2.5,
+            "max_doublings": 0,
+            "task_retry_limit": 2**31 - 1,
+        }
+    },
+    "a retry that gives nothing": BASE | {"retry": {}},
+    "one backoff": BASE | {"retry": {"min_backoff_seconds": 2**31 - 1}},
+    "the shortest deadline": BASE | {"deadline": 1},
+    "a deadline with a fraction": BASE | {"deadline": 1.5},
+    "the longest deadline": BASE | {"deadline": 86_400},
+    "the root of a re-run": BASE | {"retry_of": "r" * 16, "root": {"id": "r" * 16, "kid": "a"}},
+    "a pointer to a re-run": POINTER
+    | {"retry_of": "r" * 16, "root": {"id": "s" * 64, "kid": "a" * 64}, "retry": {}, "deadline": 1},
     "arguments": BASE | {"args": [None, True, 1.5, "\u0000é", [{"$tuple": []}]], "kwargs": {"a b": None, "": 1}},
     "a bound None": BASE | {"call": METHOD | {"bound": False}},
     "colons in the URL": BASE | {"aud": "prod:default:default:/a:b:c"},
@@ -128,6 +146,14 @@ WRONG = {
         {k: v for k, v in CALL.items() if k != "module"}, {k: v for k, v in CALL.items() if k != "qualname"}, CALL | {"kind": "builtin_method", "member": "append"},
     ],
     "blob": [None, [], "", BLOB],
+    "retry": [
+        None, [], "", 1, True, {"limit": 1}, {"": 1}, {"min_backoff_seconds": 2, "max_backoff_seconds": 1}, {"min_backoff_seconds": 2, "max_backoff_seconds": 1.5},
+        *[{name: value} for name in ("min_backoff_seconds", "max_backoff_seconds", "task_age_limit", "max_doublings", "task_retry_limit") for value in (-1, None, True, "1", [], 2**31, 10**400)],
+        *[{name: 1.0} for name in ("max_doublings", "task_retry_limit")], {"task_age_limit": -0.5}, {"task_age_limit": float("nan")}, {"task_age_limit": float("inf")},
+    ],
+    "deadline": [None, [], "", "1", True, 0, 0.5, -1, 86_401, 86_400.5, float("nan"), float("inf"), 10**400],
+    "root": [None, [], "", "r" * 16, {}, {"id": "r" * 16}, {"kid": "a"}, {"id": "r" * 15, "kid": "a"}, {"id": "r" * 16 + "\n", "kid": "a"}, {"id": "r" * 16, "kid": ""},
+        {"id": "r" * 16, "kid": "a\n"}, {"id": "r" * 16, "kid": "a" * 65}, {"id": "r" * 16, "kid": None}, {"id": "r" * 16, "kid": "a", "exp": 1}],
 }  # fmt: skip
 
 
@@ -161,6 +187,12 @@ def test_an_unknown_claim_is_refused_and_not_named(name):
 )
 def test_a_pointer_carries_no_call(extra):
     refused(payload(POINTER, **extra), "either call, args and kwargs, or blob")
+
+
+@pytest.mark.parametrize("root", [{"id": "r" * 16, "kid": "a"}, {"id": "r" * 15}])
+def test_a_root_without_a_task_that_is_run_again_is_refused(root):
+    refused(payload(root=root), "retry_of" if "kid" in root else "root")
+    refused(payload(POINTER, root=root), "retry_of" if "kid" in root else "root")
 
 
 @pytest.mark.parametrize(("nbf", "exp"), [(1000, 999), (1000, 1000 + 92 * 86_400 + 1)])
@@ -251,6 +283,7 @@ SOON = datetime(2024, 1, 1, tzinfo=UTC)
     ({"queue": 3}, InvalidTaskError), ({"target": ""}, InvalidTaskError), ({"target": "a/b"}, InvalidTaskError), ({"target": 3}, InvalidTaskError),
     ({"retry_options": {}}, InvalidTaskRetryOptionsError), ({"retry_options": 3}, InvalidTaskRetryOptionsError),
     ({"transactional": 1}, InvalidTaskError), ({"transactional": None}, InvalidTaskError), ({"pickle": "no"}, InvalidTaskError), ({"pickle": 0}, InvalidTaskError),
+    *[({"deadline": value}, InvalidTaskError) for value in (0, 0.5, -1, 86_401, 86_400.5, float("nan"), float("inf"), 10**400, "60", True, False, timedelta(1), [])],
     ({"url": ""}, InvalidUrlError), ({"url": "u"}, InvalidUrlError), ({"url": "//evil.example/"}, InvalidUrlError), ({"url": "http://evil.example/"}, InvalidUrlError), ({"url": "/a b"}, InvalidUrlError),
     ({"url": "/a?b"}, InvalidUrlError), ({"url": "/a#b"}, InvalidUrlError), ({"url": "/é"}, InvalidUrlError), ({"url": "/a\n"}, InvalidUrlError), ({"url": "/" + "a" * 2048}, InvalidUrlError), ({"url": 3}, InvalidUrlError),
     ({"countdown": 1, "eta": SOON}, InvalidEtaError), ({"countdown": "1"}, InvalidEtaError), ({"countdown": True}, InvalidEtaError), ({"countdown": float("nan")}, InvalidEtaError),

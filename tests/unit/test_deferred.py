@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import safedefer
-from safedefer import App, Options, PermanentTaskFailure, SingularTaskFailure, TaskRetryOptions, deferred
+from safedefer import App, Options, PermanentTaskFailure, Policy, SingularTaskFailure, TaskRetryOptions, deferred
+from safedefer.claims import Claims
 from safedefer.errors import ConfigurationError, InvalidEtaError, InvalidTaskError, NotDeferrable, RejectedTask
 from tests import sample_tasks as tasks
 from tests.unit.apps import handle, make_app
@@ -58,6 +59,7 @@ def test_classes_and_built_ins_can_be_used_as_tasks(app):
 
     for obj, args, result in [(tasks.Counter, (5,), tasks.Counter(5)), (len, ("abc",), 3), (operator.add, (1, 2), 3)]:
         assert deferred.run(deferred.serialize(obj, *args)) == result
+    deferred.configure(make_app(policy=Policy("builtins:str.split")))
     assert deferred.run(deferred.serialize("a-b".split, "-")) == ["a", "b"]
 
 
@@ -81,6 +83,34 @@ def test_the_default_url_and_queue_are_used_as_soon_as_possible(app):
     assert (task.url, task.queue_name, task.name) == ("/_ah/queue/deferred", "default", None)
     assert task.eta_posix == NOW
     assert task.was_enqueued
+
+
+def test_retry_options_and_a_deadline_are_signed(app):
+    retry = TaskRetryOptions(task_retry_limit=3, min_backoff_seconds=0.5)
+    claims = claims_of(app, deferred.defer(tasks.add, 1, _retry_options=retry, _deadline=90))
+    assert (claims["retry"], claims["deadline"]) == ({"min_backoff_seconds": 0.5, "task_retry_limit": 3}, 90)
+    assert claims_of(app, deferred.defer(tasks.add, 1, _retry_options=TaskRetryOptions()))["retry"] == {}
+    assert not {"retry", "deadline"} & claims_of(app, deferred.defer(tasks.add, 1)).keys()
+    assert claims_of(app, app.options(deadline=1.5).defer(tasks.add, 1))["deadline"] == 1.5
+    for deadline in (0, 86_401, True):
+        with pytest.raises(InvalidTaskError, match="deadline"):
+            deferred.defer(tasks.add, 1, _deadline=deadline)
+        with pytest.raises(InvalidTaskError, match="deadline"):
+            app.options(deadline=deadline)
+
+
+def test_a_pointer_says_all_that_its_task_says_but_the_call(app):
+    task = app.options(
+        headers={"X-Shop": "1"}, name="n", retry_options=TaskRetryOptions(task_retry_limit=3), deadline=90
+    ).defer(tasks.add, "x" * 20_000)
+    pointer = app.verify(task.payload)
+    stored = app.follow(pointer)
+    own = {"call", "args", "kwargs", "blob"}
+    assert {name: value for name, value in pointer.claims.items() if name not in own} == {
+        name: value for name, value in stored.claims.items() if name not in own
+    }
+    assert [*pointer.claims] == [name for name in Claims.__annotations__ if name in pointer.claims]
+    assert stored.canonical
 
 
 def test_all_nine_options_are_passed_to_the_queue(app):
@@ -143,7 +173,7 @@ def test_the_signature_lists_every_option():
     parameters = inspect.signature(deferred.defer).parameters
     assert [name for name in parameters if name.startswith("_")] == [
         "_countdown", "_eta", "_headers", "_name", "_queue", "_retry_options", "_target", "_transactional", "_url",
-        "_pickle",
+        "_deadline", "_pickle",
     ]  # fmt: skip
     assert parameters["_queue"].default == "default"
     assert parameters["_url"].default == safedefer.DEFAULT_URL == "/_ah/queue/deferred"

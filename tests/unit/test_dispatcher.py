@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from safedefer import Key, Keyring, KeyState, Policy, TaskRetryOptions
 from safedefer.delivery.handler import Response
+from safedefer.dispatcher.holds import TargetHolds
 from safedefer.dispatcher.loop import (
     REJECT_LIMIT,
     REJECT_SECONDS,
@@ -20,11 +21,13 @@ from safedefer.dispatcher.loop import (
     InProcessDelivery,
     Interrupted,
     Unreachable,
+    asks_to_wait,
     attempt_headers,
     backoff,
     gives_up,
     judge,
 )
+from safedefer.dispatcher.shares import TargetShares, share
 from safedefer.errors import InvalidTaskError, QueueUnavailable
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, Verdict
@@ -132,8 +135,14 @@ TABLE = [
     (413, "refused", Verdict.RETRY, False, False, True),
     (404, None, Verdict.RETRY, True, True, False),
     (301, None, Verdict.RETRY, True, True, False),
-    (502, None, Verdict.RETRY, True, False, False),
-    (503, None, Verdict.RETRY, True, False, False),
+    (500, None, Verdict.RETRY, True, False, False),
+    (501, None, Verdict.RETRY, True, False, False),
+    (429, None, Verdict.RETRY, False, False, False),
+    (502, None, Verdict.RETRY, False, False, False),
+    (503, None, Verdict.RETRY, False, False, False),
+    (504, None, Verdict.RETRY, False, False, False),
+    (502, "other", Verdict.RETRY, True, False, False),
+    (429, "other", Verdict.RETRY, True, True, False),
     (200, None, Verdict.DONE, True, True, False),
     (204, "other", Verdict.DONE, True, True, False),
 ]
@@ -165,11 +174,38 @@ def test_header_names_count_in_any_case():
         ("-5", 1),
         ("x", 1),
         ("٣", 1),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 1),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 60),
     ],
 )
 def test_a_handler_puts_a_task_off_by_seconds_within_a_minute(text, seconds):
     assert verdict(lease_of(), answer(503, "early", Retry_After=text)).at == NOW + seconds
+
+
+OCTOBER = 1_445_326_080.0  # Tuesday, 20 October 2015, 07:28:00 UTC
+
+RETRY_AFTER = [
+    ("600", 600), ("3600", 3600), ("3601", 3600), ("999999999", 3600), ("9999999999", 1), ("0", 1),
+    # The three forms of an HTTP date, and other zones than they allow.
+    ("Tue, 20 Oct 2015 07:38:00 GMT", 600), ("Tuesday, 20-Oct-15 07:38:00 GMT", 600), ("Tue Oct 20 07:38:00 2015", 600),
+    ("Tue, 20 Oct 2015 09:38:00 +0200", 600), ("Tue, 20 Oct 2015 07:38:00 -0000", 600), ("Tue, 20 Oct 2015 07:38:00", 600),
+    ("Tue, 20 Oct 2015 09:38:00 GMT", 3600), ("Fri, 31 Dec 9999 23:59:59 GMT", 3600),
+    ("Tue, 20 Oct 2015 07:28:00 GMT", 1), ("Mon, 01 Jan 0001 00:00:00 +1400", 1), ("Fri, 31 Dec 9999 23:59:59 -1400", 3600),
+    # Neither seconds nor a date.
+    ("", 1), (" ", 1), ("soon", 1), ("-600", 1), ("+600", 1), ("600.0", 1), ("6e2", 1), ("1_0", 1), ("٣", 1), ("nan", 1), ("inf", 1),
+    ("Tue, 40 Oct 2015 07:38:00 GMT", 1), ("Tue, 20 Oct 99999999999 07:38:00 GMT", 1), ("Tue, 20 Oct 2015 07:38:00 +99999999", 1),
+    ("Tue, 20 Oct 2015 07:38:00 GMT" + " " * 10_000, 1), ("(" * 60, 1), ("Tue, ٢٠ Oct 2015 07:38:00 GMT", 1), ("\0", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "seconds"), RETRY_AFTER)
+def test_retry_after_is_seconds_or_a_date_up_to_an_hour_ahead(text, seconds):
+    assert asks_to_wait(answer(503, Retry_After=text), now=OCTOBER) == seconds
+    assert verdict(lease_of(eta=OCTOBER), answer(503, Retry_After=text), now=OCTOBER).at == OCTOBER + seconds
+
+
+@given(st.text(max_size=80))
+def test_no_retry_after_breaks_anything(text):
+    assert 1 <= asks_to_wait(answer(503, Retry_After=text), now=OCTOBER) <= 3600
 
 
 @pytest.mark.parametrize(
@@ -259,6 +295,8 @@ def test_a_stored_reason_that_is_no_slug_is_left_out():
 class Handler:
     """Answers as it is told: a function of the task, or one answer for all."""
 
+    several = False
+
     def __init__(self, reply=None):
         self.reply = reply or (lambda task: answer(200, "succeeded"))
         self.seen = []
@@ -274,6 +312,15 @@ class Handler:
 
     def address(self, task):
         return ""
+
+
+class Targets(Handler):
+    """A handler for each target."""
+
+    several = True
+
+    def address(self, task, /):
+        return task.target
 
 
 def dispatch(queue, handler, clock=lambda: NOW, **options):
@@ -535,10 +582,6 @@ async def test_there_is_work_while_the_next_is_leased():
 
 
 async def test_a_target_that_is_down_stops_no_other():
-    class Targets(Handler):
-        def address(self, task, /):
-            return task.target
-
     def reply(task):
         if task.target == "down":
             return Unreachable("refused", address="down", everywhere=False)
@@ -557,10 +600,6 @@ async def test_a_target_that_is_down_stops_no_other():
 
 
 async def test_a_target_that_hangs_takes_one_slot_alone():
-    class Targets(Handler):
-        def address(self, task, /):
-            return task.target
-
     moment = [NOW]
     tried, over = [], asyncio.Event()
 
@@ -586,6 +625,169 @@ async def test_a_target_that_hangs_takes_one_slot_alone():
     dispatcher.stop()
     over.set()
     await running
+
+
+# slots, held by silent others, answers, share
+SHARES = [
+    (16, 0, False, 8), (16, 8, False, 4), (16, 12, False, 2), (16, 15, False, 1), (16, 16, False, 1), (16, 0, True, 12), (16, 8, True, 6),
+    (1, 0, False, 1), (1, 0, True, 1), (2, 0, False, 1), (2, 0, True, 1), (3, 0, True, 2), (4, 0, True, 3), (4, 2, True, 1), (0, 5, False, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("slots", "silent", "answers", "expected"), SHARES)
+def test_the_share_of_a_target(slots, silent, answers, expected):
+    assert share(slots, silent, answers=answers) == expected
+
+
+@given(st.integers(1, 1000), st.integers(1, 20))
+def test_hung_targets_leave_a_slot_while_there_are_fewer_than_halvings(slots, targets):
+    moment = [0.0]
+    shares = TargetShares(slots, clock=lambda: moment[0])
+    held = 0
+    for number in range(targets):
+        while held < slots and shares.has_room(str(number)):
+            shares.begin(str(number))
+            held += 1
+        moment[0] += 10
+    assert held <= slots
+    if 2**targets <= slots:
+        assert held < slots
+
+
+def test_a_target_that_answers_holds_more_slots_and_less_once_it_is_silent():
+    moment = [0.0]
+    shares = TargetShares(8, clock=lambda: moment[0])
+    for _ in range(4):
+        assert shares.has_room("a")
+        shares.begin("a")
+    assert not shares.has_room("a")
+    assert shares.postpone("a", now=NOW) is None  # it may answer yet
+    shares.answered("a")
+    for _ in range(2):
+        assert shares.has_room("a")
+        shares.begin("a")
+    assert not shares.has_room("a")
+    moment[0] += 1.1
+    shares.end("a")
+    assert not shares.has_room("a")
+    first, second = (shares.postpone("a", now=NOW) for _ in range(2))
+    assert (first.verdict, first.charged, first.reason) == (Verdict.RETRY, False, "busy")
+    assert NOW + 1 < first.at < second.at < NOW + 2
+    shares.answered("a")
+    assert shares.postpone("a", now=NOW) is None
+    moment[0] += 1.1
+    assert shares.postpone("a", now=NOW).at == first.at
+
+
+async def hang(tasks, good, concurrency, hung=("hung",)):
+    """Deliver to targets that hang, and to one that answers; return the most slots that one target held."""
+    over, running, most = asyncio.Event(), {}, {}
+
+    async def reply(task):
+        if task.target not in hung:
+            return answer(200, "succeeded")
+        running[task.target] = running.get(task.target, 0) + 1
+        most[task.target] = max(most.get(task.target, 0), running[task.target])
+        await over.wait()
+        return answer(200, "succeeded")
+
+    queue = MemoryQueue()
+    queue.enqueue_many(tasks)
+    dispatcher = dispatch(queue, Targets(reply), clock=time.time, concurrency=concurrency)
+    work = asyncio.create_task(dispatcher.run())
+    await until(lambda: set(hung) <= running.keys())
+    queue.enqueue_many(good)
+    await until(lambda: not [view for view in queue.tasks(limit=1000) if view.target not in hung])
+    dispatcher.stop()
+    over.set()
+    await work
+    waiting = queue.tasks(states=[TaskState.WAITING], limit=1000)
+    assert {view.attempts for view in waiting} <= {0}
+    assert queue.tasks(states=[TaskState.RUNNING]) == []
+    return most
+
+
+@pytest.mark.parametrize("concurrency", [2, 4, 16])
+async def test_a_target_that_never_answers_leaves_half_of_the_slots_to_others(concurrency):
+    tasks = [task_of(n, target="hung") for n in range(1, 51)]
+    good = [task_of(n, target="up") for n in range(100, 120)]
+    assert await hang(tasks, good, concurrency) == {"hung": concurrency // 2}
+
+
+async def test_two_targets_that_never_answer_leave_slots_to_a_third():
+    tasks = [task_of(n, target="one" if n % 2 else "two") for n in range(1, 51)]
+    good = [task_of(n, target="up") for n in range(100, 120)]
+    most = await hang(tasks, good, 16, hung=("one", "two"))
+    assert sum(most.values()) <= 12
+
+
+async def test_a_target_alone_has_all_slots():
+    most = 0
+
+    async def reply(task):
+        nonlocal most
+        most = max(most, len(dispatcher._state.deliveries))
+        await asyncio.sleep(0.05)
+        return answer(200, "succeeded")
+
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n) for n in range(1, 31)])
+    dispatcher = dispatch(queue, Handler(reply), concurrency=4)
+    await dispatcher.run_until_empty()
+    assert most == 4
+
+
+async def test_many_tasks_for_two_targets_that_answer_all_run():
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n, target="one" if n % 7 else "two") for n in range(1, 301)])
+
+    async def reply(task):
+        await asyncio.sleep(0.001)
+        return answer(200, "succeeded")
+
+    handler = Targets(reply)
+    await asyncio.wait_for(dispatch(queue, handler, concurrency=4).run_until_empty(), 60)
+    assert len(handler.seen) == 300
+    assert {view.state for view in queue.tasks(limit=1000)} <= {TaskState.SUCCEEDED}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [answer(503, "busy", Retry_After="600"), answer(503, Retry_After="600"), answer(429, Retry_After="600")],
+    ids=["busy", "503", "429"],
+)
+async def test_a_target_that_asks_for_a_pause_holds_its_own_tasks_only(reply):
+    def replies(task):
+        return reply if task.target == "busy" else answer(200, "succeeded")
+
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(n, target="busy" if n % 2 else "up") for n in range(1, 41)])
+    queue.enqueue_many([task_of(n, target="busy", queue="mail") for n in range(50, 52)])
+    handler = Targets(replies)
+    await asyncio.wait_for(dispatch(queue, handler, concurrency=2).run_until_empty(), 60)
+    assert not any(control.held_until for control in queue.controls(now=NOW))
+    waiting = queue.tasks(states=[TaskState.WAITING], limit=1000)
+    assert {(view.target, view.attempts) for view in waiting} == {("busy", 0)}
+    assert len(waiting) == 22
+    sent = [task_id for task_id in handler.seen if int(task_id, 16) % 2 and int(task_id, 16) < 50]
+    assert len(sent) <= 2  # the slots that were under way
+    assert len(handler.seen) <= 20 + 2 + 2
+
+
+def test_a_pause_of_a_target_ends_and_is_forgotten():
+    holds = TargetHolds()
+    assert not holds
+    holds.hold("q", "a", until=NOW + 10, now=NOW)
+    holds.hold("q", "a", until=NOW + 5, now=NOW)
+    assert holds.postpone("q", "b", now=NOW) is holds.postpone("p", "a", now=NOW) is None
+    first, second = (holds.postpone("q", "a", now=NOW + 9) for _ in range(2))
+    assert (first.at, first.charged, first.reason, first.verdict) == (NOW + 10, False, "busy", Verdict.RETRY)
+    assert second.at == NOW + 10.01
+    assert holds.postpone("q", "a", now=NOW + 10) is None
+    assert not holds
+    holds.hold("q", "a", until=NOW + 10, now=NOW)
+    holds.hold("q", "b", until=NOW + 30, now=NOW + 20)
+    assert list(holds._until) == [("q", "b")]
 
 
 async def test_one_handler_that_is_down_is_asked_again_and_the_queue_keeps_its_order():

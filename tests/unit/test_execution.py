@@ -10,7 +10,9 @@ from safedefer import Key, Keyring, Policy, current_task
 from safedefer.codecs.typed import TypedCodec
 from safedefer.execution import run as execution
 from safedefer.execution.context import TaskContext
-from safedefer.execution.run import CoroutineCancelled, Prepared, Result, call_in_thread, execute, is_async
+from safedefer.execution.direct import call_in_thread
+from safedefer.execution.prepare import Prepared, is_async
+from safedefer.execution.run import CoroutineCancelled, Result, execute
 from safedefer.task import VerifiedTask
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app

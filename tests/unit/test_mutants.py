@@ -248,7 +248,7 @@ def test_a_policy_that_names_a_metaclass_admits_its_classes_everywhere(odd):
             call()
 
 
-def test_a_built_in_method_of_a_class_without_harmless_ones_is_refused(module):
+def test_a_built_in_method_of_an_admitted_class_is_refused(module):
     exec("from io import BytesIO\nclass B(BytesIO): pass", module.__dict__)
     policy, bound = Policy("tests.found"), module.B(b"x")
     ref = CallableRef.of(bound.getvalue)

@@ -1,6 +1,7 @@
 """The options of ``defer()``: each is checked where it is given."""
 
 import math
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedefer import Options, TaskRetryOptions
+from safedefer import claims as claims_module
+from safedefer import options as options_module
 from safedefer.errors import (
     InvalidEtaError,
     InvalidTaskError,
@@ -155,6 +158,23 @@ def test_retry_options_keep_what_was_given_and_nothing_else():
 def test_a_retry_option_of_another_name_is_refused():
     with pytest.raises(InvalidTaskRetryOptionsError, match="unknown name"):
         TaskRetryOptions.from_given({"limit": 1})
+
+
+@pytest.mark.parametrize("seconds", [1, 1.5, 600, 86_400, 86_400.0])
+def test_a_deadline_is_from_a_second_to_a_day(seconds):
+    assert Options(deadline=seconds).deadline == seconds
+
+
+@pytest.mark.parametrize("seconds", [0, 0.999, 86_400.001])
+def test_a_deadline_that_no_attempt_could_keep_is_refused_with_its_bounds(seconds):
+    with pytest.raises(InvalidTaskError, match="from 1 to 86400"):
+        Options(deadline=seconds)
+
+
+def test_what_may_be_given_may_be_signed():
+    assert options_module.MAX_DEADLINE == claims_module.MAX_DEADLINE
+    assert options_module._MAX_NUMBER == claims_module.MAX_NUMBER
+    assert {item.name for item in fields(TaskRetryOptions)} == set(claims_module.Retry.__annotations__)
 
 
 def test_a_unique_task_has_no_name():

@@ -50,6 +50,9 @@ queue:
 """
 
 
+NOW = 1_445_326_080.0  # 20 October 2015, 07:28:00 UTC
+
+
 @pytest.fixture(autouse=True)
 def clean():
     tasks.reset()
@@ -198,6 +201,8 @@ def test_a_paused_queue_rests_and_goes_on_in_a_running_dispatcher(app):
         (503, {"Retry-After": "7", "Safedefer-Outcome": "busy"}, 7.0),
         (503, {"Retry-After": "99999"}, 3600.0),
         (503, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, 1.0),
+        (503, {"Retry-After": "Tue, 20 Oct 2015 07:38:00 GMT"}, 600.0),
+        (429, {"Retry-After": "Tue, 20 Oct 2015 09:38:00 GMT"}, 3600.0),
         (503, {"Retry-After": "7", "Safedefer-Outcome": "early"}, None),
         (503, {}, None),
         (500, {"Retry-After": "7"}, None),
@@ -205,14 +210,14 @@ def test_a_paused_queue_rests_and_goes_on_in_a_running_dispatcher(app):
     ],
 )
 def test_which_answers_hold_a_queue(status, headers, seconds):
-    assert asks_to_wait(Response(status, headers, b"")) == seconds
+    assert asks_to_wait(Response(status, headers, b""), now=NOW) == seconds
 
 
 def test_a_proxy_that_asks_to_wait_charges_no_attempt():
     lease = Lease(task=make_task(), owner="o", until=200.0)
     settlement = judge(lease, Response(503, {"Retry-After": "7"}, b""), now=100.0, jitter=0.0)
     assert (settlement.verdict, settlement.charged, settlement.at) == (Verdict.RETRY, False, 107.0)
-    assert judge(lease, Response(503, {}, b""), now=100.0, jitter=0.0).charged
+    assert not judge(lease, Response(503, {}, b""), now=100.0, jitter=0.0).charged
 
 
 def test_a_handler_whose_clock_is_an_hour_behind_puts_a_task_off_by_a_minute():

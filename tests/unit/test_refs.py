@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import types
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from safedefer.errors import NotDeferrable, UnresolvableCallable
 from safedefer.policy import Policy
-from safedefer.refs import UNBOUND, CallableRef, Kind, bound_object, check_class, class_path, find, find_member, mro
+from safedefer.refs import UNBOUND, CallableRef, KindName, bound_object, check_class, class_path, find, find_member, mro
 from tests.zoo import callables as zoo
 
 HERE = zoo.HERE
@@ -68,11 +69,11 @@ def test_what_is_bound_travels_with_the_name(label):
 @accepted
 def test_a_name_resolves_under_no_other_kind(label):
     obj, kind, module, qualname, member = ACCEPTED[label]
-    for other in Kind:
+    for other in get_args(KindName):
         if other == kind:
             continue
         with pytest.raises(UnresolvableCallable):
-            ref(other.value, module, qualname, member).resolve(bound_object(obj))
+            ref(other, module, qualname, member).resolve(bound_object(obj))
 
 
 @accepted

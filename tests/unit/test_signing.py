@@ -273,6 +273,74 @@ def test_the_signer_keeps_within_its_key():
         signer(patterns=[]).gate.callable_ref(test_the_signer_keeps_within_its_key)
 
 
+# --- Re-runs: the root of a chain -----------------------------------------------------------------
+
+ROOTED = Keyring(
+    Key("a", SECRET, pickle=True),
+    Key("gone", OTHER, "revoked"),
+    Key("before", bytes(range(120, 170)), "verify_only"),
+    Key("mail", bytes(range(60, 110)), "verify_only", queues=["mail"], pickle=True),
+    Key("narrow", bytes(range(70, 120)), "verify_only", patterns=["tests.zoo.callables:function"]),
+)
+
+
+def rerun(kid, ring=RING, **changes):
+    return signed(ring, retry_of="s" * 16, root={"id": "r" * 16, "kid": kid}, **changes)
+
+
+@pytest.mark.parametrize("kid", ["a", "before"])
+def test_a_re_run_of_a_key_without_limits_is_verified(kid):
+    task = verify(rerun(kid), verifier(ROOTED))
+    assert (task.kid, task.claims["root"]) == ("a", {"id": "r" * 16, "kid": kid})
+
+
+def test_taking_the_roots_key_out_or_revoking_it_stops_its_re_runs():
+    assert "not in this ring" in str(refused(UnknownKey, rerun("lost"), verifier(ROOTED)))
+    assert "revoked" in str(refused(RevokedKey, rerun("gone"), verifier(ROOTED)))
+    # A revoked key's own token cannot be had back by a re-run of a key that is not.
+    assert not refused(RevokedKey, rerun("gone"), verifier(ROOTED), expired=True).authentic
+
+
+def test_a_re_run_keeps_to_the_queues_of_its_roots_key():
+    refused(CapabilityExceeded, rerun("mail"), verifier(ROOTED))
+    assert verify(rerun("mail", aud="prod:mail:default:/u"), verifier(ROOTED)).kid == "a"
+
+
+def test_a_re_run_keeps_to_the_patterns_of_its_roots_key_inside_the_arguments_too():
+    other = CALL | {"qualname": "Plain", "kind": "class"}
+    refused(CapabilityExceeded, rerun("narrow", call=other), verifier(ROOTED))
+    assert verify(rerun("a", call=other), verifier(ROOTED))
+    task = verify(rerun("narrow"), verifier(ROOTED))
+    with pytest.raises(CapabilityExceeded):
+        task.gate.load_class("tests.zoo.callables:Plain")
+    assert verify(rerun("a"), verifier(ROOTED)).gate.load_class("tests.zoo.callables:Plain") is zoo.Plain
+
+
+def test_a_re_run_carries_no_pickles_that_its_roots_key_may_not_sign():
+    ring = Keyring(Key("a", SECRET, pickle=True))
+    using = verifier(ROOTED, allow_pickle=True)
+    refused(CapabilityExceeded, rerun("before", ring, cty="pickle"), using)
+    assert verify(rerun("mail", ring, cty="pickle", aud="prod:mail:default:/u"), using)
+
+
+@pytest.mark.parametrize("limits", [{"queues": ["default"]}, {"patterns": ["tests.zoo.callables"]}, {"patterns": []}])
+def test_a_limited_key_signs_no_root(limits):
+    key = Key("a", SECRET, **limits)
+    claims = make(retry_of="s" * 16, root={"id": "r" * 16, "kid": "b"})
+    ring = Keyring(key, Key("b", OTHER, "verify_only"))
+    assert "re-runs" in str(refused(CapabilityExceeded, ring.sign(json.dumps(claims).encode()), verifier(ring)))
+    with pytest.raises(CapabilityExceeded, match="re-runs"):
+        Signer(ring, POLICY, limits=Limits()).sign(claims)
+
+
+def test_a_pointer_to_a_re_run_is_judged_as_the_re_run():
+    blob = {"id": "b" * 32, "sha256": "0" * 64, "length": 1}
+    bare = {"blob": blob, "call": None, "args": None, "kwargs": None}
+    refused(RevokedKey, rerun("gone", **bare), verifier(ROOTED))
+    refused(CapabilityExceeded, rerun("mail", **bare), verifier(ROOTED))
+    assert isinstance(verify(rerun("before", **bare), verifier(ROOTED)), VerifiedPointer)
+
+
 # --- Pointers -------------------------------------------------------------------------------------
 
 
@@ -319,11 +387,53 @@ def test_length_and_hash_are_checked_before_the_stored_token_is_verified(blob):
         ("exp", NOW + 99),
         ("name", "other"),
         ("name", None),
+        ("cty", "pickle"),
+        ("headers", {"X-A": "c"}),
+        ("headers", None),
+        ("retry", {}),
+        ("retry", None),
+        ("deadline", 61),
+        ("deadline", None),
+        ("retry_of", "s" * 16),
+        ("root", {"id": "s" * 16, "kid": "a"}),
+        ("root", None),
+        ("trace", f"00-{'a' * 32}-{'c' * 16}-01"),
+        ("trace", None),
     ],
 )
 def test_a_pointer_and_its_token_have_their_claims_in_common(name, value):
-    data = signed(**{"name": "n"} | {name: value})
-    assert "disagree" in str(stored(pointer_to(data, name="n"), data, InvalidClaims))
+    ring = Keyring(Key("a", SECRET, pickle=True))
+    both = {
+        "name": "n",
+        "headers": {"X-A": "b"},
+        "retry": {"task_retry_limit": 1},
+        "deadline": 60,
+        "retry_of": "r" * 16,
+        "root": {"id": "r" * 16, "kid": "a"},
+        "trace": f"00-{'a' * 32}-{'b' * 16}-01",
+    }
+    using = verifier(ring, allow_pickle=True)
+    data = signed(ring, **both | {name: value})
+    pointer = verify(
+        signed(
+            ring,
+            blob={"id": "b" * 32, "sha256": hashlib.sha256(data).hexdigest(), "length": len(data)},
+            **dict.fromkeys(("call", "args", "kwargs")) | both | {"iat": NOW - 1},
+        ),
+        using,
+    )
+    with pytest.raises(InvalidClaims, match="disagree"):
+        using.verify_stored(pointer, data, url="/u", now=NOW)
+    same = signed(ring, **both)
+    pointer = verify(
+        signed(
+            ring,
+            blob={"id": "b" * 32, "sha256": hashlib.sha256(same).hexdigest(), "length": len(same)},
+            **dict.fromkeys(("call", "args", "kwargs")) | both | {"iat": NOW - 1},
+        ),
+        using,
+    )
+    assert using.verify_stored(pointer, same, url="/u", now=NOW).token == same
 
 
 def test_a_pointer_to_a_pointer_is_refused():
@@ -393,3 +503,45 @@ def test_a_task_tells_its_size_and_time():
     )
     assert (task.size, task.eta_posix) == (6, NOW)
     assert "secret" not in repr(task)
+
+
+# --- What was signed, without a word on whether it may run ------------------------------------------
+
+
+def test_authenticating_asks_neither_policy_nor_time_nor_audience():
+    for changes in (
+        {"call": {**CALL, "module": "os", "qualname": "system"}},
+        {"nbf": NOW + 10**6, "exp": NOW + 2 * 10**6, "iat": NOW + 10**6},
+        {"nbf": 1, "exp": 2, "iat": 1},
+        {"aud": "staging:other:elsewhere:/x"},
+        {"call": None, "args": None, "kwargs": None, "blob": {"id": "b" * 32, "sha256": "0" * 64, "length": 9}},
+    ):
+        assert verifier(queues=["default"], targets=["default"]).authenticate(signed(**changes)) == make(**changes)
+
+
+def test_authenticating_takes_pickles_of_a_key_that_may_sign_them():
+    ring = Keyring(Key("a", SECRET, pickle=True))
+    assert verifier(ring).authenticate(signed(ring, cty="pickle"))["cty"] == "pickle"
+
+
+LIMITED = Keyring(Key("a", SECRET, queues=["mail"]))
+
+
+@pytest.mark.parametrize(
+    ("error", "data", "ring"),
+    [
+        (MalformedToken, b"", RING),
+        (MalformedToken, b"x" * 2_000_000, RING),
+        (UnknownKey, signed(Keyring(Key("b", SECRET))), RING),
+        (BadSignature, signed(Keyring(Key("a", OTHER))), RING),
+        (InvalidClaims, signed(v=2), RING),
+        (CapabilityExceeded, signed(cty="pickle"), RING),
+        (CapabilityExceeded, signed(), LIMITED),
+    ],
+)
+def test_authenticating_refuses_what_no_key_of_ours_signed_or_may_sign(error, data, ring):
+    with pytest.raises(RejectedTask) as caught:
+        verifier(ring).authenticate(data)
+    assert type(caught.value) is error
+    if error is CapabilityExceeded:
+        assert caught.value.identity.task_id == "a" * 32

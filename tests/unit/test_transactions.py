@@ -178,6 +178,18 @@ def test_the_order_of_keywords_makes_no_other_call(app):
     assert unique.defer(tasks.keywords, a=1, b=True).id != unique.defer(tasks.keywords, a=1, b=1).id
 
 
+def test_how_a_call_is_delivered_makes_no_other_call(app):
+    first = app.options(unique=True).defer(tasks.add, 1, 2)
+    for options in (
+        {"retry_options": safedefer.TaskRetryOptions(task_retry_limit=1)},
+        {"deadline": 60},
+        {"headers": {"X-Shop": "1"}},
+        {"countdown": 60},
+    ):
+        assert app.options(unique=True, **options).defer(tasks.add, 1, 2).id == first.id
+    assert app.options(unique=True, target="big").defer(tasks.add, 1, 2).id != first.id
+
+
 def test_a_unique_task_that_ended_may_come_again(app):
     unique = app.options(unique=True, countdown=0)
     first = unique.defer(tasks.keywords, text="x" * 20_000)

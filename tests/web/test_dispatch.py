@@ -271,6 +271,33 @@ async def test_a_target_that_is_down_stops_no_other(tmp_path):
     await asyncio.to_thread(app.close)
 
 
+async def test_a_target_that_takes_connections_and_never_answers_stops_no_other(tmp_path):
+    tasks.reset()
+    connections = []
+
+    async def hang(reader, writer):
+        connections.append(writer)
+        await reader.read(-1)
+        writer.close()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    hung = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    app = make_app(queue=f"sqlite:///{tmp_path}/q.db", targets={"big": hung}, policy=Policy("tests.sample_tasks"))
+    app.options(target="big").defer_many([(tasks.add, (n,), {}) for n in range(60)])
+    async with serving(app, "127.0.0.1", 0) as url, HttpDelivery(url, targets=app.targets, timeout=60.0) as deliver:
+        dispatcher = dispatcher_of(app, deliver, drain_seconds=0.1)
+        running = asyncio.create_task(dispatcher.run())
+        await until(lambda: connections)
+        app.defer_many([(tasks.add, (n,), {}) for n in range(20)])
+        await until(lambda: len(tasks.RAN) == 20)
+        assert len(connections) <= 8
+        dispatcher.stop()
+        await running
+    assert {view.target for view in app.queue.tasks(limit=1000)} == {"big"}
+    server.close()
+    await asyncio.to_thread(app.close)
+
+
 async def test_many_answers_with_bodies_do_not_matter(app):
     async def large(request):
         return web.Response(body=b"x" * 3_000_000, headers={"Safedefer-Outcome": "succeeded"})
@@ -297,15 +324,15 @@ async def test_a_task_longer_than_both_leases_runs_once(tmp_path, monkeypatch):
     tasks.reset()
     moment = [time.time()]
     app = make_app(queue=f"sqlite:///{tmp_path}/q.db", lease_seconds=0.6, clock=lambda: moment[0])
-    prolonged = {"lease": [], "run": []}
+    extended = {"lease": [], "run": []}
     for name, owner in (("lease", app.queue), ("run", app.queue.ledger)):
 
-        def extend(what, *, now, extend=owner.extend_many, moments=prolonged[name], **more):
-            result = extend(what, now=now, **more)
+        def extend_many(many, *, now, extend_many=owner.extend_many, moments=extended[name], **more):
+            result = extend_many(many, now=now, **more)
             moments.append(now)
             return result
 
-        monkeypatch.setattr(owner, "extend_many", extend)
+        monkeypatch.setattr(owner, "extend_many", extend_many)
     task = app.defer(tasks.wait_for_gate, 60.0)
     deliver, options = InProcessDelivery(app.handle), DispatcherOptions(lease_seconds=0.6)
     dispatcher = Dispatcher(app.queue, deliver, clock=lambda: moment[0], options=options)
@@ -313,7 +340,7 @@ async def test_a_task_longer_than_both_leases_runs_once(tmp_path, monkeypatch):
     await until(tasks.STARTED.is_set)
     for _ in range(4):
         moment[0] += 0.4
-        await until(lambda: all(moments and moments[-1] == moment[0] for moments in prolonged.values()))
+        await until(lambda: all(moments and moments[-1] == moment[0] for moments in extended.values()))
         # Neither another dispatcher nor another handler takes it.
         assert app.queue.lease(owner="other", limit=1, seconds=60.0, now=moment[0]) == []
         assert (await app.handle(JOSE, task.payload)).headers["Safedefer-Outcome"] == "running"

@@ -19,7 +19,9 @@ from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND
 
-POLICY = Policy("tests.zoo.values", "builtins:print", "builtins:len", "_operator:add", "operator:add")
+POLICY = Policy(
+    "tests.zoo.values", "builtins:print", "builtins:len", "_operator:add", "operator:add", "builtins:list.append", "builtins:str.upper"
+)  # fmt: skip
 CODEC = TypedCodec()
 
 

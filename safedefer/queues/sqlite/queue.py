@@ -26,7 +26,7 @@ from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
 from safedefer.queues.sqlite.repair import mend
 from safedefer.queues.sqlite.rows import attempt_record, first_row, task_view
-from safedefer.queues.sqlite.watch import Watch
+from safedefer.queues.sqlite.watch import FileWatch
 from safedefer.queues.sqlite.writer import Writer
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class SQLiteQueue:
         self._writer = Writer(self._path, busy_timeout=busy_timeout)
         self._reader = Handle(self._path, busy_timeout=busy_timeout)
         register_fork(self._reader)
-        self._watch = Watch(self._path, busy_timeout=busy_timeout)
+        self._watch = FileWatch(self._path, busy_timeout=busy_timeout)
         self._ledger = SQLiteLedger(self._writer, self._reader)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
         self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch, wait=False)
@@ -413,7 +413,7 @@ def _counts(rows: Iterable[tuple[Any, ...]]) -> dict[str, int]:
     return {queue: count for queue, count in rows}  # noqa: C416 - dict() would not do: a row has any length
 
 
-def _close(writer: Writer, reader: Handle, watch: Watch, *, wait: bool) -> None:
+def _close(writer: Writer, reader: Handle, watch: FileWatch, *, wait: bool) -> None:
     writer.close(wait=wait)
     reader.close(wait=wait)
     watch.close(wait=wait)

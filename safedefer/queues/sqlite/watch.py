@@ -27,7 +27,7 @@ _BACKSTOP: Final = 0.1
 """Seconds after which SQLite is asked although the log looks the same (clocks of file systems are coarse)."""
 
 
-class Watch:
+class FileWatch:
     """Knows the newest task, and wakes whoever waits for a newer one."""
 
     def __init__(self, path: str, *, busy_timeout: float) -> None:

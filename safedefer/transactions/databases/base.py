@@ -6,7 +6,6 @@ runs them to their end: what happens in a transaction is written once.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -104,6 +103,8 @@ class Opener:
 
         if not self.is_async:
             return run_now(connected())
+        import asyncio  # noqa: PLC0415  # importing safedefer must not load it
+
         if asyncio._get_running_loop() is None:  # noqa: SLF001  # public in asyncio's words: in events.__all__
             return asyncio.run(connected())
         return _in_thread(lambda: asyncio.run(connected()))

@@ -1,0 +1,112 @@
+"""The log of refusals: the first one at once, those that follow as a number, at most one line of a reason a minute."""
+
+import logging
+import threading
+
+import pytest
+
+from safedefer.events import LogObserver, RequestRefused, TaskHandled
+
+HANDLED = TaskHandled(
+    task_id="i", queue="default", callable="m:f", kid="k", outcome="succeeded", status=200, reason=None, attempt=1, seconds=0.1
+)  # fmt: skip
+
+
+def refused(reason="bad-signature"):
+    return RequestRefused(status=403, reason=reason)
+
+
+class Log:
+    """An observer whose time stands still, and the lines about refusals that it wrote."""
+
+    def __init__(self, caplog):
+        self.now = 1000.0
+        self.observer = LogObserver(clock=lambda: self.now)
+        self.caplog = caplog
+        caplog.set_level(logging.INFO)
+
+    def __call__(self, *events):
+        for event in events:
+            self.observer(event)
+
+    @property
+    def lines(self):
+        return [record.getMessage() for record in self.caplog.records if "refused" in record.getMessage()]
+
+
+@pytest.fixture
+def log(caplog):
+    return Log(caplog)
+
+
+def test_a_flood_of_refusals_is_one_line_at_once_and_one_a_minute(log):
+    for second in range(180):
+        log.now = 1000.0 + second
+        log(*[refused()] * 100)
+    more = "request refused: bad-signature, 6000 more since the last line"
+    assert log.lines == ["request refused: bad-signature", more, more]
+    log.now = 1180.0
+    log(HANDLED)
+    assert log.lines[3:] == ["request refused: bad-signature, 5999 more since the last line"]
+
+
+def test_a_refusal_for_another_reason_is_logged_at_once_amid_a_flood(log):
+    log(*[refused()] * 1000, refused("revoked-key"), *[refused()] * 1000)
+    assert log.lines == ["request refused: bad-signature", "request refused: revoked-key"]
+
+
+def test_the_last_refusals_of_a_flood_are_logged_with_whatever_comes_a_minute_later(log):
+    log(*[refused()] * 10, HANDLED)
+    log.now += 59.9
+    log(HANDLED)
+    assert len(log.lines) == 1
+    log.now += 0.1
+    log(HANDLED, HANDLED)
+    assert log.lines[1:] == ["request refused: bad-signature, 9 more since the last line"]
+
+
+def test_after_a_quiet_minute_the_next_refusal_is_a_first_one(log):
+    log(refused())
+    log.now += 60.0
+    log(HANDLED)
+    assert log.observer._refusals == {}
+    log(refused())
+    assert log.lines == ["request refused: bad-signature"] * 2
+
+
+def test_a_refusal_after_a_quiet_minute_without_any_event_is_counted_and_logged_at_once(log):
+    log(refused())
+    log.now += 3600.0
+    log(refused())
+    assert log.lines[1:] == ["request refused: bad-signature, 1 more since the last line"]
+
+
+def test_no_number_of_reasons_fills_the_memory(log):
+    log(*[refused(f"reason-{number}") for number in range(10_000)])
+    assert len(log.observer._refusals) == 101
+    assert len(log.lines) == 101
+    log.now += 60.0
+    log(HANDLED)
+    assert log.lines[101:] == ["request refused: others, 9899 more since the last line"]
+
+
+def test_every_refusal_is_counted_from_any_number_of_threads(log):
+    threads = [threading.Thread(target=lambda: log(*[refused()] * 1000)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.now += 60.0
+    log(HANDLED)
+    assert log.lines == [
+        "request refused: bad-signature",
+        "request refused: bad-signature, 7999 more since the last line",
+    ]
+
+
+def test_the_lines_hold_the_event_and_nothing_else_of_the_request(log):
+    log(refused(), refused())
+    log.now += 60.0
+    log(HANDLED)
+    events = [record.safedefer for record in log.caplog.records if "refused" in record.getMessage()]
+    assert events == [refused()] * 2
