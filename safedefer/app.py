@@ -124,9 +124,9 @@ class App(Producer):
         self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
         self._closed = False
         self._delivery: Delivery | None = None
-        self._delivery_options = DeliveryOptions(
-            max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds, validate=validate
-        )
+        options = DeliveryOptions(max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds)
+        deadlines = {} if self.queue_file is None else self.queue_file.deadlines
+        self._delivery_options = replace(options, validate=validate, deadlines=deadlines)
         self._codecs = _codecs(limits, allow_pickle=allow_pickle, by_value_runs_code=by_value_pickles_run_code)
         builder = Builder(
             signer=Signer(keyring, policy, limits=limits),
@@ -320,8 +320,15 @@ class App(Producer):
         self._routes.check(Options(queue=name))
 
     def cancel(self, task_id: str) -> bool:
-        """End a waiting task unrun; False if it does not wait (any more)."""
-        return self.queue.cancel(task_id, now=self._clock())
+        """Cancel a task that waits or runs; False if there is none, or it has ended.
+
+        A coroutine that runs is cancelled, in any process within some seconds; a plain function sees
+        ``current_task().cancelled``. The task does not run again.
+        """
+        cancelled = self.queue.cancel(task_id, now=self._clock())
+        if cancelled and self._delivery is not None:
+            self._delivery.cancel(task_id)
+        return cancelled
 
     def retry(self, task_id: str, *, queue: str | None = None, eta: datetime | None = None) -> Task | None:
         """Re-run a dead letter as a new task, which names it in ``retry_of``; None if there is none.

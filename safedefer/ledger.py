@@ -119,8 +119,16 @@ class Ledger(Protocol):
         """Prolong runs to ``lease`` seconds from now; False stands for one that is no longer ours."""
         ...
 
+    def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
+        """Return which of these runs belong to tasks that were cancelled; changes nothing."""
+        ...
+
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Store the ends of runs; False stands for one that was no longer ours. Every record is stored."""
+        """Store the ends of runs; False stands for one that does not count. Every record is stored.
+
+        The first end counts that is not RETRY, also of an owner whose lease has lapsed; RETRY counts only from the
+        current owner.
+        """
         ...
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:

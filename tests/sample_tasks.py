@@ -1,6 +1,7 @@
 """What the tests of the handler and the dispatcher defer. Every run leaves a line in ``RAN``."""
 
 import asyncio
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -136,6 +137,51 @@ async def sleep_long(seconds=30.0):
         await asyncio.sleep(seconds)
     finally:
         RAN.append("over")
+
+
+async def suppress_cancellation():
+    """Go on after a cancellation, until the gate opens."""
+    RAN.append("begun")
+    while not GATE.is_set():
+        try:
+            await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            RAN.append("suppressed")
+    RAN.append("over")
+
+
+async def clean_up_badly():
+    """Turn the cancellation into another error."""
+    RAN.append("begun")
+    try:
+        await asyncio.sleep(30)
+    finally:
+        raise ValueError("the clean-up failed")
+
+
+def fail_at_gate():
+    """Wait for the gate, and fail."""
+    STARTED.set()
+    GATE.wait(20.0)
+    RAN.append("failed")
+    raise PermanentTaskFailure("too late")
+
+
+def wait_for_cancellation(end="return"):
+    """Look whether the task was cancelled, as a plain function does."""
+    STARTED.set()
+    while not current_task().cancelled and not GATE.is_set():
+        time.sleep(0.01)
+    RAN.append(("cancelled", current_task().cancelled))
+    if end == "raise":
+        raise ValueError("stopped")
+
+
+def backtrack(length):
+    """Hold the interpreter in a regular expression: C code that no other thread interrupts."""
+    RAN.append("begun")
+    re.match(r"(a+)+$", "a" * length + "b")
+    RAN.append("over")
 
 
 def sleep(seconds):

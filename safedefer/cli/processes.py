@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -94,6 +95,7 @@ def serve(
     _hide_keys(app, loaded)
 
     async def work() -> None:
+        loaded.delivery.stop_renewal_after(hang_seconds)
         async with _serving(loaded, worker, host, port, max_tasks) as stop:
             await stop.wait()
             await _drain_handler(loaded, drain)
@@ -110,10 +112,10 @@ def serve(
 @_drain
 @click.option(
     "--timeout",
-    default=600.0,
-    show_default=True,
+    default=None,
+    show_default="the queue's deadline and 30 s",
     type=click.FloatRange(min=0.1),
-    help="Seconds that a handler may take for one task.",
+    help="Seconds to wait for the answer to one task.",
 )
 def dispatch(
     *,
@@ -123,7 +125,7 @@ def dispatch(
     concurrency: int,
     lease: float,
     drain: float,
-    timeout: float,
+    timeout: float | None,
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
     loaded = load_app(app)
@@ -131,7 +133,15 @@ def dispatch(
 
     async def work() -> None:
         verify = SignedRoute(loaded.authenticate)
-        http = HttpDelivery(address, targets=loaded.targets, timeout=timeout, concurrency=concurrency, verify=verify)
+        deadlines = None if loaded.queue_file is None else loaded.queue_file.deadlines
+        http = HttpDelivery(
+            address,
+            targets=loaded.targets,
+            timeout=timeout,
+            deadlines=deadlines,
+            concurrency=concurrency,
+            verify=verify,
+        )
         async with _signals() as stop, http as deliver:
             options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
             _keep_what_is_loaded()
@@ -177,8 +187,9 @@ def run(
     _hide_keys(app, loaded)
 
     async def work() -> None:
+        loaded.delivery.stop_renewal_after(hang_seconds)
         async with _serving(loaded, worker, host, port, max_tasks) as stop:
-            options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
+            options = replace(_dispatcher_options(loaded, concurrency, lease, drain, queues), hang_seconds=hang_seconds)
             deliver = InProcessDelivery(loaded.handle)
             dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options)
             await _dispatch(dispatcher, stop, loaded.delivery.drain)  # what is posted from now on is answered busy
@@ -222,7 +233,7 @@ async def _serving(
         if worker is None:
             print(await stack.enter_async_context(serving(app, host, port)), flush=True)
         else:
-            enough = partial(_has_handled, app, max_tasks)
+            enough = partial(_is_used_up, app, max_tasks)
             await stack.enter_async_context(worker.watched(stop, recycle=enough))
             await stack.enter_async_context(serving(app, listener=worker.listener))
             worker.ready()
@@ -237,8 +248,9 @@ def _hide_keys(spec: str | None, app: App) -> None:
         os.environ.pop("SAFEDEFER_KEYS", None)
 
 
-def _has_handled(app: App, tasks: int | None) -> bool:
-    return tasks is not None and app.delivery.handled >= tasks
+def _is_used_up(app: App, tasks: int | None) -> bool:
+    """Whether a worker process asks to be replaced: it handled its tasks, or too many do not return."""
+    return app.delivery.is_clogged or (tasks is not None and app.delivery.handled >= tasks)
 
 
 def _dispatcher_options(

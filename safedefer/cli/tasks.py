@@ -60,9 +60,9 @@ def tasks_show(*, app: str | None, task_id: str) -> None:
 @app_option
 @click.argument("task_id")
 def tasks_cancel(*, app: str | None, task_id: str) -> None:
-    """End a waiting task unrun."""
+    """End a waiting task unrun, or stop one that runs."""
     if not load_app(app).cancel(task_id):
-        raise click.ClickException(f"no task {plain(task_id)} waits; it runs, has ended, or never was")
+        raise click.ClickException(f"no task {plain(task_id)} waits or runs; it has ended, or never was")
     click.echo(f"cancelled {plain(task_id)}")
 
 

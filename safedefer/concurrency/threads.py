@@ -20,6 +20,8 @@ _T = TypeVar("_T")
 
 #: Seconds that an idle thread waits for a call before it ends.
 _LINGER: Final = 0.1
+#: Above every number of threads that `Threads` starts: it counts them itself.
+_NO_LIMIT: Final = 1_000_000
 
 
 class InThread(Protocol):
@@ -41,7 +43,7 @@ class Threads:
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         # The executor starts the threads, and ends them with the interpreter.
-        self._executor = ThreadPoolExecutor(most, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(_NO_LIMIT, thread_name_prefix=name)
         self._lock = Lock()
         self._calls: deque[_Call] = deque()
         self._awake = 0
@@ -71,6 +73,18 @@ class Threads:
             self._calls.append((call, future, results))
             self._wake_one()
         return future
+
+    def add_one(self) -> None:
+        """Allow one thread more: a call does not return, and its thread is replaced."""
+        with self._lock:
+            self._most += 1
+            if self._calls:
+                self._wake_one()
+
+    def remove_one(self) -> None:
+        """Allow one thread less: the call has returned after all. A thread too many ends before its next call."""
+        with self._lock:
+            self._most -= 1
 
     def close(self, *, wait: bool, cancel: bool = False) -> None:
         """Take no more calls. ``cancel``: cancel the ones that have not begun. ``wait``: wait for the others."""
@@ -116,6 +130,11 @@ class Threads:
             with self._lock:
                 if arrived:
                     self._waking = False
+                if self._awake > self._most:
+                    self._awake -= 1
+                    if self._calls:
+                        self._wake_one()
+                    return None
                 if self._calls:
                     taken = self._calls.popleft()
                     if self._calls:

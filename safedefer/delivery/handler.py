@@ -10,7 +10,8 @@ returned                                                200     ``succeeded``
 ledger: ended already                                   200     ``duplicate``
 ledger: running elsewhere                               409     ``running``
 ``SingularTaskFailure``                                 408     ``retry``
-any other exception                                     500     ``retry``
+any other exception, or past the deadline               500     ``retry``
+cancelled while it ran                                  200     ``cancelled``
 ``PermanentTaskFailure``, expired, arguments undecodable  200   ``failed``
 unresolvable, refused by policy, claims unknown         500     ``rejected``
 too early                                               503     ``early``
@@ -37,6 +38,7 @@ from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.delivery.redaction import redacted_traceback
 from safedefer.delivery.request import HandlerRequest
+from safedefer.delivery.runs import Runs
 from safedefer.errors import (
     ExpiredTask,
     InvalidArguments,
@@ -48,6 +50,7 @@ from safedefer.errors import (
     SingularTaskFailure,
 )
 from safedefer.events import Observer, RequestRefused, is_heard, notify
+from safedefer.execution.deadline import DEADLINE_EXCEEDED, deadline_of, stuck_limit
 from safedefer.execution.run import CoroutineCancelled, Outcome, Result, execute
 from safedefer.headers import (
     CONTENT_TYPE,
@@ -122,9 +125,12 @@ class Delivery:
         self._draining = False
         self._idle = asyncio.Event()
         self._threads = Threads(options.concurrency, "safedefer-task")
+        self._runs = Runs(self._threads, limit=stuck_limit(options.concurrency))
         # Storage has threads of its own: a task that blocks must not delay the ledger entries of others.
         self._storage = Threads(_STORAGE_THREADS, "safedefer-ledger")
-        self._ledger_client = LedgerClient(ledger, self._storage, clock=clock, seconds=options.lease_seconds)
+        self._ledger_client = LedgerClient(
+            ledger, self._storage, clock=clock, seconds=options.lease_seconds, cancel=self.cancel
+        )
 
     @property
     def max_bytes(self) -> int:
@@ -133,8 +139,26 @@ class Delivery:
 
     @property
     def running(self) -> int:
-        """The number of running tasks, including those in threads whose request was cancelled."""
-        return self._running + self._abandoned
+        """The number of running tasks, including those whose request was cancelled or answered at the deadline."""
+        return self._running + self._abandoned + self._runs.stuck
+
+    @property
+    def stuck(self) -> int:
+        """The number of runs that go on past their deadlines: threads, and coroutines that suppress a cancellation."""
+        return self._runs.stuck
+
+    @property
+    def is_clogged(self) -> bool:
+        """Whether so many runs are stuck that the process should be replaced."""
+        return self._runs.stuck >= self._runs.limit
+
+    def cancel(self, task_id: str) -> None:
+        """Stop a task that was cancelled, if it runs here; from any thread."""
+        self._runs.cancel(task_id)
+
+    def stop_renewal_after(self, hang_seconds: float) -> None:
+        """Extend no lease while the event loop stands for so long: then the supervisor ends this process."""
+        self._ledger_client.renewal.beat.hang_seconds = hang_seconds
 
     def drain(self) -> None:
         """Answer ``busy`` from now on. Running tasks go on."""
@@ -149,7 +173,7 @@ class Delivery:
                     await self._idle.wait()
         except TimeoutError:
             return False
-        return not self._abandoned
+        return not (self._abandoned or self._runs.stuck)
 
     def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
         """Return the refusal of a request that needs no look at its body; None to go on and read the body."""
@@ -166,7 +190,9 @@ class Delivery:
                 return self._refuse(415, "content-type")
         if length is not None and length > self._options.max_bytes:
             return self.too_large()
-        if self._draining or self._running >= self._options.concurrency:
+        concurrency = self._options.concurrency
+        # Each stuck thread was replaced: beyond as many again, memory counts more than this process's work.
+        if self._draining or self._running >= concurrency or self._runs.stuck >= max(concurrency, self._runs.limit):
             return self.busy()
         return None
 
@@ -276,11 +302,20 @@ class Delivery:
     # --- The run and its end ---
 
     async def _run(self, request: HandlerRequest, task: VerifiedTask, execution: Execution) -> Response:
+        context = request.context(task)
+        own = task.claims.get("deadline")
+        seconds = deadline_of(own, self._options.deadlines.get(context.queue_name), self._options.deadline)
+        goes_on = False
         self._ledger_client.renewal.add(execution)
         try:
-            outcome = await execute(
-                task, self._codecs, request.context(task), in_thread=self._threads, validate=self._options.validate
-            )
+            run = execute(task, self._codecs, context, in_thread=self._threads, validate=self._options.validate)
+            late = partial(self._finish_late, request, execution)
+            outcome = await self._runs.run(run, context.control, execution, seconds=seconds, late=late)
+            if outcome is None:
+                goes_on = True
+                return await self._answer_for_stuck(request, task, seconds)
+            if outcome.reason == DEADLINE_EXCEEDED:
+                self._log_deadline(task, seconds, "was cancelled")
             status, outcome_name = _STATUS[outcome.result]
             if outcome.reason == SingularTaskFailure.slug:
                 status = 408
@@ -292,10 +327,39 @@ class Delivery:
             raise
         finally:
             # Only after the end is stored: until then no other handler may run the task.
-            self._ledger_client.renewal.remove(execution)
+            if not goes_on:
+                self._ledger_client.renewal.remove(execution)
         if outcome.reason in _UNAUTHENTIC_REASONS:
             return self._refuse(403, outcome.reason)
         return self._answer(request, status, outcome_name, outcome.reason)
+
+    async def _answer_for_stuck(self, request: HandlerRequest, task: VerifiedTask, seconds: float | None) -> Response:
+        """Answer for a run that goes on past its deadline. Its ledger entry stays ``running``."""
+        self._log_deadline(task, seconds, "goes on, as it cannot be cancelled")
+        record = request.record("retry", 500, DEADLINE_EXCEEDED, None, ended=self._clock())
+        await self._ledger_client.record(record)
+        return self._answer(request, 500, "retry", DEADLINE_EXCEEDED)
+
+    async def _finish_late(self, request: HandlerRequest, execution: Execution, outcome: Outcome) -> None:
+        """Store the end of a run that returned after its deadline: a success counts, anything else is tried again."""
+        if outcome.result is not Result.SUCCEEDED:
+            outcome = Outcome(result=Result.RETRY, reason=outcome.reason, error=outcome.error)
+        try:
+            await self._finish(request, execution, outcome, None)
+        except QueueUnavailable:
+            _log.error("the end of task %s was not stored; it runs again", execution.task_id)
+        finally:
+            self._ledger_client.renewal.remove(execution)
+
+    def _log_deadline(self, task: VerifiedTask, seconds: float | None, what: str) -> None:
+        _log.error(
+            "task %s (%s) passed its deadline of %g s and %s; split it, or give it or its queue a longer deadline "
+            "(attempt_deadline in queue.yaml)",
+            task.identity.task_id,
+            task.identity.callable_name,
+            seconds,
+            what,
+        )
 
     def _finish(
         self, request: HandlerRequest, execution: Execution, outcome: Outcome, status: int | None
@@ -344,6 +408,7 @@ class Delivery:
 
     def close(self) -> None:
         """Close the threads."""
+        self._ledger_client.renewal.close()
         self._threads.close(wait=False, cancel=True)
         self._storage.close(wait=True)
 
@@ -353,12 +418,14 @@ _STATUS: Final = {
     Result.RETRY: (500, "retry"),
     Result.FAILED: (200, "failed"),
     Result.REJECTED: (500, "rejected"),
+    Result.CANCELLED: (200, "cancelled"),
 }
 _END: Final = {
     Result.SUCCEEDED: EndState.SUCCEEDED,
     Result.RETRY: EndState.RETRY,
     Result.FAILED: EndState.FAILED,
     Result.REJECTED: EndState.RETRY,
+    Result.CANCELLED: EndState.CANCELLED,
 }
 #: Decoding the arguments found it, and it is answered like any token that is not authentic.
 _UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})

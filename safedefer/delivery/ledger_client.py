@@ -6,8 +6,8 @@ No task runs before the ledger has admitted it, and no answer goes out before th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
+import logging
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -15,12 +15,17 @@ from functools import partial
 from typing import Final
 
 from safedefer.concurrency.batches import Batches
+from safedefer.concurrency.beat import HANG_SECONDS, Beat
 from safedefer.concurrency.threads import InThread
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, Execution, Ledger, RunEnd
 
+_log: Final = logging.getLogger("safedefer")
+
 #: Seconds between two tries to store the end of a run.
 _STORE_AGAIN: Final = 0.25
+#: Seconds between two looks for tasks that were cancelled while they run.
+_LOOK_SECONDS: Final = 1.0
 #: Beats in the length of a lease. A run is extended at every second beat.
 _BEATS: Final = 6
 
@@ -33,10 +38,17 @@ class LedgerClient:
         in_thread: Calls it in a thread.
         clock: Returns seconds since the epoch.
         seconds: The length of a run's lease. The ledger takes a run for dead when its lease expires.
+        cancel: Called with the id of a task that was cancelled while it runs, from a thread.
     """
 
     def __init__(
-        self, ledger: Callable[[], Ledger], in_thread: InThread, *, clock: Callable[[], float], seconds: float
+        self,
+        ledger: Callable[[], Ledger],
+        in_thread: InThread,
+        *,
+        clock: Callable[[], float],
+        seconds: float,
+        cancel: Callable[[str], None],
     ) -> None:
         self._ledger = ledger
         self._in_thread = in_thread
@@ -49,7 +61,7 @@ class LedgerClient:
         """Ask the ledger to admit a run."""
         self.end: Batches[RunEnd, bool] = Batches(self._end_many, orphaned=self._orphaned)
         """Store the end of a run; as ``finish``, but with one try."""
-        self.renewal = RunRenewal(ledger, in_thread, clock=clock, seconds=seconds)
+        self.renewal = RunRenewal(ledger, clock=clock, seconds=seconds, cancel=cancel)
 
     def owner(self) -> str:
         """Return a new owner, unique among all runs."""
@@ -118,33 +130,44 @@ def _forget(task: asyncio.Task[None]) -> None:
 
 
 class RunRenewal:
-    """Extends the ledger's leases of running tasks, all with one timer.
+    """Extends the ledger's leases of running tasks, from a thread of its own.
 
     Most runs end before the first beat; they cost one entry in a dictionary, and its removal.
 
     Args:
         ledger: Returns the ledger.
-        in_thread: Calls it in a thread.
         clock: Returns seconds since the epoch.
         seconds: The length of a run's lease.
+        cancel: Called with the id of a task that was cancelled while it runs, from a thread.
+        hang_seconds: Seconds without a turn of the event loop after which no lease is extended.
     """
 
     def __init__(
-        self, ledger: Callable[[], Ledger], in_thread: InThread, *, clock: Callable[[], float], seconds: float
+        self,
+        ledger: Callable[[], Ledger],
+        *,
+        clock: Callable[[], float],
+        seconds: float,
+        cancel: Callable[[str], None],
+        hang_seconds: float = HANG_SECONDS,
     ) -> None:
         self._ledger = ledger
-        self._in_thread = in_thread
         self._clock = clock
         self._seconds = seconds
+        self._cancel = cancel
+        self._looked_at: set[str] = set()
+        """Owners of the runs that the last look found."""
+        self.looks = Beat(
+            self._look, first=_LOOK_SECONDS, name="safedefer-cancels", hang_seconds=hang_seconds, log=False
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.beat = Beat(self._tick, first=seconds / _BEATS, name="safedefer-runs", hang_seconds=hang_seconds)
         self._forget()
 
     def _forget(self) -> None:
-        self._runs: dict[str, tuple[Execution, int]] = {}
-        """Runs by owner, each with the beat of its admission or last extension."""
-        self._beat = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._beating: asyncio.Task[None] | None = None
+        self._runs: dict[str, _Extended] = {}
+        """Runs by owner."""
+        self._count = 0
 
     def add(self, execution: Execution) -> None:
         """Extend the lease of a run from now on. Call it in a running event loop."""
@@ -152,28 +175,56 @@ class RunRenewal:
         if loop is not self._loop:  # a new event loop: drop the state of the old one
             self._loop = loop
             self._forget()
-        self._runs[execution.owner] = execution, self._beat
-        if self._timer is None:
-            self._timer = loop.call_later(self._seconds / _BEATS, self._tick, loop)
+            self.beat.start()
+            self.looks.start()
+        self._runs[execution.owner] = _Extended(execution, self._count)
 
     def remove(self, execution: Execution) -> None:
         """Stop extending the lease of a run."""
         self._runs.pop(execution.owner, None)
 
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._runs:
-            self._timer = None
-            return
-        self._timer = loop.call_later(self._seconds / _BEATS, self._tick, loop)
-        self._beat += 1
-        due = [execution for execution, beat in self._runs.values() if self._beat - beat > 1]
-        if due and (self._beating is None or self._beating.done()):
-            self._runs.update((execution.owner, (execution, self._beat)) for execution in due)
-            self._beating = loop.create_task(self._extend(due))
+    def close(self) -> None:
+        """Extend no more."""
+        self._loop = None
+        self.beat.stop()
+        self.looks.stop()
 
-    async def _extend(self, due: list[Execution]) -> None:
-        def extend() -> None:
-            with contextlib.suppress(QueueUnavailable):  # the next beat tries again
-                self._ledger().extend_many(due, now=self._clock(), lease=self._seconds)
+    def _look(self) -> float:
+        """Ask, in the thread, which runs were cancelled of those that the last look found too."""
+        runs = self._runs.copy()
+        lasting = [run.execution for owner, run in runs.items() if owner in self._looked_at]
+        self._looked_at = set(runs)
+        if lasting:
+            try:
+                cancelled = self._ledger().cancelled_many(lasting)
+            except Exception as error:  # noqa: BLE001  # after any error the next look tries again
+                _log.error("the ledger cannot be asked for cancelled tasks (%s)", type(error).__name__)
+                cancelled = ()
+            for execution, is_cancelled in zip(lasting, cancelled, strict=False):
+                if is_cancelled:
+                    self._cancel(execution.task_id)
+        return _LOOK_SECONDS
 
-        await self._in_thread(extend)
+    def _tick(self) -> float:
+        """Extend, in the thread, what has lasted for two beats."""
+        self._count += 1
+        # The copy is made at once; the event loop adds and removes meanwhile.
+        due = [run for run in self._runs.copy().values() if self._count - run.beat > 1]
+        if due:
+            for run in due:
+                run.beat = self._count
+            try:
+                self._ledger().extend_many([run.execution for run in due], now=self._clock(), lease=self._seconds)
+            except Exception as error:  # noqa: BLE001  # after any error the next beats try again
+                _log.error("runs cannot be extended (%s)", type(error).__name__)
+        return self._seconds / _BEATS
+
+
+class _Extended:
+    """A run, with the beat of its admission or last extension."""
+
+    __slots__ = ("beat", "execution")
+
+    def __init__(self, execution: Execution, beat: int) -> None:
+        self.execution = execution
+        self.beat = beat

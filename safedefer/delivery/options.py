@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
+from safedefer.execution.deadline import DEFAULT_DEADLINE, MAX_DEADLINE
 
 if TYPE_CHECKING:
     from safedefer.execution.prepare import Validate
@@ -32,6 +34,10 @@ class DeliveryOptions:
     """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
     validate: Validate = None
     """``"annotations"``: check the arguments against the callable's annotations before the call."""
+    deadline: float = DEFAULT_DEADLINE
+    """Seconds that an attempt may take where neither the task nor its queue says so; 0 is no deadline."""
+    deadlines: Mapping[str, float] = field(default_factory=dict)
+    """The ``attempt_deadline`` of queues, in seconds; 0 is no deadline."""
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -39,5 +45,8 @@ class DeliveryOptions:
             raise ConfigurationError("concurrency is a whole number, 1 or more")
         if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:
             raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
+        for seconds in (self.deadline, *self.deadlines.values()):
+            if type(seconds) not in {int, float} or not 0 <= seconds <= MAX_DEADLINE:
+                raise ConfigurationError("a deadline is a number of seconds, at most a day; 0 is none")
         if self.validate not in {None, "annotations"}:
             raise ConfigurationError('validate is None or "annotations"')

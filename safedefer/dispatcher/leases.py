@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Final, Protocol, TypeAlias
 
-from safedefer.concurrency.threads import InThread
+from safedefer.concurrency.beat import Beat
 from safedefer.errors import Error
 from safedefer.queues.base import Lease, Leasing, Settlement, Verdict
 
@@ -39,31 +38,31 @@ class Leases:
     Args:
         queue: The queue.
         settle_many: Settles tasks in it.
-        in_thread: Makes all other calls of it, in a thread.
         clock: Returns seconds since the epoch.
         seconds: The length of a lease.
         patience: The most seconds to wait for a settle call after a cancellation.
         makes_room: Whether an ended task may let another one be leased: a queue has a cap.
+        hang_seconds: Seconds without a turn of the event loop after which no lease is extended.
     """
 
     def __init__(
         self,
         queue: Leasing,
         settle_many: SettleMany,
-        in_thread: InThread,
         *,
         clock: Callable[[], float],
         seconds: float,
         patience: float,
         makes_room: bool,
+        hang_seconds: float,
     ) -> None:
         self._queue = queue
         self._settle_many = settle_many
-        self._in_thread = in_thread
         self._clock = clock
         self._seconds = seconds
         self._patience = patience
         self._makes_room = makes_room
+        self._hang_seconds = hang_seconds
         self._held: dict[str, Lease] = {}
         self._ended: list[_Settled] = []
         self._settling = False
@@ -128,25 +127,25 @@ class Leases:
                 _log.warning("task %a was delivered elsewhere meanwhile", lease.task.id)
 
     async def keep_extending(self) -> None:
-        """Extend all leases, three times in the length of one, until cancelled."""
-        pause = self._seconds / 3
-        while True:
-            await asyncio.sleep(pause)
-            pause = self._seconds / 3
-            held = list(self._held.values())
-            if not held:
-                continue
-            if not await self._in_thread(partial(self._extend, held)):
-                pause = min(pause, _EXTEND_AGAIN)
-
-    def _extend(self, held: Sequence[Lease]) -> bool:
-        """Extend leases, in a thread; False if the storage failed. The settlement of a lost lease reports it."""
+        """Extend all leases, three times in the length of one and from a thread of their own, until cancelled."""
+        beat = Beat(self._extend, first=self._seconds / 3, name="safedefer-leases", hang_seconds=self._hang_seconds)
+        beat.start()
         try:
-            self._queue.extend_many(held, seconds=self._seconds, now=self._clock())
-        except Exception as error:  # noqa: BLE001  # the next turn tries again
-            _log.error("leases cannot be prolonged (%s)", name_of(error))
-            return False
-        return True
+            await asyncio.get_running_loop().create_future()
+        finally:
+            beat.stop()
+
+    def _extend(self) -> float:
+        """Extend all leases; return the seconds to the next time. The settlement of a lost lease reports it."""
+        pause = self._seconds / 3
+        held = list(self._held.copy().values())  # the copy is made at once; the event loop changes it meanwhile
+        if held:
+            try:
+                self._queue.extend_many(held, seconds=self._seconds, now=self._clock())
+            except Exception as error:  # noqa: BLE001  # the next turn tries again
+                _log.error("leases cannot be prolonged (%s)", name_of(error))
+                return min(pause, _EXTEND_AGAIN)
+        return pause
 
 
 def name_of(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
+from safedefer.concurrency.beat import HANG_SECONDS
 from safedefer.concurrency.threads import Threads
 from safedefer.dispatcher.attempt import AttemptRunner
 from safedefer.dispatcher.leases import Leases, name_of
@@ -79,6 +80,8 @@ class DispatcherOptions:
     """The slots: the most deliveries at once."""
     lease_seconds: float = 60.0
     """Seconds after which a lease expires unless it is extended; a live dispatcher extends it."""
+    hang_seconds: float = HANG_SECONDS
+    """Seconds without a turn of the event loop after which no lease is extended."""
     drain_seconds: float = 30.0
     """The longest wait for deliveries under way after ``stop``."""
     queues: Sequence[str] | None = None
@@ -148,11 +151,11 @@ class Dispatcher:
         leases = Leases(
             self._queue,
             self._settle_many,
-            self._in_thread,
             clock=self._clock,
             seconds=options.lease_seconds,
             patience=options.drain_seconds,
             makes_room=any(limits.max_concurrent is not None for limits in options.limits or ()),
+            hang_seconds=options.hang_seconds,
         )
         attempts = AttemptRunner(
             self._queue,

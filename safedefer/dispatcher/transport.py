@@ -12,6 +12,7 @@ import aiohttp
 from yarl import URL
 
 from safedefer.dispatcher.signed_route import SignedRoute
+from safedefer.execution.deadline import ANSWER_SECONDS, DEFAULT_DEADLINE
 from safedefer.headers import Response
 from safedefer.queues.base import QueuedTask
 
@@ -55,7 +56,8 @@ class HttpDelivery:
     Args:
         address: The address for tasks without a configured target: ``http://127.0.0.1:8080``, with a prefix if needed.
         targets: Addresses by target.
-        timeout: The most seconds that a handler may take for one task (App Engine: ten minutes).
+        timeout: The most seconds to wait for an answer; None is the deadline of the task's queue and 30 s more.
+        deadlines: The ``attempt_deadline`` of queues, in seconds; 0 is no deadline. Other queues have 600 s.
         concurrency: The most connections.
         verify: Checks a task before anything of it is sent. None sends what the storage says, unchecked: for
             tests, and for storage that nobody else can write.
@@ -66,7 +68,8 @@ class HttpDelivery:
         address: str,
         *,
         targets: Mapping[str, str] | None = None,
-        timeout: float = 600.0,
+        timeout: float | None = None,
+        deadlines: Mapping[str, float] | None = None,
         concurrency: int = 16,
         verify: SignedRoute | None = None,
     ) -> None:
@@ -75,7 +78,12 @@ class HttpDelivery:
         self._targets = {name: url.rstrip("/") for name, url in (targets or {}).items()}
         self.several = any(target != self._address for target in self._targets.values())
         """Whether tasks go to more than one address."""
-        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=10.0)
+        self._timeout = _timeout(DEFAULT_DEADLINE + ANSWER_SECONDS if timeout is None else timeout)
+        # A timeout that was given holds for all queues.
+        queues = {} if timeout is not None or deadlines is None else deadlines
+        self._timeouts = {
+            queue: _timeout(seconds + ANSWER_SECONDS if seconds else None) for queue, seconds in queues.items()
+        }
         self._concurrency = concurrency
         self._session: aiohttp.ClientSession | None = None
 
@@ -112,8 +120,11 @@ class HttpDelivery:
         address = self.address(task)
         # The path as it was signed: a normalised one is another path, and the handler compares it.
         url = URL(address + task.url, encoded=True)
+        timeout = self._timeouts.get(task.queue, self._timeout)
         try:
-            async with self._session.post(url, data=task.token, headers=headers, allow_redirects=False) as response:
+            async with self._session.post(
+                url, data=task.token, headers=headers, allow_redirects=False, timeout=timeout
+            ) as response:
                 # The body adds nothing to the headers: it stays unread, and cannot fill the memory.
                 return Response(response.status, dict(response.headers), b"")
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -124,6 +135,10 @@ class HttpDelivery:
     def address(self, task: QueuedTask, /) -> str:
         """Return the address that a task is sent to."""
         return self._targets.get(task.target, self._address)
+
+
+def _timeout(seconds: float | None) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=seconds, connect=10.0)
 
 
 class InProcessDelivery:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
+
+from safedefer.execution.deadline import RunControl, Stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,13 @@ class TaskContext:
     """The dead letter that this task re-runs."""
     root: str | None = None
     """The id of the first task of the chain of re-runs that this one is of."""
+    control: RunControl = field(default_factory=RunControl, repr=False, compare=False)
+    """Shared with the handler, which stops the run by it."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task was cancelled while it runs. A plain function may look, and return early."""
+        return self.control.stop is Stop.CANCELLED
 
 
 CURRENT: Final[ContextVar[TaskContext | None]] = ContextVar("safedefer_task", default=None)

@@ -28,6 +28,7 @@ from safedefer.errors import (
     SingularTaskFailure,
 )
 from safedefer.execution.context import CURRENT, TaskContext
+from safedefer.execution.deadline import RunControl, Stop
 from safedefer.execution.prepare import Prepared, Validate, is_async, prepare
 from safedefer.task import VerifiedTask
 
@@ -41,6 +42,7 @@ class Result(StrEnum):
     RETRY = "retry"
     FAILED = "failed"
     REJECTED = "rejected"
+    CANCELLED = "cancelled"
 
 
 class CoroutineCancelled(asyncio.CancelledError):
@@ -76,7 +78,8 @@ async def execute(
     Args:
         task: The task.
         codecs: Codecs by ``cty``.
-        context: What ``current_task()`` returns while the task runs.
+        context: What ``current_task()`` returns while the task runs. The caller stops the run by its ``control``:
+            it sets ``stop``, and cancels the asyncio task unless a thread runs.
         in_thread: Runs plain callables, and the steps before a coroutine function is called that may block.
         validate: ``"annotations"``: check the arguments against the annotations.
 
@@ -84,33 +87,52 @@ async def execute(
         asyncio.CancelledError: The caller was cancelled; ``CoroutineCancelled`` if nothing of the task runs any more.
     """
     token = CURRENT.set(context)
-    in_a_thread = False
+    control = context.control
     result: object = None
     try:
         prepared = _prepare_at_once(task, codecs) if validate is None and _is_at_hand(task) else None
         if prepared is None:
             # Imports, decoding of large arguments and __setstate__ of admitted classes may block the loop.
-            in_a_thread = True
-            begin = partial(_begin, task, codecs, validate)
+            control.hand_over()
+            begin = partial(_begin, task, codecs, validate, control)
             step: _Step = await in_thread(partial(copy_context().run, begin))
-            in_a_thread = False
+            control.in_thread = False
+            if (
+                control.stop is Stop.CANCELLED
+                and step.coroutine_function is None
+                and not inspect.isawaitable(step.result)
+            ):
+                return _stopped(control.stop, step.error)
             if step.error is not None:
                 return _outcome(step.error, started=step.started)
             prepared, result = step.coroutine_function, step.result
+            if control.stop is not None and (prepared is not None or inspect.isawaitable(result)):
+                if inspect.iscoroutine(result):
+                    result.close()
+                return _stopped(control.stop, None)  # the coroutine does not begin any more
         if prepared is not None:
             result = prepared()
         if result is not None and (type(result) is CoroutineType or inspect.isawaitable(result)):
             await cast("Awaitable[object]", result)
-    except BaseException as error:  # a task's SystemExit must not end the handler
-        current = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
-            if in_a_thread:
-                raise
-            raise CoroutineCancelled from error
-        return _outcome(error, started=True)
+    except BaseException as error:  # noqa: BLE001  # a task's SystemExit must not end the handler
+        return _raised(error, control)
     finally:
         CURRENT.reset(token)
-    return _SUCCEEDED
+    return _SUCCEEDED if control.stop is not Stop.CANCELLED else _stopped(control.stop, None)
+
+
+def _raised(error: BaseException, control: RunControl) -> Outcome:
+    """Return the outcome of a run that raised; raise the cancellation of the caller again."""
+    current = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and current is not None and current.cancelling():
+        if not control.withdraw():
+            raise error
+        if control.stop is None:
+            control.cancelled_with_caller = True  # an asyncio task does not keep the class of its cancellation
+            raise CoroutineCancelled from error
+    if control.stop is not None:  # the cancellation, or what the coroutine made of it
+        return _stopped(control.stop, error)
+    return _outcome(error, started=True)
 
 
 #: References of coroutine functions that a thread has imported before.
@@ -155,7 +177,9 @@ class _Step:
     error: BaseException | None = None
 
 
-def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate) -> _Step:
+def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate, control: RunControl) -> _Step:
+    if not control.claim():  # the handler has stopped it, and does not wait
+        return _Step(error=asyncio.CancelledError())
     # Errors are returned, not raised: a future cannot carry a StopIteration.
     try:
         prepared = prepare(task, codecs, validate=validate)
@@ -173,6 +197,11 @@ def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate) 
 
 
 _SUCCEEDED: Final = Outcome(result=Result.SUCCEEDED)
+
+
+def _stopped(stop: Stop, error: BaseException | None) -> Outcome:
+    result = Result.CANCELLED if stop is Stop.CANCELLED else Result.RETRY
+    return Outcome(result=result, reason=str(stop), error=error)
 
 
 def _outcome(error: BaseException, *, started: bool) -> Outcome:

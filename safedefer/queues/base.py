@@ -280,9 +280,10 @@ class Queue(Protocol):
         ...
 
     def cancel(self, task_id: str, *, now: float) -> bool:
-        """End a waiting task unrun, in the ledger too.
+        """Cancel a task: end one that waits, unrun; mark the ledger's entry of one that is leased or runs.
 
-        False if it does not wait, or by the ledger runs now or has ended.
+        A marked task does not begin again, and the handler that runs it stops it. Its delivery ends as cancelled.
+        False if there is none, or by the ledger it has ended.
         """
         ...
 

@@ -104,6 +104,10 @@ class QueueSection(BaseModel):
     target: Annotated[str, Field(pattern=_NAME)] | None = None
     """The target of tasks that name none."""
     retry_parameters: RetryParameters = RetryParameters()
+    attempt_deadline: Annotated[float, BeforeValidator(_number), Field(ge=0, le=86_400, allow_inf_nan=False)] | None = (
+        None
+    )
+    """Seconds that one attempt may take where the task itself does not say; 0 is no deadline, None is 600."""
     mode: Literal["push"] = "push"
 
     @model_validator(mode="before")
@@ -176,6 +180,12 @@ class QueueFile(BaseModel):
     def section(self, queue: str) -> QueueSection | None:
         """Return the entry of a queue."""
         return next((section for section in self.queue if section.name == queue), None)
+
+    @property
+    def deadlines(self) -> dict[str, float]:
+        """The declared ``attempt_deadline`` of each queue, in seconds; 0 is none."""
+        given = ((section.name, section.attempt_deadline) for section in self.queue)
+        return {name: seconds for name, seconds in given if seconds is not None}
 
     @property
     def limits(self) -> list[QueueLimits]:

@@ -211,6 +211,11 @@ def check_replacement(letter: VerifiedLetter, *, digest: bytes | None, entry: Kn
         raise ExpiredTask("the task's time is over, and by the ledger it did not die; defer it anew")
 
 
+def may_stop(entry: Known | None) -> bool:
+    """Whether a task that somebody has leased or runs can be cancelled: by the ledger it has not ended."""
+    return entry is None or not entry.ended
+
+
 def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Known) -> Admission:
     """Say whether a task may run that the ledger knows; one that it does not know may."""
     if digest != execution.digest:
@@ -220,6 +225,15 @@ def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Know
     if entry.running and owner != execution.owner:
         return Admission.RUNNING
     return Admission.RUN
+
+
+def end_counts(end: EndState, entry: Known, *, ours: bool) -> bool:
+    """Say whether the end of a run changes the ledger's entry, which has the run's digest.
+
+    The first end that is final counts, also of an owner whose lease has lapsed: the task has run, and another run of it
+    would be one too many. RETRY counts only from the current owner, who else would make room for a third.
+    """
+    return not entry.ended and (end in _ENDED or (ours and entry.state == RUNNING))
 
 
 # --- Which limits count ---------------------------------------------------------------------------

@@ -133,6 +133,22 @@ def test_a_loop_of_c_that_holds_the_interpreter_is_ended_with_or_without_a_super
     assert re.search(r'shop_tasks\.py", line \d+ in hold', err), "its own timer says where"
 
 
+def test_a_worker_whose_threads_do_not_return_is_replaced(project):
+    (project.folder / "queue.yaml").write_text("queue:\n- name: default\n  rate: 100/s\n  attempt_deadline: 0.5\n")
+    project.environment["SAFEDEFER_QUEUE_YAML"] = str(project.folder / "queue.yaml")
+    process, _ = project.start("run", "--port", "0", "--drain", "5")
+    pids = workers(process)
+    defer(project, *(f"t.slow, {number}, 600" for number in range(4)))  # a quarter of 16
+    project.until(lambda: not any(map(alive, pids)) and len(workers(process)) == 1)
+    defer(project, "t.work, 7")
+    project.until(lambda: project.results() == [7])
+    status, _, err = project.terminate(process)
+    assert status == 0
+    assert "4 tasks go on past their deadlines in this process" in err
+    assert "4 tasks were still running; they will be tried again" in err
+    assert err.count("passed its deadline of 0.5 s and goes on, as it cannot be cancelled") == 4
+
+
 def test_a_second_signal_ends_at_once(project):
     process, _ = project.start("run", "--port", "0", "--processes", "2")
     pids = workers(process)

@@ -559,7 +559,9 @@ class QueueContract:
             assert begin(queue.ledger, asked, now=now, lease=30.0) is expected
             if expected is Admission.RUN:
                 known, owner = rules.Known(rules.RUNNING, uncharged=True, alive=True), asked.owner
-        assert queue.cancel(task.id, now=now) is rules.may_cancel(known)
+        assert queue.cancel(task.id, now=now) is rules.may_stop(known)
+        # It is marked only where it runs; the queue keeps it until its delivery ends.
+        assert (queue.find(task.id).state is TaskState.CANCELLED) is rules.may_cancel(known)
 
     # --- Cancel -------------------------------------------------------------------------------
 
@@ -574,25 +576,49 @@ class QueueContract:
         view = queue.find(task.id)
         assert (view.state, view.ended, view.attempts) == (TaskState.CANCELLED, 100.0, 0)
 
-    def test_only_a_waiting_task_is_cancelled(self, queue):
+    def test_only_a_task_that_has_not_ended_is_cancelled(self, queue):
         task = make_task()
         assert queue.cancel(task.id, now=100.0) is False
         queue.enqueue_many([task])
-        lease = take_one(queue)
-        assert queue.cancel(task.id, now=159.9) is False
-        settle(queue, lease, DONE, now=159.9)
+        settle(queue, take_one(queue), DONE, now=159.9)
         assert queue.cancel(task.id, now=160.0) is False
         assert queue.find(task.id).state is TaskState.SUCCEEDED
 
-    def test_a_task_whose_lease_ran_out_is_cancelled_unless_it_runs(self, queue):
+    @pytest.mark.parametrize("verdict", ["done", "dead", "retry", "lost"])
+    @pytest.mark.parametrize("runs", [True, False])
+    def test_a_task_that_is_leased_or_runs_is_marked_and_its_delivery_ends_as_cancelled(self, queue, runs, verdict):
+        task, other = oversize_task(), make_task()
+        queue.enqueue_many([task])
+        lease = take_one(queue)
+        run, bystander = execution_of(task), execution_of(other)
+        begin(queue.ledger, bystander, now=100.0, lease=60.0)
+        if runs:
+            begin(queue.ledger, run, now=100.0, lease=60.0)
+        assert list(queue.ledger.cancelled_many([bystander, run])) == [False, False]
+        assert queue.cancel(task.id, now=101.0) is True
+        assert queue.cancel(task.id, now=101.0) is False, "it has ended by the ledger"
+        assert list(queue.ledger.cancelled_many([bystander, run])) == [False, True]
+        assert queue.find(task.id).state is TaskState.RUNNING
+        assert queue.blobs.get(task.blob.id) is not None, "the handler may be about to read it"
+        assert list(queue.ledger.extend_many([run], now=102.0, lease=60.0)) == [False]
+        assert finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task)) is False
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=102.0, lease=60.0) is Admission.DUPLICATE
+        if verdict == "retry":
+            settle(queue, lease, Settlement(verdict=Verdict.RETRY, at=103.0), now=103.0)
+        if verdict in {"retry", "lost"}:
+            lease = take_one(queue, now=170.0)
+        settle(queue, lease, DEAD if verdict == "dead" else DONE, now=171.0)
+        view = queue.find(task.id)
+        assert (view.state, view.attempts) == (TaskState.CANCELLED, int(runs or verdict == "retry"))
+        assert queue.blobs.get(task.blob.id) is None
+
+    def test_a_task_whose_lease_ran_out_is_cancelled(self, queue):
         task = make_task()
         queue.enqueue_many([task])
         lease = take_one(queue)
-        run = execution_of(task)
-        begin(queue.ledger, run, now=150.0, lease=60.0)
-        assert queue.cancel(task.id, now=160.0) is False
+        begin(queue.ledger, execution_of(task), now=100.0, lease=60.0)
         assert queue.cancel(task.id, now=210.0) is True
-        assert finish(queue.ledger, run, EndState.SUCCEEDED, record_of(task)) is False
+        assert queue.find(task.id).state is TaskState.CANCELLED
         assert list(queue.settle_many([(lease, DONE)], now=211.0)) == [False]
 
     # --- Oversize -----------------------------------------------------------------------------
@@ -801,12 +827,61 @@ class QueueContract:
         assert begin(ledger, second, now=219.8, lease=60.0) is Admission.RUNNING
         assert begin(ledger, second, now=220.0, lease=60.0) is Admission.RUN
         assert ledger.extend_many([first], now=221.0, lease=60.0)[0] is False
-        assert finish(ledger, first, EndState.SUCCEEDED, record_of(task)) is False
+        assert finish(ledger, first, EndState.RETRY, record_of(task, "retry")) is False
         assert begin(ledger, first, now=222.0, lease=60.0) is Admission.RUNNING
         assert finish(ledger, second, EndState.SUCCEEDED, record_of(task)) is True
         assert begin(ledger, first, now=223.0, lease=60.0) is Admission.DUPLICATE
         assert finish(ledger, second, EndState.FAILED, record_of(task)) is False
         assert ledger.extend_many([second], now=223.0, lease=60.0)[0] is False
+
+    @pytest.mark.parametrize("digest", ["same", "another"])
+    @pytest.mark.parametrize("ours", [True, False])
+    @pytest.mark.parametrize("before", [None, *EndState])
+    @pytest.mark.parametrize("end", EndState)
+    def test_an_end_counts_as_the_rules_say(self, queue, end, before, ours, digest):
+        task, ledger = make_task(), queue.ledger
+        first, second = execution_of(task, "run-1"), execution_of(task, "run-2")
+        begin(ledger, first, now=100.0, lease=60.0)
+        assert begin(ledger, second, now=170.0, lease=60.0) is Admission.RUN
+        if before is not None:
+            assert finish(ledger, second, before, record_of(task, "retry"))
+        ended = (second if ours else first)._replace(**({} if digest == "same" else {"digest": b"another"}))
+        known = rules.Known("running" if before is None else str(before), uncharged=True, alive=before is None)
+        counts = digest == "same" and rules.end_counts(end, known, ours=ours)
+        assert finish(ledger, ended, end, record_of(task, "retry")) is counts
+        state = str(end) if counts else known.state
+        expected = {"running": Admission.RUNNING, "retry": Admission.RUN}.get(state, Admission.DUPLICATE)
+        assert begin(ledger, execution_of(task, "run-3"), now=171.0, lease=60.0) is expected
+
+    @pytest.mark.parametrize("late", [EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED])
+    def test_a_late_end_counts_and_the_queue_believes_it(self, queue, late):
+        task = make_task()
+        queue.enqueue_many([task])
+        lost = execution_of(task, "run-1")
+        take_one(queue, seconds=60.0)
+        begin(queue.ledger, lost, now=100.0, lease=60.0)
+        lease = take_one(queue, now=161.0)
+        second = execution_of(task, "run-2")
+        assert begin(queue.ledger, second, now=161.0, lease=60.0) is Admission.RUN
+        ends = [
+            (lost, late, record_of(task, str(late))),
+            (second, EndState.RETRY, record_of(task, "retry")),
+            (second, EndState.SUCCEEDED, record_of(task, started=161.0)),
+        ]
+        assert list(queue.ledger.finish_many(ends)) == [True, False, False]
+        assert begin(queue.ledger, execution_of(task, "run-3"), now=162.0, lease=60.0) is Admission.DUPLICATE
+        settle(queue, lease, DONE, now=163.0)
+        states = {"succeeded": TaskState.SUCCEEDED, "failed": TaskState.DEAD, "cancelled": TaskState.CANCELLED}
+        assert queue.find(task.id).state is states[str(late)]
+
+    def test_a_retry_and_a_late_success_in_one_call_are_a_success(self, queue):
+        task, ledger = make_task(), queue.ledger
+        first, second = execution_of(task, "run-1"), execution_of(task, "run-2")
+        begin(ledger, first, now=100.0, lease=60.0)
+        begin(ledger, second, now=161.0, lease=60.0)
+        ends = [(second, EndState.RETRY, record_of(task, "retry")), (first, EndState.SUCCEEDED, record_of(task))]
+        assert list(ledger.finish_many(ends)) == [True, True]
+        assert begin(ledger, execution_of(task, "run-3"), now=162.0, lease=60.0) is Admission.DUPLICATE
 
     @pytest.mark.parametrize("state", [EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED])
     def test_a_run_that_ended_is_a_duplicate(self, queue, state):

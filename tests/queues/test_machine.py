@@ -202,7 +202,7 @@ class QueueMachine(RuleBasedStateMachine):
     def may_be_cancelled(self, model: Model) -> bool:
         waits = model.state is TaskState.WAITING or (model.state is TaskState.RUNNING and model.due <= self.now)
         runs = model.ledger == "running" and model.run_until > self.now
-        return waits and not runs and model.ledger not in ("succeeded", "failed")
+        return waits and not runs and model.ledger not in ("succeeded", "failed", "cancelled")
 
     @rule(queue=st.sampled_from(QUEUES))
     def purge(self, queue):
@@ -260,7 +260,8 @@ class QueueMachine(RuleBasedStateMachine):
         # What was charged when its lease ran out is not charged by who finds it ended.
         model.attempts += charged and not (over and not model.uncharged)
         known = model.ledger if over else said
-        self.ended(model, {"failed": TaskState.DEAD, "succeeded": TaskState.SUCCEEDED}[known], said)
+        states = {"failed": TaskState.DEAD, "succeeded": TaskState.SUCCEEDED, "cancelled": TaskState.CANCELLED}
+        self.ended(model, states[known], said)
 
     @precondition(lambda self: self.has(lambda model: model.lost))
     @rule(data=st.data(), verdict=st.sampled_from(Verdict))
@@ -275,7 +276,10 @@ class QueueMachine(RuleBasedStateMachine):
     def cancel(self, data):
         model = self.some(data, lambda model: True, "cancelled")
         cancelled = self.may_be_cancelled(model)
-        assert self.queue.cancel(model.task.id, now=self.now) is cancelled
+        stopped = model.lives and model.ledger not in ("succeeded", "failed", "cancelled")
+        assert self.queue.cancel(model.task.id, now=self.now) is (cancelled or stopped)
+        if stopped and not cancelled:  # it is leased or runs: the ledger says so, and its delivery ends
+            model.ledger, model.run = "cancelled", None
         if cancelled:
             if model.lease is not None:
                 model.lost.append(model.lease)
@@ -311,9 +315,10 @@ class QueueMachine(RuleBasedStateMachine):
             return  # Only cancel() says so.
         model = self.some(data, lambda model: model.run, "finished")
         run = execution_of(model.task, model.run if ours else "somebody-else")
-        assert finish(self.queue.ledger, run, state, record_of(model.task)) is ours
+        counts = ours or state is not EndState.RETRY
+        assert finish(self.queue.ledger, run, state, record_of(model.task)) is counts
         model.records += 1
-        if ours:
+        if counts:
             model.ledger, model.run = str(state), None
 
     @precondition(lambda self: self.has(lambda model: model.state is TaskState.DEAD))

@@ -852,7 +852,7 @@ def test_whatever_names_a_run_it_is_one_value(queue, text):
     ends = [(run, EndState.SUCCEEDED, record) for run, record in zip(runs, records, strict=True)]
     assert queue.ledger.finish_many(ends[:3]) == [True] * 3
     other = runs[3]._replace(owner="another")
-    assert queue.ledger.finish_many([(other, EndState.SUCCEEDED, records[3])]) == [False]
+    assert queue.ledger.finish_many([(other, EndState.RETRY, records[3])]) == [False]
     assert queue.ledger.begin_many(runs, now=0.0, lease=60.0) == [*[Admission.DUPLICATE] * 3, Admission.RUN]
 
 

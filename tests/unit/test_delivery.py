@@ -325,10 +325,10 @@ def test_many_runs_begin_and_end_as_one_would(kind, tmp_path):
     ]
     stranger = Execution(audience="a", task_id="f" * 32, digest=bytes(32), owner=secrets.token_hex(4), expires=10**9)
     assert list(queue.ledger.finish_many([*ends, (stranger, EndState.SUCCEEDED, ends[0][2])])) == [
-        True, True, False, True, False,
+        True, True, True, True, False,
     ]  # fmt: skip
     assert begin(queue.ledger, runs[0], now=3.0, lease=60.0) is Admission.DUPLICATE
-    assert begin(queue.ledger, runs[1], now=3.0, lease=60.0) is Admission.RUN
+    assert begin(queue.ledger, runs[1], now=3.0, lease=60.0) is Admission.DUPLICATE
     queue.close()
 
 

@@ -183,6 +183,9 @@ class Recorder:
         self.calls, self.moments = [], []
         self.fails = fails
 
+    def cancelled_many(self, executions):
+        return [False] * len(executions)
+
     def extend_many(self, executions, *, now, lease):
         self.calls += [execution.owner for execution in executions]
         self.moments.append(time.monotonic())
@@ -196,14 +199,16 @@ def run_of(owner):
     return Execution(audience="a", task_id="i", digest=b"", owner=owner, expires=10**9)
 
 
-def renewal_of(ledger, threads, seconds):
-    return RunRenewal(lambda: ledger, threads, clock=time.time, seconds=seconds)
+@contextmanager
+def renewal_of(ledger, seconds, **more):
+    renewal = RunRenewal(lambda: ledger, clock=time.time, seconds=seconds, cancel=[].append, **more)
+    yield renewal
+    renewal.close()
 
 
 async def test_runs_are_prolonged_in_time_while_they_last():
     ledger = Recorder(fails=True)
-    with open_threads(1) as threads:
-        renewal = renewal_of(ledger, threads, 3.0)
+    with renewal_of(ledger, 3.0) as renewal:
         began = time.monotonic()
         for owner in ("other", "long", "short"):
             renewal.add(run_of(owner))
@@ -211,7 +216,9 @@ async def test_runs_are_prolonged_in_time_while_they_last():
         await until(lambda: len(ledger.calls) > 3)
         renewal.remove(run_of("long"))
         renewal.remove(run_of("other"))
-        await until(lambda: renewal._timer is None)
+        count = len(ledger.calls)
+        await asyncio.sleep(1.6)
+        assert len(ledger.calls) <= count + 2, "but for the call under way"
     assert set(ledger.calls) == {"other", "long"}
     first, second = ledger.moments[:2]
     assert max(first - began, second - first) < 3.0
@@ -222,8 +229,7 @@ async def test_runs_are_prolonged_in_time_while_they_last():
 
 def test_the_renewal_of_a_loop_that_was_left_serves_the_next():
     ledger = Recorder()
-    with open_threads(1) as threads:
-        renewal = renewal_of(ledger, threads, 0.12)
+    with renewal_of(ledger, 0.12) as renewal:
 
         async def leave():
             renewal.add(run_of("left"))
@@ -235,3 +241,32 @@ def test_the_renewal_of_a_loop_that_was_left_serves_the_next():
         asyncio.run(leave())
         asyncio.run(use())
     assert set(ledger.calls) == {"next"}
+
+
+async def test_runs_are_extended_while_a_task_blocks_the_loop_and_not_while_it_hangs(caplog):
+    ledger = Recorder()
+    with renewal_of(ledger, 0.6, hang_seconds=2.0) as renewal:
+        renewal.add(run_of("blocked"))
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        time.sleep(4.0)  # noqa: ASYNC251  # what a task should not do
+        assert len(ledger.moments) >= 3, "the loop stood for less than hang_seconds"
+        last = ledger.moments[-1] - began
+        assert last < 3.0, "it hung"
+        assert caplog.text.count("the event loop stands for") == 1
+        count = len(ledger.moments)
+        await until(lambda: len(ledger.moments) > count)
+
+
+def test_a_closed_loop_extends_nothing():
+    ledger = Recorder()
+    with renewal_of(ledger, 0.12) as renewal:
+
+        async def leave():
+            renewal.add(run_of("left"))
+
+        asyncio.run(leave())
+        count = len(ledger.calls)
+        time.sleep(0.5)
+        assert len(ledger.calls) <= count + 1, "but for the call under way"
+        assert not any(thread.name == "safedefer-runs" for thread in threading.enumerate())

@@ -77,17 +77,26 @@ class MemoryLedger:
                     entry.until = now + lease
             return [entry is not None for entry in entries]
 
+    def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
+        """Return which of these runs belong to tasks that were cancelled."""
+        with self._lock:
+            entries = [self._entries.get((execution.audience, execution.task_id)) for execution in executions]
+            return [entry is not None and entry.state == EndState.CANCELLED for entry in entries]
+
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Store the ends of runs and their records; False stands for one that is no longer ours."""
+        """Store the ends of runs and their records; False stands for one that does not count any more."""
         return [self._finish(*end) for end in ends]
 
     def _finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
         with self._lock:
             self.record(record)
-            entry = self._ours(execution)
-            if entry is not None:
-                entry.state, entry.owner, entry.until = str(state), None, 0.0
-            return entry is not None
+            entry = self._entries.get((execution.audience, execution.task_id))
+            if entry is None or entry.digest != execution.digest:
+                return False
+            if not rules.end_counts(state, entry.known(0.0), ours=entry.owner == execution.owner):
+                return False
+            entry.state, entry.owner, entry.until = str(state), None, 0.0
+            return True
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:
         """Store attempts that never came to run."""
@@ -136,6 +145,14 @@ class MemoryLedger:
             expires=letter.expires,
             uncharged=False,
         )
+
+    def cancel(self, task: QueuedTask) -> None:
+        """Note that a task was cancelled that is leased or runs. What its run owes stays uncharged."""
+        entry = self.entry(task)
+        if entry is None:
+            self.end(task, EndState.CANCELLED)
+        else:
+            entry.state, entry.owner, entry.until = str(EndState.CANCELLED), None, 0.0
 
     def records_of(self, task_id: str) -> list[AttemptRecord]:
         """Return the records of a task, oldest first."""

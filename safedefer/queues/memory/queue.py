@@ -214,16 +214,28 @@ class MemoryQueue:
         self._changed.notify_all()
 
     def cancel(self, task_id: str, *, now: float) -> bool:
-        """End a waiting task unrun, in the ledger too; False if it does not wait."""
+        """Cancel a task that waits, is leased or runs; False if there is none, or it has ended."""
         with self._changed:
+            if self._cancel_waiting(task_id, now=now):
+                return True
             row = self._state.rows.get(task_id)
-            if row is None or (row.owner is not None and row.due > now):
+            if row is None:
                 return False
             entry = self._ledger.entry(row.task)
-            if not rules.may_cancel(None if entry is None else entry.known(now)):
-                return False
-            self._end(row, rules.Ending(EndState.CANCELLED), now=now)
-            return True
+            stops = rules.may_stop(None if entry is None else entry.known(now))
+            if stops:
+                self._ledger.cancel(row.task)
+            return stops
+
+    def _cancel_waiting(self, task_id: str, *, now: float) -> bool:
+        row = self._state.rows.get(task_id)
+        if row is None or (row.owner is not None and row.due > now):
+            return False
+        entry = self._ledger.entry(row.task)
+        if not rules.may_cancel(None if entry is None else entry.known(now)):
+            return False
+        self._end(row, rules.Ending(EndState.CANCELLED), now=now)
+        return True
 
     def replace_dead(self, task_id: str, task: QueuedTask, letter: VerifiedLetter, *, now: float) -> bool:
         """Enqueue ``task`` and remove the dead letter; False if there is none."""
@@ -285,7 +297,7 @@ class MemoryQueue:
         """Cancel all that waits in a queue; returns how many."""
         with self._changed:
             waiting = [row.task.id for row in self._state.rows.values() if row.task.queue == queue]
-            return sum(self.cancel(task_id, now=now) for task_id in waiting)
+            return sum(self._cancel_waiting(task_id, now=now) for task_id in waiting)
 
     def _control(self, queue: str, *, now: float) -> QueueControl:
         return self._state.controls.get(queue) or QueueControl.new(QueueLimits(queue=queue), now=now)

@@ -154,6 +154,21 @@ async def note_replacement(connection: Connection, task_id: str, letter: Verifie
         raise ReplayedTask("the task runs now; wait for its end, or defer it anew")
 
 
+async def stop(connection: Connection, task_id: str) -> bool:
+    """Mark a task as cancelled that is leased or runs; False if there is none, or it has ended by the ledger.
+
+    Args:
+        connection: In a transaction.
+        task_id: The task.
+    """
+    tasks = [read_task(job) for job in await connection.fetch(SQL["living_of"], [task_id])]
+    entries = [
+        {"audience": task.audience, "task_id": task.id, "digest": task_digest(task).hex(), "expires": task.expires}
+        for task in tasks
+    ]
+    return bool(entries) and changed_rows(await connection.execute(SQL["ledger_cancel"], to_json(entries))) > 0
+
+
 async def drop_dead(connection: Connection, task_ids: Sequence[str]) -> int:
     """Delete dead letters and their failed jobs; returns how many. Their records are pruned by age."""
     dropped = await connection.fetch(SQL["dead_delete"], list(task_ids))

@@ -79,18 +79,24 @@ def _name(run: Execution) -> tuple[str, str]:
 
 
 async def finish_many(connection: Connection, ends: Sequence[RunEnd]) -> list[bool]:
-    """Store the ends of runs; returns which were still ours. The records are stored in either case."""
-    # Lock order: as in begin_many and extend_many.
-    places = sorted(range(len(ends)), key=lambda index: _name(ends[index][0]))
+    """Store the ends of runs; returns which count. The records are stored in either case."""
     results = [False] * len(ends)
-    for index, ours in zip(places, await _finish_sorted(connection, [ends[index] for index in places]), strict=True):
-        results[index] = ours
+    pending = list(range(len(ends)))
+    while pending:
+        # A statement changes a row only once: the second end of an entry goes into the next statement.
+        round_: dict[tuple[str, str], int] = {}
+        for index in pending:
+            round_.setdefault(_name(ends[index][0]), index)
+        # Lock order: as in begin_many and extend_many.
+        places = [round_[name] for name in sorted(round_)]
+        for index, counts in zip(places, await _finish_each_once(connection, [ends[i] for i in places]), strict=True):
+            results[index] = counts
+        pending = [index for index in pending if round_[_name(ends[index][0])] != index]
     return results
 
 
-async def _finish_sorted(connection: Connection, ends: Sequence[RunEnd]) -> list[bool]:
-    distinct = len({(run.audience, run.task_id) for run, _, _ in ends}) == len(ends)
-    if distinct and all(state is EndState.SUCCEEDED and is_plain_success(record, run) for run, state, record in ends):
+async def _finish_each_once(connection: Connection, ends: Sequence[RunEnd]) -> list[bool]:
+    if all(state is EndState.SUCCEEDED and is_plain_success(record, run) for run, state, record in ends):
         succeeded = await connection.execute(
             SQL["ledger_succeed"],
             *joined(
@@ -111,6 +117,7 @@ async def _finish_sorted(connection: Connection, ends: Sequence[RunEnd]) -> list
             "audience": run.audience,
             "task_id": run.task_id,
             "owner": run.owner,
+            "digest": run.digest.hex(),
             "state": str(state),
         }
         if state is EndState.SUCCEEDED and is_plain_success(record, run):
@@ -121,7 +128,7 @@ async def _finish_sorted(connection: Connection, ends: Sequence[RunEnd]) -> list
     found = await connection.fetch(SQL["ledger_finish"], to_json(rows), to_json(records))
     ours = {(row["audience"], row["task_id"], row["owner"]) for row in found}
     results = [(run.audience, run.task_id, run.owner) in ours for run, _, _ in ends]
-    # A success whose entry belongs to another owner is recorded too.
+    # A success that does not count is recorded too.
     not_ours = [
         record for (_, _, record), row, held in zip(ends, rows, results, strict=True) if "began" in row and not held
     ]
@@ -188,8 +195,17 @@ class PostgresLedger:
         ours = {(row["audience"], row["task_id"], row["owner"]) for row in rows}
         return [(run.audience, run.task_id, run.owner) in ours for run in executions]
 
+    def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
+        """Return which of these runs belong to tasks that were cancelled."""
+        names = to_json([{"audience": run.audience, "task_id": run.task_id} for run in executions])
+        rows = self._store.run(
+            lambda connection: connection.fetch(SQL["ledger_find"], names), purpose="relaxed", idempotent=True
+        )
+        cancelled = {(row["audience"], row["task_id"]) for row in rows if row["state"] == EndState.CANCELLED}
+        return [_name(run) in cancelled for run in executions]
+
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Store the ends of runs and their records; False stands for one that is no longer ours.
+        """Store the ends of runs and their records; False stands for one that does not count any more.
 
         The call may be repeated after an error: a stored end counts once.
         """

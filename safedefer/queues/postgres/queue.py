@@ -186,8 +186,10 @@ class PostgresQueue:
         return refusal(error)
 
     def cancel(self, task_id: str, *, now: float) -> bool:
-        """Cancel a waiting task, in the ledger too; False if it does not wait."""
-        return self._cancel([task_id], now=now) > 0
+        """Cancel a task that waits, is leased or runs; False if there is none, or it has ended."""
+        if self._cancel([task_id], now=now):
+            return True
+        return self._store.run(partial(ends.stop, task_id=task_id), transaction=True)
 
     def _cancel(self, task_ids: Sequence[str], *, now: float) -> int:
         action = partial(

@@ -155,6 +155,13 @@ WHERE job.dedupe_key = ANY ($1::text[])
     AND (job.status = 'queued' OR (job.status = 'picked' AND job.heartbeat < now() - $2::interval))
 ORDER BY job.id FOR UPDATE OF job;
 
+-- name: living_of
+-- Locks the given tasks that have not ended, by ascending id.
+SELECT job.id, job.dedupe_key, job.entrypoint, job.headers, job.payload
+FROM safedefer.pgqueuer AS job
+WHERE job.dedupe_key = ANY ($1::text[]) AND job.status IN ('queued', 'picked')
+ORDER BY job.id FOR UPDATE OF job;
+
 -- name: ended_insert
 INSERT INTO safedefer.ended (id, queue, headers, attempts, state, reason, ended)
 SELECT id, queue, headers::jsonb, attempts, state, reason, $2
@@ -319,8 +326,8 @@ WHERE entry.audience = coalesce(given.audience, '') AND entry.task_id = coalesce
     AND entry.state = 'running' AND entry.owner = coalesce(given.owner, '');
 
 -- name: ledger_finish
--- Stores ends of runs and their records in one transaction, and returns the entries that were held by their owner. It is
--- idempotent: a success whose first answer got lost is returned again.
+-- Stores ends of runs and their records in one transaction, and returns the entries that changed, as rules.end_counts
+-- says. It is idempotent: a success whose first answer got lost is returned again. $1 names an entry once.
 WITH recorded AS (
     INSERT INTO safedefer.attempts (
         task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
@@ -339,10 +346,11 @@ WITH recorded AS (
 UPDATE safedefer.ledger AS entry
 SET state = given.state, owner = NULL, until = NULL, began = given.began, finished = given.finished
 FROM json_to_recordset($1::json) AS given (
-    audience text, task_id text, owner text, state text, began double precision, finished double precision
+    audience text, task_id text, owner text, digest text, state text, began double precision, finished double precision
 )
-WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND (
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.digest = decode(given.digest, 'hex') AND (
     (entry.state = 'running' AND entry.owner = given.owner)
+    OR (given.state <> 'retry' AND entry.state IN ('running', 'retry'))
     OR (entry.state = given.state AND entry.began = given.began AND entry.finished = given.finished)
 )
 RETURNING entry.audience, entry.task_id, given.owner;
@@ -375,6 +383,15 @@ VALUES ($1, $2, $3, 'cancelled', $4, false)
 ON CONFLICT (audience, task_id) DO UPDATE SET state = 'cancelled', owner = NULL, until = NULL, uncharged = false
 WHERE entry.digest = excluded.digest
     AND (entry.state IN ('failed', 'retry') OR (entry.state = 'running' AND entry.until <= now()));
+
+-- name: ledger_cancel
+-- A run that began stays uncharged: the end of its delivery charges it.
+INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, expires, uncharged)
+SELECT given.audience, given.task_id, decode(given.digest, 'hex'), 'cancelled', given.expires, false
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text, expires bigint)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = 'cancelled', owner = NULL, until = NULL
+WHERE entry.state IN ('running', 'retry');
 
 -- name: next_due
 -- Returns when the first job or lease of each queue falls due: seconds since the epoch, by the database's clock.

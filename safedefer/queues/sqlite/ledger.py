@@ -10,7 +10,7 @@ from safedefer.queues.sqlite import operations
 from safedefer.queues.sqlite.connection import SQL, Handle
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import apsw
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class SQLiteLedger:
     """A ``Ledger`` in the queue's file."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, reader: Handle) -> None:
         self._writer = writer
+        self._reader = reader
 
     @property
     def here(self) -> None:
@@ -42,8 +43,14 @@ class SQLiteLedger:
             lambda connection: [extend(connection, execution, until=until) for execution in executions], durable=False
         )
 
+    def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
+        """Return which of these runs belong to tasks that were cancelled."""
+        with self._reader.use() as connection:
+            entries = [operations.find_ledger(connection, run.audience, run.task_id) for run in executions]
+        return [entry is not None and entry.state == EndState.CANCELLED for entry in entries]
+
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
-        """Store the ends of runs and their records; False stands for one that is no longer ours."""
+        """Store the ends of runs and their records; False stands for one that does not count any more."""
         return self._writer.run(lambda connection: [finish(connection, *end) for end in ends])
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:
@@ -82,7 +89,12 @@ def extend(connection: apsw.Connection, execution: Execution, *, until: float) -
 def finish(connection: apsw.Connection, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
     """Store the end of a run, within a transaction. The record is stored in either case."""
     operations.add_record(connection, record)
-    values: dict[str, str | float] = {**_key(execution), "owner": execution.owner, "state": str(state)}
+    values: dict[str, str | float | bytes] = {
+        **_key(execution),
+        "owner": execution.owner,
+        "digest": execution.digest,
+        "state": str(state),
+    }
     return _changed(connection, "ledger_finish", values)
 
 
@@ -96,7 +108,7 @@ def _key(execution: Execution) -> dict[str, str]:
     return {"audience": execution.audience, "task_id": execution.task_id}
 
 
-def _changed(connection: apsw.Connection, name: str, values: dict[str, str | float]) -> bool:
+def _changed(connection: apsw.Connection, name: str, values: Mapping[str, str | float | bytes]) -> bool:
     connection.execute(SQL[name], values)
     return connection.changes() > 0
 

@@ -224,6 +224,16 @@ def cancel(connection: apsw.Connection, task_id: str, *, now: float, tombstone_s
     return True
 
 
+def stop(connection: apsw.Connection, task_id: str, *, now: float) -> bool:
+    """Mark a task as cancelled that is leased or runs; False if there is none, or it has ended by the ledger."""
+    row = standing(connection, task_id)
+    if row is None or not rules.may_stop(known(connection, row.audience, task_id, now=now)):
+        return False
+    values = {"audience": row.audience, "task_id": task_id, "digest": row.digest, "expires": row.expires}
+    connection.execute(SQL["ledger_cancel"], values)
+    return True
+
+
 def replace_dead(
     connection: apsw.Connection,
     task_id: str,

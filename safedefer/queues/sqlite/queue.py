@@ -93,7 +93,7 @@ class SQLiteQueue:
         self._reader = Handle(self._path, busy_timeout=busy_timeout)
         register_fork(self._reader)
         self._watch = FileWatch(self._path, busy_timeout=busy_timeout)
-        self._ledger = SQLiteLedger(self._writer)
+        self._ledger = SQLiteLedger(self._writer, self._reader)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
         self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch, wait=False)
         self._finalizer.atexit = False
@@ -158,10 +158,13 @@ class SQLiteQueue:
                 operations.enqueue(connection, task, blob_limit=self._blob_limit)
 
     def cancel(self, task_id: str, *, now: float) -> bool:
-        """End a waiting task unrun, in the ledger too; False if it does not wait."""
+        """Cancel a task that waits, is leased or runs; False if there is none, or it has ended."""
         seconds = self._tombstone_seconds
         return self._writer.run(
-            lambda connection: operations.cancel(connection, task_id, now=now, tombstone_seconds=seconds)
+            lambda connection: (
+                operations.cancel(connection, task_id, now=now, tombstone_seconds=seconds)
+                or operations.stop(connection, task_id, now=now)
+            )
         )
 
     def replace_dead(self, task_id: str, task: QueuedTask, letter: VerifiedLetter, *, now: float) -> bool:

@@ -230,8 +230,11 @@ UPDATE safedefer_ledger SET until = :until
 WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
 
 -- name: ledger_finish
+-- As rules.end_counts says.
 UPDATE safedefer_ledger SET state = :state, owner = NULL, until = 0
-WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
+WHERE audience = :audience AND task_id = :task_id AND digest = :digest AND (
+    (state = 'running' AND owner = :owner) OR (:state <> 'retry' AND state IN ('running', 'retry'))
+);
 
 -- name: ledger_charged
 UPDATE safedefer_ledger SET uncharged = 0 WHERE audience = :audience AND task_id = :task_id AND uncharged = 1;
@@ -248,6 +251,14 @@ WHERE state IN ('running', 'retry');
 INSERT INTO safedefer_ledger (audience, task_id, digest, state, expires)
 VALUES (:audience, :task_id, :digest, 'cancelled', :expires)
 ON CONFLICT (audience, task_id) DO UPDATE SET state = 'cancelled', owner = NULL, until = 0, uncharged = 0;
+
+-- name: ledger_cancel
+-- A run that began stays uncharged: the end of its delivery charges it.
+INSERT INTO safedefer_ledger (audience, task_id, digest, state, expires)
+VALUES (:audience, :task_id, :digest, 'cancelled', :expires)
+ON CONFLICT (audience, task_id) DO UPDATE
+SET state = 'cancelled', owner = NULL, until = 0
+WHERE state IN ('running', 'retry');
 
 -- name: ledger_prune
 -- What has a dead letter keeps its entry, the proof that it died.

@@ -1,0 +1,82 @@
+"""Deadlines of attempts: which one counts, and how a handler stops a run. No IO, no clock.
+
+A coroutine is cancelled at its deadline. A thread cannot be, nor a coroutine that suppresses its cancellation: the
+handler answers, and the run goes on until it returns.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+#: Seconds that one attempt may take where neither the task nor its queue says so (App Engine's push queues).
+DEFAULT_DEADLINE: Final = 600.0
+#: The longest deadline, in seconds.
+MAX_DEADLINE: Final = 86_400
+#: The reason of an attempt that did not end in time.
+DEADLINE_EXCEEDED: Final = "deadline-exceeded"
+#: Seconds that a cancelled coroutine has for its ``finally`` blocks before the handler answers without it.
+GRACE: Final = 5.0
+#: Seconds that a sender waits for the answer after the deadline: the grace, the ledger and the network take time.
+ANSWER_SECONDS: Final = 30.0
+
+_LEAST_STUCK: Final = 2
+
+
+class Stop(StrEnum):
+    """Why a handler stops a run: the reason of its outcome."""
+
+    DEADLINE = DEADLINE_EXCEEDED
+    CANCELLED = "cancelled"
+
+
+class RunControl:
+    """The state that a run shares with its handler: what it is doing, and whether it is to stop."""
+
+    __slots__ = ("_unclaimed", "cancelled_with_caller", "in_thread", "stop")
+
+    def __init__(self) -> None:
+        self.in_thread = False
+        """Whether a call of the run was handed to a thread that has not returned."""
+        self.stop: Stop | None = None
+        """Why the run is to stop; None while it may go on."""
+        self.cancelled_with_caller = False
+        """Whether the run ended with the cancellation of its caller, and nothing of it runs any more."""
+        self._unclaimed: list[None] = []
+
+    def hand_over(self) -> None:
+        """Note that a call is handed to a thread."""
+        self.in_thread = True
+        self._unclaimed = [None]
+
+    def withdraw(self) -> bool:
+        """Take back the call that was handed to a thread; False if the thread has begun it."""
+        if self.in_thread and self.claim():
+            self.in_thread = False
+        return not self.in_thread
+
+    def claim(self) -> bool:
+        """Claim the call that was handed to a thread: True for the first caller, the thread or the handler."""
+        try:
+            self._unclaimed.pop()  # atomic: a lock for a call that is claimed once would cost more
+        except IndexError:
+            return False
+        return True
+
+
+def deadline_of(own: float | None, queues: float | None, default: float) -> float | None:
+    """Return the seconds that an attempt may take; None is no deadline.
+
+    Args:
+        own: The task's signed ``deadline``; None without one.
+        queues: The ``attempt_deadline`` of its queue; 0 is none, None is not declared.
+        default: Seconds where neither says so; 0 is none.
+    """
+    if own is not None:
+        return own
+    return (default if queues is None else queues) or None
+
+
+def stuck_limit(concurrency: int) -> int:
+    """Return how many runs past their deadlines a process may hold before it should be replaced."""
+    return max(_LEAST_STUCK, concurrency // 4)
