@@ -38,7 +38,6 @@ from safedefer.deferred import (
     set_log_level,
 )
 from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
-from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
 from safedefer.execution.context import TaskContext, current_task
 from safedefer.keys import Key, Keyring, KeyState
 from safedefer.options import DEFAULT_URL, Options, Task, TaskRetryOptions
@@ -57,17 +56,14 @@ __all__ = [
     "App",
     "CallableRef",
     "Deferral",
-    "Error",
     "Key",
     "KeyState",
     "Keyring",
     "Limits",
     "Options",
-    "PermanentTaskFailure",
     "Policy",
     "Serves",
     "Signer",
-    "SingularTaskFailure",
     "Task",
     "TaskContext",
     "TaskHandler",
@@ -90,6 +86,7 @@ __all__ = [
     "serialize",
     "set_log_level",
 ]
+__all__ += errors.__all__
 
 
 def __getattr__(name: str) -> Any:

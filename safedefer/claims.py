@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from gc import get_referents
-from typing import Annotated, Any, Final, Literal, NoReturn, Required
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, Required
 
 import jiter
 import orjson
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from safedefer.errors import InvalidClaims
 from safedefer.refs import UNBOUND, KindName, MemberName, ModuleName, Qualname
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 #: The version of the claims that this library writes and reads.
 VERSION: Final = 1
@@ -146,6 +149,8 @@ class Claims(TypedDict, total=False):
 @cache
 def adapter() -> TypeAdapter[Claims]:
     """Return what validates claims; made when it is first asked for, which takes as long as a third of ``import pydantic``."""
+    from pydantic import TypeAdapter  # noqa: PLC0415  # as above
+
     return TypeAdapter(Claims)
 
 

@@ -243,3 +243,9 @@ def test_the_checks_of_length_and_names_find_what_they_look_for():
     assert long_functions({"m.py": tree}, 2) == {("m.py", "f")}
     assert long_functions({"m.py": tree}, 3) == set()
     assert classes_by_name({"m.py": tree, "n.py": tree}) == {"A": ["m.py", "m.py", "n.py", "n.py"]}
+
+
+def test_the_public_names_are_those_of_all_and_every_error_is_among_them():
+    assert set(safedefer.errors.__all__) <= set(safedefer.__all__)
+    assert len(safedefer.__all__) == len(set(safedefer.__all__))
+    assert not [name for name in safedefer.__all__ if not hasattr(safedefer, name)]

@@ -6,12 +6,15 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import FunctionType, MethodType
-from typing import Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic.errors import PydanticUserError
 
 from safedefer.errors import InvalidArguments
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -56,6 +59,8 @@ def _hints(target: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
 
 @lru_cache(maxsize=1024)
 def _function_hints(function: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+    from pydantic import TypeAdapter  # noqa: PLC0415  # only handlers that validate need it
+
     adapters = {}
     try:
         hints = get_type_hints(function, include_extras=True)
