@@ -22,7 +22,7 @@ from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.rates import FULL_LOOK, PAUSED_LOOK, QueueLimits
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.postgres.server import fresh_database, shared_server
-from tests.queues.clocked import CLOCK, TABLES, Clocked
+from tests.queues.clocked import CLOCK, CLOCKED_PATH, TABLES, Clocked
 from tests.queues.contract import execution_of, letter_of, make_task, oversize_task, record_of, whole
 from tests.queues.single import begin, extend, finish, settle
 
@@ -451,7 +451,9 @@ def machine_database():
         migrate(PostgresQueueMachine.dsn)
         with psycopg.connect(PostgresQueueMachine.dsn, autocommit=True) as connection:
             connection.execute(CLOCK)
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("safedefer.queues.postgres.errors.SEARCH_PATH", CLOCKED_PATH)
+            yield
 
 
 @pytest.mark.usefixtures("machine_database")
