@@ -6,7 +6,7 @@ Either way the token ends in ``Delivery.handle``, which verifies it.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, Protocol, Self
+from typing import Protocol, Self
 
 import aiohttp
 from yarl import URL
@@ -144,7 +144,11 @@ def _timeout(seconds: float | None) -> aiohttp.ClientTimeout:
 class InProcessDelivery:
     """Delivers to a handler in this process, by the function that HTTP requests end in too."""
 
-    several: Final = False
+    @property
+    def several(self) -> bool:
+        """Whether tasks go to more than one address: they do not."""
+        return False
+
     """There is one handler."""
 
     def __init__(self, handle: Callable[..., Awaitable[Response]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -456,7 +457,10 @@ def machine_database():
             yield
 
 
-@pytest.mark.usefixtures("machine_database")
-class TestPostgresQueueMachine(PostgresQueueMachine.TestCase):
-    # Each step asks a server; few examples find in a minute what the others find first.
-    settings = machine_settings(max_examples=10)
+if (
+    os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+):  # each step asks a server: minutes, where an example must be shrunk
+
+    @pytest.mark.usefixtures("machine_database")
+    class TestPostgresQueueMachine(PostgresQueueMachine.TestCase):
+        settings = machine_settings(max_examples=10)
