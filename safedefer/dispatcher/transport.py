@@ -149,8 +149,6 @@ class InProcessDelivery:
         """Whether tasks go to more than one address: they do not."""
         return False
 
-    """There is one handler."""
-
     def __init__(self, handle: Callable[..., Awaitable[Response]]) -> None:
         self._handle = handle
 
