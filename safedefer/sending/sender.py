@@ -151,7 +151,7 @@ class Sender:
             return task
         raise QueueUnavailable(
             f"the queue keeps this unique call for the task {blocker}, which has ended; the task was not stored: "
-            "defer it again, or without unique"
+            "defer it again, or without unique; on PostgreSQL, let this user delete rows of safedefer.uniques"
         )
 
     # --- With a transaction ---

@@ -176,22 +176,20 @@ def test_large_rows_are_read_in_parts_and_one_that_is_too_large_stops_no_other(g
 
 def test_a_task_that_the_queue_cannot_store_stops_no_other_and_is_tried_again(given):
     app, connection = given
-    odd, enqueue, enqueue_many, works = make_task(created=1.0), app.queue.enqueue, app.queue.enqueue_many, []
+    odd, enqueue_many, works = make_task(created=1.0), app.queue.enqueue_many, []
 
     def refuse(given_tasks):
+        given_tasks = list(given_tasks)
         if odd.id in {task.id for task in given_tasks} and not works:
             raise QueueUnavailable("the database does not take it")
         enqueue_many(given_tasks)
 
-    def refuse_one(task):
-        refuse([task])
-
-    app.queue.enqueue_many, app.queue.enqueue = refuse, refuse_one
+    app.queue.enqueue_many = refuse
     write(connection, odd)
     check_that_others_go(app, connection, {odd.id})
     works.append(True)
     assert app.outbox.sweep() == 1
-    app.queue.enqueue_many, app.queue.enqueue = enqueue_many, enqueue
+    app.queue.enqueue_many = enqueue_many
 
 
 # --- A SQLite file ------------------------------------------------------------------------------

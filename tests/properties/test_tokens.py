@@ -12,8 +12,7 @@ from joserfc.jwk import OctKey
 from jwcrypto import jwk as jwcrypto_jwk
 from jwcrypto import jws as jwcrypto_jws
 
-from safedefer.claims import CLAIMS as ADAPTER
-from safedefer.claims import Claims, Limits, read_claims, write_json
+from safedefer.claims import Claims, Limits, adapter, read_claims, write_json
 from safedefer.errors import (
     BadSignature,
     InvalidClaims,
@@ -38,7 +37,7 @@ NOW = 1_700_000_000
 POLICY = Policy("tests.zoo.callables")
 LIMITS = Limits()
 VERIFIER = Verifier(RING, POLICY, serves=Serves(environment="prod"), limits=LIMITS)
-CLAIMS = ADAPTER.validate_python({
+CLAIMS = adapter().validate_python({
     "v": 1, "jti": "a" * 32, "iat": NOW, "nbf": NOW, "exp": NOW + 100, "aud": "prod:default:default:/u", "cty": "typed",
     "call": {"kind": "function", "module": "tests.zoo.callables", "qualname": "function"}, "args": ["é", 1, None], "kwargs": {"a": [True]},
 })  # fmt: skip

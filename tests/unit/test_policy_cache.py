@@ -179,7 +179,7 @@ def test_a_moved_name_leads_to_the_new_one_from_memory_too(module, monkeypatch):
 
 
 def test_nested_classes_and_bound_methods_are_proved_each_time(module):
-    cache = PolicyCache(Policy("tests.found", "builtins:list"))
+    cache = PolicyCache(Policy("tests.found", "builtins:list.append"))
     assert cache.class_name(module.D.E) == "tests.found:D.E"
     module.D.E = type("E", (), {"__module__": "tests.found", "__qualname__": "D.E"})
     assert cache.load_class("tests.found:D.E") is module.D.E
