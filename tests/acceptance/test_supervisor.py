@@ -65,8 +65,8 @@ def alive(pid):
 
 
 def defer(project, *calls):
-    for call in calls:
-        project.defer(call)
+    """Defer calls, in one process of their own."""
+    project.python("import shop_tasks as t; from safedefer import defer; " + "; ".join(f"defer({c})" for c in calls))
 
 
 @pytest.mark.parametrize("command", ["run", "serve"])
@@ -198,7 +198,11 @@ def test_workers_whose_supervisor_was_killed_let_their_tasks_end_and_go(project)
 
 def test_a_worker_is_replaced_after_so_many_tasks(project):
     process, _ = project.start("run", "--port", "0", "--max-tasks", "5")
-    defer(project, *(f"t.pid, {n}" for n in range(12)))
+    first = workers(process)
+    defer(project, *(f"t.pid, {n}" for n in range(6)))
+    project.until(lambda: len(project.results()) >= 6)
+    project.until(lambda: workers(process) and workers(process) != first)
+    defer(project, *(f"t.pid, {n}" for n in range(6, 12)))
     project.until(lambda: len(project.results()) >= 12)
     pids = {path.read_text() for path in project.folder.glob("pid-*")}
     assert len(pids) >= 2
