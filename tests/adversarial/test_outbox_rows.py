@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -335,7 +336,8 @@ def test_a_library_is_imported_when_there_is_a_connection_of_it():
         "base = 'safedefer.transactions.databases.'\n"
         "print(*(n for n in sys.modules if n.startswith(base) or n in {'sqlite3', 'psycopg', 'asyncpg', 'sqlalchemy'}))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+    run = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["safedefer.transactions.databases.base"]
 
 
