@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from safedefer.claims import Claims, Limits
+from safedefer.claims import Claims
 from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.delivery.options import DeliveryOptions
@@ -25,7 +25,7 @@ from safedefer.events import LogObserver, Observer
 from safedefer.execution.direct import DirectRunner
 from safedefer.execution.prepare import Validate
 from safedefer.keys import Keyring
-from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, Options, Task
+from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, Limits, Options, Serves, Task
 from safedefer.policy import Policy
 from safedefer.queues import load_queue_file, open_queue
 from safedefer.queues.base import DeadFilter, PullQueue, StorageOptions
@@ -34,7 +34,7 @@ from safedefer.sending.dead_letters import DeadLetters
 from safedefer.sending.producer import Producer
 from safedefer.sending.routes import ANY_URL, Routes
 from safedefer.sending.sender import CallTuple, Deferral, Sender
-from safedefer.signing import Serves, Signer, Verifier
+from safedefer.signing import Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.transactions.outbox import Outbox
 

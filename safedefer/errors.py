@@ -20,7 +20,7 @@ from typing import ClassVar
 __all__ = [
     "BadSignature", "BadTransactionStateError", "CapabilityExceeded", "ConfigurationError", "DeferError", "Error",
     "ExpiredTask", "InvalidArguments", "InvalidClaims", "InvalidEtaError", "InvalidTaskError",
-    "InvalidTaskNameError", "InvalidTaskRetryOptionsError", "InvalidUrlError", "LeaseLost", "MalformedToken",
+    "InvalidTaskNameError", "InvalidTaskRetryOptionsError", "InvalidUrlError", "MalformedToken",
     "MissingExtra", "NotDeferrable", "NotYetValid", "PermanentTaskFailure", "PolicyViolation", "QueueError",
     "QueueUnavailable", "RejectedTask", "ReplayedTask", "RevokedKey", "SingularTaskFailure",
     "TaskAlreadyExistsError", "TaskTooLargeError", "TombstonedTaskError", "UnencodableArgument", "UnknownKey",
@@ -210,10 +210,6 @@ class QueueError(Error):
 
 class QueueUnavailable(QueueError):
     """The storage cannot be opened, read or written now; nothing was acknowledged."""
-
-
-class LeaseLost(QueueError):
-    """Another dispatcher has the task now; what this one says of it is not taken."""
 
 
 class ConfigurationError(Error, ValueError):

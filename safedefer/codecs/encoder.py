@@ -6,11 +6,11 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
-from safedefer.claims import Limits
 from safedefer.codecs.inspect_safely import type_name
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text, step
 from safedefer.errors import NotDeferrable
+from safedefer.options import Limits
 from safedefer.policy import Gate
 
 Handler: TypeAlias = "Callable[[Encoder, Any, int], Json]"

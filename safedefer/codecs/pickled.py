@@ -40,12 +40,12 @@ from zoneinfo import ZoneInfo
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from safedefer.claims import Limits
 from safedefer.codecs.inspect_safely import derives
 from safedefer.codecs.shared import CallData, Values
 from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, imports_when_shown
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
+from safedefer.options import Limits
 from safedefer.policy import Gate
 from safedefer.refs import UNBOUND, reference
 

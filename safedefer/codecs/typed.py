@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import orjson
 
-from safedefer.claims import SHORT, Limits
+from safedefer.claims import SHORT
 from safedefer.codecs.decoder import Decoder
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.fast_path import (
@@ -28,6 +28,7 @@ from safedefer.codecs.registry import REGISTRY, TypeRegistry
 from safedefer.codecs.shared import CallData, Json, Refusal, Values
 from safedefer.codecs.tags import containers, exceptions, objects, patterns, scalars, times
 from safedefer.errors import InvalidArguments, UnencodableArgument
+from safedefer.options import Limits
 from safedefer.policy import Gate
 from safedefer.refs import UNBOUND
 
