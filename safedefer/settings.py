@@ -10,6 +10,7 @@ from typing import Annotated, Final, Self
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
 from safedefer.files import trouble_with_key_file
 from safedefer.keys import Keyring
@@ -76,6 +77,9 @@ class Settings(BaseSettings):
     concurrency: int = Field(default=16, ge=1, le=10_000, description="Tasks that run at once.")
     lease_seconds: float = Field(default=60.0, ge=1, description="How long a silent handler is believed to run a task.")
     inline_limit: int = Field(default=_INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")
+    unverified_bytes: int = Field(
+        default=UNVERIFIED_BYTES, ge=1024, description="Bytes of all request bodies together that are not verified yet."
+    )
 
     tombstone_seconds: float = Field(
         default=9 * 86_400.0, ge=0, description="How long an ended task's name is not free."
