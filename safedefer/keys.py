@@ -271,6 +271,8 @@ def _attempt(read: Callable[[_T], list[KeyFields]], text: _T) -> list[Key] | Con
     except ConfigurationError as error:
         error.__context__ = error.__cause__ = None
         return error.with_traceback(None)
+    except (TypeError, AttributeError, UnicodeError):  # it is no text, or none that can be written in UTF-8
+        return ConfigurationError(f"keys are read from a text in UTF-8; {_MAKE_ONE}")
 
 
 def _unwrap(result: list[Key] | ConfigurationError) -> list[Key]:
