@@ -55,6 +55,19 @@ def members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[
     return out
 
 
+def set_members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[Json]:
+    """Return the trees of the members of a set, in the order that all equal sets have, whatever Python's hashes are."""
+    ordered = list(values)
+    if size > 1:
+        kind = type(ordered[0])
+        if (kind is str or kind is int) and all(type(value) is kind for value in ordered):
+            ordered.sort()
+        else:
+            texts = [enc.alone(value, depth) for value in ordered]
+            ordered = [ordered[i] for i in sorted(range(size), key=texts.__getitem__)]
+    return members(enc, ordered, size, depth)
+
+
 def read_members(dec: Decoder, payload: Json, depth: int) -> list[Any]:
     """Return the values of set members or dict keys."""
     trees = array(payload)
@@ -114,7 +127,7 @@ def _distinct(size: int, values: Sequence[Any]) -> None:
 
 
 def _encode_set(enc: Encoder, value: set[Any], depth: int) -> Json:
-    return enc.enter(value) or {"$set": members(enc, value, len(value), depth + 1)}
+    return enc.enter(value) or {"$set": set_members(enc, value, len(value), depth + 1)}
 
 
 def _decode_set(dec: Decoder, payload: Json, depth: int) -> set[Any]:
@@ -131,7 +144,7 @@ def fill_set(out: set[Any], values: Sequence[Any]) -> None:
 
 
 def _encode_frozenset(enc: Encoder, value: frozenset[Any], depth: int) -> Json:
-    return {"$frozenset": members(enc, value, len(value), depth + 1)}
+    return {"$frozenset": set_members(enc, value, len(value), depth + 1)}
 
 
 def _decode_frozenset(dec: Decoder, payload: Json, depth: int) -> frozenset[Any]:

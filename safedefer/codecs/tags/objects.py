@@ -30,7 +30,7 @@ from safedefer.codecs.object_state import (
 )
 from safedefer.codecs.registry import RegisteredType
 from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text
-from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, members, read_members
+from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, members, read_members, set_members
 from safedefer.codecs.tags.exceptions import decode_exception, encode_exception
 from safedefer.codecs.tags.models import decode_model, encode_model
 from safedefer.errors import NotDeferrable
@@ -292,7 +292,7 @@ def _encode_contents(enc: Encoder, value: Any, plan: Plan, tree: dict[str, Json]
             tree["keys"] = members(enc, dict.keys(value), dict.__len__(value), depth + 1)
             tree["values"] = enc.sequence(list(dict.values(value)), depth + 1)
         case _ if base is set or base is frozenset:
-            tree["items"] = members(enc, base.__iter__(value), base.__len__(value), depth + 1)
+            tree["items"] = set_members(enc, base.__iter__(value), base.__len__(value), depth + 1)
         case _:
             tree["items"] = enc.sequence(tuple(base.__iter__(value)), depth + 1)
 
