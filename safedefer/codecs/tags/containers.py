@@ -13,7 +13,7 @@ from typing import Any, Final
 from safedefer.codecs.decoder import Decoder, array
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.inspect_safely import dict_getter
-from safedefer.codecs.shared import Json, Refusal, is_text, step
+from safedefer.codecs.shared import Json, Refusal, VersionSkew, is_text, step
 
 _DEQUE_MAX: Final = 2**53 - 1
 
@@ -117,7 +117,9 @@ def hashed(make: Any, values: Sequence[Any], keys: Iterable[Any]) -> Any:
     except Refusal:
         raise
     except Exception as error:  # an admitted class's own __hash__ or __eq__ may raise anything
-        raise Refusal("a set member or dict key cannot be hashed") from error
+        raise VersionSkew(
+            "a set member or dict key cannot be hashed; deploy the code that the task was made for"
+        ) from error
     return made
 
 
