@@ -149,6 +149,7 @@ class App(Producer):
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
+        self.keyring, self.allow_pickle = keyring, allow_pickle
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,

@@ -45,6 +45,11 @@ class _Schema(NamedTuple):
     """Finds a table of the queue in a statement."""
 
 
+def sqlite_release() -> tuple[int, ...]:
+    """Return the release of the SQLite library that opens queues."""
+    return tuple(map(int, apsw.sqlite_lib_version().split(".")))
+
+
 def check_file(path: str) -> None:
     """Check who may change the file and those beside it. They are looked at and not opened: that would drop locks.
 
