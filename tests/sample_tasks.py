@@ -4,8 +4,10 @@ import asyncio
 import re
 import threading
 import time
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import coroutine
 
 from safedefer import PermanentTaskFailure, SingularTaskFailure, current_task, defer
 
@@ -190,6 +192,50 @@ def backtrack(length):
     ran.append("begun")
     re.match(r"(a+)+$", "a" * length + "b")
     ran.append("over")
+
+
+def numbers():
+    RAN.append("numbers")
+    yield 1
+
+
+async def later_numbers():
+    RAN.append("numbers")
+    yield 1
+
+
+@contextmanager
+def managed():
+    RAN.append("managed")
+    yield
+
+
+@asynccontextmanager
+async def managed_later():
+    RAN.append("managed")
+    yield
+
+
+MADE = {"generator": numbers, "async generator": later_numbers, "context": managed, "async context": managed_later}
+
+
+def make_unrun(kind):
+    """Return what only makes a generator, as a decorator without functools.wraps does."""
+    return MADE[kind]()
+
+
+async def make_unrun_later(kind):
+    return MADE[kind]()
+
+
+@coroutine
+def old_coroutine():
+    yield from asyncio.sleep(0).__await__()
+    RAN.append("old")
+
+
+def make_old_coroutine():
+    return old_coroutine()
 
 
 def sleep(seconds):

@@ -1,8 +1,8 @@
 """A PostgreSQL queue whose database has the time that a test says.
 
 The queue goes by the database's clock, and the contract says what time it is. So ``now()`` is looked up in a schema
-of the test's before PostgreSQL's own. Each call is a little later than the one before, as in life: pgqueuer takes
-what is due *before* now.
+of the test's before PostgreSQL's own. Each change is a little later than the one before, and each look than the last
+change, as in life: pgqueuer takes what is due *before* now.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import psycopg
 
 _TICK = 1e-6
+#: They change nothing. Ticks are spared where they can be: some times are read back in milliseconds.
+_LOOKS = ("controls", "next_due", "stats")
 
 TABLES = (
     "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
@@ -29,12 +31,15 @@ CLOCKED_PATH = "clock,pg_catalog,safedefer"
 
 
 class Clocked:
-    """Passes every call on, having set the clock to the ``now`` of the call."""
+    """Passes every call on, having set the clock to the ``now`` of the call.
 
-    def __init__(self, inner, dsn):
+    ``ticks`` are those of the queue that was open before: opening it anew does not turn back the clock.
+    """
+
+    def __init__(self, inner, dsn, *, ticks=0):
         self._inner = inner
         self._setter = psycopg.connect(dsn, autocommit=True)
-        self._ticks = 0
+        self.ticks = ticks
         self.ledger = _At(inner.ledger, self)
         self.blobs = inner.blobs
 
@@ -43,8 +48,11 @@ class Clocked:
             self._setter.execute("UPDATE clock.time SET seconds = %s", (now,))
 
     def tick(self, now):
-        self._ticks += 1
-        self.set(now + self._ticks * _TICK)
+        self.ticks += 1
+        self.set(now + self.ticks * _TICK)
+
+    def look(self, now):
+        self.set(now + (self.ticks + 1) * _TICK)
 
     def enqueue_many(self, tasks):
         for task in tasks[:1]:
@@ -56,7 +64,7 @@ class Clocked:
         return self._inner.replace_dead(task_id, task, letter, now=now)
 
     def next_due(self, *, now, queues=None):
-        self.tick(now)
+        self.look(now)
         due = self._inner.next_due(now=now, queues=queues)
         return None if due is None else round(due, 3)
 
@@ -83,7 +91,7 @@ def _timed(clock, attribute):
 
     def call(*args, **kwargs):
         if "now" in kwargs:
-            clock.tick(kwargs["now"])
+            (clock.look if attribute.__name__ in _LOOKS else clock.tick)(kwargs["now"])
         return attribute(*args, **kwargs)
 
     return call

@@ -1133,6 +1133,18 @@ class QueueContract:
         assert take(queue, now=102.0) == []
         assert len(take(queue, now=160.0)) == 2  # The leases of the two that were lost have run out.
 
+    def test_lost_leases_are_leased_again_within_a_cap_that_was_lowered(self, queue):
+        queue.enqueue_many([make_task() for _ in range(5)])
+        assert len(take(queue, limit=4)) == 4
+        queue.configure([QueueLimits(queue="default", max_concurrent=2), QueueLimits(queue="mail")], now=110.0)
+        assert 110.0 < queue.next_due(now=110.0) <= 110.1
+        assert queue.next_due(now=170.0) <= 170.0  # what is lost does not run
+        again = take(queue, now=170.0)
+        assert len(again) == 2
+        assert take(queue, now=171.0) == []
+        settle(queue, again[0], DONE, now=172.0)
+        assert len(take(queue, now=172.0)) == 1
+
     def test_a_paused_queue_gives_nothing_until_it_is_resumed(self, queue):
         queue.enqueue_many([make_task(), make_task(queue="mail")])
         queue.pause("mail", paused=True, now=100.0)

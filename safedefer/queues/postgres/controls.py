@@ -110,7 +110,7 @@ async def next_due(connection: Connection, *, seconds: float, now: float, queues
         return None
     here = await clock(connection)
     known = {queue: control for queue, control in (await read_controls(connection)).items() if queue in due}
-    counts = await connection.fetch(SQL["running"], list(known)) if known else ()
+    counts = await connection.fetch(SQL["running"], list(known), interval(seconds)) if known else ()
     running = {row["queue"]: row["running"] for row in counts}
     for queue, control in known.items():
         if control.binds(here):

@@ -54,6 +54,8 @@ _ENTRYPOINTS: Final = "$2::text[]"
 #: The last SELECT of pgqueuer's dequeue statement, and the columns of it that a lease needs.
 _PICKED: Final = "SELECT * FROM claimed"
 _NEEDED: Final = "SELECT id, dedupe_key, entrypoint, headers, payload, attempts, updated FROM claimed"
+#: The last condition of the jobs that pgqueuer picks again because their heartbeat is old. It picks them whatever the cap.
+_STALE: Final = "AND stale.execute_after < NOW()"
 
 
 class Statements:
@@ -95,9 +97,12 @@ class Statements:
         statement = _with_ours(query.sql, {_PICKED: _NEEDED})
         if not any(queues.values()):
             return await connection.fetch(statement, *query.args)
+        within = f"{_STALE} AND stale.id <> ALL (${len(query.args) + 1}::bigint[])"
+        statement = _with_ours(statement, {_STALE: within})
         try:
             async with connection.transaction():
-                return await connection.fetch(statement, *query.args)
+                over = await connection.fetch(SQL["over_cap"], list(queues), list(queues.values()), interval(seconds))
+                return await connection.fetch(statement, *query.args, [row["id"] for row in over])
         except asyncpg.UniqueViolationError as error:
             if getattr(error, "constraint_name", None) != _SLOT_INDEX:
                 raise

@@ -93,8 +93,17 @@ SET rate = excluded.rate, bucket_size = excluded.bucket_size, max_concurrent = e
 DELETE FROM safedefer.controls WHERE queue = $1;
 
 -- name: running
+-- Counts the leases of each queue that last: one that has run out can be leased again at once.
 SELECT entrypoint AS queue, count(*) AS running FROM safedefer.pgqueuer
-WHERE status = 'picked' AND entrypoint = ANY ($1::text[]) GROUP BY entrypoint;
+WHERE status = 'picked' AND entrypoint = ANY ($1::text[]) AND heartbeat >= now() - $2::interval GROUP BY entrypoint;
+
+-- name: over_cap
+-- Jobs whose lease has run out, and that a lease would take beyond the cap of their queue, because the cap was lowered since.
+SELECT job.id FROM unnest($1::text[], $2::bigint[]) AS given (queue, cap) CROSS JOIN LATERAL (
+    SELECT id, heartbeat < now() - $3::interval AS lost,
+        row_number() OVER (ORDER BY heartbeat < now() - $3::interval, id) AS place
+    FROM safedefer.pgqueuer WHERE entrypoint = given.queue AND status = 'picked'
+) AS job WHERE given.cap > 0 AND job.lost AND job.place > given.cap;
 
 -- name: progress
 SELECT job_id, attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response, retry_reason
