@@ -70,7 +70,8 @@ class App(Producer):
         allow_pickle: Whether arguments may travel as pickles where a call and its key say so too.
         by_value_pickles_run_code: Whether functions may travel by value inside pickles: whoever has
             a key that may sign pickles then runs any code.
-        validate: ``"annotations"`` checks arguments against the callable's annotations in the handler.
+        validate: ``"annotations"`` checks arguments against the callable's annotations in the handler, and runs the
+            validators of models in them.
         concurrency: How many tasks run at once in this process.
         lease_seconds: How long a silent handler is believed to be running a task; a live one prolongs it.
         inline_limit: Tokens above this many bytes are stored as blobs (App Engine: about 10 kilobytes).

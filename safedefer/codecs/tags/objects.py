@@ -34,7 +34,7 @@ from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, member
 from safedefer.codecs.tags.exceptions import decode_exception, encode_exception
 from safedefer.codecs.tags.models import decode_model, encode_model
 from safedefer.errors import NotDeferrable
-from safedefer.refs import UNBOUND, CallableRef, bound_object, reference
+from safedefer.refs import UNBOUND, CallableRef, bound_object, class_path, reference
 
 _CALLABLES: Final = (FunctionType, BuiltinFunctionType, MethodType)
 
@@ -199,6 +199,7 @@ def _decode_dataclass(dec: Decoder, payload: Json, depth: int) -> object:
 
 
 def _encode_registered(enc: Encoder, value: Any, depth: int, entry: RegisteredType) -> Json:
+    enc.name(entry.cls)
     ref = enc.enter(value)
     if ref is not None:
         return ref
@@ -218,6 +219,11 @@ def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
     if type(entry) is ClassFamily:
         return _decode_family(dec, tag, payload, depth)
     entry = cast("RegisteredType", entry)
+    # The decoder is the user's code, but which keys may reach it the policy says, as of every class.
+    if dec.gate.load_class(class_path(entry.cls)) is not entry.cls:
+        raise Refusal(
+            f"{class_path(entry.cls)} is another class than the registered one; register it after it is defined"
+        )
     number = dec.reserve()
     value = run(entry.decode, dec.value(payload, depth + 1))
     if type(value) is not entry.cls:
