@@ -40,6 +40,8 @@ _START_SECONDS: Final = 60.0
 #: Seconds beyond ``hang_seconds`` that a worker's own timer gets.
 _TIMER_SECONDS: Final = 2.0
 _BACKLOG: Final = 1_024
+#: The exit status of a worker that a signal ended is the signal's number above this, as shells say it.
+_SIGNALLED: Final = 128
 
 _log: Final = logging.getLogger("safedefer")
 
@@ -134,7 +136,7 @@ class Supervisor:
             if worker.recycles and status == 0:
                 crashes = 0
                 continue
-            if not self._said_url and not worker.hangs:
+            if not self._said_url and not worker.hangs and status < _SIGNALLED:
                 # It never began: what is wrong, it has said, and another one would say it again.
                 self._status = status or 1
                 self._stop_others()
@@ -196,7 +198,7 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(worker.pair)
             worker.pair.close()
             self._workers.discard(worker)
-        return status if status >= 0 else 128 - status
+        return status if status >= 0 else _SIGNALLED - status
 
     # --- Beats ---
 
