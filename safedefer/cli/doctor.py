@@ -24,6 +24,7 @@ from safedefer.app import App
 from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, plain
 from safedefer.errors import Error
 from safedefer.execution.deadline import DEFAULT_DEADLINE
+from safedefer.files import trouble_with_folders
 from safedefer.keys import KeyState
 from safedefer.queues.addresses import redacted
 
@@ -167,6 +168,14 @@ def check_queue(app: App) -> Iterable[Finding]:
     counted = app.queue.stats(now=time.time())
     waiting, dead = sum(each.waiting for each in counted), sum(each.dead for each in counted)
     yield Finding("queue", "ok", f"{app.queue!r} opens; {waiting} tasks wait, {dead} are dead letters")
+    if app.queue.file is None:
+        return
+    path = app.queue.file.path
+    if os.stat(path).st_mode & stat.S_IWGRP:  # noqa: PTH116
+        yield Finding("queue", "warn", f"the group of {path} may write it, and so remove tasks; run `chmod g-w {path}`")
+    trouble = trouble_with_folders(path)
+    if trouble is not None:
+        yield Finding("queue", "warn", trouble)
 
 
 def check_clock(app: App) -> Iterable[Finding]:

@@ -156,6 +156,17 @@ def test_a_queue_whose_schema_somebody_changed_is_said(monkeypatch, tmp_path):
     assert "DROP TRIGGER" in one(app_of(monkeypatch, queue=f"sqlite:///{path}"), "queue")[1]
 
 
+def test_a_queue_file_that_a_group_may_write_or_others_replace_is_said(monkeypatch, tmp_path):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    spec = app_of(monkeypatch, queue=f"sqlite:///{folder}/q.db")
+    assert one(spec, "queue")[0] == "ok"
+    (folder / "q.db").chmod(0o660)
+    folder.chmod(0o777)
+    spec = app_of(monkeypatch, queue=f"sqlite:///{folder}/q.db")
+    assert [status for status, _ in find(spec, "queue")] == ["ok", "warn", "warn"]
+
+
 @pytest.mark.parametrize(("seconds", "status"), [(0, "ok"), (-9, "ok"), (3600, "error"), (-3600, "error")])
 def test_the_clock_of_the_database_is_compared_with_ours(monkeypatch, seconds, status):
     spec = app_of(monkeypatch)

@@ -221,7 +221,7 @@ def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
     entry = cast("RegisteredType", entry)
     # The decoder is the user's code, but which keys may reach it the policy says, as of every class.
     if dec.gate.load_class(class_path(entry.cls)) is not entry.cls:
-        raise Refusal(
+        raise VersionSkew(
             f"{class_path(entry.cls)} is another class than the registered one; register it after it is defined"
         )
     number = dec.reserve()
