@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import asyncpg
+
+from safedefer.errors import Error
 from safedefer.queues import rules
 from safedefer.queues.base import Verdict
 from safedefer.queues.postgres.connection import in_transaction
@@ -21,6 +25,11 @@ if TYPE_CHECKING:
     from safedefer.queues.base import Lease, QueuedTask, Settlement
     from safedefer.queues.postgres.connection import Connection, RunOnOwnLoop
 
+_log: Final = logging.getLogger("safedefer.queues")
+
+#: Errors that the values of a row cause: out of range, in the way of another row, too long for an index.
+_OF_VALUES: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
+
 
 async def settle(
     connection: Connection,
@@ -30,7 +39,7 @@ async def settle(
     now: float,
     tombstone_seconds: float,
 ) -> list[bool]:
-    """Apply settlements in one transaction.
+    """Apply settlements in one transaction, or in one for each where a value that somebody stored breaks the batch.
 
     Args:
         connection: Not in a transaction.
@@ -40,8 +49,40 @@ async def settle(
         tombstone_seconds: How long the names of ended tasks stay taken.
 
     Returns:
-        For each, whether it was applied; False: the lease was lost.
+        For each, whether it was applied; False: the lease was lost, or what is stored of the task cannot be settled.
     """
+    together = partial(_settle_together, connection, own_loop=own_loop, now=now, tombstone_seconds=tombstone_seconds)
+    try:
+        return await together(settlements=settlements)
+    except (asyncpg.PostgresError, Error) as error:
+        if not _is_of_a_value(error):
+            raise
+    settled = []
+    for pair in settlements:
+        try:
+            settled += await together(settlements=[pair])
+        except (asyncpg.PostgresError, Error) as error:
+            if not _is_of_a_value(error):
+                raise
+            _log.error("task %a cannot be settled (%s); look at what is stored of it", pair[0].task.id, error)
+            settled.append(False)
+    return settled
+
+
+def _is_of_a_value(error: BaseException) -> bool:
+    """Whether a value of a row caused an error: that of the database, or what ``Pools.run`` made of it."""
+    return isinstance(error, _OF_VALUES) or isinstance(error.__cause__, _OF_VALUES)
+
+
+async def _settle_together(
+    connection: Connection,
+    *,
+    own_loop: RunOnOwnLoop | None,
+    settlements: Sequence[tuple[Lease, Settlement]],
+    now: float,
+    tombstone_seconds: float,
+) -> list[bool]:
+    """Do what ``settle`` does, in one transaction."""
     plain = [index for index, (lease, settlement) in enumerate(settlements) if _is_plain(lease, settlement)]
     if len({lease.owner for lease, _ in settlements}) != len(settlements):
         plain = []  # a lease is there twice: its first settlement counts, which only _settle_each keeps to
