@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from safedefer import deferred, errors
 from safedefer.app import App, Deferral
-from safedefer.claims import Limits
 from safedefer.codecs.registry import register_type
 from safedefer.deferred import (
     configure,
@@ -40,10 +39,10 @@ from safedefer.deferred import (
 from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
 from safedefer.execution.context import TaskContext, current_task
 from safedefer.keys import Key, Keyring, KeyState
-from safedefer.options import DEFAULT_URL, Options, Task, TaskRetryOptions
+from safedefer.options import DEFAULT_URL, Limits, Options, Serves, Task, TaskRetryOptions
 from safedefer.policy import Policy, deferrable
 from safedefer.refs import CallableRef
-from safedefer.signing import Serves, Signer, Verifier
+from safedefer.signing import Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 
 if TYPE_CHECKING:

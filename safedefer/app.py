@@ -16,16 +16,17 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from safedefer.claims import Claims, Limits
+from safedefer.claims import Claims
 from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
+from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 from safedefer.events import LogObserver, Observer
 from safedefer.execution.direct import DirectRunner
 from safedefer.execution.prepare import Validate
 from safedefer.keys import Keyring
-from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, Options, Task
+from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, Limits, Options, Serves, Task
 from safedefer.policy import Policy
 from safedefer.queues import load_queue_file, open_queue
 from safedefer.queues.base import DeadFilter, PullQueue, StorageOptions
@@ -34,7 +35,7 @@ from safedefer.sending.dead_letters import DeadLetters
 from safedefer.sending.producer import Producer
 from safedefer.sending.routes import ANY_URL, Routes
 from safedefer.sending.sender import CallTuple, Deferral, Sender
-from safedefer.signing import Serves, Signer, Verifier
+from safedefer.signing import Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.transactions.outbox import Outbox
 
@@ -56,7 +57,8 @@ class App(Producer):
         keyring: The keys; the active one signs.
         policy: What may be deferred and run.
         queue: A queue's URL (``sqlite:///tasks.db``, ``memory://``) or a queue.
-        environment: ``prod``, ``staging``, ...: tasks of one do not run in another.
+        environment: ``prod``, ``staging``, ...: tasks of one do not run in another. None is ``default``, which every
+            deployment that does not say shares; commands that run tasks warn of it.
         url: The path that tasks are posted to by default.
         prefix: A path in front of the handler's, which tokens do not name.
         queues: The names of the queues there are; None is those of ``queue_yaml``, or any name without one.
@@ -72,6 +74,8 @@ class App(Producer):
         concurrency: How many tasks run at once in this process.
         lease_seconds: How long a silent handler is believed to be running a task; a live one prolongs it.
         inline_limit: Tokens above this many bytes are stored as blobs (App Engine: about 10 kilobytes).
+        unverified_bytes: Bytes that the bodies of all requests may take together before they are verified; one more is
+            answered ``busy``.
         limits: Bounds of tokens and arguments.
         observer: Told what happens; logs by default.
         clock: Seconds since the epoch.
@@ -80,13 +84,15 @@ class App(Producer):
         ConfigurationError: An argument is wrong.
     """
 
+    _delivery: Delivery | None = None
+
     def __init__(
         self,
         *,
         keyring: Keyring,
         policy: Policy,
         queue: str | PullQueue = "sqlite:///safedefer.db",
-        environment: str = "default",
+        environment: str | None = None,
         url: str = DEFAULT_URL,
         prefix: str = "",
         queues: Iterable[str] | None = None,
@@ -100,33 +106,33 @@ class App(Producer):
         concurrency: int = 16,
         lease_seconds: float = 60.0,
         inline_limit: int = 10 * 1024,
+        unverified_bytes: int = UNVERIFIED_BYTES,
         limits: Limits | None = None,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if not isinstance(keyring, Keyring) or not isinstance(policy, Policy):
-            raise ConfigurationError(
-                "an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`"
-            )
+        _check_needed(keyring, policy)
         limits = limits or Limits()
         self.policy = policy
         self.observer: Observer = LogObserver() if observer is None else observer
-        self.queue_file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
-        routes = Routes(
-            environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=self.queue_file
-        )
+        self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
+        self.environment_given = environment is not None
+        routes = Routes(environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=file)
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
         self._queue: PullQueue | str = queue
-        limit = None if self.queue_file is None else self.queue_file.total_storage_limit
-        self._storage = storage if limit is None else replace(storage or StorageOptions(), blob_limit=limit)
+        self._storage = _storage(storage, file)
         self._clock = clock
         self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
         self._closed = False
-        self._delivery: Delivery | None = None
-        options = DeliveryOptions(max_bytes=limits.token_bytes, concurrency=concurrency, lease_seconds=lease_seconds)
-        deadlines = {} if self.queue_file is None else self.queue_file.deadlines
-        self._delivery_options = replace(options, validate=validate, deadlines=deadlines)
+        self.delivery_options = DeliveryOptions(
+            max_bytes=limits.token_bytes,
+            concurrency=concurrency,
+            lease_seconds=lease_seconds,
+            unverified_bytes=unverified_bytes,
+            validate=validate,
+            deadlines={} if file is None else file.deadlines,
+        )
         self._codecs = _codecs(limits, allow_pickle=allow_pickle, by_value_runs_code=by_value_pickles_run_code)
         builder = Builder(
             signer=Signer(keyring, policy, limits=limits),
@@ -136,13 +142,14 @@ class App(Producer):
             inline_limit=inline_limit,
             clock=clock,
         )
-        outbox = Outbox(self._get_queue, environment=environment, queues=self.queues, urls=outboxes, clock=clock)
+        outbox = Outbox(self._get_queue, environment=self.environment, queues=self.queues, urls=outboxes, clock=clock)
         sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observer)
         super().__init__(sender=sender, builder=builder, routes=routes, outbox=outbox)
         self._build_handling(keyring, limits, allow_pickle=allow_pickle)
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
+        self.keyring, self.allow_pickle = keyring, allow_pickle
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,
@@ -185,7 +192,7 @@ class App(Producer):
             keyring=settings.keyring(),
             policy=settings.load_policy(),
             queue=settings.queue,
-            environment=settings.environment,
+            environment=settings.environment if "environment" in settings.model_fields_set else None,
             url=settings.url,
             prefix=settings.prefix,
             queues=settings.queues,
@@ -197,6 +204,7 @@ class App(Producer):
             concurrency=settings.concurrency,
             lease_seconds=settings.lease_seconds,
             inline_limit=settings.inline_limit,
+            unverified_bytes=settings.unverified_bytes,
         )
 
     # --- Handling ---
@@ -246,7 +254,7 @@ class App(Producer):
                     blobs=lambda: self.queue.blobs,
                     clock=self._clock,
                     observer=self.observer,
-                    options=self._delivery_options,
+                    options=self.delivery_options,
                 )
             return self._delivery
 
@@ -381,6 +389,16 @@ class App(Producer):
             self._closed = True
             if not isinstance(self._queue, str):
                 self._queue.close()
+
+
+def _check_needed(keyring: object, policy: object) -> None:
+    if not isinstance(keyring, Keyring) or not isinstance(policy, Policy):
+        raise ConfigurationError("an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`")
+
+
+def _storage(storage: StorageOptions | None, file: QueueFile | None) -> StorageOptions | None:
+    limit = None if file is None else file.total_storage_limit
+    return storage if limit is None else replace(storage or StorageOptions(), blob_limit=limit)
 
 
 def _codecs(limits: Limits, *, allow_pickle: bool, by_value_runs_code: bool) -> dict[str, Codec]:

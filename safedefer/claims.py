@@ -9,7 +9,6 @@ spellings are parsed by jiter with every name compared.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from gc import get_referents
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, Required
@@ -65,20 +64,6 @@ Seconds = Count | Annotated[float, Field(ge=0, le=MAX_NUMBER)]
 Deadline = Annotated[int, Field(ge=1, le=MAX_DEADLINE)] | Annotated[float, Field(ge=1, le=MAX_DEADLINE)]
 
 _STRICT: Final = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Bounds that are checked before the work is done, on both ends."""
-
-    token_bytes: int = 1_048_576
-    """Length of a token, in bytes."""
-    depth: int = 64
-    """How deep values may nest."""
-    items: int = 100_000
-    """How many values a task's arguments may hold, at all depths together."""
-    int_digits: int = 4_300
-    """Decimal digits of an integer."""
 
 
 @with_config(_STRICT)

@@ -136,6 +136,11 @@ class RejectedTask(Error):
     authentic: ClassVar[bool] = False
     identity: TaskIdentity | None = None
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the same task is refused for ever, whatever is deployed: it is a dead letter at once."""
+        return False
+
 
 class MalformedToken(RejectedTask):
     """Not three canonical base64url segments, or over the size limit."""
@@ -184,6 +189,11 @@ class NotYetValid(_AuthenticRejection):
 class ExpiredTask(_AuthenticRejection):
     """``exp`` is past (RFC 7519, section 4.1.4)."""
 
+    @property
+    def is_final(self) -> bool:
+        """True: no time comes twice."""
+        return True
+
 
 class PolicyViolation(_AuthenticRejection):
     """The policy does not admit a callable or class that the token names."""
@@ -194,11 +204,20 @@ class UnresolvableCallable(_AuthenticRejection):
 
 
 class InvalidArguments(_AuthenticRejection):
-    """The arguments cannot be decoded. ``path`` (str) names the place: ``$.kwargs.when``."""
+    """The arguments cannot be decoded. ``path`` (str) names the place: ``$.kwargs.when``.
 
-    def __init__(self, message: str, *, path: str = "$") -> None:
+    ``skew`` (bool): another version of the code at this end may decode them, so they are tried again.
+    """
+
+    def __init__(self, message: str, *, path: str = "$", skew: bool = False) -> None:
         super().__init__(message)
         self.path = path
+        self.skew = skew
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no other version of the code would decode them."""
+        return not self.skew
 
 
 # --- To the operator ------------------------------------------------------------------------------

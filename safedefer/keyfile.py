@@ -5,15 +5,18 @@ Two formats: ``kid:base64url[,kid:base64url...]``, and a JWK Set (RFC 7517) of `
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterable
-from typing import Annotated, Final, Literal, Required, TypedDict
+from typing import Annotated, Any, Final, Literal, Required, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from safedefer.errors import ConfigurationError, MalformedToken
 from safedefer.token import decode_segment
 
-_MAKE_ONE: Final = "make one with `safedefer keys new`"
+MAKE_ONE: Final = "make one with `safedefer keys new`"
 _State = Literal["active", "verify_only", "revoked"]
 
 
@@ -26,6 +29,16 @@ class KeyFields(TypedDict, total=False):
     queues: Iterable[str] | None
     patterns: Iterable[str] | None
     pickle: bool
+
+
+#: Our members of a key, by their letters; without the prefix too: no other program gives these names to members.
+_MEMBERS: Final = {
+    prefix + name: f"safedefer_{name}"
+    for name in ("state", "queues", "patterns", "pickle")
+    for prefix in ("safedefer", "")
+}
+_ALIKE: Final = 0.75
+_MISSPELLED: Final = "misspelled"
 
 
 class _Jwk(BaseModel):
@@ -42,11 +55,44 @@ class _Jwk(BaseModel):
     safedefer_patterns: list[str] | None = None
     safedefer_pickle: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_misspelled(cls, members: Any) -> Any:
+        # Ignored, a limit that was misspelled would be none.
+        for name in members if isinstance(members, dict) else ():
+            meant = None if name in cls.model_fields else _meant(name)
+            if meant is not None:
+                raise _misspelled(f"the member {name[:64]!a} is unknown; did you mean {meant}?")
+        return members
+
 
 class _Jwks(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True, defer_build=True)
 
     keys: list[_Jwk]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_misplaced(cls, members: Any) -> Any:
+        for name in members if isinstance(members, dict) else ():
+            meant = None if name == "keys" else _meant(name)
+            if meant is not None:
+                raise _misspelled(
+                    f"the member {name[:64]!a} is not inside a key; write {meant} into each that it is for"
+                )
+        return members
+
+
+def _misspelled(text: str) -> PydanticCustomError:
+    return PydanticCustomError(_MISSPELLED, "{text}", {"text": text})
+
+
+def _meant(name: str) -> str | None:
+    """Return which of our members a name that is none of them looks like; None if it looks like none."""
+    letters = re.sub(r"[^a-z0-9]", "", name.lower())
+    cutoff = 0.0 if letters.startswith("safedefer") else _ALIKE
+    near = difflib.get_close_matches(letters, _MEMBERS, n=1, cutoff=cutoff)
+    return _MEMBERS[near[0]] if near else None
 
 
 def read_text(text: str) -> list[KeyFields]:
@@ -59,7 +105,7 @@ def read_text(text: str) -> list[KeyFields]:
     for item in (part.strip() for part in text.split(",")):
         kid, colon, secret = item.partition(":")
         if not colon:
-            raise ConfigurationError(f"keys are written kid:base64url, separated by commas; {_MAKE_ONE}")
+            raise ConfigurationError(f"keys are written kid:base64url, separated by commas; {MAKE_ONE}")
         keys.append({"kid": kid, "secret": _decode_secret(kid, secret), "state": "verify_only" if keys else "active"})
     return keys
 
@@ -73,8 +119,12 @@ def read_jwks(text: str | bytes) -> list[KeyFields]:
     try:
         jwks = _Jwks.model_validate_json(text)
     except ValidationError as error:
-        places = ", ".join(".".join(map(str, item["loc"])) or "the text" for item in error.errors()[:3])
-        raise ConfigurationError(f"the key file is not a JWK Set of oct keys (wrong: {places}); {_MAKE_ONE}") from None
+        wrong = error.errors(include_input=False, include_url=False)
+        for item in wrong:
+            if item["type"] == _MISSPELLED:
+                raise ConfigurationError(f"the key file is refused: {item['msg']}") from None
+        places = ", ".join(".".join(map(str, item["loc"])) or "the text" for item in wrong[:3])
+        raise ConfigurationError(f"the key file is not a JWK Set of oct keys (wrong: {places}); {MAKE_ONE}") from None
     return [
         {
             "kid": jwk.kid,
@@ -93,5 +143,5 @@ def _decode_secret(kid: str, text: str) -> bytes:
         return decode_segment(text.encode())
     except (MalformedToken, UnicodeEncodeError):
         raise ConfigurationError(
-            f"the secret of key {kid[:64]!a} is not base64url without padding; {_MAKE_ONE}"
+            f"the secret of key {kid[:64]!a} is not base64url without padding; {MAKE_ONE}"
         ) from None

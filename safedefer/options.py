@@ -1,14 +1,15 @@
-"""Options of ``defer()``, and the task that it returns. Each option is checked where it is given."""
+"""Options of ``defer()`` and the task that it returns; what a handler serves, and its limits. Checked where they are given."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Final, Self
 
 from safedefer.errors import (
+    ConfigurationError,
     InvalidEtaError,
     InvalidTaskError,
     InvalidTaskNameError,
@@ -26,6 +27,38 @@ DEFAULT_QUEUE: Final = "default"
 DEFAULT_TARGET: Final = "default"
 #: Begins the URL of a queue, which its name ends (App Engine: ``/_ah/queue/<queue>``).
 QUEUE_URLS: Final = "/_ah/queue/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds that are checked before the work is done, on both ends."""
+
+    token_bytes: int = 1_048_576
+    """Length of a token, in bytes."""
+    depth: int = 64
+    """How deep values may nest."""
+    items: int = 100_000
+    """How many values a task's arguments may hold, at all depths together."""
+    int_digits: int = 4_300
+    """Decimal digits of an integer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serves:
+    """What a handler answers to. ``None`` is "any": no list was configured.
+
+    Raises:
+        ConfigurationError: ``queues`` or ``targets`` is one text.
+    """
+
+    environment: str
+    queues: Collection[str] | None = None
+    targets: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a text in place of a list: ``in`` would look for parts of it."""
+        if isinstance(self.queues, str) or isinstance(self.targets, str):
+            raise ConfigurationError("queues and targets are lists of names, not one text; write ['default']")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

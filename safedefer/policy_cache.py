@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any, Final, cast, final
+from typing import Any, Final, final
 
 from safedefer.policy import Gate
 from safedefer.refs import UNBOUND, CallableRef, class_path, module_dict, reference
@@ -161,7 +161,7 @@ class PolicyCache:
         """Find a callable. See ``Gate.load_callable``."""
         asked, known = self._found.get(id(ref), _NOTHING)
         if asked is ref and bound is UNBOUND and known.holds():
-            return cast("Callable[..., object]", known.function)
+            return known.function
         found = self._gate.load_callable(ref, bound)
         if type(found) is FunctionType and reference(*ref.parts) is ref:
             _make_room(self._found)

@@ -57,6 +57,8 @@ METACLASSES: Final[frozenset[type]] = frozenset({type, ABCMeta, EnumType, type(B
 #: Types of built-in functions and methods: methods of some classes of C know their class (``METH_METHOD``).
 BUILTIN_TYPES: Final[tuple[type, ...]] = (BuiltinFunctionType, type(re.compile("").match))
 
+#: How many decorators are looked through.
+_MAX_WRAPPED: Final = 100
 #: Modules that are another file in every process.
 _MAIN_MODULES: Final = frozenset({"__main__", "__mp_main__"})
 
@@ -209,7 +211,7 @@ def find(module: str, qualname: str) -> object:
         found = _TYPE_DICT(found).get(part, UNBOUND) if _is_class(found) else UNBOUND
     if found is UNBOUND:
         raise UnresolvableCallable(
-            f"{module}:{qualname} does not exist; deploy it again, or map the old name with Policy(moved=...)"
+            f"{module}:{qualname} does not exist (no __getattr__ is asked); deploy it, or map the old name with Policy(moved=...)"
         )
     return found
 
@@ -295,6 +297,9 @@ def _function(func: FunctionType) -> CallableRef:
         _refuse("nested-function", "a nested function cannot be found by name", "move it to the top level of a module")
     if "." in qualname:
         _refuse_unbound(module, qualname)
+    # Such as the ``__getattr__`` of a module, which may import what it is asked for.
+    if qualname.startswith("__") and qualname.endswith("__"):
+        _refuse("dunder", f"{qualname} is a special function, which Python calls itself", "give it another name")
     _prove(func, module, qualname)
     return reference("function", module, qualname, None)
 
@@ -419,11 +424,16 @@ def _static_member(cls: type, member: str) -> tuple[type, object]:
 
 
 def _check_code(func: FunctionType) -> None:
-    flags = func.__code__.co_flags
     if func.__code__.co_name == "<lambda>" or func.__name__ == "<lambda>":
         _refuse("lambda", "a lambda cannot be found by name", "write it as a function at the top level of a module")
-    if flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
-        _refuse("generator", "calling a generator function runs nothing", "defer a function that exhausts it")
+    # What functools.wraps wrapped counts too: @contextmanager and the like call it, and run nothing of its body.
+    inner: object = func
+    for _ in range(_MAX_WRAPPED):
+        if type(inner) is not FunctionType:
+            break
+        if inner.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+            _refuse("generator", "calling a generator function runs nothing", "defer a function that exhausts it")
+        inner = inner.__dict__.get("__wrapped__")
 
 
 def _check_member(member: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Final, Self
@@ -9,7 +10,9 @@ from typing import Annotated, Final, Self
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
+from safedefer.files import trouble_with_key_file
 from safedefer.keys import Keyring
 from safedefer.options import DEFAULT_URL
 from safedefer.policy import Policy
@@ -29,6 +32,17 @@ def _pairs(value: object) -> object:
     if any(not name or not address for name, _, address in pairs):
         raise ValueError("write name=http://address[,name=http://address]")
     return {name: address for name, _, address in pairs}
+
+
+def _read_key_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            trouble = trouble_with_key_file(str(path), os.fstat(file.fileno()))
+            if trouble is None:
+                return file.read()
+    except OSError as error:
+        raise ConfigurationError(f"SAFEDEFER_KEYS_FILE cannot be read: {error.strerror}; check its path") from error
+    raise ConfigurationError(f"SAFEDEFER_KEYS_FILE: {trouble}")
 
 
 class Settings(BaseSettings):
@@ -63,6 +77,9 @@ class Settings(BaseSettings):
     concurrency: int = Field(default=16, ge=1, le=10_000, description="Tasks that run at once.")
     lease_seconds: float = Field(default=60.0, ge=1, description="How long a silent handler is believed to run a task.")
     inline_limit: int = Field(default=_INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")
+    unverified_bytes: int = Field(
+        default=UNVERIFIED_BYTES, ge=1024, description="Bytes of all request bodies together that are not verified yet."
+    )
 
     tombstone_seconds: float = Field(
         default=9 * 86_400.0, ge=0, description="How long an ended task's name is not free."
@@ -89,13 +106,15 @@ class Settings(BaseSettings):
             found = "; ".join(
                 f"SAFEDEFER_{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors()
             )
-            raise ConfigurationError(f"the environment is wrong: {found}; correct it") from None
+        # Here: as the context of this error, the frames of the other one would show what the variables hold.
+        raise ConfigurationError(f"the environment is wrong: {found}; correct it")
 
     def keyring(self) -> Keyring:
         """Load the keys.
 
         Raises:
-            ConfigurationError: There are none, or two sources of them, or they are malformed or weak.
+            ConfigurationError: There are none, or two sources of them, or they are malformed or weak, or others may
+                change the file or read it.
         """
         if (self.keys is None) == (self.keys_file is None):
             raise ConfigurationError(
@@ -104,11 +123,8 @@ class Settings(BaseSettings):
         if self.keys is not None:
             return Keyring.from_text(self.keys.get_secret_value())
         assert self.keys_file is not None
-        try:
-            text = self.keys_file.read_bytes()
-        except OSError as error:
-            raise ConfigurationError(f"SAFEDEFER_KEYS_FILE cannot be read: {error.strerror}; check its path") from error
-        return Keyring.from_jwks(text)
+        # No local variable: tracebacks with them reach logs.
+        return Keyring.from_jwks(_read_key_file(self.keys_file))
 
     def load_policy(self) -> Policy:
         """Build the policy.

@@ -13,15 +13,13 @@ the order in which it checks:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
-from dataclasses import dataclass
+from collections.abc import Container
 from hashlib import sha256
 from typing import Final, final
 
-from safedefer.claims import LEEWAY, Claims, Limits, read_claims, split_audience, write_json
+from safedefer.claims import LEEWAY, Claims, read_claims, split_audience, write_json
 from safedefer.errors import (
     CapabilityExceeded,
-    ConfigurationError,
     ExpiredTask,
     InvalidClaims,
     NotDeferrable,
@@ -35,6 +33,7 @@ from safedefer.errors import (
     WrongAudience,
 )
 from safedefer.keys import Key, Keyring, KeyState
+from safedefer.options import Limits, Serves
 from safedefer.policy import Gate, Policy
 from safedefer.policy_cache import PolicyCache
 from safedefer.refs import reference
@@ -94,24 +93,6 @@ class Signer:
                 limit=self._max_bytes,
             )
         return token
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serves:
-    """What a handler answers to. ``None`` is "any": no list was configured.
-
-    Raises:
-        ConfigurationError: ``queues`` or ``targets`` is one text.
-    """
-
-    environment: str
-    queues: Collection[str] | None = None
-    targets: Collection[str] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a text in place of a list: ``in`` would look for parts of it."""
-        if isinstance(self.queues, str) or isinstance(self.targets, str):
-            raise ConfigurationError("queues and targets are lists of names, not one text; write ['default']")
 
 
 @final
@@ -262,8 +243,9 @@ def _check_key(key: Key, queue: str, cty: str) -> None:
 
 def check_begun(claims: Claims, now: float) -> None:
     """Check that a task's time has come. Raises ``NotYetValid``, with the seconds until then."""
-    ahead = max(claims["nbf"], claims["iat"]) - now - LEEWAY
-    if ahead > 0:
+    soon = now + LEEWAY
+    if claims["nbf"] > soon or claims["iat"] > soon:
+        ahead = max(claims["nbf"], claims["iat"]) - soon
         raise NotYetValid("the task is not due yet; send it again later", retry_after=int(ahead) + 1)
 
 

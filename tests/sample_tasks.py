@@ -4,8 +4,10 @@ import asyncio
 import re
 import threading
 import time
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import coroutine
 
 from safedefer import PermanentTaskFailure, SingularTaskFailure, current_task, defer
 
@@ -17,9 +19,11 @@ SECRET = "the-argument-that-nobody-may-print"
 
 
 def reset():
-    RAN.clear()
+    """Begin a test. A call of an earlier test that still waits ends, and what it says goes to that test's list."""
+    global RAN, GATE
+    GATE.set()
+    RAN, GATE = [], threading.Event()
     CONTEXTS.clear()
-    GATE.clear()
     STARTED.clear()
 
 
@@ -126,28 +130,31 @@ def singular(kind="plain"):
 
 
 def wait_for_gate(seconds=20.0):
+    ran = RAN
     STARTED.set()
     GATE.wait(seconds)
-    RAN.append("waited")
+    ran.append("waited")
 
 
 async def sleep_long(seconds=30.0):
-    RAN.append("begun")
+    ran = RAN
+    ran.append("begun")
     try:
         await asyncio.sleep(seconds)
     finally:
-        RAN.append("over")
+        ran.append("over")
 
 
 async def suppress_cancellation():
     """Go on after a cancellation, until the gate opens."""
-    RAN.append("begun")
-    while not GATE.is_set():
+    ran, gate = RAN, GATE
+    ran.append("begun")
+    while not gate.is_set():
         try:
             await asyncio.sleep(0.01)
         except asyncio.CancelledError:
-            RAN.append("suppressed")
-    RAN.append("over")
+            ran.append("suppressed")
+    ran.append("over")
 
 
 async def clean_up_badly():
@@ -161,32 +168,80 @@ async def clean_up_badly():
 
 def fail_at_gate():
     """Wait for the gate, and fail."""
+    ran = RAN
     STARTED.set()
     GATE.wait(20.0)
-    RAN.append("failed")
+    ran.append("failed")
     raise PermanentTaskFailure("too late")
 
 
 def wait_for_cancellation(end="return"):
     """Look whether the task was cancelled, as a plain function does."""
+    ran, gate = RAN, GATE
     STARTED.set()
-    while not current_task().cancelled and not GATE.is_set():
+    while not current_task().cancelled and not gate.is_set():
         time.sleep(0.01)
-    RAN.append(("cancelled", current_task().cancelled))
+    ran.append(("cancelled", current_task().cancelled))
     if end == "raise":
         raise ValueError("stopped")
 
 
 def backtrack(length):
     """Hold the interpreter in a regular expression: C code that no other thread interrupts."""
-    RAN.append("begun")
+    ran = RAN
+    ran.append("begun")
     re.match(r"(a+)+$", "a" * length + "b")
-    RAN.append("over")
+    ran.append("over")
+
+
+def numbers():
+    RAN.append("numbers")
+    yield 1
+
+
+async def later_numbers():
+    RAN.append("numbers")
+    yield 1
+
+
+@contextmanager
+def managed():
+    RAN.append("managed")
+    yield
+
+
+@asynccontextmanager
+async def managed_later():
+    RAN.append("managed")
+    yield
+
+
+MADE = {"generator": numbers, "async generator": later_numbers, "context": managed, "async context": managed_later}
+
+
+def make_unrun(kind):
+    """Return what only makes a generator, as a decorator without functools.wraps does."""
+    return MADE[kind]()
+
+
+async def make_unrun_later(kind):
+    return MADE[kind]()
+
+
+@coroutine
+def old_coroutine():
+    yield from asyncio.sleep(0).__await__()
+    RAN.append("old")
+
+
+def make_old_coroutine():
+    return old_coroutine()
 
 
 def sleep(seconds):
+    ran = RAN
     time.sleep(seconds)
-    RAN.append("slept")
+    ran.append("slept")
 
 
 def defer_another(depth):

@@ -16,15 +16,16 @@ import jsonschema
 import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
-from safedefer.claims import Claims, Limits
+from safedefer.claims import Claims
 from safedefer.codecs.registry import CORE_TAGS
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import RejectedTask
 from safedefer.execution.prepare import prepare
 from safedefer.keys import Keyring
+from safedefer.options import Limits, Serves
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND, KindName
-from safedefer.signing import Serves, Verifier
+from safedefer.signing import Verifier
 from safedefer.task import VerifiedPointer
 from tests.schema import schemas, values, vectors
 from tests.schema.files import ROOT, generated

@@ -16,6 +16,12 @@ from safedefer.queues.base import TaskView
 
 _APP_HELP: Final = "module:name of the App; without it, SAFEDEFER_* settings make one."
 
+NO_ENVIRONMENT: Final = (
+    "no environment was given, so it is 'default', as in every other deployment that gives none: tasks of staging would run in "
+    "production if they share a key; set SAFEDEFER_ENVIRONMENT or App(environment=...), the same for whoever defers and whoever runs"
+)
+"""What is said where an App has no environment of its own."""
+
 app_option: Final = click.option("--app", default=None, metavar="MODULE:APP", help=_APP_HELP)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
@@ -12,12 +13,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import load_app
+from safedefer.cli.common import NO_ENVIRONMENT, load_app
 from safedefer.cli.supervisor import SupervisorOptions, supervise
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
@@ -25,6 +26,8 @@ from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDeliver
 from safedefer.dispatcher.signed_route import SignedRoute
 from safedefer.sending.addresses import check_address
 from safedefer.web.server import serving
+
+_log: Final = logging.getLogger("safedefer")
 
 _app_argument = click.argument("app", required=False, default=None, metavar="[MODULE:APP]")
 _host = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
@@ -91,7 +94,7 @@ def serve(
     worker = Worker.from_environment()
     if worker is None and (processes > 1 or max_tasks is not None):
         _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
-    loaded = load_app(app)
+    loaded = _load(app)
     _hide_keys(app, loaded)
 
     async def work() -> None:
@@ -128,7 +131,7 @@ def dispatch(
     timeout: float | None,
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
-    loaded = load_app(app)
+    loaded = _load(app)
     check_address("--to", address)
 
     async def work() -> None:
@@ -183,7 +186,7 @@ def run(
     worker = Worker.from_environment()
     if worker is None:
         _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
-    loaded = load_app(app)
+    loaded = _load(app)
     _hide_keys(app, loaded)
 
     async def work() -> None:
@@ -239,6 +242,14 @@ async def _serving(
             worker.ready()
         _keep_what_is_loaded()
         yield stop
+
+
+def _load(spec: str | None) -> App:
+    """Load the App of a process that delivers or runs tasks."""
+    app = load_app(spec)
+    if not app.environment_given:
+        _log.warning("%s", NO_ENVIRONMENT)
+    return app
 
 
 def _hide_keys(spec: str | None, app: App) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias, cast
 
-from safedefer.claims import Limits
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.shared import SAFE_INT, Json, Refusal, step
 from safedefer.errors import NotDeferrable, PolicyViolation
+from safedefer.options import Limits
 from safedefer.policy import Gate
 
 Handler: TypeAlias = "Callable[[Decoder, Any, int], object]"

@@ -14,8 +14,9 @@ from operator import is_
 from types import NoneType
 from typing import Any, Final
 
-from safedefer.claims import CANONICAL_BRACKETS, SHORT, Limits, is_deeper, write_json
+from safedefer.claims import CANONICAL_BRACKETS, SHORT, is_deeper, write_json
 from safedefer.codecs.shared import SAFE_INT, Values, is_text
+from safedefer.options import Limits
 from safedefer.refs import UNBOUND
 
 _PLAIN: Final[tuple[type, ...]] = (str, int, float, bool, NoneType, list, dict)

@@ -40,12 +40,12 @@ from zoneinfo import ZoneInfo
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from safedefer.claims import Limits
 from safedefer.codecs.inspect_safely import derives
 from safedefer.codecs.shared import CallData, Values
 from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, imports_when_shown
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
+from safedefer.options import Limits
 from safedefer.policy import Gate
 from safedefer.refs import UNBOUND, reference
 
@@ -159,7 +159,7 @@ class PickledCodec:
             raise InvalidArguments(f"$: {error}; do not sign pickles that are not of this library") from error
         except Exception as error:
             raise InvalidArguments(
-                "$: the pickle cannot be loaded; deploy the code that the task was made for"
+                "$: the pickle cannot be loaded; deploy the code that the task was made for", skew=True
             ) from error
         if type(values) is not tuple or list(map(type, values)) != [tuple, tuple, dict]:
             raise InvalidArguments("$: the pickle holds no call; do not sign pickles that are not of this library")

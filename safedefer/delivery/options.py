@@ -45,6 +45,10 @@ class DeliveryOptions:
             raise ConfigurationError("concurrency is a whole number, 1 or more")
         if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:
             raise ConfigurationError("lease_seconds is a number of seconds, at most a day")
+        if type(self.unverified_bytes) is not int or self.unverified_bytes < self.max_bytes:
+            raise ConfigurationError(
+                f"unverified_bytes is a whole number, at least the largest body's {self.max_bytes:,} bytes"
+            )
         for seconds in (self.deadline, *self.deadlines.values()):
             if type(seconds) not in {int, float} or not 0 <= seconds <= MAX_DEADLINE:
                 raise ConfigurationError("a deadline is a number of seconds, at most a day; 0 is none")

@@ -9,20 +9,19 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from types import CoroutineType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Final, TypeVar, cast
 
 from safedefer.codecs.fast_path import may_hold_tags
 from safedefer.codecs.protocol import Codec
 from safedefer.concurrency.threads import InThread
 from safedefer.errors import (
-    ExpiredTask,
-    InvalidArguments,
     PermanentTaskFailure,
     RejectedTask,
     SingularTaskFailure,
@@ -113,12 +112,14 @@ async def execute(
         if prepared is not None:
             result = prepared()
         if result is not None and (type(result) is CoroutineType or inspect.isawaitable(result)):
-            await cast("Awaitable[object]", result)
+            result = await cast("Awaitable[object]", result)
     except BaseException as error:  # noqa: BLE001  # a task's SystemExit must not end the handler
         return _raised(error, control)
     finally:
         CURRENT.reset(token)
-    return _SUCCEEDED if control.stop is not Stop.CANCELLED else _stopped(control.stop, None)
+    if control.stop is Stop.CANCELLED:
+        return _stopped(control.stop, None)
+    return _SUCCEEDED if result is None or type(result) not in _NOT_RUN else _returned_generator()
 
 
 def _raised(error: BaseException, control: RunControl) -> Outcome:
@@ -199,6 +200,27 @@ def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate, 
 _SUCCEEDED: Final = Outcome(result=Result.SUCCEEDED)
 
 
+@contextmanager
+def _context() -> Iterator[None]:
+    yield  # pragma: no cover  # made for its type alone
+
+
+@asynccontextmanager
+async def _async_context() -> AsyncIterator[None]:
+    yield  # pragma: no cover  # as above
+
+
+#: Types of results whose body has not run: of generator functions, and of what ``contextlib`` makes of them.
+_NOT_RUN: Final = frozenset({GeneratorType, AsyncGeneratorType, type(_context()), type(_async_context())})
+
+
+def _returned_generator() -> Outcome:
+    error = PermanentTaskFailure(
+        "the call returned a generator, whose body never ran; defer a function that exhausts it"
+    )
+    return Outcome(result=Result.FAILED, reason="returned-generator", error=error)
+
+
 def _stopped(stop: Stop, error: BaseException | None) -> Outcome:
     result = Result.CANCELLED if stop is Stop.CANCELLED else Result.RETRY
     return Outcome(result=result, reason=str(stop), error=error)
@@ -212,5 +234,5 @@ def _outcome(error: BaseException, *, started: bool) -> Outcome:
         return Outcome(result=Result.RETRY, reason=SingularTaskFailure.slug, error=error)
     if started or not isinstance(error, RejectedTask):
         return Outcome(result=Result.RETRY, reason="exception", error=error)
-    result = Result.FAILED if isinstance(error, InvalidArguments | ExpiredTask) else Result.REJECTED
+    result = Result.FAILED if error.is_final else Result.REJECTED
     return Outcome(result=result, reason=error.slug, error=error)

@@ -29,7 +29,7 @@ class Routes:
     """The destinations of one application.
 
     Args:
-        environment: ``prod``, ``staging``, ...
+        environment: ``prod``, ``staging``, ...; None is ``default``.
         url: The path that tasks are posted to by default.
         prefix: A path in front of the handler's, which tokens do not name.
         queues: The names of the queues; None is those of ``file``, or any name without one.
@@ -43,13 +43,14 @@ class Routes:
     def __init__(
         self,
         *,
-        environment: str,
+        environment: str | None = None,
         url: str = DEFAULT_URL,
         prefix: str = "",
         queues: Iterable[str] | None = None,
         targets: Mapping[str, str] | None = None,
         file: QueueFile | None = None,
     ) -> None:
+        environment = "default" if environment is None else environment
         names = _declared(queues, targets, file)
         _check_names(environment, names, targets)
         _check_paths(url, prefix)

@@ -168,6 +168,14 @@ class Outbox:
         """Relay what waits in every known outbox; returns how many tasks."""
         return self._relay.sweep()
 
+    def databases(self) -> list[tuple[str, str | None]]:
+        """Return the databases that are swept, and the schema of each outbox in them; None is that of the connection."""
+        return self._relay.databases()
+
+    def look(self) -> list[tuple[str, str | None]]:
+        """Return what keeps an outbox from being used, for each that is swept; None: nothing, or nobody has made it yet."""
+        return self._relay.look()
+
     def start(self) -> None:
         """Sweep now and then, from now on: for processes that dispatch."""
         self._relay.tireless = True

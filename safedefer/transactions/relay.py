@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from safedefer.concurrency.forks import register_fork
 from safedefer.errors import QueueError
 from safedefer.transactions.databases import Opener, Source
+from safedefer.transactions.tables import OUTBOX, look
 from safedefer.transactions.transfer import Transfer, slug
 
 if TYPE_CHECKING:
@@ -156,6 +157,25 @@ class Relay:
                 self._problems.pop(identity, None)
                 return moved
         return None
+
+    def databases(self) -> list[tuple[str, str | None]]:
+        """Return every database and schema."""
+        return [(identity, schema) for identity in self._openers for schema in self._schemas[identity]]
+
+    def look(self) -> list[tuple[str, str | None]]:
+        """Return why the outbox of each database and schema cannot be used; None if it can, or is not made yet."""
+        return [(identity, self._trouble(identity, schema)) for identity, schema in self.databases()]
+
+    def _trouble(self, identity: str, schema: str | None) -> str | None:
+        with self._sweeping:
+            try:
+                tables = self._openers[identity].use(lambda source: look(source, OUTBOX, schema))
+            except FileNotFoundError:  # nobody has made the database yet
+                return None
+            except Exception as error:  # noqa: BLE001  # the user's database, by whatever library
+                return f"it cannot be read ({type(error).__name__}); see that it runs, and that this user may connect"
+        used = [table for table in tables if table.on_path or table.schema == schema]
+        return next((table.refusal for table in used if table.refusal is not None), None)
 
     def _is_new(self, identity: str, error: Exception) -> bool:
         was, self._problems[identity] = self._problems.get(identity), slug(error)

@@ -53,6 +53,7 @@ class Project:
         self.environment |= {
             "PYTHONPATH": str(ROOT),
             "RESULTS": str(folder),
+            "SAFEDEFER_ENVIRONMENT": "test",
             "SAFEDEFER_POLICY": "shop_tasks",
             "SAFEDEFER_QUEUE": f"sqlite:///{folder}/tasks.db",
         } | keys

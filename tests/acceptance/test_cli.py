@@ -42,6 +42,7 @@ def test_a_new_key_is_a_file_too(project):
     path = project.folder / "keys.json"
     path.write_bytes(project.run("keys", "new", "--jwk", "--kid", "mine").stdout)
     del project.environment["SAFEDEFER_KEYS"]
+    path.chmod(0o600)
     project.environment["SAFEDEFER_KEYS_FILE"] = str(path)
     project.defer("t.work, 1")
     assert json.loads(path.read_text())["keys"][0]["kid"] == "mine"

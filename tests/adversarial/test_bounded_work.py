@@ -10,9 +10,9 @@ from fractions import Fraction
 
 import pytest
 
-from safedefer.claims import Limits
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import InvalidArguments, UnencodableArgument
+from safedefer.options import Limits
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND
 from tests.zoo.exactly import assert_exact, parse, text_of

@@ -320,7 +320,7 @@ def test_no_argument_is_decoded_by_whoever_runs_letters_again(queue, clock, ran)
 
 
 def test_a_letter_that_is_too_large_to_sign_again_keeps_no_other_from_running_again(queue, clock, ran):
-    from safedefer.claims import Limits
+    from safedefer.options import Limits
 
     probe = app_on(MemoryQueue(), clock)
     size = len(probe.serialize(victim.fail, "x" * 3000))

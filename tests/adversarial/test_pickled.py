@@ -24,10 +24,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safedefer.claims import Limits
 from safedefer.codecs.pickled import PickledCodec
 from safedefer.codecs.typed import CallData
 from safedefer.errors import InvalidArguments, PolicyViolation, RejectedTask, UnencodableArgument, UnresolvableCallable
+from safedefer.options import Limits
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND
 from tests.zoo import values as zoo

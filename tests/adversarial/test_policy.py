@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from safedefer.claims import Limits
 from safedefer.errors import CapabilityExceeded, NotDeferrable, PolicyViolation, RejectedTask, UnresolvableCallable
 from safedefer.keys import Key, Keyring
+from safedefer.options import Limits, Serves
 from safedefer.policy import Policy
 from safedefer.refs import CallableRef
-from safedefer.signing import Serves, Signer, Verifier
+from safedefer.signing import Signer, Verifier
 
 PACKAGE = {
     "zoo_shop/__init__.py": "def top(): ...\n",

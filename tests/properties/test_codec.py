@@ -6,10 +6,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from safedefer.claims import Limits
 from safedefer.codecs.fast_path import is_plain, may_break_limits, may_hold_tags
 from safedefer.codecs.typed import CallData
 from safedefer.errors import InvalidArguments, PolicyViolation, UnencodableArgument, UnresolvableCallable
+from safedefer.options import Limits
 from safedefer.refs import UNBOUND
 from tests import strategies as some
 from tests.zoo import values as zoo

@@ -12,7 +12,7 @@ from joserfc.jwk import OctKey
 from jwcrypto import jwk as jwcrypto_jwk
 from jwcrypto import jws as jwcrypto_jws
 
-from safedefer.claims import Claims, Limits, adapter, read_claims, write_json
+from safedefer.claims import Claims, adapter, read_claims, write_json
 from safedefer.errors import (
     BadSignature,
     InvalidClaims,
@@ -23,10 +23,10 @@ from safedefer.errors import (
     UnresolvableCallable,
 )
 from safedefer.keys import Key, Keyring
-from safedefer.options import Options, TaskRetryOptions
+from safedefer.options import Limits, Options, Serves, TaskRetryOptions
 from safedefer.policy import Policy
 from safedefer.refs import CallableRef, bound_object
-from safedefer.signing import Serves, Signer, Verifier
+from safedefer.signing import Signer, Verifier
 from safedefer.task import VerifiedTask
 from safedefer.token import Token, decode_segment, encode_segment, is_canonical
 from tests import strategies as own

@@ -48,6 +48,19 @@ async def test_plain_callables_run_in_a_thread_and_coroutines_on_the_loop(app):
     assert thread != loop == threading.current_thread().name
 
 
+@pytest.mark.parametrize("make", [tasks.make_unrun, tasks.make_unrun_later])
+@pytest.mark.parametrize("kind", sorted(tasks.MADE))
+async def test_a_generator_that_comes_back_is_a_failure(app, make, kind):
+    outcome = await run(app, make, kind)
+    assert (outcome.result, outcome.reason) == (Result.FAILED, "returned-generator")
+    assert tasks.RAN == []
+
+
+async def test_a_generator_that_is_a_coroutine_is_awaited(app):
+    assert (await run(app, tasks.make_old_coroutine)).result is Result.SUCCEEDED
+    assert tasks.RAN == ["old"]
+
+
 class Counted:
     """Threads that count who comes."""
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from safedefer.claims import Limits, read_claims
+from safedefer.claims import read_claims
 from safedefer.errors import (
     BadSignature,
     ConfigurationError,
@@ -22,9 +22,10 @@ from safedefer.errors import (
     WrongAudience,
 )
 from safedefer.keys import Key, Keyring
+from safedefer.options import Limits, Serves
 from safedefer.policy import Policy, deferrable
 from safedefer.refs import METACLASSES, UNBOUND, CallableRef, find
-from safedefer.signing import Serves, Signer, Verifier
+from safedefer.signing import Signer, Verifier
 from safedefer.token import Token, decode_segment, encode_segment
 
 NOW = 1_700_000_000

@@ -52,6 +52,7 @@ def test_the_first_key_signs_and_the_others_verify(monkeypatch):
 def test_keys_come_from_a_file_too(monkeypatch, tmp_path):
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({"keys": [{"kty": "oct", "kid": "f", "k": GOOD, "safedefer_state": "active"}]}))
+    path.chmod(0o600)
     assert load(monkeypatch, KEYS_FILE=str(path)).keyring().active.kid == "f"
 
 

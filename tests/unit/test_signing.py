@@ -9,7 +9,7 @@ import re
 import pytest
 
 from safedefer import claims as claims_module
-from safedefer.claims import LEEWAY, Limits, write_json
+from safedefer.claims import LEEWAY, write_json
 from safedefer.errors import (
     BadSignature,
     CapabilityExceeded,
@@ -32,9 +32,9 @@ from safedefer.errors import (
     WrongAudience,
 )
 from safedefer.keys import Key, Keyring
-from safedefer.options import Task
+from safedefer.options import Limits, Serves, Task
 from safedefer.policy import Policy
-from safedefer.signing import Serves, Signer, Verifier
+from safedefer.signing import Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 from tests.zoo import callables as zoo
 

@@ -5,9 +5,9 @@ import sys
 import jiter
 import pytest
 
-from safedefer.claims import Limits
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import InvalidArguments, PolicyViolation, RejectedTask, UnresolvableCallable
+from safedefer.options import Limits
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND
 from tests.zoo import values as zoo

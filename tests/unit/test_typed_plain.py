@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safedefer.claims import Limits, read_claims, write_json
+from safedefer.claims import read_claims, write_json
 from safedefer.codecs.fast_path import is_canonical_plain, is_plain, may_break_limits, written_plainly
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import InvalidArguments, UnencodableArgument
+from safedefer.options import Limits
 from safedefer.refs import UNBOUND
 from tests import strategies as some
 from tests.benchmarks.fidelity import VALUES

@@ -18,9 +18,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from safedefer.claims import Limits
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import NotDeferrable, UnencodableArgument
+from safedefer.options import Limits
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND
 from tests.zoo import values as zoo

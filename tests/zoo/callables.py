@@ -6,6 +6,7 @@ reason). Traps note in ``RAN`` that they ran; nothing may.
 
 import abc
 import asyncio
+import contextlib
 import enum
 import functools
 import math
@@ -519,6 +520,52 @@ async def async_generator():
     yield 1
 
 
+def passed_on(function):
+    """A decorator such as a library's: calls the function, and hands on what that returns."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return call
+
+
+@passed_on
+@passed_on
+def wrapped_generator():
+    yield 1
+
+
+@passed_on
+async def wrapped_async_generator():
+    yield 1
+
+
+@contextlib.contextmanager
+def context():
+    yield 1
+
+
+@contextlib.asynccontextmanager
+async def async_context():
+    yield 1
+
+
+class WrappedGenerators:
+    @contextlib.contextmanager
+    def method(self):
+        yield 1
+
+    @classmethod
+    @contextlib.contextmanager
+    def class_method(cls):
+        yield 1
+
+    @contextlib.asynccontextmanager
+    async def __call__(self):
+        yield 1
+
+
 @functools.lru_cache
 def cached():
     return "cached"
@@ -880,6 +927,13 @@ REFUSED = [
     ("generator method", plain.generator, "generator"),
     ("generator as __call__", GeneratorCalling(), "generator"),
     ("async generator as __call__", AsyncGeneratorCalling(), "generator"),
+    ("wrapped generator function", wrapped_generator, "generator"),
+    ("wrapped async generator function", wrapped_async_generator, "generator"),
+    ("context manager", context, "generator"),
+    ("async context manager", async_context, "generator"),
+    ("method that is a context manager", WrappedGenerators().method, "generator"),
+    ("class method that is a context manager", WrappedGenerators.class_method, "generator"),
+    ("async context manager as __call__", WrappedGenerators(), "generator"),
     ("class with a metaclass", WithMeta, "metaclass"),
     ("object of a class with a metaclass", WithMeta(), "metaclass"),
     ("method of an object of a class with a metaclass", WithMeta().method, "metaclass"),

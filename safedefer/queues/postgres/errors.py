@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from typing import Final
-from urllib.parse import urlsplit
 
 import asyncpg
 
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.addresses import describe, place
 from safedefer.queues.base import AlreadyWaiting, BlobsFull
 
 REMEDY_MIGRATE: Final = "run `safedefer migrate`"
@@ -38,18 +38,12 @@ BROKEN: Final = (
 _GONE: Final = ("08", "57P", "25P03")
 
 
-def place(dsn: str) -> str:
-    """Return the address in a DSN, without user and password."""
-    parts = urlsplit(dsn)
-    return f"{parts.hostname or 'the local socket'}{parts.path}"
-
-
 def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueUnavailable:
     """Return the error of a database that fails; ``in_doubt``: the answer to a commit was lost."""
     remedy = "see that it runs, that it takes connections from here, and that its disk is not full"
     if in_doubt:
         remedy += "; whether the tasks were stored is not known: one with a name can be deferred again"
-    return QueueUnavailable(f"the queue's database at {place(dsn)} failed ({type(error).__name__}: {error}); {remedy}")
+    return QueueUnavailable(f"the queue's database at {place(dsn)} failed ({describe(dsn, error)}); {remedy}")
 
 
 def closed(dsn: str) -> QueueUnavailable:

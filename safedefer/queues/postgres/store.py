@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import uuid4
 
 from safedefer.errors import QueueUnavailable
-from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, closed, place
+from safedefer.queues.addresses import place
+from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, closed
 from safedefer.queues.postgres.listener import Listener
 from safedefer.queues.postgres.migrations import check_schema
 from safedefer.queues.postgres.pgqueuer import STATEMENTS

@@ -19,6 +19,7 @@ import apsw
 
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.sql import load_statements
+from safedefer.queues.sqlite.trust import check_file, check_schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,6 +91,11 @@ def _migrate(connection: apsw.Connection, path: str) -> None:
         raise
 
 
+def _make_tables(connection: apsw.Connection) -> None:
+    """Make the tables of the current version in an empty database."""
+    _migrate(connection, ":memory:")
+
+
 def _schema_version(connection: apsw.Connection, path: str) -> int:
     if connection.execute(SQL["schema_has_table"]).get is None:
         return 0
@@ -126,10 +132,12 @@ def _try_to_open(path: str, *, busy_timeout: float) -> apsw.Connection:
     try:
         with _creating:
             _create_file(path)
+            check_file(path)
             connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
             connection.set_busy_handler(_patience(busy_timeout))
             _configure(connection, path)
             _migrate(connection, path)
+            check_schema(connection, path, _make_tables)
     except BaseException:
         _close_quietly(connection)
         raise
@@ -156,6 +164,10 @@ def _patience(seconds: float) -> Callable[[int], bool]:
 
 
 def _configure(connection: apsw.Connection, path: str) -> None:
+    # Before anything of the file is parsed: its schema calls no function that could do harm, and no statement changes it
+    # by the back door.
+    connection.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
+    connection.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
     if connection.pragma("journal_mode", "wal") != "wal":
         raise QueueUnavailable(f"the file system of {path} cannot hold a write-ahead log; use a local disk")
     connection.pragma("synchronous", "FULL")

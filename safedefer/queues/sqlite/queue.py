@@ -83,6 +83,12 @@ class SQLiteQueue:
         if not text or text == ":memory:" or "\0" in text:
             raise ConfigurationError(f"{text!r} is not the path of a file; for a queue without one use memory://")
         self._path = os.path.realpath(text)
+        if os.path.islink(text) and not os.path.exists(text):  # noqa: PTH110, PTH114 - a text, as everything here
+            # Whoever may put a link there would choose the place of a new file.
+            raise ConfigurationError(
+                f"the queue's file {text!a} is a symbolic link to {self._path!a}, which does not exist; remove the link, "
+                "or make the file that it leads to"
+            )
         self._tombstone_seconds = tombstone_seconds
         self._history_seconds = history_seconds
         self._blob_limit = blob_limit

@@ -1,0 +1,61 @@
+"""Who may change a file that this process trusts: its owner, its mode, and the folders on the way to it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+_OTHERS_WRITE = stat.S_IWOTH
+_ANY_OTHER = stat.S_IRWXG | stat.S_IRWXO
+
+
+def trouble_with_owner(what: str, path: str, status: os.stat_result) -> str | None:
+    """Return what is wrong if a file or folder belongs to a user other than root and this one; else None.
+
+    Args:
+        what: Its name in the message, such as ``the key file``.
+        path: Its path, for the message.
+        status: What ``stat`` says of it.
+    """
+    if status.st_uid in {0, os.geteuid()}:
+        return None
+    return (
+        f"{what} {path!a} belongs to the user {status.st_uid}, who can change it; make it this process's own "
+        f"(`chown {os.geteuid()} {path!a}`), or run as that user"
+    )
+
+
+def trouble_with_key_file(path: str, status: os.stat_result) -> str | None:
+    """Return what is wrong if others may change a file of keys, or read one that is ours; else None.
+
+    Reading is decided as ssh does for private keys: the mode of a file that root owns is root's choice.
+    """
+    owner = trouble_with_owner("the key file", path, status)
+    if owner is not None:
+        return owner
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"the key file {path!a} may be changed by others; run `chmod 600 {path!a}`, and make new keys if any did"
+    if status.st_uid == os.geteuid() and status.st_mode & _ANY_OTHER:
+        return f"the key file {path!a} may be read by others; run `chmod 600 {path!a}`, and make new keys if any did"
+    return trouble_with_folders(path)
+
+
+def trouble_with_folders(path: str) -> str | None:
+    """Return what is wrong if others may replace a file, by any folder on the way to it; else None.
+
+    A folder is fine if it belongs to root or to this user, and others may not write there, or only delete what is theirs
+    (the sticky bit, as of ``/tmp``). The way through symbolic links and the way behind them are both judged.
+    """
+    folders = dict.fromkeys([*Path(path).absolute().parents, *Path(os.path.realpath(path)).parents])
+    for folder in folders:
+        try:
+            status = folder.stat()
+        except OSError:  # it is reported by who opens the file
+            continue
+        owner = trouble_with_owner("the folder", str(folder), status)
+        if owner is not None:
+            return owner
+        if status.st_mode & _OTHERS_WRITE and not status.st_mode & stat.S_ISVTX:
+            return f"the folder {str(folder)!a} of {path!a} may be changed by others; run `chmod o-w {str(folder)!a}`"
+    return None
