@@ -19,8 +19,8 @@ from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import UnreachableTargets
 from safedefer.errors import QueueError, RejectedTask
 from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
-from safedefer.queues.base import UNREADABLE, Lease, QueuedTask, Settlement, Throttle, Verdict
-from safedefer.queues.rules import judge_failure, judge_rejection, park
+from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
+from safedefer.queues.rules import UNREADABLE, judge_failure, judge_rejection, park
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 

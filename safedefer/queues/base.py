@@ -77,15 +77,6 @@ class QueuedTask(NamedTuple):
     """At most one waiting or running task of the queue has it; see ``AlreadyWaiting``."""
 
 
-MOST_ROW_BYTES: Final = 2**21
-"""A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it (``Limits.token_bytes``
-is 1 MiB). Such a task has an empty token, and is not delivered."""
-
-
-UNREADABLE: Final = "unreadable"
-"""The reason of a task whose token is empty or above ``MOST_ROW_BYTES``."""
-
-
 def task_digest(task: QueuedTask) -> bytes:
     """Return the ledger's digest of a task, computed where the task does not say it."""
     return task.digest or sha256(task.blob.data if task.blob else task.token).digest()

@@ -36,6 +36,11 @@ RECORDS_KEPT: Final = 100
 LOST_LEASE: Final = "lease-expired"
 #: What the ledger calls a run that has not ended.
 RUNNING: Final = "running"
+#: A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it (``Limits.token_bytes`` is
+#: 1 MiB). Such a task has an empty token, and is not delivered. The SQL of the engines has the number too.
+MOST_ROW_BYTES: Final = 2**21
+#: The reason of a task whose token is empty or larger than that.
+UNREADABLE: Final = "unreadable"
 #: One more than this still fits into 32 bits: counters stop there, whatever somebody wrote into the storage.
 MOST_COUNTED: Final = 2**31 - 2
 

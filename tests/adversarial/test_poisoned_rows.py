@@ -23,10 +23,11 @@ import pytest
 from safedefer.cli.common import summary
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.ledger import AttemptRecord, EndState, Execution
-from safedefer.queues.base import MOST_ROW_BYTES, DeadFilter, Settlement, TaskState, Verdict, task_digest
+from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict, task_digest
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.rates import QueueLimits
+from safedefer.queues.rules import MOST_ROW_BYTES
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests import sample_tasks
 from tests.postgres.server import fresh_database, shared_server
@@ -178,16 +179,14 @@ class SQLite:
             connection.execute(f"DELETE FROM safedefer_{table}")
         connection.close()
 
-    def close(self):
-        pass
-
 
 @pytest.fixture(scope="module")
 def postgres():
     server = shared_server()
     with fresh_database(server) as name:
         migrate(server.dsn(name))
-        yield Postgres(server.dsn(name))
+        with contextlib.closing(Postgres(server.dsn(name))) as storage:
+            yield storage
 
 
 @pytest.fixture(scope="module")

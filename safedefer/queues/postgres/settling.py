@@ -6,13 +6,11 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import asyncpg
-
-from safedefer.errors import Error
 from safedefer.queues import rules
 from safedefer.queues.base import Verdict
 from safedefer.queues.postgres.connection import in_transaction
 from safedefer.queues.postgres.ends import End, end
+from safedefer.queues.postgres.errors import is_of_a_value
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.progress import write_progress
 from safedefer.queues.postgres.records import add_records, trim_records
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
     from safedefer.queues.postgres.connection import Connection, RunOnOwnLoop
 
 _log: Final = logging.getLogger("safedefer.queues")
-
-#: Errors that the values of a row cause: out of range, in the way of another row, too long for an index.
-_OF_VALUES: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
 
 
 async def settle(
@@ -54,24 +49,20 @@ async def settle(
     together = partial(_settle_together, connection, own_loop=own_loop, now=now, tombstone_seconds=tombstone_seconds)
     try:
         return await together(settlements=settlements)
-    except (asyncpg.PostgresError, Error) as error:
-        if not _is_of_a_value(error):
+    except Exception as error:
+        if not is_of_a_value(error):
             raise
     settled = []
     for pair in settlements:
         try:
             settled += await together(settlements=[pair])
-        except (asyncpg.PostgresError, Error) as error:
-            if not _is_of_a_value(error):
+        except Exception as error:
+            if not is_of_a_value(error):
                 raise
-            _log.error("task %a cannot be settled (%s); look at what is stored of it", pair[0].task.id, error)
+            name = type(error.__cause__ or error).__name__
+            _log.error("task %a cannot be settled (%s); look at what is stored of it", pair[0].task.id, name)
             settled.append(False)
     return settled
-
-
-def _is_of_a_value(error: BaseException) -> bool:
-    """Whether a value of a row caused an error: that of the database, or what ``Pools.run`` made of it."""
-    return isinstance(error, _OF_VALUES) or isinstance(error.__cause__, _OF_VALUES)
 
 
 async def _settle_together(

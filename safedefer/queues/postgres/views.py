@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from safedefer.queues.base import UNREADABLE, QueueStats, TaskState, TaskView
+from safedefer.queues.base import QueueStats, TaskState, TaskView
 from safedefer.queues.postgres.records import recorded_success, records_of
 from safedefer.queues.postgres.rows import read_task
 from safedefer.queues.postgres.statements import SQL, interval, moment
-from safedefer.queues.rules import stored_mapping
+from safedefer.queues.rules import UNREADABLE, stored_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from safedefer.ledger import AttemptRecord
-from safedefer.queues.base import UNREADABLE, Lease, QueuedTask, TaskState, TaskView, task_digest
-from safedefer.queues.rules import Counters, Known, stored_mapping
+from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView, task_digest
+from safedefer.queues.rules import UNREADABLE, Counters, Known, stored_mapping
 from safedefer.queues.sqlite.repair import BYTES, NUMBER, OR_NONE, TEXT, WHOLE, checked
 
 if TYPE_CHECKING:
