@@ -8,9 +8,10 @@ The handler judges by the same rules as the dispatcher: nothing here knows HTTP 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from safedefer.errors import ExpiredTask, InvalidTaskRetryOptionsError, ReplayedTask
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, VerifiedLetter
@@ -35,6 +36,11 @@ RECORDS_KEPT: Final = 100
 LOST_LEASE: Final = "lease-expired"
 #: What the ledger calls a run that has not ended.
 RUNNING: Final = "running"
+#: A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it (``Limits.token_bytes`` is
+#: 1 MiB). Such a task has an empty token, and is not delivered. The SQL of the engines has the number too.
+MOST_ROW_BYTES: Final = 2**21
+#: The reason of a task whose token is empty or larger than that.
+UNREADABLE: Final = "unreadable"
 #: One more than this still fits into 32 bits: counters stop there, whatever somebody wrote into the storage.
 MOST_COUNTED: Final = 2**31 - 2
 
@@ -160,6 +166,15 @@ def after_lost_lease(
     if entry.state == RUNNING:  # a run that ended has left a record of its own
         record = AttemptRecord(task[1], task[0], started, now, str(EndState.RETRY), None, LOST_LEASE)
     return LostDelivery(lost, charged=True, record=record)
+
+
+def stored_mapping(text: object) -> dict[str, Any]:
+    """Read a mapping from stored JSON; empty where there is none. The token says signed what is only repeated there."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):  # one row that somebody wrote must not hide the others
+        return {}
+    return value if type(value) is dict else {}
 
 
 # --- The ledger has the last word -----------------------------------------------------------------

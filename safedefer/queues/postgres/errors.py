@@ -37,6 +37,14 @@ BROKEN: Final = (
 #: Prefixes of the SQLSTATEs that end a connection: connection errors, shutdown of the server, idle transaction timeout.
 _GONE: Final = ("08", "57P", "25P03")
 
+#: Errors that the values of a row cause: out of range, in the way of another row, too long for an index.
+_OF_VALUES: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
+
+
+def is_of_a_value(error: BaseException) -> bool:
+    """Whether a value of a row caused an error: that of the database, or what ``Pools.run`` made of it."""
+    return isinstance(error, _OF_VALUES) or isinstance(error.__cause__, _OF_VALUES)
+
 
 def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueUnavailable:
     """Return the error of a database that fails; ``in_doubt``: the answer to a commit was lost."""
