@@ -8,7 +8,6 @@ from safedefer.claims import CANONICAL_BRACKETS, adapter, read_claims, write_jso
 from safedefer.errors import InvalidClaims
 from safedefer.token import decode_segment
 
-
 adapter()  # made at the first token, which imports a part of pydantic
 
 
