@@ -67,7 +67,7 @@ class Relay:
         """The value of ``_wanted`` when the last sweep that has ended began."""
 
     def add(self, identity: str, opener: Opener, schema: str | None = None) -> None:
-        """Take note of a database, and of the schema that its outbox is in."""
+        """Add a database, and the schema of its outbox, to those that are swept."""
         with self._changed:
             self._openers.setdefault(identity, opener)
             self._schemas[identity] = tuple(dict.fromkeys((*self._schemas.get(identity, ()), schema)))
@@ -93,7 +93,7 @@ class Relay:
                 self._thread.start()
 
     def rest(self, seconds: float) -> bool:
-        """Wait; whether something is expected anew."""
+        """Wait for the next look; returns whether something is expected."""
         with self._changed:
             if not self._expected and not self._closed:
                 self._changed.wait(seconds)
@@ -212,7 +212,7 @@ class Relay:
         self._closed = closed
 
 
-#: Relays of which something is expected. A short program is to leave nothing behind.
+#: Relays with tasks to come: a short program empties its outboxes before it ends.
 _finishing: Final[weakref.WeakSet[Relay]] = weakref.WeakSet()
 
 

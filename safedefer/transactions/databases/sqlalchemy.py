@@ -1,6 +1,6 @@
-"""SQLAlchemy 2: connections and sessions, those that block and those that are awaited.
+"""SQLAlchemy 2: connections and sessions, sync and async.
 
-What an awaited one does is done by the blocking one below it, in a greenlet (``run_sync``).
+An async one delegates to the sync one below it, in a greenlet (``run_sync``).
 """
 
 from __future__ import annotations
