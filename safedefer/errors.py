@@ -130,16 +130,13 @@ class RejectedTask(Error):
     """The token was refused.
 
     ``authentic`` (bool): a holder of one of our keys wrote it. ``identity``: which task it was, once
-    the signature and the claims have been read; None before.
+    the signature and the claims have been read; None before. ``is_final`` (bool): it is refused for ever,
+    whatever is deployed, and so is a dead letter at once.
     """
 
     authentic: ClassVar[bool] = False
     identity: TaskIdentity | None = None
-
-    @property
-    def is_final(self) -> bool:
-        """Whether the same task is refused for ever, whatever is deployed: it is a dead letter at once."""
-        return False
+    is_final: bool = False
 
 
 class MalformedToken(RejectedTask):
@@ -189,10 +186,7 @@ class NotYetValid(_AuthenticRejection):
 class ExpiredTask(_AuthenticRejection):
     """``exp`` is past (RFC 7519, section 4.1.4)."""
 
-    @property
-    def is_final(self) -> bool:
-        """True: no time comes twice."""
-        return True
+    is_final = True
 
 
 class PolicyViolation(_AuthenticRejection):
@@ -206,18 +200,13 @@ class UnresolvableCallable(_AuthenticRejection):
 class InvalidArguments(_AuthenticRejection):
     """The arguments cannot be decoded. ``path`` (str) names the place: ``$.kwargs.when``.
 
-    ``skew`` (bool): another version of the code at this end may decode them, so they are tried again.
+    Made with ``skew``, it may be that another version of the code at this end decodes them, and is not final.
     """
 
     def __init__(self, message: str, *, path: str = "$", skew: bool = False) -> None:
         super().__init__(message)
         self.path = path
-        self.skew = skew
-
-    @property
-    def is_final(self) -> bool:
-        """Whether no other version of the code would decode them."""
-        return not self.skew
+        self.is_final = not skew
 
 
 # --- To the operator ------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ from safedefer.app import App
 from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, plain
 from safedefer.errors import Error
 from safedefer.execution.deadline import DEFAULT_DEADLINE
-from safedefer.files import trouble_with_folders
 from safedefer.keys import KeyState
 from safedefer.queues.addresses import redacted
+from safedefer.queues.file_owner import trouble_with_folders
 
 #: Seconds between two clocks: as much as a token's times are allowed (``claims``).
 _CLOCK_LEEWAY: Final = 10.0

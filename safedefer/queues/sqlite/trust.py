@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import apsw
 
 from safedefer.errors import QueueUnavailable
-from safedefer.files import trouble_with_owner
+from safedefer.queues.file_owner import trouble_with_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
