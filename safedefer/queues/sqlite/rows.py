@@ -84,10 +84,14 @@ class LedgerRow(NamedTuple):
     owner: str | None
     until: float
     uncharged: int
+    not_before: float
+    losses: int
+    first_loss: float | None
 
     def known(self, now: float) -> Known:
         """Return what decides something."""
-        return Known(self.state, bool(self.uncharged), self.until > now)
+        early = self.not_before > now
+        return Known(self.state, bool(self.uncharged), self.until > now, early, self.losses, self.first_loss)
 
 
 def task_values(task: QueuedTask) -> dict[str, Any]:
@@ -134,9 +138,9 @@ def queued_task(row: TaskRow) -> QueuedTask:
     )
 
 
-def leased_task(row: TaskRow, *, owner: str, until: float) -> Lease:
+def leased_task(row: TaskRow, *, owner: str, until: float, losses: int) -> Lease:
     """Return the new lease of a row, whose counters are those before this delivery."""
-    return Lease(queued_task(row), owner, until, *row.counters)
+    return Lease(queued_task(row), owner, until, *row.counters, losses=losses)
 
 
 def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> TaskView:
