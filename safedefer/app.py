@@ -70,7 +70,8 @@ class App(Producer):
         allow_pickle: Whether arguments may travel as pickles where a call and its key say so too.
         by_value_pickles_run_code: Whether functions may travel by value inside pickles: whoever has
             a key that may sign pickles then runs any code.
-        validate: ``"annotations"`` checks arguments against the callable's annotations in the handler.
+        validate: ``"annotations"`` checks arguments against the callable's annotations in the handler, and runs the
+            validators of models in them.
         concurrency: How many tasks run at once in this process.
         lease_seconds: How long a silent handler is believed to be running a task; a live one prolongs it.
         inline_limit: Tokens above this many bytes are stored as blobs (App Engine: about 10 kilobytes).
@@ -149,6 +150,7 @@ class App(Producer):
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
+        self.keyring, self.allow_pickle = keyring, allow_pickle
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,

@@ -130,11 +130,13 @@ class RejectedTask(Error):
     """The token was refused.
 
     ``authentic`` (bool): a holder of one of our keys wrote it. ``identity``: which task it was, once
-    the signature and the claims have been read; None before.
+    the signature and the claims have been read; None before. ``is_final`` (bool): it is refused for ever,
+    whatever is deployed, and so is a dead letter at once.
     """
 
     authentic: ClassVar[bool] = False
     identity: TaskIdentity | None = None
+    is_final: bool = False
 
 
 class MalformedToken(RejectedTask):
@@ -184,6 +186,8 @@ class NotYetValid(_AuthenticRejection):
 class ExpiredTask(_AuthenticRejection):
     """``exp`` is past (RFC 7519, section 4.1.4)."""
 
+    is_final = True
+
 
 class PolicyViolation(_AuthenticRejection):
     """The policy does not admit a callable or class that the token names."""
@@ -194,11 +198,15 @@ class UnresolvableCallable(_AuthenticRejection):
 
 
 class InvalidArguments(_AuthenticRejection):
-    """The arguments cannot be decoded. ``path`` (str) names the place: ``$.kwargs.when``."""
+    """The arguments cannot be decoded. ``path`` (str) names the place: ``$.kwargs.when``.
 
-    def __init__(self, message: str, *, path: str = "$") -> None:
+    Made with ``skew``, it may be that another version of the code at this end decodes them, and is not final.
+    """
+
+    def __init__(self, message: str, *, path: str = "$", skew: bool = False) -> None:
         super().__init__(message)
         self.path = path
+        self.is_final = not skew
 
 
 # --- To the operator ------------------------------------------------------------------------------

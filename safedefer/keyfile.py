@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from safedefer.errors import ConfigurationError, MalformedToken
 from safedefer.token import decode_segment
 
-_MAKE_ONE: Final = "make one with `safedefer keys new`"
+MAKE_ONE: Final = "make one with `safedefer keys new`"
 _State = Literal["active", "verify_only", "revoked"]
 
 
@@ -105,7 +105,7 @@ def read_text(text: str) -> list[KeyFields]:
     for item in (part.strip() for part in text.split(",")):
         kid, colon, secret = item.partition(":")
         if not colon:
-            raise ConfigurationError(f"keys are written kid:base64url, separated by commas; {_MAKE_ONE}")
+            raise ConfigurationError(f"keys are written kid:base64url, separated by commas; {MAKE_ONE}")
         keys.append({"kid": kid, "secret": _decode_secret(kid, secret), "state": "verify_only" if keys else "active"})
     return keys
 
@@ -124,7 +124,7 @@ def read_jwks(text: str | bytes) -> list[KeyFields]:
             if item["type"] == _MISSPELLED:
                 raise ConfigurationError(f"the key file is refused: {item['msg']}") from None
         places = ", ".join(".".join(map(str, item["loc"])) or "the text" for item in wrong[:3])
-        raise ConfigurationError(f"the key file is not a JWK Set of oct keys (wrong: {places}); {_MAKE_ONE}") from None
+        raise ConfigurationError(f"the key file is not a JWK Set of oct keys (wrong: {places}); {MAKE_ONE}") from None
     return [
         {
             "kid": jwk.kid,
@@ -143,5 +143,5 @@ def _decode_secret(kid: str, text: str) -> bytes:
         return decode_segment(text.encode())
     except (MalformedToken, UnicodeEncodeError):
         raise ConfigurationError(
-            f"the secret of key {kid[:64]!a} is not base64url without padding; {_MAKE_ONE}"
+            f"the secret of key {kid[:64]!a} is not base64url without padding; {MAKE_ONE}"
         ) from None

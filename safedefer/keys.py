@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Final, Literal, NoReturn, Self, TypeAlias, TypeVar, final
 
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
-from safedefer.keyfile import KeyFields, read_jwks, read_text
+from safedefer.keyfile import MAKE_ONE, KeyFields, read_jwks, read_text
 from safedefer.token import Token, decode_segment, encode_segment
 
 #: RFC 7518, section 3.2: a key for HS256 is at least as long as the hash.
@@ -28,7 +28,6 @@ _T = TypeVar("_T")
 _KID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _QUEUE = re.compile(r"[A-Za-z0-9.-]{1,100}")
 _MIN_DIFFERENT: Final = 8
-_MAKE_ONE: Final = "make one with `safedefer keys new`"
 
 
 class KeyState(StrEnum):
@@ -183,11 +182,11 @@ class Keyring(Immutable):
     def _check(keys: tuple[Key, ...]) -> None:
         active = [key for key in keys if key.state is KeyState.ACTIVE]
         if len(active) != 1:
-            raise ConfigurationError(f"a keyring needs exactly one active key and has {len(active)}; {_MAKE_ONE}")
+            raise ConfigurationError(f"a keyring needs exactly one active key and has {len(active)}; {MAKE_ONE}")
         if len({key.kid for key in keys}) != len(keys):
             raise ConfigurationError("two keys have the same kid; give every key its own")
         if len({end_mac(key.begin_mac(b""), b"") for key in keys}) != len(keys):
-            raise WeakKey(f"two keys have the same secret; {_MAKE_ONE}")
+            raise WeakKey(f"two keys have the same secret; {MAKE_ONE}")
 
     def sign(self, payload: bytes) -> bytes:
         """Return the token of a payload, signed with the active key."""
@@ -272,7 +271,7 @@ def _attempt(read: Callable[[_T], list[KeyFields]], text: _T) -> list[Key] | Con
         error.__context__ = error.__cause__ = None
         return error.with_traceback(None)
     except (TypeError, AttributeError, UnicodeError):  # it is no text, or none that can be written in UTF-8
-        return ConfigurationError(f"keys are read from a text in UTF-8; {_MAKE_ONE}")
+        return ConfigurationError(f"keys are read from a text in UTF-8; {MAKE_ONE}")
 
 
 def _unwrap(result: list[Key] | ConfigurationError) -> list[Key]:
@@ -287,14 +286,14 @@ def _weakness(kid: object, secret: object) -> ConfigurationError | None:
     if not isinstance(secret, bytes | bytearray):
         return ConfigurationError(f"the secret of key {kid} is bytes; use Keyring.from_text for base64url")
     if len(secret) < MIN_SECRET_BYTES:
-        return WeakKey(f"the secret of key {kid} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {_MAKE_ONE}")
+        return WeakKey(f"the secret of key {kid} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {MAKE_ONE}")
     # Of 32 random bytes some 30 differ.
     periodic = any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1))
     if periodic or len(set(secret)) < _MIN_DIFFERENT:
-        return WeakKey(f"the secret of key {kid} repeats itself; {_MAKE_ONE}")
+        return WeakKey(f"the secret of key {kid} repeats itself; {MAKE_ONE}")
     # Looks are judged of text only: one random key in 256 begins with a brace.
     if secret.isascii() and _LOOKS_WRONG.search(secret.lower()):
-        return WeakKey(f"the secret of key {kid} looks like a placeholder or a key file; {_MAKE_ONE}")
+        return WeakKey(f"the secret of key {kid} looks like a placeholder or a key file; {MAKE_ONE}")
     return None
 
 

@@ -211,7 +211,7 @@ def find(module: str, qualname: str) -> object:
         found = _TYPE_DICT(found).get(part, UNBOUND) if _is_class(found) else UNBOUND
     if found is UNBOUND:
         raise UnresolvableCallable(
-            f"{module}:{qualname} does not exist; deploy it again, or map the old name with Policy(moved=...)"
+            f"{module}:{qualname} does not exist (no __getattr__ is asked); deploy it, or map the old name with Policy(moved=...)"
         )
     return found
 
@@ -297,6 +297,9 @@ def _function(func: FunctionType) -> CallableRef:
         _refuse("nested-function", "a nested function cannot be found by name", "move it to the top level of a module")
     if "." in qualname:
         _refuse_unbound(module, qualname)
+    # Such as the ``__getattr__`` of a module, which may import what it is asked for.
+    if qualname.startswith("__") and qualname.endswith("__"):
+        _refuse("dunder", f"{qualname} is a special function, which Python calls itself", "give it another name")
     _prove(func, module, qualname)
     return reference("function", module, qualname, None)
 

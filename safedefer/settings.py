@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Final, Self
@@ -12,13 +13,28 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
-from safedefer.files import trouble_with_key_file
 from safedefer.keys import Keyring
 from safedefer.options import DEFAULT_URL
 from safedefer.policy import Policy
 from safedefer.queues.base import StorageOptions
+from safedefer.queues.file_owner import trouble_with_folders, trouble_with_owner
 
 _INLINE_LIMIT: Final = 10 * 1024
+
+
+def trouble_with_key_file(path: str, status: os.stat_result) -> str | None:
+    """Return what is wrong if others may change a file of keys, or read one that is ours; else None.
+
+    Reading is decided as ssh does for private keys: the mode of a file that root owns is root's choice.
+    """
+    owner = trouble_with_owner("the key file", path, status)
+    if owner is not None:
+        return owner
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"the key file {path!a} may be changed by others; run `chmod 600 {path!a}`, and make new keys if any did"
+    if status.st_uid == os.geteuid() and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        return f"the key file {path!a} may be read by others; run `chmod 600 {path!a}`, and make new keys if any did"
+    return trouble_with_folders(path)
 
 
 def _words(value: object) -> object:

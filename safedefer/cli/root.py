@@ -16,6 +16,7 @@ import click
 from safedefer import __version__
 from safedefer.cli.common import app_option, load_app, time_text
 from safedefer.cli.dead import dead
+from safedefer.cli.doctor import doctor
 from safedefer.cli.keys import keys
 from safedefer.cli.processes import dispatch, run, serve
 from safedefer.cli.queues import queues
@@ -60,7 +61,7 @@ def main(*, verbose: bool) -> None:
     )
 
 
-for _command in (keys, serve, dispatch, run, tasks, queues, dead):
+for _command in (keys, serve, dispatch, run, tasks, queues, dead, doctor):
     main.add_command(_command)
 
 

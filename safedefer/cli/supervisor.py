@@ -44,6 +44,8 @@ _TIMER_SECONDS: Final = 2.0
 _BACKLOG: Final = 1_024
 #: The dead workers of one place whose leases its next worker releases: one may die before it did so.
 _DEAD_KEPT: Final = 8
+#: The exit status of a worker that a signal ended is the signal's number above this, as shells say it.
+_SIGNALLED: Final = 128
 
 _log: Final = logging.getLogger("safedefer")
 
@@ -141,7 +143,7 @@ class Supervisor:
             if worker.recycles and status == 0:
                 crashes = 0
                 continue
-            if not self._said_url and not worker.hangs:
+            if not self._said_url and not worker.hangs and status < _SIGNALLED:
                 # It never began: what is wrong, it has said, and another one would say it again.
                 self._status = status or 1
                 self._stop_others()
@@ -205,7 +207,7 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(worker.pair)
             worker.pair.close()
             self._workers.discard(worker)
-        return status if status >= 0 else 128 - status
+        return status if status >= 0 else _SIGNALLED - status
 
     # --- Beats ---
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
+from safedefer.claims import write_json
 from safedefer.codecs.inspect_safely import type_name
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text, step
@@ -32,6 +34,8 @@ class Encoder:
     """
 
     __slots__ = (
+        "_alone",
+        "_alone_items",
         "_count",
         "_deepest",
         "_depth",
@@ -77,6 +81,10 @@ class Encoder:
         #: The depth of the current value, and of the deepest value since the enclosing one began.
         self._depth = self._deepest = 0
         self._keep: list[object] = []
+        #: The texts of set members, by id.
+        self._alone: dict[int, bytes] = {}
+        #: The number of values in members that were written by themselves.
+        self._alone_items = [0]
         #: Ids of objects that the decoder can make only after the values inside them.
         self.opaque: set[int] = set()
         #: Ids of unfinished objects with a hash that their class computes.
@@ -180,6 +188,25 @@ class Encoder:
         self.keyed -= 1
         return tree
 
+    def alone(self, value: object, depth: int) -> bytes:
+        """Return the text of a set member as it is written by itself, by which the members of equal sets are ordered.
+
+        A member that cannot be written has none; encoding it says why. Neither has one whose set is inside it: members
+        of a set that contains itself come in the order that the process has.
+        """
+        text = self._alone.get(id(value))
+        if text is None:
+            self._alone[id(value)] = b""
+            self._keep.append(value)
+            with contextlib.suppress(Refusal):
+                self._alone[id(value)] = write_json(self._lone().key(value, depth))
+            text = self._alone[id(value)]
+        return text
+
+    def _lone(self) -> Encoder:
+        lone = _LoneEncoder(self.gate, self.limits, self.registry, self._handlers, self._fallback, self._scalars)
+        return lone.share(self._names, self._keep, self._alone, self._alone_items)
+
     def add(self, items: int) -> None:
         """Count values. Raises ``Refusal`` over the limit."""
         self._items += items
@@ -260,3 +287,21 @@ class Encoder:
         if plan is not None:
             for definer in plan.hash_definers:
                 self.name(definer)
+
+
+class _LoneEncoder(Encoder):
+    """Encodes set members by themselves. Those of one call may hold as many values as the call, together."""
+
+    __slots__ = ()
+
+    def share(self, names: dict[int, str], keep: list[object], alone: dict[int, bytes], alone_items: list[int]) -> Self:
+        """Use what the encoder of the call knows of classes and set members."""
+        self._names, self._keep, self._alone, self._alone_items = names, keep, alone, alone_items
+        return self
+
+    def add(self, items: int) -> None:
+        """Count values of all set members. Raises ``Refusal`` over the limit."""
+        super().add(items)
+        self._alone_items[0] += items
+        if self._alone_items[0] > self.limits.items:
+            raise Refusal("too many values are in members of sets")

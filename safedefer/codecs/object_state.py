@@ -13,7 +13,7 @@ from safedefer.codecs.class_layout import REMEDY, Plan, make_plan
 from safedefer.codecs.decoder import Decoder, record, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.registry import TypeRegistry
-from safedefer.codecs.shared import Json, Refusal, step
+from safedefer.codecs.shared import Json, Refusal, VersionSkew, step
 
 _Pairs = chain[tuple[Any, Any]]
 
@@ -28,7 +28,7 @@ def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     except Exception as error:
         name = getattr(function, "__qualname__", "a hook of the class")
-        raise Refusal(f"{name} raised {type(error).__name__}; correct the class") from error
+        raise VersionSkew(f"{name} raised {type(error).__name__}; correct the class") from error
 
 
 def _plan(cls: type, registry: TypeRegistry) -> Plan:
@@ -37,7 +37,7 @@ def _plan(cls: type, registry: TypeRegistry) -> Plan:
         try:
             plan = make_plan(cls, registry)
         except ValueError as error:
-            raise Refusal(str(error)) from None
+            raise VersionSkew(str(error)) from None
     return plan
 
 
@@ -64,7 +64,7 @@ def planned_class(dec: Decoder, name: Json, tag: str) -> Plan:
     cls = dec.gate.load_class(string(name))
     plan = _plan(cls, dec.registry)
     if plan.tag != tag:
-        raise Refusal(f"objects of this class are not written as {tag}; deploy the code that the task was made for")
+        raise VersionSkew(f"objects of this class are not written as {tag}; deploy the code that the task was made for")
     dec.registry.plans[id(cls)] = plan
     if dec.keyed:
         dec.check_hash(cls)
@@ -184,7 +184,7 @@ def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> 
             elif type(own) is dict:
                 own[sys.intern(name)] = dec.value(each, depth)
             else:
-                raise Refusal(  # noqa: TRY301 - the path is added below
+                raise VersionSkew(
                     "objects of the class have no such attribute; deploy the code that the task was made for"
                 )
     except Refusal as refusal:

@@ -159,7 +159,7 @@ class PickledCodec:
             raise InvalidArguments(f"$: {error}; do not sign pickles that are not of this library") from error
         except Exception as error:
             raise InvalidArguments(
-                "$: the pickle cannot be loaded; deploy the code that the task was made for"
+                "$: the pickle cannot be loaded; deploy the code that the task was made for", skew=True
             ) from error
         if type(values) is not tuple or list(map(type, values)) != [tuple, tuple, dict]:
             raise InvalidArguments("$: the pickle holds no call; do not sign pickles that are not of this library")

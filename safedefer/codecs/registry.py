@@ -92,6 +92,8 @@ class TypeRegistry:
         self._families: dict[str, ClassFamily] = {}
         #: Plans of classes that a policy admitted, by id of the class (``class_layout.Plan``).
         self.plans: dict[int, Any] = {}
+        if discover:
+            attrs_types.register(self)
 
     def register_type(
         self, cls: type[_T], tag: str, encode: Callable[[_T], object], decode: Callable[[Any], _T]
@@ -140,17 +142,15 @@ class TypeRegistry:
         return self._types.get(id(cls))
 
     def by_tag(self, tag: str) -> RegisteredType | ClassFamily | None:
-        """Return the entry of a tag."""
-        self.discover()
+        """Return the entry of a tag. A token chooses the tag, so nothing is discovered for it."""
         return self._tags.get(tag) or self._families.get(tag)
 
     def family_of(self, cls: type) -> ClassFamily | None:
-        """Return the family that a class belongs to."""
-        self.discover()
+        """Return the family that a class belongs to. Nothing is discovered: the class may be one that a token names."""
         return next((family for family in self._families.values() if family.matches(cls)), None)
 
     def discover(self) -> None:
-        """Load the shipped types and the entry points, once.
+        """Load the entry points, once: when a handler starts, or the first object that may be registered is encoded.
 
         Raises:
             ConfigurationError: An entry point cannot be loaded, or registers a tag or class that is taken.
@@ -162,7 +162,6 @@ class TypeRegistry:
                 return  # type: ignore[unreachable,unused-ignore]
             self._undiscovered = False  # an entry point that uses the registry does not start over
             try:
-                attrs_types.register(self)
                 for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
                     _load(point.name, point.load, self)
             except ConfigurationError:

@@ -49,6 +49,10 @@ class Refusal(Exception):
         return "$" + "".join(reversed(self.trail))
 
 
+class VersionSkew(Refusal):
+    """A value cannot be read here, but where the code is that the task was made for: the task is tried again."""
+
+
 def step(key: object) -> str:
     """Return the path step of a key: ``.name``, ``[3]``, or ``{}`` for any other key."""
     if type(key) is str and _ATTRIBUTE.fullmatch(key):

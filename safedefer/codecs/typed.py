@@ -25,7 +25,7 @@ from safedefer.codecs.fast_path import (
     written_plainly,
 )
 from safedefer.codecs.registry import REGISTRY, TypeRegistry
-from safedefer.codecs.shared import CallData, Json, Refusal, Values
+from safedefer.codecs.shared import CallData, Json, Refusal, Values, VersionSkew
 from safedefer.codecs.tags import containers, exceptions, objects, patterns, scalars, times
 from safedefer.errors import InvalidArguments, UnencodableArgument
 from safedefer.options import Limits
@@ -193,7 +193,8 @@ class TypedCodec:
             dec.members(kwargs, named, 1)
         except Refusal as refusal:
             refusal.trail.append(at)
-            raise InvalidArguments(f"{refusal.path}: {refusal.why}", path=refusal.path) from (
+            skew = isinstance(refusal, VersionSkew)
+            raise InvalidArguments(f"{refusal.path}: {refusal.why}", path=refusal.path, skew=skew) from (
                 refusal.__cause__ or refusal
             )
         except RecursionError as error:

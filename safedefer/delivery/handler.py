@@ -42,8 +42,6 @@ from safedefer.delivery.redaction import redacted_traceback
 from safedefer.delivery.request import HandlerRequest
 from safedefer.delivery.runs import Runs
 from safedefer.errors import (
-    ExpiredTask,
-    InvalidArguments,
     InvalidClaims,
     NotYetValid,
     QueueUnavailable,
@@ -388,7 +386,7 @@ class Delivery:
         request.refused = error.identity or request.identity
         if isinstance(error, NotYetValid):
             return self._early(request, error.slug, error.retry_after)
-        failed = isinstance(error, ExpiredTask | InvalidArguments)
+        failed = error.is_final
         status, outcome = (200, "failed") if failed else (500, "rejected")
         if request.execution is not None:
             end = EndState.FAILED if failed else EndState.RETRY

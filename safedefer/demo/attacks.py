@@ -1,4 +1,4 @@
-"""Four attacks on the demonstration's handler, over HTTP, each with its effect looked for."""
+"""Four attacks on the demonstration's handler over HTTP; each looks for its effect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safedefer.policy import Policy
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack and what came of it."""
+    """An attack and its result."""
 
     name: str
     answer: str

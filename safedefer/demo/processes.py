@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-#: Short, so that what a killed process held is soon due again.
+#: Short: the tasks that a killed process had leased are due again soon.
 LEASE: Final = "4"
 
 
@@ -19,7 +19,7 @@ class Processes:
     Args:
         folder: Where their logs go.
         settings: The ``SAFEDEFER_*`` variables.
-        say: Told when one has died.
+        say: Called with a line when a process has died.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -56,7 +56,7 @@ class Processes:
         return self._start("dispatcher", "dispatch", "--to", self.url, "--lease", LEASE, "--concurrency", "8")
 
     def tend(self) -> None:
-        """Start again what has died."""
+        """Restart the processes that have died."""
         if self._handler.poll() is not None:
             self._say(f"the handler ended ({self._handler.returncode}); starting it again")
             self._handler = self._start_handler()

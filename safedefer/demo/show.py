@@ -46,7 +46,7 @@ _PINGS: Final = 30
 
 @dataclass
 class _Run:
-    """What was deferred, and what became of it."""
+    """The deferred tasks, and their outcomes."""
 
     deferred: list[Task] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=dict)

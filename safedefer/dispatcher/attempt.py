@@ -20,7 +20,7 @@ from safedefer.dispatcher.unreachable import UnreachableTargets
 from safedefer.errors import QueueError, RejectedTask
 from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
-from safedefer.queues.rules import judge_failure, judge_rejection, park
+from safedefer.queues.rules import UNREADABLE, judge_failure, judge_rejection, park
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 
@@ -68,6 +68,9 @@ class AttemptRunner:
     async def run(self, lease: Lease) -> Settlement:
         """Deliver a task and return its settlement. Raises only the cancellation of the caller."""
         jitter = self._random.random()
+        if not lease.task.token:
+            _log.error("task %a is buried: its token is empty, or larger than any of ours", lease.task.id)
+            return park(lease, UNREADABLE, now=self._clock())
         try:
             if self.targets:
                 settlement = self.targets.postpone(self._deliver.address(lease.task), now=self._clock())

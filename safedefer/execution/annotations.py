@@ -12,6 +12,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.errors import PydanticUserError
 
 from safedefer.errors import InvalidArguments
+from safedefer.execution.revalidation import revalidate
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
 def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Check that each argument is of the type that its annotation says. Arguments without one pass.
 
+    Models in the arguments, annotated or not, and the object of a method are validated again first.
+
     Raises:
-        InvalidArguments: One is of another type; the message names it and does not quote its value.
+        InvalidArguments: One is of another type, or a model does not pass its validators; the message names it and does not quote its value.
     """
+    owner = getattr(target, "__self__", None) if type(target) is MethodType else target
+    revalidate([owner, *args, *kwargs.values()])
     try:
         # The signature of the wrapped function, if there is one: it has the annotations.
         signature = inspect.signature(target)

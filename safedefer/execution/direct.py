@@ -10,6 +10,7 @@ from typing import Any
 from safedefer.blobs import BlobStore
 from safedefer.claims import split_audience
 from safedefer.codecs.protocol import Codec
+from safedefer.codecs.registry import REGISTRY
 from safedefer.errors import PermanentTaskFailure
 from safedefer.execution.prepare import is_async, prepare
 from safedefer.policy import Policy
@@ -48,13 +49,14 @@ class DirectRunner:
         self._loaded = False
 
     def load_policy(self) -> None:
-        """Import the modules that the policy names, once.
+        """Import the modules that the policy names, and what distributions register, once.
 
         Raises:
             ConfigurationError: One cannot be imported.
         """
         if not self._loaded:
             self._policy.load()
+            REGISTRY.discover()
             self._loaded = True
 
     def run(self, data: bytes) -> object:

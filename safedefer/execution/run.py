@@ -22,8 +22,6 @@ from safedefer.codecs.fast_path import may_hold_tags
 from safedefer.codecs.protocol import Codec
 from safedefer.concurrency.threads import InThread
 from safedefer.errors import (
-    ExpiredTask,
-    InvalidArguments,
     PermanentTaskFailure,
     RejectedTask,
     SingularTaskFailure,
@@ -236,5 +234,5 @@ def _outcome(error: BaseException, *, started: bool) -> Outcome:
         return Outcome(result=Result.RETRY, reason=SingularTaskFailure.slug, error=error)
     if started or not isinstance(error, RejectedTask):
         return Outcome(result=Result.RETRY, reason="exception", error=error)
-    result = Result.FAILED if isinstance(error, InvalidArguments | ExpiredTask) else Result.REJECTED
+    result = Result.FAILED if error.is_final else Result.REJECTED
     return Outcome(result=result, reason=error.slug, error=error)

@@ -35,10 +35,13 @@ def open_queue(url: str, storage: StorageOptions | None = None) -> PullQueue:
     """
     # Each engine is imported here, and only when it is named: importing safedefer must not load what it is not asked for.
     options = {} if storage is None else asdict(storage)
-    parts = urlsplit(url)
-    if parts.scheme in _POSTGRES:
+    if _is_postgres(url):
         queue: PullQueue = _postgres().PostgresQueue(url, **options)
         return queue
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # its text quotes the URL
+        parts = urlsplit("")
     if parts.query or parts.fragment:
         raise ConfigurationError(f"a queue's URL has no options (? or #: write them as %3F and %23); use {_FORMS}")
     if parts.scheme == "memory":
@@ -65,11 +68,15 @@ def migrate_queue(url: str) -> list[str]:
         ConfigurationError: The URL is understood by no engine.
         QueueUnavailable: The database is not there, or its user may not make tables.
     """
-    if urlsplit(url).scheme in _POSTGRES:
+    if _is_postgres(url):
         done: list[str] = _postgres().migrate(url)
         return done
     open_queue(url).close()
     return []
+
+
+def _is_postgres(url: str) -> bool:
+    return url.partition(":")[0].lower() in _POSTGRES
 
 
 def load_queue_file(path: str | Path) -> QueueFile:

@@ -21,6 +21,8 @@ MAX_HOLD: Final = 3_600.0
 
 # Tokens are floats: what lacks so little of a whole one is one.
 _WHOLE: Final = 1 - 1e-9
+#: The end of the year 9999, in seconds since the epoch.
+_LATEST: Final = 253_402_300_799
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,34 @@ class QueueControl:
     def new(cls, limits: QueueLimits, *, now: float) -> QueueControl:
         """Return limits whose bucket is full."""
         return cls(limits=limits, tokens=float(limits.bucket_size), refilled=now)
+
+    @classmethod
+    def stored(
+        cls,
+        *,
+        queue: str,
+        rate: object,
+        bucket_size: object,
+        max_concurrent: object,
+        paused: object,
+        held_until: object,
+        tokens: object,
+        refilled: object,
+    ) -> QueueControl:
+        """Return a control that was stored. What is no number, negative or beyond any use is bounded."""
+        limits = QueueLimits(
+            queue=queue,
+            rate=None if rate is None else _bounded(rate, 1e9),
+            bucket_size=int(_bounded(bucket_size, 2**31)),
+            max_concurrent=None if max_concurrent is None else int(_bounded(max_concurrent, 2**31)),
+        )
+        return cls(
+            limits=limits,
+            paused=bool(paused),
+            held_until=_bounded(held_until, _LATEST),
+            tokens=_bounded(tokens, 2**31),
+            refilled=_bounded(refilled, _LATEST),
+        )
 
     @property
     def queue(self) -> str:
@@ -111,3 +141,8 @@ class QueueControl:
         fresh = self.limits.rate is None
         tokens = float(limits.bucket_size) if fresh else min(self.refill(now).tokens, float(limits.bucket_size))
         return replace(self, limits=limits, tokens=tokens, refilled=now)
+
+
+def _bounded(value: object, most: float) -> float:
+    """Return a stored number between 0 and ``most``; 0 where it is none."""
+    return min(max(value, 0), most) if isinstance(value, int | float) and value == value else 0  # noqa: PLR0124  # NaN

@@ -3,14 +3,17 @@
 Engines whose counters change inside SQL keep their statements; ``tests/queues/contract.py`` runs the table of
 ``tests/queues/cases.py`` on each of them, and so proves that its SQL agrees with these functions.
 
+Over 450 lines, since the rules refer to each other and are read side by side.
+
 The handler judges by the same rules as the dispatcher: nothing here knows HTTP but its status codes.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from safedefer.errors import ExpiredTask, InvalidTaskRetryOptionsError, ReplayedTask
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, VerifiedLetter
@@ -44,6 +47,11 @@ _REJECTED: Final = "rejected"
 LOST_LEASE: Final = "lease-expired"
 #: What the ledger calls a run that has not ended.
 RUNNING: Final = "running"
+#: A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it (``Limits.token_bytes`` is
+#: 1 MiB). Such a task has an empty token, and is not delivered. The SQL of the engines has the number too.
+MOST_ROW_BYTES: Final = 2**21
+#: The reason of a task whose token is empty or larger than that.
+UNREADABLE: Final = "unreadable"
 #: One more than this still fits into 32 bits: counters stop there, whatever somebody wrote into the storage.
 MOST_COUNTED: Final = 2**31 - 2
 
@@ -201,6 +209,15 @@ def after_lost_lease(
 def must_be_alone(losses: int) -> bool:
     """Whether a task runs only where nothing else does: it may end the process, and all that runs in it."""
     return losses >= ALONE_FROM
+
+
+def stored_mapping(text: object) -> dict[str, Any]:
+    """Read a mapping from stored JSON; empty where there is none. The token says signed what is only repeated there."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):  # one row that somebody wrote must not hide the others
+        return {}
+    return value if type(value) is dict else {}
 
 
 # --- The ledger has the last word -----------------------------------------------------------------

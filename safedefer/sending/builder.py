@@ -75,7 +75,12 @@ class Builder:
         now = self._clock()
         claims = self._claims(options, obj, args, kwargs, now)
         task, queued = self.package(claims, options, now)
-        return task, queued._replace(unique_key=_unique_key(claims)) if options.unique else queued
+        if options.unique:
+            ordered = dict(sorted(kwargs.items()))
+            # The order of keywords numbers what they share.
+            same = claims if list(ordered) == list(kwargs) else self._claims(options, obj, args, ordered, now)
+            queued = queued._replace(unique_key=_unique_key(same))
+        return task, queued
 
     def serialize(self, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
         """Return the signed token of a call without options."""
@@ -225,4 +230,4 @@ def stored_retry_options(values: Mapping[str, float]) -> TaskRetryOptions | None
 def _unique_key(claims: Claims) -> str:
     """Return what tasks of the same call and destination have in common."""
     same = {name: value for name, value in claims.items() if name not in _OF_ONE_TASK}
-    return sha256(write_json({**same, "kwargs": dict(sorted(claims["kwargs"].items()))})).hexdigest()
+    return sha256(write_json(same)).hexdigest()

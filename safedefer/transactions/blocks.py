@@ -1,6 +1,6 @@
 """Blocks in the transaction of a user's connection: ``app.transaction(...)`` and ``app.once(...)``.
 
-What a block does is written once, as coroutines: with a connection that blocks they never suspend.
+The steps of a block are written once, as coroutines; with a blocking connection they never suspend.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class BlockOwner(Protocol):
         ...
 
     def relay_after(self, source: Source, identity: str | None, opener: Opener | None, schema: str | None) -> None:
-        """Move what a block has written to a schema, now or when its transaction has ended."""
+        """Relay the tasks that a block has written to a schema, now or when its transaction has ended."""
         ...
 
 
@@ -114,7 +114,7 @@ class Block(ABC, Generic[_T]):
 
     @property
     def source(self) -> Source:
-        """What speaks to the connection. Only within the block."""
+        """The source of the connection, within the block only."""
         assert self._entered is not None
         return self._entered
 
@@ -188,23 +188,23 @@ class Block(ABC, Generic[_T]):
             raise
 
     async def _undo(self) -> None:
-        # What went wrong before is what should be seen; and a connection that is lost has undone it.
+        # The first error is raised, not that of the rollback; a lost connection has rolled back.
         if self._began:
             with contextlib.suppress(Exception):
                 await self.source.rollback()
 
     @abstractmethod
     async def _start(self) -> _T:
-        """Do what comes first in the transaction."""
+        """Run the first statements of the block, in the transaction."""
 
     async def _write_rest(self) -> None:
-        """Do what comes last in the transaction."""
+        """Write the tasks that are not written yet, at the end of the transaction."""
 
     def _end(self) -> None:
         """Note that the block is over."""
 
     def _after(self, source: Source) -> None:
-        """Do what comes after the transaction, or after the block where the transaction goes on."""
+        """Relay the tasks after the transaction, or after the block where the transaction goes on."""
 
 
 class TransactionBlock(Block[None]):

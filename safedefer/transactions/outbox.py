@@ -149,11 +149,11 @@ class Outbox:
         return Way.STATEMENTS if known else Way.OUTBOX
 
     def relay_after(self, source: Source, identity: str | None, opener: Opener | None, schema: str | None) -> None:
-        """Move what a block has written to a schema, now or when its transaction has ended."""
+        """Relay the tasks that a block has written to a schema, now or when its transaction has ended."""
         if opener is None or identity is None:  # in memory, and so the block's own transaction, which is over
             try:
                 run_now(self._transfer.move(source, self.queue(), (schema,)))
-            except QueueError as error:  # committed is committed: the next block on this connection tries again
+            except QueueError as error:  # the tasks are committed: the next block on this connection relays them
                 _log.warning("the queue takes nothing from the outbox now (%s)", slug(error))
             return
         self._relay.add(identity, opener, schema)
@@ -165,11 +165,19 @@ class Outbox:
             self._relay.expect()
 
     def sweep(self) -> int:
-        """Relay what waits in every known outbox; returns how many tasks."""
+        """Relay the tasks of every known outbox; returns how many."""
         return self._relay.sweep()
 
+    def databases(self) -> list[tuple[str, str | None]]:
+        """Return the databases that are swept, and the schema of each outbox in them; None is that of the connection."""
+        return self._relay.databases()
+
+    def look(self) -> list[tuple[str, str | None]]:
+        """Return why each outbox that is swept cannot be used; None if it can, or does not exist yet."""
+        return self._relay.look()
+
     def start(self) -> None:
-        """Sweep now and then, from now on: for processes that dispatch."""
+        """Start to sweep every few seconds: for processes that dispatch."""
         self._relay.tireless = True
         self._relay.expect()
 

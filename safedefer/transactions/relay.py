@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from safedefer.concurrency.forks import register_fork
 from safedefer.errors import QueueError
 from safedefer.transactions.databases import Opener, Source
+from safedefer.transactions.tables import OUTBOX, look
 from safedefer.transactions.transfer import Transfer, slug
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Relay:
         """The value of ``_wanted`` when the last sweep that has ended began."""
 
     def add(self, identity: str, opener: Opener, schema: str | None = None) -> None:
-        """Take note of a database, and of the schema that its outbox is in."""
+        """Add a database, and the schema of its outbox, to those that are swept."""
         with self._changed:
             self._openers.setdefault(identity, opener)
             self._schemas[identity] = tuple(dict.fromkeys((*self._schemas.get(identity, ()), schema)))
@@ -92,7 +93,7 @@ class Relay:
                 self._thread.start()
 
     def rest(self, seconds: float) -> bool:
-        """Wait; whether something is expected anew."""
+        """Wait for the next look; returns whether something is expected."""
         with self._changed:
             if not self._expected and not self._closed:
                 self._changed.wait(seconds)
@@ -157,6 +158,25 @@ class Relay:
                 return moved
         return None
 
+    def databases(self) -> list[tuple[str, str | None]]:
+        """Return every database and schema."""
+        return [(identity, schema) for identity in self._openers for schema in self._schemas[identity]]
+
+    def look(self) -> list[tuple[str, str | None]]:
+        """Return why the outbox of each database and schema cannot be used; None if it can, or is not made yet."""
+        return [(identity, self._trouble(identity, schema)) for identity, schema in self.databases()]
+
+    def _trouble(self, identity: str, schema: str | None) -> str | None:
+        with self._sweeping:
+            try:
+                tables = self._openers[identity].use(lambda source: look(source, OUTBOX, schema))
+            except FileNotFoundError:  # nobody has made the database yet
+                return None
+            except Exception as error:  # noqa: BLE001  # the user's database, by whatever library
+                return f"it cannot be read ({type(error).__name__}); see that it runs, and that this user may connect"
+        used = [table for table in tables if table.on_path or table.schema == schema]
+        return next((table.refusal for table in used if table.refusal is not None), None)
+
     def _is_new(self, identity: str, error: Exception) -> bool:
         was, self._problems[identity] = self._problems.get(identity), slug(error)
         return was != slug(error)
@@ -192,7 +212,7 @@ class Relay:
         self._closed = closed
 
 
-#: Relays of which something is expected. A short program is to leave nothing behind.
+#: Relays with tasks to come: a short program empties its outboxes before it ends.
 _finishing: Final[weakref.WeakSet[Relay]] = weakref.WeakSet()
 
 

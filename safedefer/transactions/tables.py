@@ -36,7 +36,7 @@ _NUMBER: Final = frozenset({"701"})
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What one of the tables looks like."""
+    """The columns and indexes of one of the tables."""
 
     name: str
     columns: Mapping[str, frozenset[str]]

@@ -1,4 +1,4 @@
-"""Moves what is committed in the outbox of one database to the queue.
+"""Moves the committed tasks in the outbox of one database to the queue.
 
 It enqueues first and deletes after: a crash in between repeats the enqueue, which the queue refuses because it
 knows the task's id. So no task is lost or enqueued twice.
@@ -112,7 +112,7 @@ class _OutboxRow(NamedTuple):
 
 
 class _HandedOver(NamedTuple):
-    """How far it has come with some tasks."""
+    """Which tasks of a page the queue has taken."""
 
     ids: Sequence[str]
     """Those that the queue has now."""
@@ -144,7 +144,7 @@ class Transfer:
         return True
 
     async def move(self, source: Source, queue: RelayedTo, schemas: Iterable[str | None]) -> int:
-        """Move what is committed to the queue; returns how many tasks.
+        """Move the committed tasks to the queue; returns how many.
 
         Args:
             source: A connection without an open transaction.

@@ -245,3 +245,16 @@ def test_a_task_defers_another_though_the_keys_are_out_of_the_environment(projec
     defer(project, "t.defer_again, 7")
     project.until(lambda: project.results() == [7])
     assert project.terminate(process)[0] == 0
+
+
+def test_a_worker_that_is_killed_before_it_is_ready_is_replaced(project):
+    """The kernel kills a process that takes too much memory: that says nothing of the application."""
+    path = project.folder / "shop_tasks.py"
+    path.write_text(
+        path.read_text()
+        + "\nmarker = FOLDER / 'killed'\nif not marker.exists():\n    marker.touch()\n    os.kill(os.getpid(), 9)\n"
+    )
+    process, url = project.start("run", "--port", "0", "--processes", "2")
+    assert url.startswith("http://")
+    assert (project.folder / "killed").exists()
+    assert "ended with status 137" in project.terminate(process)[2]

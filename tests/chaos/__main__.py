@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from tests.chaos import deaths, machines, places, storage
+from tests.chaos import deaths, machines, places, storage, workers
 
 
 def long_forms(seeds: int, tasks: int, store: str) -> dict[str, list[Callable[[], str]]]:
@@ -20,6 +20,7 @@ def of_any_queue(seeds: int, tasks: int, store: str) -> dict[str, list[Callable[
     """Return those that know nothing of what the queue is stored in."""
     return {
         "kills": [partial(deaths.kills, seed=seed, tasks=tasks, store=store) for seed in range(1, seeds + 1)],
+        "workers": [partial(workers.kills, seed=seed, tasks=tasks, store=store) for seed in range(1, seeds + 1)],
         "calm": [partial(deaths.calm, tasks=tasks, store=store)],
         "down": [partial(deaths.down, store=store)],
         "stopped": [partial(deaths.stopped, store=store)],

@@ -49,6 +49,8 @@ class Account:
     refused: int = 0
     """How often the queue was unavailable."""
     kills: dict[int, float] = field(default_factory=dict)
+    over: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """When runs were cancelled at their deadlines."""
     outages: list[tuple[float, float]] = field(default_factory=list)
     """When nothing could be written down: how a run ended, or that it still went on."""
 
@@ -88,6 +90,8 @@ class Account:
         for (began, pid), (again, _) in pairwise(sorted(self.runs[number])):
             if began <= self.kills.get(pid, -1.0) <= again:
                 found.add("killed")
+            elif any(began <= when <= again for when in self.over.get(number, ())):
+                found.add("deadline")
             elif any(began <= until and since <= again for since, until in self.outages):
                 found.add("outage")
             else:
@@ -185,6 +189,10 @@ class Cast:
             *wrapped, "dispatch", "--to", to, "--lease", str(self.lease), "--concurrency", str(concurrency), **more
         )
 
+    def supervised(self, *options: str) -> Any:
+        """Start ``run``: a supervisor with worker processes that are handler and dispatcher."""
+        return self.start("safedefer", "run", "--port", "0", "--lease", str(self.lease), *options)
+
     def producer(self, first: int, stop: int, per_second: float = 1e9, *options: str, **more: Any) -> Any:
         return self.start("tests.chaos.producer", str(first), str(stop), str(per_second), *options, **more)
 
@@ -242,6 +250,8 @@ class Cast:
                 account.runs[int(number)].append((float(when), int(pid)))
             elif kind == "end":
                 account.ends[int(number)].append((float(when), int(pid)))
+            elif kind == "over":
+                account.over[int(number)].append(float(when))
             elif kind == "early":
                 account.early = max(account.early, float(rest[0]))
         return account

@@ -10,7 +10,7 @@ import traceback
 
 from safedefer import App
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from tests.chaos.tasks import mark, note
+from tests.chaos.tasks import mark, note, overrun
 
 
 def produce(
@@ -24,9 +24,12 @@ def produce(
     slow_every: int = 10**9,
     later_every: int = 10**9,
     in_doubt: bool = False,
+    overrun_every: int = 10**9,
+    outlast_every: int = 10**9,
 ) -> None:
     """Defer ``mark(n)`` for ``first <= n < stop``; every ``large_every``-th is oversize, every ``slow_every``-th slow, and
-    every ``later_every``-th falls due some seconds later.
+    every ``later_every``-th falls due some seconds later. Every ``overrun_every``-th is a coroutine that is cancelled at its
+    deadline once, every ``outlast_every``-th a function that returns half a second after its own.
 
     Where a refusal may be wrong (the connection broke, and whether the task was stored is not known), every second
     task has a name, under which it is deferred until it is known to be there; the others are tried once.
@@ -38,7 +41,11 @@ def produce(
         padding = "x" * 20_000 if number % large_every == 0 else ""
         pause = 0.2 if number % slow_every == slow_every - 1 else 0.0
         options = {"countdown": 6.0} if number % later_every == later_every - 1 else {}
-        if in_doubt and number % 2:
+        if number % overrun_every == overrun_every - 1:
+            app.options(deadline=1.0).defer(overrun, number)
+        elif number % outlast_every == outlast_every - 2:
+            app.options(deadline=1.0).defer(mark, number, 1.5)
+        elif in_doubt and number % 2:
             try:
                 app.options(name=f"n{number}", **options).defer(mark, number, pause, padding=padding)
             except (TaskAlreadyExistsError, TombstonedTaskError):
@@ -85,11 +92,13 @@ if __name__ == "__main__":
     parser.add_argument("--slow-every", type=int, default=10**9)
     parser.add_argument("--later-every", type=int, default=10**9)
     parser.add_argument("--in-doubt", action="store_true")
+    parser.add_argument("--overrun-every", type=int, default=10**9)
+    parser.add_argument("--outlast-every", type=int, default=10**9)
     chosen = parser.parse_args()
     own = App.from_settings()
     produce(
         own, chosen.first, chosen.stop,
         per_second=chosen.per_second, slow_every=chosen.slow_every, later_every=chosen.later_every,
-        in_doubt=chosen.in_doubt,
+        in_doubt=chosen.in_doubt, overrun_every=chosen.overrun_every, outlast_every=chosen.outlast_every,
     )  # fmt: skip
     own.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,25 @@ def mark(number: int, pause: float = 0.0, padding: str = "") -> None:
     note("run", number)
     if pause:
         time.sleep(pause)
+    note("end", number)
+
+
+def _is_first(number: int) -> bool:
+    mark = Path(f"{os.environ['CHAOS_LOG']}-{number}")
+    first = not mark.exists()
+    mark.touch()
+    return first
+
+
+async def overrun(number: int) -> None:
+    """Pass its deadline in the first attempt, be cancelled, and end at once in the next."""
+    note("run", number)
+    if _is_first(number):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            note("over", number)
+            raise
     note("end", number)
 
 

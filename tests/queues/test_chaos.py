@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from tests.chaos import deaths, places, storage
+from tests.chaos import deaths, places, storage, workers
 
 
 def can_mount() -> bool:
@@ -20,6 +20,10 @@ def can_mount() -> bool:
 
 def test_sigkill_of_any_process_loses_nothing_and_every_second_run_is_explained():
     deaths.kills(seed=5, tasks=500, least=3, per_second=150.0)
+
+
+def test_killed_frozen_and_overtaken_workers_lose_nothing_either():
+    workers.kills(seed=5, tasks=400, least=3, per_second=100.0)
 
 
 def test_without_kills_nothing_runs_twice():

@@ -160,6 +160,12 @@ def test_migrating_again_does_nothing_and_at_once_does_it_once(dsn):
     assert migrate(dsn) == []
 
 
+def test_the_clock_of_the_database_is_read(dsn):
+    migrate(dsn)
+    with contextlib.closing(PostgresQueue(dsn)) as queue:
+        assert abs(queue.clock() - time.time()) < 60
+
+
 def test_an_index_that_ignores_the_queue_does_not_tempt_the_planner(dsn):
     migrate(dsn)
     indexes = [name for (name,) in ask(dsn, "SELECT indexname FROM pg_indexes WHERE tablename = 'pgqueuer'")]

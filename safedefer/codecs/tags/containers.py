@@ -13,7 +13,7 @@ from typing import Any, Final
 from safedefer.codecs.decoder import Decoder, array
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.inspect_safely import dict_getter
-from safedefer.codecs.shared import Json, Refusal, is_text, step
+from safedefer.codecs.shared import Json, Refusal, VersionSkew, is_text, step
 
 _DEQUE_MAX: Final = 2**53 - 1
 
@@ -53,6 +53,19 @@ def members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[
         raise
     _check_hashes(values, size)
     return out
+
+
+def set_members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[Json]:
+    """Return the trees of the members of a set, in the order that all equal sets have, whatever Python's hashes are."""
+    ordered = list(values)
+    if size > 1:
+        kind = type(ordered[0])
+        if (kind is str or kind is int) and all(type(value) is kind for value in ordered):
+            ordered.sort()
+        else:
+            texts = [enc.alone(value, depth) for value in ordered]
+            ordered = [ordered[i] for i in sorted(range(size), key=texts.__getitem__)]
+    return members(enc, ordered, size, depth)
 
 
 def read_members(dec: Decoder, payload: Json, depth: int) -> list[Any]:
@@ -104,7 +117,9 @@ def hashed(make: Any, values: Sequence[Any], keys: Iterable[Any]) -> Any:
     except Refusal:
         raise
     except Exception as error:  # an admitted class's own __hash__ or __eq__ may raise anything
-        raise Refusal("a set member or dict key cannot be hashed") from error
+        raise VersionSkew(
+            "a set member or dict key cannot be hashed; deploy the code that the task was made for"
+        ) from error
     return made
 
 
@@ -114,7 +129,7 @@ def _distinct(size: int, values: Sequence[Any]) -> None:
 
 
 def _encode_set(enc: Encoder, value: set[Any], depth: int) -> Json:
-    return enc.enter(value) or {"$set": members(enc, value, len(value), depth + 1)}
+    return enc.enter(value) or {"$set": set_members(enc, value, len(value), depth + 1)}
 
 
 def _decode_set(dec: Decoder, payload: Json, depth: int) -> set[Any]:
@@ -131,7 +146,7 @@ def fill_set(out: set[Any], values: Sequence[Any]) -> None:
 
 
 def _encode_frozenset(enc: Encoder, value: frozenset[Any], depth: int) -> Json:
-    return {"$frozenset": members(enc, value, len(value), depth + 1)}
+    return {"$frozenset": set_members(enc, value, len(value), depth + 1)}
 
 
 def _decode_frozenset(dec: Decoder, payload: Json, depth: int) -> frozenset[Any]:

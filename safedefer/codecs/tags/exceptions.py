@@ -19,7 +19,7 @@ from safedefer.codecs.class_layout import Plan, function_names
 from safedefer.codecs.decoder import Decoder, array, record, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.object_state import attributes, begin, begin_decoded, planned_class, restore, run
-from safedefer.codecs.shared import Json, Refusal, is_member_name, step
+from safedefer.codecs.shared import Json, Refusal, VersionSkew, is_member_name, step
 
 #: Built-in exceptions are values that need no policy.
 _BUILTIN: Final[dict[str, type[BaseException]]] = {
@@ -170,7 +170,7 @@ def _fresh(plan: Plan, args: tuple[Any, ...]) -> BaseException:
     base: Any = plan.base
     made = run(base.__new__, plan.cls, *args)
     if type(made) is not plan.cls:
-        raise Refusal("the arguments make an exception of another type")
+        raise VersionSkew("the arguments make an exception of another type")
     run(base.__init__, made, *args)
     if len(kept := _ARGS.__get__(made)) != len(args) or any(a is not b for a, b in zip(kept, args, strict=True)):
         _ARGS.__set__(made, args)  # OSError keeps two of its arguments
@@ -223,7 +223,7 @@ def decode_exception(dec: Decoder, payload: Json, depth: int) -> object:
         _set(dec, value, key, descriptor, state.pop(key), depth + 1)
     _check_offsets(value)
     if not state.keys().isdisjoint(_SKIPPED):
-        raise Refusal("an exception has no such attribute to set")
+        raise VersionSkew("an exception has no such attribute to set")
     restore(dec, value, plan, state, depth + 1)
     dec.open.discard(number)
     return value
@@ -263,7 +263,7 @@ def _set(dec: Decoder, value: object, key: str, descriptor: Any, tree: Json, dep
         try:
             descriptor.__set__(value, held)
         except (TypeError, AttributeError, ValueError, OverflowError):
-            raise Refusal("the exception does not take this") from None
+            raise VersionSkew("the exception does not take this") from None
     except Refusal as refusal:
         refusal.trail.append(step(key))
         raise

@@ -29,12 +29,12 @@ from safedefer.codecs.object_state import (
     run,
 )
 from safedefer.codecs.registry import RegisteredType
-from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text
-from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, members, read_members
+from safedefer.codecs.shared import SAFE_INT, Json, Refusal, VersionSkew, is_text
+from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, members, read_members, set_members
 from safedefer.codecs.tags.exceptions import decode_exception, encode_exception
 from safedefer.codecs.tags.models import decode_model, encode_model
 from safedefer.errors import NotDeferrable
-from safedefer.refs import UNBOUND, CallableRef, bound_object, reference
+from safedefer.refs import UNBOUND, CallableRef, bound_object, class_path, reference
 
 _CALLABLES: Final = (FunctionType, BuiltinFunctionType, MethodType)
 
@@ -136,17 +136,17 @@ def _decode_enum(dec: Decoder, payload: Json, _depth: int) -> object:
     cls = planned_class(dec, name, "$enum").cls
     if type(key) is str:
         if (member := _members_of(cls).get(key)) is None or _name_of(member) != key:
-            raise Refusal("the enum has no member of that name; deploy the code that has it")
+            raise VersionSkew("the enum has no member of that name; deploy the code that has it")
         return member
     number = integer(key, -SAFE_INT, SAFE_INT)
     if not _flag_by_value(cls):
-        raise Refusal("$enum is [class, name], or [class, number] for a combination of flags")
+        raise VersionSkew("$enum is [class, name], or [class, number] for a combination of flags")
     known = inspect_safely.namespace(cls).get("_value2member_map_", {})
     if number not in known and len(known) >= _MOST_COMBINATIONS:
         raise Refusal(f"more than {_MOST_COMBINATIONS} combinations of these flags were made here; pass the number")
     made = run(cls, number)
     if type(made) is not cls or _value_of(made) != number or _members_of(cls).get(cast("str", _name_of(made))) is made:
-        raise Refusal("$enum is [class, number] only for a combination of flags that has no name")
+        raise VersionSkew("$enum is [class, number] only for a combination of flags that has no name")
     return made
 
 
@@ -162,7 +162,7 @@ def _decode_namedtuple(dec: Decoder, payload: Json, depth: int) -> object:
     values = dec.items(items, depth + 1)
     found = inspect_safely.lookup(cls, "_fields")
     if found is None or len(found[1]) != len(values):
-        raise Refusal("the named tuple has another number of fields; deploy the code that the task was made for")
+        raise VersionSkew("the named tuple has another number of fields; deploy the code that the task was made for")
     return tuple.__new__(cls, values)
 
 
@@ -199,6 +199,7 @@ def _decode_dataclass(dec: Decoder, payload: Json, depth: int) -> object:
 
 
 def _encode_registered(enc: Encoder, value: Any, depth: int, entry: RegisteredType) -> Json:
+    enc.name(entry.cls)
     ref = enc.enter(value)
     if ref is not None:
         return ref
@@ -214,14 +215,19 @@ def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
     """Decode the payload of a tag that is not of the wire format itself: a registered type or family."""
     entry = dec.registry.by_tag(tag)
     if entry is None:
-        raise Refusal("there is no such tag; register the type at this end too")
+        raise VersionSkew("there is no such tag; register the type at this end too")
     if type(entry) is ClassFamily:
         return _decode_family(dec, tag, payload, depth)
     entry = cast("RegisteredType", entry)
+    # The decoder is the user's code, but which keys may reach it the policy says, as of every class.
+    if dec.gate.load_class(class_path(entry.cls)) is not entry.cls:
+        raise VersionSkew(
+            f"{class_path(entry.cls)} is another class than the registered one; register it after it is defined"
+        )
     number = dec.reserve()
     value = run(entry.decode, dec.value(payload, depth + 1))
     if type(value) is not entry.cls:
-        raise Refusal("the registered decoder returned an object of another type; correct it")
+        raise VersionSkew("the registered decoder returned an object of another type; correct it")
     dec.settle(number, value)
     return value
 
@@ -292,7 +298,7 @@ def _encode_contents(enc: Encoder, value: Any, plan: Plan, tree: dict[str, Json]
             tree["keys"] = members(enc, dict.keys(value), dict.__len__(value), depth + 1)
             tree["values"] = enc.sequence(list(dict.values(value)), depth + 1)
         case _ if base is set or base is frozenset:
-            tree["items"] = members(enc, base.__iter__(value), base.__len__(value), depth + 1)
+            tree["items"] = set_members(enc, base.__iter__(value), base.__len__(value), depth + 1)
         case _:
             tree["items"] = enc.sequence(tuple(base.__iter__(value)), depth + 1)
 
@@ -306,7 +312,7 @@ def _decode_object(dec: Decoder, payload: Json, depth: int) -> object:
     number = dec.reserve()
     value: Any = _make(dec, parts, plan, depth)
     if type(value) is not plan.cls:
-        raise Refusal("its __new__ returned an object of another type")
+        raise VersionSkew("its __new__ returned an object of another type")
     dec.settle(number, value)
     begin_decoded(dec, number, plan)
     _fill(dec, value, parts, plan, depth)
@@ -343,7 +349,7 @@ def _check_parts(parts: dict[str, Json], plan: Plan) -> None:
     if plan.newargs_ex is not None:
         allowed |= {"kwargs"}
     if not needed <= parts.keys() <= allowed:
-        raise Refusal("$object lacks a part, or has one that objects of the class have no use for")
+        raise VersionSkew("$object lacks a part, or has one that objects of the class have no use for")
 
 
 def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> object:
@@ -357,7 +363,7 @@ def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> objec
     if "value" in parts:
         value = dec.value(parts["value"], depth + 1)
         if type(value) is not base:
-            raise Refusal("the value of $object is of another type than the class is built on")
+            raise VersionSkew("the value of $object is of another type than the class is built on")
         return base.__new__(plan.cls, value)
     if base is tuple:
         return tuple.__new__(plan.cls, dec.items(parts["items"], depth + 1))

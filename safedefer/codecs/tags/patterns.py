@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from safedefer.codecs.decoder import Decoder, array, integer
 from safedefer.codecs.encoder import Encoder
-from safedefer.codecs.shared import Json, Refusal
+from safedefer.codecs.shared import Json, Refusal, VersionSkew
 
 MAX_PATTERN: Final = 1_024
 MAX_PATTERNS: Final = 16
@@ -50,7 +50,7 @@ def _decode_pattern(dec: Decoder, payload: Json, depth: int) -> re.Pattern[Any]:
         raise Refusal(f"the ranges of case-insensitive patterns have more than {MAX_FOLDED} characters")
     pattern = _compile(source, integer(flags, 0, _FLAGS) & _FLAGS)
     if pattern is None or pattern.flags != flags:
-        raise Refusal("$pattern is [pattern, flags], with the flags that Python reports")
+        raise VersionSkew("$pattern is [pattern, flags], with the flags that Python reports")
     return pattern
 
 

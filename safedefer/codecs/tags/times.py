@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 from safedefer.codecs.decoder import Decoder, array, integer, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.inspect_safely import derives
-from safedefer.codecs.shared import Json, Refusal
+from safedefer.codecs.shared import Json, Refusal, VersionSkew
 
 # A key of the IANA database, without empty, dot or absolute parts: it cannot lead out of the database.
 _ZONE: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}(?:/[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}){0,4}")
@@ -128,7 +128,7 @@ def _decode_zoneinfo(dec: Decoder, payload: Json, _depth: int) -> ZoneInfo:
     try:
         return ZoneInfo(key)
     except Exception as error:
-        raise Refusal("the time zone is not in this machine's database; install tzdata") from error
+        raise VersionSkew("the time zone is not in this machine's database; install tzdata") from error
 
 
 ENCODERS: Final[dict[type, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from safedefer.queues.postgres.statements import SQL, interval
+from safedefer.queues.postgres.statements import SQL, interval, moment
 from safedefer.queues.rates import QueueControl, QueueLimits
 
 if TYPE_CHECKING:
@@ -24,19 +24,7 @@ async def read_controls(connection: Connection, *, lock: bool = False) -> dict[s
     """Return all controls by queue, sorted by name; ``lock`` locks their rows until the transaction ends."""
     found = {}
     for row in await connection.fetch(SQL["controls_lock" if lock else "controls"]):
-        limits = QueueLimits(
-            queue=row["queue"],
-            rate=row["rate"],
-            bucket_size=row["bucket_size"],
-            max_concurrent=row["max_concurrent"],
-        )
-        found[row["queue"]] = QueueControl(
-            limits=limits,
-            paused=row["paused"],
-            held_until=row["held_until"],
-            tokens=row["tokens"],
-            refilled=row["refilled"],
-        )
+        found[row["queue"]] = QueueControl.stored(**dict(row))
     return found
 
 
@@ -105,7 +93,7 @@ async def next_due(connection: Connection, *, seconds: float, now: float, queues
     if queues is None:
         queues = [row["queue"] for row in await connection.fetch(SQL["queues_with_jobs"])]
     rows = await connection.fetch(SQL["next_due"], list(dict.fromkeys(queues)), interval(seconds))
-    due = {row["queue"]: row["due"] for row in rows if row["due"] is not None}
+    due = {row["queue"]: moment(row["due"]) for row in rows if row["due"] is not None}
     if not due:
         return None
     here = await clock(connection)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from typing import Final
-from urllib.parse import urlsplit
 
 import asyncpg
 
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
+from safedefer.queues.addresses import describe, place
 from safedefer.queues.base import AlreadyWaiting, BlobsFull
 
 REMEDY_MIGRATE: Final = "run `safedefer migrate`"
@@ -37,11 +37,13 @@ BROKEN: Final = (
 #: Prefixes of the SQLSTATEs that end a connection: connection errors, shutdown of the server, idle transaction timeout.
 _GONE: Final = ("08", "57P", "25P03")
 
+#: Errors that the values of a row cause: out of range, in the way of another row, too long for an index.
+_OF_VALUES: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
 
-def place(dsn: str) -> str:
-    """Return the address in a DSN, without user and password."""
-    parts = urlsplit(dsn)
-    return f"{parts.hostname or 'the local socket'}{parts.path}"
+
+def is_of_a_value(error: BaseException) -> bool:
+    """Whether a value of a row caused an error: that of the database, or what ``Pools.run`` made of it."""
+    return isinstance(error, _OF_VALUES) or isinstance(error.__cause__, _OF_VALUES)
 
 
 def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueUnavailable:
@@ -49,7 +51,7 @@ def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueU
     remedy = "see that it runs, that it takes connections from here, and that its disk is not full"
     if in_doubt:
         remedy += "; whether the tasks were stored is not known: one with a name can be deferred again"
-    return QueueUnavailable(f"the queue's database at {place(dsn)} failed ({type(error).__name__}: {error}); {remedy}")
+    return QueueUnavailable(f"the queue's database at {place(dsn)} failed ({describe(dsn, error)}); {remedy}")
 
 
 def closed(dsn: str) -> QueueUnavailable:

@@ -14,8 +14,9 @@ from pgqueuer.db import AsyncpgDriver
 from pgqueuer.queries import Queries
 
 from safedefer.errors import ConfigurationError, QueueUnavailable
+from safedefer.queues.addresses import check_url, describe, place
 from safedefer.queues.postgres import errors
-from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, REMEDY_MIGRATE, place
+from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, REMEDY_MIGRATE
 from safedefer.queues.postgres.pgqueuer import NAMES, SCHEMA, UNWANTED_INDEX, untested
 from safedefer.queues.postgres.statements import SQL
 
@@ -35,13 +36,15 @@ def migrate(dsn: str) -> list[str]:
     """Create the tables of a database, or bring them up to date; returns a line for each step done.
 
     Raises:
+        ConfigurationError: The URL is malformed.
         QueueUnavailable: The database is not there, or its user may not make tables.
     """
+    check_url(dsn)
     try:
         return asyncio.run(_migrate(dsn))
     except BROKEN as error:
         raise QueueUnavailable(
-            f"the database at {place(dsn)} was not migrated ({type(error).__name__}: {error}); "
+            f"the database at {place(dsn)} was not migrated ({describe(dsn, error)}); "
             "see that it runs, and that this user may create a schema in it"
         ) from error
 

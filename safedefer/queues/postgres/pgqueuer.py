@@ -53,7 +53,9 @@ _SLOT_INDEX: Final = f"{NAMES.queue_table}_picked_slot_idx"
 _ENTRYPOINTS: Final = "$2::text[]"
 #: The last SELECT of pgqueuer's dequeue statement, and the columns of it that a lease needs.
 _PICKED: Final = "SELECT * FROM claimed"
-_NEEDED: Final = "SELECT id, dedupe_key, entrypoint, headers, payload, attempts, updated FROM claimed"
+_NEEDED: Final = SQL["claimed"].rstrip(";")
+#: What the retry of a job adds to, in 32 bits.
+_COUNTED: Final = "attempts = attempts + 1"
 #: The last condition of the jobs that pgqueuer picks again because their heartbeat is old. It picks them whatever the cap.
 _STALE: Final = "AND stale.execute_after < NOW()"
 
@@ -69,7 +71,8 @@ class Statements:
 
     def __init__(self) -> None:
         self._builder = QueryQueueBuilder(settings=NAMES)
-        self.retry = self._builder.build_retry_job_query()
+        counted = "attempts = least(attempts, 2147483646) + 1"
+        self.retry = _with_ours(self._builder.build_retry_job_query(), {_COUNTED: counted})
         self.log = self._builder.build_log_job_query()
         # One statement for admission and insertion: one round trip, and atomic without BEGIN.
         self.enqueue = _with_ours(self._builder.build_enqueue_query(), {_ENTRYPOINTS: SQL["admit"]})

@@ -58,7 +58,8 @@ class Pruning:
             ("ledger_prune", (now - LEDGER_LEEWAY, _AT_ONCE)),
         ):
             removed += len(await connection.fetch(SQL[name], *values))
-        (blobs,) = await connection.fetch(SQL["blobs_prune"], _some_id(), _AT_ONCE)
+        orphaned = await connection.fetch(SQL["blobs_orphaned"], _some_id(), _AT_ONCE)
+        (blobs,) = await connection.fetch(SQL["blobs_drop"], [row["id"] for row in orphaned])
         return removed + int(blobs["dropped"])
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
+from safedefer.queues.addresses import check_url, place
 from safedefer.queues.base import (
     DeadFilter,
     Lease,
@@ -27,7 +28,7 @@ from safedefer.queues.postgres import controls, ends, leasing, views
 from safedefer.queues.postgres.blobs import PostgresBlobs
 from safedefer.queues.postgres.calls import PostgresCalls
 from safedefer.queues.postgres.enqueue import enqueue_values
-from safedefer.queues.postgres.errors import place, refusal
+from safedefer.queues.postgres.errors import refusal
 from safedefer.queues.postgres.ledger import PostgresLedger
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.pruning import Pruning
@@ -79,7 +80,7 @@ class PostgresQueue:
         producers: int = 8,
         workers: int = 4,
     ) -> None:
-        self._dsn = dsn
+        self._dsn = dsn = check_url(dsn)
         self._options = StorageOptions(
             tombstone_seconds=tombstone_seconds,
             history_seconds=history_seconds,
@@ -295,6 +296,15 @@ class PostgresQueue:
     def stats(self, *, now: float) -> Sequence[QueueStats]:  # noqa: ARG002 - the database's clock
         """Return counts of every queue that has a task or a dead letter, sorted by name."""
         return self._store.run(partial(views.stats, seconds=self._lease_seconds()))
+
+    def clock(self) -> float:
+        """Return the time by the database's clock, in seconds since the epoch."""
+
+        async def ask(connection: Connection) -> float:
+            rows = await connection.fetch("SELECT EXTRACT(EPOCH FROM pg_catalog.clock_timestamp())::float8 AS now")
+            return float(rows[0]["now"])
+
+        return self._store.run(ask, idempotent=True)
 
     def tasks(
         self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100

@@ -32,6 +32,8 @@ _MOST: Final = 2**62
 _MOST_SECONDS: Final = 1e18
 #: Parts of the text under ``safedefer``.
 _PLAIN: Final = 5
+#: The longest audience that fits into the ledger's index, beside an id. A longer one is none of ours: its URL would be.
+_LONGEST_AUDIENCE: Final = 2_600
 #: Characters of a destination (audience and callable name) that is cached; longer ones are parsed each time.
 _CACHED_LENGTH: Final = 500
 
@@ -113,6 +115,8 @@ def _completed(task: QueuedTask, more: Mapping[str, Any]) -> QueuedTask:
 def _read_destination(text: str) -> tuple[str, str, str, str]:
     """Return audience, target, URL and callable name."""
     audience, _, callable_name = text.rpartition(" ")
+    if len(audience.encode(errors="replace")) > _LONGEST_AUDIENCE:
+        audience = ""
     _, _, target, url = audience_parts(audience)
     return audience, target, url, callable_name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -10,6 +11,7 @@ from safedefer.queues import rules
 from safedefer.queues.base import Verdict
 from safedefer.queues.postgres.connection import in_transaction
 from safedefer.queues.postgres.ends import End, end
+from safedefer.queues.postgres.errors import is_of_a_value
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.progress import write_progress
 from safedefer.queues.postgres.records import add_records, trim_records
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from safedefer.queues.base import Lease, QueuedTask, Settlement
     from safedefer.queues.postgres.connection import Connection, RunOnOwnLoop
 
+_log: Final = logging.getLogger("safedefer.queues")
 _MICROSECOND: Final = timedelta(microseconds=1)
 
 
@@ -33,7 +36,7 @@ async def settle(
     now: float,
     tombstone_seconds: float,
 ) -> list[bool]:
-    """Apply settlements in one transaction.
+    """Apply settlements in one transaction, or in one for each where a value that somebody stored breaks the batch.
 
     Args:
         connection: Not in a transaction.
@@ -43,8 +46,36 @@ async def settle(
         tombstone_seconds: How long the names of ended tasks stay taken.
 
     Returns:
-        For each, whether it was applied; False: the lease was lost.
+        For each, whether it was applied; False: the lease was lost, or what is stored of the task cannot be settled.
     """
+    together = partial(_settle_together, connection, own_loop=own_loop, now=now, tombstone_seconds=tombstone_seconds)
+    try:
+        return await together(settlements=settlements)
+    except Exception as error:
+        if not is_of_a_value(error):
+            raise
+    settled = []
+    for pair in settlements:
+        try:
+            settled += await together(settlements=[pair])
+        except Exception as error:
+            if not is_of_a_value(error):
+                raise
+            name = type(error.__cause__ or error).__name__
+            _log.error("task %a cannot be settled (%s); look at what is stored of it", pair[0].task.id, name)
+            settled.append(False)
+    return settled
+
+
+async def _settle_together(
+    connection: Connection,
+    *,
+    own_loop: RunOnOwnLoop | None,
+    settlements: Sequence[tuple[Lease, Settlement]],
+    now: float,
+    tombstone_seconds: float,
+) -> list[bool]:
+    """Do what ``settle`` does, in one transaction."""
     plain = [index for index, (lease, settlement) in enumerate(settlements) if _is_plain(lease, settlement)]
     if len({lease.owner for lease, _ in settlements}) != len(settlements):
         plain = []  # a lease is there twice: its first settlement counts, which only _settle_each keeps to

@@ -24,6 +24,15 @@ _NO_TIME: Final = timedelta()
 _MOST_SECONDS: Final = 1e9
 
 
+#: The year 9999: what no ``datetime`` can say is no time.
+_LATEST: Final = 253_402_300_799.0
+
+
+def moment(seconds: float) -> float:
+    """Return a time of the database between 1970 and 9999: somebody may have stored infinity."""
+    return min(max(seconds, 0.0), _LATEST)
+
+
 def interval(seconds: float) -> timedelta:
     """Return seconds as an ``interval`` parameter, limited to 31 years either way."""
     if not seconds:

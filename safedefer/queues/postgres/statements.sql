@@ -14,6 +14,10 @@
 --
 -- Leases, etas and rates go by the database's clock (now()), which all machines share. Times of tombstones, history and
 -- records are seconds since the epoch, by the clock of the process that wrote them.
+--
+-- Another writer of the tables may have stored anything. One row must not stop the others: no value above 2 MiB
+-- (MOST_ROW_BYTES) is fetched, long texts are cut, and numbers and times are bounded before they are calculated with.
+-- Headers are jsonb, whose length is known only when it is unpacked: so its packed size is looked at first.
 
 -- name: admit
 safedefer.admit(
@@ -39,8 +43,10 @@ WITH RECURSIVE names (queue) AS (
         WHERE job.status = 'queued' AND job.entrypoint > names.queue
     ) FROM names WHERE names.queue IS NOT NULL
 ), stale AS (
-    SELECT id, entrypoint, round(extract(epoch FROM updated), 3)::double precision AS leased
-    FROM safedefer.pgqueuer WHERE status = 'picked' AND heartbeat < now() - $1::interval + interval '1 second'
+    SELECT id, entrypoint,
+        round(extract(epoch FROM greatest(least(updated, now()), timestamptz 'epoch')), 3)::double precision AS leased
+    FROM safedefer.pgqueuer
+    WHERE status = 'picked' AND heartbeat < now() - $1::interval + interval '1 second' AND execute_after < now()
 )
 SELECT
     ARRAY (
@@ -56,6 +62,12 @@ SELECT
     ARRAY (SELECT leased FROM stale ORDER BY id) AS leased,
     EXISTS (SELECT FROM safedefer.controls) AS controlled,
     extract(epoch FROM now())::double precision AS now;
+
+-- name: claimed
+SELECT id, dedupe_key, entrypoint,
+    CASE WHEN pg_column_size(headers) <= 2097152 AND octet_length(headers::text) <= 2097152 THEN headers END AS headers,
+    CASE WHEN octet_length(payload) <= 2097152 THEN payload END AS payload, attempts, updated
+FROM claimed;
 
 -- name: promote
 -- Moves parked jobs that are due to their queue, the longest due first.
@@ -106,7 +118,10 @@ SELECT job.id FROM unnest($1::text[], $2::bigint[]) AS given (queue, cap) CROSS 
 ) AS job WHERE given.cap > 0 AND job.lost AND job.place > given.cap;
 
 -- name: progress
-SELECT job_id, attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response, retry_reason
+SELECT job_id, least(greatest(attempts, 0), 2147483647) AS attempts, least(greatest(deliveries, 0), 2147483647) AS deliveries,
+    least(greatest(executions, 0), 2147483647) AS executions, first_attempt,
+    least(greatest(rejections, 0), 2147483647) AS rejections, first_rejection, previous_response,
+    left(retry_reason, 1000) AS retry_reason
 FROM safedefer.progress WHERE job_id = ANY ($1::bigint[]);
 
 -- name: progress_set
@@ -158,7 +173,9 @@ WHERE job.queue_manager_id = lease.manager AND job.status = 'picked'
 
 -- name: waiting_of
 -- Locks the given tasks that wait or whose lease has run out, by ascending id.
-SELECT job.id, job.dedupe_key, job.entrypoint, job.headers, job.payload
+SELECT job.id, job.dedupe_key, job.entrypoint,
+    CASE WHEN pg_column_size(job.headers) <= 2097152 AND octet_length(job.headers::text) <= 2097152 THEN job.headers END AS headers,
+    CASE WHEN octet_length(job.payload) <= 2097152 THEN job.payload END AS payload
 FROM safedefer.pgqueuer AS job
 WHERE job.dedupe_key = ANY ($1::text[])
     AND (job.status = 'queued' OR (job.status = 'picked' AND job.heartbeat < now() - $2::interval))
@@ -166,7 +183,9 @@ ORDER BY job.id FOR UPDATE OF job;
 
 -- name: living_of
 -- Locks the given tasks that have not ended, by ascending id.
-SELECT job.id, job.dedupe_key, job.entrypoint, job.headers, job.payload
+SELECT job.id, job.dedupe_key, job.entrypoint,
+    CASE WHEN pg_column_size(job.headers) <= 2097152 AND octet_length(job.headers::text) <= 2097152 THEN job.headers END AS headers,
+    CASE WHEN octet_length(job.payload) <= 2097152 THEN job.payload END AS payload
 FROM safedefer.pgqueuer AS job
 WHERE job.dedupe_key = ANY ($1::text[]) AND job.status IN ('queued', 'picked')
 ORDER BY job.id FOR UPDATE OF job;
@@ -197,6 +216,7 @@ WITH given AS MATERIALIZED (
     ) AS entry
     WHERE job.status = 'picked' AND job.queue_manager_id = $6::uuid AND entry.state = 'succeeded'
         AND job.updated = timestamptz 'epoch' + given.updated * interval '1 microsecond'
+        AND pg_column_size(job.headers) <= 2097152
         AND jsonb_typeof(job.headers) = 'object' -- a string where the driver encoded the JSON twice
 ), deleted AS (
     -- Picking or ending a job changes `updated`, so the comparison detects a takeover. The added zero interval keeps the
@@ -231,7 +251,7 @@ INSERT INTO safedefer.dead (
 VALUES (
     $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14,
     coalesce((SELECT reason FROM safedefer.attempts WHERE task_id = $1 AND $15 ORDER BY seq DESC LIMIT 1), $16), $17,
-    coalesce((SELECT data FROM safedefer.blobs WHERE id = $18 AND task_id = $1), $19)
+    coalesce((SELECT data FROM safedefer.blobs WHERE id = $18 AND task_id = $1 AND octet_length(data) <= 2097152), $19)
 )
 ON CONFLICT (id) DO UPDATE SET job_id = excluded.job_id, ended = excluded.ended, archived = NULL;
 
@@ -253,20 +273,31 @@ DELETE FROM safedefer.uniques WHERE task_id = ANY ($1::text[]) AND (queue, uniqu
 );
 
 -- name: blobs_drop
-SELECT safedefer.drop_blobs($1::text[]) AS dropped;
+-- Counts the bytes that go, whatever the row says of its length; the total stops at a number that a change does not overflow.
+WITH dropped AS (
+    DELETE FROM safedefer.blobs WHERE id = ANY ($1::text[]) RETURNING octet_length(data)::bigint AS bytes
+), gone AS (
+    SELECT count(*) AS number, coalesce(sum(bytes), 0)::bigint AS bytes FROM dropped
+), part AS (
+    SELECT part FROM safedefer.blob_totals LIMIT 1 FOR UPDATE SKIP LOCKED
+), counted AS (
+    UPDATE safedefer.blob_totals SET bytes = least(greatest(bytes, -1000000000000000000), 1000000000000000000) - (SELECT gone.bytes FROM gone)
+    WHERE blob_totals.part IN (SELECT part.part FROM part) AND (SELECT gone.bytes FROM gone) > 0 RETURNING 1
+), added AS (
+    INSERT INTO safedefer.blob_totals (bytes)
+    SELECT -gone.bytes FROM gone WHERE gone.bytes > 0 AND NOT EXISTS (SELECT FROM counted)
+) SELECT number AS dropped FROM gone;
 
 -- name: blob_get
-SELECT data FROM safedefer.blobs WHERE id = $1;
+SELECT data FROM safedefer.blobs WHERE id = $1 AND octet_length(data) <= 2097152;
 
--- name: blobs_prune
+-- name: blobs_orphaned
 -- Blobs whose job somebody deleted, with a tool of pgqueuer's, say: among the first $2 from a random id on.
-SELECT safedefer.drop_blobs(ARRAY (
-    SELECT chosen.id FROM (SELECT id, task_id FROM safedefer.blobs WHERE id >= $1 ORDER BY id LIMIT $2) AS chosen
-    WHERE NOT EXISTS (
-        SELECT FROM safedefer.pgqueuer AS job
-        WHERE job.dedupe_key = chosen.task_id AND job.status IN ('queued', 'picked') OFFSET 0
-    )
-)) AS dropped;
+SELECT chosen.id FROM (SELECT id, task_id FROM safedefer.blobs WHERE id >= $1 ORDER BY id LIMIT $2) AS chosen
+WHERE NOT EXISTS (
+    SELECT FROM safedefer.pgqueuer AS job
+    WHERE job.dedupe_key = chosen.task_id AND job.status IN ('queued', 'picked') OFFSET 0
+);
 
 -- name: attempts_insert
 INSERT INTO safedefer.attempts (
@@ -289,7 +320,8 @@ DELETE FROM safedefer.attempts WHERE task_id = $1 AND seq <= (
 );
 
 -- name: attempts_of
-SELECT task_id, audience, started, ended, outcome, status, reason, exception_type, traceback
+SELECT task_id, left(audience, 5000) AS audience, started, ended, left(outcome, 1000) AS outcome, status,
+    left(reason, 1000) AS reason, left(exception_type, 1000) AS exception_type, left(traceback, 1000000) AS traceback
 FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
 
 -- name: attempts_become_stray
@@ -315,7 +347,8 @@ WHERE entry.digest = excluded.digest AND (
 
 -- name: ledger_find
 SELECT entry.audience, entry.task_id, entry.digest, entry.state, entry.owner, entry.uncharged, entry.until > now() AS alive,
-    coalesce(entry.not_before > now(), false) AS early, entry.losses, entry.first_loss
+    coalesce(entry.not_before > now(), false) AS early,
+    least(greatest(entry.losses, 0), 2147483647) AS losses, entry.first_loss
 FROM safedefer.ledger AS entry
 JOIN json_to_recordset($1::json) AS given (audience text, task_id text)
     ON entry.audience = given.audience AND entry.task_id = given.task_id;
@@ -371,7 +404,7 @@ WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entr
 RETURNING entry.audience, entry.task_id, given.owner;
 
 -- name: ledger_success
-SELECT began, finished FROM safedefer.ledger WHERE audience = $1 AND task_id = $2 AND began IS NOT NULL;
+SELECT began, finished FROM safedefer.ledger WHERE audience = $1 AND task_id = $2 AND began IS NOT NULL AND finished IS NOT NULL;
 
 -- name: ledger_lives
 -- Runs that were taken for lost ended, or asked for more time.
@@ -396,7 +429,9 @@ FROM json_to_recordset($1::json) AS given (audience text, task_id text, owed boo
 WHERE entry.audience = given.audience AND entry.task_id = given.task_id;
 
 -- name: leased_by
-SELECT id, dedupe_key, entrypoint, headers, payload FROM safedefer.pgqueuer
+SELECT id, dedupe_key, entrypoint, NULL::bytea AS payload,
+    CASE WHEN pg_column_size(headers) <= 2097152 AND octet_length(headers::text) <= 2097152 THEN headers END AS headers
+FROM safedefer.pgqueuer
 WHERE status = 'picked' AND queue_manager_id = ANY ($1::uuid[]);
 
 -- name: leases_release
@@ -445,8 +480,8 @@ SELECT given.queue, extract(epoch FROM least(
      WHERE entrypoint = given.queue AND status = 'queued' ORDER BY execute_after LIMIT 1),
     (SELECT execute_after FROM safedefer.pgqueuer
      WHERE entrypoint = given.queue || '@later' AND status = 'queued' ORDER BY execute_after LIMIT 1),
-    (SELECT min(heartbeat) + $2::interval FROM safedefer.pgqueuer
-     WHERE entrypoint = given.queue AND status = 'picked')
+    (SELECT min(least(heartbeat, now())) + $2::interval FROM safedefer.pgqueuer
+     WHERE entrypoint = given.queue AND status = 'picked' AND execute_after < now())
 ))::double precision AS due
 FROM unnest($1::text[]) AS given (queue);
 
@@ -477,30 +512,43 @@ FROM safedefer.pgqueuer WHERE status IN ('queued', 'picked') GROUP BY 1;
 SELECT queue, count(*) AS dead FROM safedefer.dead WHERE archived IS NULL GROUP BY queue;
 
 -- name: view_jobs
-SELECT job.id AS job_id, job.dedupe_key, job.entrypoint, job.status::text AS status, job.headers, job.payload,
-    coalesce(progress.attempts, 0) AS attempts, progress.retry_reason
+SELECT job.id, job.dedupe_key, job.entrypoint, job.status::text AS status,
+    CASE WHEN pg_column_size(job.headers) <= 2097152 AND octet_length(job.headers::text) <= 2097152 THEN job.headers END AS headers,
+    CASE WHEN octet_length(job.payload) <= 2097152 THEN job.payload END AS payload,
+    least(greatest(coalesce(progress.attempts, 0), 0), 2147483647) AS attempts, left(progress.retry_reason, 1000) AS retry_reason
 FROM safedefer.pgqueuer AS job LEFT JOIN safedefer.progress ON progress.job_id = job.id
 
 -- name: view_dead
-SELECT id, queue, 'dead' AS state, name, callable_name, url, target, audience, headers, retry_options,
-    eta, created, expires, attempts, reason, ended, token
+SELECT id, left(queue, 1000) AS queue, 'dead' AS state, left(name, 1000) AS name, left(callable_name, 5000) AS callable_name,
+    left(url, 5000) AS url, left(target, 1000) AS target, left(audience, 5000) AS audience,
+    CASE WHEN octet_length(headers) <= 2097152 THEN headers END AS headers,
+    CASE WHEN octet_length(retry_options) <= 2097152 THEN retry_options END AS retry_options,
+    eta, created, expires, least(greatest(attempts, 0), 2147483647) AS attempts, left(reason, 1000) AS reason, ended,
+    CASE WHEN octet_length(token) <= 2097152 THEN token END AS token
 FROM safedefer.dead
 
 -- name: view_ended
-SELECT id, queue, state, headers, attempts, reason, ended FROM safedefer.ended
+SELECT id, left(queue, 1000) AS queue, state,
+    CASE WHEN pg_column_size(headers) <= 2097152 AND octet_length(headers::text) <= 2097152 THEN headers END AS headers,
+    least(greatest(attempts, 0), 2147483647) AS attempts, left(reason, 1000) AS reason, ended
+FROM safedefer.ended
 
 -- name: blobs_of
-SELECT id, task_id, data FROM safedefer.blobs WHERE id = ANY ($1::text[]);
+SELECT id, task_id, data FROM safedefer.blobs WHERE id = ANY ($1::text[]) AND octet_length(data) <= 2097152;
 
 -- name: dead_letters
-SELECT id, queue, 'dead' AS state, name, callable_name, url, target, audience, headers, retry_options,
-    eta, created, expires, attempts, reason, ended, token
+SELECT id, left(queue, 1000) AS queue, 'dead' AS state, left(name, 1000) AS name, left(callable_name, 5000) AS callable_name,
+    left(url, 5000) AS url, left(target, 1000) AS target, left(audience, 5000) AS audience,
+    CASE WHEN octet_length(headers) <= 2097152 THEN headers END AS headers,
+    CASE WHEN octet_length(retry_options) <= 2097152 THEN retry_options END AS retry_options,
+    eta, created, expires, least(greatest(attempts, 0), 2147483647) AS attempts, left(reason, 1000) AS reason, ended,
+    CASE WHEN octet_length(token) <= 2097152 THEN token END AS token
 FROM safedefer.dead
 WHERE (archived IS NOT NULL) = $1
     AND ($2::text IS NULL OR queue = $2)
     AND ($3::text IS NULL OR reason = $3)
     AND ($4::text IS NULL OR callable_name = $4)
-    AND ended >= $5 AND ended < $6 AND (ended, id COLLATE "C") > ($7, $8)
+    AND ended >= $5 AND ($6::double precision IS NULL OR ended < $6) AND (ended, id COLLATE "C") > ($7, $8)
 ORDER BY ended, id COLLATE "C" LIMIT $9;
 
 -- name: dead_delete

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safedefer.errors import QueueUnavailable
-from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, closed, place
+from safedefer.queues.addresses import place
+from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, closed
 from safedefer.queues.postgres.listener import Listener
 from safedefer.queues.postgres.migrations import check_schema
 from safedefer.queues.postgres.pgqueuer import STATEMENTS

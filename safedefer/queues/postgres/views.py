@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.queues.base import QueueStats, TaskState, TaskView
 from safedefer.queues.postgres.records import recorded_success, records_of
 from safedefer.queues.postgres.rows import read_task
-from safedefer.queues.postgres.statements import SQL, interval
+from safedefer.queues.postgres.statements import SQL, interval, moment
+from safedefer.queues.rules import UNREADABLE, stored_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from safedefer.queues.base import DeadFilter
     from safedefer.queues.postgres.connection import Connection
 
-#: Beyond any time in seconds since the epoch.
-_FOREVER: Final = 1e18
+_EARLIEST: Final = float("-inf")
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 
 
@@ -30,7 +29,10 @@ async def stats(connection: Connection, *, seconds: float) -> list[QueueStats]:
     """
     tasks = await connection.fetch(SQL["stats"], interval(seconds))
     dead = await connection.fetch(SQL["stats_dead"])
-    counts = {row["queue"]: (row["waiting"], row["running"], row["oldest"]) for row in tasks}
+    counts = {
+        row["queue"]: (row["waiting"], row["running"], None if row["oldest"] is None else moment(row["oldest"]))
+        for row in tasks
+    }
     deaths = {row["queue"]: row["dead"] for row in dead}
     found = []
     for queue in sorted({*counts, *deaths}):
@@ -71,10 +73,19 @@ async def dead_letters(
     connection: Connection, *, where: DeadFilter, after: tuple[float, str] | None, limit: int
 ) -> list[TaskView]:
     """Return dead letters with their records, oldest first, from the one behind ``after`` (``(ended, id)``) on."""
-    ended, task_id = after or (-_FOREVER, "")
-    since = -_FOREVER if where.since is None else where.since
-    before = _FOREVER if where.before is None else where.before
-    values = (where.archived, where.queue, where.reason, where.callable_name, since, before, ended, task_id, limit)
+    ended, task_id = after or (_EARLIEST, "")
+    since = _EARLIEST if where.since is None else where.since
+    values = (
+        where.archived,
+        where.queue,
+        where.reason,
+        where.callable_name,
+        since,
+        where.before,
+        ended,
+        task_id,
+        limit,
+    )
     rows = await connection.fetch(SQL["dead_letters"], *values)
     records = await records_of(connection, [row["id"] for row in rows])
     return [_dead_view(row, records.get(row["id"], ())) for row in rows]
@@ -135,7 +146,7 @@ def _job_view(job: Mapping[str, Any], blob: bytes | None, records: Sequence[Atte
         expires=task.expires,
         attempts=job["attempts"],
         token=task.token if blob is None else blob,
-        reason=job["retry_reason"],
+        reason=job["retry_reason"] if task.token else UNREADABLE,
         retry_options=task.retry_options,
         records=records,
     )
@@ -148,7 +159,7 @@ def _ended_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -
     return TaskView(
         id=task.id,
         queue=task.queue,
-        state=TaskState(row["state"]),
+        state=TaskState.CANCELLED if row["state"] == TaskState.CANCELLED else TaskState.SUCCEEDED,
         name=task.name,
         callable_name=task.callable_name,
         url=task.url,
@@ -168,8 +179,7 @@ def _ended_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -
 
 def _dead_view(row: Mapping[str, Any], records: Sequence[AttemptRecord] = ()) -> TaskView:
     """Return the view of a row of ``view_dead``."""
-    values = dict(row)
-    for name in ("headers", "retry_options"):
-        value = json.loads(values[name])
-        values[name] = value if type(value) is dict else {}
+    values = {**row, "headers": stored_mapping(row["headers"]), "retry_options": stored_mapping(row["retry_options"])}
+    if not row["token"]:
+        values |= {"token": b"", "reason": UNREADABLE}
     return TaskView(**{**values, "state": TaskState(values["state"]), "records": records})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.sqlite.connection import SQL
+from safedefer.queues.sqlite.repair import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -23,9 +24,15 @@ def read(connection: apsw.Connection) -> dict[str, QueueControl]:
     """Return all controls by queue, sorted."""
     controls = {}
     for queue, rate, bucket, most, paused, held, tokens, refilled in connection.execute(SQL["controls"]):
-        limits = QueueLimits(queue=queue, rate=rate, bucket_size=bucket, max_concurrent=most)
-        controls[queue] = QueueControl(
-            limits=limits, paused=bool(paused), held_until=held, tokens=tokens, refilled=refilled
+        controls[queue] = QueueControl.stored(
+            queue=queue,
+            rate=rate,
+            bucket_size=bucket,
+            max_concurrent=most,
+            paused=paused,
+            held_until=held,
+            tokens=tokens,
+            refilled=refilled,
         )
     return controls
 
@@ -122,7 +129,7 @@ def next_due(
     """When the next task falls due, or its queue lets it."""
     found = []
     for queue in _names(connection, queues):
-        due: float | None = connection.execute(SQL["next_due_of_queue"], (queue,)).get
+        due = number(connection.execute(SQL["next_due_of_queue"], (queue,)).get)
         if due is None:
             continue
         control = controls.get(queue)

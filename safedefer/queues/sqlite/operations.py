@@ -15,7 +15,10 @@ from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, 
 from safedefer.queues.poison import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
+from safedefer.queues.sqlite.repair import checked
 from safedefer.queues.sqlite.rows import (
+    LEDGER,
+    STANDING,
     LedgerRow,
     Standing,
     TaskRow,
@@ -97,7 +100,7 @@ def lease(
     """Claim what is due, in the order in which it fell due; bury what is poison."""
     leases = []
     for seq in _due(connection, limit=limit, now=now, queues=queues):
-        row, losses = TaskRow._make(connection.execute(SQL["task_by_seq"], (seq,)).get), 0
+        row, losses = TaskRow.read(connection.execute(SQL["task_by_seq"], (seq,)).get), 0
         if row.owner is not None:
             lost = _after_lost_lease(connection, row, now=now)
             if lost.is_poison(now):
@@ -347,13 +350,13 @@ def purge(
 def standing(connection: apsw.Connection, task_id: str) -> Standing | None:
     """Return how a task that has not ended stands."""
     row = first_row(connection.execute(SQL["task_standing"], (task_id,)))
-    return None if row is None else Standing(*row)
+    return None if row is None else Standing._make(checked(row, STANDING))
 
 
 def find_ledger(connection: apsw.Connection, audience: str, task_id: str) -> LedgerRow | None:
     """Return the ledger's entry of a task."""
     row = first_row(connection.execute(SQL["ledger_find"], {"audience": audience, "task_id": task_id}))
-    return None if row is None else LedgerRow(*row)
+    return None if row is None else LedgerRow._make(checked(row, LEDGER))
 
 
 def known(connection: apsw.Connection, audience: str, task_id: str, *, now: float) -> rules.Known | None:

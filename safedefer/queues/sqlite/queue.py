@@ -24,7 +24,7 @@ from safedefer.queues.sqlite import controls, operations
 from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
-from safedefer.queues.sqlite.repair import mend
+from safedefer.queues.sqlite.repair import BadValue, mend, number
 from safedefer.queues.sqlite.rows import attempt_record, first_row, task_view
 from safedefer.queues.sqlite.watch import FileWatch
 from safedefer.queues.sqlite.writer import Writer
@@ -44,7 +44,7 @@ _PRUNE_EVERY: Final = 60.0
 _PRUNE_AGAIN: Final = 0.2
 _PRUNED_AT_ONCE: Final = 500
 _PURGED_AT_ONCE: Final = 500
-_FOREVER: Final = 1e18
+_EARLIEST: Final = float("-inf")
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 
 _VIEWS: Final = {
@@ -324,7 +324,7 @@ class SQLiteQueue:
         """Look at the file as it is at one moment. What cannot be read is mended first."""
         try:
             return self._read_once(look)
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, BadValue):
             pass  # and its traceback goes, with the statement that holds on to that moment
         self._writer.run(mend)
         return self._read_once(look)
@@ -360,14 +360,14 @@ class SQLiteQueue:
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
     ) -> Sequence[TaskView]:
         """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
-        ended, task_id = after or (-_FOREVER, "")
+        ended, task_id = after or (_EARLIEST, "")
         values = {
             "archived": int(where.archived),
             "queue": where.queue,
             "reason": where.reason,
             "callable_name": where.callable_name,
-            "since": -_FOREVER if where.since is None else where.since,
-            "before": _FOREVER if where.before is None else where.before,
+            "since": _EARLIEST if where.since is None else where.since,
+            "before": where.before,
             "after_ended": ended,
             "after_id": task_id,
             "limit": limit,
@@ -397,9 +397,8 @@ def _next_due(connection: apsw.Connection, *, now: float, queues: Sequence[str] 
     if controlled:
         return controls.next_due(connection, controlled, now=now, queues=queues)
     if queues is None:
-        due: float | None = connection.execute(SQL["next_due_of_all"]).get
-        return due
-    found = (connection.execute(SQL["next_due_of_queue"], (queue,)).get for queue in queues)
+        return number(connection.execute(SQL["next_due_of_all"]).get)
+    found = (number(connection.execute(SQL["next_due_of_queue"], (queue,)).get) for queue in queues)
     return min((due for due in found if due is not None), default=None)
 
 
@@ -413,7 +412,7 @@ def _stats(connection: apsw.Connection, *, now: float) -> list[QueueStats]:
             waiting=tasks.get(queue, 0) - running.get(queue, 0),
             running=running.get(queue, 0),
             dead=dead.get(queue, 0),
-            oldest=connection.execute(SQL["stats_oldest"], {"queue": queue, "now": now}).get,
+            oldest=number(connection.execute(SQL["stats_oldest"], {"queue": queue, "now": now}).get),
         )
         for queue in sorted({*tasks, *dead})
     ]

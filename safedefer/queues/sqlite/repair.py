@@ -1,24 +1,82 @@
-r"""Makes readable what somebody else wrote into the file: text that is no UTF-8, which this library never writes.
+r"""Makes readable what somebody else wrote into the file: text that is no UTF-8, and values that the columns do not take.
 
 SQLite stores any bytes as text, and reading such a text fails, and with it every row beside it. The bytes that are no
-UTF-8 are written out instead (``\xff``), for good: a row has one name, also for who asks for the rows after it.
+UTF-8 are written out instead (``\xff``), for good: a row has one name, also for who asks for the rows after it. Who writes
+the file past SQLite's checks stores values of any type in any column; they are converted to the type of the column.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from functools import lru_cache
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     import apsw
 
 _TABLES: Final = ("tasks", "dead", "ended", "attempts", "ledger", "names", "controls", "blobs")
+#: By the declared type of a column: the types of its values, and what a value of another type becomes.
+_KINDS: Final = {
+    # With a backslash, as no id, name or queue of ours has: it takes nobody's place.
+    "TEXT": ("'text'", r"'\' || quote(substr({0}, 1, 100))"),
+    "INTEGER": ("'integer'", "CAST({0} AS INTEGER)"),
+    "REAL": ("'real', 'integer'", "CAST({0} AS REAL)"),
+    "BLOB": ("'blob'", "CAST({0} AS BLOB)"),
+}
+
+_Row = TypeVar("_Row", bound=tuple[Any, ...])
+
+TEXT: Final = frozenset({str})
+WHOLE: Final = frozenset({int})
+NUMBER: Final = frozenset({float, int})
+BYTES: Final = frozenset({bytes})
+OR_NONE: Final = frozenset({NoneType})
+
+
+class BadValue(Exception):  # it is not raised to callers
+    """A row has a value that its column does not take. ``mend`` converts it."""
+
+
+def checked(row: _Row, kinds: tuple[frozenset[type], ...]) -> _Row:
+    """Return a row whose values have these types.
+
+    Raises:
+        BadValue: One has not.
+    """
+    if not _fits(tuple(map(type, row)), kinds):
+        raise BadValue
+    return row
+
+
+def number(value: object) -> float | None:
+    """Return a number or None as it is.
+
+    Raises:
+        BadValue: It is something else.
+    """
+    if value is not None and not isinstance(value, int | float):
+        raise BadValue
+    return value
+
+
+@lru_cache(maxsize=1024)
+def _fits(types: tuple[type, ...], kinds: tuple[frozenset[type], ...]) -> bool:
+    return all(found in kind for found, kind in zip(types, kinds, strict=True))
 
 
 def mend(connection: apsw.Connection) -> None:
-    """Mend all texts, within a transaction. Reads every row but the tokens: for when reading has failed."""
-    connection.create_scalar_function("safedefer_mended", _mended, 1)
+    """Mend all texts and convert all values, within a transaction: for when reading has failed."""
+    # Where it is known already it must not be made again: statements may be under way.
+    if connection.execute("SELECT 1 FROM pragma_function_list WHERE name = 'safedefer_mended'").get is None:
+        connection.create_scalar_function("safedefer_mended", _mended, 1)
     for table in _TABLES:
         described = connection.execute(f"PRAGMA table_info(safedefer_{table})").fetchall()
+        for _, name, kind, *_ in described:
+            types, converted = _KINDS[str(kind)]
+            connection.execute(
+                f"UPDATE OR REPLACE safedefer_{table} SET {name} = {converted.format(name)} "  # noqa: S608 - our names
+                f"WHERE typeof({name}) NOT IN ({types}, 'null')"
+            )
         texts = [name for _, name, kind, *_ in described if kind == "TEXT"]
         mended = ", ".join(f"{name} = coalesce(safedefer_mended(CAST({name} AS BLOB)), {name})" for name in texts)
         broken = " OR ".join(f"safedefer_mended(CAST({name} AS BLOB)) IS NOT NULL" for name in texts)

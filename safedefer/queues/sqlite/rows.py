@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView, task_digest
-from safedefer.queues.rules import Counters, Known
+from safedefer.queues.rules import UNREADABLE, Counters, Known, stored_mapping
+from safedefer.queues.sqlite.repair import BYTES, NUMBER, OR_NONE, TEXT, WHOLE, checked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +47,11 @@ class TaskRow(NamedTuple):
     retry_reason: str | None
     token: bytes
     unique_key: str | None
+
+    @classmethod
+    def read(cls, row: tuple[Any, ...]) -> TaskRow:
+        """Return a row, its types checked."""
+        return cls._make(checked(row, _TASK))
 
     @property
     def counters(self) -> Counters:
@@ -94,6 +100,29 @@ class LedgerRow(NamedTuple):
         return Known(self.state, bool(self.uncharged), self.until > now, early, self.losses, self.first_loss)
 
 
+#: The history keeps no tokens.
+_WITHOUT_TOKEN: Final = (TaskState.SUCCEEDED, TaskState.CANCELLED)
+
+_TEXT_OR_NONE: Final = TEXT | OR_NONE
+_NUMBER_OR_NONE: Final = NUMBER | OR_NONE
+_TASK: Final = (
+    WHOLE, TEXT, TEXT, _TEXT_OR_NONE, TEXT, TEXT, TEXT, TEXT, TEXT, TEXT, NUMBER, NUMBER, WHOLE, BYTES, _TEXT_OR_NONE, NUMBER,
+    _TEXT_OR_NONE, _NUMBER_OR_NONE, WHOLE, WHOLE, WHOLE, _NUMBER_OR_NONE, WHOLE, _NUMBER_OR_NONE, WHOLE | OR_NONE,
+    _TEXT_OR_NONE, BYTES, _TEXT_OR_NONE,
+)  # fmt: skip
+STANDING: Final = (
+    WHOLE, TEXT, _TEXT_OR_NONE, TEXT, WHOLE, BYTES, _TEXT_OR_NONE, NUMBER, _NUMBER_OR_NONE,
+)  # fmt: skip
+LEDGER: Final = BYTES, TEXT, _TEXT_OR_NONE, NUMBER, WHOLE, NUMBER, WHOLE, _NUMBER_OR_NONE
+_VIEW: Final = (
+    TEXT, TEXT, TEXT, _TEXT_OR_NONE, TEXT, TEXT, TEXT, TEXT, TEXT, TEXT, NUMBER, NUMBER, WHOLE, WHOLE, _TEXT_OR_NONE,
+    _NUMBER_OR_NONE, BYTES,
+)  # fmt: skip
+_RECORD: Final = (
+    TEXT, TEXT, NUMBER, NUMBER, TEXT, WHOLE | OR_NONE, _TEXT_OR_NONE, _TEXT_OR_NONE, _TEXT_OR_NONE,
+)  # fmt: skip
+
+
 def task_values(task: QueuedTask) -> dict[str, Any]:
     """Return the bindings of ``task_insert``."""
     return {
@@ -129,8 +158,8 @@ def queued_task(row: TaskRow) -> QueuedTask:
         created=row.created,
         expires=row.expires,
         name=row.name,
-        headers=_hints(row.headers),
-        retry_options=_hints(row.retry_options),
+        headers=stored_mapping(row.headers),
+        retry_options=stored_mapping(row.retry_options),
         digest=row.digest,
         blob_id=row.blob_id,
         callable_name=row.callable_name,
@@ -145,7 +174,7 @@ def leased_task(row: TaskRow, *, owner: str, until: float, losses: int) -> Lease
 
 def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> TaskView:
     """Return what a row of ``view_tasks``, ``view_dead`` or ``view_ended`` shows."""
-    (task_id, queue, state, name, callable_name, url, target, audience) = row[:8]
+    (task_id, queue, state, name, callable_name, url, target, audience) = checked(row, _VIEW)[:8]
     (headers, retry_options, eta, created, expires, attempts, reason, ended, token) = row[8:]
     return TaskView(
         id=task_id,
@@ -156,15 +185,15 @@ def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> Ta
         url=url,
         target=target,
         audience=audience,
-        headers=_hints(headers),
+        headers=stored_mapping(headers),
         eta=eta,
         created=created,
         expires=expires,
         attempts=attempts,
         token=token,
-        reason=reason,
+        reason=reason if token or state in _WITHOUT_TOKEN else UNREADABLE,
         ended=ended,
-        retry_options=_hints(retry_options),
+        retry_options=stored_mapping(retry_options),
         records=records,
     )
 
@@ -176,16 +205,7 @@ def record_values(record: AttemptRecord) -> dict[str, Any]:
 
 def attempt_record(row: tuple[Any, ...]) -> AttemptRecord:
     """Return the record of a row of ``attempts_of``."""
-    return AttemptRecord._make(row)
-
-
-def _hints(text: str) -> dict[str, Any]:
-    """Read a mapping; nothing where there is none. The token says signed what is only repeated here."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # one row that somebody wrote must not keep the others from being leased
-        return {}
-    return value if type(value) is dict else {}
+    return AttemptRecord._make(checked(row, _RECORD))
 
 
 def first_row(cursor: apsw.Cursor) -> tuple[Any, ...] | None:

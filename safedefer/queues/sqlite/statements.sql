@@ -1,4 +1,7 @@
 -- Every statement of the SQLite engine, by name. Times are seconds since the epoch.
+--
+-- Another writer of the file may have stored anything. What is larger than any value of ours is not read, and empty
+-- instead: tokens, headers and options above 2 MiB (MOST_ROW_BYTES), other texts above 5,000 bytes.
 
 -- name: newest_seq
 SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'safedefer_tasks'), 0);
@@ -79,9 +82,15 @@ SELECT seq, id FROM safedefer_tasks WHERE queue = :queue AND seq > :after AND se
 ORDER BY seq LIMIT :limit;
 
 -- name: task_by_seq
-SELECT seq, id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created,
-    expires, digest, blob_id, due, owner, leased_at, attempts, deliveries, executions, first_attempt,
-    rejections, first_rejection, previous_response, retry_reason, token, unique_key
+SELECT seq, iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue),
+    iif(octet_length(name) > 5000, '', name), iif(octet_length(callable_name) > 5000, '', callable_name),
+    iif(octet_length(url) > 5000, '', url), iif(octet_length(target) > 5000, '', target),
+    iif(octet_length(audience) > 5000, '', audience), iif(octet_length(headers) > 2097152, '', headers),
+    iif(octet_length(retry_options) > 2097152, '', retry_options), eta, created, expires, digest,
+    iif(octet_length(blob_id) > 5000, '', blob_id), due, iif(octet_length(owner) > 5000, '', owner), leased_at,
+    attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response,
+    iif(octet_length(retry_reason) > 5000, '', retry_reason), iif(octet_length(token) > 2097152, x'', token),
+    iif(octet_length(unique_key) > 5000, '', unique_key)
 FROM safedefer_tasks WHERE seq = :seq;
 
 -- name: task_lease
@@ -96,7 +105,9 @@ WHERE seq = :seq;
 UPDATE safedefer_tasks SET due = :until WHERE id = :id AND owner = :owner;
 
 -- name: task_standing
-SELECT seq, queue, name, audience, expires, digest, owner, due, leased_at
+SELECT seq, iif(octet_length(queue) > 5000, '', queue), iif(octet_length(name) > 5000, '', name),
+    iif(octet_length(audience) > 5000, '', audience), expires, digest, iif(octet_length(owner) > 5000, '', owner),
+    due, leased_at
 FROM safedefer_tasks WHERE id = :id;
 
 -- name: task_retry
@@ -117,9 +128,10 @@ INSERT OR REPLACE INTO safedefer_dead (
     id, queue, name, callable_name, url, target, audience, headers, retry_options,
     eta, created, expires, attempts, reason, ended, token
 )
-SELECT id, queue, name, callable_name, url, target, audience, headers, retry_options,
-    eta, created, expires, min(attempts, 2147483646) + :charged, :reason, :now,
-    coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq), token)
+SELECT id, queue, name, callable_name, url, target, audience, iif(octet_length(headers) > 2097152, '', headers),
+    iif(octet_length(retry_options) > 2097152, '', retry_options), eta, created, expires, min(attempts, 2147483646) + :charged, :reason, :now,
+    coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq AND octet_length(data) <= 2097152),
+        iif(octet_length(token) > 2097152, x'', token))
 FROM safedefer_tasks WHERE seq = :seq;
 
 -- name: task_to_ended
@@ -152,30 +164,47 @@ SELECT queue, count(*) FROM safedefer_dead WHERE archived IS NULL GROUP BY queue
 SELECT due FROM safedefer_tasks WHERE queue = :queue AND (owner IS NULL OR due <= :now) ORDER BY due LIMIT 1;
 
 -- name: view_tasks
-SELECT id, queue, iif(owner IS NULL, 'waiting', 'running'), name, callable_name, url, target, audience, headers,
-    retry_options, eta, created, expires, attempts, retry_reason, NULL,
-    coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq), token)
+SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue),
+    iif(owner IS NULL, 'waiting', 'running'), iif(octet_length(name) > 5000, '', name),
+    iif(octet_length(callable_name) > 5000, '', callable_name), iif(octet_length(url) > 5000, '', url),
+    iif(octet_length(target) > 5000, '', target), iif(octet_length(audience) > 5000, '', audience),
+    iif(octet_length(headers) > 2097152, '', headers),
+    iif(octet_length(retry_options) > 2097152, '', retry_options), eta, created, expires, attempts,
+    iif(octet_length(retry_reason) > 5000, '', retry_reason), NULL,
+    coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq AND octet_length(data) <= 2097152),
+        iif(octet_length(token) > 2097152, x'', token))
 FROM safedefer_tasks
 
 -- name: view_dead
-SELECT id, queue, 'dead', name, callable_name, url, target, audience, headers,
-    retry_options, eta, created, expires, attempts, reason, ended, token
+SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue), 'dead',
+    iif(octet_length(name) > 5000, '', name), iif(octet_length(callable_name) > 5000, '', callable_name),
+    iif(octet_length(url) > 5000, '', url), iif(octet_length(target) > 5000, '', target),
+    iif(octet_length(audience) > 5000, '', audience), iif(octet_length(headers) > 2097152, '', headers),
+    iif(octet_length(retry_options) > 2097152, '', retry_options), eta, created, expires, attempts,
+    iif(octet_length(reason) > 5000, '', reason), ended, iif(octet_length(token) > 2097152, x'', token)
 FROM safedefer_dead
 
 -- name: view_ended
-SELECT id, queue, state, name, callable_name, url, target, audience, '{}',
-    '{}', eta, created, expires, attempts, reason, ended, x''
+SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue), state,
+    iif(octet_length(name) > 5000, '', name), iif(octet_length(callable_name) > 5000, '', callable_name),
+    iif(octet_length(url) > 5000, '', url), iif(octet_length(target) > 5000, '', target),
+    iif(octet_length(audience) > 5000, '', audience), '{}', '{}', eta, created, expires, attempts,
+    iif(octet_length(reason) > 5000, '', reason), ended, x''
 FROM safedefer_ended
 
 -- name: dead_letters
-SELECT id, queue, 'dead', name, callable_name, url, target, audience, headers,
-    retry_options, eta, created, expires, attempts, reason, ended, token
+SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue), 'dead',
+    iif(octet_length(name) > 5000, '', name), iif(octet_length(callable_name) > 5000, '', callable_name),
+    iif(octet_length(url) > 5000, '', url), iif(octet_length(target) > 5000, '', target),
+    iif(octet_length(audience) > 5000, '', audience), iif(octet_length(headers) > 2097152, '', headers),
+    iif(octet_length(retry_options) > 2097152, '', retry_options), eta, created, expires, attempts,
+    iif(octet_length(reason) > 5000, '', reason), ended, iif(octet_length(token) > 2097152, x'', token)
 FROM safedefer_dead
-WHERE (archived IS NOT NULL) = :archived
+WHERE (archived IS NOT NULL) = :archived AND octet_length(id) <= 5000
     AND (:queue IS NULL OR queue = :queue)
     AND (:reason IS NULL OR reason = :reason)
     AND (:callable_name IS NULL OR callable_name = :callable_name)
-    AND ended >= :since AND ended < :before AND (ended, id) > (:after_ended, :after_id)
+    AND ended >= :since AND (:before IS NULL OR ended < :before) AND (ended, id) > (:after_ended, :after_id)
 ORDER BY ended, id LIMIT :limit;
 
 -- name: dead_archive_old
@@ -209,11 +238,13 @@ DELETE FROM safedefer_attempts WHERE task_id = :task_id AND seq <= (
 );
 
 -- name: attempts_of
-SELECT task_id, audience, started, ended, outcome, status, reason, exception_type, traceback
+SELECT task_id, iif(octet_length(audience) > 5000, '', audience), started, ended,
+    iif(octet_length(outcome) > 5000, '', outcome), status, iif(octet_length(reason) > 5000, '', reason),
+    iif(octet_length(exception_type) > 5000, '', exception_type), iif(octet_length(traceback) > 2097152, '', traceback)
 FROM safedefer_attempts WHERE task_id = :id ORDER BY seq;
 
 -- name: attempts_last_reason
-SELECT reason FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 1;
+SELECT iif(octet_length(reason) > 5000, '', reason) FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 1;
 
 -- name: ledger_find
 SELECT digest, state, owner, until, uncharged, not_before, losses, first_loss FROM safedefer_ledger
@@ -314,7 +345,7 @@ DELETE FROM safedefer_attempts WHERE seq IN (
 UPDATE safedefer_attempts SET stray = 1 WHERE task_id = :id;
 
 -- name: blob_get
-SELECT data FROM safedefer_blobs WHERE id = :id;
+SELECT data FROM safedefer_blobs WHERE id = :id AND octet_length(data) <= 2097152;
 
 -- name: blob_delete
 DELETE FROM safedefer_blobs WHERE id = :id;

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import apsw
 
 from safedefer.errors import QueueUnavailable
-from safedefer.files import trouble_with_owner
+from safedefer.queues.file_owner import trouble_with_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -43,6 +43,11 @@ class _Schema(NamedTuple):
     names: frozenset[str]
     mention: re.Pattern[str]
     """Finds a table of the queue in a statement."""
+
+
+def sqlite_release() -> tuple[int, ...]:
+    """Return the release of the SQLite library that opens queues."""
+    return tuple(map(int, apsw.sqlite_lib_version().split(".")))
 
 
 def check_file(path: str) -> None:

@@ -1,7 +1,7 @@
 """The one writer: concurrent operations share a transaction, and so one fsync (group commit).
 
-Each operation runs in a savepoint, so that one which fails does not spoil the others. One that meets text
-which cannot be read runs again, once the text is mended. Nobody is told of success before COMMIT has returned.
+Each operation runs in a savepoint, so that one which fails does not spoil the others. One that meets a value
+which cannot be read runs again, once the value is mended. Nobody is told of success before COMMIT has returned.
 
 What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
 again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
@@ -20,7 +20,7 @@ import apsw
 from safedefer.concurrency.forks import register_fork
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.sqlite.connection import Handle, forked, unavailable
-from safedefer.queues.sqlite.repair import mend
+from safedefer.queues.sqlite.repair import BadValue, mend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,10 +191,15 @@ class _Batch:
         self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
     ) -> tuple[Any, BaseException | None]:
         result, failure = self._try(connection, action)
-        if isinstance(failure, UnicodeDecodeError):
+        if isinstance(failure, UnicodeDecodeError | BadValue):
             # One row that somebody wrote must not keep the others from being settled.
             result, failure = self._try(connection, mend)
-            return (result, failure) if failure else self._try(connection, action)
+            if failure is None:
+                result, failure = self._try(connection, action)
+            if isinstance(failure, BadValue):
+                failure = QueueUnavailable(
+                    "a row of the queue's file holds what its columns do not take; repair the file"
+                )
         return result, failure
 
     def _try(
@@ -208,6 +213,8 @@ class _Batch:
                 raise  # Some errors (disk full, I/O) end the whole transaction.
             connection.execute("ROLLBACK TO operation")
             connection.execute("RELEASE operation")
+            if getattr(error, "extendedresult", None) == apsw.SQLITE_CONSTRAINT_DATATYPE:
+                return None, BadValue()  # one was there already, and would have been copied
             return None, unavailable(self._handle.path, error) if isinstance(error, apsw.Error) else error
         connection.execute("RELEASE operation")
         return result, None

@@ -9,9 +9,10 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from safedefer.errors import BadTransactionStateError
+from safedefer.queues.addresses import check_url
 from safedefer.transactions.databases.base import AwaitedConnection, Opener, Source, run_now
 
 __all__ = ["AwaitedConnection", "Opener", "Source", "opener_of", "run_now", "source_of", "split_schema"]
@@ -116,10 +117,10 @@ def opener_of(url: str) -> tuple[str, Opener]:
 
         path = os.path.realpath(url.removeprefix("sqlite:///"))
         return path, sqlite.open_file(path)
-    if urlsplit(url).scheme in {"postgresql", "postgres"}:
+    if url.partition(":")[0].lower() in {"postgresql", "postgres"}:
         from safedefer.transactions.databases import postgres  # noqa: PLC0415 - see above
 
-        return postgres.open_url(url)
+        return postgres.open_url(check_url(url))
     from safedefer.transactions.databases import sqlalchemy  # noqa: PLC0415 - see above
 
     return sqlalchemy.open_url(url)

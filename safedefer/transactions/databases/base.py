@@ -1,4 +1,4 @@
-"""What a connection of the user's is to the outbox: one seam, for libraries that block and for those that are awaited.
+"""The outbox's seam to a user's connection, of blocking and of awaited libraries alike.
 
 The methods of a ``Source`` are coroutines. Those of a connection that blocks never suspend, so ``run_now``
 runs them to their end: what happens in a transaction is written once.
@@ -66,7 +66,7 @@ class Source(Protocol):
         ...
 
     async def rollback(self) -> None:
-        """Undo what ``begin`` opened."""
+        """Roll back what ``begin`` opened."""
         ...
 
     async def execute(self, statement: str, values: Mapping[str, object] = ..., /) -> int:
@@ -130,7 +130,7 @@ def run_now(coroutine: Coroutine[Any, Any, _T]) -> _T:
 
 
 async def ready(value: Any) -> Any:
-    """Return what a driver's method gave at once, or gave to be awaited."""
+    """Return the result of a driver's method, awaited if it is awaitable."""
     return await value if inspect.isawaitable(value) else value
 
 

@@ -13,8 +13,10 @@ from contextlib import asynccontextmanager, closing
 from functools import lru_cache
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from safedefer.errors import BadTransactionStateError, ConfigurationError, MissingExtra
+from safedefer.queues.addresses import describe
 from safedefer.transactions.databases.base import Opener, Source, ready
 
 if TYPE_CHECKING:
@@ -300,11 +302,26 @@ def open_url(url: str) -> tuple[str, Opener]:
             import asyncpg  # noqa: F401, PLC0415 - as above
         except ImportError:
             raise MissingExtra("postgres", "an outbox in PostgreSQL") from None
-        return url, _open_asyncpg(url)
+        return _identity_of(url), _open_asyncpg(url)
     try:
         known = conninfo.conninfo_to_dict(url)
     except psycopg.Error as error:
+        # Without its cause, which may quote the URL.
         raise ConfigurationError(
-            "the outbox's URL is no URL of PostgreSQL; write postgresql://user@host/name"
-        ) from error
+            f"the outbox's URL is no URL of PostgreSQL ({describe(url, error)}); write postgresql://user@host/name"
+        ) from None
     return _identity(known.get("host"), known.get("port"), known.get("dbname"), known.get("user")), _open_psycopg(url)
+
+
+def _identity_of(url: str) -> str:
+    """Return the identity of the database that a URL names, by the URL alone. It is logged, and has no password."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    user, _, place = parts.netloc.rpartition("@")
+    host, _, port = place.rpartition(":") if place.rpartition(":")[2].isdigit() else (place, "", "")
+    return _identity(
+        query.get("host") or unquote(host),
+        query.get("port") or port,
+        query.get("dbname") or query.get("database") or unquote(parts.path.lstrip("/")),
+        query.get("user") or unquote(user.partition(":")[0]),
+    )

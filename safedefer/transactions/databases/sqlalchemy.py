@@ -1,6 +1,6 @@
-"""SQLAlchemy 2: connections and sessions, those that block and those that are awaited.
+"""SQLAlchemy 2: connections and sessions, sync and async.
 
-What an awaited one does is done by the blocking one below it, in a greenlet (``run_sync``).
+An async one delegates to the sync one below it, in a greenlet (``run_sync``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safedefer.errors import BadTransactionStateError, ConfigurationError
+from safedefer.queues.addresses import describe
 from safedefer.transactions.databases.base import Opener, Source, run_now
 from safedefer.transactions.databases.postgres import asyncpg_source, psycopg_source, undone
 from safedefer.transactions.databases.sqlite import DISTRUST_SCHEMA
@@ -253,11 +254,12 @@ def open_url(url: str) -> tuple[str, Opener]:
         engine = sa.create_engine(url)
         opener = open_engine(engine)
         identity = _identity(engine)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever library
+        # Without its cause, which may quote the URL.
         raise ConfigurationError(
-            "the outbox's URL is none of sqlite:///path, postgresql://... and SQLAlchemy's "
-            "(pip install sqlalchemy, and a driver)"
-        ) from error
+            f"the outbox's URL is none of sqlite:///path, postgresql://... and SQLAlchemy's ({describe(url, error)}); "
+            "correct it, or install what it needs (pip install sqlalchemy, and a driver)"
+        ) from None
     if opener is None:
         raise ConfigurationError(
             "the outbox's URL is a database in memory, where nothing is left to sweep; name a file"
@@ -270,7 +272,20 @@ def _identity(engine: Any) -> str:
     vague = _is_in_memory(engine) or (
         engine.dialect.name == "postgresql" and not engine.url.host and not engine.url.query
     )
-    return f"sqlalchemy:{id(engine)}" if vague else f"sqlalchemy:{engine.url}"
+    return f"sqlalchemy:{id(engine)}" if vague else f"sqlalchemy:{_shown(engine)}"
+
+
+def _shown(engine: Any) -> str:
+    """Return the URL of a database with its user, without its password and parameters; one of another host is another."""
+    url = engine.url
+    return (
+        f"{url.drivername}://{url.username or ''}@{url.host or ''}:{url.port or ''}/{url.database or ''}{_hosts(url)}"
+    )
+
+
+def _hosts(url: Any) -> str:
+    # In a URL of PostgreSQL's these may be parameters.
+    return "".join(f"&{name}={url.query[name]}" for name in ("host", "port", "dbname", "user") if name in url.query)
 
 
 def _is_in_memory(engine: Any) -> bool:

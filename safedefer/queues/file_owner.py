@@ -7,7 +7,6 @@ import stat
 from pathlib import Path
 
 _OTHERS_WRITE = stat.S_IWOTH
-_ANY_OTHER = stat.S_IRWXG | stat.S_IRWXO
 
 
 def trouble_with_owner(what: str, path: str, status: os.stat_result) -> str | None:
@@ -24,21 +23,6 @@ def trouble_with_owner(what: str, path: str, status: os.stat_result) -> str | No
         f"{what} {path!a} belongs to the user {status.st_uid}, who can change it; make it this process's own "
         f"(`chown {os.geteuid()} {path!a}`), or run as that user"
     )
-
-
-def trouble_with_key_file(path: str, status: os.stat_result) -> str | None:
-    """Return what is wrong if others may change a file of keys, or read one that is ours; else None.
-
-    Reading is decided as ssh does for private keys: the mode of a file that root owns is root's choice.
-    """
-    owner = trouble_with_owner("the key file", path, status)
-    if owner is not None:
-        return owner
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"the key file {path!a} may be changed by others; run `chmod 600 {path!a}`, and make new keys if any did"
-    if status.st_uid == os.geteuid() and status.st_mode & _ANY_OTHER:
-        return f"the key file {path!a} may be read by others; run `chmod 600 {path!a}`, and make new keys if any did"
-    return trouble_with_folders(path)
 
 
 def trouble_with_folders(path: str) -> str | None:

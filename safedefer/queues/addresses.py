@@ -1,0 +1,92 @@
+"""Addresses of databases as they may be shown: without user, password and parameters. One function redacts them all."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from safedefer.errors import ConfigurationError
+
+_HIDDEN: Final = "..."
+#: Characters at which a program that misreads an address may cut it, and quote a piece of the password.
+_CUTS: Final = re.compile(r"[/@?#:\[\],\s]")
+#: Shorter pieces of a password are in every text.
+_SHORTEST: Final = 4
+_SERVERS: Final = re.compile(r"([^:]*|\[[0-9A-Fa-f:.]*\]|[^:]*:\d*)(,([^:]*|[^:]*:\d*))*")
+_PARAMETER: Final = re.compile(r"[A-Za-z_]+=(?:[^%]|%[0-9A-Fa-f]{2})*")
+_BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def place(url: str) -> str:
+    """Return the address in a URL, without user, password and parameters.
+
+    A URL that may be read in two ways, as where a password holds an ``@``, ``?`` or ``/`` that should be escaped, shows its
+    scheme only.
+    """
+    scheme, colon, rest = url.partition("://")
+    if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        return _HIDDEN
+    if scheme.startswith("sqlite") or "@" not in rest:
+        shown = re.split(r"[?#]", rest, maxsplit=1)[0]
+        # What stands where a port should may be a password whose host is missing.
+        named = scheme.startswith("sqlite") or _SERVERS.fullmatch(shown.partition("/")[0])
+        return f"{scheme}://{shown if named else _HIDDEN}"
+    user, _, shown = rest.partition("@")
+    shown = re.split(r"[?#]", shown, maxsplit=1)[0]
+    if "@" in rest.partition("@")[2] or re.search(r"[/?#]", user):
+        return f"{scheme}://{_HIDDEN}"
+    return f"{scheme}://{shown}"
+
+
+def check_url(url: str) -> str:
+    """Return a database's URL that all programs read alike, so that none takes a piece of the password for something else.
+
+    Raises:
+        ConfigurationError: It holds a character that must be escaped. The message does not quote it.
+    """
+    scheme, _, rest = url.partition("://")
+    user, at, _ = rest.rpartition("@")
+    wrong = place(url).endswith(_HIDDEN) or not rest.isascii() or not rest.isprintable() or " " in rest
+    if wrong or (at and (_BAD_ESCAPE.search(user) or "[" in user or "]" in user)):
+        raise ConfigurationError(
+            f"the {scheme if scheme.isalnum() else 'database'} URL cannot be read in one way only; in its user and password write "
+            "@ as %40, : as %3A, / as %2F, ? as %3F, # as %23 and % as %25, and escape what is not ASCII"
+        )
+    query = rest.partition("#")[0].partition("?")[2]
+    if any(not _PARAMETER.fullmatch(each) for each in query.split("&") if query):
+        raise ConfigurationError(
+            f"the parameters in the URL of {place(url)} are malformed; write ?name=value&name=value"
+        )
+    try:
+        urlsplit(url).port  # noqa: B018  # it is parsed when it is asked for
+    except ValueError:
+        if "," not in rest:  # libpq's list of hosts
+            raise ConfigurationError(f"the host or the port in {place(url)} is malformed; write host:port") from None
+    return url
+
+
+def redacted(text: str, url: str) -> str:
+    """Return a text of somebody else's, such as a driver's error, without the password of a URL, whole or in pieces."""
+    for secret in sorted(_secrets(url), key=len, reverse=True):
+        text = text.replace(secret, _HIDDEN)
+    return text
+
+
+def describe(url: str, error: BaseException) -> str:
+    """Return type and text of an error, without the password of a URL."""
+    return f"{type(error).__name__}: {redacted(str(error), url)}"
+
+
+def _secrets(url: str) -> set[str]:
+    found = set()
+    rest = url.partition("://")[2]
+    user = rest.rpartition("@")[0]
+    if ":" in user:
+        found |= {user, user.partition(":")[2]}
+    found |= set(re.findall(r"(?i)(?:password|passwd|pwd)\s*=\s*([^&\s]+)", url))
+    found |= {unquote(each) for each in found}
+    pieces = {piece for each in found for piece in _CUTS.split(each) if len(piece) >= _SHORTEST}
+    if found:
+        found.add(url)
+    return {each for each in found | pieces if len(each) >= _SHORTEST}

@@ -1,0 +1,412 @@
+"""One bad row stops no other: every column of every table of an engine, with every bad value that the table takes.
+
+The attacker has the storage but no key, and writes what no queue wrote. Columns and types are read from the tables, so
+that a column which is added is attacked too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import time
+import tracemalloc
+from types import MappingProxyType
+
+import apsw
+import psycopg
+import pytest
+
+from safedefer.cli.common import summary
+from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
+from safedefer.ledger import AttemptRecord, EndState, Execution
+from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict, task_digest
+from safedefer.queues.postgres.migrations import migrate
+from safedefer.queues.postgres.queue import PostgresQueue
+from safedefer.queues.rates import QueueLimits
+from safedefer.queues.rules import MOST_ROW_BYTES
+from safedefer.queues.sqlite.queue import SQLiteQueue
+from tests import sample_tasks
+from tests.postgres.server import fresh_database, shared_server
+from tests.queues.single import begin, finish
+from tests.unit.apps import make_app
+
+_numbers = itertools.count(1)
+_DEEP = "[" * 100_000
+TEXTS = [
+    "",
+    "{",
+    "null",
+    "[]",
+    "NaN",
+    '{"a": {}}',
+    '{"a": 1e999}',
+    '"\\u0000"',
+    "\x1b[2J",
+    "x" * 3_000_000,
+    _DEEP,
+    None,
+]
+WHOLE = [-(2**63), -(2**31), -1, 0, 2**31 - 1, 2**63 - 1, None]
+HINTS = [
+    *TEXTS[2:8], "1", '"x"', '{"safedefer": 1}', '{"safedefer": "nan inf -1 - a b", "safedefer_more": []}',
+    '{"safedefer": "1e999 -1e999 99999999999999999999 ! a b"}', '{"safedefer": "x"}',
+    json.dumps({"safedefer": f"1 1 1 - {'a:b:c:/' + 'z' * 5000} f"}),
+    *(json.dumps({"safedefer_more": {name: value for name in ("url", "target", "name", "headers", "retry_options", "blob_id", "unique_key")}})
+      for value in (1, "x" * 5000, {"a": []}, [], None)),
+    json.dumps({"safedefer": "x" * 3_000_000}), None,
+]  # fmt: skip
+
+
+class Postgres:
+    types = MappingProxyType({
+        "text": TEXTS,
+        "jsonb": HINTS,
+        "bigint": WHOLE,
+        "integer": WHOLE,
+        "double precision": ["NaN", "Infinity", "-Infinity", "1e308", "-1e308", "0", None],
+        "timestamp with time zone": ["infinity", "-infinity", "294276-12-31", "4713-01-01 BC", "0001-01-01", None],
+        "interval": ["178000000 years", "-178000000 years", None],
+        "bytea": [b"", b"\x00\xff", bytes(3_000_000), None],
+        "boolean": [True, False, None],
+        "uuid": ["00000000-0000-0000-0000-000000000000", None],
+        "USER-DEFINED": ["queued", "picked", "failed", "deleted"],
+    })  # fmt: skip
+    #: Which row of a table is that of a task.
+    rows = MappingProxyType({
+        "pgqueuer": "dedupe_key = %s",
+        "progress": "job_id = (SELECT id FROM safedefer.pgqueuer WHERE dedupe_key = %s)",
+        "names": "name = (SELECT headers #>> '{safedefer_more,name}' FROM safedefer.pgqueuer WHERE dedupe_key = %s)",
+        "controls": "queue = (SELECT split_part(entrypoint, '@', 1) FROM safedefer.pgqueuer WHERE dedupe_key = %s)",
+        **dict.fromkeys(("uniques", "blobs", "ledger", "attempts"), "task_id = %s"),
+        **dict.fromkeys(("dead", "ended"), "id = %s"),
+    })  # fmt: skip
+    #: No row of them is one task's. The log, the schedules and the statistics are written, and never read.
+    others = frozenset({"settings", "blob_totals", "pgqueuer_log", "pgqueuer_schedules", "pgqueuer_statistics"})
+    tasks = ("pgqueuer", "headers", "payload")
+
+    def __init__(self, dsn):
+        self.dsn = dsn
+        self.connection = psycopg.connect(dsn, autocommit=True)
+
+    def queue(self):
+        return PostgresQueue(self.dsn)
+
+    def columns(self):
+        return self.connection.execute(
+            "SELECT table_name, column_name, data_type FROM information_schema.columns WHERE table_schema = 'safedefer'"
+            " AND is_generated = 'NEVER' AND is_identity = 'NO' ORDER BY 1, 2"
+        ).fetchall()
+
+    def write(self, table, column, task_id, value):
+        with contextlib.suppress(psycopg.Error):  # the table does not take the value
+            self.connection.execute(
+                f"UPDATE safedefer.{table} SET {column} = %s WHERE {self.rows[table]}", (value, task_id)
+            )
+
+    def clear(self):
+        tables = ", ".join(f"safedefer.{table}" for table in {*self.rows, "blob_totals", "pgqueuer_log"})
+        self.connection.execute(f"TRUNCATE {tables}")
+
+    def close(self):
+        self.connection.close()
+
+
+class SQLite:
+    types = MappingProxyType({
+        "TEXT": [*TEXTS, b"a\xff"],
+        "INTEGER": [-(2**63), -1, 0, 2**63 - 1, None, b"x", "x", 1e300],
+        "REAL": [float("inf"), float("-inf"), 1e308, -1e308, 0.0, None, b"x", "x", 2**63 - 1],
+        "BLOB": [b"", b"\x00\xff", bytes(3_000_000), None, "x", 1, 1.5],
+    })  # fmt: skip
+    rows = MappingProxyType({
+        "blobs": "task = (SELECT seq FROM safedefer_tasks WHERE id = ?)",
+        "names": "name = (SELECT name FROM safedefer_tasks WHERE id = ?)",
+        "controls": "queue = (SELECT queue FROM safedefer_tasks WHERE id = ?)",
+        **dict.fromkeys(("ledger", "attempts"), "task_id = ?"),
+        **dict.fromkeys(("tasks", "dead", "ended"), "id = ?"),
+    })  # fmt: skip
+    others = frozenset({"schema", "totals"})
+    tasks = ("tasks", "headers", "token")
+
+    def __init__(self, path):
+        self.path = path
+
+    def queue(self):
+        return SQLiteQueue(self.path)
+
+    def _connect(self):
+        connection = apsw.Connection(str(self.path))
+        connection.set_busy_timeout(5000)
+        return connection
+
+    def columns(self):
+        connection = self._connect()
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE name LIKE 'safedefer#_%' ESCAPE '#' AND type = 'table'").fetchall()]  # fmt: skip
+        found = [
+            (table.removeprefix("safedefer_"), column[1], column[2])
+            for table in tables
+            for column in connection.execute(f"PRAGMA table_info({table})").fetchall()
+            if column[1] != "seq"
+        ]
+        connection.close()
+        return found
+
+    def write(self, table, column, task_id, value):
+        """Write a value of any storage class: who has the file is not held to STRICT."""
+        connection, name = self._connect(), f"safedefer_{table}"
+        connection.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 0)
+        strict = connection.execute("SELECT sql FROM sqlite_schema WHERE name = ?", (name,)).get
+        change = "UPDATE sqlite_schema SET sql = ? WHERE name = ?"
+        for sql, action in ((strict.replace("STRICT,", "").replace("STRICT", ""), True), (strict, False)):
+            connection.execute("PRAGMA writable_schema = ON")
+            connection.execute(change, (sql, name))
+            connection.execute("PRAGMA writable_schema = RESET")
+            if action:
+                bound = "CAST(? AS TEXT)" if value == b"a\xff" else "?"
+                with contextlib.suppress(apsw.ConstraintError):  # the table does not take the value
+                    connection.execute(
+                        f"UPDATE {name} SET {column} = {bound} WHERE {self.rows[table]}", (value, task_id)
+                    )
+        connection.close()
+
+    def clear(self):
+        connection = self._connect()
+        for table in self.rows:
+            connection.execute(f"DELETE FROM safedefer_{table}")
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    server = shared_server()
+    with fresh_database(server) as name:
+        migrate(server.dsn(name))
+        with contextlib.closing(Postgres(server.dsn(name))) as storage:
+            yield storage
+
+
+@pytest.fixture(scope="module")
+def sqlite(tmp_path_factory):
+    storage = SQLite(tmp_path_factory.mktemp("poisoned") / "tasks.db")
+    queue = storage.queue()
+    queue.stats(now=0.0)
+    queue.close()
+    return storage
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def storage(request):
+    storage = request.getfixturevalue(request.param)
+    storage.clear()
+    return storage
+
+
+@pytest.fixture
+def app(storage):
+    queues = [f"q{number}" for number in range(30)]
+    app = make_app(queue=storage.queue(), queues=queues)
+    yield app
+    app.close()
+
+
+class World:
+    """A neighbour before, one task for each bad value, and a neighbour after, each in a queue of its own."""
+
+    def __init__(self, app, count):
+        self.app, self.queue = app, app.queue
+        # A cap gives every queue a row of its own among the controls.
+        self.queue.configure([QueueLimits(queue=f"q{n}", max_concurrent=5) for n in range(count + 2)], now=time.time())
+        self.tasks = []
+        for number in range(count + 2):
+            options = app.options(queue=f"q{number}", name=f"n{next(_numbers)}")
+            # Every other one is oversize, and has a blob.
+            self.tasks.append(options.defer(sample_tasks.add, "x" if number % 2 else "x" * 12_000, str(number)))
+
+    @property
+    def bad(self):
+        return [task.id for task in self.tasks[1:-1]]
+
+    @property
+    def good(self):
+        return {self.tasks[0].id, self.tasks[-1].id}
+
+    def lease(self):
+        return list(self.queue.lease(owner="w", limit=100, seconds=60.0, now=time.time()))
+
+    def settle(self, leases, verdict, state):
+        """Run, end the runs in the ledger, and settle the deliveries in one batch; return whose settlement counted."""
+        now = time.time()
+        for held in leases:
+            task = held.task
+            run = Execution(task.audience, task.id, task_digest(task), "w", task.expires)
+            begin(self.queue.ledger, run, now=now, lease=60.0)
+            finish(self.queue.ledger, run, state, AttemptRecord(task.id, task.audience, now, now, str(state), 500))
+        kept = self.queue.settle_many(
+            [(held, Settlement(verdict=verdict, at=now, reason="why")) for held in leases], now=now
+        )
+        return {held.task.id for held, ours in zip(leases, kept, strict=True) if ours}
+
+    def look(self):
+        """Everything that there is to see, as the commands print it, in pages of three."""
+        views = [*self.queue.tasks(states=list(TaskState), limit=1000)]
+        letters, after = [], None
+        while page := self.queue.dead_letters(DeadFilter(), after=after, limit=3):
+            letters += page
+            after = (0.0 if page[-1].ended is None else page[-1].ended, page[-1].id)
+            assert len(letters) < 100, "the pages have no end"
+        views += letters
+        for view in views:
+            json.dumps(summary(view))
+        self.queue.stats(now=time.time())
+        self.queue.next_due(now=time.time())
+        return {view.id for view in letters}, {view.id for view in views}
+
+
+def columns_of(storage, *tables):
+    found = [item for item in storage.columns() if not tables or item[0] in tables]
+    assert found
+    return [item for item in found if item[0] not in storage.others]
+
+
+def poison(storage, world, table, column, kind):
+    for task_id, value in zip(world.bad, storage.types[kind], strict=True):
+        storage.write(table, column, task_id, value)
+
+
+def each_column(storage, app, *tables, part=slice(None)):
+    """Yield for each column a world to poison in it; afterwards nothing is left of it."""
+    for table, column, kind in columns_of(storage, *tables)[part]:
+        storage.clear()
+        yield World(app, len(storage.types[kind])), (table, column, kind)
+
+
+def test_every_table_is_attacked(storage, app):
+    app.queue.stats(now=0.0)
+    assert {table for table, _, _ in storage.columns()} == {*storage.rows, *storage.others}
+    assert {kind for _, _, kind in columns_of(storage)} <= set(storage.types)
+
+
+def test_a_bad_row_that_waits_lets_its_neighbours_run_and_be_seen(storage, app):
+    for world, where in each_column(storage, app):
+        assert len(world.settle(world.lease(), Verdict.RETRY, EndState.RETRY)) == len(world.tasks)
+        poison(storage, world, *where)
+        assert world.good <= world.look()[1], where
+        leases = world.lease()
+        assert world.good <= {held.task.id for held in leases}, where
+        assert world.good <= world.settle(leases, Verdict.DONE, EndState.SUCCEEDED), where
+        assert world.good <= world.look()[1], where
+        for task_id in world.good:
+            assert app.queue.find(task_id).state is TaskState.SUCCEEDED, where
+
+
+#: By day every other column is attacked under each verdict, at night all of them.
+_PARTS = (
+    itertools.repeat(slice(None))
+    if os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+    else (slice(0, None, 2), slice(1, None, 2))
+)
+_VERDICTS = ((Verdict.RETRY, EndState.RETRY), (Verdict.DEAD, EndState.FAILED))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "state", "part"), [(*pair, part) for pair, part in zip(_VERDICTS, _PARTS, strict=False)]
+)
+def test_a_row_that_goes_bad_while_it_runs_lets_its_neighbours_be_settled(storage, app, verdict, state, part):
+    for world, where in each_column(storage, app, part=part):
+        leases = world.lease()
+        assert len(leases) == len(world.tasks), where
+        poison(storage, world, *where)
+        assert world.good <= world.settle(leases, verdict, state), where
+        assert world.good <= world.look()[1], where
+
+
+def test_a_bad_dead_letter_hides_no_other_and_lets_the_others_run_again(storage, app):
+    for world, where in each_column(storage, app, "dead", "attempts", "ledger", "pgqueuer", "blobs"):
+        world.settle(world.lease(), Verdict.DEAD, EndState.FAILED)
+        poison(storage, world, *where)
+        letters, views = world.look()
+        assert world.good <= letters & views, where
+        if where[:2] not in {("dead", "archived"), ("dead", "id")}:
+            assert len(letters) == len(world.tasks), where  # it is shown as what it is
+        for task_id in world.good:
+            assert app.queue.find(task_id).state is TaskState.DEAD, where
+        time.sleep(0.001)
+        again, refused = app.retry_all(DeadFilter())
+        assert len(again) >= 2, where
+        assert not world.good & set(refused), where
+        assert all(error.slug for error in refused.values())
+
+
+def test_a_bad_row_of_the_history_hides_no_other(storage, app):
+    for world, where in each_column(storage, app, "ended", "attempts", "ledger"):
+        world.settle(world.lease(), Verdict.DONE, EndState.SUCCEEDED)
+        poison(storage, world, *where)
+        assert world.good <= world.look()[1], where
+        app.queue.prune(now=time.time())
+
+
+def too_large(storage, world, column):
+    """Make the headers (1) or the token (2) of the bad task larger than any of ours; return their size."""
+    table, name, size = storage.tasks[0], storage.tasks[column], 20 * MOST_ROW_BYTES
+    kind = next(kind for where, found, kind in storage.columns() if (where, found) == (table, name))
+    value = bytes(size) if kind in {"bytea", "BLOB"} else json.dumps({"safedefer": "x" * size})
+    storage.write(table, name, world.bad[0], value)
+    return size
+
+
+@pytest.mark.parametrize("column", [1, 2])
+def test_a_row_above_what_a_queue_writes_is_not_fetched(storage, app, column):
+    world = World(app, 1)
+    size = too_large(storage, world, column)
+    tracemalloc.start()
+    try:
+        leases = world.lease()
+        world.look()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 2
+    assert {held.task.id for held in leases} == {*world.good, *world.bad}
+    (lost,) = (held for held in leases if held.task.id in world.bad)
+    assert lost.task.headers == {}
+    assert (lost.task.token == b"") is (column == 2)
+
+
+def test_a_task_whose_token_is_too_large_is_buried_and_its_neighbours_run(storage, app):
+    world = World(app, 1)
+    too_large(storage, world, 2)
+    options = DispatcherOptions(poll_seconds=0.05)
+    dispatcher = Dispatcher(app.queue, InProcessDelivery(app.handle), clock=time.time, options=options)
+    asyncio.run(asyncio.wait_for(dispatcher.run_until_empty(), 60))
+    for task_id in world.good:
+        assert app.queue.find(task_id).state is TaskState.SUCCEEDED
+    (letter,) = app.queue.dead_letters(DeadFilter())
+    assert (letter.id, letter.reason, letter.token) == (world.bad[0], "unreadable", b"")
+    again, refused = app.retry_all(DeadFilter())
+    assert (again, list(refused)) == ([], world.bad)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.DONE, Verdict.DEAD])
+def test_what_the_ledgers_index_does_not_take_lets_its_neighbours_be_settled(postgres, verdict, caplog):
+    """An audience and an id that are too long together: only the end of the task finds out."""
+    postgres.clear()
+    app = make_app(queue=postgres.queue(), queues=["q0", "q1", "q2"])
+    world = World(app, 1)
+    audience = f"test:q1:default:/{secrets.token_hex(1200)}"
+    hints = json.dumps({"safedefer": f"1 1 1 - {audience} f"})
+    postgres.write("pgqueuer", "headers", world.bad[0], hints)
+    postgres.write("pgqueuer", "dedupe_key", world.bad[0], secrets.token_hex(1200))
+    leases = world.lease()
+    assert len(leases) == 3
+    now = time.time()
+    settled = app.queue.settle_many([(held, Settlement(verdict=verdict, reason="why")) for held in leases], now=now)
+    assert [held.task.id in world.good for held in leases] == list(settled)
+    for task_id in world.good:
+        found = app.queue.find(task_id).state
+        assert found is (TaskState.SUCCEEDED if verdict is Verdict.DONE else TaskState.DEAD)
+    assert "cannot be settled" in caplog.text
+    app.close()

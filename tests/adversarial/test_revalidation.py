@@ -1,0 +1,268 @@
+"""``validate="annotations"``: models whose state a key holder wrote are validated again, wherever they are in the arguments.
+
+Without it no validator runs: the threat model says that invariants of a class are not promised.
+"""
+
+import dataclasses
+import enum
+from collections import deque
+from typing import Annotated, Any, NamedTuple
+
+import pydantic
+import pytest
+
+from safedefer.errors import InvalidArguments
+from safedefer.execution.annotations import check_annotations
+from safedefer.policy import Policy
+from tests.unit.apps import handle, make_app
+
+RAN = []
+
+
+class Account(pydantic.BaseModel):
+    owner: str = pydantic.Field(alias="accountOwner", min_length=1)
+    cents: int = 0
+    limit: float = 1
+    tags: list[str] = []
+    _seen: int = pydantic.PrivateAttr(default=0)
+
+    @pydantic.field_validator("cents")
+    @classmethod
+    def _positive(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError("below zero")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _within(self):
+        if self.cents > 100 * self.limit:
+            raise ValueError("over the limit")
+        return self
+
+
+class Strict(Account):
+    model_config = pydantic.ConfigDict(extra="allow", frozen=True)
+
+    @pydantic.field_validator("owner")
+    @classmethod
+    def _lower(cls, value: str) -> str:
+        return value.lower()
+
+
+class Holder(pydantic.BaseModel):
+    inner: Account
+    others: dict[str, list[Account]] = {}
+
+
+class Numbers(pydantic.RootModel[list[Annotated[int, pydantic.Field(ge=0)]]]):
+    pass
+
+
+@pydantic.dataclasses.dataclass
+class Point:
+    x: Annotated[int, pydantic.Field(ge=0)]
+    y: int = pydantic.Field(default=0)
+
+    def method(self) -> None: ...
+
+
+@dataclasses.dataclass
+class Plain:
+    account: Account
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+class Thing:
+    def __init__(self, held):
+        self.held = held
+
+
+class Slotted:
+    __slots__ = ("held",)
+
+
+class Level(enum.Enum):
+    LOW = "low"
+
+
+def good(cls=Account, **more):
+    return cls(accountOwner="ann", cents=50, **more)
+
+
+def smuggled(cls=Account, **state):
+    """Return what the decoder of the tag makes: an object with the state that a token names, past every validator."""
+    made = good(cls)
+    vars(made).update(state)
+    return made
+
+
+def smuggled_point(**state):
+    point = Point(1)
+    vars(point).update(state)
+    return point
+
+
+def slotted(held):
+    made = Slotted()
+    made.held = held
+    return made
+
+
+BAD = {
+    "a value that a validator forbids": lambda: smuggled(cents=-1),
+    "a value of another type": lambda: smuggled(cents="5"),
+    "a value beyond a bound": lambda: smuggled(owner=""),
+    "values that contradict each other": lambda: smuggled(cents=101),
+    "a list of other things": lambda: smuggled(tags=[1]),
+    "a value that a validator would change": lambda: smuggled(Strict, owner="ANN"),
+    "a subclass where the base is annotated": lambda: smuggled(Strict, cents=-1),
+    "inside another model": lambda: Holder.model_construct(inner=smuggled(cents=-1)),
+    "deep inside another model": lambda: Holder(inner=good(), others={"a": [good(), smuggled(cents=-1)]}),
+    "a model that is none": lambda: Holder.model_construct(inner="none"),
+    "a field less": lambda: Account.model_construct(cents=1),
+    "a root": lambda: Numbers.model_construct(root=[1, -1]),
+    "a pydantic dataclass": lambda: smuggled_point(x=-1),
+    "in an extra attribute": lambda: good(Strict, more=smuggled(cents=-1)),
+}
+PLACES = {
+    "itself": lambda value: value,
+    "list": lambda value: [0, value],
+    "tuple": lambda value: (value,),
+    "named tuple": lambda value: Pair(1, value),
+    "dict value": lambda value: {"k": value},
+    "deque": lambda value: deque([value]),
+    "nested": lambda value: [{"a": (deque([[value]]),)}],
+    "dataclass": Plain,
+    "object": Thing,
+    "slot": slotted,
+    "default": lambda value: {"k": [Thing({1: value})]},
+}
+
+
+def anything(value: Any) -> None: ...
+def bare(value): ...
+def many(*values: Any, **named: Any) -> None: ...
+def accounts(value: list[Account]) -> None: ...
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("label", BAD)
+def test_a_model_that_came_past_its_validators_is_refused_wherever_it_is(label, place):
+    value = PLACES[place](BAD[label]())
+    for target, args, kwargs in (
+        (anything, (value,), {}),
+        (bare, (), {"value": value}),
+        (many, (1, value), {}),
+        (many, (), {"x": value}),
+    ):
+        with pytest.raises(InvalidArguments, match="does not pass its own validators") as caught:
+            check_annotations(target, args, kwargs)
+        assert "ann" not in str(caught.value).replace("annotations", "")
+
+
+def test_the_object_of_a_method_is_looked_at_too():
+    with pytest.raises(InvalidArguments, match="own validators"):
+        check_annotations(smuggled_point(x=-1).method, (), {})
+    check_annotations(Point(1).method, (), {})
+
+
+def test_a_set_of_models_is_looked_into():
+    value = smuggled(Strict, cents=-1)
+    Strict.__hash__ = lambda self: 1
+    try:
+        with pytest.raises(InvalidArguments, match="own validators"):
+            check_annotations(anything, ({value},), {})
+        with pytest.raises(InvalidArguments, match="own validators"):
+            check_annotations(anything, ({value: 1},), {})
+    finally:
+        del Strict.__hash__
+
+
+@pytest.mark.parametrize("make", [
+    good, lambda: good(Strict), lambda: good(Strict, more=1), lambda: Holder(inner=good(Strict), others={"a": [good()]}), lambda: Numbers([1, 2]),
+    lambda: Point(1, 2), lambda: Plain(good()), lambda: Level.LOW, lambda: Account(accountOwner="x", limit=float("inf")), lambda: object, lambda: len,
+])  # fmt: skip
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_valid_stays_the_object_that_it_is(make, place):
+    value = PLACES[place](make())
+    before = repr(vars(value)) if hasattr(value, "__dict__") and type(value).__module__ == __name__ else repr(value)
+    check_annotations(anything, (value,), {})
+    after = repr(vars(value)) if hasattr(value, "__dict__") and type(value).__module__ == __name__ else repr(value)
+    assert before == after
+
+
+def test_sharing_and_private_state_are_untouched_and_each_object_is_validated_once():
+    class Counted(pydantic.BaseModel):
+        n: int
+
+        @pydantic.field_validator("n")
+        @classmethod
+        def _count(cls, value: int) -> int:
+            RAN.append(value)
+            return value
+
+    shared = Counted(n=1)
+    account = good()
+    account._seen = 7
+    RAN.clear()
+    value = [shared, [shared, {"a": shared}], account]
+    value.append(value)
+    check_annotations(anything, (value,), {})
+    assert RAN == [1]
+    assert value[0] is value[1][0] is value[1][1]["a"] is shared
+    assert account._seen == 7
+
+
+def test_a_model_of_nan_is_valid():
+    check_annotations(anything, (Account(accountOwner="x", limit=float("nan"), cents=0),), {})
+
+
+def test_a_subclass_goes_where_its_base_is_annotated():
+    check_annotations(accounts, ([good(Strict), good()],), {})
+    with pytest.raises(InvalidArguments):
+        check_annotations(accounts, ([good(Strict), smuggled(Strict, owner="ANN")],), {})
+
+
+def test_it_does_not_walk_into_modules_classes_and_functions():
+    check_annotations(anything, ([pytest.raises, Account, len, [].append],), {})
+
+
+class Broken(pydantic.BaseModel):
+    n: int
+
+    @pydantic.field_validator("n")
+    @classmethod
+    def _break(cls, value: int) -> int:
+        if value < 0:
+            raise RuntimeError("the validator itself fails")
+        return value
+
+
+CALLED = []
+
+
+def called(value):
+    CALLED.append(value)
+
+
+@pytest.mark.parametrize(("validate", "cents", "outcome"), [
+    ("annotations", -1, "failed"), ("annotations", 1, "succeeded"), (None, -1, "succeeded"),
+])  # fmt: skip
+def test_a_token_with_a_model_of_a_forbidden_state_does_not_run_where_arguments_are_validated(validate, cents, outcome):
+    app = make_app(policy=Policy("tests.adversarial.test_revalidation"), validate=validate)
+    CALLED.clear()
+    answer = handle(app, app.serialize(called, smuggled(cents=cents)))
+    assert answer.headers["Safedefer-Outcome"] == outcome
+    assert len(CALLED) == (outcome == "succeeded")
+
+
+def test_a_validator_that_fails_itself_is_tried_again_and_the_task_does_not_run():
+    app = make_app(policy=Policy("tests.adversarial.test_revalidation"), validate="annotations")
+    CALLED.clear()
+    answer = handle(app, app.serialize(called, Broken.model_construct(n=-1)))
+    assert (answer.status, answer.headers["Safedefer-Outcome"]) == (500, "retry")
+    assert CALLED == []

@@ -1,0 +1,261 @@
+"""``safedefer doctor``: every check passes, and fails, on a real App."""
+
+import json
+import secrets
+import sqlite3
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from safedefer import Key, Keyring, KeyState, Policy
+from safedefer.cli import doctor as doctors
+from safedefer.cli.doctor import CHECKS, examine
+from safedefer.cli.root import main
+from safedefer.queues.config import QueueFile
+from tests.unit.apps import make_app
+
+KEY = "a:" + "AbCdEfGhIjKlMnOpQrStUvWxYz0123456789-_AbCdE"
+healthy = None
+
+
+def keyring(**options):
+    return Keyring(Key("k1", secrets.token_bytes(32), KeyState.ACTIVE, **options))
+
+
+def app_of(monkeypatch, **changes):
+    values = {"keyring": keyring(), "policy": Policy("tests.sample_tasks", "builtins:len"), **changes}
+    monkeypatch.setattr("tests.unit.test_doctor.healthy", make_app(**values))
+    return "tests.unit.test_doctor:healthy"
+
+
+def find(spec, name):
+    return [(finding.status, finding.text) for finding in examine(spec) if finding.name == name]
+
+
+def one(spec, name):
+    (found,) = find(spec, name)
+    return found
+
+
+def test_a_healthy_app_has_no_complaint(monkeypatch, tmp_path):
+    spec = app_of(monkeypatch, queue=f"sqlite:///{tmp_path}/q.db", environment="prod")
+    findings = [*examine(spec)]
+    assert {finding.status for finding in findings} == {"ok"}
+    assert {finding.name for finding in findings} == {
+        "keys", "policy", "queue", "clock", "environment", "sqlite", "deadlines", "pickle", "unverified_bytes",
+    }  # fmt: skip
+    assert len(CHECKS) == 10
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(("environment", "status"), [("prod", 0), (None, 1)])
+def test_the_command_prints_findings_and_its_status_says_whether_one_is_an_error(
+    monkeypatch, capsys, as_json, environment, status
+):
+    spec = app_of(monkeypatch, environment=environment)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--app", spec, *(["--json"] if as_json else [])])
+    assert (ended.value.code or 0) == status
+    lines = capsys.readouterr().out.splitlines()
+    if as_json:
+        found = {(item["name"], item["status"]) for item in map(json.loads, lines)}
+        assert ("environment", "error" if status else "ok") in found
+    else:
+        assert any(line.startswith("error  environment: no environment was given") for line in lines) is bool(status)
+
+
+def test_without_settings_each_missing_one_is_said(monkeypatch):
+    for name in ("SAFEDEFER_KEYS", "SAFEDEFER_KEYS_FILE", "SAFEDEFER_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    found = [*examine(None)]
+    assert [(each.name, each.status) for each in found] == [
+        (name, "error") for name in ("keys", "policy", "application")
+    ]
+    assert "safedefer keys new" in found[0].text
+    assert "SAFEDEFER_POLICY" in found[1].text
+
+
+def test_settings_alone_make_an_app(monkeypatch):
+    for name, value in {
+        "KEYS": KEY,
+        "POLICY": "tests.sample_tasks",
+        "QUEUE": "memory://",
+        "ENVIRONMENT": "prod",
+    }.items():
+        monkeypatch.setenv(f"SAFEDEFER_{name}", value)
+    monkeypatch.delenv("SAFEDEFER_KEYS_FILE", raising=False)
+    assert {finding.status for finding in examine(None)} == {"ok"}
+
+
+def test_an_app_that_is_not_there_is_said():
+    assert one("tests.unit.test_doctor:nothing", "application")[0] == "error"
+
+
+def test_a_key_file_that_others_may_change_is_said(monkeypatch, tmp_path):
+    path = tmp_path / "keys.json"
+    path.write_text("{}")
+    path.chmod(0o666)
+    monkeypatch.delenv("SAFEDEFER_KEYS", raising=False)
+    monkeypatch.setenv("SAFEDEFER_KEYS_FILE", str(path))
+    monkeypatch.setenv("SAFEDEFER_POLICY", "tests.sample_tasks")
+    status, text = one(None, "keys")
+    assert status == "error"
+    assert "chmod 600" in text
+
+
+def test_a_key_file_that_everybody_may_read_is_said(monkeypatch, tmp_path):
+    path = tmp_path / "keys.json"
+    path.touch(0o644)
+    path.chmod(0o644)
+    monkeypatch.setenv("SAFEDEFER_KEYS_FILE", str(path))
+    assert [status for status, _ in find(app_of(monkeypatch), "keys")] == ["ok", "warn"]
+
+
+@pytest.mark.parametrize("pattern", ["no_such_module_of_mine", "no_such_package.*"])
+def test_a_pattern_that_names_nothing_is_said(monkeypatch, pattern):
+    found = find(app_of(monkeypatch, policy=Policy("tests.sample_tasks", pattern)), "policy")
+    assert [status for status, _ in found] == ["error"]
+    assert pattern.removesuffix(".*") in found[0][1]
+
+
+def test_an_exact_pattern_that_names_nothing_is_said(monkeypatch):
+    monkeypatch.setenv("SAFEDEFER_KEYS", KEY)
+    monkeypatch.delenv("SAFEDEFER_KEYS_FILE", raising=False)
+    monkeypatch.setenv("SAFEDEFER_POLICY", "tests.sample_tasks:no_such_function")
+    status, text = one(None, "policy")
+    assert status == "error"
+    assert "no_such_function names nothing" in text
+
+
+def test_an_empty_policy_is_said(monkeypatch):
+    assert one(app_of(monkeypatch, policy=Policy()), "policy")[0] == "warn"
+
+
+@pytest.mark.parametrize("pattern", ["tests.*", "builtins:list.append", "tests.sample_tasks:add"])
+def test_a_pattern_that_names_something_is_fine(monkeypatch, pattern):
+    assert one(app_of(monkeypatch, policy=Policy(pattern)), "policy")[0] == "ok"
+
+
+def test_a_queue_that_does_not_open_is_said(monkeypatch, tmp_path):
+    path = tmp_path / "q.db"
+    path.write_bytes(b"no database" * 1000)
+    status, text = one(app_of(monkeypatch, queue=f"sqlite:///{path}"), "queue")
+    assert status == "error"
+    assert "not a SQLite database" in text
+
+
+def test_a_queue_whose_schema_somebody_changed_is_said(monkeypatch, tmp_path):
+    path = tmp_path / "q.db"
+    one(app_of(monkeypatch, queue=f"sqlite:///{path}"), "queue")
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "CREATE TRIGGER evil AFTER INSERT ON safedefer_ledger BEGIN DELETE FROM safedefer_ledger; END"
+        )
+    connection.close()
+    assert "DROP TRIGGER" in one(app_of(monkeypatch, queue=f"sqlite:///{path}"), "queue")[1]
+
+
+def test_a_queue_file_that_a_group_may_write_or_others_replace_is_said(monkeypatch, tmp_path):
+    folder = tmp_path / "open"
+    folder.mkdir()
+    spec = app_of(monkeypatch, queue=f"sqlite:///{folder}/q.db")
+    assert one(spec, "queue")[0] == "ok"
+    (folder / "q.db").chmod(0o660)
+    folder.chmod(0o777)
+    spec = app_of(monkeypatch, queue=f"sqlite:///{folder}/q.db")
+    assert [status for status, _ in find(spec, "queue")] == ["ok", "warn", "warn"]
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0, "ok"), (-9, "ok"), (3600, "error"), (-3600, "error")])
+def test_the_clock_of_the_database_is_compared_with_ours(monkeypatch, seconds, status):
+    spec = app_of(monkeypatch)
+    monkeypatch.setattr(type(healthy.queue), "clock", lambda _: time.time() + seconds, raising=False)
+    assert one(spec, "clock")[0] == status
+
+
+def test_a_task_of_our_future_is_said(monkeypatch):
+    spec = app_of(monkeypatch, clock=lambda: time.time() + 3600)
+    healthy.defer(len, [])
+    status, text = one(spec, "clock")
+    assert (status, "NTP" in text) == ("warn", True)
+
+
+@pytest.mark.parametrize(("version", "status"), [((3, 51, 2), "error"), ((3, 51, 3), "ok"), ((3, 7, 0), "error")])
+def test_a_sqlite_that_loses_commits_is_said(monkeypatch, tmp_path, version, status):
+    monkeypatch.setattr("safedefer.queues.sqlite.trust.sqlite_release", lambda: version)
+    assert one(app_of(monkeypatch, queue=f"sqlite:///{tmp_path}/q.db"), "sqlite")[0] == status
+
+
+def test_a_python_whose_sqlite_loses_commits_is_said_where_it_sweeps_an_outbox(monkeypatch, tmp_path):
+    spec = app_of(monkeypatch, outboxes=[f"sqlite:///{tmp_path}/shop.db"])
+    for version, status in (((3, 40, 1), "warn"), ((3, 52, 0), "ok")):
+        monkeypatch.setattr(doctors, "sqlite3", SimpleNamespace(sqlite_version_info=version))
+        assert [finding.status for finding in doctors.check_sqlite(healthy)] == [status]
+    assert spec
+
+
+OUTBOX_TROUBLE = {
+    "a trigger": "CREATE TRIGGER t BEFORE INSERT ON safedefer_outbox BEGIN SELECT RAISE(IGNORE); END",
+    "a view": "DROP TABLE safedefer_outbox; CREATE VIEW safedefer_outbox AS SELECT 1",
+    "other columns": "DROP TABLE safedefer_outbox; CREATE TABLE safedefer_outbox (id)",
+}
+
+
+@pytest.mark.parametrize("label", [None, *OUTBOX_TROUBLE])
+def test_an_outbox_that_cannot_be_used_is_said(monkeypatch, tmp_path, label):
+    path = tmp_path / "shop.db"
+    spec = app_of(monkeypatch, outboxes=[f"sqlite:///{path}"])
+    assert one(spec, "outboxes")[0] == "ok"  # nobody has made it yet
+    spec = app_of(monkeypatch, outboxes=[f"sqlite:///{path}"])
+    connection = sqlite3.connect(path)
+    with healthy.transaction(connection):
+        healthy.options(transactional=True).defer(len, [])
+    connection.executescript(OUTBOX_TROUBLE.get(label, ""))
+    connection.close()
+    assert one(spec, "outboxes")[0] == ("ok" if label is None else "error")
+
+
+def test_an_outbox_that_is_not_reached_is_said_without_its_password(monkeypatch):
+    spec = app_of(monkeypatch, outboxes=["postgresql://u:cAnArY@127.0.0.1:1/db"])
+    status, text = one(spec, "outboxes")
+    assert status == "error"
+    assert "127.0.0.1" in text
+    assert "cAnArY" not in text
+
+
+@pytest.mark.parametrize(("text", "status"), [
+    (None, "ok"), ("queue:\n- name: mail\n  rate: 5/s\n", "warn"), ("queue:\n- name: mail\n  rate: 5/s\n  attempt_deadline: 30\n", "ok"),
+    ("queue:\n- name: mail\n  rate: 5/s\n  attempt_deadline: 0\n", "ok"),
+])  # fmt: skip
+def test_a_queue_without_a_deadline_of_its_own_is_named(monkeypatch, text, status):
+    file = None if text is None else QueueFile.parse(text)
+    found, said = one(app_of(monkeypatch, queue_yaml=file), "deadlines")
+    assert found == status
+    assert "600 s" in said
+    assert ("mail" in said) == (status == "warn")
+
+
+@pytest.mark.parametrize(
+    ("pickle", "allowed", "status"),
+    [(False, False, "ok"), (True, False, "warn"), (False, True, "warn"), (True, True, "warn")],
+)
+def test_pickles_are_said(monkeypatch, pickle, allowed, status):
+    assert one(app_of(monkeypatch, keyring=keyring(pickle=pickle), allow_pickle=allowed), "pickle")[0] == status
+
+
+@pytest.mark.parametrize(("size", "status"), [(32 * 2**20, "ok"), (4 * 2**20, "ok"), (2**21, "warn")])
+def test_a_small_budget_of_unverified_bytes_is_said(monkeypatch, size, status):
+    assert one(app_of(monkeypatch, unverified_bytes=size), "unverified_bytes")[0] == status
+
+
+def test_what_a_check_raises_is_its_finding_and_the_others_go_on(monkeypatch):
+    def check_broken(_):
+        raise RuntimeError("out of order: postgresql://u:cAnArY@h/db")
+
+    monkeypatch.setattr(doctors, "CHECKS", (check_broken, *CHECKS))
+    monkeypatch.setenv("SAFEDEFER_QUEUE", "postgresql://u:cAnArY@h/db")
+    findings = [*examine(app_of(monkeypatch))]
+    assert (findings[0].name, findings[0].status) == ("broken", "error")
+    assert "cAnArY" not in findings[0].text
+    assert len(findings) > 5
