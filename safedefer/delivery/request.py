@@ -21,6 +21,8 @@ class HandlerRequest:
     """When the request arrived, in seconds since the epoch."""
     retries: int
     """The retry count of its header; a hint, it is not signed."""
+    pushed: bool = False
+    """Whether a push engine says that it sent it; a hint too."""
     pointer: VerifiedPointer | None = None
     """The token that was sent, if the task is oversize."""
     task: VerifiedTask | None = None

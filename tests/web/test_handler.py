@@ -157,9 +157,9 @@ async def test_a_singular_failure_is_retried_and_logged_at_debug(served, kind, c
     with caplog.at_level(logging.DEBUG, "safedefer"):
         assert await served.outcome(task.payload) == (408, "retry")
     assert {record.levelno for record in caplog.records if task.id in record.getMessage()} == {logging.DEBUG}
-    assert await served.outcome(task.payload) == (408, "retry")
-    assert [record.reason for record in served.records(task)] == ["singular-task-failure"] * 2
-    assert tasks.RAN == ["singular"] * 2
+    assert await served.outcome(task.payload) == (500, "retry")
+    assert [record.reason for record in served.records(task)] == ["singular-task-failure"]
+    assert tasks.RAN == ["singular"], "before the delivery is settled it does not run again"
 
 
 @pytest.mark.parametrize("name", tasks.RAISES)
@@ -168,8 +168,8 @@ async def test_whatever_else_is_raised_is_retried(served, how, name):
     task = served.app.defer(how, name)
     assert await served.outcome(task.payload) == (500, "retry")
     assert await served.outcome(task.payload) == (500, "retry")
-    assert tasks.RAN == [name] * 2
-    assert [record.reason for record in served.records(task)] == ["exception"] * 2
+    assert tasks.RAN == [name], "before the delivery is settled it is answered again, and not run"
+    assert [record.reason for record in served.records(task)] == ["exception"]
     # The handler lives.
     assert await served.outcome(served.app.defer(tasks.add, 1).payload) == (200, "succeeded")
 
