@@ -89,6 +89,7 @@ class App(Producer):
     """
 
     _delivery: Delivery | None = None
+    _closed = False
 
     def __init__(
         self,
@@ -126,10 +127,8 @@ class App(Producer):
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
         self._queue: PullQueue | str = queue
-        self._storage = _storage(storage, file)
-        self._clock = clock
+        self._storage, self._clock = _storage(storage, file), clock
         self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
-        self._closed = False
         self.delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes,
             concurrency=concurrency,
