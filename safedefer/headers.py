@@ -43,10 +43,12 @@ class AttemptHeaders(Mapping[str, str]):
         make: Makes the headers.
     """
 
-    __slots__ = ("_made", "_make", "hints")
+    __slots__ = ("_made", "_make", "hints", "retry")
 
     def __init__(self, hints: Hints, make: Callable[[], dict[str, str]]) -> None:
         self.hints = hints
+        self.retry: Mapping[str, float] | None = None
+        """The retry options that were signed with the task, noted by what verified the token; None: none were."""
         self._make = make
         self._made: dict[str, str] | None = None
 

@@ -248,6 +248,8 @@ class Delivery:
             self._abandoned += 1
             raise
         finally:
+            if type(headers) is AttemptHeaders:
+                headers.retry = request.retry
             self.handled += 1
             self._running -= 1
             if not self._running:

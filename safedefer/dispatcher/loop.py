@@ -46,7 +46,6 @@ from safedefer.queues.rules import (
     backoff,
     give_back,
     gives_up,
-    with_queues_options,
 )
 
 __all__ = [
@@ -175,6 +174,7 @@ class Dispatcher:
             clock=self._clock,
             rng=self._random,
             slots=options.concurrency,
+            retry_options=options.retry_options,
         )
         return _RunState(leases, attempts, Prefetch(options.concurrency))
 
@@ -261,8 +261,6 @@ class Dispatcher:
                 queues=self._options.queues,
             )
             took = time.monotonic() - began
-            if self._options.retry_options:
-                leases = [self._completed(lease) for lease in leases]
             state.leases.add(leases)
             more = state.prefetch.leased(leases, wanted=wanted, seconds=took)
             self._set_suspect_aside()
@@ -278,11 +276,6 @@ class Dispatcher:
                 self._state.suspect = lease
             else:
                 self._state.leases.settle(lease, give_back(lease, now=self._clock()))
-
-    def _completed(self, lease: Lease) -> Lease:
-        """Return the lease with the retry options of the queue added to those of the task; the task's own win."""
-        queues_own = self._options.retry_options.get(lease.task.queue)
-        return with_queues_options(lease, queues_own) if queues_own else lease
 
     async def _rest(self) -> None:
         """Sleep until a slot is free, a task falls due, or any process enqueues one."""

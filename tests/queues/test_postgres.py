@@ -22,7 +22,7 @@ from safedefer.dispatcher.loop import Dispatcher
 from safedefer.dispatcher.transport import InProcessDelivery
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.ledger import Admission, EndState
-from safedefer.queues.base import AlreadyWaiting, DeadFilter, Settlement, TaskState, Verdict
+from safedefer.queues.base import AlreadyWaiting, DeadFilter, Settlement, TaskState, Verdict, task_digest
 from safedefer.queues.postgres.leasing import manager_of
 from safedefer.queues.postgres.migrations import MIGRATIONS, _queries, migrate
 from safedefer.queues.postgres.pgqueuer import STATEMENTS, untested
@@ -164,6 +164,26 @@ def test_the_clock_of_the_database_is_read(dsn):
     migrate(dsn)
     with contextlib.closing(PostgresQueue(dsn)) as queue:
         assert abs(queue.clock() - time.time()) < 60
+
+
+def test_a_run_that_an_older_version_knew_begins_again_as_before(real_dsn):
+    for column in ("not_before", "attempts", "losses", "first_loss"):
+        ask(real_dsn, f"ALTER TABLE safedefer.ledger DROP COLUMN {column}")
+    ask(real_dsn, "UPDATE safedefer.settings SET version = 1")
+    task = task_now()
+    entry = (task.audience, task.id, task_digest(task), task.expires)
+    insert = "INSERT INTO safedefer.ledger (audience, task_id, digest, state, expires, uncharged) VALUES (%s, %s, %s, 'retry', %s, false)"
+    ask(real_dsn, insert, *entry)
+    with contextlib.closing(PostgresQueue(real_dsn)) as queue, pytest.raises(ConfigurationError, match="of an older"):
+        queue.enqueue_many([task])
+    assert migrate(real_dsn) == ["safedefer: migration_2"]
+    old = task_now()
+    ask(real_dsn, insert, old.audience, old.id, task_digest(old), old.expires)  # a process that is connected goes on
+    with contextlib.closing(PostgresQueue(real_dsn)) as queue:
+        queue.enqueue_many([task])
+        assert len(lease_now(queue)) == 1
+        for known in (task, old):
+            assert begin(queue.ledger, execution_of(known), now=0.0, lease=30.0) is Admission.RUN
 
 
 def test_an_index_that_ignores_the_queue_does_not_tempt_the_planner(dsn):
