@@ -532,3 +532,19 @@ def test_the_drop_in_module_takes_absolute_urls_of_targets_too():
     finally:
         configure(None)
         app.close()
+
+
+@pytest.mark.parametrize("where", ["the policy", "a key"])
+def test_a_mistyped_exact_pattern_stops_the_handler_at_its_start_and_the_first_defer(where, tmp_path):
+    wrong = "tests.sample_tasks:ad"
+    key = Key("k1", SECRET, KeyState.ACTIVE, patterns=[wrong] if where == "a key" else None)
+    app = make_app(
+        queue=f"sqlite:///{tmp_path}/q.db",
+        keyring=Keyring(key),
+        policy=Policy(wrong if where == "the policy" else "tests.sample_tasks"),
+    )
+    with pytest.raises(ConfigurationError, match="tests.sample_tasks:ad names nothing"):
+        _ = app.delivery
+    with pytest.raises(ConfigurationError, match="tests.sample_tasks:ad names nothing"):
+        app.defer(tasks.add, 1, 2)
+    app.close()
