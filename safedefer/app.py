@@ -216,7 +216,7 @@ class App(Producer):
     # --- Handling ---
 
     async def handle(
-        self, headers: Mapping[str, str], body: bytes, *, path: str | None = None, method: str = "POST"
+        self, headers: Mapping[str, str], body: bytes, *, path: str | None = None, mount: str = "", method: str = "POST"
     ) -> Response:
         """Handle one request: the whole handler, without a framework.
 
@@ -225,12 +225,14 @@ class App(Producer):
             body: The raw body.
             path: The path that the request came on, which the token must name; None accepts the
                 application's own URL and those of its queues.
+            mount: The path at which the framework mounts the handler (ASGI ``root_path``, WSGI ``SCRIPT_NAME``), where
+                ``path`` begins with it: the token need not name it.
             method: The request's method.
 
         Returns:
             ``(status, headers, body)``. Nothing is raised.
         """
-        return await self.delivery.handle(headers, body, url=self.accepts(path), method=method)
+        return await self.delivery.handle(headers, body, url=self.accepts(path, mount), method=method)
 
     def authenticate(self, data: bytes) -> Claims:
         """Return the claims of a token that one of our keys signed. Says nothing of audience, time and policy.
@@ -240,9 +242,9 @@ class App(Producer):
         """
         return self._verifier.authenticate(data)
 
-    def accepts(self, path: str | None) -> str | Container[str]:
-        """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
-        return self._routes.accepts(path)
+    def accepts(self, path: str | None, mount: str = "") -> str | Container[str]:
+        """Return the paths that a token may name which came on ``path`` below ``mount``, the configured prefix removed."""
+        return self._routes.accepts(path, mount)
 
     @property
     def delivery(self) -> Delivery:

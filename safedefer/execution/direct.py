@@ -61,6 +61,7 @@ class DirectRunner:
         """
         if not self._loaded:
             self._policy.load()
+            self._verifier.load()
             REGISTRY.discover()
             self._loaded = True
 

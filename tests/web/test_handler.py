@@ -631,6 +631,46 @@ async def test_a_prefix_is_in_front_of_the_path_that_a_token_names(tmp_path):
         assert await served.outcome(task.payload, path="/api/v1" + URL) == (200, "succeeded")
 
 
+MOUNTS = {  # where the application is mounted, its prefix, and the path of the request
+    "a sub-app": (["/api/"], "", "/api"),
+    "a sub-app in a sub-app": (["/shop", "/api"], "", "/shop/api"),
+    "a sub-app that a proxy has a prefix for": (["/api"], "/tasks", "/api/tasks"),
+    "a prefix like the mount": (["/api"], "/api", "/api/api"),
+}
+
+
+@pytest.mark.parametrize("mount", MOUNTS)
+@pytest.mark.parametrize("route", ["routes", "handler_for", "TaskHandler"])
+async def test_below_a_mount_the_token_names_the_path_that_was_signed(mount, route, tmp_path):
+    tasks.reset()
+    folders, prefix, before = MOUNTS[mount]
+    if route != "routes" and prefix:
+        pytest.skip("a route that is added by hand has its own prefix")
+    app = make_app(keyring=KEYS, queue=f"sqlite:///{tmp_path}/q.db", prefix=prefix)
+    inner = top = web.Application()
+    if route == "routes":
+        inner.add_routes(app.routes())
+    elif route == "handler_for":
+        inner.router.add_route("*", URL, handler_for(app))
+    else:
+        inner.router.add_view(URL, web_handler.task_view(lambda: app))
+    for folder in reversed(folders):
+        top, mounted = web.Application(), top
+        top.add_subapp(folder, mounted)
+    task = app.defer(tasks.add, 1)
+    full = app.options(url=before + URL).defer(tasks.add, 3)
+    other = app.options(url="/other").defer(tasks.add, 2)
+    async with TestClient(TestServer(top)) as client:
+        async with aiohttp.ClientSession() as session:
+            served = Served(app, str(client.make_url("/")).rstrip("/"), session, None)
+            if not prefix:  # with one, the path behind it is the signed one
+                assert await served.outcome(full.payload, path=before + URL) == (200, "succeeded")
+            assert await served.outcome(other.payload, path=before + URL) == (403, "refused")
+            assert await served.outcome(task.payload, path=before + URL) == (200, "succeeded")
+            assert (await served.post(task.payload, path="/other" + URL))[0] == 404
+    app.close()
+
+
 @pytest.mark.parametrize("path", ["/tasks/mail", "/a%20b", "/~x/(y)", "/a/../b"])
 async def test_a_url_of_ones_own_is_served_by_handler_for(tmp_path, path):
     tasks.reset()
