@@ -388,7 +388,7 @@ class Throttle(Protocol):
         ...
 
     def controls(self, *, now: float) -> Sequence[QueueControl]:
-        """What holds queues back, as it stands, sorted by name."""
+        """Return the current limits, pauses and holds, sorted by queue."""
         ...
 
     def pause(self, queue: str, *, paused: bool, now: float) -> None:
@@ -448,7 +448,7 @@ class Store(Protocol):
         ...
 
     def prune(self, *, now: float) -> int:
-        """Forget what is too old: tombstones, history, ledger entries; archive old dead letters; returns how many.
+        """Delete what is too old: tombstones, history, ledger entries; archive old dead letters; returns how many.
 
         The ledger keeps what it knows of dead letters. Bounded work in a call; ``lease`` has it done now and then.
         """

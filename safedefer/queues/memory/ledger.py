@@ -35,13 +35,13 @@ class Entry:
     first_loss: float | None = None
 
     def known(self, now: float) -> rules.Known:
-        """Return what decides something."""
+        """Return the facts that admission and settlement depend on."""
         return rules.Known(
             self.state, self.uncharged, self.until > now, self.not_before > now, self.losses, self.first_loss
         )
 
     def forget_losses(self) -> None:
-        """Note a sign of life of a run."""
+        """Reset the losses: the run gave a sign of life."""
         self.losses, self.first_loss = 0, None
 
 
@@ -84,7 +84,7 @@ class MemoryLedger:
             return Admission.RUN
 
     def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:
-        """Prolong runs; False stands for one that is no longer ours."""
+        """Extend the leases of runs; False for each that another owner has."""
         with self._lock:
             entries = [self._ours(execution) for execution in executions]
             for execution, entry in zip(executions, entries, strict=True):
@@ -118,7 +118,7 @@ class MemoryLedger:
             return True
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:
-        """Store attempts that never came to run."""
+        """Store records of attempts that ran nothing."""
         with self._lock:
             for record in records:
                 self.record(record)
@@ -166,7 +166,7 @@ class MemoryLedger:
         )
 
     def cancel(self, task: QueuedTask) -> None:
-        """Note that a task was cancelled that is leased or runs. What its run owes stays uncharged."""
+        """Mark a leased or running task as cancelled; its run stays uncharged."""
         entry = self.entry(task)
         if entry is None:
             self.end(task, EndState.CANCELLED)

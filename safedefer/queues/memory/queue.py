@@ -70,7 +70,7 @@ class _State:
 
     rows: dict[str, _Row] = field(default_factory=dict)
     due: dict[str, list[tuple[float, int, str]]] = field(default_factory=dict)
-    """By queue, a heap of (due, seq, id); entries that a row has moved on from are passed over."""
+    """By queue, a heap of (due, seq, id); entries of rows whose due time has changed are skipped."""
     ended: dict[str, TaskView] = field(default_factory=dict)
     """Dead letters and history."""
     names: dict[tuple[str, str], float | None] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class _State:
     unique: dict[tuple[str, str], str] = field(default_factory=dict)
     """Ids of waiting and running tasks, by queue and unique key."""
     archived: set[str] = field(default_factory=set)
-    """Ids of dead letters that were put aside."""
+    """Ids of archived dead letters."""
     controls: dict[str, QueueControl] = field(default_factory=dict)
 
 
@@ -117,17 +117,17 @@ class MemoryQueue:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Everything."""
+        """All of them."""
         return FULL
 
     @property
     def statements(self) -> None:
-        """None: it is in no database."""
+        """None: the queue has no database."""
         return None
 
     @property
     def file(self) -> None:
-        """None: it is in no file."""
+        """None: the queue has no file."""
         return None
 
     @property
@@ -145,7 +145,7 @@ class MemoryQueue:
         self._closed = True
         self.wake()
 
-    # --- Giving tasks -----------------------------------------------------------------------------
+    # --- Enqueue ----------------------------------------------------------------------------------
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Store all tasks or none."""
@@ -267,7 +267,7 @@ class MemoryQueue:
         del self._state.ended[task_id]
         self._state.archived.discard(task_id)
 
-    # --- Holding queues back ----------------------------------------------------------------------
+    # --- Rates, pauses, holds ---------------------------------------------------------------------
 
     def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
         """Put the declared limits in force; a queue that is not among them has none."""
@@ -278,7 +278,7 @@ class MemoryQueue:
                 self._put(control.configured(declared.get(queue) or QueueLimits(queue=queue), now=now), now=now)
 
     def controls(self, *, now: float) -> Sequence[QueueControl]:
-        """What holds queues back, as it stands, sorted by name."""
+        """Return the current limits, pauses and holds, sorted by queue."""
         with self._changed:
             return [control.refill(now) for _, control in sorted(self._state.controls.items())]
 
@@ -325,7 +325,7 @@ class MemoryQueue:
                 allowed[queue] = None
         return {queue: most for queue, most in allowed.items() if most != 0}
 
-    # --- Taking tasks -----------------------------------------------------------------------------
+    # --- Lease and settle -------------------------------------------------------------------------
 
     def lease(
         self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
@@ -380,7 +380,7 @@ class MemoryQueue:
         return lost
 
     def extend_many(self, leases: Sequence[Lease], *, seconds: float, now: float) -> Sequence[bool]:
-        """Prolong leases; False stands for a lost one."""
+        """Extend leases; False for each lost one."""
         with self._changed:
             return [self._extend(lease, until=now + seconds) for lease in leases]
 
@@ -409,7 +409,7 @@ class MemoryQueue:
         return len(released)
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
-        """Settle several at once; False stands for a lost lease."""
+        """Settle deliveries at once; False for each lost lease."""
         with self._changed:
             return [self._settle(lease, settlement, now=now) for lease, settlement in settlements]
 
@@ -491,7 +491,7 @@ class MemoryQueue:
         return no_connections()
 
     def prune(self, *, now: float) -> int:
-        """Forget what is too old: tombstones, history with its records, ledger entries; returns how many."""
+        """Delete what is too old: tombstones, history with its records, ledger entries; returns how many."""
         with self._changed:
             before = now - self._history_seconds
             old_names = [name for name, until in self._state.names.items() if until is not None and until <= now]
@@ -521,10 +521,10 @@ class MemoryQueue:
         ended = self._state.ended.values()
         return [view for view in ended if view.state is TaskState.DEAD and view.id not in archived]
 
-    # --- Looking ----------------------------------------------------------------------------------
+    # --- Views ------------------------------------------------------------------------------------
 
     def stats(self, *, now: float) -> Sequence[QueueStats]:
-        """Counts of every queue that has a task or a dead letter, sorted by name."""
+        """Return the counts of every queue that has a task or a dead letter, sorted by name."""
         with self._changed:
             rows = list(self._state.rows.values())
             dead = [view.queue for view in self._current_dead()]
@@ -570,7 +570,7 @@ class MemoryQueue:
         return sorted(found, key=_dead_order)[:limit]
 
     def find(self, task_id: str) -> TaskView | None:
-        """One task in whatever state, with the records of its attempts; ended ones without a token."""
+        """Return one task in any state, with the records of its attempts; ended ones without a token."""
         with self._changed:
             row = self._state.rows.get(task_id)
             view = self._state.ended.get(task_id) if row is None else self._view(row)

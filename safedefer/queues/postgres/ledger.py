@@ -194,7 +194,7 @@ class PostgresLedger:
         return self._store.run(partial(begin_many, executions=executions, lease=lease), idempotent=True)
 
     def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:  # noqa: ARG002 - the seam has it
-        """Prolong runs; False stands for one that is no longer ours."""
+        """Extend the leases of runs; False for each that another owner has."""
         # Lock order: as in begin_many and finish_many.
         asked = [
             {"audience": run.audience, "task_id": run.task_id, "owner": run.owner}
@@ -226,7 +226,7 @@ class PostgresLedger:
         return self._store.run(partial(finish_many, ends=ends))
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:
-        """Store attempts that never came to run."""
+        """Store records of attempts that ran nothing."""
 
         async def action(connection: Connection) -> None:
             await add_records(connection, records)

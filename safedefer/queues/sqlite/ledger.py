@@ -37,7 +37,7 @@ class SQLiteLedger:
         )
 
     def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:
-        """Prolong runs; False stands for one that is no longer ours."""
+        """Extend the leases of runs; False for each that another owner has."""
         until = now + lease
         return self._writer.run(
             lambda connection: [extend(connection, execution, until=until) for execution in executions], durable=False
@@ -54,7 +54,7 @@ class SQLiteLedger:
         return self._writer.run(lambda connection: [finish(connection, *end) for end in ends])
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:
-        """Store attempts that never came to run."""
+        """Store records of attempts that ran nothing."""
 
         def action(connection: apsw.Connection) -> None:
             for record in records:

@@ -360,7 +360,7 @@ def find_ledger(connection: apsw.Connection, audience: str, task_id: str) -> Led
 
 
 def known(connection: apsw.Connection, audience: str, task_id: str, *, now: float) -> rules.Known | None:
-    """Return what the ledger knows of a task, as far as it decides something."""
+    """Return the ledger's facts that admission and settlement depend on."""
     row = find_ledger(connection, audience, task_id)
     return None if row is None else row.known(now)
 

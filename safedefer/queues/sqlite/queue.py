@@ -84,7 +84,7 @@ class SQLiteQueue:
             raise ConfigurationError(f"{text!r} is not the path of a file; for a queue without one use memory://")
         self._path = os.path.realpath(text)
         if os.path.islink(text) and not os.path.exists(text):  # noqa: PTH110, PTH114 - a text, as everything here
-            # Whoever may put a link there would choose the place of a new file.
+            # A dangling link would let its owner choose the path of the new file.
             raise ConfigurationError(
                 f"the queue's file {text!a} is a symbolic link to {self._path!a}, which does not exist; remove the link, "
                 "or make the file that it leads to"
@@ -111,7 +111,7 @@ class SQLiteQueue:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Everything."""
+        """All of them."""
         return FULL
 
     @property
@@ -144,7 +144,7 @@ class SQLiteQueue:
         if self._finalizer.detach() is not None:
             _close(self._writer, self._reader, self._watch, wait=True)
 
-    # --- Giving tasks -----------------------------------------------------------------------------
+    # --- Enqueue ----------------------------------------------------------------------------------
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Store all tasks or none, with their blobs, in one transaction."""
@@ -188,14 +188,14 @@ class SQLiteQueue:
         """Delete dead letters, archived ones too, in one transaction; returns how many there were."""
         return self._writer.run(lambda connection: operations.drop_dead(connection, task_ids))
 
-    # --- Holding queues back ----------------------------------------------------------------------
+    # --- Rates, pauses, holds ---------------------------------------------------------------------
 
     def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
         """Put the declared limits in force, for every dispatcher of the file."""
         self._writer.run(lambda connection: controls.configure(connection, limits, now=now))
 
     def controls(self, *, now: float) -> Sequence[QueueControl]:
-        """What holds queues back, as it stands, sorted by name."""
+        """Return the current limits, pauses and holds, sorted by queue."""
         return self._read(lambda connection: [control.refill(now) for control in controls.read(connection).values()])
 
     def pause(self, queue: str, *, paused: bool, now: float) -> None:
@@ -230,7 +230,7 @@ class SQLiteQueue:
                 return total
             position = following
 
-    # --- Taking tasks -----------------------------------------------------------------------------
+    # --- Lease and settle -------------------------------------------------------------------------
 
     def lease(
         self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
@@ -252,13 +252,13 @@ class SQLiteQueue:
         leases, newest = self._writer.run(action, durable=False)
         self._watch.seen(newest)
         if now >= self._next_prune:
-            # Nobody waits for it: what is not forgotten now is forgotten later.
+            # Not awaited: what is not deleted now is deleted at the next turn.
             self._next_prune = now + _PRUNE_EVERY
             self._writer.submit(lambda connection: self._prune(connection, now))
         return leases
 
     def extend_many(self, leases: Sequence[Lease], *, seconds: float, now: float) -> Sequence[bool]:
-        """Prolong leases; False stands for a lost one."""
+        """Extend leases; False for each lost one."""
         until = now + seconds
         return self._writer.run(
             lambda connection: [operations.extend(connection, lease, until=until) for lease in leases], durable=False
@@ -271,7 +271,7 @@ class SQLiteQueue:
         return released
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
-        """Settle several in one transaction; False stands for a lost lease."""
+        """Settle deliveries in one transaction; False for each lost lease."""
         seconds = self._tombstone_seconds
         return self._writer.run(
             lambda connection: [
@@ -302,7 +302,7 @@ class SQLiteQueue:
         return no_connections()
 
     def prune(self, *, now: float) -> int:
-        """Forget what is too old: tombstones, history, stray records, ledger entries; returns how many.
+        """Delete what is too old: tombstones, history, stray records, ledger entries; returns how many.
 
         Does a bounded amount in one call. ``lease`` has it done about once a minute, and sooner if much is old.
         """
@@ -318,10 +318,10 @@ class SQLiteQueue:
             self._next_prune = min(self._next_prune, now + _PRUNE_AGAIN)
         return removed
 
-    # --- Looking ----------------------------------------------------------------------------------
+    # --- Views ------------------------------------------------------------------------------------
 
     def _read(self, look: Callable[[apsw.Connection], T]) -> T:
-        """Look at the file as it is at one moment. What cannot be read is mended first."""
+        """Read in one snapshot. Values that cannot be read are repaired first."""
         try:
             return self._read_once(look)
         except (UnicodeDecodeError, BadValue):
@@ -335,7 +335,7 @@ class SQLiteQueue:
         return found  # noqa: RET504  # pyright: ignore[reportReturnType]  # to type checkers, `with` may swallow
 
     def stats(self, *, now: float) -> Sequence[QueueStats]:
-        """Counts of every queue that has a task or a dead letter, sorted by name."""
+        """Return the counts of every queue that has a task or a dead letter, sorted by name."""
         return self._read(lambda connection: _stats(connection, now=now))
 
     def tasks(
@@ -380,7 +380,7 @@ class SQLiteQueue:
         return self._read(look)
 
     def find(self, task_id: str) -> TaskView | None:
-        """One task in whatever state, with the records of its attempts; ended ones without a token."""
+        """Return one task in any state, with the records of its attempts; ended ones without a token."""
 
         def look(connection: apsw.Connection) -> TaskView | None:
             for view in ("view_tasks", "view_dead", "view_ended"):

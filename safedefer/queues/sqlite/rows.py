@@ -95,7 +95,7 @@ class LedgerRow(NamedTuple):
     first_loss: float | None
 
     def known(self, now: float) -> Known:
-        """Return what decides something."""
+        """Return the facts that admission and settlement depend on."""
         early = self.not_before > now
         return Known(self.state, bool(self.uncharged), self.until > now, early, self.losses, self.first_loss)
 

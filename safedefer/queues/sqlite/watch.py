@@ -1,6 +1,6 @@
 """Waiting for a task that any process enqueues.
 
-SQLite tells nobody of a commit of another process, so somebody has to look. A look is one ``stat`` of
+SQLite does not notify other processes of a commit, so this polls. A poll is one ``stat`` of
 the write-ahead log, and only when that has changed, or every so often, ``PRAGMA data_version``: the
 first costs about a microsecond, the second takes locks.
 """

@@ -1,7 +1,7 @@
 """The one writer: concurrent operations share a transaction, and so one fsync (group commit).
 
-Each operation runs in a savepoint, so that one which fails does not spoil the others. One that meets a value
-which cannot be read runs again, once the value is mended. Nobody is told of success before COMMIT has returned.
+Each operation runs in a savepoint, so that one which fails does not spoil the others. One that meets an
+unreadable value runs again, once the value is repaired. Success is reported only after COMMIT has returned.
 
 What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
 again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
@@ -138,7 +138,7 @@ class Writer:
 
 
 class _Batch:
-    """Some operations in one transaction."""
+    """Operations that share one transaction."""
 
     def __init__(self, handle: Handle, operations: list[_Operation]) -> None:
         self._handle = handle
