@@ -322,7 +322,10 @@ class Delivery:
         goes_on = False
         self._ledger_client.renewal.add(execution)
         try:
-            run = execute(task, self._codecs, context, in_thread=self._threads, validate=self._options.validate)
+            threads, options = self._threads, self._options
+            run = execute(
+                task, self._codecs, context, in_thread=threads, validate=options.validate, around=options.around
+            )
             late = partial(self._finish_late, request, execution)
             outcome = await self._runs.run(run, context.control, execution, seconds=seconds, late=late)
             if outcome is None:
