@@ -272,7 +272,6 @@ async def test_a_parked_task_runs_again_as_it_was_signed(app):
 #: What somebody wrote in place of a token, by the token that was there; and how it counts.
 TOKENS = {
     "a form": (lambda token: b"user=admin&role=root", "refused", "malformed-token"),
-    "nothing": (lambda token: b"", "refused", "malformed-token"),
     "a large one": (lambda token: b"x" * 100_000, "refused", "malformed-token"),
     "another mac": (lambda token: token[:-4] + b"AAAA", "refused", "bad-signature"),
     "an unknown key": (lambda token: mint(kid="nobody"), "refused", "unknown-key"),
@@ -281,6 +280,14 @@ TOKENS = {
     "a key without pickles": (lambda token: mint(cty="pickle"), "refused", "capability-exceeded"),
     "a version to come": (lambda token: mint(v=2), "rejected", "invalid-claims"),
 }
+
+
+async def test_an_empty_token_is_not_sent_and_buried_at_once(app):
+    task = app.defer(victim.note, "x")
+    write(app, task, token=b"")
+    assert await deliver(app) == []
+    view = app.queue.find(task.id)
+    assert (view.state, view.attempts, view.reason) == (TaskState.DEAD, 0, "unreadable")
 
 
 @pytest.mark.parametrize("what", TOKENS)
