@@ -40,7 +40,11 @@ _drain = click.option(
     help="Seconds that a stop waits for running tasks.",
 )
 _concurrency = click.option(
-    "--concurrency", default=16, show_default=True, type=click.IntRange(1, 10_000), help="Deliveries at once."
+    "--concurrency",
+    default=None,
+    show_default="the App's: SAFEDEFER_CONCURRENCY, 16",
+    type=click.IntRange(1, 10_000),
+    help="Tasks at once: the handler's slots and the dispatcher's deliveries.",
 )
 _queues = click.option("--queue", "queues", multiple=True, help="Only this queue; repeatable.")
 _lease = click.option(
@@ -71,6 +75,7 @@ _max_tasks = click.option(
 @_app_argument
 @_host
 @_port
+@_concurrency
 @_processes
 @_hang
 @_max_tasks
@@ -82,6 +87,7 @@ def serve(
     app: str | None,
     host: str,
     port: int,
+    concurrency: int | None,
     processes: int,
     hang_seconds: float,
     max_tasks: int | None,
@@ -94,7 +100,7 @@ def serve(
     worker = Worker.from_environment()
     if worker is None and (processes > 1 or max_tasks is not None):
         _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
-    loaded = _load(app)
+    loaded = _load(app, concurrency)
     _hide_keys(app, loaded)
 
     async def work() -> None:
@@ -125,13 +131,13 @@ def dispatch(
     app: str | None,
     address: str,
     queues: Sequence[str],
-    concurrency: int,
+    concurrency: int | None,
     lease: float,
     drain: float,
     timeout: float | None,
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
-    loaded = _load(app)
+    loaded = _load(app, concurrency)
     check_address("--to", address)
 
     async def work() -> None:
@@ -142,11 +148,11 @@ def dispatch(
             targets=loaded.targets,
             timeout=timeout,
             deadlines=deadlines,
-            concurrency=concurrency,
+            concurrency=loaded.delivery_options.concurrency,
             verify=verify,
         )
         async with _signals() as stop, http as deliver:
-            options = _dispatcher_options(loaded, concurrency, lease, drain, queues)
+            options = _dispatcher_options(loaded, lease, drain, queues)
             _keep_what_is_loaded()
             await _dispatch(Dispatcher(loaded.queue, deliver, clock=time.time, options=options), stop)
 
@@ -172,7 +178,7 @@ def run(
     host: str,
     port: int,
     queues: Sequence[str],
-    concurrency: int,
+    concurrency: int | None,
     lease: float,
     processes: int,
     hang_seconds: float,
@@ -186,13 +192,13 @@ def run(
     worker = Worker.from_environment()
     if worker is None:
         _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
-    loaded = _load(app)
+    loaded = _load(app, concurrency)
     _hide_keys(app, loaded)
 
     async def work() -> None:
         loaded.delivery.stop_renewal_after(hang_seconds)
         async with _serving(loaded, worker, host, port, max_tasks) as stop:
-            options = replace(_dispatcher_options(loaded, concurrency, lease, drain, queues), hang_seconds=hang_seconds)
+            options = replace(_dispatcher_options(loaded, lease, drain, queues), hang_seconds=hang_seconds)
             if worker is not None:
                 options = replace(options, owner=worker.owner, dead_owners=worker.dead_owners)
             deliver = InProcessDelivery(loaded.handle)
@@ -246,9 +252,11 @@ async def _serving(
         yield stop
 
 
-def _load(spec: str | None) -> App:
-    """Load the App of a process that delivers or runs tasks."""
+def _load(spec: str | None, concurrency: int | None) -> App:
+    """Load the App of a process that delivers or runs tasks; ``concurrency`` replaces its own, for slots and deliveries."""
     app = load_app(spec)
+    if concurrency is not None:
+        app.delivery_options = replace(app.delivery_options, concurrency=concurrency)
     if not app.environment_given:
         _log.warning("%s", NO_ENVIRONMENT)
     return app
@@ -266,14 +274,12 @@ def _is_used_up(app: App, tasks: int | None) -> bool:
     return app.delivery.is_clogged or (tasks is not None and app.delivery.handled >= tasks)
 
 
-def _dispatcher_options(
-    app: App, concurrency: int, lease: float, drain: float, queues: Sequence[str]
-) -> DispatcherOptions:
+def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[str]) -> DispatcherOptions:
     file = app.queue_file
     sections = () if file is None else file.queue
     app.outbox.start()
     return DispatcherOptions(
-        concurrency=concurrency,
+        concurrency=app.delivery_options.concurrency,
         lease_seconds=lease,
         drain_seconds=drain,
         queues=queues or None,

@@ -271,3 +271,40 @@ def test_help_names_every_command():
     )
     for command in ("demo", "dispatch", "inspect", "keys", "run", "serve", "tasks"):
         assert re.search(rf"^  {command} ", done.stdout, re.MULTILINE)
+
+
+OWN_APP = (
+    "from safedefer import App, Keyring, Policy\nimport os\n"
+    "app = App(keyring=Keyring.from_text(os.environ['SAFEDEFER_KEYS']), policy=Policy('shop_tasks'), environment='test',\n"
+    "    queue='sqlite:///tasks.db', concurrency=24)\n"
+)
+MANY_AT_ONCE = {  # the command lines of the processes, and settings
+    "run, the option": ([["run", "--port", "0", "--concurrency", "24"]], {}),
+    "run, the setting": ([["run", "--port", "0"]], {"SAFEDEFER_CONCURRENCY": "24"}),
+    "run, in code": ([["run", "shop_app:app", "--port", "0"]], {}),
+    "serve and dispatch, the option": (
+        [["serve", "--port", "0", "--concurrency", "24"], ["dispatch", "--concurrency", "24"]],
+        {},
+    ),
+    "serve and dispatch, the setting": ([["serve", "--port", "0"], ["dispatch"]], {"SAFEDEFER_CONCURRENCY": "24"}),
+    "the option before the setting": (
+        [["run", "--port", "0", "--concurrency", "24"]],
+        {"SAFEDEFER_CONCURRENCY": "4"},
+    ),
+}
+
+
+@pytest.mark.parametrize("label", MANY_AT_ONCE)
+def test_concurrency_is_one_number_for_slots_and_deliveries(project, label):
+    commands, settings = MANY_AT_ONCE[label]
+    project.environment |= settings
+    (project.folder / "shop_app.py").write_text(OWN_APP)
+    project.python(
+        "import shop_tasks as t; from safedefer import defer\nfor number in range(30): defer(t.slow, number, 4.0)"
+    )
+    _, url = project.start(*commands[0])
+    if len(commands) > 1:
+        project.start(*commands[1], "--to", url, wait_for_line=False)
+    project.until(lambda: len(list(project.folder.glob("started-*"))) >= 24)
+    assert project.results() == []  # all of them at once
+    assert len(list(project.folder.glob("started-*"))) == 24
