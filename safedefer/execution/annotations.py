@@ -12,6 +12,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.errors import PydanticUserError
 
 from safedefer.errors import InvalidArguments
+from safedefer.execution.bounded_validation import TooMuchWork, bounded, counting
 from safedefer.execution.revalidation import revalidate
 
 if TYPE_CHECKING:
@@ -27,7 +28,16 @@ def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs
         InvalidArguments: One is of another type, or a model does not pass its validators; the message names it and does not quote its value.
     """
     owner = getattr(target, "__self__", None) if type(target) is MethodType else target
-    revalidate([owner, *args, *kwargs.values()])
+    try:
+        with bounded(revalidate([owner, *args, *kwargs.values()])):
+            _check(target, args, kwargs)
+    except TooMuchWork:
+        raise InvalidArguments(
+            "the arguments take too much work to validate; give the union in their recursive type a discriminator"
+        ) from None
+
+
+def _check(target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     try:
         # The signature of the wrapped function, if there is one: it has the annotations.
         signature = inspect.signature(target)
@@ -36,15 +46,15 @@ def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs
         return
     hints = _hints(target)
     for name, value in bound.arguments.items():
-        adapter = hints.get(name)
-        if adapter is None:
+        validator = hints.get(name)
+        if validator is None:
             continue
         kind = signature.parameters[name].kind
         values = value if kind is inspect.Parameter.VAR_POSITIONAL else (value,)
         values = tuple(value.values()) if kind is inspect.Parameter.VAR_KEYWORD else values
         for item in values:
             try:
-                adapter.validate_python(item, strict=True)
+                validator.validate_python(item, strict=True)
             except ValidationError as error:
                 what = error.errors(include_input=False, include_url=False)[0]["type"]
                 raise InvalidArguments(
@@ -53,7 +63,7 @@ def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs
                 ) from None
 
 
-def _hints(target: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+def _hints(target: Callable[..., object]) -> Mapping[str, Any]:
     kind = type(target)
     if kind is MethodType:
         return _function_hints(cast("MethodType", target).__func__)
@@ -63,17 +73,18 @@ def _hints(target: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
 
 
 @lru_cache(maxsize=1024)
-def _function_hints(function: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+def _function_hints(function: Callable[..., object]) -> Mapping[str, Any]:
     from pydantic import TypeAdapter  # noqa: PLC0415  # only handlers that validate need it
 
-    adapters = {}
+    validators = {}
     try:
         hints = get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError):  # annotations for type checkers only, or a C function
         return {}
     for name, hint in hints.items():
         try:
-            adapters[name] = TypeAdapter(hint)
+            adapter: TypeAdapter[Any] = TypeAdapter(hint)
         except PydanticUserError:  # a type that pydantic cannot validate: isinstance decides
-            adapters[name] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    return adapters
+            adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        validators[name] = counting(adapter.validator, adapter.core_schema)
+    return validators
