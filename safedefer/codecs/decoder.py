@@ -74,7 +74,7 @@ class Decoder:
         #: How many set members and dict keys enclose the value.
         self.keyed = 0
         self.patterns = 0
-        #: Characters in the ranges of case-insensitive patterns.
+        #: Characters in the ranges of patterns.
         self.folded = 0
         self._admitted: set[int] = set()
 

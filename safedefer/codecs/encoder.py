@@ -92,7 +92,7 @@ class Encoder:
         #: How many set members and dict keys enclose the value.
         self.keyed = 0
         self.patterns = 0
-        #: Characters in the ranges of case-insensitive patterns.
+        #: Characters in the ranges of patterns.
         self.folded = 0
         # Names of the classes that the gate admitted, by id.
         self._names: dict[int, str] = {}

@@ -8,12 +8,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import FunctionType, MethodType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast, get_type_hints
 
 from pydantic import ValidationError
 from pydantic.errors import PydanticUserError
 
 from safedefer.errors import InvalidArguments
+from safedefer.execution.bounded_validation import TooMuchWork, bounded, counting
 from safedefer.execution.revalidation import revalidate
 
 if TYPE_CHECKING:
@@ -33,7 +34,16 @@ def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs
         InvalidArguments: One is of another type, or a model does not pass its validators; the message names it and does not quote its value.
     """
     owner = getattr(target, "__self__", None) if type(target) is MethodType else target
-    revalidate([owner, *args, *kwargs.values()])
+    try:
+        with bounded(revalidate([owner, *args, *kwargs.values()])):
+            _check(target, args, kwargs)
+    except TooMuchWork:
+        raise InvalidArguments(
+            "the arguments take too much work to validate; give the union in their recursive type a discriminator"
+        ) from None
+
+
+def _check(target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     try:
         # The signature of the wrapped function, if there is one: it has the annotations.
         signature = inspect.signature(target)
@@ -42,15 +52,15 @@ def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs
         return
     hints = _hints(target)
     for name, value in bound.arguments.items():
-        adapter = hints.get(name)
-        if adapter is None:
+        validator = hints.get(name)
+        if validator is None:
             continue
         kind = signature.parameters[name].kind
         values = value if kind is inspect.Parameter.VAR_POSITIONAL else (value,)
         values = tuple(value.values()) if kind is inspect.Parameter.VAR_KEYWORD else values
         for item in values:
             try:
-                adapter.validate_python(item, strict=True)
+                validator.validate_python(item, strict=True)
             except ValidationError as error:
                 what = error.errors(include_input=False, include_url=False)[0]["type"]
                 raise InvalidArguments(
@@ -59,7 +69,7 @@ def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs
                 ) from None
 
 
-def _hints(target: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+def _hints(target: Callable[..., object]) -> Mapping[str, Any]:
     kind = type(target)
     if kind is MethodType:
         return _function_hints(cast("MethodType", target).__func__)
@@ -69,7 +79,7 @@ def _hints(target: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
 
 
 @lru_cache(maxsize=1024)
-def _function_hints(function: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
+def _function_hints(function: Callable[..., object]) -> Mapping[str, Any]:
     adapters = {}
     unchecked = []
     for name, annotation in getattr(function, "__annotations__", {}).items():
@@ -89,7 +99,7 @@ def _function_hints(function: Callable[..., object]) -> Mapping[str, TypeAdapter
         if adapter is None:
             unchecked.append(name)
         else:
-            adapters[name] = adapter
+            adapters[name] = counting(adapter.validator, adapter.core_schema)
     if unchecked:
         _log.warning(
             "arguments of %s.%s are not checked: %s; their annotations cannot be evaluated here, or pydantic has no "
@@ -108,7 +118,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
         lambda: TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)),
     ]
     if issubclass(type(hint), type):
-        kinds.append(lambda: TypeAdapter(InstanceOf[hint]))
+        kinds.append(lambda: TypeAdapter(Annotated[hint, InstanceOf()]))
     for make in kinds:
         with contextlib.suppress(PydanticUserError, NameError):
             adapter = make()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, lru_cache
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
@@ -18,36 +19,49 @@ from pydantic_core import ArgsKwargs
 from safedefer.codecs.inspect_safely import lookup, mro, namespace
 from safedefer.codecs.registry import REGISTRY
 from safedefer.errors import InvalidArguments
+from safedefer.execution.bounded_validation import bounded, counting
 
 #: What no argument holds by itself: what these lead to is the program's.
-_OURS: Final = (type, FunctionType, BuiltinFunctionType, ModuleType)
+_OURS: Final = (type, FunctionType, ModuleType)
 _PLAIN: Final = frozenset({str, int, float, bool, bytes, bytearray, type(None)})
 
 
-def revalidate(values: Iterable[object]) -> None:
+def revalidate(values: Iterable[object]) -> int:
     """Validate every model in the values.
+
+    Returns:
+        The number of values, shared ones counted wherever they are met.
 
     Raises:
         InvalidArguments: One does not pass, or its validators would change it; the message names its class.
+        TooMuchWork: The validators need more calls than the values explain.
     """
-    pending, seen = [*values], set[int]()
+    pending, seen, count = [*values], set[int](), 0
+    models: list[object] = []
     while pending:
         value = pending.pop()
+        count += 1
         kind = type(value)
         if kind in _PLAIN or id(value) in seen or issubclass(kind, _OURS):
             continue
         seen.add(id(value))
-        if issubclass(kind, BaseModel):
-            _check_model(value)
-        elif lookup(kind, "__pydantic_validator__") is not None:
-            _check_dataclass(value)
+        if lookup(kind, "__pydantic_validator__") is not None:
+            models.append(value)
         pending += _parts(value)
+    with bounded(count):
+        for model in models:
+            if issubclass(type(model), BaseModel):
+                _check_model(model)
+            else:
+                _check_dataclass(model)
+    return count
 
 
 def _parts(value: Any) -> Iterator[object]:
     """Give the values that a container or an object holds."""
     kind = type(value)
-    if issubclass(kind, MethodType):
+    if kind is MethodType or kind is BuiltinFunctionType:
+        # A module, for a built-in function: that is the program's.
         yield value.__self__
     elif issubclass(kind, dict):
         yield from dict.keys(value)
@@ -55,11 +69,16 @@ def _parts(value: Any) -> Iterator[object]:
     elif issubclass(kind, list | tuple | set | frozenset | deque):
         base = next(each for each in (list, tuple, set, frozenset, deque) if issubclass(kind, each))
         yield from base.__iter__(value)
-    if REGISTRY.by_class(kind) is not None:
-        return  # its decoder made it, and what it leads to may be the program's
-    for cls in mro(kind):
-        slots = namespace(cls)
-        for name, slot in slots.items():
+    elif issubclass(kind, BaseException):
+        yield from (slot.__get__(value) for slot in _ERROR_PARTS)
+    if REGISTRY.by_class(kind) is None:  # else its decoder made it, and what it leads to may be the program's
+        yield from _attributes(value)
+
+
+def _attributes(value: object) -> Iterator[object]:
+    """Give the values of the slots of an object, and its ``__dict__``."""
+    for cls in mro(type(value)):
+        for name, slot in namespace(cls).items():
             if type(slot) is _SLOT:
                 try:
                     yield slot.__get__(value)
@@ -67,6 +86,10 @@ def _parts(value: Any) -> Iterator[object]:
                     continue
             elif name == "__dict__" and type(slot) is _DICT:
                 yield slot.__get__(value)
+
+
+#: What exceptions keep in C, in descriptors that are no slots.
+_ERROR_PARTS: Final[Any] = tuple(vars(BaseException)[name] for name in ("args", "__cause__", "__context__"))
 
 
 class _Slotted:
@@ -79,6 +102,7 @@ _DICT: Final = type(vars(_Slotted)["__dict__"])
 
 def _check_model(model: Any) -> None:
     kind = type(model)
+    _clean(model)
     state = _state(model)
     extra = getattr(model, "__pydantic_extra__", None)
     data: Any = {name: state[name] for name in kind.model_fields if name in state}
@@ -89,6 +113,16 @@ def _check_model(model: Any) -> None:
     fresh = object.__new__(kind)
     _validate(kind, data, fresh)
     _compare(kind, state, _state(fresh), kind.model_fields)
+
+
+def _clean(model: Any) -> None:
+    """Forget what properties cached, which the program computes again, and refuse what is no field: no validator sees it."""
+    kind, own = type(model), vars(model)
+    for name in own.keys() - kind.model_fields.keys():
+        found = lookup(kind, name)
+        if found is None or not issubclass(type(found[1]), cached_property):
+            raise _refused(kind, "it has an attribute that is no field")
+        del own[name]
 
 
 def _check_dataclass(value: Any) -> None:
@@ -103,11 +137,16 @@ def _check_dataclass(value: Any) -> None:
 def _validate(kind: Any, data: object, fresh: object) -> None:
     try:
         # By name: a model keeps its fields by name, whatever their aliases are.
-        kind.__pydantic_validator__.validate_python(
-            data, strict=True, self_instance=fresh, by_name=True, by_alias=False
-        )
+        _validator(kind).validate_python(data, strict=True, self_instance=fresh, by_name=True, by_alias=False)
     except ValidationError as error:
         raise _refused(kind, str(error.errors(include_input=False, include_url=False)[0]["type"])) from None
+
+
+@lru_cache(maxsize=1024)
+def _validator(kind: Any) -> Any:
+    made = kind.__pydantic_validator__
+    _ = made.title  # completes a class whose annotations were not defined yet
+    return counting(kind.__pydantic_validator__, kind.__pydantic_core_schema__)
 
 
 def _compare(kind: type, was: Mapping[str, object], now: Mapping[str, object], fields: Iterable[str]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
 from aiohttp import web
 
+from safedefer.events import REFUSALS_EVERY
 from safedefer.web.handler import Handles, routes
 
 #: Seconds that an idle connection is kept: a dispatcher sends its next request soon, or never.
@@ -19,11 +21,30 @@ _LINGERING: Final = 1.0
 
 
 class _Discreet(logging.Filter):
-    """Rewrites the log records of aiohttp's server, which may quote a malformed request."""
+    """Rewrites the log records of aiohttp's server, which may quote a malformed request.
+
+    One record a minute of each kind of error passes, with the number of those before it: whoever reaches the port makes
+    as many as they like.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, float] = {}
+        """When a record of the kind passed last."""
+        self._held: dict[str, int] = {}
+        """The number of records since."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind = record.exc_info[0] if isinstance(record.exc_info, tuple) else None
-        record.msg, record.args = "a request could not be answered (%s)", ("error" if kind is None else kind.__name__,)
+        error = record.exc_info[0] if isinstance(record.exc_info, tuple) else None
+        kind = "error" if error is None else error.__name__
+        now = time.monotonic()
+        if now - self._passed.get(kind, -REFUSALS_EVERY) < REFUSALS_EVERY:
+            self._held[kind] = self._held.get(kind, 0) + 1
+            return False
+        self._passed[kind] = now
+        record.msg, record.args = "a request could not be answered (%s)", (kind,)
+        if held := self._held.pop(kind, 0):
+            record.msg, record.args = f"{record.msg}, %d more since the last line", (kind, held)
         record.exc_info = record.exc_text = record.stack_info = None
         return True
 

@@ -89,6 +89,8 @@ ATTACKS = {
     "the same, for a part": [{"$pattern": ["(?i:" + "[\\x00-\\U0010ffff]" * 50 + ")", 32]}] * 16,
     "the same, with the characters themselves": [{"$pattern": ["[\x01-\U0010ffff]" * 200, 34]}] * 16,
     "the same, in octal and by name": [{"$pattern": ["[\\0-\\U0010fffe]" * 60, 34]}] * 8 + [{"$pattern": ["[\\N{SPACE}-\\U0010fffe]" * 30, 34]}] * 8,
+    "ranges of everything in any case": [{"$pattern": ["[\\x00-\\uffff]" * 70 + str(n), 32]} for n in range(16)],
+    "the same, beyond the first plane": [{"$pattern": ["[\x00-\U0010fffe]" * 200 + str(n), 32]} for n in range(16)],
     "the same, negated": [{"$pattern": ["[^\\x00-\\U0010fffe]" * 50, 34]}] * 16,
 }  # fmt: skip
 

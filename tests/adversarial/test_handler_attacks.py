@@ -25,7 +25,7 @@ import safedefer.refs
 import safedefer.web.handler
 from fuzz.audit import nothing_happens
 from safedefer.codecs.typed import TypedCodec
-from safedefer.web.server import serving
+from safedefer.web.server import _Discreet, serving
 from tests.adversarial import victim
 from tests.adversarial.forge import HEADERS, NOW, URL, call, make_app, mint, post
 from tests.schema import vectors
@@ -378,6 +378,40 @@ async def test_every_refusal_looks_the_same_on_the_wire(app):
     async with serving(app, "127.0.0.1", 0) as url:
         answers = {(await talk(url, request(JOSE, length(token), body=token)))[0] for token in tokens}
     assert len({re.sub(rb"Date: [^\r]*", b"", answer) for answer in answers}) == 1
+
+
+async def test_a_flood_of_malformed_requests_makes_no_flood_of_lines(app, caplog):
+    malformed = [
+        b"POST / HTTP/9.x\r\n\r\n",
+        b"POST / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"POST /" + b"a" * 9_000 + b" HTTP/1.1\r\n\r\n",
+    ]
+    async with serving(app, "127.0.0.1", 0) as url:
+        for _ in range(20):
+            for data in malformed:
+                answer, _ = await talk(url, data)
+                assert b" 400 " in answer
+    lines = [record.getMessage() for record in caplog.records if record.name == "safedefer.web"]
+    assert len(lines) == len(set(lines)) <= len(malformed)
+
+
+def test_the_lines_of_malformed_requests_are_counted(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("safedefer.web.server.time.monotonic", lambda: now[0])
+    discreet = _Discreet()
+
+    def line():
+        record = logging.LogRecord(
+            "x", logging.ERROR, "", 0, "from %s", ("1.2.3.4",), (ValueError, ValueError("x"), None)
+        )
+        return record.getMessage() if discreet.filter(record) else None
+
+    assert line() == "a request could not be answered (ValueError)"
+    assert [line() for _ in range(5)] == [None] * 5
+    now[0] = 60.0
+    assert line() == "a request could not be answered (ValueError), 5 more since the last line"
+    now[0] = 120.0
+    assert line() == "a request could not be answered (ValueError)"
 
 
 async def test_a_thousand_idle_connections_do_not_keep_others_out(app):

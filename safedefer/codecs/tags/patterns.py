@@ -17,6 +17,8 @@ MAX_PATTERN: Final = 1_024
 MAX_PATTERNS: Final = 16
 #: The most characters that the ranges of case-insensitive patterns of one call may span.
 MAX_FOLDED: Final = 200_000
+#: As many characters in ranges of other patterns, up to U+FFFF, take the work of one: ``re`` marks them in a table.
+_UNFOLDED: Final = 20
 # Without re.DEBUG, which prints, and the deprecated re.TEMPLATE.
 _FLAGS: Final = int(re.ASCII | re.IGNORECASE | re.LOCALE | re.MULTILINE | re.DOTALL | re.UNICODE | re.VERBOSE)
 
@@ -31,8 +33,7 @@ def _encode_pattern(enc: Encoder, value: re.Pattern[Any], depth: int) -> Json:
     enc.folded += _folded(source, value.flags)
     if enc.folded > MAX_FOLDED:
         raise Refusal(
-            f"the ranges of case-insensitive patterns have more than {MAX_FOLDED} characters; "
-            "write narrower ones, or pass the text"
+            f"the ranges of patterns have more than {MAX_FOLDED} characters; write narrower ones, or pass the text"
         )
     if value.flags & ~_FLAGS or _compile(source, value.flags) != value:
         raise Refusal("a pattern that its text and flags do not give again; pass the text")
@@ -47,7 +48,7 @@ def _decode_pattern(dec: Decoder, payload: Json, depth: int) -> re.Pattern[Any]:
         raise Refusal(f"$pattern is text or $bytes of at most {MAX_PATTERN}, and there are at most {MAX_PATTERNS}")
     dec.folded += _folded(source, integer(flags, 0, _FLAGS))
     if dec.folded > MAX_FOLDED:
-        raise Refusal(f"the ranges of case-insensitive patterns have more than {MAX_FOLDED} characters")
+        raise Refusal(f"the ranges of patterns have more than {MAX_FOLDED} characters")
     pattern = _compile(source, integer(flags, 0, _FLAGS) & _FLAGS)
     if pattern is None or pattern.flags != flags:
         raise VersionSkew("$pattern is [pattern, flags], with the flags that Python reports")
@@ -60,22 +61,24 @@ _CHARACTER: Final = re.compile(
 )
 _IGNORES_CASE: Final = re.compile(r"\(\?[a-zA-Z]*i")
 _LAST: Final = 0x10FFFF
+_LAST_MARKED: Final = 0xFFFF
 
 
 def _folded(source: str | bytes, flags: int) -> int:
     """Return how many characters the ranges of a case-insensitive pattern span: ``re`` folds each when it compiles.
 
-    A text like a range outside brackets counts too.
+    A text like a range outside brackets counts too. Ranges of other patterns count less.
     """
     text = source if isinstance(source, str) else source.decode("latin-1")
-    if not flags & re.IGNORECASE and _IGNORES_CASE.search(text) is None:
-        return 0
+    folds = flags & re.IGNORECASE or _IGNORES_CASE.search(text) is not None
+    most = _LAST if folds else _LAST_MARKED
     found = list(_CHARACTER.finditer(text))
-    return sum(
-        max(0, _code(after, unknown=_LAST) - _code(before, unknown=0) + 1)
+    spanned = sum(
+        max(0, min(_code(after, unknown=_LAST), most) - _code(before, unknown=0) + 1)
         for before, dash, after in zip(found, found[1:], found[2:], strict=False)
         if dash[0] == "-"
     )
+    return spanned if folds else spanned // _UNFOLDED
 
 
 def _code(character: re.Match[str], *, unknown: int) -> int:
