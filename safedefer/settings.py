@@ -16,6 +16,7 @@ from safedefer.errors import ConfigurationError
 from safedefer.keys import Keyring
 from safedefer.options import DEFAULT_URL
 from safedefer.policy import Policy
+from safedefer.queues.addresses import split_urls
 from safedefer.queues.base import StorageOptions
 from safedefer.queues.file_owner import trouble_with_folders, trouble_with_owner
 
@@ -39,6 +40,10 @@ def trouble_with_key_file(path: str, status: os.stat_result) -> str | None:
 
 def _words(value: object) -> object:
     return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def _urls(value: object) -> object:
+    return split_urls(value) if isinstance(value, str) else value
 
 
 def _pairs(value: object) -> object:
@@ -72,7 +77,7 @@ class Settings(BaseSettings):
         default=None, description="Patterns: pkg.mod, pkg.*, mod:name."
     )
     deferrable: bool = Field(default=False, description="Whether @deferrable marks count.")
-    queue: str = Field(default="sqlite:///safedefer.db", description="The queue's URL.")
+    queue: str = Field(default="sqlite:///safedefer.db", repr=False, description="The queue's URL.")
     environment: str = Field(default="default", description="prod, staging, ...: part of every token's audience.")
     url: str = Field(default=DEFAULT_URL, description="The path that tasks are posted to.")
     prefix: str = Field(default="", description="A path prefix in front of the handler, which tokens do not name.")
@@ -82,8 +87,9 @@ class Settings(BaseSettings):
     queue_yaml: Path | None = Field(
         default=None, description="A queue.yaml: rates, caps, targets, retry parameters; not given: no limits."
     )
-    outboxes: Annotated[list[str] | None, NoDecode, BeforeValidator(_words)] = Field(
+    outboxes: Annotated[list[str] | None, NoDecode, BeforeValidator(_urls)] = Field(
         default=None,
+        repr=False,
         description="Databases to sweep for transactional tasks: sqlite:///, postgresql:// or SQLAlchemy's URLs.",
     )
     targets: Annotated[dict[str, str] | None, NoDecode, BeforeValidator(_pairs)] = Field(

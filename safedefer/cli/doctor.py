@@ -25,7 +25,7 @@ from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, plain
 from safedefer.errors import Error
 from safedefer.execution.deadline import DEFAULT_DEADLINE
 from safedefer.keys import KeyState
-from safedefer.queues.addresses import redacted
+from safedefer.queues.addresses import redacted, split_urls
 from safedefer.queues.file_owner import trouble_with_folders
 
 #: Seconds between two clocks: as much as a token's times are allowed (``claims``).
@@ -104,7 +104,7 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]
 
 
 def _without_passwords(text: str) -> str:
-    urls = [os.environ.get("SAFEDEFER_QUEUE", ""), *os.environ.get("SAFEDEFER_OUTBOXES", "").replace(",", " ").split()]
+    urls = [os.environ.get("SAFEDEFER_QUEUE", ""), *split_urls(os.environ.get("SAFEDEFER_OUTBOXES", ""))]
     for url in urls:
         text = redacted(text, url)
     return text

@@ -13,7 +13,10 @@ _HIDDEN: Final = "..."
 _CUTS: Final = re.compile(r"[/@?#:\[\],\s]")
 #: Shorter pieces of a password are in every text.
 _SHORTEST: Final = 4
-_SERVERS: Final = re.compile(r"([^:]*|\[[0-9A-Fa-f:.]*\]|[^:]*:\d*)(,([^:]*|[^:]*:\d*))*")
+_SERVERS: Final = re.compile(r"([^:]*|\[[0-9A-Fa-f:.]*\]|[^:]*:\d{0,5})(,([^:]*|[^:]*:\d{0,5}))*")
+#: Between two URLs. A comma or space elsewhere is a part of one: of a list of hosts, or of a password, of which a piece that
+#: was cut off would look like an address.
+_BETWEEN: Final = re.compile(r"[,\s]+(?=[A-Za-z][A-Za-z0-9+.-]*://|$)")
 _PARAMETER: Final = re.compile(r"[A-Za-z_]+=(?:[^%]|%[0-9A-Fa-f]{2})*")
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
@@ -37,6 +40,11 @@ def place(url: str) -> str:
     if "@" in rest.partition("@")[2] or re.search(r"[/?#]", user):
         return f"{scheme}://{_HIDDEN}"
     return f"{scheme}://{shown}"
+
+
+def split_urls(text: str) -> list[str]:
+    """Return the URLs of a list that is separated by commas or spaces."""
+    return [url for url in _BETWEEN.split(text.strip()) if url]
 
 
 def check_url(url: str) -> str:
@@ -81,7 +89,8 @@ def describe(url: str, error: BaseException) -> str:
 def _secrets(url: str) -> set[str]:
     found = set()
     rest = url.partition("://")[2]
-    user = rest.rpartition("@")[0]
+    # Where the host is missing, what follows the colon may be the password.
+    user = rest.rpartition("@")[0] or (rest if place(url).endswith(_HIDDEN) else "")
     if ":" in user:
         found |= {user, user.partition(":")[2]}
     found |= set(re.findall(r"(?i)(?:password|passwd|pwd)\s*=\s*([^&\s]+)", url))

@@ -9,6 +9,7 @@ import pytest
 from safedefer.errors import ConfigurationError, Error
 from safedefer.queues import migrate_queue, open_queue
 from safedefer.queues.addresses import check_url, place, redacted
+from safedefer.settings import Settings
 from safedefer.transactions.databases import opener_of
 from safedefer.transactions.outbox import Outbox
 from tests.unit.apps import make_app
@@ -39,6 +40,9 @@ URLS = [
     f"mysql+none://u:{CANARY}@h/db",
     f"postgresql+psycopg://u:{CANARY}@127.0.0.1:1/db",
     f"postgresql+psycopg://u:a/{CANARY}@127.0.0.1:one/db",
+    f"postgresql+psycopg://u:{CANARY}",
+    f"mysql+pymysql://u:{CANARY}/db",
+    f"postgresql+psycopg://u:{CANARY} x@127.0.0.1:1/db",
     f"sqlite://u:{CANARY}@h/x",
     f"memory://u:{CANARY}@h",
     f"//u:{CANARY}\u2100@h/x",
@@ -97,7 +101,8 @@ def test_the_password_is_in_no_error_and_no_log(way, drivers, monkeypatch, caplo
     ("memory://", "memory://"),
     ("postgresql://u:a@b@db/shop", "postgresql://..."),
     ("postgresql://u:a/b@db/shop", "postgresql://..."),
-    ("postgresql://u:secret", "postgresql://..."),
+    ("postgresql://u:secret", "postgresql://..."), ("postgresql://u:12345678", "postgresql://..."),
+    ("postgresql://db:54321", "postgresql://db:54321"),
     ("secret", "..."), ("a b://u:secret@x", "..."), ("", "..."),
 ])  # fmt: skip
 def test_an_address_is_shown_without_user_password_and_parameters(url, shown):
@@ -122,3 +127,36 @@ def test_pieces_of_a_password_are_blanked_too():
     text = redacted('no port "defgh", no "abc/defgh", "abc%2Fdefgh", other-one; database shop', url)
     assert text == 'no port "...", no "...", "...", ...; database shop'
     assert redacted("nothing of it", "postgresql://u@db/nothing") == "nothing of it"
+
+
+@pytest.mark.parametrize("password", [
+    f"{CANARY},x", f"x,{CANARY}", f"x {CANARY}", f"12345678,{CANARY}", f"{CANARY},12345678", f"x,//{CANARY}:1", f"x,host={CANARY}",
+])  # fmt: skip
+@pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg", "postgresql+asyncpg", "mysql+pymysql"])
+def test_a_comma_or_a_space_in_a_password_does_not_cut_it_into_addresses(scheme, password, monkeypatch, caplog):
+    url = f"{scheme}://u:{password}@127.0.0.1:1/db"
+    monkeypatch.setenv("SAFEDEFER_OUTBOXES", f"sqlite:///a.db, {url},postgresql://u@h/d")
+    assert Settings.load().outboxes == ["sqlite:///a.db", url, "postgresql://u@h/d"]
+    with pytest.raises(Error) as caught:
+        outbox_or_error(url)
+    assert CANARY not in str(caught.value) + caplog.text
+    assert "12345678" not in str(caught.value) + caplog.text
+
+
+def outbox_or_error(url):
+    """Sweep; a URL that is understood only fails when it is used."""
+    outbox(url)
+    raise ConfigurationError("it was understood")
+
+
+def test_a_list_of_hosts_is_one_url(monkeypatch):
+    monkeypatch.setenv("SAFEDEFER_OUTBOXES", "postgresql://u@h1:1,h2:2/d  sqlite:///a.db,")
+    assert Settings.load().outboxes == ["postgresql://u@h1:1,h2:2/d", "sqlite:///a.db"]
+
+
+def test_the_settings_show_no_address(monkeypatch):
+    for name in ("QUEUE", "OUTBOXES"):
+        monkeypatch.setenv(f"SAFEDEFER_{name}", f"postgresql://u:{CANARY}@h/d")
+    settings = Settings.load()
+    assert CANARY in settings.queue
+    assert CANARY not in f"{settings!r} {settings} {traceback.TracebackException.from_exception(ValueError(settings))}"

@@ -20,8 +20,10 @@ import apsw
 import psycopg
 import pytest
 
+from safedefer.blobs import Blob
 from safedefer.cli.common import summary
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
+from safedefer.errors import QueueUnavailable
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict, task_digest
 from safedefer.queues.postgres.migrations import migrate
@@ -31,6 +33,7 @@ from safedefer.queues.rules import MOST_ROW_BYTES
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests import sample_tasks
 from tests.postgres.server import fresh_database, shared_server
+from tests.queues.contract import DONE, make_task
 from tests.queues.single import begin, finish
 from tests.unit.apps import make_app
 
@@ -409,3 +412,49 @@ def test_what_the_ledgers_index_does_not_take_lets_its_neighbours_be_settled(pos
         assert found is (TaskState.SUCCEEDED if verdict is Verdict.DONE else TaskState.DEAD)
     assert "cannot be settled" in caplog.text
     app.close()
+
+
+# --- Numbers of rows in SQLite ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [
+    *(f"UPDATE safedefer_tasks SET seq = {number} WHERE callable_name = 'bad'; UPDATE safedefer_blobs SET task = {number}"
+      for number in (2**63 - 1, 2**60, -(2**63), -1)),
+    *(f"UPDATE sqlite_sequence SET seq = {value}" for value in (2**63 - 1, 2**60, "9e999", "-9e999", "'x'", "x'ff'", "1.5", "-5", "NULL")),
+    "DELETE FROM sqlite_sequence", "INSERT INTO sqlite_sequence VALUES ('safedefer_tasks', 9e999)",
+])  # fmt: skip
+def test_no_number_of_a_row_stops_tasks_from_coming_and_going(sqlite, change):
+    sqlite.clear()
+    with contextlib.closing(sqlite.queue()) as queue:
+        bad = make_task(callable_name="bad", blob=Blob("b" * 32, b"stored"))
+        before, after, late = make_task(), make_task(), make_task()
+        queue.enqueue_many([before, bad, after])
+        seen = queue.lease(owner="w", limit=0, seconds=60.0, now=1e9)
+        assert not seen
+        connection = apsw.Connection(str(sqlite.path))
+        connection.set_busy_timeout(5000)
+        connection.execute(change)
+        assert queue.wait(0.2) in {True, False}
+        queue.purge("another", now=1e9)
+        queue.enqueue_many([late])
+        assert queue.wait(5.0), "nobody hears of the new task"
+        leases = {held.task.id: held for held in queue.lease(owner="w", limit=10, seconds=60.0, now=1e9)}
+        assert set(leases) == {before.id, bad.id, after.id, late.id}
+        assert queue.blobs.get("b" * 32) == b"stored"
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        connection.close()
+        assert all(queue.settle_many([(held, DONE) for held in leases.values()], now=1e9))
+        queue.enqueue_many([make_task()])
+
+
+def test_a_transaction_of_the_user_s_that_meets_such_a_number_says_what_to_do(sqlite):
+    sqlite.clear()
+    with (
+        contextlib.closing(sqlite.queue()) as queue,
+        contextlib.closing(apsw.Connection(str(sqlite.path))) as connection,
+    ):
+        connection.execute("UPDATE sqlite_sequence SET seq = 9223372036854775807")
+        with pytest.raises(QueueUnavailable, match="outside of a transaction"):
+            queue.enqueue_on(connection, [make_task()])
+        queue.enqueue_many([make_task()])
+        queue.enqueue_on(connection, [make_task()])

@@ -15,7 +15,7 @@ from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, 
 from safedefer.queues.poison import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
-from safedefer.queues.sqlite.repair import checked
+from safedefer.queues.sqlite.repair import MOST_SEQ, BadValue, checked
 from safedefer.queues.sqlite.rows import (
     LEDGER,
     STANDING,
@@ -35,8 +35,15 @@ if TYPE_CHECKING:
 
 
 def newest_seq(connection: apsw.Connection) -> int:
-    """Return the number of the newest task that was ever enqueued."""
-    return int(connection.execute(SQL["newest_seq"]).get)
+    """Return the number of the newest task that was ever enqueued.
+
+    Raises:
+        BadValue: It is none of ours: ``mend`` numbers anew.
+    """
+    newest = connection.execute(SQL["newest_seq"]).get
+    if type(newest) is not int or not 0 <= newest <= MOST_SEQ:
+        raise BadValue
+    return newest
 
 
 # --- Enqueue --------------------------------------------------------------------------------------
@@ -45,8 +52,10 @@ def newest_seq(connection: apsw.Connection) -> int:
 def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -> None:
     """Store a task, its name and its blob, as long as all blobs together have at most ``blob_limit`` bytes.
 
-    Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``.
+    Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``; ``BadValue`` where somebody has
+    used up the numbers of rows.
     """
+    newest_seq(connection)
     values = task_values(task)
     state = connection.execute(SQL["id_taken"], values).get
     if state == "ended":

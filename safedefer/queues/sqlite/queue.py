@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from safedefer.concurrency.forks import register_fork
-from safedefer.errors import ConfigurationError
+from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.queues.base import (
     DeadFilter,
     Lease,
@@ -159,9 +159,15 @@ class SQLiteQueue:
         """
         if os.path.realpath(connection.filename) != self._path:
             raise ConfigurationError(f"the connection's file is not the queue's; connect to {self._path}")
-        with connection:
-            for task in tasks:
-                operations.enqueue(connection, task, blob_limit=self._blob_limit)
+        try:
+            with connection:
+                for task in tasks:
+                    operations.enqueue(connection, task, blob_limit=self._blob_limit)
+        except BadValue:
+            raise QueueUnavailable(
+                f"the queue's file {self._path} holds a number that is none of its own; enqueue a task outside of a transaction, "
+                "which repairs it, and try again"
+            ) from None
 
     def cancel(self, task_id: str, *, now: float) -> bool:
         """Cancel a task that waits, is leased or runs; False if there is none, or it has ended."""

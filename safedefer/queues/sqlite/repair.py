@@ -11,6 +11,8 @@ from functools import lru_cache
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from safedefer.queues.sqlite.connection import SQL
+
 if TYPE_CHECKING:
     import apsw
 
@@ -31,6 +33,12 @@ WHOLE: Final = frozenset({int})
 NUMBER: Final = frozenset({float, int})
 BYTES: Final = frozenset({bytes})
 OR_NONE: Final = frozenset({NoneType})
+
+
+MOST_SEQ: Final = 2**53
+"""No task of ours has a larger number. After 2**63 - 1 SQLite would have none for a new row."""
+#: Rows are numbered anew so far above those before: whoever waits for a task knows the largest number there was.
+_STEP: Final = 2**32
 
 
 class BadValue(Exception):  # it is not raised to callers
@@ -65,7 +73,8 @@ def _fits(types: tuple[type, ...], kinds: tuple[frozenset[type], ...]) -> bool:
 
 
 def mend(connection: apsw.Connection) -> None:
-    """Mend all texts and convert all values, within a transaction: for when reading has failed."""
+    """Mend all texts, values and numbers of rows, within a transaction: for when reading has failed."""
+    _number_anew(connection)
     # Where it is known already it must not be made again: statements may be under way.
     if connection.execute("SELECT 1 FROM pragma_function_list WHERE name = 'safedefer_mended'").get is None:
         connection.create_scalar_function("safedefer_mended", _mended, 1)
@@ -82,6 +91,17 @@ def mend(connection: apsw.Connection) -> None:
         broken = " OR ".join(f"safedefer_mended(CAST({name} AS BLOB)) IS NOT NULL" for name in texts)
         # What is mended has a backslash, as no id, name or queue of ours has: it takes nobody's place.
         connection.execute(f"UPDATE OR REPLACE safedefer_{table} SET {mended} WHERE {broken}")  # noqa: S608 - our names
+
+
+def _number_anew(connection: apsw.Connection) -> None:
+    """Number the tasks whose number is none of ours, and go on from there."""
+    values = {"most": MOST_SEQ, "step": _STEP}
+    if connection.execute(SQL["numbers_bad"], values).get is None:
+        return
+    connection.execute("PRAGMA defer_foreign_keys = ON")  # until the transaction ends
+    for name in ("numbers_of_blobs", "numbers_of_tasks"):
+        connection.execute(SQL[name], values)
+    connection.execute(SQL["numbers_go_on"], values)
 
 
 def _mended(*values: object) -> str | None:

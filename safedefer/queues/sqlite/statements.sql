@@ -4,7 +4,9 @@
 -- instead: tokens, headers and options above 2 MiB (MOST_ROW_BYTES), other texts above 5,000 bytes.
 
 -- name: newest_seq
-SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'safedefer_tasks'), 0);
+-- SQLite goes on from the larger one. Somebody may have written any value into the first, and any number into the second.
+SELECT max(coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'safedefer_tasks'), 0),
+    coalesce((SELECT max(seq) FROM safedefer_tasks), 0));
 
 -- name: id_taken
 SELECT 'waiting' FROM safedefer_tasks WHERE id = :id
@@ -349,3 +351,29 @@ SELECT data FROM safedefer_blobs WHERE id = :id AND octet_length(data) <= 209715
 
 -- name: blob_delete
 DELETE FROM safedefer_blobs WHERE id = :id;
+
+-- name: numbers_bad
+-- Whether a task has a number that is none of ours, or the next one would have.
+SELECT 1 FROM safedefer_tasks WHERE seq NOT BETWEEN 0 AND :most
+UNION ALL SELECT 1 FROM sqlite_sequence
+WHERE name = 'safedefer_tasks' AND (typeof(seq) <> 'integer' OR seq NOT BETWEEN 0 AND :most)
+LIMIT 1;
+
+-- name: numbers_of_blobs
+WITH anew (old, new) AS (
+    SELECT seq, row_number() OVER (ORDER BY seq) + :step
+        + (SELECT coalesce(max(seq), 0) FROM safedefer_tasks WHERE seq BETWEEN 0 AND :most)
+    FROM safedefer_tasks WHERE seq NOT BETWEEN 0 AND :most
+)
+UPDATE safedefer_blobs SET task = anew.new FROM anew WHERE task = anew.old;
+
+-- name: numbers_of_tasks
+WITH anew (old, new) AS (
+    SELECT seq, row_number() OVER (ORDER BY seq) + :step
+        + (SELECT coalesce(max(seq), 0) FROM safedefer_tasks WHERE seq BETWEEN 0 AND :most)
+    FROM safedefer_tasks WHERE seq NOT BETWEEN 0 AND :most
+)
+UPDATE safedefer_tasks SET seq = anew.new FROM anew WHERE seq = anew.old;
+
+-- name: numbers_go_on
+UPDATE sqlite_sequence SET seq = :step + (SELECT coalesce(max(seq), 0) FROM safedefer_tasks) WHERE name = 'safedefer_tasks';

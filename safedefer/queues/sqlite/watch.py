@@ -15,6 +15,7 @@ from typing import Final
 from safedefer.concurrency.forks import register_fork
 from safedefer.queues.sqlite import operations
 from safedefer.queues.sqlite.connection import Handle
+from safedefer.queues.sqlite.repair import BadValue
 
 INTERVAL: Final = 0.010
 """Seconds between two looks: what another process enqueues is noticed within about this time."""
@@ -110,7 +111,10 @@ class FileWatch:
                 return
             # First the version: what is committed between the two statements shows at the next look.
             self._version = version
-            newest = operations.newest_seq(connection)
+            try:
+                newest = operations.newest_seq(connection)
+            except BadValue:  # it is mended by whoever enqueues or leases next
+                return
         self.advance(newest)
 
     def _stat_log(self) -> tuple[int, int, int]:
