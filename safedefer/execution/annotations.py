@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import FunctionType, MethodType, SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Final, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, cast, get_type_hints
 
 from pydantic import ValidationError
 from pydantic.errors import PydanticUserError
@@ -118,7 +118,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
         lambda: TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)),
     ]
     if issubclass(type(hint), type):
-        kinds.append(lambda: TypeAdapter(Annotated[hint, InstanceOf()]))
+        kinds.append(lambda: TypeAdapter(cast("Any", InstanceOf)[hint]))
     for make in kinds:
         with contextlib.suppress(PydanticUserError, NameError):
             adapter = make()

@@ -850,7 +850,7 @@ class QueueContract:
         counts = digest == "same" and rules.end_counts(end, known, ours=ours)
         assert finish(ledger, ended, end, record_of(task, "retry")) is counts
         state = str(end) if counts else known.state
-        expected = {"running": Admission.RUNNING, "retry": Admission.UNSETTLED}.get(state, Admission.DUPLICATE)
+        expected = {"running": Admission.RUNNING, "retry": Admission.RUN}.get(state, Admission.DUPLICATE)
         assert begin(ledger, execution_of(task, "run-3"), now=171.0, lease=60.0) is expected
 
     @pytest.mark.parametrize("late", [EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED])
@@ -890,6 +890,15 @@ class QueueContract:
         begin(queue.ledger, run, now=100.0, lease=60.0)
         assert finish(queue.ledger, run, state, record_of(task)) is True
         assert begin(queue.ledger, execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.DUPLICATE
+
+    def test_a_run_that_failed_may_begin_again_at_once_where_the_queue_does_not_have_the_task(self, queue):
+        """Its token was serialized and posted by somebody's own means: nobody settles a delivery of it."""
+        task = make_task()
+        for number in range(3):
+            run = execution_of(task, f"run-{number}")
+            assert begin(queue.ledger, run, now=100.0 + number, lease=60.0) is Admission.RUN
+            assert finish(queue.ledger, run, EndState.RETRY, record_of(task, "retry")) is True
+        assert begin(queue.ledger, execution_of(task, "run-3"), now=104.0, lease=60.0) is Admission.RUN
 
     def test_a_run_that_failed_may_begin_again_when_its_delivery_is_settled_and_its_time_has_come(self, queue):
         task = make_task()

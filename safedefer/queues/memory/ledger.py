@@ -11,7 +11,7 @@ from safedefer.queues.base import task_digest
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from collections.abc import Set as AbstractSet
 
     from safedefer.queues.base import QueuedTask
@@ -46,10 +46,11 @@ class Entry:
 
 
 class MemoryLedger:
-    """A ``Ledger`` in memory, under the lock of its queue."""
+    """A ``Ledger`` in memory, under the lock of its queue, which says whether a task waits or runs in it."""
 
-    def __init__(self, lock: threading.Condition) -> None:
+    def __init__(self, lock: threading.Condition, is_live: Callable[[str], bool]) -> None:
         self._lock = lock
+        self._is_live = is_live
         self._entries: dict[tuple[str, str], Entry] = {}
         self._records: dict[str, list[AttemptRecord]] = {}
 
@@ -115,6 +116,8 @@ class MemoryLedger:
                 return False
             entry.state, entry.owner, entry.until = str(state), None, 0.0
             entry.uncharged = entry.uncharged and rules.leaves_charge(state, record)
+            if state is EndState.RETRY and not self._is_live(execution.task_id):
+                entry.uncharged = False  # nobody settles it: whoever posts it tries again
             return True
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:

@@ -112,7 +112,7 @@ class MemoryQueue:
         self._wakes = self._wakes_seen = 0
         self._closed = False
         self._next_prune = float("-inf")
-        self._ledger = MemoryLedger(self._changed)
+        self._ledger = MemoryLedger(self._changed, lambda task_id: task_id in self._state.rows)
         self._blobs = MemoryBlobs()
 
     @property

@@ -391,7 +391,12 @@ WITH recorded AS (
 )
 UPDATE safedefer.ledger AS entry
 SET state = given.state, owner = NULL, until = NULL, began = given.began, finished = given.finished,
-    uncharged = entry.uncharged AND given.owed, losses = 0, first_loss = NULL
+    -- A retry of a task that is no job here is settled by nobody: whoever posts it tries again.
+    uncharged = entry.uncharged AND given.owed AND (given.state <> 'retry' OR EXISTS (
+        SELECT FROM safedefer.pgqueuer AS job
+        WHERE job.dedupe_key = given.task_id AND job.status IN ('queued', 'picked') OFFSET 0
+    )),
+    losses = 0, first_loss = NULL
 FROM json_to_recordset($1::json) AS given (
     audience text, task_id text, owner text, digest text, state text, owed boolean,
     began double precision, finished double precision

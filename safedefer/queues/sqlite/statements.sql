@@ -263,9 +263,10 @@ UPDATE safedefer_ledger SET until = :until
 WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state = 'running';
 
 -- name: ledger_finish
--- As rules.end_counts says.
+-- As rules.end_counts says. A retry of a task that has no row is settled by nobody: whoever posts it tries again.
 UPDATE safedefer_ledger
-SET state = :state, owner = NULL, until = 0, uncharged = min(uncharged, :owed), losses = 0, first_loss = NULL
+SET state = :state, owner = NULL, until = 0, losses = 0, first_loss = NULL,
+    uncharged = min(uncharged, :owed, :state <> 'retry' OR EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = :task_id))
 WHERE audience = :audience AND task_id = :task_id AND digest = :digest AND (
     (state = 'running' AND owner = :owner) OR (:state <> 'retry' AND state IN ('running', 'retry'))
 );
