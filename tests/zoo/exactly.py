@@ -198,17 +198,21 @@ class _Comparison:
         self.many(sorted(a, key=_order), sorted(b, key=_order), path)
 
 
-def _order(value):
-    """A text that is the same for equal members; objects that are only themselves have one for all."""
+def _order(value, levels=4):
+    """A text that is the same for equal members; objects that differ deep below, or not at all, have one for all."""
     kind = type(value)
-    if isinstance(value, frozenset):
-        parts = sorted(map(_order, value))
+    if levels == 0:
+        parts = ""
+    elif isinstance(value, frozenset):
+        parts = sorted(_order(each, levels - 1) for each in value)
     elif isinstance(value, tuple):
-        parts = list(map(_order, value))
-    elif kind.__name__ == "Money":
-        parts = [_order(value.amount)]
+        parts = [_order(each, levels - 1) for each in value]
+    elif kind.__module__.startswith("tests.") and hasattr(value, "__dict__"):
+        parts = [f"{name}={_order(each, levels - 1)}" for name, each in vars(value).items()]
+    elif isinstance(value, str | bytes | int | float | complex | None):
+        parts = repr(value)
     else:
-        parts = "" if hasattr(value, "__dict__") and kind.__module__.startswith("tests.") else repr(value)
+        parts = "" if isinstance(value, list | dict | set) or kind.__module__.startswith("tests.") else repr(value)
     return f"{kind.__name__}{parts}"
 
 
