@@ -68,10 +68,10 @@ class Listener:
             connection.terminate()
 
     def _hear(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
-        """Report an insert. Other operations, and payloads that are not pgqueuer's, are ignored."""
+        """Report an insert. Other operations, and payloads that are not pgqueuer's, are ignored: any role can notify."""
         try:
             operation = json.loads(str(payload)).get("operation")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return
         if operation == "insert":
             self._watch.changed()

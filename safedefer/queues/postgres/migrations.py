@@ -25,23 +25,30 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger("safedefer")
 
-MIGRATIONS: Final = ("migration_1",)
+MIGRATIONS: Final = ("migration_1", "migration_2")
 """Step n brings the tables of safedefer from version n - 1 to n. Steps are appended, never edited."""
 
 #: Key of the advisory lock that serializes migrations.
 _MIGRATION_LOCK: Final = 0x5AFE_DEFE
+#: Seconds that a migration waits for another one, or for whoever else holds a lock: any role of the database can take that one.
+_LOCK_SECONDS: Final = 60
 
 
 def migrate(dsn: str) -> list[str]:
     """Create the tables of a database, or bring them up to date; returns a line for each step done.
 
     Raises:
-        ConfigurationError: The URL is malformed.
-        QueueUnavailable: The database is not there, or its user may not make tables.
+        ConfigurationError: The URL is malformed, or the schema is another role's.
+        QueueUnavailable: The database is not there, its user may not make tables, or a lock did not become free.
     """
     check_url(dsn)
     try:
         return asyncio.run(_migrate(dsn))
+    except asyncpg.LockNotAvailableError as error:
+        raise QueueUnavailable(
+            f"the database at {place(dsn)} was not migrated: a lock was not free for {_LOCK_SECONDS} s; see in pg_locks who holds "
+            "it, and migrate again"
+        ) from error
     except BROKEN as error:
         raise QueueUnavailable(
             f"the database at {place(dsn)} was not migrated ({describe(dsn, error)}); "
@@ -53,8 +60,9 @@ async def check_schema(connection: Any) -> tuple[str, float]:
     """Return the marker and the lease seconds of a database.
 
     Raises:
-        ConfigurationError: The database was not migrated, or by another release.
+        ConfigurationError: The database was not migrated, or by another release, or the schema is another role's.
     """
+    await _check_owner(connection)
     if (warning := untested(pgqueuer_version)) is not None:
         _log.warning(warning)
     if not (await connection.fetchrow(SQL["has_settings"]))["found"]:
@@ -72,6 +80,22 @@ async def check_schema(connection: Any) -> tuple[str, float]:
         if _wanted(plan.statements):
             raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']}; {REMEDY_MIGRATE}")
     return settings["marker"], settings["lease_seconds"]
+
+
+async def _check_owner(connection: Any) -> None:
+    """Refuse a schema in which another role could have this one run its code. Before anything in it is used."""
+    found = await connection.fetchrow(SQL["foreign"])
+    if found is None:
+        return
+    what = (
+        "the schema safedefer"
+        if found["kind"] == "schema"
+        else f"the {found['kind']} {found['name']!a} in the schema safedefer"
+    )
+    raise ConfigurationError(
+        f"{what} belongs to {found['owner']!a}, whose code it could run as {found['me']!a}; if it is the queue's, give all of it to "
+        "the owner of the database (REASSIGN OWNED BY), else drop it and run `safedefer migrate`"
+    )
 
 
 def _queries(connection: Any) -> Queries:
@@ -93,13 +117,18 @@ async def _migrate(dsn: str) -> list[str]:
     connection = await asyncpg.connect(
         dsn,
         timeout=CONNECT_SECONDS,
-        server_settings={"application_name": "safedefer", "search_path": errors.SEARCH_PATH},
+        server_settings={
+            "application_name": "safedefer",
+            "search_path": errors.SEARCH_PATH,
+            "lock_timeout": f"{_LOCK_SECONDS}s",
+        },
     )
     done = []
     try:
         # Concurrent migrations wait here, for each other.
-        await connection.execute("SELECT pg_advisory_lock($1)", _MIGRATION_LOCK)
+        await connection.execute("SELECT pg_catalog.pg_advisory_lock(CAST($1 AS pg_catalog.int8))", _MIGRATION_LOCK)
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+        await _check_owner(connection)
         queries = _queries(connection)
         if await queries.schema_is_installed():
             if wanted := _wanted((await queries.plan_upgrade()).statements):

@@ -245,6 +245,36 @@ BEGIN
     RETURN gone.number;
 END $$;
 
+-- name: migration_2
+-- No run begins before `not_before`, when a retry is due; `attempts` is what the queue has counted then.
+ALTER TABLE safedefer.ledger ADD COLUMN not_before timestamptz;
+ALTER TABLE safedefer.ledger ADD COLUMN attempts bigint NOT NULL DEFAULT 0;
+-- Deliveries in a row whose run began and never ended, and when the first of them was counted.
+ALTER TABLE safedefer.ledger ADD COLUMN losses bigint NOT NULL DEFAULT 0;
+ALTER TABLE safedefer.ledger ADD COLUMN first_loss double precision;
+
+-- name: foreign
+-- What is in the schema safedefer, the schema itself first, and belongs to none of these: this role, a superuser, the owner of
+-- the database. The owner of the schema can put other functions and tables in the place of ours. Every operator has its
+-- schema: those of the schema that is judged must not be called.
+SELECT thing.kind, thing.name, role.rolname AS owner, current_user AS me
+FROM (
+    SELECT 0 AS place, 'schema' AS kind, n.oid AS schema, n.nspname AS name, n.nspowner AS owner FROM pg_catalog.pg_namespace AS n
+    UNION ALL SELECT 1, 'relation', c.relnamespace, c.relname, c.relowner FROM pg_catalog.pg_class AS c
+    UNION ALL SELECT 1, 'function', p.pronamespace, p.proname, p.proowner FROM pg_catalog.pg_proc AS p
+    UNION ALL SELECT 1, 'operator', o.oprnamespace, o.oprname, o.oprowner FROM pg_catalog.pg_operator AS o
+    UNION ALL SELECT 1, 'type', t.typnamespace, t.typname, t.typowner FROM pg_catalog.pg_type AS t
+) AS thing
+JOIN pg_catalog.pg_namespace AS home ON home.oid OPERATOR(pg_catalog.=) thing.schema
+JOIN pg_catalog.pg_roles AS role ON role.oid OPERATOR(pg_catalog.=) thing.owner
+WHERE home.nspname OPERATOR(pg_catalog.=) 'safedefer' AND NOT role.rolsuper
+    AND role.rolname OPERATOR(pg_catalog.<>) current_user AND role.rolname OPERATOR(pg_catalog.<>) 'pg_database_owner'
+    AND NOT EXISTS (
+        SELECT FROM pg_catalog.pg_database AS base WHERE base.datdba OPERATOR(pg_catalog.=) role.oid
+        AND base.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
+    )
+ORDER BY thing.place, thing.kind, thing.name LIMIT 1;
+
 -- name: has_settings
 SELECT to_regclass('safedefer.settings') IS NOT NULL AS found;
 
