@@ -37,6 +37,8 @@ _MEMBERS: Final = {
     for name in ("state", "queues", "patterns", "pickle")
     for prefix in ("safedefer", "")
 }
+#: Characters of the shortest secret.
+_LEAST_SECRET: Final = 43
 _ALIKE: Final = 0.75
 _MISSPELLED: Final = "misspelled"
 
@@ -138,10 +140,17 @@ def read_jwks(text: str | bytes) -> list[KeyFields]:
     ]
 
 
+def shown_kid(kid: str) -> str:
+    """Return a kid as messages show it: not one that is as long as a secret, with which it may have been swapped."""
+    if len(kid) >= _LEAST_SECRET:
+        return f"of {len(kid)} characters"
+    return ascii(kid)
+
+
 def _decode_secret(kid: str, text: str) -> bytes:
     try:
         return decode_segment(text.encode())
     except (MalformedToken, UnicodeEncodeError):
         raise ConfigurationError(
-            f"the secret of key {kid[:64]!a} is not base64url without padding; {MAKE_ONE}"
+            f"the secret of key {shown_kid(kid)} is not base64url without padding; {MAKE_ONE}"
         ) from None

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Final, Literal, NoReturn, Self, TypeAlias, TypeVar, final
 
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
-from safedefer.keyfile import MAKE_ONE, KeyFields, read_jwks, read_text
+from safedefer.keyfile import MAKE_ONE, KeyFields, read_jwks, read_text, shown_kid
 from safedefer.token import Token, decode_segment, encode_segment
 
 #: RFC 7518, section 3.2: a key for HS256 is at least as long as the hash.
@@ -284,16 +284,18 @@ def _weakness(kid: object, secret: object) -> ConfigurationError | None:
     if not isinstance(kid, str) or _KID.fullmatch(kid) is None:
         return ConfigurationError("a key's kid is 1 to 64 characters of A-Z a-z 0-9 _ -")
     if not isinstance(secret, bytes | bytearray):
-        return ConfigurationError(f"the secret of key {kid} is bytes; use Keyring.from_text for base64url")
+        return ConfigurationError(f"the secret of key {shown_kid(kid)} is bytes; use Keyring.from_text for base64url")
     if len(secret) < MIN_SECRET_BYTES:
-        return WeakKey(f"the secret of key {kid} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {MAKE_ONE}")
+        return WeakKey(
+            f"the secret of key {shown_kid(kid)} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {MAKE_ONE}"
+        )
     # Of 32 random bytes some 30 differ.
     periodic = any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1))
     if periodic or len(set(secret)) < _MIN_DIFFERENT:
-        return WeakKey(f"the secret of key {kid} repeats itself; {MAKE_ONE}")
+        return WeakKey(f"the secret of key {shown_kid(kid)} repeats itself; {MAKE_ONE}")
     # Looks are judged of text only: one random key in 256 begins with a brace.
     if secret.isascii() and _LOOKS_WRONG.search(secret.lower()):
-        return WeakKey(f"the secret of key {kid} looks like a placeholder or a key file; {MAKE_ONE}")
+        return WeakKey(f"the secret of key {shown_kid(kid)} looks like a placeholder or a key file; {MAKE_ONE}")
     return None
 
 

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, EnumType, Flag
+from functools import lru_cache, partialmethod, singledispatchmethod
 from inspect import signature
 from types import (
     BuiltinFunctionType,
@@ -20,6 +21,7 @@ from types import (
     FunctionType,
     MemberDescriptorType,
     MethodDescriptorType,
+    MethodWrapperType,
     WrapperDescriptorType,
 )
 from typing import Any, Final, cast
@@ -154,6 +156,9 @@ def _pair_hooks(own: dict[str, FunctionType | None], hooks: Mapping[str, tuple[t
         own["__new__"] = new[1]
 
 
+def _never_called() -> None: ...  # pragma: no cover  # for the type of its cache alone
+
+
 _FUNCTIONS: Final = (
     FunctionType,
     classmethod,
@@ -162,6 +167,11 @@ _FUNCTIONS: Final = (
     MethodDescriptorType,
     ClassMethodDescriptorType,
     WrapperDescriptorType,
+    MethodWrapperType,
+    # What functools makes of a method.
+    type(lru_cache(_never_called)),
+    partialmethod,
+    singledispatchmethod,
 )
 
 

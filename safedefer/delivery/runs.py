@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from safedefer.concurrency.threads import Threads
 from safedefer.execution.deadline import GRACE, RunControl, Stop
-from safedefer.execution.run import CoroutineCancelled, Outcome
+from safedefer.execution.run import CoroutineCancelled, Outcome, Result
 from safedefer.ledger import Execution
 
 _log: Final = logging.getLogger("safedefer")
@@ -80,9 +80,11 @@ class Runs:
         self._waiting.add(run)
         if seconds is not None:
             self._stop_at(run, loop, loop.time() + seconds)
+        cancelled = False
         try:
             await run.answered
         except asyncio.CancelledError:
+            cancelled = True
             run.task.cancel()
             await asyncio.wait({run.task})
         finally:
@@ -90,7 +92,10 @@ class Runs:
         if run.stuck:  # also if it has returned since
             return None
         if control.cancelled_with_caller:
-            raise CoroutineCancelled
+            if cancelled:
+                raise CoroutineCancelled
+            # The coroutine cancelled its own asyncio task, not its caller.
+            return Outcome(result=Result.RETRY, reason="exception", error=asyncio.CancelledError())
         return run.outcome or run.task.result()  # without an outcome it was cancelled
 
     def cancel(self, task_id: str) -> None:

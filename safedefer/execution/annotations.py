@@ -80,7 +80,7 @@ def _hints(target: Callable[..., object]) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=1024)
 def _function_hints(function: Callable[..., object]) -> Mapping[str, Any]:
-    adapters = {}
+    validators = {}
     unchecked = []
     for name, annotation in getattr(function, "__annotations__", {}).items():
         if name == "return":
@@ -99,14 +99,14 @@ def _function_hints(function: Callable[..., object]) -> Mapping[str, Any]:
         if adapter is None:
             unchecked.append(name)
         else:
-            adapters[name] = counting(adapter.validator, adapter.core_schema)
+            validators[name] = counting(adapter.validator, adapter.core_schema)
     if unchecked:
         _log.warning(
             "arguments of %s.%s are not checked: %s; their annotations cannot be evaluated here, or pydantic has no "
             "validator of them (import the names outside TYPE_CHECKING, or use types that pydantic knows)",
             function.__module__, function.__qualname__, ", ".join(unchecked),
         )  # fmt: skip
-    return adapters
+    return validators
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any] | None:

@@ -168,6 +168,16 @@ class Guarded:
     def check():
         return False
 
+    @functools.lru_cache  # noqa: B019
+    def remembered(self):
+        return False
+
+    @functools.singledispatchmethod
+    def dispatched(self, value):
+        return False
+
+    given = functools.partialmethod(dispatched, 1)
+
     @functools.cached_property
     def total(self):
         return 3
@@ -223,6 +233,9 @@ SHADOWS = {
     "a method": _object("Guarded", allowed=1),
     "a class method": _object("Guarded", build=1),
     "a static method": _object("Guarded", check=1),
+    "a method with a cache": _object("Guarded", remembered=1),
+    "a method by type": _object("Guarded", dispatched=1),
+    "a method with an argument": _object("Guarded", given=1),
     "a dunder": _object("Guarded", __init__=1),
     "a method of object": _object("Guarded", __reduce__=1),
     "a method of a list": {"$object": {"class": f"{HOME}:GuardedList", "items": [], "state": {"append": 1}}},

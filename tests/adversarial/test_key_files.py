@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import secrets
 import traceback
 
 import pytest
@@ -254,3 +255,15 @@ def test_keys_come_through_a_pipe_too():
         assert load(f"/dev/fd/{ours}") == "k0"
     finally:
         os.close(ours)
+
+
+@pytest.mark.parametrize("swapped", ["{secret}:new", "{secret}:", "ok-1:{other},{secret}:x"])
+def test_a_secret_in_the_place_of_its_name_is_not_quoted(swapped):
+    secret, other = (secrets.token_urlsafe(40) for _ in range(2))
+    for read in (
+        lambda: Keyring.from_text(swapped.format(secret=secret, other=other)),
+        lambda: Keyring.from_jwks(json.dumps({"keys": [{"kty": "oct", "kid": secret, "k": "new"}]})),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            read()
+        assert secret[:16] not in str(caught.value)
