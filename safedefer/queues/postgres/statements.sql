@@ -343,7 +343,8 @@ WHERE entry.digest = excluded.digest AND (
 );
 
 -- name: ledger_find
-SELECT entry.audience, entry.task_id, entry.digest, entry.state, entry.owner, entry.uncharged, entry.until > now() AS alive
+SELECT entry.audience, entry.task_id, CASE WHEN octet_length(entry.digest) <= 5000 THEN entry.digest ELSE ''::bytea END AS digest,
+    entry.state, left(entry.owner, 1000) AS owner, entry.uncharged, entry.until > now() AS alive
 FROM safedefer.ledger AS entry
 JOIN json_to_recordset($1::json) AS given (audience text, task_id text)
     ON entry.audience = given.audience AND entry.task_id = given.task_id;
@@ -413,7 +414,8 @@ SET state = excluded.state, owner = NULL, until = NULL, uncharged = false
 WHERE entry.state IN ('running', 'retry');
 
 -- name: ledger_lock
-SELECT digest, state, uncharged, until > now() AS alive FROM safedefer.ledger
+SELECT CASE WHEN octet_length(digest) <= 5000 THEN digest ELSE ''::bytea END AS digest, state, uncharged, until > now() AS alive
+FROM safedefer.ledger
 WHERE audience = $1 AND task_id = $2 FOR UPDATE;
 
 -- name: ledger_replace
