@@ -15,6 +15,7 @@ import secrets
 import time
 import tracemalloc
 from types import MappingProxyType
+from unittest import mock
 
 import apsw
 import psycopg
@@ -413,6 +414,34 @@ def test_what_the_ledgers_index_does_not_take_lets_its_neighbours_be_settled(pos
         assert found is (TaskState.SUCCEEDED if verdict is Verdict.DONE else TaskState.DEAD)
     assert "cannot be settled" in caplog.text
     app.close()
+
+
+# --- Records of attempts ----------------------------------------------------------------------------------------------
+
+
+def test_many_and_large_records_of_a_dead_letter_do_not_fill_the_memory(storage, app):
+    task, neighbour = app.defer(sample_tasks.add, 1), app.defer(sample_tasks.add, 2)
+    leases = app.queue.lease(owner="w", limit=2, seconds=60.0, now=time.time())
+    records = [
+        AttemptRecord(task.id, "a", float(n), float(n), "o", 500, str(n), None, "x" * (2_000_000 if n > 280 else 1_000))
+        for n in range(300)
+    ]
+    for held in leases:
+        app.queue.settle_many([(held, Settlement(verdict=Verdict.DEAD, reason="why"))], now=time.time())
+    kept = "safedefer.queues.postgres.records.RECORDS_KEPT", "safedefer.queues.rules.RECORDS_KEPT"
+    with contextlib.ExitStack() as stack:
+        for name in kept:  # a writer of the storage trims nothing
+            stack.enter_context(mock.patch(name, 10_000))
+        app.queue.ledger.record_many(records)
+    del records
+    tracemalloc.start()
+    letters = app.queue.dead_letters(DeadFilter())
+    found = app.queue.find(task.id)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {view.id for view in letters} == {task.id, neighbour.id}
+    assert [record.reason for record in found.records] == [str(n) for n in range(200, 300)]
+    assert peak < 20_000_000
 
 
 # --- The ledger while tasks run ---------------------------------------------------------------------------------------

@@ -320,9 +320,13 @@ DELETE FROM safedefer.attempts WHERE task_id = $1 AND seq <= (
 );
 
 -- name: attempts_of
-SELECT task_id, left(audience, 5000) AS audience, started, ended, left(outcome, 1000) AS outcome, status,
-    left(reason, 1000) AS reason, left(exception_type, 1000) AS exception_type, left(traceback, 1000000) AS traceback
-FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
+-- The newest 100 of each (RECORDS_KEPT). A traceback of ours has 16,390 characters at most.
+SELECT kept.task_id, left(kept.audience, 5000) AS audience, kept.started, kept.ended, left(kept.outcome, 1000) AS outcome,
+    kept.status, left(kept.reason, 1000) AS reason, left(kept.exception_type, 1000) AS exception_type,
+    left(kept.traceback, 25000) AS traceback
+FROM unnest($1::text[]) AS given (task_id) CROSS JOIN LATERAL (
+    SELECT * FROM safedefer.attempts WHERE attempts.task_id = given.task_id ORDER BY attempts.seq DESC LIMIT 100
+) AS kept ORDER BY kept.seq;
 
 -- name: attempts_become_stray
 UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);

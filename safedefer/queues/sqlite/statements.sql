@@ -241,10 +241,11 @@ DELETE FROM safedefer_attempts WHERE task_id = :task_id AND seq <= (
 );
 
 -- name: attempts_of
+-- The newest 100 (RECORDS_KEPT). A traceback of ours has 16,390 characters at most.
 SELECT task_id, iif(octet_length(audience) > 5000, '', audience), started, ended,
     iif(octet_length(outcome) > 5000, '', outcome), status, iif(octet_length(reason) > 5000, '', reason),
-    iif(octet_length(exception_type) > 5000, '', exception_type), iif(octet_length(traceback) > 2097152, '', traceback)
-FROM safedefer_attempts WHERE task_id = :id ORDER BY seq;
+    iif(octet_length(exception_type) > 5000, '', exception_type), iif(octet_length(traceback) > 100000, '', traceback)
+FROM (SELECT * FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 100) ORDER BY seq;
 
 -- name: attempts_last_reason
 SELECT iif(octet_length(reason) > 5000, '', reason) FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 1;
