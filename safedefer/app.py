@@ -23,6 +23,7 @@ from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 from safedefer.events import LogObserver, Observer
+from safedefer.execution.around import Around
 from safedefer.execution.direct import DirectRunner
 from safedefer.execution.prepare import Validate
 from safedefer.keys import Keyring
@@ -72,6 +73,8 @@ class App(Producer):
             a key that may sign pickles then runs any code.
         validate: ``"annotations"`` checks arguments against the callable's annotations in the handler, and runs the
             validators of models in them.
+        around: Callables that return a context manager, sync or async, such as ``client.context``: each is called and
+            entered around every run, a sync one in the thread of the run.
         concurrency: How many tasks run at once in this process.
         lease_seconds: How long a silent handler is believed to be running a task; a live one prolongs it.
         inline_limit: Tokens above this many bytes are stored as blobs (App Engine: about 10 kilobytes).
@@ -86,6 +89,7 @@ class App(Producer):
     """
 
     _delivery: Delivery | None = None
+    _closed = False
 
     def __init__(
         self,
@@ -104,6 +108,7 @@ class App(Producer):
         allow_pickle: bool = False,
         by_value_pickles_run_code: bool = False,
         validate: Validate = None,
+        around: Sequence[Around] = (),
         concurrency: int = 16,
         lease_seconds: float = 60.0,
         inline_limit: int = 10 * 1024,
@@ -122,16 +127,15 @@ class App(Producer):
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
         self._queue: PullQueue | str = queue
-        self._storage = _storage(storage, file)
-        self._clock = clock
+        self._storage, self._clock = _storage(storage, file), clock
         self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
-        self._closed = False
         self.delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes,
             concurrency=concurrency,
             lease_seconds=lease_seconds,
             unverified_bytes=unverified_bytes,
             validate=validate,
+            around=tuple(around),
             deadlines={} if file is None else file.deadlines,
         )
         self._codecs = _codecs(limits, allow_pickle=allow_pickle, by_value_runs_code=by_value_pickles_run_code)
@@ -166,6 +170,7 @@ class App(Producer):
             urls=routes.own_urls,
             blobs=lambda: self.queue.blobs,
             clock=clock,
+            around=self.delivery_options.around,
         )
         self._dead_letters = DeadLetters(
             verifier=self._verifier,
@@ -211,7 +216,7 @@ class App(Producer):
     # --- Handling ---
 
     async def handle(
-        self, headers: Mapping[str, str], body: bytes, *, path: str | None = None, method: str = "POST"
+        self, headers: Mapping[str, str], body: bytes, *, path: str | None = None, mount: str = "", method: str = "POST"
     ) -> Response:
         """Handle one request: the whole handler, without a framework.
 
@@ -220,12 +225,14 @@ class App(Producer):
             body: The raw body.
             path: The path that the request came on, which the token must name; None accepts the
                 application's own URL and those of its queues.
+            mount: The path at which the framework mounts the handler (ASGI ``root_path``, WSGI ``SCRIPT_NAME``), where
+                ``path`` begins with it: the token need not name it.
             method: The request's method.
 
         Returns:
             ``(status, headers, body)``. Nothing is raised.
         """
-        return await self.delivery.handle(headers, body, url=self.accepts(path), method=method)
+        return await self.delivery.handle(headers, body, url=self.accepts(path, mount), method=method)
 
     def authenticate(self, data: bytes) -> Claims:
         """Return the claims of a token that one of our keys signed. Says nothing of audience, time and policy.
@@ -235,9 +242,9 @@ class App(Producer):
         """
         return self._verifier.authenticate(data)
 
-    def accepts(self, path: str | None) -> str | Container[str]:
-        """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
-        return self._routes.accepts(path)
+    def accepts(self, path: str | None, mount: str = "") -> str | Container[str]:
+        """Return the paths that a token may name which came on ``path`` below ``mount``, the configured prefix removed."""
+        return self._routes.accepts(path, mount)
 
     @property
     def delivery(self) -> Delivery:

@@ -12,6 +12,8 @@ CONTENT_TYPES: Final = frozenset({CONTENT_TYPE, "application/octet-stream"})
 OUTCOME_HEADER: Final = "Safedefer-Outcome"
 QUEUE_HEADER: Final = "X-AppEngine-QueueName"
 RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
+#: Cloud Tasks sets it on every request that it pushes.
+PUSH_HEADER: Final = "X-CloudTasks-TaskName"
 
 
 class Response(NamedTuple):
@@ -29,6 +31,8 @@ class Hints(NamedTuple):
     type: str | None
     queue: str | None
     retries: int
+    pushed: bool = False
+    """Whether a push engine sent it, which takes 503 as a reason to slow the whole queue."""
 
 
 class AttemptHeaders(Mapping[str, str]):
@@ -39,10 +43,12 @@ class AttemptHeaders(Mapping[str, str]):
         make: Makes the headers.
     """
 
-    __slots__ = ("_made", "_make", "hints")
+    __slots__ = ("_made", "_make", "hints", "retry")
 
     def __init__(self, hints: Hints, make: Callable[[], dict[str, str]]) -> None:
         self.hints = hints
+        self.retry: Mapping[str, float] | None = None
+        """The retry options that were signed with the task, noted by what verified the token; None: none were."""
         self._make = make
         self._made: dict[str, str] | None = None
 
@@ -74,6 +80,7 @@ _HINTS: Final = {
     "content-type": "type",
     QUEUE_HEADER.lower(): "queue",
     RETRY_HEADER.lower(): "retries",
+    PUSH_HEADER.lower(): "pushed",
 }
 #: Names as our dispatcher writes them: for these no lower-case copy is made. None: the handler ignores the header.
 _SPELLED: Final = {
@@ -94,7 +101,7 @@ def read_hints(headers: Mapping[str, str]) -> Hints:
         if hint is not None:
             found[hint] = f"{found[hint]}, {value}" if hint in found else value
     get = found.get
-    return Hints(get("encoding"), get("type"), get("queue"), _count(get("retries")))
+    return Hints(get("encoding"), get("type"), get("queue"), _count(get("retries")), "pushed" in found)
 
 
 def _count(text: str | None) -> int:

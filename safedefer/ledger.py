@@ -23,6 +23,10 @@ class Admission(StrEnum):
     """It succeeded, failed or was cancelled already."""
     RUNNING = "running"
     """Somebody else runs it, and that lease is alive."""
+    EARLY = "early"
+    """It failed, and the time of its retry has not come."""
+    UNSETTLED = "unsettled"
+    """Its run failed, and the delivery is not settled yet: nothing says when, or whether, it is tried again."""
     CONFLICT = "conflict"
     """The id is known with another digest: not the same task."""
 
@@ -116,7 +120,10 @@ class Ledger(Protocol):
         ...
 
     def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:
-        """Prolong runs to ``lease`` seconds from now; False stands for one that is no longer ours."""
+        """Prolong runs to ``lease`` seconds from now; False stands for one that is no longer ours.
+
+        A run that was taken for lost, and asks for more time, lives: the losses of its task are forgotten.
+        """
         ...
 
     def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
@@ -127,7 +134,7 @@ class Ledger(Protocol):
         """Store the ends of runs; False stands for one that does not count. Every record is stored.
 
         The first end counts that is not RETRY, also of an owner whose lease has lapsed; RETRY counts only from the
-        current owner.
+        current owner. Any end, also one that does not count, makes the ledger forget the losses of the task.
         """
         ...
 

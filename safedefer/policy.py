@@ -14,7 +14,7 @@ The rules, in the order in which they are asked:
 1. By name, before anything is imported. Built-ins, the standard library and gadgets need an exact
    pattern.
 2. The reference is resolved and proved (``refs``).
-3. By identity. An exact pattern admits the object that it named when the policy was built. A member
+3. By identity. An exact pattern admits the object that it named when the policy was loaded. A member
    is admitted only if the class of the MRO that defines it is: an inherited one from elsewhere
    needs a pattern of its own, ``mod:Class.member``. Built-in methods are admitted one by one,
    ``builtins:list.append``: no callee is implicit. A class may be called if those that define its
@@ -100,27 +100,24 @@ class Gate(Protocol):
     @property
     def is_settled(self) -> bool:
         """Whether a name that was admitted stays so. Marks come with the modules that are imported."""
-        ...
+
+    def load(self) -> None:
+        """Import and look up what is named exactly, when a handler starts. Raises ``ConfigurationError``."""
 
     def check(self, ref: CallableRef) -> CallableRef:
-        """Admit a reference by its names; imports nothing. Raises ``PolicyViolation`` or ``CapabilityExceeded``."""
-        ...
+        """Admit a reference by its names. Raises ``PolicyViolation`` or ``CapabilityExceeded``."""
 
     def class_name(self, cls: type) -> str:
         """Name a class as ``module:qualname``, proved and admitted. Raises ``NotDeferrable``."""
-        ...
 
     def load_class(self, name: str) -> type:
         """Find an admitted class. Raises a ``RejectedTask``: not admitted, or not that class."""
-        ...
 
     def callable_ref(self, obj: object) -> CallableRef:
         """Name a callable, proved and admitted. Raises ``NotDeferrable``."""
-        ...
 
     def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
         """Find an admitted callable. Raises a ``RejectedTask``: not admitted, or not that callable."""
-        ...
 
 
 @final
@@ -135,18 +132,20 @@ class Policy(Immutable):
         metaclasses: Further metaclasses that classes may have, or ``mod:qualname`` of them.
 
     Raises:
-        ConfigurationError: A pattern is malformed, names nothing, or names the standard library as a whole.
+        ConfigurationError: A pattern is malformed, or names the standard library as a whole. One that names nothing is
+            found by ``load``, or by the first use.
     """
 
-    __slots__ = ("_deferrable", "_exact", "_metaclasses", "_modules", "_moved", "_packages", "_patterns")
+    __slots__ = ("_deferrable", "_modules", "_moved", "_named_metaclasses", "_packages", "_resolved", "patterns")
 
-    _patterns: tuple[str, ...]
+    patterns: tuple[str, ...]
+    """The patterns, as given."""
     _modules: frozenset[str]
     _packages: tuple[str, ...]
-    _exact: Mapping[str, object]
+    _resolved: tuple[Mapping[str, object], frozenset[type]] | None
     _deferrable: bool
     _moved: Mapping[str, str]
-    _metaclasses: frozenset[type]
+    _named_metaclasses: tuple[type | str, ...]
 
     def __init__(
         self,
@@ -157,34 +156,22 @@ class Policy(Immutable):
     ) -> None:
         moved = dict(moved or {})
         _check_moved(moved)
-        modules, packages, exact = set(), [], {}
         for pattern in patterns:
             _check_pattern(pattern)
-            if match := _EXACT.fullmatch(pattern):
-                exact.update(_exact_object(match[1], match[2], gone=pattern in moved))
-            elif match := _PACKAGE.fullmatch(pattern):
-                packages.append(match[1])
-            else:
-                modules.add(pattern)
         self._set(
-            _patterns=tuple(patterns),
-            _modules=frozenset(modules),
-            _packages=tuple(packages),
-            _exact=MappingProxyType(exact),
+            patterns=patterns,
+            _modules=frozenset(pattern for pattern in patterns if _MODULE.fullmatch(pattern)),
+            _packages=tuple(match[1] for pattern in patterns if (match := _PACKAGE.fullmatch(pattern))),
+            _resolved=None,
             _deferrable=deferrable,
             _moved=MappingProxyType(moved),
-            _metaclasses=METACLASSES | {_metaclass(item) for item in metaclasses},
+            _named_metaclasses=tuple(metaclasses),
         )
 
     def __repr__(self) -> str:
         """Show the patterns."""
         marks = ", deferrable=True" if self._deferrable else ""
-        return f"Policy({', '.join(map(repr, self._patterns))}{marks})"
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """The patterns, as given."""
-        return self._patterns
+        return f"Policy({', '.join(map(repr, self.patterns))}{marks})"
 
     @property
     def is_settled(self) -> bool:
@@ -193,15 +180,41 @@ class Policy(Immutable):
 
     def restricted(self, patterns: Iterable[str]) -> Gate:
         """Return the gate that admits what both this policy and the ``patterns`` of a key admit."""
-        inner = Policy(*patterns, moved=self._moved, metaclasses=self._metaclasses - METACLASSES)
-        return _Restricted(self, inner)
+        return _Restricted(self, Policy(*patterns, moved=self._moved, metaclasses=self._named_metaclasses))
 
-    def load(self) -> None:
-        """Import the modules that are named exactly: called once when a handler starts.
+    def resolve(self) -> tuple[Mapping[str, object], frozenset[type]]:
+        """Return what the exact patterns and the metaclasses name: looked up once, at the first use or ``load``.
+
+        Not when the policy is built: the modules of tasks may import the module that builds it.
 
         Raises:
-            ConfigurationError: A module cannot be imported, whatever it raised.
+            ConfigurationError: One names nothing, or what cannot be deferred.
         """
+        found = self._resolved
+        if found is None:
+            exact: dict[str, object] = {}
+            for match in filter(None, map(_EXACT.fullmatch, self.patterns)):
+                # The old name of something that moved is never looked up, whatever still stands there.
+                exact |= {match[0]: UNBOUND} if match[0] in self._moved else _exact_object(match[1], match[2])
+            found = MappingProxyType(exact), METACLASSES | {_metaclass(item) for item in self._named_metaclasses}
+            self._set(_resolved=found)
+        return found
+
+    @property
+    def _exact(self) -> Mapping[str, object]:
+        return self.resolve()[0]
+
+    @property
+    def _metaclasses(self) -> frozenset[type]:
+        return self.resolve()[1]
+
+    def load(self) -> None:
+        """Import what is named exactly, modules and callables: called when a handler starts.
+
+        Raises:
+            ConfigurationError: A module cannot be imported, whatever it raised, or an exact pattern names nothing.
+        """
+        self.resolve()
         gone = {name.partition(":")[0] for name in self._moved}
         for module in sorted(self._modules):
             try:
@@ -303,7 +316,7 @@ class Policy(Immutable):
         owner = find(ref.module, ref.qualname)
         name = f"{ref.module}:{ref.qualname}"
         if name in self._exact and self._exact[name] is not owner:
-            _deny(ref, "it is not the object that the exact pattern named when the policy was built")
+            _deny(ref, "it is not the object that the exact pattern named when the policy was loaded")
         if ref.kind in {"function", "builtin"}:
             return
         cls = cast("type", owner)
@@ -352,7 +365,7 @@ class Policy(Immutable):
             if exact is raw:
                 return
             if exact is not None:
-                _deny(ref, "the member is not the one that the exact pattern named when the policy was built")
+                _deny(ref, "the member is not the one that the exact pattern named when the policy was loaded")
         name = class_path(definer)
         module, _, qualname = name.partition(":")
         if ref.kind == "builtin_method":
@@ -427,7 +440,7 @@ class Policy(Immutable):
             named = self._exact.get(f"{module}:{outer}")
             same = same and (named is None or is_found(named, module, outer))
         if not same:
-            raise error(f"{name} is not the class that the exact pattern named when the policy was built; restart")
+            raise error(f"{name} is not the class that the exact pattern named when the policy was loaded; restart")
 
     def callable_ref(self, obj: object) -> CallableRef:
         """Name a callable. See ``Gate.callable_ref``."""
@@ -459,6 +472,11 @@ class _Restricted:
     def __init__(self, outer: Policy, inner: Policy) -> None:
         self._outer = outer
         self._inner = inner
+
+    def load(self) -> None:
+        """See ``Gate.load``. The modules of a key's patterns are not imported for it: they admit nothing alone."""
+        self._outer.load()
+        self._inner.resolve()
 
     @property
     def is_settled(self) -> bool:
@@ -541,16 +559,13 @@ def _check_moved(moved: Mapping[str, str]) -> None:
             raise ConfigurationError(f"moved takes one step, and {new} moves again; map {old} to the last name")
 
 
-def _exact_object(module: str, qualname: str, *, gone: bool) -> dict[str, object]:
+def _exact_object(module: str, qualname: str) -> dict[str, object]:
     """Resolve an exact pattern: the canonical name of the object, and the object itself."""
-    if gone:  # the old name of something that moved: never looked up, whatever still stands there
-        return {f"{module}:{qualname}": UNBOUND}
     try:
         found = _named(module, qualname)
     except UnresolvableCallable as error:
         raise ConfigurationError(
-            f"the pattern {module}:{qualname} names nothing: {error}; "
-            "correct it, and build the policy after the module is imported"
+            f"the pattern {module}:{qualname} names nothing: {error}; correct it, or defer after its module is imported"
         ) from error
     return {_canonical(module, qualname, found): found}
 
@@ -587,8 +602,6 @@ _MEMBER_TYPES: Final = frozenset({FunctionType, classmethod, MethodDescriptorTyp
 
 def _outers(qualname: str) -> list[str]:
     """Return the classes that a nested class lives in: ``A`` and ``A.B`` of ``A.B.C``."""
-    if "." not in qualname:
-        return []
     parts = qualname.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
@@ -596,13 +609,13 @@ def _outers(qualname: str) -> list[str]:
 def _metaclass(item: type | str) -> type:
     found = item
     if isinstance(item, str):
-        match = _EXACT.fullmatch(item)
-        if match is None:
-            raise ConfigurationError("metaclasses are named 'mod:qualname', or are the classes themselves")
+        module, _, qualname = item.partition(":")
         try:
-            found = cast("Any", find(match[1], match[2]))
+            found = cast("Any", find(module, qualname))
         except UnresolvableCallable as error:
-            raise ConfigurationError(f"the metaclass {item} cannot be found: {error}") from error
+            raise ConfigurationError(
+                f"the metaclass {item!a} cannot be found; write 'mod:qualname': {error}"
+            ) from error
     if not isinstance(found, type) or not issubclass(found, type):
         raise ConfigurationError(f"{item!a} is not a metaclass; name a subclass of type")
     return found

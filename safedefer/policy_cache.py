@@ -108,6 +108,10 @@ class PolicyCache:
         self._named_classes: dict[int, FoundClass] = {}
         self._found_classes: dict[str, FoundClass] = {}
 
+    def load(self) -> None:
+        """See ``Gate.load``."""
+        self._gate.load()
+
     @property
     def is_settled(self) -> bool:
         """See ``Gate.is_settled``."""

@@ -119,6 +119,11 @@ class Verifier:
         self._gates: dict[str, Gate] = {key.kid: _gate(policy, key) for key in keys}
         self._keys = {key.kid: key for key in keyring.keys}
 
+    def load(self) -> None:
+        """Load the policy and the patterns of the keys, when a handler starts. Raises ``ConfigurationError``."""
+        for gate in self._gates.values():
+            gate.load()
+
     def verify(
         self, data: bytes, url: str | Container[str], now: float, queue: str | None = None, *, expired: bool = False
     ) -> VerifiedTask | VerifiedPointer:

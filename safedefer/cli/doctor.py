@@ -155,7 +155,7 @@ def check_policy(app: App) -> Iterable[Finding]:
 
 
 def _leads_somewhere(pattern: str) -> bool:
-    if ":" in pattern:  # an exact one was looked up when the policy was built
+    if ":" in pattern:  # an exact one was looked up when the policy was loaded
         return True
     try:
         return find_spec(pattern.removesuffix(".*")) is not None

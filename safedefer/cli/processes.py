@@ -193,6 +193,8 @@ def run(
         loaded.delivery.stop_renewal_after(hang_seconds)
         async with _serving(loaded, worker, host, port, max_tasks) as stop:
             options = replace(_dispatcher_options(loaded, concurrency, lease, drain, queues), hang_seconds=hang_seconds)
+            if worker is not None:
+                options = replace(options, owner=worker.owner, dead_owners=worker.dead_owners)
             deliver = InProcessDelivery(loaded.handle)
             dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options)
             await _dispatch(dispatcher, stop, loaded.delivery.drain)  # what is posted from now on is answered busy

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -27,7 +28,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-#: The environment variable that tells a worker its descriptors: those of its pair and of the listening socket.
+#: The environment variable that tells a worker the descriptors of its pair and of the listening socket, ``hang_seconds``,
+#: the owner of its leases, and the owners of leases whose workers are dead.
 WORKER_VARIABLE: Final = "SAFEDEFER_WORKER"
 #: Seconds before the first restart after a crash; doubled with each crash in a row, up to the second number.
 _BACKOFF: Final = (0.1, 10.0)
@@ -40,6 +42,8 @@ _START_SECONDS: Final = 60.0
 #: Seconds beyond ``hang_seconds`` that a worker's own timer gets.
 _TIMER_SECONDS: Final = 2.0
 _BACKLOG: Final = 1_024
+#: The dead workers of one place whose leases its next worker releases: one may die before it did so.
+_DEAD_KEPT: Final = 8
 #: The exit status of a worker that a signal ended is the signal's number above this, as shells say it.
 _SIGNALLED: Final = 128
 
@@ -60,6 +64,7 @@ class SupervisorOptions:
 @dataclass(slots=True, eq=False)
 class _Worker:
     number: int
+    owner: str
     process: asyncio.subprocess.Process
     pair: socket.socket
     started: float
@@ -125,10 +130,12 @@ class Supervisor:
     async def _keep(self, number: int) -> None:
         """Keep one place filled."""
         crashes = 0
+        dead: list[str] = []
         loop = asyncio.get_running_loop()
         while not self._stopping.is_set():
-            worker = await self._start(number)
+            worker = await self._start(number, dead)
             status = await self._ended(worker)
+            dead = [*dead, worker.owner][-_DEAD_KEPT:]
             if self._stopping.is_set():
                 return
             if not worker.hangs and loop.time() - worker.heard > 0.8 * self._options.hang_seconds:
@@ -156,21 +163,23 @@ class Supervisor:
         for worker in self._workers:
             _send(worker, signal.SIGTERM)
 
-    async def _start(self, number: int) -> _Worker:
+    async def _start(self, number: int, dead: Sequence[str]) -> _Worker:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         descriptors = theirs.fileno(), self._listener.fileno()
+        owner = secrets.token_hex(8)
+        told = *descriptors, self._options.hang_seconds, owner, *dead
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
-                env={**os.environ, WORKER_VARIABLE: f"{descriptors[0]},{descriptors[1]},{self._options.hang_seconds}"},
+                env={**os.environ, WORKER_VARIABLE: ",".join(map(str, told))},
                 pass_fds=descriptors,
                 process_group=0,  # a Ctrl-C is for the supervisor alone, which lets them drain
             )
         finally:
             theirs.close()
         now = asyncio.get_running_loop().time()
-        worker = _Worker(number, process, ours, now, now, now)
+        worker = _Worker(number, owner, process, ours, now, now, now)
         self._workers.add(worker)
         asyncio.get_running_loop().add_reader(ours, self._hear, worker)
         if self._stopping.is_set():  # asked meanwhile

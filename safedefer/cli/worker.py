@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from safedefer.cli.supervisor import WORKER_VARIABLE
@@ -31,9 +31,15 @@ class Worker:
         line: Its end of the pair of sockets.
         listener: The listening socket that all workers share.
         hang_seconds: After how long without a turn of its loop this process is killed.
+        owner: The owner of its leases, which the supervisor knows when it has ended.
+        dead_owners: Those of workers before it.
     """
 
-    def __init__(self, line: socket.socket, listener: socket.socket, hang_seconds: float) -> None:
+    def __init__(
+        self, line: socket.socket, listener: socket.socket, hang_seconds: float, owner: str, dead_owners: Sequence[str]
+    ) -> None:
+        self.owner = owner
+        self.dead_owners = dead_owners
         self._line = line
         self.listener = listener
         self._hang_seconds = hang_seconds
@@ -55,8 +61,8 @@ class Worker:
         text = os.environ.pop(WORKER_VARIABLE, None)
         if text is None:
             return None
-        pair, listener, hang_seconds = text.split(",")
-        return cls(_inherited(int(pair)), _inherited(int(listener)), float(hang_seconds))
+        pair, listener, hang_seconds, owner, *dead_owners = text.split(",")
+        return cls(_inherited(int(pair)), _inherited(int(listener)), float(hang_seconds), owner, dead_owners)
 
     @contextlib.asynccontextmanager
     async def watched(self, stop: asyncio.Event, *, recycle: Callable[[], bool]) -> AsyncIterator[None]:

@@ -6,7 +6,7 @@ them, and the call must ask for one. Even then the codec does not trust the pick
 1. it scans the opcodes first: only those that Python 3.11's own pickler writes, and no bytes after the end;
 2. it finds names only by the policy, exactly, and in a fixed table of harmless standard types;
 3. it calls only classes while unpickling, with no argument that asks for memory of any size, and changes no class,
-   module or function.
+   module or function. What it calls to restore an object is of the object's class, never an attribute of the object.
 
 ``by_value_runs_code`` lifts 2 and 3: functions may then travel by value, so a holder of a key that may sign pickles
 can run any code in the handler.
@@ -14,6 +14,8 @@ can run any code in the handler.
 On the wire all values are in one pickle, so that sharing holds: ``args`` is
 ``[base64 of the pickle, "3.11", cloudpickle's version]``, ``kwargs`` is ``{}``, and ``bound``, if the
 call has one, is ``{"$pickle": 0}``. The pickle is of ``((bound,) or (), args, kwargs)``.
+
+Over 450 lines, since what is written, scanned and read is one rule of what a pickle may do.
 """
 
 from __future__ import annotations
@@ -33,16 +35,16 @@ from enum import Enum
 from fractions import Fraction
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from pathlib import PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, Final, cast
 from uuid import UUID, SafeUUID
 from zoneinfo import ZoneInfo
 
 import cloudpickle  # type: ignore[import-untyped]
 
-from safedefer.codecs.inspect_safely import derives
-from safedefer.codecs.shared import CallData, Values
-from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, imports_when_shown
+from safedefer.codecs.inspect_safely import derives, dict_getter, lookup
+from safedefer.codecs.shared import CallData, Refusal, Values
+from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, check_offsets, imports_when_shown
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
 from safedefer.options import Limits
@@ -212,6 +214,7 @@ class _ByReference(cloudpickle.Pickler):  # type: ignore[misc, name-defined, unu
             raise _Refused(
                 "an ImportError with a name_from makes a traceback import what its name says; set it to None"
             )
+        _check_error(obj)
         if any(obj is known for known in _HARMLESS.values()):
             return NotImplemented
         if kind is ZoneInfo:
@@ -290,6 +293,44 @@ def _step(op: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> Non
     stack.extend(max(base, inner) if name in _FILLING else inner for _ in op.stack_after)
 
 
+def _check_error(value: object) -> None:
+    """Refuse a ``UnicodeError`` whose text would be read from outside its object."""
+    if derives(type(value), UnicodeError):
+        try:
+            check_offsets(cast("UnicodeError", value))
+        except Refusal as refusal:
+            raise _Refused(refusal.why) from None
+
+
+def _check_method(target: object, *names: str) -> None:
+    """Refuse an object of which an attribute would be called that a pickle may have set: in its ``__dict__``, or a slot."""
+    kind = type(target)
+    getter = dict_getter(kind)
+    own = getter(target) if getter is not None else ()
+    for name in names:
+        if name in own or ((found := lookup(kind, name)) is not None and type(found[1]) is MemberDescriptorType):
+            raise _Refused(f"the pickle has the {name} of an object called, which is no method of its class")
+
+
+def _check_state(target: object, state: Any) -> None:
+    """Refuse a state that is more than names and values, unless the class restores it by a method of its own.
+
+    Raises:
+        _Refused: It is, names the class of the object, or holds arguments of an exception that may be of any size.
+    """
+    found = lookup(type(target), "__setstate__")
+    if found is not None and found[0] is not BaseException:
+        return
+    own, slots = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004
+    for part in (own, slots):
+        if part is None:
+            continue
+        if type(part) is not dict or "__class__" in part:
+            raise _Refused("the pickle gives an object a state that is not a dict of its attributes")
+        if found is not None and type(part.get("args", ())) is not tuple:
+            raise _Refused("the pickle gives an exception arguments that are not a tuple")
+
+
 # The unpickler in Python of the standard library: the one in C has no hook before it calls or changes an object.
 _Unpickler: Final[Any] = pickle._Unpickler  # type: ignore[attr-defined, unused-ignore] # noqa: SLF001
 
@@ -357,32 +398,41 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         """REDUCE: call with arguments."""
         self._check_call(*self.stack[-2:])
         super().load_reduce()
+        _check_error(self.stack[-1])
 
     def load_newobj(self) -> None:
         """NEWOBJ: ``cls.__new__(cls, *args)``."""
         self._check_call(*self.stack[-2:])
         super().load_newobj()
+        _check_error(self.stack[-1])
 
     def load_newobj_ex(self) -> None:
         """NEWOBJ_EX: ``cls.__new__(cls, *args, **kwargs)``."""
         self._check_call(*self.stack[-3:-1])
         super().load_newobj_ex()
+        _check_error(self.stack[-1])
 
     def load_build(self) -> None:
         """BUILD: set the state of an object."""
-        self._check_target(self.stack[-2])
+        target, state = self.stack[-2:]
+        self._check_target(target)
+        _check_method(target, "__setstate__")
+        _check_state(target, state)
         super().load_build()
+        _check_error(target)
         if imports_when_shown(self.stack[-1]):
             raise _Refused("an ImportError with a name_from makes a traceback import what its name says")
 
     def load_append(self) -> None:
         """APPEND: to a list, or an object that is like one."""
         self._check_target(self.stack[-2])
+        _check_method(self.stack[-2], "append")
         super().load_append()
 
     def load_appends(self) -> None:
         """APPENDS: to a list, or an object that is like one."""
         self._check_target(self.metastack[-1][-1])
+        _check_method(self.metastack[-1][-1], "extend", "append")
         super().load_appends()
 
     def load_setitem(self) -> None:
@@ -398,6 +448,7 @@ class _Reader(_Unpickler):  # type: ignore[misc]
     def load_additems(self) -> None:
         """ADDITEMS: to a set, or an object that is like one."""
         self._check_target(self.metastack[-1][-1])
+        _check_method(self.metastack[-1][-1], "add")
         super().load_additems()
 
 

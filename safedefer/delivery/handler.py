@@ -14,7 +14,9 @@ any other exception, or past the deadline               500     ``retry``
 cancelled while it ran                                  200     ``cancelled``
 ``PermanentTaskFailure``, expired, arguments undecodable  200   ``failed``
 unresolvable, refused by policy, claims unknown         500     ``rejected``
-too early                                               503     ``early``
+too early, or before the time of the retry              503     ``early``
+the same, sent by a push engine                         425     ``early``
+failed, and the delivery of that run is not settled     500     ``retry``
 not authentic                                           403     ``refused``
 not POST, too large, wrong type or any encoding         405, 413, 415  ``refused``
 a body that breaks off, or does not come                400, 408  ``refused``
@@ -78,6 +80,9 @@ __all__ = [
 
 _log: Final = logging.getLogger("safedefer")
 
+#: Reasons of a token that is posted again after a failure: before the time of its retry, or before that is known.
+RETRY_NOT_DUE: Final = "retry-not-due"
+UNSETTLED: Final = "unsettled"
 _REFUSED_BODY: Final = b"refused\n"
 _STORAGE_THREADS: Final = 4
 #: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
@@ -228,7 +233,7 @@ class Delivery:
         early = self._check(method, hints, len(body))
         if early is not None:
             return early
-        request = HandlerRequest(self._clock(), hints.retries)
+        request = HandlerRequest(self._clock(), hints.retries, hints.pushed)
         self._running += 1
         try:
             return await self._handle(request, hints, body, url)
@@ -243,6 +248,8 @@ class Delivery:
             self._abandoned += 1
             raise
         finally:
+            if type(headers) is AttemptHeaders:
+                headers.retry = request.retry
             self.handled += 1
             self._running -= 1
             if not self._running:
@@ -295,7 +302,16 @@ class Delivery:
             return self._answer(request, 200, "duplicate", None)
         if admission is Admission.RUNNING:
             return self._answer(request, 409, "running", None)
+        if admission is Admission.EARLY:
+            return self._early(request, RETRY_NOT_DUE, 1)
+        if admission is Admission.UNSETTLED:
+            return self._answer(request, 500, "retry", UNSETTLED)
         return self._refuse(403, ReplayedTask.slug)
+
+    def _early(self, request: HandlerRequest, reason: str, seconds: int) -> Response:
+        # To a push engine 503 would say that this handler is overloaded: it would slow the whole queue.
+        status = 425 if request.pushed else 503
+        return self._answer(request, status, "early", reason, {"Retry-After": str(seconds)})
 
     # --- The run and its end ---
 
@@ -306,7 +322,10 @@ class Delivery:
         goes_on = False
         self._ledger_client.renewal.add(execution)
         try:
-            run = execute(task, self._codecs, context, in_thread=self._threads, validate=self._options.validate)
+            threads, options = self._threads, self._options
+            run = execute(
+                task, self._codecs, context, in_thread=threads, validate=options.validate, around=options.around
+            )
             late = partial(self._finish_late, request, execution)
             outcome = await self._runs.run(run, context.control, execution, seconds=seconds, late=late)
             if outcome is None:
@@ -371,7 +390,7 @@ class Delivery:
             return self._refuse(403, error.slug)
         request.refused = error.identity or request.identity
         if isinstance(error, NotYetValid):
-            return self._answer(request, 503, "early", error.slug, {"Retry-After": str(error.retry_after)})
+            return self._early(request, error.slug, error.retry_after)
         failed = error.is_final
         status, outcome = (200, "failed") if failed else (500, "rejected")
         if request.execution is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
+from safedefer.execution.around import Around, check_around
 from safedefer.execution.deadline import DEFAULT_DEADLINE, MAX_DEADLINE
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class DeliveryOptions:
     """Bytes that the bodies of all requests take together while they are read; one more is answered ``busy``."""
     validate: Validate = None
     """``"annotations"``: check the arguments against the callable's annotations before the call."""
+    around: tuple[Around, ...] = ()
+    """Return context managers that are entered around every run."""
     deadline: float = DEFAULT_DEADLINE
     """Seconds that an attempt may take where neither the task nor its queue says so; 0 is no deadline."""
     deadlines: Mapping[str, float] = field(default_factory=dict)
@@ -52,5 +55,6 @@ class DeliveryOptions:
         for seconds in (self.deadline, *self.deadlines.values()):
             if type(seconds) not in {int, float} or not 0 <= seconds <= MAX_DEADLINE:
                 raise ConfigurationError("a deadline is a number of seconds, at most a day; 0 is none")
+        check_around(self.around)
         if self.validate not in {None, "annotations"}:
             raise ConfigurationError('validate is None or "annotations"')

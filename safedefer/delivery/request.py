@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
-from safedefer.claims import split_audience
+from safedefer.claims import Claims, split_audience
 from safedefer.delivery.redaction import exception_type, redacted_traceback
 from safedefer.errors import TaskIdentity
 from safedefer.events import TaskHandled
 from safedefer.execution.context import TaskContext
 from safedefer.ledger import AttemptRecord, Execution
 from safedefer.task import VerifiedPointer, VerifiedTask
+
+
+def signed_retry(claims: Claims) -> Mapping[str, float] | None:
+    """Return the retry options that were signed with a task; None if none were."""
+    return cast("Mapping[str, float] | None", claims.get("retry"))
 
 
 @dataclass(slots=True)
@@ -21,6 +28,8 @@ class HandlerRequest:
     """When the request arrived, in seconds since the epoch."""
     retries: int
     """The retry count of its header; a hint, it is not signed."""
+    pushed: bool = False
+    """Whether a push engine says that it sent it; a hint too."""
     pointer: VerifiedPointer | None = None
     """The token that was sent, if the task is oversize."""
     task: VerifiedTask | None = None
@@ -36,6 +45,12 @@ class HandlerRequest:
             return self.refused
         verified = self.pointer if self.task is None else self.task  # a pointer names no callable
         return None if verified is None else verified.identity
+
+    @property
+    def retry(self) -> Mapping[str, float] | None:
+        """The retry options that were signed with the task."""
+        verified = self.pointer if self.task is None else self.task
+        return None if verified is None else signed_retry(verified.claims)
 
     def ask(self, owner: str) -> Execution:
         """Return the run that the ledger is asked to admit, with ``owner`` as its owner."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
@@ -20,7 +20,7 @@ from safedefer.dispatcher.unreachable import UnreachableTargets
 from safedefer.errors import QueueError, RejectedTask
 from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
-from safedefer.queues.rules import UNREADABLE, judge_failure, judge_rejection, park
+from safedefer.queues.rules import UNREADABLE, judge_failure, judge_rejection, park, with_queues_options
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 
@@ -42,6 +42,7 @@ class AttemptRunner:
         clock: Returns seconds since the epoch.
         rng: The source of jitter.
         slots: The most deliveries at once.
+        retry_options: Those of queues, for what a task has no option of its own.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class AttemptRunner:
         clock: Callable[[], float],
         rng: random.Random,
         slots: int,
+        retry_options: Mapping[str, Mapping[str, float]],
     ) -> None:
         self._queue = queue
         self._deliver = deliver
         self._in_thread = in_thread
         self._clock = clock
         self._random = rng
+        self._retry_options = retry_options
         self._busy: dict[tuple[str, str], int] = {}
         """Queues and addresses, with the number of answers in a row that asked for a pause."""
         self._holds = TargetHolds()
@@ -90,7 +93,8 @@ class AttemptRunner:
         except RejectedTask as error:
             # As the handler would answer it: another process may have the key, or read such claims.
             outcome = "rejected" if error.authentic else "refused"
-            return judge_rejection(lease, None, outcome, now=self._clock(), jitter=jitter, reason=error.slug)
+            own = self._with_options(lease, None)
+            return judge_rejection(own, None, outcome, now=self._clock(), jitter=jitter, reason=error.slug)
         except QueueError as error:
             _log.error("the stored token of task %a cannot be read (%s); trying again", lease.task.id, error.slug)
             at = self._clock() + _STORAGE_SECONDS * (1 + jitter)
@@ -98,21 +102,33 @@ class AttemptRunner:
         except Exception as error:  # noqa: BLE001  # see below
             # An attacker may have written the row into the storage. It counts as refused; other tasks go on.
             _log.error("task %a cannot be delivered (%s); look at what is stored of it", lease.task.id, name_of(error))
-            return judge_rejection(lease, None, "refused", now=self._clock(), jitter=jitter)
+            return judge_rejection(self._with_options(lease, None), None, "refused", now=self._clock(), jitter=jitter)
+
+    def _with_options(self, lease: Lease, signed: Mapping[str, float] | None) -> Lease:
+        """Return a lease whose task has the retry options that count: those that were signed, else those that are stored.
+
+        What it has not is its queue's.
+        """
+        if signed is not None:
+            lease = lease._replace(task=lease.task._replace(retry_options=signed))
+        queues_own = self._retry_options.get(lease.task.queue)
+        return with_queues_options(lease, queues_own) if queues_own else lease
 
     def _postpone_held(self, task: QueuedTask) -> Settlement | None:
         return self._holds.postpone(task.queue, self._deliver.address(task), now=self._clock())
 
     async def _attempt(self, lease: Lease, jitter: float) -> Settlement:
         task, targets = lease.task, self.targets
+        headers = delivery_headers(lease)
         probed = targets.probe(self._deliver.address(task)) if targets else None
         try:
-            response = await self._deliver(task, delivery_headers(lease))
+            response = await self._deliver(task, headers)
         except Unreachable as error:
             return targets.failed(error, now=self._clock(), jitter=jitter)
         except Interrupted:
             targets.reached(self._deliver.address(task))
-            return judge_failure(lease, None, now=self._clock(), jitter=jitter)
+            own = self._with_options(lease, headers.retry)
+            return judge_failure(own, None, now=self._clock(), jitter=jitter)
         finally:
             if probed is not None:
                 probed.probing = False
@@ -121,7 +137,8 @@ class AttemptRunner:
         if self._deliver.several:
             self.shares.answered(self._deliver.address(task))
         answer = read_answer(response)
-        settlement = judge_answer(lease, answer, now=self._clock(), jitter=jitter)
+        own = self._with_options(lease, headers.retry)
+        settlement = judge_answer(own, answer, now=self._clock(), jitter=jitter)
         if self._busy or answer.status in _WAITING:
             await self._slow(task, answer)
         if answer.outcome is None and settlement.verdict is Verdict.DONE:

@@ -5,6 +5,10 @@ or by HTTP POST. Either way they end in ``Delivery.handle``, which verifies them
 
 Three activities run at once: the loop leases tasks, some ahead of free slots; each slot delivers one task; and
 ended deliveries are settled in batches.
+
+A task that may have ended processes (``rules.must_be_alone``) is a *suspect*. It waits until all that was leased with it
+has ended, runs alone, and nothing else is leased or begun meanwhile: else its neighbours would be lost with it, time
+after time.
 """
 
 from __future__ import annotations
@@ -42,7 +46,6 @@ from safedefer.queues.rules import (
     backoff,
     give_back,
     gives_up,
-    with_queues_options,
 )
 
 __all__ = [
@@ -92,6 +95,10 @@ class DispatcherOptions:
     """Limits to store at the start, for every dispatcher of the queue; None leaves the stored ones as they are."""
     retry_options: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Retry options by queue, for tasks without options of their own."""
+    owner: str | None = None
+    """The owner of all leases, unique among dispatchers; None makes one."""
+    dead_owners: Sequence[str] = ()
+    """Owners of dispatchers whose processes have ended: what they had leased, and not begun, is leased again at once."""
 
 
 @dataclass(slots=True)
@@ -103,15 +110,18 @@ class _RunState:
     prefetch: Prefetch
     deliveries: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Deliveries under way, by the owner of the lease."""
+    suspect: Lease | None = None
+    """A task that waits until nothing else runs, or runs alone now."""
     leasing: bool = False
     """Whether a lease call is under way."""
     configured: bool = False
-    """Whether the limits are stored."""
+    """Whether the limits are stored, and the leases of dead dispatchers released."""
 
     @property
     def idle(self) -> bool:
         """Whether no task is leased, and no lease call is under way."""
-        return not (self.prefetch.ready or self.deliveries or self.leasing) and self.leases.idle
+        busy = self.prefetch.ready or self.deliveries or self.leasing or self.suspect is not None
+        return not busy and self.leases.idle
 
 
 class Dispatcher:
@@ -139,7 +149,7 @@ class Dispatcher:
         self._clock = clock
         self._options = options or DispatcherOptions()
         self._random = rng or random.Random()  # noqa: S311  # jitter; a secret source costs a system call
-        self._owner = secrets.token_hex(8)
+        self._owner = self._options.owner or secrets.token_hex(8)
         self._state = self._begin()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -164,6 +174,7 @@ class Dispatcher:
             clock=self._clock,
             rng=self._random,
             slots=options.concurrency,
+            retry_options=options.retry_options,
         )
         return _RunState(leases, attempts, Prefetch(options.concurrency))
 
@@ -198,9 +209,13 @@ class Dispatcher:
             await self._end(helpers)
 
     async def _configure(self) -> None:
-        limits = self._options.limits
-        if limits is not None and not self._state.configured:
+        if self._state.configured:
+            return
+        limits, dead = self._options.limits, self._options.dead_owners
+        if limits is not None:
             await self._in_thread(partial(self._queue.configure, limits, now=self._clock()))
+        if dead:
+            await self._in_thread(partial(self._queue.release, dead, now=self._clock()))
         self._state.configured = True
 
     async def run_until_empty(self) -> None:
@@ -233,7 +248,7 @@ class Dispatcher:
             return False
         self._start()  # a target that had no room may have some, or has been silent for long enough
         wanted = state.prefetch.wanted(len(state.deliveries))
-        if wanted <= 0:
+        if wanted <= 0 or state.suspect is not None:
             return False
         state.leasing = True
         try:
@@ -246,19 +261,21 @@ class Dispatcher:
                 queues=self._options.queues,
             )
             took = time.monotonic() - began
-            if self._options.retry_options:
-                leases = [self._completed(lease) for lease in leases]
             state.leases.add(leases)
             more = state.prefetch.leased(leases, wanted=wanted, seconds=took)
+            self._set_suspect_aside()
         finally:
             state.leasing = False
         self._start()
-        return more
+        return more and state.suspect is None
 
-    def _completed(self, lease: Lease) -> Lease:
-        """Return the lease with the retry options of the queue added to those of the task; the task's own win."""
-        queues_own = self._options.retry_options.get(lease.task.queue)
-        return with_queues_options(lease, queues_own) if queues_own else lease
+    def _set_suspect_aside(self) -> None:
+        """Keep one of the leased tasks that must run alone, and give the others back: another process may take them."""
+        for lease in self._state.prefetch.take_suspects():
+            if self._state.suspect is None:
+                self._state.suspect = lease
+            else:
+                self._state.leases.settle(lease, give_back(lease, now=self._clock()))
 
     async def _rest(self) -> None:
         """Sleep until a slot is free, a task falls due, or any process enqueues one."""
@@ -266,7 +283,7 @@ class Dispatcher:
         state, now = self._state, self._clock()
         if state.attempts.targets and (pause := state.attempts.targets.pause(now=now)) > 0:
             await self._sleep(pause)
-        elif len(state.deliveries) >= self._options.concurrency:
+        elif len(state.deliveries) >= self._options.concurrency or state.suspect is not None:
             await self._sleep(self._options.poll_seconds)
         elif state.prefetch.ready:  # their targets have no room
             await self._sleep(min(self._options.poll_seconds, ANSWERS_SECONDS))
@@ -288,15 +305,27 @@ class Dispatcher:
     # --- Delivering ---
 
     def _start(self) -> None:
-        state, loop = self._state, asyncio.get_running_loop()
+        state = self._state
         ready = state.prefetch.ready
         waiting: list[Lease] = []
         while ready and len(state.deliveries) < self._options.concurrency and not self._stopping.is_set():
-            lease = ready.popleft()
-            if self._deliver.several and not self._has_room(lease, waiting):
-                continue
-            state.deliveries[lease.owner] = loop.create_task(self._deliver_one(lease))
+            self._start_one(ready.popleft(), waiting)
         ready.extendleft(reversed(waiting))
+        suspect = state.suspect
+        if suspect is not None and not ready and not state.deliveries and not self._stopping.is_set():
+            self._start_one(suspect, waiting)
+            if suspect.owner not in state.deliveries and not waiting:  # it was postponed
+                self._end_suspect()
+
+    def _start_one(self, lease: Lease, waiting: list[Lease]) -> None:
+        if self._deliver.several and not self._has_room(lease, waiting):
+            return
+        delivery = asyncio.get_running_loop().create_task(self._deliver_one(lease))
+        self._state.deliveries[lease.owner] = delivery
+
+    def _end_suspect(self) -> None:
+        self._state.suspect = None
+        self._changed.set()
 
     def _has_room(self, lease: Lease, waiting: list[Lease]) -> bool:
         """Take a slot for the target of a task. Without room, the task is postponed if the target is silent, else waits."""
@@ -324,6 +353,8 @@ class Dispatcher:
     def _free_slot(self, lease: Lease) -> None:
         state = self._state
         state.deliveries.pop(lease.owner, None)
+        if state.suspect is lease:
+            self._end_suspect()
         if self._deliver.several:
             state.attempts.shares.end(self._deliver.address(lease.task))
         state.prefetch.delivered()
@@ -342,6 +373,9 @@ class Dispatcher:
     def _give_back(self) -> None:
         """Give back the leases that wait for a slot: other dispatchers may take those tasks."""
         state = self._state
+        suspect, state.suspect = state.suspect, None
+        if suspect is not None and suspect.owner not in state.deliveries:
+            state.prefetch.ready.append(suspect)
         while state.prefetch.ready:
             lease = state.prefetch.ready.popleft()
             state.leases.settle(lease, give_back(lease, now=self._clock()))

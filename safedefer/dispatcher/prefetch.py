@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from safedefer.queues.base import Lease
+from safedefer.queues.rules import must_be_alone
 
 #: Work to have leased ahead, in seconds at the rate of late.
 _AHEAD_SECONDS: Final = 0.02
@@ -64,6 +65,13 @@ class Prefetch:
         self.ready.extend(leases)
         return not self._dry
 
+    def take_suspects(self) -> list[Lease]:
+        """Remove the leases of tasks that must run alone, and return them: the one with the fewest losses first."""
+        suspects = [lease for lease in self.ready if must_be_alone(lease.losses)]
+        if suspects:
+            self.ready = deque(lease for lease in self.ready if not must_be_alone(lease.losses))
+        return sorted(suspects, key=_losses)
+
     def delivered(self) -> None:
         """Note that a delivery has ended."""
         self._ended.append(time.monotonic())
@@ -72,3 +80,7 @@ class Prefetch:
     def is_low(self) -> bool:
         """Whether it is time to lease more."""
         return len(self.ready) <= self._low
+
+
+def _losses(lease: Lease) -> int:
+    return lease.losses

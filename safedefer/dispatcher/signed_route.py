@@ -32,8 +32,8 @@ class SignedRoute:
     def __init__(self, authenticate: Callable[[bytes], Claims]) -> None:
         self._authenticate = authenticate
 
-    async def check(self, task: QueuedTask) -> None:
-        """Check one task.
+    async def check(self, task: QueuedTask) -> Claims:
+        """Check one task, and return what was signed.
 
         Raises:
             RejectedTask: One of its subclasses: no key of ours signed the token, or it cannot be read.
@@ -43,6 +43,7 @@ class SignedRoute:
         # The pointer of an oversize task has the headers that the stored token has.
         if (what := difference(task, claims)) is not None:
             raise StorageMismatch(what)
+        return claims
 
     async def _claims(self, token: bytes) -> Claims:
         if len(token) <= _LARGE:

@@ -11,9 +11,10 @@ from typing import Protocol, Self
 import aiohttp
 from yarl import URL
 
+from safedefer.delivery.request import signed_retry
 from safedefer.dispatcher.signed_route import SignedRoute
 from safedefer.execution.deadline import ANSWER_SECONDS, DEFAULT_DEADLINE
-from safedefer.headers import Response
+from safedefer.headers import AttemptHeaders, Response
 from safedefer.queues.base import QueuedTask
 
 
@@ -56,7 +57,7 @@ class HttpDelivery:
     Args:
         address: The address for tasks without a configured target: ``http://127.0.0.1:8080``, with a prefix if needed.
         targets: Addresses by target.
-        timeout: The most seconds to wait for an answer; None is the deadline of the task's queue and 30 s more.
+        timeout: The most seconds to wait for an answer; None is the task's deadline, else its queue's, and 30 s more.
         deadlines: The ``attempt_deadline`` of queues, in seconds; 0 is no deadline. Other queues have 600 s.
         concurrency: The most connections.
         verify: Checks a task before anything of it is sent. None sends what the storage says, unchecked: for
@@ -78,6 +79,7 @@ class HttpDelivery:
         self._targets = {name: url.rstrip("/") for name, url in (targets or {}).items()}
         self.several = any(target != self._address for target in self._targets.values())
         """Whether tasks go to more than one address."""
+        self._fixed = timeout is not None
         self._timeout = _timeout(DEFAULT_DEADLINE + ANSWER_SECONDS if timeout is None else timeout)
         # A timeout that was given holds for all queues.
         queues = {} if timeout is not None or deadlines is None else deadlines
@@ -115,12 +117,16 @@ class HttpDelivery:
         """
         if self._session is None:
             raise Unreachable("the delivery is not open; enter it with `async with`")
+        timeout = self._timeouts.get(task.queue, self._timeout)
         if self._verify is not None:
-            await self._verify.check(task)
+            claims = await self._verify.check(task)
+            if type(headers) is AttemptHeaders:
+                headers.retry = signed_retry(claims)
+            if "deadline" in claims and not self._fixed:
+                timeout = _timeout(claims["deadline"] + ANSWER_SECONDS)
         address = self.address(task)
         # The path as it was signed: a normalised one is another path, and the handler compares it.
         url = URL(address + task.url, encoded=True)
-        timeout = self._timeouts.get(task.queue, self._timeout)
         try:
             async with self._session.post(
                 url, data=task.token, headers=headers, allow_redirects=False, timeout=timeout

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final, cast, get_type_hints
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 from pydantic.errors import PydanticUserError
 
 from safedefer.errors import InvalidArguments
@@ -17,9 +19,13 @@ from safedefer.execution.revalidation import revalidate
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+_log: Final = logging.getLogger("safedefer")
+
 
 def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Check that each argument is of the type that its annotation says. Arguments without one pass.
+    """Check that each argument is of the type that its annotation says.
+
+    Arguments without one pass, and those of which pydantic makes no validator; the log names these once.
 
     Models in the arguments, annotated or not, and the object of a method are validated again first.
 
@@ -64,16 +70,48 @@ def _hints(target: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
 
 @lru_cache(maxsize=1024)
 def _function_hints(function: Callable[..., object]) -> Mapping[str, TypeAdapter[Any]]:
-    from pydantic import TypeAdapter  # noqa: PLC0415  # only handlers that validate need it
-
     adapters = {}
-    try:
-        hints = get_type_hints(function, include_extras=True)
-    except (NameError, TypeError, AttributeError):  # annotations for type checkers only, or a C function
-        return {}
-    for name, hint in hints.items():
+    unchecked = []
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        if name == "return":
+            continue
+        # One by one: a name that only type checkers see concerns its own argument alone.
         try:
-            adapters[name] = TypeAdapter(hint)
-        except PydanticUserError:  # a type that pydantic cannot validate: isinstance decides
-            adapters[name] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+            hint = get_type_hints(
+                SimpleNamespace(__annotations__={name: annotation}),
+                globalns=getattr(inspect.unwrap(function), "__globals__", {}),
+                include_extras=True,
+            )[name]
+        except Exception:  # noqa: BLE001  # an annotation is code, and may raise anything
+            unchecked.append(name)
+            continue
+        adapter = _adapter(hint)
+        if adapter is None:
+            unchecked.append(name)
+        else:
+            adapters[name] = adapter
+    if unchecked:
+        _log.warning(
+            "arguments of %s.%s are not checked: %s; their annotations cannot be evaluated here, or pydantic has no "
+            "validator of them (import the names outside TYPE_CHECKING, or use types that pydantic knows)",
+            function.__module__, function.__qualname__, ", ".join(unchecked),
+        )  # fmt: skip
     return adapters
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+    """Return what validates values of a type: pydantic's validator, else ``isinstance``; None if there is neither."""
+    from pydantic import ConfigDict, InstanceOf, TypeAdapter  # noqa: PLC0415  # only handlers that validate need it
+
+    kinds: list[Callable[[], TypeAdapter[Any]]] = [
+        lambda: TypeAdapter(hint),
+        lambda: TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)),
+    ]
+    if issubclass(type(hint), type):
+        kinds.append(lambda: TypeAdapter(InstanceOf[hint]))
+    for make in kinds:
+        with contextlib.suppress(PydanticUserError, NameError):
+            adapter = make()
+            if adapter.pydantic_complete:
+                return adapter
+    return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from safedefer.claims import split_audience
 from safedefer.codecs.protocol import Codec
 from safedefer.codecs.registry import REGISTRY
 from safedefer.errors import PermanentTaskFailure
-from safedefer.execution.prepare import is_async, prepare
+from safedefer.execution.around import Around, SyncManager, await_within, call_within, managers
+from safedefer.execution.prepare import Prepared, is_async, prepare
 from safedefer.policy import Policy
 from safedefer.signing import Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
@@ -28,6 +30,7 @@ class DirectRunner:
         urls: The paths that a token may name.
         blobs: Returns where oversize tokens are.
         clock: Seconds since the epoch.
+        around: Return context managers that are entered around the call.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class DirectRunner:
         urls: Container[str],
         blobs: Callable[[], BlobStore],
         clock: Callable[[], float],
+        around: Sequence[Around] = (),
     ) -> None:
         self._verifier = verifier
         self._policy = policy
@@ -46,6 +50,7 @@ class DirectRunner:
         self._urls = urls
         self._blobs = blobs
         self._clock = clock
+        self._around = around
         self._loaded = False
 
     def load_policy(self) -> None:
@@ -56,6 +61,7 @@ class DirectRunner:
         """
         if not self._loaded:
             self._policy.load()
+            self._verifier.load()
             REGISTRY.discover()
             self._loaded = True
 
@@ -70,18 +76,27 @@ class DirectRunner:
 
         if asyncio._get_running_loop() is not None:  # noqa: SLF001  # public in asyncio's words: in events.__all__
             raise RuntimeError("run() blocks and an event loop runs here; await run_async() instead")
-        target, args, kwargs = prepare(self._runnable(data), self._codecs)
-        result = target(*args, **kwargs)
+        prepared = prepare(self._runnable(data), self._codecs)
+        if self._around:
+            outer, inner = managers(self._around)
+            if outer or is_async(prepared.target):
+                return asyncio.run(_within(outer, inner, prepared.__call__))
+            result = call_within(inner, prepared.__call__)
+            if inspect.isawaitable(result):
+                return asyncio.run(await_within(inner, lambda: result))
+            return result
+        result = prepared()
         return asyncio.run(_awaited(result)) if result is not None and inspect.isawaitable(result) else result
 
     async def run_async(self, data: bytes) -> object:
         """Do what ``run`` does inside a running loop: plain callables run in a thread."""
         import asyncio  # noqa: PLC0415  # as above
 
-        target, args, kwargs = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
-        call = partial(target, *args, **kwargs)
-        result = call() if is_async(target) else await call_in_thread(call)
-        return await _awaited(result) if inspect.isawaitable(result) else result
+        prepared = await asyncio.to_thread(prepare, self._runnable(data), self._codecs)
+        outer, inner = managers(self._around)
+        if is_async(prepared.target):
+            return await _within(outer, inner, prepared.__call__)
+        return await _within(outer, (), lambda: _call_and_await(inner, prepared))
 
     def run_from_datastore(self, key: str) -> object:
         """Run the oversize task whose stored token has the id ``key``, and delete it unless it must be retried.
@@ -121,6 +136,22 @@ class DirectRunner:
             self.load_policy()
         verified = self._verifier.verify(data, self._urls, self._clock())
         return verified if type(verified) is VerifiedTask else self.follow(verified)
+
+
+async def _within(
+    outer: Sequence[AbstractAsyncContextManager[object]], inner: Sequence[SyncManager], call: Callable[[], object]
+) -> object:
+    result: object = None
+    async with AsyncExitStack() as stack:
+        for manager in outer:
+            await stack.enter_async_context(manager)
+        result = await await_within(inner, call)
+    return result  # noqa: RET504  # None if the error was suppressed
+
+
+async def _call_and_await(inner: Sequence[SyncManager], prepared: Prepared) -> object:
+    result = await call_in_thread(partial(call_within, inner, prepared.__call__))
+    return await await_within(inner, lambda: result) if inspect.isawaitable(result) else result
 
 
 async def _awaited(result: Any) -> object:

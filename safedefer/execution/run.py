@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,6 +26,7 @@ from safedefer.errors import (
     RejectedTask,
     SingularTaskFailure,
 )
+from safedefer.execution.around import Around, SyncManager, await_within, call_within, managers
 from safedefer.execution.context import CURRENT, TaskContext
 from safedefer.execution.deadline import RunControl, Stop
 from safedefer.execution.prepare import Prepared, Validate, is_async, prepare
@@ -71,6 +72,7 @@ async def execute(
     *,
     in_thread: InThread = to_thread,
     validate: Validate = None,
+    around: Sequence[Around] = (),
 ) -> Outcome:
     """Run a task and say how it ended.
 
@@ -81,42 +83,75 @@ async def execute(
             it sets ``stop``, and cancels the asyncio task unless a thread runs.
         in_thread: Runs plain callables, and the steps before a coroutine function is called that may block.
         validate: ``"annotations"``: check the arguments against the annotations.
+        around: Return context managers that are entered around the call.
 
     Raises:
         asyncio.CancelledError: The caller was cancelled; ``CoroutineCancelled`` if nothing of the task runs any more.
     """
     token = CURRENT.set(context)
     control = context.control
-    result: object = None
     try:
-        prepared = _prepare_at_once(task, codecs) if validate is None and _is_at_hand(task) else None
-        if prepared is None:
-            # Imports, decoding of large arguments and __setstate__ of admitted classes may block the loop.
-            control.hand_over()
-            begin = partial(_begin, task, codecs, validate, control)
-            step: _Step = await in_thread(partial(copy_context().run, begin))
-            control.in_thread = False
-            if (
-                control.stop is Stop.CANCELLED
-                and step.coroutine_function is None
-                and not inspect.isawaitable(step.result)
-            ):
-                return _stopped(control.stop, step.error)
-            if step.error is not None:
-                return _outcome(step.error, started=step.started)
-            prepared, result = step.coroutine_function, step.result
-            if control.stop is not None and (prepared is not None or inspect.isawaitable(result)):
-                if inspect.iscoroutine(result):
-                    result.close()
-                return _stopped(control.stop, None)  # the coroutine does not begin any more
-        if prepared is not None:
-            result = prepared()
-        if result is not None and (type(result) is CoroutineType or inspect.isawaitable(result)):
-            result = await cast("Awaitable[object]", result)
+        if not around:
+            return await _execute(task, codecs, control, in_thread, validate, ())
+        outer, inner = managers(around)
+        return await _within(outer, control, lambda: _execute(task, codecs, control, in_thread, validate, inner))
     except BaseException as error:  # noqa: BLE001  # a task's SystemExit must not end the handler
         return _raised(error, control)
     finally:
         CURRENT.reset(token)
+
+
+async def _within(
+    outer: Sequence[AbstractAsyncContextManager[object]], control: RunControl, run: Callable[[], Awaitable[Outcome]]
+) -> Outcome:
+    """Run within async context managers, which see the error of the run, and may suppress it."""
+    outcome = None
+    async with AsyncExitStack() as stack:
+        for manager in outer:
+            await stack.enter_async_context(manager)
+        outcome = await run()
+        # Not raised: the outcome of an error depends on where it came from.
+        error = outcome.error
+        leave = stack.pop_all()
+        if error is None:
+            await leave.__aexit__(None, None, None)
+        elif await leave.__aexit__(type(error), error, error.__traceback__) and outcome.reason == _RAISED:
+            outcome = None
+    if outcome is not None:
+        return outcome
+    return _SUCCEEDED if control.stop is not Stop.CANCELLED else _stopped(control.stop, None)  # it was suppressed
+
+
+async def _execute(
+    task: VerifiedTask,
+    codecs: Mapping[str, Codec],
+    control: RunControl,
+    in_thread: InThread,
+    validate: Validate,
+    inner: Sequence[SyncManager],
+) -> Outcome:
+    result: object = None
+    prepared = _prepare_at_once(task, codecs) if validate is None and _is_at_hand(task) else None
+    if prepared is None:
+        # Imports, decoding of large arguments and __setstate__ of admitted classes may block the loop.
+        control.hand_over()
+        begin = partial(_begin, task, codecs, validate, control, inner)
+        step: _Step = await in_thread(partial(copy_context().run, begin))
+        control.in_thread = False
+        if control.stop is Stop.CANCELLED and step.coroutine_function is None and not inspect.isawaitable(step.result):
+            return _stopped(control.stop, step.error)
+        if step.error is not None:
+            return _outcome(step.error, started=step.started)
+        prepared, result = step.coroutine_function, step.result
+        if control.stop is not None and (prepared is not None or inspect.isawaitable(result)):
+            if inspect.iscoroutine(result):
+                result.close()
+            return _stopped(control.stop, None)  # the coroutine does not begin any more
+    if prepared is not None:
+        result = await await_within(inner, prepared.__call__) if inner else prepared()
+    if result is not None and (type(result) is CoroutineType or inspect.isawaitable(result)):
+        awaited = cast("Awaitable[object]", result)
+        result = await awaited if prepared is not None or not inner else await await_within(inner, lambda: awaited)
     if control.stop is Stop.CANCELLED:
         return _stopped(control.stop, None)
     return _SUCCEEDED if result is None or type(result) not in _NOT_RUN else _returned_generator()
@@ -178,7 +213,13 @@ class _Step:
     error: BaseException | None = None
 
 
-def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate, control: RunControl) -> _Step:
+def _begin(
+    task: VerifiedTask,
+    codecs: Mapping[str, Codec],
+    validate: Validate,
+    control: RunControl,
+    inner: Sequence[SyncManager],
+) -> _Step:
     if not control.claim():  # the handler has stopped it, and does not wait
         return _Step(error=asyncio.CancelledError())
     # Errors are returned, not raised: a future cannot carry a StopIteration.
@@ -192,11 +233,13 @@ def _begin(task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate, 
         _known.add(task.ref.parts)
         return _Step(coroutine_function=prepared, started=True)
     try:
-        return _Step(result=prepared(), started=True)
+        return _Step(result=call_within(inner, prepared.__call__) if inner else prepared(), started=True)
     except BaseException as error:  # noqa: BLE001  # a task's SystemExit must not end the handler
         return _Step(error=error, started=True)
 
 
+#: The reason of an attempt that raised.
+_RAISED: Final = "exception"
 _SUCCEEDED: Final = Outcome(result=Result.SUCCEEDED)
 
 
@@ -233,6 +276,6 @@ def _outcome(error: BaseException, *, started: bool) -> Outcome:
     if isinstance(error, SingularTaskFailure):
         return Outcome(result=Result.RETRY, reason=SingularTaskFailure.slug, error=error)
     if started or not isinstance(error, RejectedTask):
-        return Outcome(result=Result.RETRY, reason="exception", error=error)
+        return Outcome(result=Result.RETRY, reason=_RAISED, error=error)
     result = Result.FAILED if error.is_final else Result.REJECTED
     return Outcome(result=result, reason=error.slug, error=error)

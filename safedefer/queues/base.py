@@ -3,6 +3,8 @@
 Queues carry opaque bytes. All else in a ``QueuedTask`` is a hint for routing and display: the signed token repeats it, and
 only the token is believed.
 
+Over 450 lines, since the Protocols and the values that they exchange are one seam.
+
 Times are seconds since the epoch (``float``) and come in as arguments. Every method is thread-safe, and may raise
 ``QueueUnavailable``.
 """
@@ -122,6 +124,8 @@ class Lease(NamedTuple):
     first_rejection: float | None = None
     previous_response: int | None = None
     retry_reason: str | None = None
+    losses: int = 0
+    """Deliveries in a row whose run began and never ended; see ``rules.must_be_alone``."""
 
 
 class Verdict(StrEnum):
@@ -321,7 +325,8 @@ class Leasing(Protocol):
         What fell due first comes first: a task falls due at its eta, at the time of its retry, or
         when its lease runs out; what was enqueued first comes first of those that fell due together.
         If the run of a lost delivery had begun by the ledger, it counts as a charged attempt: the
-        process died while it ran, or before it could settle.
+        process died while it ran, or before it could settle. A task that lost too many runs in a row becomes a
+        dead letter instead (``rules.is_poison``).
 
         Queues that are paused or held give nothing; a rate and a cap on concurrency bound what the others give.
         """
@@ -331,9 +336,17 @@ class Leasing(Protocol):
         """Prolong leases to ``seconds`` from now; False stands for a lost one."""
         ...
 
+    def release(self, owners: Sequence[str], *, now: float) -> int:
+        """Let the leases of dispatchers that are dead fall due now, unless a run began; returns how many.
+
+        ``owners`` is what they gave to ``lease``. The caller knows that their processes have ended.
+        """
+        ...
+
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Say how deliveries ended, in one transaction; False stands for a lost lease, of which nothing changes.
 
+        RETRY writes its time and the attempts into the ledger: no run begins before.
         Where DONE or DEAD contradicts an end that the ledger knows, the ledger is believed (``rules.end_of``). A dead
         letter of no reason gets that of its newest record.
         """

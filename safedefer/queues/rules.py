@@ -3,6 +3,8 @@
 Engines whose counters change inside SQL keep their statements; ``tests/queues/contract.py`` runs the table of
 ``tests/queues/cases.py`` on each of them, and so proves that its SQL agrees with these functions.
 
+Over 450 lines, since the rules refer to each other and are read side by side.
+
 The handler judges by the same rules as the dispatcher: nothing here knows HTTP but its status codes.
 """
 
@@ -32,6 +34,15 @@ MAX_PUT_OFF: Final = 60.0
 LEDGER_LEEWAY: Final = 3_600
 #: The newest attempt records that are kept of one task.
 RECORDS_KEPT: Final = 100
+#: Runs in a row that began and never ended, from which on a task is delivered alone in its process.
+ALONE_FROM: Final = 2
+#: The same, from which on it is a dead letter, if they span ``POISON_SECONDS``.
+POISON_LOSSES: Final = 5
+POISON_SECONDS: Final = 600.0
+#: The reason of such a dead letter.
+POISON: Final = "poison"
+#: The outcome of a run that ended before the task's own code began.
+_REJECTED: Final = "rejected"
 #: The reason of a delivery that ended with its lease, and not with an answer.
 LOST_LEASE: Final = "lease-expired"
 #: What the ledger calls a run that has not ended.
@@ -58,7 +69,7 @@ _STATES: Final = {Verdict.DONE: EndState.SUCCEEDED, Verdict.DEAD: EndState.FAILE
 
 
 class Counters(NamedTuple):
-    """What is counted of a task, as it was before the delivery under way: the last fields of ``Lease``, in order."""
+    """What is counted of a task, as it was before the delivery under way: fields of ``Lease``, in order."""
 
     attempts: int = 0
     retries: int = 0
@@ -72,7 +83,7 @@ class Counters(NamedTuple):
     @classmethod
     def of(cls, lease: Lease) -> Counters:
         """Return the counters of a lease."""
-        return cls._make(lease[3:])
+        return cls._make(lease[3:-1])
 
 
 class Known(NamedTuple):
@@ -84,6 +95,12 @@ class Known(NamedTuple):
     """A run began, and its delivery is not settled."""
     alive: bool = False
     """The lease of the run lasts."""
+    early: bool = False
+    """The time of its retry has not come."""
+    losses: int = 0
+    """Deliveries in a row whose run began and never ended."""
+    first_loss: float | None = None
+    """When the first of them was counted."""
 
     @property
     def ended(self) -> bool:
@@ -103,6 +120,14 @@ class LostDelivery(NamedTuple):
     charged: bool
     """Its run had begun: the ledger's entry is charged now."""
     record: AttemptRecord | None
+    losses: int = 0
+    """As ``Known.losses``, with this one."""
+    first_loss: float | None = None
+
+    def is_poison(self, now: float) -> bool:
+        """Whether the task is given up with this loss: it ended too many processes in a row, for long enough."""
+        lost, since = self.record is not None, now if self.first_loss is None else self.first_loss
+        return lost and self.losses >= POISON_LOSSES and now - since >= POISON_SECONDS
 
 
 class Ending(NamedTuple):
@@ -144,10 +169,19 @@ def retry_charges(settlement: Settlement, entry: Known | None) -> bool:
     return entry is not None and (settlement.charged or entry.state == EndState.RETRY)
 
 
+def sets_time(settlement: Settlement) -> bool:
+    """Whether no run may begin before the time of a RETRY.
+
+    What no handler took says nothing of a failure. Were its time kept, a handler whose clock is late, and that answers
+    ``early``, would meet a later time with each delivery.
+    """
+    return settlement.charged or settlement.rejected
+
+
 def after_lost_lease(
     before: Counters, task: tuple[str, str], entry: Known | None, *, leased_at: float | None, now: float
 ) -> LostDelivery:
-    """Count a delivery whose lease ran out: as an attempt if the ledger saw its run begin.
+    """Count a delivery whose lease ran out: as an attempt if the ledger saw its run begin, and as a loss if it saw no end.
 
     Args:
         before: The counters before that delivery.
@@ -157,15 +191,24 @@ def after_lost_lease(
         now: The time.
     """
     lost = before._replace(retries=plus(before.retries, 1), retry_reason=LOST_LEASE, previous_response=None)
-    if entry is None or not entry.uncharged:
+    if entry is None:
         return LostDelivery(lost, charged=False, record=None)
+    losses, first_loss = entry.losses, entry.first_loss
+    if not entry.uncharged:
+        return LostDelivery(lost, charged=False, record=None, losses=losses, first_loss=first_loss)
     started = now if leased_at is None else leased_at
     first = started if before.first_attempt is None else before.first_attempt
     lost = lost._replace(attempts=plus(before.attempts, 1), first_attempt=first)
     record = None
     if entry.state == RUNNING:  # a run that ended has left a record of its own
         record = AttemptRecord(task[1], task[0], started, now, str(EndState.RETRY), None, LOST_LEASE)
-    return LostDelivery(lost, charged=True, record=record)
+        losses, first_loss = plus(losses, 1), now if first_loss is None else first_loss
+    return LostDelivery(lost, charged=True, record=record, losses=losses, first_loss=first_loss)
+
+
+def must_be_alone(losses: int) -> bool:
+    """Whether a task runs only where nothing else does: it may end the process, and all that runs in it."""
+    return losses >= ALONE_FROM
 
 
 def stored_mapping(text: object) -> dict[str, Any]:
@@ -237,9 +280,12 @@ def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Know
         return Admission.CONFLICT
     if entry.ended:
         return Admission.DUPLICATE
-    if entry.running and owner != execution.owner:
-        return Admission.RUNNING
-    return Admission.RUN
+    if entry.running:
+        return Admission.RUN if owner == execution.owner else Admission.RUNNING
+    if entry.state == EndState.RETRY and entry.uncharged:
+        # Whoever posts the token would run it as often as they like, until the delivery is settled.
+        return Admission.UNSETTLED
+    return Admission.EARLY if entry.early else Admission.RUN
 
 
 def end_counts(end: EndState, entry: Known, *, ours: bool) -> bool:
@@ -249,6 +295,14 @@ def end_counts(end: EndState, entry: Known, *, ours: bool) -> bool:
     would be one too many. RETRY counts only from the current owner, who else would make room for a third.
     """
     return not entry.ended and (end in _ENDED or (ours and entry.state == RUNNING))
+
+
+def leaves_charge(end: EndState, record: AttemptRecord) -> bool:
+    """Whether a run that ended is still to be charged, and does not begin again before it is.
+
+    One that was rejected is not: none of the task's own code ran, and it may be tried again after a deploy.
+    """
+    return end is not EndState.RETRY or record.outcome != _REJECTED
 
 
 # --- Which limits count ---------------------------------------------------------------------------

@@ -112,13 +112,15 @@ class Routes:
             "set SAFEDEFER_TARGETS, or give a path"
         )
 
-    def accepts(self, path: str | None) -> str | Container[str]:
-        """Return the paths that a token may name which came on ``path``, the configured prefix removed."""
+    def accepts(self, path: str | None, mount: str = "") -> str | Container[str]:
+        """Return the paths that a token may name which came on ``path``, the configured prefix removed.
+
+        Below a mount these are two, with the mount and without it: tokens may name either.
+        """
         if path is None:
             return self.own_urls
-        if not self.prefix:
-            return path
-        return path.removeprefix(self.prefix) if path.startswith(f"{self.prefix}/") else path
+        whole = _below(self.prefix, path)
+        return whole if not mount else (whole, _below(self.prefix, _below(mount.rstrip("/"), path)))
 
     def retry_options(self, queue: str, own: TaskRetryOptions | None) -> TaskRetryOptions | None:
         """Return the retry options of a task, completed by its queue's."""
@@ -130,6 +132,10 @@ class Routes:
     def _target(self, queue: str) -> str:
         section = None if self._file is None else self._file.section(queue)
         return DEFAULT_TARGET if section is None or section.target is None else section.target
+
+
+def _below(folder: str, path: str) -> str:
+    return path.removeprefix(folder) if path.startswith(f"{folder}/") else path
 
 
 class OwnUrls(Container[str]):

@@ -38,7 +38,7 @@ class Handles(Protocol):
         """The handler without a framework."""
         ...
 
-    def accepts(self, path: str | None) -> str | Container[str]:
+    def accepts(self, path: str | None, mount: str = "") -> str | Container[str]:
         """Return the paths that a token may name if its request came on ``path``."""
         ...
 
@@ -91,13 +91,27 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
                 delivery.too_large()
                 if body is None
                 else await delivery.handle(
-                    request.headers, body, url=app.accepts(request.rel_url.raw_path), method=request.method
+                    request.headers,
+                    body,
+                    url=app.accepts(request.rel_url.raw_path, _mount(request)),
+                    method=request.method,
                 )
             )
     response = web.Response(status=answer.status, headers=answer.headers, body=answer.body)
     if answer.status in _UNREAD or (answer.status == _BUSY and not at_hand):
         response.force_close()  # the rest of the body is not read
     return response
+
+
+def _mount(request: web.Request) -> str:
+    """Return the path that ``add_subapp`` mounts the innermost application at; empty where there is none."""
+    apps = request.match_info.apps
+    for outer, inner in zip(apps[-2::-1], apps[:0:-1], strict=True):
+        for resource in outer.router.resources():
+            # Of a nested mount, aiohttp says the whole path. A domain has no path.
+            if (info := resource.get_info()).get("app") is inner and "prefix" in info:
+                return str(info["prefix"])
+    return ""
 
 
 _UNREAD: Final = frozenset({400, 405, 408, 413, 415})

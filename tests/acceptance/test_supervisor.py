@@ -1,5 +1,6 @@
 """``run`` and ``serve --processes``: a supervisor, its workers, and what happens to each of them."""
 
+import json
 import os
 import re
 import signal
@@ -131,6 +132,17 @@ def test_a_loop_of_c_that_holds_the_interpreter_is_ended_with_or_without_a_super
     err = process.communicate()[1]
     assert "gave no sign of life for 2 s and is ended" in err
     assert re.search(r'shop_tasks\.py", line \d+ in hold', err), "its own timer says where"
+
+
+def test_a_task_that_ends_each_process_takes_none_of_its_neighbours_with_it_for_long(project):
+    project.environment["SAFEDEFER_LEASE_SECONDS"] = "1"
+    defer(project, "t.hold, 1", *(f"t.slow, {number}, 0.05" for number in range(2, 17)))
+    process, _ = project.start("run", "--port", "0", "--lease", "1", "--hang-seconds", "1")
+    project.until(lambda: set(project.results()) == set(range(2, 17)))
+    assert len(list(project.folder.glob("held-1-*"))) >= 2, "it was alone from its second loss on"
+    states = project.run("tasks", "list", "--json").stdout.decode().splitlines()
+    assert [json.loads(line)["callable"].rpartition(":")[2] for line in states] == ["hold"], "and only it is left"
+    process.kill()
 
 
 def test_a_worker_whose_threads_do_not_return_is_replaced(project):

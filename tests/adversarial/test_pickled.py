@@ -33,7 +33,14 @@ from safedefer.refs import UNBOUND
 from tests.zoo import values as zoo
 from tests.zoo.exactly import assert_exact
 
-POLICY = Policy("tests.zoo.values", "builtins:list.__init__", "builtins:str.__init__")
+
+def no_items():
+    """What a pickle should not call."""
+    zoo.RAN.append("called")
+    return ()
+
+
+POLICY = Policy("tests.zoo.values", f"{__name__}:no_items", "builtins:list.__init__", "builtins:str.__init__")
 CODEC = PickledCodec()
 RUNS_CODE = PickledCodec(by_value_runs_code=True)
 STAMP = [f"{sys.version_info.major}.{sys.version_info.minor}", cloudpickle.__version__]
@@ -77,6 +84,20 @@ def build(target, state):
 
 V = "tests.zoo.values"
 NONE = pickle.NONE
+RANGE = name("builtins", "range") + b"(" + b"J\xff\xff\x00\x00" + b"t" + pickle.REDUCE
+NODE = name("tests.zoo.values", "Node") + b")" + pickle.NEWOBJ
+OFFSETS = pickle.LONG1 + b"\x06" + b"\x00" * 5 + b"\xf0" + pickle.LONG1 + b"\x06" + b"\x01" + b"\x00" * 4 + b"\xf0"
+
+
+def state(attribute, value):
+    return b"}" + text(attribute) + value + b"s"
+
+
+def own(attribute, function=(V, "top")):
+    """An object of an admitted class with a function of the policy as an attribute."""
+    return build(NODE, state(attribute, name(*function)))
+
+
 SLOT_STATE = NONE + b"}" + text("__doc__") + text("owned") + b"s" + pickle.TUPLE2
 DICT_STATE = b"}" + text("__doc__") + text("owned") + b"s"
 
@@ -183,6 +204,21 @@ ATTACKS = {
         name("collections", "OrderedDict") + b")" + b"}" + text("a") + call(name("ipaddress", "IPv4Network"), text("10.0.0.0/8")) + b"s" + pickle.NEWOBJ_EX
         + pickle.POP + call(name("collections", "deque"), call(name("ipaddress", "IPv4Network"), text("10.0.0.0/8")))
     ),
+    "a __setstate__ of the object": wrap(build(own("__setstate__"), DICT_STATE)),
+    "an append of the object": wrap(own("append") + text("a") + b"a"),
+    "an append of the object, for several": wrap(own("append") + b"(" + text("a") + b"e"),
+    "an extend of the object": wrap(own("extend") + b"(" + text("a") + b"e"),
+    "an add of the object": wrap(own("add") + b"(" + text("a") + pickle.ADDITEMS),
+    "a state with items of its own": wrap(build(NODE, own("items", (__name__, "no_items")))),
+    "slots with items of their own": wrap(build(NODE, NONE + own("items", (__name__, "no_items")) + pickle.TUPLE2)),
+    "another class": wrap(build(NODE, NONE + state("__class__", name(V, "Plain")) + pickle.TUPLE2)),
+    "arguments of an exception of any size": wrap(build(call(name("builtins", "ValueError")), state("args", RANGE))),
+    "arguments of an exception of ours of any size": wrap(build(name(V, "Oops") + b")" + pickle.NEWOBJ, state("args", RANGE))),
+    "offsets of a text error": wrap(call(name("builtins", "UnicodeDecodeError"), text("utf8"), b"C\x01a", OFFSETS, text("x"))),
+    "offsets of a text error, later": wrap(
+        build(call(name("builtins", "UnicodeEncodeError"), text("utf8"), text("a"), b"K\x00", b"K\x01", text("x")), state("end", b"M\xff\xff"))
+    ),
+    "a text error that was not begun": wrap(name("builtins", "UnicodeTranslateError") + b")" + pickle.NEWOBJ),
     # another shape
     "no call": pickle.dumps([], 5),
     "two": pickle.dumps(((), ()), 5),

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import safedefer
+from tests.mutation.defences import DEFENCES
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ["docs/explanation/threat-model.md", "docs/explanation/promises.md"]
 SOURCES = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
@@ -26,3 +29,10 @@ def test_every_test_that_is_named_exists(doc):
 def test_every_part_of_a_test_s_name_that_selects_one_does(doc):
     for path, word in re.findall(r"(tests/\S+\.py) -k (\w+)", (ROOT / doc).read_text()):
         assert re.search(rf"def test_\w*{word}", (ROOT / path).read_text()), (path, word)
+
+
+def test_every_defence_that_is_taken_away_for_the_tests_to_notice_stands_where_its_row_says():
+    package = ROOT / "safedefer"
+    if not package.is_dir():  # the installed package is tested
+        package = Path(safedefer.__file__).parent
+    assert [(name, old) for name, old, *_ in DEFENCES if old not in (package / name).read_text()] == []

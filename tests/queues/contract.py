@@ -850,7 +850,7 @@ class QueueContract:
         counts = digest == "same" and rules.end_counts(end, known, ours=ours)
         assert finish(ledger, ended, end, record_of(task, "retry")) is counts
         state = str(end) if counts else known.state
-        expected = {"running": Admission.RUNNING, "retry": Admission.RUN}.get(state, Admission.DUPLICATE)
+        expected = {"running": Admission.RUNNING, "retry": Admission.UNSETTLED}.get(state, Admission.DUPLICATE)
         assert begin(ledger, execution_of(task, "run-3"), now=171.0, lease=60.0) is expected
 
     @pytest.mark.parametrize("late", [EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELLED])
@@ -891,13 +891,173 @@ class QueueContract:
         assert finish(queue.ledger, run, state, record_of(task)) is True
         assert begin(queue.ledger, execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.DUPLICATE
 
-    def test_a_run_that_is_to_be_retried_may_begin_again(self, queue):
+    def test_a_run_that_failed_may_begin_again_when_its_delivery_is_settled_and_its_time_has_come(self, queue):
         task = make_task()
-        run = execution_of(task)
+        queue.enqueue_many([task])
+        lease, run = take_one(queue), execution_of(task)
         begin(queue.ledger, run, now=100.0, lease=60.0)
         assert finish(queue.ledger, run, EndState.RETRY, record_of(task, "retry")) is True
         assert queue.ledger.extend_many([run], now=101.0, lease=60.0)[0] is False
+        again = execution_of(task, "run-2")
+        assert begin(queue.ledger, again, now=101.0, lease=60.0) is Admission.UNSETTLED
+        settle(queue, lease, Settlement(verdict=Verdict.RETRY, at=130.0), now=102.0)
+        for early in (102.0, 129.0):
+            assert begin(queue.ledger, again, now=early, lease=60.0) is Admission.EARLY
+        assert take_one(queue, now=130.1).attempts == 1
+        assert begin(queue.ledger, again, now=130.2, lease=60.0) is Admission.RUN
+
+    @pytest.mark.parametrize("wait", [0.0, None])
+    def test_a_retry_that_is_due_at_once_begins_at_once(self, queue, wait):
+        task = make_task()
+        queue.enqueue_many([task])
+        lease, run = take_one(queue), execution_of(task)
+        begin(queue.ledger, run, now=100.0, lease=60.0)
+        finish(queue.ledger, run, EndState.RETRY, record_of(task, "retry"))
+        at = None if wait is None else 101.0 + wait
+        settle(queue, lease, Settlement(verdict=Verdict.RETRY, at=at), now=101.0)
+        take_one(queue, now=101.0)
         assert begin(queue.ledger, execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.RUN
+
+    def test_a_delivery_that_no_handler_took_moves_no_retry(self, queue):
+        """Else a handler whose clock is late would be early for ever."""
+        task = make_task()
+        queue.enqueue_many([task])
+        lease, run = take_one(queue), execution_of(task)
+        begin(queue.ledger, run, now=100.0, lease=60.0)
+        finish(queue.ledger, run, EndState.RETRY, record_of(task, "retry"))
+        settle(queue, lease, Settlement(verdict=Verdict.RETRY, at=130.0), now=102.0)
+        lease = take_one(queue, now=131.0)
+        put_off = Settlement(verdict=Verdict.RETRY, at=140.0, charged=False, reason="early")
+        settle(queue, lease, put_off, now=132.0)
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=133.0, lease=60.0) is Admission.RUN
+
+    def test_a_rejected_run_is_not_charged_and_may_begin_again_before_its_delivery_is_settled(self, queue):
+        """None of its own code ran: who fixes the deploy need not wait for a dispatcher."""
+        task = make_task()
+        queue.enqueue_many([task])
+        take_one(queue)
+        run = execution_of(task)
+        begin(queue.ledger, run, now=100.0, lease=60.0)
+        assert finish(queue.ledger, run, EndState.RETRY, record_of(task, "rejected"))
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=101.0, lease=60.0) is Admission.RUN
+        finish(queue.ledger, execution_of(task, "run-2"), EndState.RETRY, record_of(task, "rejected"))
+        assert take_one(queue, now=160.0).attempts == 0
+
+    def test_a_run_past_its_deadline_keeps_the_time_of_its_retry_when_it_ends_after_all(self, queue):
+        task = make_task()
+        queue.enqueue_many([task])
+        lease, run = take_one(queue), execution_of(task)
+        begin(queue.ledger, run, now=100.0, lease=60.0)
+        settle(queue, lease, Settlement(verdict=Verdict.RETRY, at=150.0), now=101.0)
+        assert finish(queue.ledger, run, EndState.RETRY, record_of(task, "retry"))
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=149.0, lease=60.0) is Admission.EARLY
+        assert begin(queue.ledger, execution_of(task, "run-2"), now=151.0, lease=60.0) is Admission.RUN
+
+    # --- Poison -------------------------------------------------------------------------------
+
+    def lose(self, queue, task, *, now, after=None):
+        """Begin a run of a leased task, and lease it again when nobody ended or prolonged the run."""
+        run = execution_of(task, f"run-{now}")
+        assert begin(queue.ledger, run, now=now, lease=30.0) is Admission.RUN
+        if after is not None:
+            after(run)
+        found = take(queue, now=now + 60.0)
+        return found[0] if found else None
+
+    def leased(self, queue):
+        task = make_task(name="pill")
+        queue.enqueue_many([task])
+        take_one(queue)
+        return task
+
+    def test_the_fifth_lost_run_in_a_row_over_ten_minutes_is_a_dead_letter(self, queue):
+        task, now = self.leased(queue), 100.0
+        for losses in range(1, 5):
+            lease = self.lose(queue, task, now=now)
+            now += 60.0
+            assert (lease.losses, lease.attempts) == (losses, losses)
+        # Ten minutes since the first was counted, at 160.
+        lease = self.lose(queue, task, now=700.0 - 1)
+        assert lease.losses == 5, "five, but within ten minutes"
+        assert self.lose(queue, task, now=701.0 + 60.0) is None
+        view = queue.find(task.id)
+        assert (view.state, view.reason, view.attempts) == (TaskState.DEAD, rules.POISON, 6)
+        assert [record.reason for record in view.records] == [LOST_LEASE] * 6
+        assert begin(queue.ledger, execution_of(task, "late"), now=900.0, lease=30.0) is Admission.DUPLICATE
+        with pytest.raises(TombstonedTaskError):
+            queue.enqueue_many([make_task(name="pill", created=900.0)])
+        fresh = make_task(created=900.0, eta=900.0)
+        assert queue.replace_dead(task.id, fresh, letter_of(task), now=900.0)
+        assert take_one(queue, now=901.0).losses == 0
+
+    @pytest.mark.parametrize("end", [EndState.RETRY, None])
+    def test_a_lease_that_is_not_lost_says_the_losses_too(self, queue, end):
+        task = self.leased(queue)
+        self.lose(queue, task, now=100.0)
+        lease = self.lose(queue, task, now=160.0)
+        assert lease.losses == 2
+        if end is not None:
+            run = execution_of(task, "ends")
+            begin(queue.ledger, run, now=221.0, lease=30.0)
+            finish(queue.ledger, run, end, record_of(task, "retry"))
+        settle(queue, lease, Settlement(verdict=Verdict.RETRY, at=230.0, charged=False), now=222.0)
+        assert take_one(queue, now=231.0).losses == (2 if end is None else 0), "any end resets the count"
+
+    def test_what_was_given_back_or_never_began_is_no_loss(self, queue):
+        task = self.leased(queue)
+        lease = self.lose(queue, task, now=100.0)
+        for now in (221.0, 282.0):  # leased, and lost before the run began
+            lease = take_one(queue, now=now)
+            assert lease.losses == 1
+        begin(queue.ledger, execution_of(task, "drained"), now=283.0, lease=30.0)
+        settle(queue, lease, rules.give_back(lease, now=284.0), now=284.0)
+        assert take_one(queue, now=320.0).losses == 1
+
+    def test_a_run_whose_end_comes_late_was_not_lost(self, queue):
+        task = self.leased(queue)
+
+        def late(run):
+            self.late = run
+
+        self.lose(queue, task, now=100.0)
+        lease = self.lose(queue, task, now=160.0, after=late)
+        assert lease.losses == 2
+        assert begin(queue.ledger, execution_of(task, "another"), now=221.0, lease=30.0) is Admission.RUN
+        assert finish(queue.ledger, self.late, EndState.RETRY, record_of(task, "retry")) is False
+        assert take_one(queue, now=281.0).losses == 1, "the run of now is lost, the others do not count"
+
+    def test_a_run_that_the_store_refused_to_prolong_and_that_goes_on_was_not_lost(self, queue):
+        task = self.leased(queue)
+        first = execution_of(task, "run-100.0")
+        self.lose(queue, task, now=100.0)
+        assert list(queue.ledger.extend_many([first], now=160.5, lease=0.1)) == [True], "nobody took it over yet"
+        for number, now in enumerate(range(161, 2000, 61)):
+            lease = self.lose(queue, task, now=float(now))
+            assert lease is not None
+            assert lease.losses == (2 if number == 0 else 1)
+            assert list(queue.ledger.extend_many([first], now=now + 60.5, lease=30.0)) == [False]
+
+    def test_another_digest_resets_nothing(self, queue):
+        task = self.leased(queue)
+        self.lose(queue, task, now=100.0)
+        forged = execution_of(task, "forged")._replace(digest=b"another")
+        queue.ledger.extend_many([forged], now=161.0, lease=30.0)
+        finish(queue.ledger, forged, EndState.RETRY, record_of(task, "retry"))
+        assert self.lose(queue, task, now=162.0).losses == 2
+
+    def test_the_leases_of_a_dead_dispatcher_fall_due_unless_a_run_began(self, queue):
+        tasks = [make_task() for _ in range(4)]
+        queue.enqueue_many(tasks)
+        dead = {lease.task.id for lease in queue.lease(owner="dead", limit=3, seconds=60.0, now=100.0)}
+        (living,) = queue.lease(owner="deadly", limit=3, seconds=60.0, now=100.0)
+        begun = next(task for task in tasks if task.id in dead)
+        begin(queue.ledger, execution_of(begun), now=101.0, lease=30.0)
+        assert queue.release(["dead", "gone"], now=102.0) == 2
+        assert queue.release([], now=102.0) == 0
+        again = queue.lease(owner="new", limit=9, seconds=60.0, now=102.0)
+        assert {lease.task.id for lease in again} == dead - {begun.id}
+        assert {(lease.attempts, lease.losses) for lease in again} == {(0, 0)}
+        settle(queue, living, DONE, now=103.0)
 
     @pytest.mark.parametrize("state", [None, EndState.RETRY, EndState.SUCCEEDED])
     def test_the_same_id_with_another_digest_is_a_conflict(self, queue, state):

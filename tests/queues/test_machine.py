@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.ledger import Admission, EndState
+from safedefer.ledger import Admission, EndState, Execution
 from safedefer.queues.base import Lease, QueuedTask, QueueStats, Settlement, TaskState, Verdict
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.rates import FULL_LOOK, PAUSED_LOOK, QueueLimits
+from safedefer.queues.rules import POISON_LOSSES, POISON_SECONDS
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.postgres.server import fresh_database, shared_server
 from tests.queues.clocked import CLOCK, CLOCKED_PATH, TABLES, Clocked
@@ -51,6 +52,9 @@ class Model:
     run: str | None = None
     run_until: float = 0.0
     uncharged: bool = False
+    not_before: float = 0.0
+    losses: int = 0
+    first_loss: float | None = None
     records: int = 0
     lost: list[Lease] = field(default_factory=list)
 
@@ -159,17 +163,29 @@ class QueueMachine(RuleBasedStateMachine):
         due.sort(key=lambda model: (model.due, model.order) if self.exact else (model.order,))
         due = self.within_caps(due)
         only = None if queues is None else [queues]
-        leases = self.queue.lease(owner="d", limit=limit, seconds=seconds, now=self.now, queues=only)
+        leases = list(self.queue.lease(owner="d", limit=limit, seconds=seconds, now=self.now, queues=only))
+        due = [model for model in due[:limit] if not self.is_buried(model)]
         assert [whole(lease.task) for lease in leases] == [model.task for model in due[:limit]]
         for lease, model in zip(leases, due, strict=False):
             if model.lease is not None:
                 model.lost.append(model.lease)
                 self.charge_lost_lease(model)
-            assert (lease.attempts, lease.retries) == (model.attempts, model.deliveries)
+            assert (lease.attempts, lease.retries, lease.losses) == (model.attempts, model.deliveries, model.losses)
             assert (lease.first_attempt, lease.rejections) == (model.first_attempt, model.rejections)
             model.state, model.lease, model.leased_at = TaskState.RUNNING, lease, self.now
             model.due = lease.until
             model.deliveries += 1
+
+    def is_buried(self, model: Model) -> bool:
+        """Bury a task whose process died once too often; whether it was."""
+        since = self.now if model.first_loss is None else model.first_loss
+        lost = model.lease is not None and model.uncharged and model.ledger == "running"
+        if not lost or model.losses < POISON_LOSSES - 1 or self.now - since < POISON_SECONDS:
+            return False
+        model.lost.append(model.lease)
+        self.charge_lost_lease(model)
+        self.ended(model, TaskState.DEAD, "failed")
+        return True
 
     def within_caps(self, due: list[Model]) -> list[Model]:
         """Return those that their queues may give now."""
@@ -232,6 +248,9 @@ class QueueMachine(RuleBasedStateMachine):
             return
         model.uncharged = False
         model.records += model.ledger == "running"
+        if model.ledger == "running":
+            model.losses += 1
+            model.first_loss = self.now if model.first_loss is None else model.first_loss
         model.attempts += 1
         model.first_attempt = model.leased_at if model.first_attempt is None else model.first_attempt
 
@@ -257,6 +276,8 @@ class QueueMachine(RuleBasedStateMachine):
             model.state, model.lease, model.due = TaskState.WAITING, None, self.now + wait
             # A run that another delivery began, and that goes on, is not charged yet.
             model.uncharged = model.uncharged and not charged and model.ledger != "retry"
+            if model.ledger is not None and (charged or rejected):
+                model.not_before = model.due
             model.rejections += rejected
             if charged and model.first_attempt is None:
                 model.first_attempt = model.leased_at
@@ -303,29 +324,68 @@ class QueueMachine(RuleBasedStateMachine):
             expected = Admission.RUN if model.ledger is None else Admission.CONFLICT
             if expected is Admission.RUN:
                 return  # Nothing is known yet that this digest could contradict.
-            run = run._replace(digest=b"another")
-        elif model.ledger in ("succeeded", "failed", "cancelled"):
+            assert begin(self.queue.ledger, run._replace(digest=b"another"), now=self.now, lease=seconds) is expected
+            return
+        self.begins(model, run, seconds)
+
+    def begins(self, model: Model, run: Execution, seconds: float):
+        if model.ledger in ("succeeded", "failed", "cancelled"):
             expected = Admission.DUPLICATE
         elif model.ledger == "running" and model.run_until > self.now:
             expected = Admission.RUNNING
+        elif model.ledger == "retry" and model.uncharged:
+            expected = Admission.UNSETTLED
+        elif model.not_before > self.now:
+            expected = Admission.EARLY
         else:
             expected = Admission.RUN
-            model.ledger, model.run, model.uncharged = "running", run.owner, True
+            model.ledger, model.run, model.uncharged, model.not_before = "running", run.owner, True, 0.0
             model.run_until = self.now + seconds
         assert begin(self.queue.ledger, run, now=self.now, lease=seconds) is expected
 
     @precondition(lambda self: self.has(lambda model: model.run))
-    @rule(data=st.data(), state=st.sampled_from(EndState), ours=st.booleans())
-    def finish(self, data, state, ours):
+    @rule(
+        data=st.data(),
+        state=st.sampled_from(EndState),
+        ours=st.booleans(),
+        outcome=st.sampled_from(["retry", "rejected"]),
+    )
+    def finish(self, data, state, ours, outcome):
         if state is EndState.CANCELLED:
             return  # Only cancel() says so.
         model = self.some(data, lambda model: model.run, "finished")
         run = execution_of(model.task, model.run if ours else "somebody-else")
         counts = ours or state is not EndState.RETRY
-        assert finish(self.queue.ledger, run, state, record_of(model.task)) is counts
+        assert finish(self.queue.ledger, run, state, record_of(model.task, outcome)) is counts
         model.records += 1
+        model.losses, model.first_loss = 0, None
         if counts:
             model.ledger, model.run = str(state), None
+            model.uncharged = model.uncharged and not (state is EndState.RETRY and outcome == "rejected")
+
+    @precondition(lambda self: self.has(lambda model: model.lease))
+    @rule(data=st.data(), times=st.integers(1, 6), passed=st.sampled_from([60.0, 200.0]))
+    def a_task_ends_process_after_process(self, data, times, passed):
+        """What it takes to see five losses in a row; a random sequence hardly ever has them."""
+        for _ in range(times):
+            model = self.some(data, lambda model: model.lease or model.state is not TaskState.RUNNING, "pill")
+            if model.lease is None or model.ledger in ("succeeded", "failed", "cancelled"):
+                return
+            self.runs += 1
+            self.begins(model, execution_of(model.task, f"run-{self.runs}"), 1.0)
+            self.time_passes_and_a_dispatcher_leases(passed, 3, 30.0, None)
+
+    @rule(dead=st.booleans())
+    def a_dispatcher_dies(self, dead):
+        """Its leases fall due at once, but those whose run began."""
+        found = [
+            model
+            for model in self.models.values()
+            if dead and model.lives and model.lease is not None and model.due > self.now and not model.uncharged
+        ]
+        assert self.queue.release(["d" if dead else "e"], now=self.now) == len(found)
+        for model in found:
+            model.due = self.now
 
     @precondition(lambda self: self.has(lambda model: model.state is TaskState.DEAD))
     @rule(data=st.data(), drawn=tasks)

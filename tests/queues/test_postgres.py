@@ -22,8 +22,9 @@ from safedefer.dispatcher.loop import Dispatcher
 from safedefer.dispatcher.transport import InProcessDelivery
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
 from safedefer.ledger import Admission, EndState
-from safedefer.queues.base import AlreadyWaiting, DeadFilter, Settlement, TaskState, Verdict
-from safedefer.queues.postgres.migrations import _queries, migrate
+from safedefer.queues.base import AlreadyWaiting, DeadFilter, Settlement, TaskState, Verdict, task_digest
+from safedefer.queues.postgres.leasing import manager_of
+from safedefer.queues.postgres.migrations import MIGRATIONS, _queries, migrate
 from safedefer.queues.postgres.pgqueuer import STATEMENTS, untested
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.postgres.statements import SQL, joined, to_json
@@ -155,7 +156,7 @@ def test_a_database_without_tables_is_told_from_one_that_does_not_answer(server,
 def test_migrating_again_does_nothing_and_at_once_does_it_once(dsn):
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(migrate, [dsn] * 4))
-    assert sorted(map(len, done)) == [0, 0, 0, 2]
+    assert sorted(map(len, done)) == [0, 0, 0, 1 + len(MIGRATIONS)]
     assert migrate(dsn) == []
 
 
@@ -163,6 +164,26 @@ def test_the_clock_of_the_database_is_read(dsn):
     migrate(dsn)
     with contextlib.closing(PostgresQueue(dsn)) as queue:
         assert abs(queue.clock() - time.time()) < 60
+
+
+def test_a_run_that_an_older_version_knew_begins_again_as_before(real_dsn):
+    for column in ("not_before", "attempts", "losses", "first_loss"):
+        ask(real_dsn, f"ALTER TABLE safedefer.ledger DROP COLUMN {column}")
+    ask(real_dsn, "UPDATE safedefer.settings SET version = 1")
+    task = task_now()
+    entry = (task.audience, task.id, task_digest(task), task.expires)
+    insert = "INSERT INTO safedefer.ledger (audience, task_id, digest, state, expires, uncharged) VALUES (%s, %s, %s, 'retry', %s, false)"
+    ask(real_dsn, insert, *entry)
+    with contextlib.closing(PostgresQueue(real_dsn)) as queue, pytest.raises(ConfigurationError, match="of an older"):
+        queue.enqueue_many([task])
+    assert migrate(real_dsn) == ["safedefer: migration_2"]
+    old = task_now()
+    ask(real_dsn, insert, old.audience, old.id, task_digest(old), old.expires)  # a process that is connected goes on
+    with contextlib.closing(PostgresQueue(real_dsn)) as queue:
+        queue.enqueue_many([task])
+        assert len(lease_now(queue)) == 1
+        for known in (task, old):
+            assert begin(queue.ledger, execution_of(known), now=0.0, lease=30.0) is Admission.RUN
 
 
 def test_an_index_that_ignores_the_queue_does_not_tempt_the_planner(dsn):
@@ -641,7 +662,7 @@ def stored_attempts(queue):
 
 
 def test_a_success_has_no_row_of_its_own_and_stands_where_it_was(queue):
-    failed = {"outcome": "retry", "status": 500, "reason": "exception", "started": 1.0, "ended": 2.0}
+    failed = {"outcome": "rejected", "status": 500, "reason": "unresolvable", "started": 1.0, "ended": 2.0}
     before = stored_attempts(queue)
     task, records = ran(queue, (EndState.RETRY, failed), (EndState.SUCCEEDED, {"started": 3.0, "ended": 4.5}))
     assert records == [record_of(task, **failed), record_of(task, started=3.0, ended=4.5)]
@@ -651,7 +672,7 @@ def test_a_success_has_no_row_of_its_own_and_stands_where_it_was(queue):
     assert list(queue.find(task.id).records) == [*records, refused]
     (lease,) = lease_now(queue)
     settle(queue, lease, DONE, now=time.time())
-    assert [record.outcome for record in queue.find(task.id).records] == ["retry", "succeeded", "rejected"]
+    assert [record.outcome for record in queue.find(task.id).records] == ["rejected", "succeeded", "rejected"]
 
 
 @pytest.mark.parametrize(
@@ -929,9 +950,9 @@ def test_jobs_are_ended_by_their_ids_whatever_the_planner_has_counted(queue):
     values = joined(["1"] * 200, ["1"] * 200, ["a"] * 200, ["t"] * 200)
 
     async def explain(connection):
-        rows = await connection.fetch(f"EXPLAIN {SQL['done']}", *values, queue._store.manager, 1.0)
+        rows = await connection.fetch(f"EXPLAIN {SQL['done']}", *values, manager_of("d"), 1.0)
         held = to_json(
-            [{"id": 1, "manager": str(queue._store.manager), "updated": 1, "audience": "a", "task_id": "t"}] * 200
+            [{"id": 1, "manager": str(manager_of("d")), "updated": 1, "audience": "a", "task_id": "t"}] * 200
         )
         rows += await connection.fetch(f"EXPLAIN {SQL['held']}", held)
         return "\n".join(row[0] for row in rows)

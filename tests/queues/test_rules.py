@@ -17,9 +17,12 @@ from safedefer.queues.rules import (
     after_retry,
     end_of,
     judge_outcome,
+    leaves_charge,
     may_cancel,
+    must_be_alone,
     plus,
     retry_charges,
+    sets_time,
     with_queues_options,
 )
 from tests.queues.contract import make_task
@@ -108,6 +111,74 @@ def test_the_first_attempt_began_when_its_lost_lease_did(leased_at, first):
     assert (lost.counters.attempts, lost.counters.first_attempt) == (1, first)
 
 
+@pytest.mark.parametrize(
+    ("charged", "rejected", "sets"), [(True, False, True), (False, True, True), (False, False, False)]
+)
+def test_what_no_handler_took_moves_no_retry(charged, rejected, sets):
+    assert sets_time(Settlement(verdict=Verdict.RETRY, charged=charged, rejected=rejected)) is sets
+
+
+# state, uncharged, alive, early, what another run is told
+RETRIES_ADMITTED = [
+    (RETRY, False, False, False, Admission.RUN),
+    (RETRY, False, False, True, Admission.EARLY),
+    (RETRY, True, False, True, Admission.UNSETTLED),
+    (RETRY, True, False, False, Admission.UNSETTLED),
+    ("running", False, False, True, Admission.EARLY),
+    ("running", True, False, False, Admission.RUN),
+    ("running", True, True, True, Admission.RUNNING),
+    (SUCCEEDED, True, False, True, Admission.DUPLICATE),
+]
+
+
+@pytest.mark.parametrize(("state", "uncharged", "alive", "early", "expected"), RETRIES_ADMITTED)
+def test_a_task_that_failed_runs_when_its_delivery_is_settled_and_its_time_has_come(
+    state, uncharged, alive, early, expected
+):
+    known = Known(str(state), uncharged, alive, early)
+    run = Execution("aud", "id", b"digest", "you", 1000)
+    assert admit(run, digest=b"digest", owner="me", entry=known) is expected
+
+
+# what the ledger knows before, losses after, since when, whether the task is poison at 1000
+LOSSES = [
+    (Known("running", True), 1, 1000.0, False),
+    (Known("running", True, True), 1, 1000.0, False),  # its end, should it come, resets the count
+    (Known("running", True, losses=1, first_loss=300.0), 2, 300.0, False),
+    (Known("running", True, losses=3, first_loss=10.0), 4, 10.0, False),
+    (Known("running", True, losses=4, first_loss=400.5), 5, 400.5, False),
+    (Known("running", True, losses=4, first_loss=400.0), 5, 400.0, True),
+    (Known("running", True, losses=9, first_loss=400.5), 10, 400.5, False),
+    (Known("running", True, losses=9, first_loss=10.0), 10, 10.0, True),
+    (Known("running", True, losses=2**40, first_loss=10.0), MOST_COUNTED + 1, 10.0, True),
+    # Never begun, or charged before: no loss, however many there were.
+    (Known("running", False, losses=9, first_loss=10.0), 9, 10.0, False),
+    (Known(RETRY, True, losses=9, first_loss=10.0), 9, 10.0, False),
+    (Known(SUCCEEDED, True), 0, None, False),
+    (None, 0, None, False),
+]
+
+
+@pytest.mark.parametrize(("known", "losses", "since", "poison"), LOSSES)
+def test_a_run_that_began_and_never_ended_is_a_loss_and_the_fifth_over_ten_minutes_is_poison(
+    known, losses, since, poison
+):
+    lost = after_lost_lease(BEFORE, ("aud", "id"), known, leased_at=900.0, now=1000.0)
+    assert (lost.losses, lost.first_loss, lost.is_poison(1000.0)) == (losses, since, poison)
+
+
+@pytest.mark.parametrize(("losses", "alone"), [(0, False), (1, False), (2, True), (5, True)])
+def test_a_task_is_alone_from_its_second_loss_on(losses, alone):
+    assert must_be_alone(losses) is alone
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome", "charge"), [(RETRY, "retry", True), (RETRY, "rejected", False), (FAILED, "rejected", True)]
+)
+def test_a_rejected_run_is_not_to_be_charged(end, outcome, charge):
+    assert leaves_charge(end, RECORD._replace(outcome=outcome)) is charge
+
+
 # charged, what the ledger knows, whether the run is charged
 CHARGES = [
     (True, None, False),
@@ -129,7 +200,7 @@ def test_a_run_that_another_delivery_began_and_that_goes_on_stays_to_be_charged(
 STATES = [
     ("running", True, False, Admission.RUN, Admission.RUNNING),
     ("running", False, True, Admission.RUN, Admission.RUN),
-    (RETRY, False, True, Admission.RUN, Admission.RUN),
+    (RETRY, False, True, Admission.UNSETTLED, Admission.UNSETTLED),
     (SUCCEEDED, False, False, Admission.DUPLICATE, Admission.DUPLICATE),
     (FAILED, False, False, Admission.DUPLICATE, Admission.DUPLICATE),
     (CANCELLED, False, False, Admission.DUPLICATE, Admission.DUPLICATE),
@@ -156,8 +227,8 @@ def test_counters_stop_where_one_more_still_fits(count, more):
     assert plus(count, more) < 2**31
 
 
-def test_counters_are_the_last_fields_of_a_lease():
-    assert Lease._fields[3:] == Counters._fields
+def test_counters_are_fields_of_a_lease():
+    assert Lease._fields[3:] == (*Counters._fields, "losses")
     assert Counters.of(Lease(make_task(), "owner", 160.0, *BEFORE)) == BEFORE
 
 

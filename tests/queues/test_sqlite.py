@@ -15,13 +15,24 @@ import pytest
 
 from safedefer.blobs import Blob
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError
+from safedefer.ledger import Admission
 from safedefer.queues import open_queue
-from safedefer.queues.base import AlreadyWaiting, DeadFilter
+from safedefer.queues.base import AlreadyWaiting, DeadFilter, task_digest
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.sqlite.connection import MIGRATIONS, SQL
 from safedefer.queues.sqlite.queue import SQLiteQueue
-from tests.queues.contract import DONE, QUEUE_OPTIONS, QueueContract, ids, make_task, oversize_task, take, take_one
-from tests.queues.single import settle
+from tests.queues.contract import (
+    DONE,
+    QUEUE_OPTIONS,
+    QueueContract,
+    execution_of,
+    ids,
+    make_task,
+    oversize_task,
+    take,
+    take_one,
+)
+from tests.queues.single import begin, settle
 
 
 @pytest.fixture
@@ -205,6 +216,43 @@ def test_a_file_of_an_older_version_is_migrated_with_all_that_is_in_it(path):
     assert connection.execute(SQL["schema_version"]).get == len(MIGRATIONS)
     assert connection.pragma("integrity_check") == "ok"
     connection.close()
+
+
+OLD_ENTRY = "INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, until, expires, uncharged) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+def test_runs_that_an_older_version_knew_begin_and_are_lost_as_before(path):
+    connection = apsw.Connection(str(path))
+    connection.execute(SQL["schema_table"])
+    for version in (1, 2):
+        connection.execute(SQL[f"migration_{version}"])
+        connection.execute(SQL["schema_set_version"], {"version": version})
+    again, lost = make_task(), make_task()
+    for task, state, until, uncharged in ((again, "retry", 0.0, 0), (lost, "running", 130.0, 1)):
+        row = (
+            task.audience,
+            task.id,
+            task_digest(task),
+            state,
+            "old" if until else None,
+            until,
+            task.expires,
+            uncharged,
+        )
+        connection.execute(OLD_ENTRY, row)
+    connection.close()
+    with contextlib.closing(SQLiteQueue(path, **QUEUE_OPTIONS)) as queue:
+        queue.enqueue_many([again, lost])
+        assert len(take(queue)) == 2
+        assert begin(queue.ledger, execution_of(again), now=101.0, lease=30.0) is Admission.RUN
+        assert begin(queue.ledger, execution_of(lost), now=101.0, lease=30.0) is Admission.RUNNING
+        assert {lease.losses for lease in take(queue, now=161.0)} == {1}
+        # A process of the older version goes on with the migrated file.
+        connection = apsw.Connection(str(path))
+        old = make_task()
+        connection.execute(OLD_ENTRY, (old.audience, old.id, task_digest(old), "retry", None, 0.0, old.expires, 0))
+        connection.close()
+        assert begin(queue.ledger, execution_of(old), now=162.0, lease=30.0) is Admission.RUN
 
 
 def test_many_threads_may_open_a_new_file_at_once(path):

@@ -399,6 +399,28 @@ def test_a_dead_letter_that_does_not_verify_now_is_not_signed_again():
     assert queue.find(dead.id).state is TaskState.DEAD
 
 
+MOUNTED = [  # the path of the request, the mount, the prefix, and what a token may name
+    ("/a/u", "/a", "", {"/u", "/a/u"}),
+    ("/a/u", "/a/", "", {"/u", "/a/u"}),  # ASGI servers are given either
+    ("/u", "/a", "", {"/u"}),  # WSGI's PATH_INFO, old ASGI servers: the mount is not in the path
+    ("/ab/u", "/a", "", {"/ab/u"}),
+    ("/a", "/a", "", {"/a"}),
+    ("/a/b/u", "/a/b", "", {"/u", "/a/b/u"}),
+    ("/a/p/u", "/a", "/p", {"/u", "/a/p/u"}),
+    ("/a/a/u", "/a", "", {"/a/u", "/a/a/u"}),
+]
+
+
+@pytest.mark.parametrize(("path", "mount", "prefix", "named"), MOUNTED)
+def test_below_a_mount_the_path_that_was_signed_is_accepted(path, mount, prefix, named):
+    app = make_app(prefix=prefix)
+    for url in ("/u", "/a/u", "/a/a/u", "/ab/u", "/a", "/a/b/u", "/b/u", "/a/p/u", "/p/u"):
+        task = app.options(url=url).defer(tasks.add, 1, 2)
+        status = handle(app, task.payload, path=path, mount=mount).status
+        assert (status == 200) == (url in named), url
+    app.close()
+
+
 # --- Making an App --------------------------------------------------------------------------------
 
 WRONG = [
@@ -532,3 +554,19 @@ def test_the_drop_in_module_takes_absolute_urls_of_targets_too():
     finally:
         configure(None)
         app.close()
+
+
+@pytest.mark.parametrize("where", ["the policy", "a key"])
+def test_a_mistyped_exact_pattern_stops_the_handler_at_its_start_and_the_first_defer(where, tmp_path):
+    wrong = "tests.sample_tasks:ad"
+    key = Key("k1", SECRET, KeyState.ACTIVE, patterns=[wrong] if where == "a key" else None)
+    app = make_app(
+        queue=f"sqlite:///{tmp_path}/q.db",
+        keyring=Keyring(key),
+        policy=Policy(wrong if where == "the policy" else "tests.sample_tasks"),
+    )
+    with pytest.raises(ConfigurationError, match="tests.sample_tasks:ad names nothing"):
+        _ = app.delivery
+    with pytest.raises(ConfigurationError, match="tests.sample_tasks:ad names nothing"):
+        app.defer(tasks.add, 1, 2)
+    app.close()

@@ -276,24 +276,26 @@ def test_without_configuration_the_environment_is_used(monkeypatch):
         deferred.configure(None)
 
 
-def test_a_module_that_asks_for_the_app_while_it_is_built_gets_an_error_and_no_deadlock(tmp_path, monkeypatch):
+def test_a_module_of_tasks_may_ask_for_the_app_while_the_policy_finds_it(tmp_path, monkeypatch):
     (tmp_path / "asking_tasks.py").write_text("from safedefer import deferred\ndeferred.current_app()\ndef f(): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("SAFEDEFER_KEYS", "k1:" + "QkJDRERFRkdISUpLTE1OT1BRUlNUVVZXWFlaWzAxMjM0")
     monkeypatch.setenv("SAFEDEFER_POLICY", "asking_tasks:f")
+    monkeypatch.setenv("SAFEDEFER_QUEUE", "memory://")
     deferred.configure(None)
-    caught = []
+    found = []
 
     def ask():
-        try:
-            deferred.current_app()
-        except ConfigurationError as error:
-            caught.append(error)
+        app = deferred.current_app()
+        app.policy.load()
+        found.append(app)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(30)
-    assert len(caught) == 1
+    assert found == [deferred.current_app()]
+    found[0].close()
+    deferred.configure(None)
 
 
 def test_every_option_is_spelled_once_and_the_forms_agree():

@@ -34,6 +34,7 @@ from safedefer.queues.base import Lease, QueuedTask, TaskState, Verdict
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks as tasks
 from tests.unit.apps import SECRET, make_app, until
+from tests.unit.delivering import Delivering
 
 NOW = 1_000_000.0
 
@@ -945,3 +946,117 @@ async def test_a_renamed_callable_runs_when_it_is_back():
     await dispatch(app.queue, InProcessDelivery(app.handle), clock=lambda: moment[0]).run_until_empty()
     assert app.queue.find(task.id).state is TaskState.SUCCEEDED
     assert tasks.RAN == [("add", 1, 2, 1)]
+
+
+# --- Suspects -------------------------------------------------------------------------------------
+
+
+class Suspicious(MemoryQueue):
+    """Says of tasks how many losses they have."""
+
+    losses: dict[str, int]
+
+    def lease(self, **how):
+        return [lease._replace(losses=self.losses.get(lease.task.id, 0)) for lease in super().lease(**how)]
+
+
+async def delivered_together(queue, *, concurrency=16, seconds=0.02, **options):
+    """Run all tasks; return for each what ran beside it, in the order in which they began."""
+    running, beside = set(), {}
+
+    async def call(task, headers):
+        number = int(task.id, 16)
+        for other in running:
+            beside[other].add(number)
+        beside[number] = set(running)
+        running.add(number)
+        await asyncio.sleep(seconds)
+        running.discard(number)
+        return answer(200, "succeeded")
+
+    settings = DispatcherOptions(concurrency=concurrency, poll_seconds=0.05, **options)
+    dispatcher = Dispatcher(queue, Delivering(call), clock=lambda: NOW, options=settings)
+    await asyncio.wait_for(dispatcher.run_until_empty(), 30)
+    return beside
+
+
+@pytest.mark.parametrize("concurrency", [1, 4, 16])
+async def test_a_suspect_runs_alone_after_what_was_leased_with_it(concurrency):
+    queue = Suspicious()
+    queue.losses = {task_of(2).id: 3, task_of(3).id: 1, task_of(7).id: 2, task_of(9).id: 2}
+    queue.enqueue_many([task_of(number) for number in range(1, 31)])
+    beside = await delivered_together(queue, concurrency=concurrency)
+    assert set(beside) == set(range(1, 31)), "nobody starves"
+    assert [beside[number] for number in (2, 7, 9)] == [set(), set(), set()]
+    order = list(beside)
+    first = [number for number in range(1, concurrency + 1) if number not in (2, 7, 9)]
+    assert order[: len(first)] == first, "what was leased with a suspect goes first"
+    if concurrency > 1:
+        assert beside[3], "one loss may be anybody's"
+    assert order.index(7) < order.index(2) or concurrency < 16, "the fewest losses first"
+    assert all(queue.find(task_of(number).id).attempts == 1 for number in range(1, 31))
+
+
+async def test_a_stop_gives_a_suspect_back_that_waits():
+    queue = Suspicious()
+    queue.losses = {task_of(1).id: 2}
+    queue.enqueue_many([task_of(1), task_of(2)])
+    ran, begun = [], asyncio.Event()
+
+    async def call(task, headers):
+        ran.append(int(task.id, 16))
+        begun.set()
+        await asyncio.sleep(0.2)
+        return answer(200, "succeeded")
+
+    dispatcher = Dispatcher(queue, Delivering(call), clock=lambda: NOW)
+    running = asyncio.create_task(dispatcher.run())
+    await begun.wait()
+    dispatcher.stop()
+    await asyncio.wait_for(running, 10)
+    assert ran == [2]
+    view = queue.find(task_of(1).id)
+    assert (view.state, view.attempts) == (TaskState.WAITING, 0)
+
+
+async def test_a_stop_lets_a_suspect_end_that_runs():
+    queue = Suspicious()
+    queue.losses = {task_of(1).id: 2}
+    queue.enqueue_many([task_of(1)])
+    begun = asyncio.Event()
+
+    async def call(task, headers):
+        begun.set()
+        await asyncio.sleep(0.1)
+        return answer(200, "succeeded")
+
+    dispatcher = Dispatcher(queue, Delivering(call), clock=lambda: NOW)
+    running = asyncio.create_task(dispatcher.run())
+    await begun.wait()
+    dispatcher.stop()
+    await asyncio.wait_for(running, 10)
+    assert queue.find(task_of(1).id).state is TaskState.SUCCEEDED
+
+
+async def test_what_a_dead_dispatcher_had_leased_is_leased_at_once(caplog):
+    class Failing(MemoryQueue):
+        fails = 1
+
+        def release(self, owners, *, now):
+            if self.fails:
+                self.fails -= 1
+                raise QueueUnavailable("away")
+            return super().release(owners, now=now)
+
+    queue = Failing()
+    queue.enqueue_many([task_of(number) for number in range(1, 4)])
+    assert len(queue.lease(owner="before", limit=9, seconds=3600.0, now=NOW)) == 3
+    beside = await asyncio.wait_for(released(queue), 10)
+    assert set(beside) == {1, 2, 3}
+
+
+async def released(queue):
+    beside = {}
+    while len(beside) < 3:  # until the release has succeeded nothing is due
+        beside |= await delivered_together(queue, dead_owners=["before"], owner="after")
+    return beside

@@ -193,7 +193,7 @@ def test_a_module_that_is_another_one_in_every_process_is_no_pattern(pattern):
 ])  # fmt: skip
 def test_an_exact_pattern_that_names_nothing_is_refused(pattern):
     with pytest.raises(ConfigurationError, match="names nothing"):
-        Policy(pattern)
+        Policy(pattern).load()
 
 
 @pytest.mark.parametrize(("pattern", "why"), [
@@ -202,13 +202,72 @@ def test_an_exact_pattern_that_names_nothing_is_refused(pattern):
 ])  # fmt: skip
 def test_an_exact_pattern_of_what_cannot_be_deferred_is_refused(pattern, why):
     with pytest.raises(ConfigurationError, match=why):
-        Policy(pattern)
+        Policy(pattern).load()
 
 
 def test_an_exact_pattern_may_name_a_built_in_by_any_name_that_leads_to_it():
     for pattern in ("operator:add", "_operator:add"):
         assert admits(Policy(pattern), operator.add)
     assert not admits(Policy("operator:add"), operator.sub)
+
+
+# --- When exact names are looked up ---------------------------------------------------------------
+
+
+NAMED_LATE = {
+    "function": ('"MODULE:send"', {}),
+    "class": ('"MODULE:Order"', {}),
+    "member": ('"MODULE:Order.ship"', {}),
+    "metaclass": ('"MODULE"', {"metaclasses": '["MODULE:Meta"]'}),
+    "old name": ('"MODULE:gone", "MODULE:send"', {"moved": '{"MODULE:gone": "MODULE:send"}'}),
+}
+
+
+@pytest.mark.parametrize("label", NAMED_LATE)
+@pytest.mark.parametrize("ask", ["load", "callable_ref", "load_callable"])
+def test_the_module_of_an_exact_pattern_may_import_the_one_that_builds_the_policy(label, ask, tmp_path, monkeypatch):
+    patterns, options = NAMED_LATE[label]
+    tasks, main = f"zoo_late_{ask}_{label.replace(' ', '')}", f"zoo_main_{ask}_{label.replace(' ', '')}"
+    given = "".join(f", {name}={value}" for name, value in options.items())
+    (tmp_path / f"{main}.py").write_text(
+        f"import {tasks}\nfrom safedefer import Policy\npolicy = Policy({patterns}{given})\n".replace("MODULE", tasks)
+    )
+    (tmp_path / f"{tasks}.py").write_text(
+        f"from {main} import policy\ndef send(): ...\nclass Meta(type): ...\n"
+        "class Order:\n    @classmethod\n    def ship(cls): ...\nclass Odd(metaclass=Meta): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = __import__(tasks)  # it runs first, and is half imported when the policy is built
+    obj = {"class": module.Order, "member": module.Order.ship, "metaclass": module.Odd}.get(label, module.send)
+    if ask == "load":
+        module.policy.load()
+    elif ask == "callable_ref":
+        assert module.policy.callable_ref(obj)
+    else:
+        name = CallableRef.of(obj, metaclasses=frozenset({type, module.Meta}))
+        assert module.policy.load_callable(name) == obj
+
+
+def test_what_a_first_use_found_is_what_an_exact_pattern_means_from_then_on(monkeypatch):
+    policy = Policy(f"{ZOO}:function")
+    assert admits(policy, zoo.function)
+    other = types.FunctionType(zoo.function.__code__, vars(zoo), "function")
+    monkeypatch.setattr(zoo, "function", other)
+    policy.load()
+    assert not admits(policy, other)
+
+
+@pytest.mark.parametrize("pattern", [f"{ZOO}:functoin", "zoo_mistyped:f", f"{ZOO}:Plain.methd"])
+def test_a_mistyped_exact_pattern_is_an_error_of_configuration_at_the_first_use(pattern):
+    for use in (
+        lambda policy: policy.load(),
+        lambda policy: policy.callable_ref(zoo.function),
+        lambda policy: policy.class_name(zoo.Plain),
+        lambda policy: policy.check(ref(f"{ZOO}:function")),
+        lambda policy: Policy("tests.*").restricted(policy.patterns).load(),
+    ):
+        with pytest.raises(ConfigurationError, match="names nothing"):
+            use(Policy(pattern))
 
 
 # --- Built-ins, the standard library, gadgets -----------------------------------------------------
@@ -496,7 +555,7 @@ def test_a_metaclass_is_admitted_by_naming_it(metaclass):
 @pytest.mark.parametrize("metaclass", ["Meta", f"{ZOO}:missing", f"{ZOO}:Plain", zoo.Plain, 3], ids=str)
 def test_what_is_no_metaclass_is_refused(metaclass):
     with pytest.raises(ConfigurationError, match="metaclass"):
-        Policy(metaclasses=[metaclass])
+        Policy(metaclasses=[metaclass]).load()
 
 
 # --- Classes inside arguments ---------------------------------------------------------------------
@@ -551,6 +610,7 @@ def test_a_nested_class_is_a_value_with_its_outer_class():
 
 def test_what_took_the_place_of_an_exact_object_is_refused(monkeypatch):
     policy = Policy(f"{ZOO}:function", f"{ZOO}:Plain", f"{ZOO}:Child.overridden")
+    policy.load()
 
     def function():
         return "evil"
@@ -562,16 +622,17 @@ def test_what_took_the_place_of_an_exact_object_is_refused(monkeypatch):
     monkeypatch.setattr(zoo, "Plain", evil)
     assert not admits(policy, evil)
     assert not admits(policy, evil.build)
-    with pytest.raises(PolicyViolation, match="named when the policy was built"):
+    with pytest.raises(PolicyViolation, match="named when the policy was loaded"):
         policy.load_class(f"{ZOO}:Plain")
-    with pytest.raises(PolicyViolation, match="named when the policy was built"):
+    with pytest.raises(PolicyViolation, match="named when the policy was loaded"):
         policy.load_class(f"{ZOO}:Plain.Nested")
-    with pytest.raises(NotDeferrable, match="named when the policy was built"):
+    with pytest.raises(NotDeferrable, match="named when the policy was loaded"):
         policy.class_name(evil)
 
 
 def test_a_member_that_took_the_place_of_an_exact_one_is_refused(monkeypatch):
     policy = Policy(f"{ZOO}:Child.overridden", f"{ZOO}:Child")
+    policy.load()
 
     def overridden(self):
         return "evil"
@@ -610,6 +671,7 @@ def test_a_base_that_took_the_place_of_an_exact_one_lends_no_member(monkeypatch)
     base.save = save
     record = type("Record", (base,), {"__module__": ZOO})
     policy = Policy(ZOO, "tests.zoo.decorators:Base")
+    policy.load()
     monkeypatch.setattr(decorators, "Base", base)
     monkeypatch.setattr(zoo, "Record", record)
     assert not admits(policy, record().save)

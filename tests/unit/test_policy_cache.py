@@ -136,7 +136,7 @@ def test_what_took_the_place_of_what_was_remembered_is_judged_anew(module):
     old = module.f, module.C
     exec("def f(): pass\nclass C: pass\n", vars(module))
     for call in (lambda: cache.load_callable(ref), lambda: cache.load_class("tests.found:C")):
-        with pytest.raises(PolicyViolation, match="named when the policy was built"):
+        with pytest.raises(PolicyViolation, match="named when the policy was loaded"):
             call()
     for call in (lambda: cache.callable_ref(old[0]), lambda: cache.class_name(old[1])):
         with pytest.raises(NotDeferrable):

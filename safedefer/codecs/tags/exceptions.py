@@ -125,7 +125,7 @@ def encode_exception(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
         raise
     enc.opaque.discard(id(value))
     begin(enc, value, plan)
-    _check_offsets(value)
+    check_offsets(value)
     state = dict(_held(value, plan, args))
     for key, each in attributes(enc, value, plan):
         if type(key) is str and (key in state or key in _members(plan.base) or key in _SKIPPED):
@@ -221,7 +221,7 @@ def decode_exception(dec: Decoder, payload: Json, depth: int) -> object:
     for key in [key for key in state if key in members or key in _CHAIN]:
         descriptor = members.get(key) or BaseException.__dict__[key]
         _set(dec, value, key, descriptor, state.pop(key), depth + 1)
-    _check_offsets(value)
+    check_offsets(value)
     if not state.keys().isdisjoint(_SKIPPED):
         raise VersionSkew("an exception has no such attribute to set")
     restore(dec, value, plan, state, depth + 1)
@@ -244,7 +244,7 @@ def imports_when_shown(value: object) -> bool:
     return descriptor.__get__(value) is not None
 
 
-def _check_offsets(value: BaseException) -> None:
+def check_offsets(value: BaseException) -> None:
     """Refuse a ``UnicodeError`` whose offsets lie outside its object: ``str()`` of it would read or write there.
 
     Raises:

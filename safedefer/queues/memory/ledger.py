@@ -27,10 +27,22 @@ class Entry:
     until: float
     expires: int
     uncharged: bool
+    not_before: float = 0.0
+    """The time of the retry."""
+    attempts: int = 0
+    """As the queue counted them when it settled the last delivery."""
+    losses: int = 0
+    first_loss: float | None = None
 
     def known(self, now: float) -> rules.Known:
         """Return what decides something."""
-        return rules.Known(self.state, self.uncharged, self.until > now)
+        return rules.Known(
+            self.state, self.uncharged, self.until > now, self.not_before > now, self.losses, self.first_loss
+        )
+
+    def forget_losses(self) -> None:
+        """Note a sign of life of a run."""
+        self.losses, self.first_loss = 0, None
 
 
 class MemoryLedger:
@@ -65,6 +77,9 @@ class MemoryLedger:
                 until=now + lease,
                 expires=execution.expires if entry is None else entry.expires,
                 uncharged=True,
+                attempts=0 if entry is None else entry.attempts,
+                losses=0 if entry is None else entry.losses,
+                first_loss=None if entry is None else entry.first_loss,
             )
             return Admission.RUN
 
@@ -72,9 +87,11 @@ class MemoryLedger:
         """Prolong runs; False stands for one that is no longer ours."""
         with self._lock:
             entries = [self._ours(execution) for execution in executions]
-            for entry in entries:
+            for execution, entry in zip(executions, entries, strict=True):
                 if entry is not None:
                     entry.until = now + lease
+                elif (other := self._same(execution)) is not None:
+                    other.forget_losses()
             return [entry is not None for entry in entries]
 
     def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
@@ -90,12 +107,14 @@ class MemoryLedger:
     def _finish(self, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
         with self._lock:
             self.record(record)
-            entry = self._entries.get((execution.audience, execution.task_id))
-            if entry is None or entry.digest != execution.digest:
+            entry = self._same(execution)
+            if entry is None:
                 return False
+            entry.forget_losses()
             if not rules.end_counts(state, entry.known(0.0), ours=entry.owner == execution.owner):
                 return False
             entry.state, entry.owner, entry.until = str(state), None, 0.0
+            entry.uncharged = entry.uncharged and rules.leaves_charge(state, record)
             return True
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:
@@ -178,6 +197,10 @@ class MemoryLedger:
         for key in expired:
             del self._entries[key]
         return len(old) + len(expired)
+
+    def _same(self, execution: Execution) -> Entry | None:
+        entry = self._entries.get((execution.audience, execution.task_id))
+        return None if entry is None or entry.digest != execution.digest else entry
 
     def _ours(self, execution: Execution) -> Entry | None:
         entry = self._entries.get((execution.audience, execution.task_id))

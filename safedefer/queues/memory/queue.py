@@ -33,6 +33,7 @@ from safedefer.queues.base import (
 from safedefer.queues.capabilities import FULL, Capabilities
 from safedefer.queues.loop_calls import no_connections
 from safedefer.queues.memory.ledger import MemoryBlobs, MemoryLedger
+from safedefer.queues.poison import log_burial
 from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.rules import Counters
 
@@ -334,8 +335,12 @@ class MemoryQueue:
         with self._changed:
             self._seen = self._newest
             allowed = self._open_queues(queues, now=now)
-            while len(leases) < limit and (row := self._first([*allowed])) is not None and row.due <= now:
-                leases.append(self._lease(row, owner=owner, until=now + seconds, now=now))
+            taken = 0
+            while taken < limit and (row := self._first([*allowed])) is not None and row.due <= now:
+                lease = self._lease(row, owner=owner, until=now + seconds, now=now)
+                taken += 1
+                if lease is not None:
+                    leases.append(lease)
                 queue = row.task.queue
                 if (most := allowed[queue]) is not None:
                     self._state.controls[queue] = self._state.controls[queue].spend(1)
@@ -347,23 +352,32 @@ class MemoryQueue:
                 self.prune(now=now)
         return leases
 
-    def _lease(self, row: _Row, *, owner: str, until: float, now: float) -> Lease:
+    def _lease(self, row: _Row, *, owner: str, until: float, now: float) -> Lease | None:
+        """Lease a task; None if it becomes a dead letter instead."""
         if row.owner is not None:
-            self._after_lost_lease(row, now=now)
-        lease = Lease(row.task, f"{owner}:{secrets.token_hex(8)}", until, *row.counters)
+            lost = self._after_lost_lease(row, now=now)
+            if lost.is_poison(now):
+                self._end(row, rules.Ending(EndState.FAILED, rules.POISON), now=now)
+                log_burial(row.task.id, lost.losses)
+                return None
+        entry = self._ledger.entry(row.task)
+        losses = 0 if entry is None else entry.losses
+        lease = Lease(row.task, f"{owner}:{secrets.token_hex(8)}", until, *row.counters, losses=losses)
         row.owner, row.leased_at, row.due = lease.owner, now, until
         self._schedule(row)
         return lease
 
-    def _after_lost_lease(self, row: _Row, *, now: float) -> None:
+    def _after_lost_lease(self, row: _Row, *, now: float) -> rules.LostDelivery:
         task, entry = (row.task.audience, row.task.id), self._ledger.entry(row.task)
         known = None if entry is None else entry.known(now)
         lost = rules.after_lost_lease(row.counters, task, known, leased_at=row.leased_at, now=now)
         row.counters = lost.counters
         if entry is not None and lost.charged:
-            entry.uncharged = False
+            entry.uncharged, entry.attempts = False, lost.counters.attempts
+            entry.losses, entry.first_loss = lost.losses, lost.first_loss
         if lost.record is not None:
             self._ledger.record(lost.record)
+        return lost
 
     def extend_many(self, leases: Sequence[Lease], *, seconds: float, now: float) -> Sequence[bool]:
         """Prolong leases; False stands for a lost one."""
@@ -377,6 +391,22 @@ class MemoryQueue:
         row.due = until
         self._schedule(row)
         return True
+
+    def release(self, owners: Sequence[str], *, now: float) -> int:
+        """Let leases of dead dispatchers fall due whose run has not begun; returns how many."""
+        with self._changed:
+            found = [
+                row
+                for row in self._state.rows.values()
+                if row.owner is not None and row.due > now and row.owner.rpartition(":")[0] in owners
+            ]
+            entries = [self._ledger.entry(row.task) for row in found]
+            released = [row for row, entry in zip(found, entries, strict=True) if entry is None or not entry.uncharged]
+            for row in released:
+                row.due = now
+                self._schedule(row)
+        self.wake()
+        return len(released)
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Settle several at once; False stands for a lost lease."""
@@ -398,8 +428,10 @@ class MemoryQueue:
         row.owner = row.leased_at = None
         row.due = now if settlement.at is None else settlement.at
         self._schedule(row)
-        if entry is not None and rules.retry_charges(settlement, known):
-            entry.uncharged = False
+        if entry is not None:
+            entry.attempts = row.counters.attempts
+            entry.not_before = row.due if rules.sets_time(settlement) else entry.not_before
+            entry.uncharged = entry.uncharged and not rules.retry_charges(settlement, known)
         return True
 
     def _end(self, row: _Row, end: rules.Ending, *, now: float) -> None:

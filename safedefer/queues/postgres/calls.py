@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from safedefer.errors import QueueUnavailable
-from safedefer.queues.postgres.leasing import lease
+from safedefer.queues.postgres.leasing import lease, manager_of
 from safedefer.queues.postgres.settling import settle
 from safedefer.queues.postgres.statements import SQL
 
@@ -58,11 +58,12 @@ class PostgresCalls:
             lease,
             own_loop=None if self._own_loop else partial(connections.transact, purpose="leases"),
             owner=owner,
-            manager=self._store.manager,
+            manager=manager_of(owner),
             limit=limit,
             seconds=seconds,
             now=now,
             queues=queues,
+            tombstone_seconds=self._tombstone_seconds,
         )
         leases = await self._pools.run(action, purpose="leases")
         if self._pruning.is_due(now):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
+from safedefer.ledger import EndState
 from safedefer.queues.base import Lease, QueuedTask
+from safedefer.queues.poison import log_burial
 from safedefer.queues.postgres.connection import in_transaction
 from safedefer.queues.postgres.controls import put_control, read_controls
+from safedefer.queues.postgres.ends import End, end
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.progress import read_progress, write_progress
 from safedefer.queues.postgres.records import add_records
 from safedefer.queues.postgres.rows import Hold, ledger_keys, read_task, write_holds
 from safedefer.queues.postgres.statements import SQL, interval, to_json
-from safedefer.queues.rules import Counters, Known, after_lost_lease
+from safedefer.queues.rules import POISON, Counters, Ending, Known, LostDelivery, after_lost_lease
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from uuid import UUID
 
     from safedefer.queues.postgres.connection import Connection, RunOnOwnLoop
 
@@ -42,6 +46,11 @@ class _Look:
     """By the database's clock."""
 
 
+def manager_of(owner: str) -> UUID:
+    """Return pgqueuer's ``queue_manager_id`` of a dispatcher."""
+    return UUID(bytes=sha256(owner.encode()).digest()[:16])
+
+
 async def _look(connection: Connection, *, seconds: float) -> _Look:
     (row,) = await connection.fetch(SQL["look"], interval(seconds))
     lost = dict(zip(row["stale"], row["leased"], strict=True))
@@ -58,6 +67,7 @@ async def lease(
     seconds: float,
     now: float,
     queues: Sequence[str] | None,
+    tombstone_seconds: float,
 ) -> list[Lease]:
     """Claim due tasks, in the order in which they were enqueued.
 
@@ -70,39 +80,64 @@ async def lease(
         seconds: The length of a lease.
         now: By the dispatcher's clock.
         queues: Only these; None: all.
+        tombstone_seconds: How long the names of tasks that are buried stay taken.
     """
     seen = await _look(connection, seconds=seconds)
     names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
     if limit < 1 or not names:
         return []
-    fallen_due = [parked for parked in seen.fallen_due if parked.partition("@")[0] in names]
-    if fallen_due:
-        await connection.execute(SQL["promote"], fallen_due, _PROMOTED_AT_ONCE)
-    if seen.controlled:
-        picking = partial(_dequeue_under_control, queues=names, limit=limit, seconds=seconds, now=seen.now)
-        jobs: Sequence[Mapping[str, Any]]
-        jobs = await in_transaction(connection, own_loop, partial(picking, manager=manager))
-    else:
-        free = dict.fromkeys(names, 0)
-        jobs = await STATEMENTS.dequeue(connection, free, limit=limit, seconds=seconds, manager=manager)
+    jobs = await _pick(connection, own_loop, seen, names, limit=limit, seconds=seconds, manager=manager)
     tasks = {job["id"]: read_task(job) for job in jobs}
     # Only jobs that were retried or lost have a row in progress.
     again = [job["id"] for job in jobs if job["attempts"] or job["id"] in seen.lost]
     progress = await read_progress(connection, again) if again else {}
+    losses = await _losses(connection, {job_id: tasks[job_id] for job_id in again if job_id not in seen.lost})
     lost = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
     if lost:
-        charging = partial(_charge_lost_leases, tasks=tasks, lost=lost, progress=progress, now=now)
-        progress |= await in_transaction(connection, own_loop, charging)
+        charging = partial(
+            _charge_lost_leases,
+            tasks=tasks,
+            lost=lost,
+            progress=progress,
+            now=now,
+            tombstone_seconds=tombstone_seconds,
+        )
+        deliveries = await in_transaction(connection, own_loop, charging)
+        progress |= {job_id: delivery.counters for job_id, delivery in deliveries.items()}
+        losses |= {job_id: delivery.losses for job_id, delivery in deliveries.items()}
+        jobs = [job for job in jobs if job["id"] not in lost or not deliveries[job["id"]].is_poison(now)]
     leases = []
     jobs, until = sorted(jobs, key=_number), now + seconds
     for job, name in zip(jobs, write_holds(owner, manager.hex, jobs, leased=now), strict=True):
         task, counters = tasks[job["id"]], progress.get(job["id"])
-        leases.append(Lease(task, name, until) if counters is None else Lease(task, name, until, *counters))
+        made = Lease(task, name, until) if counters is None else Lease(task, name, until, *counters)
+        leases.append(made._replace(losses=losses[job["id"]]) if losses.get(job["id"]) else made)
     return leases
 
 
 def _number(job: Mapping[str, Any]) -> int:
     return int(job["id"])
+
+
+async def _pick(
+    connection: Connection,
+    own_loop: RunOnOwnLoop | None,
+    seen: _Look,
+    names: Sequence[str],
+    *,
+    limit: int,
+    seconds: float,
+    manager: UUID,
+) -> Sequence[Mapping[str, Any]]:
+    """Promote parked jobs that are due, and pick due jobs of the queues."""
+    fallen_due = [parked for parked in seen.fallen_due if parked.partition("@")[0] in names]
+    if fallen_due:
+        await connection.execute(SQL["promote"], fallen_due, _PROMOTED_AT_ONCE)
+    if seen.controlled:
+        picking = partial(_dequeue_under_control, queues=names, limit=limit, seconds=seconds, now=seen.now)
+        return await in_transaction(connection, own_loop, partial(picking, manager=manager))
+    free = dict.fromkeys(names, 0)
+    return await STATEMENTS.dequeue(connection, free, limit=limit, seconds=seconds, manager=manager)
 
 
 async def extend_many(connection: Connection, *, leases: Sequence[Lease]) -> list[bool]:
@@ -113,6 +148,34 @@ async def extend_many(connection: Connection, *, leases: Sequence[Lease]) -> lis
     return [hold is not None and (hold.job, hold.updated) in held for hold in holds]
 
 
+async def release(connection: Connection, *, managers: Sequence[UUID], seconds: float) -> int:
+    """Let the leases of dead dispatchers run out whose run has not begun; returns how many.
+
+    Args:
+        connection: In a transaction.
+        managers: The ``manager_of`` each dispatcher.
+        seconds: The length of a lease.
+    """
+    jobs = await connection.fetch(SQL["leased_by"], list(managers))
+    tasks = {job["id"]: read_task(job) for job in jobs}
+    begun = {
+        (row["audience"], row["task_id"])
+        for row in await connection.fetch(SQL["ledger_find"], ledger_keys(tasks.values()))
+        if row["uncharged"]
+    }
+    waiting = [job_id for job_id, task in tasks.items() if (task.audience, task.id) not in begun]
+    return len(await connection.fetch(SQL["leases_release"], waiting, list(managers), interval(seconds)))
+
+
+async def _losses(connection: Connection, tasks: Mapping[int, QueuedTask]) -> dict[int, int]:
+    """Return how many deliveries in a row of each task were lost, by the id of its job."""
+    if not tasks:
+        return {}
+    found = await connection.fetch(SQL["ledger_find"], ledger_keys(tasks.values()))
+    losses = {(row["audience"], row["task_id"]): row["losses"] for row in found}
+    return {job_id: losses.get((task.audience, task.id), 0) for job_id, task in tasks.items()}
+
+
 async def _charge_lost_leases(
     connection: Connection,
     *,
@@ -120,8 +183,9 @@ async def _charge_lost_leases(
     lost: Mapping[int, float],
     progress: Mapping[int, Counters],
     now: float,
-) -> dict[int, Counters]:
-    """Count the deliveries that nobody settled, and charge an attempt where the ledger saw the run begin.
+    tombstone_seconds: float,
+) -> dict[int, LostDelivery]:
+    """Count the deliveries that nobody settled, charge an attempt where the ledger saw the run begin, and bury poison.
 
     Args:
         connection: In a transaction.
@@ -129,25 +193,41 @@ async def _charge_lost_leases(
         lost: The jobs, and when they were leased.
         progress: Their counters so far.
         now: By the dispatcher's clock.
+        tombstone_seconds: How long the names of buried tasks stay taken.
 
     Returns:
-        The new counters, which are stored too.
+        The deliveries with the new counters, which are stored too.
     """
     named = ledger_keys(tasks[job_id] for job_id in lost)
     entries = {(row["audience"], row["task_id"]): row for row in await connection.fetch(SQL["ledger_find"], named)}
-    after, records = {}, []
+    after: dict[int, LostDelivery] = {}
+    charged: list[dict[str, object]] = []
+    buried: list[End] = []
     for job_id, leased in lost.items():
         key = (tasks[job_id].audience, tasks[job_id].id)
         entry = entries.get(key)
-        known = None if entry is None else Known(entry["state"], entry["uncharged"], entry["alive"])
+        known = None
+        if entry is not None:
+            state, losses, since = entry["state"], entry["losses"], entry["first_loss"]
+            known = Known(state, entry["uncharged"], entry["alive"], losses=losses, first_loss=since)
         before = progress.get(job_id) or Counters()
-        delivery = after_lost_lease(before, key, known, leased_at=leased, now=now)
-        after[job_id] = delivery.counters
-        if delivery.record is not None:
-            records.append(delivery.record)
-    await connection.execute(SQL["ledger_charged"], named)
-    await write_progress(connection, after)
-    await add_records(connection, records)
+        delivery = after[job_id] = after_lost_lease(before, key, known, leased_at=leased, now=now)
+        if delivery.charged:
+            values = {"attempts": delivery.counters.attempts, "losses": delivery.losses}
+            charged.append({"audience": key[0], "task_id": key[1], **values, "first_loss": delivery.first_loss})
+        if delivery.is_poison(now):
+            attempts = delivery.counters.attempts
+            buried.append(
+                End(tasks[job_id], job_id, Ending(EndState.FAILED, POISON), attempts, known, has_progress=True)
+            )
+    if charged:
+        await connection.execute(SQL["ledger_lost"], to_json(charged))
+    await write_progress(connection, {job_id: delivery.counters for job_id, delivery in after.items()})
+    await add_records(connection, [delivery.record for delivery in after.values() if delivery.record is not None])
+    if buried:
+        await end(connection, buried, now=now, tombstone_seconds=tombstone_seconds)
+        for item in buried:
+            log_burial(item.task.id, after[item.job_id].losses)
     return after
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
 from safedefer.queues.postgres.records import add_records, is_plain_success, record_values, trim_records
 from safedefer.queues.postgres.statements import SQL, changed_rows, interval, joined, to_json
-from safedefer.queues.rules import RUNNING, Known, admit
+from safedefer.queues.rules import RUNNING, Known, admit, leaves_charge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ async def _begin_each_once(
 
 def _admission(run: Execution, row: Mapping[str, Any]) -> Admission:
     """Return what became of a run that ``ledger_begin`` was asked for together with one that it did not admit."""
-    known = Known(row["state"], row["uncharged"], row["alive"])
+    known = Known(row["state"], row["uncharged"], row["alive"], row["early"])
     admission = admit(run, digest=bytes(row["digest"]), owner=row["owner"], entry=known)
     ours = known.state == RUNNING and row["owner"] == run.owner
     # Another owner's run ended, or its lease ran out, only after the statement: the task may run the next time.
@@ -119,6 +119,7 @@ async def _finish_each_once(connection: Connection, ends: Sequence[RunEnd]) -> l
             "owner": run.owner,
             "digest": run.digest.hex(),
             "state": str(state),
+            "owed": leaves_charge(state, record),
         }
         if state is EndState.SUCCEEDED and is_plain_success(record, run):
             row["began"], row["finished"] = record.started, record.ended
@@ -128,12 +129,23 @@ async def _finish_each_once(connection: Connection, ends: Sequence[RunEnd]) -> l
     found = await connection.fetch(SQL["ledger_finish"], to_json(rows), to_json(records))
     ours = {(row["audience"], row["task_id"], row["owner"]) for row in found}
     results = [(run.audience, run.task_id, run.owner) in ours for run, _, _ in ends]
+    if others := [run for (run, _, _), held in zip(ends, results, strict=True) if not held]:
+        await note_life(connection, others)
     # A success that does not count is recorded too.
     not_ours = [
         record for (_, _, record), row, held in zip(ends, rows, results, strict=True) if "began" in row and not held
     ]
     await add_records(connection, not_ours)
     return results
+
+
+async def note_life(connection: Connection, runs: Sequence[Execution]) -> None:
+    """Note that runs ended, or live, that may have been taken for lost."""
+    keys = [
+        {"audience": run.audience, "task_id": run.task_id, "digest": run.digest.hex()}
+        for run in sorted(runs, key=_name)
+    ]
+    await connection.execute(SQL["ledger_lives"], to_json(keys))
 
 
 class LedgerOnLoop:
@@ -193,6 +205,8 @@ class PostgresLedger:
             lambda connection: connection.fetch(SQL["ledger_extend"], *values), purpose="relaxed", idempotent=True
         )
         ours = {(row["audience"], row["task_id"], row["owner"]) for row in rows}
+        if others := [run for run in executions if (run.audience, run.task_id, run.owner) not in ours]:
+            self._store.run(partial(note_life, runs=others), purpose="relaxed", idempotent=True)
         return [(run.audience, run.task_id, run.owner) in ours for run in executions]
 
     def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:

@@ -257,6 +257,14 @@ class PostgresQueue:
         action = partial(leasing.extend_many, leases=leases)
         return self._store.run(action, purpose="relaxed", idempotent=True)
 
+    def release(self, owners: Sequence[str], *, now: float) -> int:  # noqa: ARG002 - the database's clock
+        """Let the leases of dead dispatchers run out whose run has not begun; returns how many."""
+        managers = [leasing.manager_of(owner) for owner in owners]
+        action = partial(leasing.release, managers=managers, seconds=self._lease_seconds())
+        released = self._store.run(action, transaction=True, idempotent=True)
+        self.wake()
+        return released
+
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Apply the ends of deliveries in one transaction; False stands for a lost lease."""
         return self._wait_for(lambda calls: calls.settle_many(settlements, now=now))

@@ -245,6 +245,14 @@ BEGIN
     RETURN gone.number;
 END $$;
 
+-- name: migration_2
+-- No run begins before `not_before`, when a retry is due; `attempts` is what the queue has counted then.
+ALTER TABLE safedefer.ledger ADD COLUMN not_before timestamptz;
+ALTER TABLE safedefer.ledger ADD COLUMN attempts bigint NOT NULL DEFAULT 0;
+-- Deliveries in a row whose run began and never ended, and when the first of them was counted.
+ALTER TABLE safedefer.ledger ADD COLUMN losses bigint NOT NULL DEFAULT 0;
+ALTER TABLE safedefer.ledger ADD COLUMN first_loss double precision;
+
 -- name: foreign
 -- What is in the schema safedefer, the schema itself first, and belongs to none of these: this role, a superuser, the owner of
 -- the database. The owner of the schema can put other functions and tables in the place of ours. Every operator has its

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -14,7 +15,7 @@ from safedefer.queues.postgres.errors import is_of_a_value
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.progress import write_progress
 from safedefer.queues.postgres.records import add_records, trim_records
-from safedefer.queues.postgres.rows import PARKED_AFTER, Hold, ledger_keys
+from safedefer.queues.postgres.rows import PARKED_AFTER, Hold
 from safedefer.queues.postgres.statements import SQL, changed_rows, interval, joined, to_json
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from safedefer.queues.postgres.connection import Connection, RunOnOwnLoop
 
 _log: Final = logging.getLogger("safedefer.queues")
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 
 async def settle(
@@ -181,7 +183,7 @@ async def _settle_each(
     }
     found = await connection.fetch(SQL["held"], to_json(list(asked.values())))
     held = {row["id"]: None if row["state"] is None else rules.Known(row["state"], row["uncharged"]) for row in found}
-    results, ends, retries, over, records = [], [], [], [], []
+    results, ends, retries, records = [], [], [], []
     for hold, (lease, settlement) in zip(holds, settlements, strict=True):
         ours = hold is not None and hold.job in held and asked[hold.job]["updated"] == hold.updated
         results.append(ours)
@@ -190,9 +192,7 @@ async def _settle_each(
         if settlement.record is not None:
             records.append(settlement.record)
         if settlement.verdict is Verdict.RETRY:
-            retries.append((hold, lease, settlement))
-            if rules.retry_charges(settlement, held[hold.job]):
-                over.append(lease.task)
+            retries.append((hold, lease, settlement, held[hold.job]))
         else:
             known = held[hold.job]
             ending = rules.end_of(settlement, known)
@@ -202,18 +202,18 @@ async def _settle_each(
     await add_records(connection, records)
     if retries:
         await _retry(connection, retries, now=now)
-        if over:
-            await connection.execute(SQL["ledger_charged"], ledger_keys(over))
     if ends:
         await end(connection, ends, now=now, tombstone_seconds=tombstone_seconds)
     return results
 
 
-async def _retry(connection: Connection, retries: Sequence[tuple[Hold, Lease, Settlement]], *, now: float) -> None:
-    """Queue jobs again at the time of their retry, parked if that is far off, and store their counters."""
+async def _retry(
+    connection: Connection, retries: Sequence[tuple[Hold, Lease, Settlement, rules.Known | None]], *, now: float
+) -> None:
+    """Queue jobs again at the time of their retry, parked if that is far off; store it and the counters."""
     delays = [
         (hold.job, interval(max((now if settlement.at is None else settlement.at) - now, 0.0)), None)
-        for hold, _, settlement in retries
+        for hold, _, settlement, _ in retries
     ]
     await connection.executemany(STATEMENTS.retry, delays)
     parked = [job for job, delay, _ in delays if delay.total_seconds() > PARKED_AFTER]
@@ -221,9 +221,22 @@ async def _retry(connection: Connection, retries: Sequence[tuple[Hold, Lease, Se
         await connection.execute(SQL["park"], parked)
     after = {
         hold.job: rules.after_retry(rules.Counters.of(lease), settlement, leased_at=hold.leased, now=now)
-        for hold, lease, settlement in retries
+        for hold, lease, settlement, _ in retries
     }
     await write_progress(connection, after)
-    for _, lease, _ in retries:
+    noted = [
+        {
+            "audience": lease.task.audience,
+            "task_id": lease.task.id,
+            "owed": not rules.retry_charges(settlement, known),
+            "wait": delay // _MICROSECOND if rules.sets_time(settlement) else None,
+            "attempts": after[hold.job].attempts,
+        }
+        for (hold, lease, settlement, known), (_, delay, _) in zip(retries, delays, strict=True)
+        if known is not None
+    ]
+    if noted:
+        await connection.execute(SQL["ledger_retry"], to_json(noted))
+    for _, lease, _, _ in retries:
         if lease.retries >= rules.RECORDS_KEPT:
             await trim_records(connection, lease.task.id)

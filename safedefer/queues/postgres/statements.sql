@@ -340,15 +340,20 @@ FROM unnest(
     string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1), string_to_array($6, $1)
 ) AS given (audience, task_id, digest, owner, expires)
 ON CONFLICT (audience, task_id) DO UPDATE
-SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = true
+SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = true, not_before = NULL
 WHERE entry.digest = excluded.digest AND (
-    entry.state = 'retry'
-    OR (entry.state = 'running' AND (entry.until <= now() OR entry.owner = excluded.owner))
+    (entry.state = 'running' AND entry.owner = excluded.owner AND entry.until > now())
+    OR (
+        ((entry.state = 'retry' AND NOT entry.uncharged) OR (entry.state = 'running' AND entry.until <= now()))
+        AND (entry.not_before IS NULL OR entry.not_before <= now())
+    )
 );
 
 -- name: ledger_find
 SELECT entry.audience, entry.task_id, CASE WHEN octet_length(entry.digest) <= 5000 THEN entry.digest ELSE ''::bytea END AS digest,
-    entry.state, left(entry.owner, 1000) AS owner, entry.uncharged, entry.until > now() AS alive
+    entry.state, left(entry.owner, 1000) AS owner, entry.uncharged, entry.until > now() AS alive,
+    coalesce(entry.not_before > now(), false) AS early,
+    least(greatest(entry.losses, 0), 2147483647) AS losses, entry.first_loss
 FROM safedefer.ledger AS entry
 JOIN json_to_recordset($1::json) AS given (audience text, task_id text)
     ON entry.audience = given.audience AND entry.task_id = given.task_id;
@@ -390,9 +395,11 @@ WITH recorded AS (
     )
 )
 UPDATE safedefer.ledger AS entry
-SET state = given.state, owner = NULL, until = NULL, began = given.began, finished = given.finished
+SET state = given.state, owner = NULL, until = NULL, began = given.began, finished = given.finished,
+    uncharged = entry.uncharged AND given.owed, losses = 0, first_loss = NULL
 FROM json_to_recordset($1::json) AS given (
-    audience text, task_id text, owner text, digest text, state text, began double precision, finished double precision
+    audience text, task_id text, owner text, digest text, state text, owed boolean,
+    began double precision, finished double precision
 )
 WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.digest = decode(given.digest, 'hex') AND (
     (entry.state = 'running' AND entry.owner = given.owner)
@@ -404,10 +411,42 @@ RETURNING entry.audience, entry.task_id, given.owner;
 -- name: ledger_success
 SELECT began, finished FROM safedefer.ledger WHERE audience = $1 AND task_id = $2 AND began IS NOT NULL AND finished IS NOT NULL;
 
--- name: ledger_charged
-UPDATE safedefer.ledger AS entry SET uncharged = false
-FROM json_to_recordset($1::json) AS given (audience text, task_id text)
+-- name: ledger_lives
+-- Runs that were taken for lost ended, or asked for more time.
+UPDATE safedefer.ledger AS entry SET losses = 0, first_loss = NULL
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.digest = decode(given.digest, 'hex')
+    AND entry.losses > 0;
+
+-- name: ledger_lost
+UPDATE safedefer.ledger AS entry
+SET uncharged = false, attempts = given.attempts, losses = given.losses, first_loss = given.first_loss
+FROM json_to_recordset($1::json) AS given (
+    audience text, task_id text, attempts bigint, losses bigint, first_loss double precision
+)
 WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.uncharged;
+
+-- name: ledger_retry
+UPDATE safedefer.ledger AS entry
+SET uncharged = entry.uncharged AND given.owed,
+    not_before = coalesce(now() + given.wait * interval '1 microsecond', entry.not_before), attempts = given.attempts
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, owed boolean, wait bigint, attempts bigint)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id;
+
+-- name: leased_by
+SELECT id, dedupe_key, entrypoint, NULL::bytea AS payload,
+    CASE WHEN pg_column_size(headers) <= 2097152 AND octet_length(headers::text) <= 2097152 THEN headers END AS headers
+FROM safedefer.pgqueuer
+WHERE status = 'picked' AND queue_manager_id = ANY ($1::uuid[]);
+
+-- name: leases_release
+-- A lease without a heartbeat for its length is lost. Lock order: jobs by ascending id.
+UPDATE safedefer.pgqueuer SET heartbeat = now() - $3::interval WHERE id = ANY (ARRAY (
+    SELECT id FROM safedefer.pgqueuer
+    WHERE id = ANY ($1::bigint[]) AND status = 'picked' AND queue_manager_id = ANY ($2::uuid[])
+        AND heartbeat > now() - $3::interval
+    ORDER BY id FOR UPDATE
+)) RETURNING id;
 
 -- name: ledger_end
 INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, expires, uncharged)

@@ -17,7 +17,6 @@ import weakref
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from uuid import uuid4
 
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.addresses import place
@@ -32,7 +31,6 @@ from safedefer.queues.postgres.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-    from uuid import UUID
 
     from safedefer.queues.postgres.connection import Connection
 
@@ -174,12 +172,10 @@ class PostgresStore:
         workers: Connections at most for each purpose of each event loop, and of the store's own.
 
     Attributes:
-        manager: pgqueuer's ``queue_manager_id`` of this process; leases are fenced by it.
         watch: Tells this process of new tasks.
         noted_lease_seconds: The length of a lease that this process has written into the database; None: none yet.
     """
 
-    manager: UUID
     watch: Watch
 
     def __init__(self, dsn: str, *, producers: int, workers: int) -> None:
@@ -196,7 +192,6 @@ class PostgresStore:
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
         self._failed: tuple[float, QueueUnavailable | None] = (0.0, None)
         """When the last attempt to connect failed, and its error."""
-        self.manager = uuid4()
         self.watch = Watch()
 
     def reset_in_child(self) -> None:

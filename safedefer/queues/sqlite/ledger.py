@@ -82,7 +82,8 @@ def begin(connection: apsw.Connection, execution: Execution, *, now: float, leas
 
 def extend(connection: apsw.Connection, execution: Execution, *, until: float) -> bool:
     """Prolong a run, within a transaction; False if it is no longer ours."""
-    return _changed(connection, "ledger_extend", {**_key(execution), "owner": execution.owner, "until": until})
+    values: dict[str, str | float | bytes] = {**_key(execution), "owner": execution.owner, "until": until}
+    return _changed(connection, "ledger_extend", values) or _lives(connection, execution)
 
 
 def finish(connection: apsw.Connection, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
@@ -93,8 +94,15 @@ def finish(connection: apsw.Connection, execution: Execution, state: EndState, r
         "owner": execution.owner,
         "digest": execution.digest,
         "state": str(state),
+        "owed": int(rules.leaves_charge(state, record)),
     }
-    return _changed(connection, "ledger_finish", values)
+    return _changed(connection, "ledger_finish", values) or _lives(connection, execution)
+
+
+def _lives(connection: apsw.Connection, execution: Execution) -> bool:
+    """Note that a run lives, or ended, that was taken for lost; False: it changes nothing else."""
+    connection.execute(SQL["ledger_lives"], {**_key(execution), "digest": execution.digest})
+    return False
 
 
 def prune(connection: apsw.Connection, *, now: float, limit: int) -> int:

@@ -12,6 +12,7 @@ from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState, VerifiedLetter
 from safedefer.queues import rules
 from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict
+from safedefer.queues.poison import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
 from safedefer.queues.sqlite.repair import MOST_SEQ, BadValue, checked
@@ -96,14 +97,28 @@ def _take_name(connection: apsw.Connection, task: QueuedTask, name: str) -> None
 
 
 def lease(
-    connection: apsw.Connection, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None
+    connection: apsw.Connection,
+    *,
+    owner: str,
+    limit: int,
+    seconds: float,
+    now: float,
+    queues: Sequence[str] | None,
+    tombstone_seconds: float,
 ) -> list[Lease]:
-    """Claim what is due, in the order in which it fell due."""
+    """Claim what is due, in the order in which it fell due; bury what is poison."""
     leases = []
     for seq in _due(connection, limit=limit, now=now, queues=queues):
-        row = TaskRow.read(connection.execute(SQL["task_by_seq"], (seq,)).get)
+        row, losses = TaskRow.read(connection.execute(SQL["task_by_seq"], (seq,)).get), 0
         if row.owner is not None:
-            row = _after_lost_lease(connection, row, now=now)
+            lost = _after_lost_lease(connection, row, now=now)
+            if lost.is_poison(now):
+                _bury(connection, row, lost, now=now, tombstone_seconds=tombstone_seconds)
+                continue
+            row, losses = _counted(row, lost), lost.losses
+        elif row.deliveries:
+            entry = known(connection, row.audience, row.id, now=now)
+            losses = 0 if entry is None else entry.losses
         lease_owner = f"{owner}:{secrets.token_hex(8)}"
         until = now + seconds
         connection.execute(
@@ -119,7 +134,7 @@ def lease(
                 "previous_response": row.previous_response,
             },
         )
-        leases.append(leased_task(row, owner=lease_owner, until=until))
+        leases.append(leased_task(row, owner=lease_owner, until=until, losses=losses))
     return leases
 
 
@@ -137,22 +152,54 @@ def _due(connection: apsw.Connection, *, limit: int, now: float, queues: Sequenc
     return [seq for _, seq in sorted(found)[:limit]]
 
 
-def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) -> TaskRow:
-    """Return the row as the delivery that nobody settled leaves it: charged if its run had begun."""
+def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) -> rules.LostDelivery:
+    """Count a delivery that nobody settled: as an attempt if its run had begun."""
     # The delivery that was lost is counted in the row since it was leased.
     before = row.counters._replace(retries=row.deliveries - 1)
     task, entry = (row.audience, row.id), known(connection, row.audience, row.id, now=now)
     lost = rules.after_lost_lease(before, task, entry, leased_at=row.leased_at, now=now)
     if lost.charged:
-        connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": row.id})
+        values = {
+            "audience": row.audience,
+            "task_id": row.id,
+            "attempts": lost.counters.attempts,
+            "losses": lost.losses,
+            "first_loss": lost.first_loss,
+        }
+        connection.execute(SQL["ledger_lost"], values)
     if lost.record is not None:
         add_record(connection, lost.record)
+    return lost
+
+
+def _counted(row: TaskRow, lost: rules.LostDelivery) -> TaskRow:
+    """Return the row with what a lost delivery leaves in its counters."""
     return row._replace(
         attempts=lost.counters.attempts,
         first_attempt=lost.counters.first_attempt,
         previous_response=lost.counters.previous_response,
         retry_reason=lost.counters.retry_reason,
     )
+
+
+def _bury(
+    connection: apsw.Connection, row: TaskRow, lost: rules.LostDelivery, *, now: float, tombstone_seconds: float
+) -> None:
+    """Make a dead letter of a task that ended too many processes."""
+    there = standing(connection, row.id)
+    assert there is not None  # the row was read in this transaction
+    ending = rules.Ending(EndState.FAILED, rules.POISON, lost.charged)
+    end(connection, row.id, there, ending, now=now, tombstone_seconds=tombstone_seconds)
+    log_burial(row.id, lost.losses)
+
+
+def release(connection: apsw.Connection, owners: Sequence[str], *, now: float) -> int:
+    """Let leases of dead dispatchers fall due whose run has not begun; returns how many."""
+    released = 0
+    for owner in owners:
+        connection.execute(SQL["leases_release"], {"prefix": f"{owner}:", "now": now})
+        released += connection.changes()
+    return released
 
 
 def extend(connection: apsw.Connection, held: Lease, *, until: float) -> bool:
@@ -178,11 +225,12 @@ def settle(
         ended = rules.end_of(settlement, entry)
         end(connection, held.task.id, row, ended, now=now, tombstone_seconds=tombstone_seconds)
         return True
+    at = now if settlement.at is None else settlement.at
     connection.execute(
         SQL["task_retry"],
         {
             "seq": row.seq,
-            "at": now if settlement.at is None else settlement.at,
+            "at": at,
             "now": now,
             "charged": int(settlement.charged),
             "executed": int(settlement.executed),
@@ -191,8 +239,11 @@ def settle(
             "reason": settlement.reason,
         },
     )
-    if rules.retry_charges(settlement, entry):
-        connection.execute(SQL["ledger_charged"], {"audience": row.audience, "task_id": held.task.id})
+    if entry is not None:
+        owed = int(not rules.retry_charges(settlement, entry))
+        key = {"audience": row.audience, "task_id": held.task.id}
+        not_before = at if rules.sets_time(settlement) else None
+        connection.execute(SQL["ledger_retry"], {**key, "seq": row.seq, "not_before": not_before, "owed": owed})
     return True
 
 

@@ -244,7 +244,15 @@ class SQLiteQueue:
         """Claim up to ``limit`` due tasks for ``seconds``, the one that fell due first before the others."""
 
         def action(connection: apsw.Connection) -> tuple[list[Lease], int]:
-            found = operations.lease(connection, owner=owner, limit=limit, seconds=seconds, now=now, queues=queues)
+            found = operations.lease(
+                connection,
+                owner=owner,
+                limit=limit,
+                seconds=seconds,
+                now=now,
+                queues=queues,
+                tombstone_seconds=self._tombstone_seconds,
+            )
             return found, operations.newest_seq(connection)
 
         leases, newest = self._writer.run(action, durable=False)
@@ -261,6 +269,12 @@ class SQLiteQueue:
         return self._writer.run(
             lambda connection: [operations.extend(connection, lease, until=until) for lease in leases], durable=False
         )
+
+    def release(self, owners: Sequence[str], *, now: float) -> int:
+        """Let leases of dead dispatchers fall due whose run has not begun; returns how many."""
+        released = self._writer.run(lambda connection: operations.release(connection, owners, now=now), durable=False)
+        self.wake()
+        return released
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Settle several in one transaction; False stands for a lost lease."""

@@ -90,10 +90,14 @@ class LedgerRow(NamedTuple):
     owner: str | None
     until: float
     uncharged: int
+    not_before: float
+    losses: int
+    first_loss: float | None
 
     def known(self, now: float) -> Known:
         """Return what decides something."""
-        return Known(self.state, bool(self.uncharged), self.until > now)
+        early = self.not_before > now
+        return Known(self.state, bool(self.uncharged), self.until > now, early, self.losses, self.first_loss)
 
 
 #: The history keeps no tokens.
@@ -109,7 +113,7 @@ _TASK: Final = (
 STANDING: Final = (
     WHOLE, TEXT, _TEXT_OR_NONE, TEXT, WHOLE, BYTES, _TEXT_OR_NONE, NUMBER, _NUMBER_OR_NONE,
 )  # fmt: skip
-LEDGER: Final = BYTES, TEXT, _TEXT_OR_NONE, NUMBER, WHOLE
+LEDGER: Final = BYTES, TEXT, _TEXT_OR_NONE, NUMBER, WHOLE, NUMBER, WHOLE, _NUMBER_OR_NONE
 _VIEW: Final = (
     TEXT, TEXT, TEXT, _TEXT_OR_NONE, TEXT, TEXT, TEXT, TEXT, TEXT, TEXT, NUMBER, NUMBER, WHOLE, WHOLE, _TEXT_OR_NONE,
     _NUMBER_OR_NONE, BYTES,
@@ -163,9 +167,9 @@ def queued_task(row: TaskRow) -> QueuedTask:
     )
 
 
-def leased_task(row: TaskRow, *, owner: str, until: float) -> Lease:
+def leased_task(row: TaskRow, *, owner: str, until: float, losses: int) -> Lease:
     """Return the new lease of a row, whose counters are those before this delivery."""
-    return Lease(queued_task(row), owner, until, *row.counters)
+    return Lease(queued_task(row), owner, until, *row.counters, losses=losses)
 
 
 def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> TaskView:

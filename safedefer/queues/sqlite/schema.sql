@@ -176,3 +176,11 @@ CREATE TRIGGER safedefer_blob_added AFTER INSERT ON safedefer_blobs
 BEGIN UPDATE safedefer_totals SET blob_bytes = blob_bytes + length(NEW.data); END;
 CREATE TRIGGER safedefer_blob_gone AFTER DELETE ON safedefer_blobs
 BEGIN UPDATE safedefer_totals SET blob_bytes = blob_bytes - length(OLD.data); END;
+
+-- name: migration_3
+-- No run begins before `not_before`, when a retry is due; `attempts` is what the queue has counted then.
+ALTER TABLE safedefer_ledger ADD COLUMN not_before REAL NOT NULL DEFAULT 0;
+ALTER TABLE safedefer_ledger ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+-- Deliveries in a row whose run began and never ended, and when the first of them was counted.
+ALTER TABLE safedefer_ledger ADD COLUMN losses INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE safedefer_ledger ADD COLUMN first_loss REAL;

@@ -251,7 +251,8 @@ FROM (SELECT * FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIM
 SELECT iif(octet_length(reason) > 5000, '', reason) FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 1;
 
 -- name: ledger_find
-SELECT iif(octet_length(digest) > 5000, x'', digest), state, iif(octet_length(owner) > 5000, '', owner), until, uncharged
+SELECT iif(octet_length(digest) > 5000, x'', digest), state, iif(octet_length(owner) > 5000, '', owner), until, uncharged,
+    not_before, losses, first_loss
 FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id;
 
 -- name: ledger_cancelled
@@ -262,7 +263,7 @@ SELECT 1 FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id
 INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, until, expires, uncharged)
 VALUES (:audience, :task_id, :digest, 'running', :owner, :until, :expires, 1)
 ON CONFLICT (audience, task_id) DO UPDATE
-SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = 1;
+SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = 1, not_before = 0;
 
 -- name: ledger_extend
 UPDATE safedefer_ledger SET until = :until
@@ -270,13 +271,33 @@ WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state =
 
 -- name: ledger_finish
 -- As rules.end_counts says.
-UPDATE safedefer_ledger SET state = :state, owner = NULL, until = 0
+UPDATE safedefer_ledger
+SET state = :state, owner = NULL, until = 0, uncharged = min(uncharged, :owed), losses = 0, first_loss = NULL
 WHERE audience = :audience AND task_id = :task_id AND digest = :digest AND (
     (state = 'running' AND owner = :owner) OR (:state <> 'retry' AND state IN ('running', 'retry'))
 );
 
--- name: ledger_charged
-UPDATE safedefer_ledger SET uncharged = 0 WHERE audience = :audience AND task_id = :task_id AND uncharged = 1;
+-- name: ledger_lives
+-- A run that was taken for lost ended, or asked for more time.
+UPDATE safedefer_ledger SET losses = 0, first_loss = NULL
+WHERE audience = :audience AND task_id = :task_id AND digest = :digest AND losses > 0;
+
+-- name: ledger_lost
+UPDATE safedefer_ledger SET uncharged = 0, attempts = :attempts, losses = :losses, first_loss = :first_loss
+WHERE audience = :audience AND task_id = :task_id AND uncharged = 1;
+
+-- name: ledger_retry
+UPDATE safedefer_ledger
+SET uncharged = min(uncharged, :owed), not_before = coalesce(:not_before, not_before),
+    attempts = (SELECT attempts FROM safedefer_tasks WHERE seq = :seq)
+WHERE audience = :audience AND task_id = :task_id;
+
+-- name: leases_release
+UPDATE safedefer_tasks SET due = :now
+WHERE owner IS NOT NULL AND due > :now AND substr(owner, 1, length(:prefix)) = :prefix AND NOT EXISTS (
+    SELECT 1 FROM safedefer_ledger AS entry
+    WHERE entry.audience = safedefer_tasks.audience AND entry.task_id = safedefer_tasks.id AND entry.uncharged
+);
 
 -- name: ledger_end
 INSERT INTO safedefer_ledger (audience, task_id, digest, state, expires)
