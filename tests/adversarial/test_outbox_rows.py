@@ -193,6 +193,28 @@ def test_a_task_that_the_queue_cannot_store_stops_no_other_and_is_tried_again(gi
     app.queue.enqueue_many = enqueue_many
 
 
+@pytest.mark.parametrize("values", ["[],", "{},", "1.5,", '"",', "[[],"])
+def test_a_row_of_millions_of_values_takes_neither_memory_nor_time(given, values, monkeypatch):
+    app, connection = given
+    count = 3_000_000
+    text = json.dumps({"more": "?"}).replace('"?"', f"[{values * count}1{']' * (count * values.count('[['))}]")
+    connection.execute(INSERT, ("odd", 0, text))
+    del text
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **options: parsed.append(len(text)) or loads(text, **options))
+    check_that_others_go(app, connection, {"odd"})
+    assert max(parsed) < 100_000
+
+
+def test_a_task_of_the_largest_token_and_many_headers_is_moved(given):
+    app, connection = given
+    task = make_task(token=b"t," * 50_000, headers={f"X-{number}": "[{,}]" * 20 for number in range(100)})
+    write(connection, task)
+    assert app.outbox.sweep() == 1
+    assert left(connection) == set()
+
+
 # --- A SQLite file ------------------------------------------------------------------------------
 
 

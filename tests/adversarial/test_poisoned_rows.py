@@ -15,6 +15,7 @@ import secrets
 import time
 import tracemalloc
 from types import MappingProxyType
+from unittest import mock
 
 import apsw
 import psycopg
@@ -412,6 +413,71 @@ def test_what_the_ledgers_index_does_not_take_lets_its_neighbours_be_settled(pos
         assert found is (TaskState.SUCCEEDED if verdict is Verdict.DONE else TaskState.DEAD)
     assert "cannot be settled" in caplog.text
     app.close()
+
+
+# --- Records of attempts ----------------------------------------------------------------------------------------------
+
+
+def test_many_and_large_records_of_a_dead_letter_do_not_fill_the_memory(storage, app):
+    task, neighbour = app.defer(sample_tasks.add, 1), app.defer(sample_tasks.add, 2)
+    leases = app.queue.lease(owner="w", limit=2, seconds=60.0, now=time.time())
+    records = [
+        AttemptRecord(task.id, "a", float(n), float(n), "o", 500, str(n), None, "x" * (2_000_000 if n > 280 else 1_000))
+        for n in range(300)
+    ]
+    for held in leases:
+        app.queue.settle_many([(held, Settlement(verdict=Verdict.DEAD, reason="why"))], now=time.time())
+    kept = "safedefer.queues.postgres.records.RECORDS_KEPT", "safedefer.queues.rules.RECORDS_KEPT"
+    with contextlib.ExitStack() as stack:
+        for name in kept:  # a writer of the storage trims nothing
+            stack.enter_context(mock.patch(name, 10_000))
+        app.queue.ledger.record_many(records)
+    del records
+    tracemalloc.start()
+    letters = app.queue.dead_letters(DeadFilter())
+    found = app.queue.find(task.id)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {view.id for view in letters} == {task.id, neighbour.id}
+    assert [record.reason for record in found.records] == [str(n) for n in range(200, 300)]
+    assert peak < 20_000_000
+
+
+# --- The ledger while tasks run ---------------------------------------------------------------------------------------
+
+
+def test_a_bad_entry_of_a_task_that_runs_hides_no_cancellation(storage, app):
+    for table, column, kind in columns_of(storage, "ledger"):
+        storage.clear()
+        world = World(app, len(storage.types[kind]))
+        runs = [
+            Execution(held.task.audience, held.task.id, task_digest(held.task), "w", held.task.expires)
+            for held in world.lease()
+        ]
+        for run in runs:
+            begin(app.queue.ledger, run, now=time.time(), lease=60.0)
+        poison(storage, world, table, column, kind)
+        for task_id in world.good:
+            assert app.queue.cancel(task_id, now=time.time()), column
+        cancelled = dict(zip((run.task_id for run in runs), app.queue.ledger.cancelled_many(runs), strict=True))
+        assert all(cancelled[task_id] for task_id in world.good), column
+        assert not any(cancelled[task_id] for task_id in world.bad), column
+
+
+def test_a_huge_digest_or_owner_is_not_fetched(storage, app):
+    huge = bytes(30_000_000), "x" * 30_000_000
+    task = app.defer(sample_tasks.add, 1)
+    (held,) = app.queue.lease(owner="w", limit=1, seconds=60.0, now=time.time())
+    run = Execution(held.task.audience, held.task.id, task_digest(held.task), "w", held.task.expires)
+    begin(app.queue.ledger, run, now=time.time(), lease=60.0)
+    for column, value in zip(("digest", "owner"), huge, strict=True):
+        storage.write("ledger", column, task.id, value)
+        tracemalloc.start()
+        begin(app.queue.ledger, run._replace(owner="other"), now=time.time(), lease=60.0)
+        app.queue.ledger.cancelled_many([run])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10_000_000, column
 
 
 # --- Numbers of rows in SQLite ----------------------------------------------------------------------------------------

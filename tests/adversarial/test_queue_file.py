@@ -79,6 +79,16 @@ def test_a_link_beside_the_file_is_refused_and_not_followed(path, tmp_path, suff
     assert target.read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_a_hard_link_beside_the_file_is_not_written_over(path, tmp_path, suffix):
+    target = tmp_path / "elsewhere"
+    target.write_bytes(b"precious")
+    path.with_name(path.name + suffix).hardlink_to(target)
+    with pytest.raises(QueueUnavailable, match="is a hard link"):
+        use(path)
+    assert target.read_bytes() == b"precious"
+
+
 def test_a_link_that_takes_the_place_of_the_file_is_refused(path):
     queue = SQLiteQueue(path)
     path.rename(path.with_name("moved.db"))
@@ -137,6 +147,12 @@ TRAPS = {
     " PRAGMA writable_schema = ON; UPDATE sqlite_schema SET sql = CAST(sql AS BLOB), tbl_name = 'orders' WHERE name = 'evil'",
     "a trigger that is no UTF-8": f"CREATE TRIGGER evil AFTER INSERT ON safedefer_ledger {FORGET};"
     " PRAGMA writable_schema = ON; UPDATE sqlite_schema SET sql = CAST(CAST(sql AS BLOB) || x'2d2dff' AS TEXT) WHERE name = 'evil'",
+    "the ledger in the pages of the controls": "PRAGMA writable_schema = ON; UPDATE sqlite_schema SET rootpage ="
+    " (SELECT rootpage FROM sqlite_schema WHERE name = 'safedefer_controls') WHERE name = 'safedefer_ledger'",
+    "a table of others in the pages of the ledger": "CREATE TABLE orders (id, at, PRIMARY KEY (id, at)) WITHOUT ROWID; PRAGMA writable_schema = ON;"
+    " UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'safedefer_ledger') WHERE name = 'orders'",
+    "a space that is a part of a name": "PRAGMA writable_schema = ON; UPDATE sqlite_schema SET"
+    " sql = replace(sql, 'REFERENCES safedefer_tasks (', 'REFERENCES safedefer_tasks' || char(160) || '(') WHERE name = 'safedefer_blobs'",
 }  # fmt: skip
 
 

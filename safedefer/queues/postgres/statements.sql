@@ -320,9 +320,13 @@ DELETE FROM safedefer.attempts WHERE task_id = $1 AND seq <= (
 );
 
 -- name: attempts_of
-SELECT task_id, left(audience, 5000) AS audience, started, ended, left(outcome, 1000) AS outcome, status,
-    left(reason, 1000) AS reason, left(exception_type, 1000) AS exception_type, left(traceback, 1000000) AS traceback
-FROM safedefer.attempts WHERE task_id = ANY ($1::text[]) ORDER BY seq;
+-- The newest 100 of each (RECORDS_KEPT). A traceback of ours has 16,390 characters at most.
+SELECT kept.task_id, left(kept.audience, 5000) AS audience, kept.started, kept.ended, left(kept.outcome, 1000) AS outcome,
+    kept.status, left(kept.reason, 1000) AS reason, left(kept.exception_type, 1000) AS exception_type,
+    left(kept.traceback, 25000) AS traceback
+FROM unnest($1::text[]) AS given (task_id) CROSS JOIN LATERAL (
+    SELECT * FROM safedefer.attempts WHERE attempts.task_id = given.task_id ORDER BY attempts.seq DESC LIMIT 100
+) AS kept ORDER BY kept.seq;
 
 -- name: attempts_become_stray
 UPDATE safedefer.attempts SET stray = true WHERE task_id = ANY ($1::text[]);
@@ -346,7 +350,8 @@ WHERE entry.digest = excluded.digest AND (
 );
 
 -- name: ledger_find
-SELECT entry.audience, entry.task_id, entry.digest, entry.state, entry.owner, entry.uncharged, entry.until > now() AS alive,
+SELECT entry.audience, entry.task_id, CASE WHEN octet_length(entry.digest) <= 5000 THEN entry.digest ELSE ''::bytea END AS digest,
+    entry.state, left(entry.owner, 1000) AS owner, entry.uncharged, entry.until > now() AS alive,
     coalesce(entry.not_before > now(), false) AS early,
     least(greatest(entry.losses, 0), 2147483647) AS losses, entry.first_loss
 FROM safedefer.ledger AS entry
@@ -457,7 +462,8 @@ SET state = excluded.state, owner = NULL, until = NULL, uncharged = false
 WHERE entry.state IN ('running', 'retry');
 
 -- name: ledger_lock
-SELECT digest, state, uncharged, until > now() AS alive FROM safedefer.ledger
+SELECT CASE WHEN octet_length(digest) <= 5000 THEN digest ELSE ''::bytea END AS digest, state, uncharged, until > now() AS alive
+FROM safedefer.ledger
 WHERE audience = $1 AND task_id = $2 FOR UPDATE;
 
 -- name: ledger_replace

@@ -46,8 +46,7 @@ class SQLiteLedger:
     def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
         """Return which of these runs belong to tasks that were cancelled."""
         with self._reader.use() as connection:
-            entries = [operations.find_ledger(connection, run.audience, run.task_id) for run in executions]
-        return [entry is not None and entry.state == EndState.CANCELLED for entry in entries]
+            return [connection.execute(SQL["ledger_cancelled"], _key(run)).get is not None for run in executions]
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Store the ends of runs and their records; False stands for one that does not count any more."""

@@ -88,7 +88,8 @@ SELECT seq, iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000
     iif(octet_length(name) > 5000, '', name), iif(octet_length(callable_name) > 5000, '', callable_name),
     iif(octet_length(url) > 5000, '', url), iif(octet_length(target) > 5000, '', target),
     iif(octet_length(audience) > 5000, '', audience), iif(octet_length(headers) > 2097152, '', headers),
-    iif(octet_length(retry_options) > 2097152, '', retry_options), eta, created, expires, digest,
+    iif(octet_length(retry_options) > 2097152, '', retry_options), eta, created, expires,
+    iif(octet_length(digest) > 5000, x'', digest),
     iif(octet_length(blob_id) > 5000, '', blob_id), due, iif(octet_length(owner) > 5000, '', owner), leased_at,
     attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response,
     iif(octet_length(retry_reason) > 5000, '', retry_reason), iif(octet_length(token) > 2097152, x'', token),
@@ -108,7 +109,7 @@ UPDATE safedefer_tasks SET due = :until WHERE id = :id AND owner = :owner;
 
 -- name: task_standing
 SELECT seq, iif(octet_length(queue) > 5000, '', queue), iif(octet_length(name) > 5000, '', name),
-    iif(octet_length(audience) > 5000, '', audience), expires, digest, iif(octet_length(owner) > 5000, '', owner),
+    iif(octet_length(audience) > 5000, '', audience), expires, iif(octet_length(digest) > 5000, x'', digest), iif(octet_length(owner) > 5000, '', owner),
     due, leased_at
 FROM safedefer_tasks WHERE id = :id;
 
@@ -240,17 +241,23 @@ DELETE FROM safedefer_attempts WHERE task_id = :task_id AND seq <= (
 );
 
 -- name: attempts_of
+-- The newest 100 (RECORDS_KEPT). A traceback of ours has 16,390 characters at most.
 SELECT task_id, iif(octet_length(audience) > 5000, '', audience), started, ended,
     iif(octet_length(outcome) > 5000, '', outcome), status, iif(octet_length(reason) > 5000, '', reason),
-    iif(octet_length(exception_type) > 5000, '', exception_type), iif(octet_length(traceback) > 2097152, '', traceback)
-FROM safedefer_attempts WHERE task_id = :id ORDER BY seq;
+    iif(octet_length(exception_type) > 5000, '', exception_type), iif(octet_length(traceback) > 100000, '', traceback)
+FROM (SELECT * FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 100) ORDER BY seq;
 
 -- name: attempts_last_reason
 SELECT iif(octet_length(reason) > 5000, '', reason) FROM safedefer_attempts WHERE task_id = :id ORDER BY seq DESC LIMIT 1;
 
 -- name: ledger_find
-SELECT digest, state, owner, until, uncharged, not_before, losses, first_loss FROM safedefer_ledger
-WHERE audience = :audience AND task_id = :task_id;
+SELECT iif(octet_length(digest) > 5000, x'', digest), state, iif(octet_length(owner) > 5000, '', owner), until, uncharged,
+    not_before, losses, first_loss
+FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id;
+
+-- name: ledger_cancelled
+-- Reads no value: one that cannot be read must not keep the others' cancellations from being seen.
+SELECT 1 FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id AND state = 'cancelled';
 
 -- name: ledger_begin
 INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, until, expires, uncharged)

@@ -25,8 +25,14 @@ if TYPE_CHECKING:
 
 #: The file, and those beside it that SQLite takes for a part of it: it replays a log that it finds.
 _PARTS: Final = ("", "-wal", "-shm", "-journal")
+#: What SQLite takes for a space: another one, such as U+00A0, is a part of a name.
+_SPACES: Final = re.compile(r"[ \t\n\f\r]+")
 _VIEW: Final = re.compile(r"create\s+view\s", re.IGNORECASE)
 _RESTORE: Final = "restore the file from a backup, or use another file"
+
+
+#: What is written to one of two such tables changes the other: the ledger could be one.
+_SHARED_PAGES: Final = "SELECT 1 FROM sqlite_schema WHERE rootpage <> 0 GROUP BY rootpage HAVING count(*) > 1 LIMIT 1"
 
 
 class _Item(NamedTuple):
@@ -54,7 +60,8 @@ def check_file(path: str) -> None:
     """Check who may change the file and those beside it. They are looked at and not opened: that would drop locks.
 
     Raises:
-        QueueUnavailable: One of them belongs to somebody else, may be written by anybody, or is a symbolic link.
+        QueueUnavailable: One of them belongs to somebody else, may be written by anybody, or is a symbolic link, or one beside the
+            file has another name too.
     """
     for suffix in _PARTS:
         part = path + suffix
@@ -65,6 +72,9 @@ def check_file(path: str) -> None:
         trouble = trouble_with_owner("the queue's file", part, status)
         if trouble is None and stat.S_ISLNK(status.st_mode):
             trouble = f"the queue's file {part!a} is a symbolic link; remove it, and name the file that is meant"
+        if trouble is None and suffix and status.st_nlink > 1:
+            # SQLite would write over the file of the other name.
+            trouble = f"the queue's file {part!a} is a hard link; remove it if the queue is not open anywhere"
         if trouble is None and status.st_mode & stat.S_IWOTH:
             trouble = f"the queue's file {part!a} may be changed by anybody; run `chmod o-w {part!a}`"
         if trouble is not None:
@@ -87,6 +97,8 @@ def check_schema(connection: apsw.Connection, path: str, migrate: Callable[[apsw
         found = _items(connection)
     except UnicodeDecodeError:
         raise _refused(path, "a schema that is not UTF-8", _RESTORE) from None
+    if connection.execute(_SHARED_PAGES).get is not None:
+        raise _refused(path, "two tables or indexes in the same pages", _RESTORE)
     if found == schema.items:
         return
     for item in sorted(found - schema.items, key=str):
@@ -132,4 +144,4 @@ def _items(connection: apsw.Connection) -> frozenset[_Item]:
 
 def _one_line(sql: str | None) -> str | None:
     """Return a statement with one space where there were more: how it was laid out says nothing."""
-    return " ".join(sql.split()) if isinstance(sql, str) else sql
+    return _SPACES.sub(" ", sql).strip(" ") if isinstance(sql, str) else sql
