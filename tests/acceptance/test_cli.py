@@ -308,3 +308,19 @@ def test_concurrency_is_one_number_for_slots_and_deliveries(project, label):
     project.until(lambda: len(list(project.folder.glob("started-*"))) >= 24)
     assert project.results() == []  # all of them at once
     assert len(list(project.folder.glob("started-*"))) == 24
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "dispatch"])
+def test_a_database_without_tables_ends_a_process_before_it_says_that_it_is_ready(project, command):
+    from tests.postgres.server import Server
+
+    server = Server().start()
+    try:
+        arguments = [command, "--to", "http://127.0.0.1:1"] if command == "dispatch" else [command, "--port", "0"]
+        done = project.run(*arguments, check=False, SAFEDEFER_QUEUE=server.dsn())
+        assert done.returncode == 1
+        assert done.stdout == b""
+        assert done.stderr.count(b"run `safedefer migrate`") == 1
+        assert b"trying again" not in done.stderr
+    finally:
+        server.close()
