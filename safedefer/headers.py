@@ -12,6 +12,8 @@ CONTENT_TYPES: Final = frozenset({CONTENT_TYPE, "application/octet-stream"})
 OUTCOME_HEADER: Final = "Safedefer-Outcome"
 QUEUE_HEADER: Final = "X-AppEngine-QueueName"
 RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
+#: Which attempt of the task this delivery is, from 1: deliveries that no handler took are no attempts.
+ATTEMPT_HEADER: Final = "Safedefer-Attempt"
 
 
 class Response(NamedTuple):
@@ -29,6 +31,8 @@ class Hints(NamedTuple):
     type: str | None
     queue: str | None
     retries: int
+    attempt: int = 0
+    """0 from a dispatcher that does not say."""
 
 
 class AttemptHeaders(Mapping[str, str]):
@@ -74,12 +78,14 @@ _HINTS: Final = {
     "content-type": "type",
     QUEUE_HEADER.lower(): "queue",
     RETRY_HEADER.lower(): "retries",
+    ATTEMPT_HEADER.lower(): "attempt",
 }
 #: Names as our dispatcher writes them: for these no lower-case copy is made. None: the handler ignores the header.
 _SPELLED: Final = {
     "Content-Type": "type",
     QUEUE_HEADER: "queue",
     RETRY_HEADER: "retries",
+    ATTEMPT_HEADER: "attempt",
     "X-AppEngine-TaskName": None,
     "X-AppEngine-TaskExecutionCount": None,
     "X-AppEngine-TaskETA": None,
@@ -94,7 +100,7 @@ def read_hints(headers: Mapping[str, str]) -> Hints:
         if hint is not None:
             found[hint] = f"{found[hint]}, {value}" if hint in found else value
     get = found.get
-    return Hints(get("encoding"), get("type"), get("queue"), _count(get("retries")))
+    return Hints(get("encoding"), get("type"), get("queue"), _count(get("retries")), _count(get("attempt")))
 
 
 def _count(text: str | None) -> int:

@@ -290,7 +290,7 @@ def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[s
         lease_seconds=lease,
         drain_seconds=drain,
         queues=queues or None,
-        limits=None if file is None else file.limits,
+        limits=() if file is None else file.limits,  # limits that no file declares any more end
         retry_options={section.name: section.retry_parameters.given() for section in sections},
     )
 

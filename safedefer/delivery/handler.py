@@ -228,7 +228,7 @@ class Delivery:
         early = self._check(method, hints, len(body))
         if early is not None:
             return early
-        request = HandlerRequest(self._clock(), hints.retries)
+        request = HandlerRequest(self._clock(), hints.retries, hints.attempt or hints.retries + 1)
         self._running += 1
         try:
             return await self._handle(request, hints, body, url)

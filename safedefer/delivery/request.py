@@ -21,6 +21,8 @@ class HandlerRequest:
     """When the request arrived, in seconds since the epoch."""
     retries: int
     """The retry count of its header; a hint, it is not signed."""
+    attempt: int
+    """Which attempt of the task this is, from 1; a hint too."""
     pointer: VerifiedPointer | None = None
     """The token that was sent, if the task is oversize."""
     task: VerifiedTask | None = None
@@ -99,6 +101,6 @@ class HandlerRequest:
             outcome=outcome,
             status=status,
             reason=reason,
-            attempt=self.retries + 1,
+            attempt=self.attempt,
             seconds=ended - self.started,
         )

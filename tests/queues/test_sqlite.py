@@ -248,7 +248,7 @@ def _parameters(connection: apsw.Connection, statement: str) -> list[str]:
         ("next_due_of_queue", "safedefer_tasks_queue"),
         ("stats_tasks", "safedefer_tasks_of_queue"),
         ("stats_running", "safedefer_tasks_leased"),
-        ("stats_oldest", "safedefer_tasks_queue"),
+        ("stats_oldest", "safedefer_tasks_of_queue"),
         ("names_prune", "safedefer_names_until"),
         ("ended_prune", "safedefer_ended_ended"),
         ("attempts_of_ended_prune", "safedefer_attempts_task"),
