@@ -282,6 +282,8 @@ def _is_used_up(app: App, tasks: int | None) -> bool:
 
 
 def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[str]) -> DispatcherOptions:
+    for queue in queues:
+        app.check_queue(queue)
     file = app.queue_file
     sections = () if file is None else file.queue
     app.outbox.start()
