@@ -286,6 +286,14 @@ class App(Producer):
         """
         return self._direct.follow(verified, expired=expired)
 
+    def check_call(self, task: VerifiedTask) -> None:
+        """Check that a task's callable is here and takes its arguments; calls nothing. Pickles are not read.
+
+        Raises:
+            RejectedTask: One of its subclasses says why the task would not run.
+        """
+        self._direct.check(task)
+
     def run(self, data: bytes) -> object:
         """Verify a token, call what it says, and return the result. Asks no ledger: the handler does.
 

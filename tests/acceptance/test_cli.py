@@ -196,6 +196,15 @@ def test_inspect_verifies_and_runs_nothing(project):
         assert (document["calls"], document["args"], document["signed_by"]) == ("shop_tasks:work", [7], "k1")
         assert document["expired"] is False
     assert project.results() == []
+    for call, why in (("7, 8", "takes other arguments now"), ("7, colour=8", "takes other arguments now")):
+        wrong = project.python(
+            f"import shop_tasks as t; t.work = None; exec('def work(*a, **k): ...', vars(t)); "
+            f"from safedefer import serialize; print(serialize(t.work, {call}).decode())"
+        )
+        done = project.run("inspect", wrong, check=False)
+        assert done.returncode == 1
+        assert json.loads(done.stdout)["calls"] == "shop_tasks:work"
+        assert re.fullmatch(rf"Error: unresolvable-callable: .*{why}.*\n", done.stderr.decode())
     refused = project.run("inspect", token[:-2], check=False)
     assert refused.returncode == 1
     assert re.fullmatch(r"Error: (bad-signature|malformed-token): .*\n", refused.stderr.decode())
@@ -211,7 +220,7 @@ def test_inspect_follows_a_pointer(project):
 
 
 ERRORS = [
-    (["serve"], {"SAFEDEFER_KEYS": ""}, "kid:base64url"),
+    (["serve"], {"SAFEDEFER_KEYS": ""}, "safedefer keys new"),
     (["serve"], {"SAFEDEFER_POLICY": ""}, "no policy"),
     (["serve"], {"SAFEDEFER_POLICY": "nowhere"}, "the module nowhere, which cannot be imported"),
     (["serve", "nowhere:app"], {}, "the module nowhere is not found"),
