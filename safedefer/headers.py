@@ -14,6 +14,8 @@ QUEUE_HEADER: Final = "X-AppEngine-QueueName"
 RETRY_HEADER: Final = "X-AppEngine-TaskRetryCount"
 #: Cloud Tasks sets it on every request that it pushes.
 PUSH_HEADER: Final = "X-CloudTasks-TaskName"
+#: Which attempt of the task this delivery is, from 1: deliveries that no handler took are no attempts.
+ATTEMPT_HEADER: Final = "Safedefer-Attempt"
 
 
 class Response(NamedTuple):
@@ -33,6 +35,8 @@ class Hints(NamedTuple):
     retries: int
     pushed: bool = False
     """Whether a push engine sent it, which takes 503 as a reason to slow the whole queue."""
+    attempt: int = 0
+    """0 from a dispatcher that does not say."""
 
 
 class AttemptHeaders(Mapping[str, str]):
@@ -81,12 +85,14 @@ _HINTS: Final = {
     QUEUE_HEADER.lower(): "queue",
     RETRY_HEADER.lower(): "retries",
     PUSH_HEADER.lower(): "pushed",
+    ATTEMPT_HEADER.lower(): "attempt",
 }
 #: Names as our dispatcher writes them: for these no lower-case copy is made. None: the handler ignores the header.
 _SPELLED: Final = {
     "Content-Type": "type",
     QUEUE_HEADER: "queue",
     RETRY_HEADER: "retries",
+    ATTEMPT_HEADER: "attempt",
     "X-AppEngine-TaskName": None,
     "X-AppEngine-TaskExecutionCount": None,
     "X-AppEngine-TaskETA": None,
@@ -101,7 +107,9 @@ def read_hints(headers: Mapping[str, str]) -> Hints:
         if hint is not None:
             found[hint] = f"{found[hint]}, {value}" if hint in found else value
     get = found.get
-    return Hints(get("encoding"), get("type"), get("queue"), _count(get("retries")), "pushed" in found)
+    return Hints(
+        get("encoding"), get("type"), get("queue"), _count(get("retries")), "pushed" in found, _count(get("attempt"))
+    )
 
 
 def _count(text: str | None) -> int:

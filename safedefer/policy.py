@@ -168,7 +168,7 @@ class Policy(Immutable):
         self._set(
             patterns=patterns,
             _modules=frozenset(pattern for pattern in patterns if _MODULE.fullmatch(pattern)),
-            _packages=tuple(match[1] for pattern in patterns if (match := _PACKAGE.fullmatch(pattern))),
+            _packages=tuple(pattern.removesuffix("*") for pattern in patterns if _PACKAGE.fullmatch(pattern)),
             _resolved=None,
             _deferrable=deferrable,
             _moved=MappingProxyType(moved),
@@ -251,14 +251,13 @@ class Policy(Immutable):
         return moved
 
     def _check_names(self, ref: CallableRef) -> None:
-        module, qualname, member = ref.module, ref.qualname, ref.member
         if str(ref) in self._exact:
             return
-        if self._is_gadget(module, qualname, member):
+        if self._is_gadget(ref.module, ref.qualname, ref.member):
             _deny(ref, "it is a known gadget, a way to run whatever it is handed, and needs an exact pattern")
         if ref.kind == "builtin":
             _deny(ref, "a built-in needs an exact pattern")
-        if not self._admits(module, qualname):
+        if not self._admits(ref.module, ref.qualname):
             _deny(ref, "no pattern admits it")
 
     def _is_gadget(self, module: str, qualname: str, member: str | None) -> bool:
@@ -281,8 +280,7 @@ class Policy(Immutable):
         )
 
     def _in_package(self, module: str) -> bool:
-        inside = any(module == package or module.startswith(f"{package}.") for package in self._packages)
-        return inside and _OTHER_MODULES.isdisjoint(module.split("."))
+        return f"{module}.".startswith(self._packages) and _OTHER_MODULES.isdisjoint(module.split("."))
 
     def _is_marked(self, module: str, qualname: str) -> bool:
         # Only what is imported already counts: a mark must not cause an import.
@@ -397,7 +395,7 @@ class Policy(Immutable):
             return name
         module, qualname = check_class(cls, metaclasses=self._metaclasses, nested=True)
         if not self._admits(module, qualname):
-            _not_admitted(f"the class {name}", name)
+            raise NotDeferrable(f"the class {name} is not admitted; {_remedy(name)}", reason="policy")
         if name in self._moved:
             raise NotDeferrable(f"the class {name} has moved; use {self._moved[name]}", reason="moved")
         self._check_exact_class(name, cls, NotDeferrable)
@@ -629,11 +627,14 @@ def _metaclass(item: type | str) -> type:
 
 
 def _deny(ref: CallableRef, why: str) -> NoReturn:
-    raise PolicyViolation(f"{ref} may not run: {why}; add '{ref}' or its module to the policy if it should")
+    raise PolicyViolation(f"{ref} may not run: {why}; {_remedy(str(ref), why)} if it should")
 
 
-def _not_admitted(what: str, name: str) -> NoReturn:
-    raise NotDeferrable(f"{what} is not admitted; add '{name}' or its module to the policy", reason="policy")
+def _remedy(name: str, why: str = "") -> str:
+    """Say which patterns would help: none of a module admits built-ins, the standard library or a gadget."""
+    module, _, qualname = name.partition(":")
+    exact = "exact" in why or is_standard_library(module) or is_gadget(module, qualname)
+    return f"add '{name}'{'' if exact else ' or its module'} to the policy"
 
 
 def _shown(name: str) -> str:

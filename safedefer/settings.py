@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Final, Self
@@ -20,7 +23,12 @@ from safedefer.queues.addresses import split_urls
 from safedefer.queues.base import StorageOptions
 from safedefer.queues.file_owner import trouble_with_folders, trouble_with_owner
 
+_log: Final = logging.getLogger("safedefer")
+
+_PREFIX: Final = "SAFEDEFER_"
 _INLINE_LIMIT: Final = 10 * 1024
+#: Variables with the prefix that are no settings: a supervisor's for its workers, and those of our own tests.
+_NO_SETTINGS: Final = ("SAFEDEFER_WORKER", "SAFEDEFER_TEST_")
 
 
 def trouble_with_key_file(path: str, status: os.stat_result) -> str | None:
@@ -69,7 +77,9 @@ def _read_key_file(path: Path) -> bytes:
 class Settings(BaseSettings):
     """What ``App.from_settings`` needs. Lists are separated by commas or spaces."""
 
-    model_config = SettingsConfigDict(env_prefix="SAFEDEFER_", extra="ignore", hide_input_in_errors=True, frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, env_ignore_empty=True, extra="ignore", hide_input_in_errors=True, frozen=True
+    )
 
     keys: SecretStr | None = Field(default=None, description="kid:base64url[,kid:base64url]; the first one signs.")
     keys_file: Path | None = Field(default=None, description="A JWK Set instead of KEYS.")
@@ -117,11 +127,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls) -> Self:
-        """Read the environment.
+        """Read the environment. An empty variable is not set; one that is no setting is warned of.
 
         Raises:
             ConfigurationError: A variable is wrong; the message names it, not its value.
         """
+        _warn_of_unknown(os.environ)
         try:
             return cls()
         except ValidationError as error:
@@ -160,3 +171,18 @@ class Settings(BaseSettings):
                 "'shop.tasks,shop.jobs.*' (`safedefer keys new` prints the other setting that is needed)"
             )
         return Policy(*(self.policy or ()), deferrable=self.deferrable)
+
+
+_warned: Final[set[str]] = set()
+
+
+def _warn_of_unknown(names: Iterable[str]) -> None:
+    """Log a warning of every variable with our prefix that is no setting, once in a process."""
+    known = [name.upper() for name in Settings.model_fields]
+    for name in sorted(name for name in names if name.upper().startswith(_PREFIX)):
+        written = name.upper().removeprefix(_PREFIX)
+        if written in known or name.startswith(_NO_SETTINGS) or name in _warned:
+            continue
+        _warned.add(name)
+        near = difflib.get_close_matches(written, known, n=1, cutoff=0.0)[0]
+        _log.warning("%s is no setting, and changes nothing; did you mean %s%s?", ascii(name)[1:-1], _PREFIX, near)

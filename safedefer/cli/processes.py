@@ -24,6 +24,7 @@ from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.dispatcher.signed_route import SignedRoute
+from safedefer.errors import QueueUnavailable
 from safedefer.sending.addresses import check_address
 from safedefer.web.server import serving
 
@@ -153,6 +154,7 @@ def dispatch(
         )
         async with _signals() as stop, http as deliver:
             options = _dispatcher_options(loaded, lease, drain, queues)
+            await asyncio.to_thread(_check_tables, loaded)
             _keep_what_is_loaded()
             await _dispatch(Dispatcher(loaded.queue, deliver, clock=time.time, options=options), stop)
 
@@ -240,7 +242,8 @@ async def _serving(
     """Serve the handler, by itself or as a worker of a supervisor; give the event that says when to stop."""
     async with contextlib.AsyncExitStack() as stack:
         stop = await stack.enter_async_context(_signals())
-        await stack.enter_async_context(app.queue.on_loop())
+        await stack.enter_async_context(app.on_loop())
+        await asyncio.to_thread(_check_tables, app)
         if worker is None:
             print(await stack.enter_async_context(serving(app, host, port)), flush=True)
         else:
@@ -250,6 +253,12 @@ async def _serving(
             worker.ready()
         _keep_what_is_loaded()
         yield stop
+
+
+def _check_tables(app: App) -> None:
+    """Raise ``ConfigurationError`` if the queue cannot be used as it is, before the process says that it is ready."""
+    with contextlib.suppress(QueueUnavailable):  # one that is away comes back
+        app.queue.next_due(now=time.time())
 
 
 def _load(spec: str | None, concurrency: int | None) -> App:
@@ -275,6 +284,8 @@ def _is_used_up(app: App, tasks: int | None) -> bool:
 
 
 def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[str]) -> DispatcherOptions:
+    for queue in queues:
+        app.check_queue(queue)
     file = app.queue_file
     sections = () if file is None else file.queue
     app.outbox.start()
@@ -283,7 +294,7 @@ def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[s
         lease_seconds=lease,
         drain_seconds=drain,
         queues=queues or None,
-        limits=None if file is None else file.limits,
+        limits=() if file is None else file.limits,  # limits that no file declares any more end
         retry_options={section.name: section.retry_parameters.given() for section in sections},
     )
 

@@ -84,7 +84,10 @@ def migrate(*, url: str) -> None:
 @app_option
 @click.argument("token")
 def inspect(*, app: str | None, token: str) -> None:
-    """Verify TOKEN (- reads it from standard input) and print what it would do. Runs nothing."""
+    """Verify TOKEN (- reads it from standard input) and print what it would do. Runs nothing.
+
+    Exit status 1 if it would not run: the callable is not here, or takes other arguments.
+    """
     from_stdin = token == "-"  # noqa: S105  # the usual sign, not a password
     data = sys.stdin.buffer.read().strip() if from_stdin else os.fsencode(token)
     loaded = load_app(app)
@@ -105,6 +108,11 @@ def inspect(*, app: str | None, token: str) -> None:
     document.update({name: time_text(document[name]) for name in ("iat", "nbf", "exp")})
     document["expired"] = claims["exp"] < time.time()
     click.echo(json.dumps(document, indent=2))
+    if not isinstance(verified, VerifiedPointer):
+        try:
+            loaded.check_call(verified)
+        except RejectedTask as error:
+            raise click.ClickException(f"{error.slug}: {error}") from error
 
 
 @main.command()

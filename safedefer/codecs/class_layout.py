@@ -47,7 +47,7 @@ CONTENTS: Final[dict[type, str]] = {
 #: The bases among them whose objects are filled after they are made.
 MUTABLE: Final[tuple[type, ...]] = (list, set, dict)
 
-REMEDY: Final = "register the type (safedefer.register_type), pass an id, or opt in to pickle"
+REMEDY: Final = "pass an id, register the type (safedefer.register_type), or opt in to pickle"
 _NAMEDTUPLE_ARGS: Final = cast("Any", collections.namedtuple("_Probe", "a")).__getnewargs__.__code__  # noqa: PYI024
 # dataclasses generates these for slotted frozen classes; they only read and set the fields.
 _DATACLASS_STATE: Final = tuple(

@@ -276,7 +276,9 @@ class Encoder:
             try:
                 name = self.gate.class_name(cls)
             except NotDeferrable as error:
-                raise Refusal(str(error)) from error
+                fact, _, remedy = str(error).rpartition("; ")
+                opens = error.reason in {"policy", "metaclass"}  # a library's object needs more than that to be carried
+                raise Refusal(f"{fact}; pass an id, or {remedy}" if opens else str(error)) from error
             self._names[id(cls)] = name
             self._keep.append(cls)
         return name

@@ -17,6 +17,7 @@ _BASE: Final = cast("Any", type.__dict__["__base__"]).__get__
 _FLAGS: Final = cast("Any", type.__dict__["__flags__"]).__get__
 _SIZE: Final = cast("Any", type.__dict__["__basicsize__"]).__get__
 _QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
+_MODULE: Final = cast("Any", type.__dict__["__module__"]).__get__
 
 # Include/object.h. HEAP: made by a class statement or PyType_FromSpec. IMMUTABLE: made in C.
 _HEAP: Final = 1 << 9
@@ -38,9 +39,12 @@ def namespace(cls: type) -> dict[str, Any]:
 
 def type_name(cls: type) -> str:
     """Return ``module.qualname`` for messages; ``qualname`` alone for built-ins."""
-    module = namespace(cls).get("__module__")
+    try:
+        module = _MODULE(cls)  # of a class made in C too, such as numpy.bool, whose namespace does not have it
+    except AttributeError:
+        module = None
     name = cast("str", _QUALNAME(cls))
-    return f"{module}.{name}" if type(module) is str else name
+    return f"{module}.{name}" if type(module) is str and module != "builtins" else name
 
 
 def derives(cls: type, base: type) -> bool:
@@ -96,7 +100,7 @@ def dict_getter(cls: type) -> Callable[[object], Any] | None:
         return None
     if type(found[1]) is not GetSetDescriptorType:
         raise ValueError(
-            "the class hides its __dict__ behind an attribute of its own; register the type, or pass an id"
+            "the class hides its __dict__ behind an attribute of its own; pass an id, or register the type"
         )
     return cast("Callable[[object], Any]", found[1].__get__)
 

@@ -233,7 +233,8 @@ class Delivery:
         early = self._check(method, hints, len(body))
         if early is not None:
             return early
-        request = HandlerRequest(self._clock(), hints.retries, hints.pushed)
+        attempt = hints.attempt or hints.retries + 1
+        request = HandlerRequest(self._clock(), hints.retries, attempt, pushed=hints.pushed)
         self._running += 1
         try:
             return await self._handle(request, hints, body, url)

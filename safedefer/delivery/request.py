@@ -28,6 +28,8 @@ class HandlerRequest:
     """When the request arrived, in seconds since the epoch."""
     retries: int
     """The retry count of its header; a hint, it is not signed."""
+    attempt: int
+    """Which attempt of the task this is, from 1; a hint too."""
     pushed: bool = False
     """Whether a push engine says that it sent it; a hint too."""
     pointer: VerifiedPointer | None = None
@@ -114,6 +116,6 @@ class HandlerRequest:
             outcome=outcome,
             status=status,
             reason=reason,
-            attempt=self.retries + 1,
+            attempt=self.attempt,
             seconds=ended - self.started,
         )

@@ -33,7 +33,7 @@ from safedefer.dispatcher.request_headers import attempt_headers
 from safedefer.dispatcher.retry_policy import asks_to_wait, judge
 from safedefer.dispatcher.shares import ANSWERS_SECONDS
 from safedefer.dispatcher.transport import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
-from safedefer.errors import QueueError
+from safedefer.errors import ConfigurationError, QueueError
 from safedefer.queues.base import DispatchedQueue, Lease, LeaseCalls, Settlement
 from safedefer.queues.loop_calls import ThreadedLeasing, lease_calls
 from safedefer.queues.rates import QueueLimits
@@ -185,7 +185,11 @@ class Dispatcher:
         self._queue.wake()
 
     async def run(self) -> None:
-        """Lease and deliver until ``stop``. After an error of the storage, try again."""
+        """Lease and deliver until ``stop``. After an error of the storage, try again.
+
+        Raises:
+            ConfigurationError: The queue cannot be used as it is, such as a database without tables.
+        """
         self._threads = Threads(_THREADS, "safedefer-dispatcher")
         async with lease_calls(self._queue, self._in_thread) as self._calls:
             await self._work()
@@ -199,6 +203,9 @@ class Dispatcher:
                     await self._configure()
                     if not await self._turn():
                         await self._rest()
+                except ConfigurationError:  # tables are missing, or of another version: no later turn can succeed
+                    await self._drain()
+                    raise
                 except Exception as error:  # noqa: BLE001  # of the storage, or of a row that an attacker wrote into it
                     _log.error("the queue is unavailable (%s); trying again", name_of(error))
                     self._changed.clear()  # a slot that becomes free must not end the sleep

@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from typing import Final
 
 from safedefer.errors import InvalidTaskError
-from safedefer.headers import CONTENT_TYPE, QUEUE_HEADER, RETRY_HEADER, AttemptHeaders, Hints
+from safedefer.headers import ATTEMPT_HEADER, CONTENT_TYPE, QUEUE_HEADER, RETRY_HEADER, AttemptHeaders, Hints
 from safedefer.options import Options
 from safedefer.queues.base import Lease, QueuedTask
 
@@ -25,7 +25,7 @@ def delivery_headers(lease: Lease) -> AttemptHeaders:
         InvalidTaskError: As ``attempt_headers``.
     """
     _check_hints(lease.task)
-    hints = Hints(None, CONTENT_TYPE, lease.task.queue, lease.retries)
+    hints = Hints(None, CONTENT_TYPE, lease.task.queue, lease.retries, lease.attempts + 1)
     return AttemptHeaders(hints, partial(attempt_headers, lease))
 
 
@@ -44,6 +44,7 @@ def attempt_headers(lease: Lease) -> dict[str, str]:
         QUEUE_HEADER: task.queue,
         "X-AppEngine-TaskName": task.name or task.id,
         RETRY_HEADER: str(lease.retries),
+        ATTEMPT_HEADER: str(lease.attempts + 1),
         "X-AppEngine-TaskExecutionCount": str(lease.executions),
         "X-AppEngine-TaskETA": f"{task.eta:.6f}",
     }

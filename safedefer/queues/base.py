@@ -214,7 +214,11 @@ class DeadFilter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueStats:
-    """Counts of one queue. ``oldest`` is when the first that waits falls due (seconds since the epoch)."""
+    """Counts of one queue.
+
+    ``oldest`` is the earliest eta of those that wait, in seconds since the epoch, whatever put them off since. The queue's
+    lag is the time since then.
+    """
 
     queue: str
     waiting: int

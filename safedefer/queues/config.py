@@ -21,14 +21,14 @@ from safedefer.queues.rates import DEFAULT_BUCKET, QueueLimits
 
 _STRICT: Final = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_RATE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)/([smhd])")
+_RATE: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{0,9})?)/([smhd])")
 _SPAN: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])")
 _SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([BKMGT]?)")
 _NAME: Final = r"^[A-Za-z0-9.-]{1,100}$"
 _MOST: Final = 2**31 - 1
 #: Bytes of a file at most.
 _MAX_BYTES: Final = 1_048_576
-#: App Engine's own, for a default queue that the file names without them.
+#: App Engine's own, for a queue that the file names without one.
 _DEFAULT_RATE: Final = 5.0
 
 
@@ -98,7 +98,7 @@ class QueueSection(BaseModel):
 
     name: Annotated[str, Field(pattern=_NAME)]
     rate: Annotated[float, BeforeValidator(_rate)] | None = None
-    """Tasks a second; 0 gives none. Required, except for the queue ``default``, where it is 5/s."""
+    """Tasks a second; 0 gives none. Not given, it is 5/s."""
     bucket_size: Annotated[int, Field(ge=1, le=_MOST)] = DEFAULT_BUCKET
     max_concurrent_requests: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     target: Annotated[str, Field(pattern=_NAME)] | None = None
@@ -112,12 +112,15 @@ class QueueSection(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_is_given(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "rate" not in values:
-            if values.get("name") != "default":
-                raise ValueError("rate is missing; write for example rate: 5/s")
-            return {**values, "rate": f"{_DEFAULT_RATE:g}/s"}
-        return values
+    def _push_with_a_rate(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("mode") == "pull":
+            raise ValueError(
+                "mode: pull is of App Engine's pull queues, whose tasks an application leases itself; "
+                "remove the queue, and defer functions to a push queue"
+            )
+        return {"rate": f"{_DEFAULT_RATE:g}/s", **values}
 
     @property
     def limits(self) -> QueueLimits:

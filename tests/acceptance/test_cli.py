@@ -196,6 +196,15 @@ def test_inspect_verifies_and_runs_nothing(project):
         assert (document["calls"], document["args"], document["signed_by"]) == ("shop_tasks:work", [7], "k1")
         assert document["expired"] is False
     assert project.results() == []
+    for call, why in (("7, 8", "takes other arguments now"), ("7, colour=8", "takes other arguments now")):
+        wrong = project.python(
+            f"import shop_tasks as t; t.work = None; exec('def work(*a, **k): ...', vars(t)); "
+            f"from safedefer import serialize; print(serialize(t.work, {call}).decode())"
+        )
+        done = project.run("inspect", wrong, check=False)
+        assert done.returncode == 1
+        assert json.loads(done.stdout)["calls"] == "shop_tasks:work"
+        assert re.fullmatch(rf"Error: unresolvable-callable: .*{why}.*\n", done.stderr.decode())
     refused = project.run("inspect", token[:-2], check=False)
     assert refused.returncode == 1
     assert re.fullmatch(r"Error: (bad-signature|malformed-token): .*\n", refused.stderr.decode())
@@ -211,7 +220,7 @@ def test_inspect_follows_a_pointer(project):
 
 
 ERRORS = [
-    (["serve"], {"SAFEDEFER_KEYS": ""}, "kid:base64url"),
+    (["serve"], {"SAFEDEFER_KEYS": ""}, "safedefer keys new"),
     (["serve"], {"SAFEDEFER_POLICY": ""}, "no policy"),
     (["serve"], {"SAFEDEFER_POLICY": "nowhere"}, "the module nowhere, which cannot be imported"),
     (["serve", "nowhere:app"], {}, "the module nowhere is not found"),
@@ -308,3 +317,19 @@ def test_concurrency_is_one_number_for_slots_and_deliveries(project, label):
     project.until(lambda: len(list(project.folder.glob("started-*"))) >= 24)
     assert project.results() == []  # all of them at once
     assert len(list(project.folder.glob("started-*"))) == 24
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "dispatch"])
+def test_a_database_without_tables_ends_a_process_before_it_says_that_it_is_ready(project, command):
+    from tests.postgres.server import Server
+
+    server = Server().start()
+    try:
+        arguments = [command, "--to", "http://127.0.0.1:1"] if command == "dispatch" else [command, "--port", "0"]
+        done = project.run(*arguments, check=False, SAFEDEFER_QUEUE=server.dsn())
+        assert done.returncode == 1
+        assert done.stdout == b""
+        assert done.stderr.count(b"run `safedefer migrate`") == 1
+        assert b"trying again" not in done.stderr
+    finally:
+        server.close()

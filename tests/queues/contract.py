@@ -691,7 +691,19 @@ class QueueContract:
             QueueStats(queue="default", waiting=3, running=1, dead=0, oldest=101.0),
             QueueStats(queue="z", waiting=0, running=0, dead=1, oldest=None),
         ]
-        assert queue.stats(now=160.0)[1] == QueueStats(queue="default", waiting=4, running=0, dead=0, oldest=101.0)
+        # The lost one should have run at its eta.
+        assert queue.stats(now=160.0)[1] == QueueStats(queue="default", waiting=4, running=0, dead=0, oldest=100.0)
+
+    def test_what_put_a_task_off_does_not_make_it_younger(self, queue):
+        queue.enqueue_many([make_task(eta=100.0), make_task(eta=4000.0), make_task(eta=100.0, queue="mail")])
+        for number in range(1, 4):  # a handler that is down, or fails
+            (lease,) = take(queue, now=100.0 + 100.0 * number, queues=["default"])
+            settlement = Settlement(
+                verdict=Verdict.RETRY, at=100.0 + 100.0 * (number + 1), charged=number == 2, reason="unreachable"
+            )
+            settle(queue, lease, settlement, now=101.0 + 100.0 * number)
+            oldest = {stats.queue: stats.oldest for stats in queue.stats(now=150.0 + 100.0 * number)}
+            assert oldest == {"default": 100.0, "mail": 100.0}
 
     def test_tasks_are_listed_by_state_newest_first(self, queue):
         tasks = [make_task(created=float(n), eta=float(n), queue="mail" if n % 2 else "default") for n in range(6)]

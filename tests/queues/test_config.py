@@ -79,7 +79,6 @@ def test_the_default_queue_has_five_a_second_when_a_file_says_nothing_else():
         ("queue:\n- name: a\n  rate: -5/s\n", 3, "5/s, 10/m"),
         ("queue:\n- name: a\n  rate: \u0665/s\n", 3, "5/s, 10/m"),
         ("queue:\n- name: a\n  rate: true\n", 3, "5/s, 10/m"),
-        ("queue:\n- name: a\n", 2, "rate is missing"),
         ("queue:\n- rate: 5/s\n", 2, "name: Field required"),
         ("queue:\n- name: a b\n  rate: 5/s\n", 2, "pattern"),
         ("queue:\n- name: 5\n  rate: 5/s\n", 2, "valid string"),
@@ -87,7 +86,9 @@ def test_the_default_queue_has_five_a_second_when_a_file_says_nothing_else():
         ("queue:\n- name: a\n  rate: 5/s\n  bucket_size: '5'\n", 4, "valid integer"),
         ("queue:\n- name: a\n  rate: 5/s\n  bucket_size: true\n", 4, "valid integer"),
         ("queue:\n- name: a\n  rate: 5/s\n  max_concurrent_requests: 0\n", 4, "greater than or equal to 1"),
-        ("queue:\n- name: a\n  rate: 5/s\n  mode: pull\n", 4, "push"),
+        ("queue:\n- name: a\n  rate: 5/s\n  mode: pull\n", 2, "mode: pull is of App Engine's pull queues"),
+        ("queue:\n- name: a\n  mode: pull\n  acl:\n  - user_email: a@b.c\n", 2, "mode: pull is of"),
+        ("queue:\n- name: a\n  mode: poll\n", 3, "push"),
         ("queue:\n- name: a\n  rate: 5/s\n  target: a/b\n", 4, "pattern"),
         ("queue:\n- name: a\n  rate: 5/s\n  retry_parameters:\n    task_age_limit: 2\n", 5, "2d"),
         ("queue:\n- name: a\n  rate: 5/s\n  retry_parameters:\n    task_retry_limit: -1\n", 5, "greater than"),
@@ -136,3 +137,21 @@ def test_a_file_is_read_and_named_in_messages(tmp_path):
         QueueFile.load(path)
     with pytest.raises(ConfigurationError, match="SAFEDEFER_QUEUE_YAML"):
         QueueFile.load(tmp_path / "nothing.yaml")
+
+
+OF_APP_ENGINE = {  # a section of a real file, and its rate
+    "without anything": ("- name: fanout", 5.0),
+    "without a rate": ("- name: fanout\n  max_concurrent_requests: 10\n  bucket_size: 40", 5.0),
+    "with retries": ("- name: fanout\n  retry_parameters:\n    task_retry_limit: 0", 5.0),
+    "the default queue": ("- name: default", 5.0),
+    "a mode that is said": ("- name: fanout\n  mode: push", 5.0),
+    "a point and no digits": ("- name: fanout\n  rate: 20./s", 20.0),
+    "a version as its target": ("- name: fanout\n  target: v2.worker\n  rate: 500/s", 500.0),
+}
+
+
+@pytest.mark.parametrize("label", OF_APP_ENGINE)
+def test_queues_of_real_applications_have_app_engines_rate(label):
+    text, rate = OF_APP_ENGINE[label]
+    (section,) = QueueFile.parse(f"queue:\n{text}\n").queue
+    assert section.limits.rate == rate

@@ -444,7 +444,7 @@ class QueueMachine(RuleBasedStateMachine):
         for queue in QUEUES:
             mine = [model for model in lives if model.task.queue == queue]
             running = [model for model in mine if model.lease is not None and model.due > self.now]
-            waiting = [model.due for model in mine if model not in running]
+            waiting = [model.task.eta for model in mine if model not in running]
             dead = sum(model.state is TaskState.DEAD and model.task.queue == queue for model in self.models.values())
             if mine or dead:
                 expected.append(

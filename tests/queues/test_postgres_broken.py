@@ -193,7 +193,7 @@ def test_a_try_that_is_still_being_committed_is_waited_for(queue, dsn, changes):
 
 
 def test_an_answer_that_stays_lost_is_said_to_be_lost(queue, dsn, monkeypatch):
-    monkeypatch.setattr(postgres_producers, "_PATIENCE", 0.3)
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 0.3)
     producers = queue._store.open().producers
     store = producers._store
 
@@ -249,7 +249,7 @@ def test_connections_that_end_at_any_moment_are_an_unavailable_queue_and_nothing
 
 
 def test_producers_are_back_as_soon_as_the_server_is(server, queue, monkeypatch):
-    monkeypatch.setattr(postgres_producers, "_PATIENCE", 1.0)
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 1.0)
     queue.enqueue_many([task_now()])
     server.stop(immediate=True)
     for _ in range(2):
@@ -262,7 +262,7 @@ def test_producers_are_back_as_soon_as_the_server_is(server, queue, monkeypatch)
 
 
 def test_a_restart_within_its_patience_is_nothing_to_a_producer(server, queue, monkeypatch):
-    monkeypatch.setattr(postgres_producers, "_PATIENCE", 60.0)
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 60.0)
     queue.enqueue_many([task_now()])
     server.stop(immediate=True)
     with ThreadPoolExecutor(1) as pool:
@@ -273,8 +273,39 @@ def test_a_restart_within_its_patience_is_nothing_to_a_producer(server, queue, m
     assert queue.stats(now=0.0)[0].waiting == 2
 
 
+@pytest.mark.parametrize("call", ["enqueue_many", "marker"])
+def test_a_restart_within_its_patience_is_nothing_to_the_first_call_of_a_producer(call, server, dsn, monkeypatch):
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 60.0)
+    queue = PostgresQueue(dsn)
+    calls = {"enqueue_many": lambda: queue.enqueue_many([task_now()]), "marker": lambda: queue.marker}
+    server.stop(immediate=True)
+    with ThreadPoolExecutor(1) as pool:
+        began = pool.submit(calls[call])
+        time.sleep(0.5)
+        server.start()
+        began.result(60.0)
+    assert queue.marker
+    queue.close()
+
+
+def test_a_server_that_stays_away_ends_the_patience_of_the_first_call(monkeypatch):
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 0.5)
+    queue = PostgresQueue("postgresql://postgres@127.0.0.1:1/nothing")
+    began = time.monotonic()
+    with pytest.raises(QueueUnavailable):
+        queue.enqueue_many([task_now()])
+    assert 0.5 <= time.monotonic() - began < 5.0
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 60.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(queue.enqueue_many, [task_now()])
+        time.sleep(0.3)
+        queue.close()  # ends the wait
+        with pytest.raises(QueueUnavailable, match="closed"):
+            waiting.result(10.0)
+
+
 def test_a_server_without_free_connections_is_unavailable_until_there_are_some(queue, dsn, monkeypatch):
-    monkeypatch.setattr(postgres_producers, "_PATIENCE", 0.3)
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 0.3)
     with contextlib.ExitStack() as taken:
         with pytest.raises(psycopg.OperationalError):
             while True:
@@ -308,7 +339,7 @@ def test_many_threads_share_few_connections(dsn):
 
 
 def test_who_gets_no_connection_in_time_is_told_so(dsn, monkeypatch):
-    monkeypatch.setattr(postgres_producers, "_PATIENCE", 0.2)
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 0.2)
     queue = PostgresQueue(dsn, producers=1)
     producers = queue._store.open().producers
     connection = producers._take(time.monotonic() + 5.0)

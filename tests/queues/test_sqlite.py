@@ -296,7 +296,7 @@ def _parameters(connection: apsw.Connection, statement: str) -> list[str]:
         ("next_due_of_queue", "safedefer_tasks_queue"),
         ("stats_tasks", "safedefer_tasks_of_queue"),
         ("stats_running", "safedefer_tasks_leased"),
-        ("stats_oldest", "safedefer_tasks_queue"),
+        ("stats_oldest", "safedefer_tasks_of_queue"),
         ("names_prune", "safedefer_names_until"),
         ("ended_prune", "safedefer_ended_ended"),
         ("attempts_of_ended_prune", "safedefer_attempts_task"),
@@ -571,3 +571,20 @@ def test_a_unique_key_is_gone_with_the_row_of_its_task(queue, path):
     connection.close()
     queue.enqueue_many([make_task(unique_key="k")])
     assert len(take(queue)) == 1
+
+
+NO_PLACE = {  # what is in the way of the file, and the remedy
+    "no folder": ("missing/q.db", "its folder does not exist; make it"),
+    "a file for a folder": ("file/q.db", "its folder is a file"),
+}
+
+
+@pytest.mark.parametrize("label", NO_PLACE)
+def test_a_file_that_cannot_be_made_says_what_to_do(label, tmp_path):
+    name, remedy = NO_PLACE[label]
+    (tmp_path / "file").touch()
+    queue = SQLiteQueue(tmp_path / name)
+    with pytest.raises(QueueUnavailable, match=remedy) as caught:
+        queue.stats(now=0.0)
+    assert "see the cause" not in str(caught.value)
+    queue.close()

@@ -27,8 +27,10 @@ from safedefer.dispatcher.loop import (
     gives_up,
     judge,
 )
+from safedefer.dispatcher.request_headers import delivery_headers
 from safedefer.dispatcher.shares import TargetShares, share
 from safedefer.errors import InvalidTaskError, QueueUnavailable
+from safedefer.headers import read_hints
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, Verdict
 from safedefer.queues.memory.queue import MemoryQueue
@@ -257,7 +259,16 @@ def test_a_delivery_carries_app_engines_headers():
         "X-AppEngine-QueueName": "mail", "X-AppEngine-TaskName": "n", "X-AppEngine-TaskRetryCount": "3",
         "X-AppEngine-TaskExecutionCount": "2", "X-AppEngine-TaskETA": "1000000.000000",
         "X-AppEngine-TaskPreviousResponse": "500", "X-AppEngine-TaskRetryReason": "retry",
+        "Safedefer-Attempt": "3",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("retries", "attempts", "number"), [(0, 0, 1), (6, 0, 1), (6, 2, 3), (2, 2, 3)])
+def test_a_delivery_says_which_attempt_it_is_and_those_that_no_handler_took_are_none(retries, attempts, number):
+    lease = lease_of(retries=retries, attempts=attempts)
+    assert delivery_headers(lease).hints.attempt == number
+    assert read_hints(attempt_headers(lease)).attempt == number
+    assert read_hints({"safedefer-attempt": str(number), "X-AppEngine-TaskRetryCount": "9"})[-2:] == (9, number)
 
 
 HOSTILE = {

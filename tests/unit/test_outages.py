@@ -4,8 +4,10 @@ import asyncio
 import time
 from itertools import pairwise
 
+import pytest
+
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions
-from safedefer.errors import QueueUnavailable
+from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.queues.base import TaskState
 from safedefer.queues.memory.queue import MemoryQueue
@@ -116,3 +118,25 @@ async def test_a_failed_task_has_its_recorded_reason_although_the_queue_was_away
     view = queue.find(task_of().id)
     assert (view.state, view.reason, [record.outcome for record in view.records]) == (TaskState.DEAD, "why", ["failed"])
     assert view.attempts == 1
+
+
+@pytest.mark.parametrize("call", ["configure", "lease", "next_due"])
+async def test_a_queue_that_cannot_be_used_as_it_is_ends_the_dispatcher_and_not_what_runs(call, monkeypatch):
+    queue, ended = MemoryQueue(), []
+
+    async def deliver(task, headers):
+        def wrong(*_arguments, **_options):
+            raise ConfigurationError("the queue's tables are not in this database")
+
+        monkeypatch.setattr(queue, call, wrong)
+        await asyncio.sleep(0.2)
+        ended.append(task.id)
+        return answer(200, "succeeded")
+
+    queue.enqueue_many([task_of()])
+    if call == "configure":
+        monkeypatch.setattr(queue, call, lambda *_a, **_o: (_ for _ in ()).throw(ConfigurationError("no tables")))
+    with pytest.raises(ConfigurationError, match="tables"):
+        await asyncio.wait_for(dispatch(queue, deliver, limits=[], poll_seconds=0.05).run(), 10)
+    assert len(ended) == (call != "configure")
+    assert sum(stats.waiting + stats.running for stats in queue.stats(now=time.time())) == (call == "configure")

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import types
 from enum import Enum
+from http import HTTPStatus
 
 import pydantic
 import pytest
@@ -725,3 +726,29 @@ def test_a_module_that_cannot_be_loaded_stops_the_start(body, tmp_path, monkeypa
 
 def test_a_module_whose_tasks_have_moved_may_be_gone():
     Policy("zoo_absent", ZOO, moved={"zoo_absent:f": f"{ZOO}:function"}).load()
+
+
+# --- Messages -------------------------------------------------------------------------------------
+
+REMEDIES = [  # what is refused as a callee, and whether its module is offered as a pattern
+    (ref("http:HTTPStatus", "class"), False), (ref("textwrap:dedent"), False), (ref("builtins:len", "builtin"), False),
+    (ref("os:system", "builtin"), False), (ref("numpy.linalg:solve", "builtin"), False), (ref("pydantic.types:ImportString", "class"), False),
+    (ref("shop.tasks:send"), True), (ref("shop.tasks:Order", "method", "ship"), True), (ref("shop:Order", "class"), True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("named", "module_too"), REMEDIES, ids=lambda value: str(value))
+def test_a_refusal_offers_only_the_patterns_that_would_help(named, module_too):
+    with pytest.raises(PolicyViolation) as caught:
+        Policy().check(named)
+    assert f"add '{named}'" in str(caught.value)
+    assert ("or its module" in str(caught.value)) == module_too
+    if module_too:
+        assert Policy(named.module).check(named) is named
+
+
+@pytest.mark.parametrize(("cls", "module_too"), [(HTTPStatus, False), (zoo.Plain, True)])
+def test_the_refusal_of_a_class_inside_the_arguments_does_so_too(cls, module_too):
+    with pytest.raises(NotDeferrable) as caught:
+        Policy().class_name(cls)
+    assert ("or its module" in str(caught.value)) == module_too

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from safedefer import App, Key, Keyring, KeyState, Policy, TaskRetryOptions
-from safedefer.cli import main
+from safedefer.cli import main, processes
 from safedefer.delivery.handler import Response
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery, asks_to_wait, judge
 from safedefer.errors import (
@@ -433,3 +433,29 @@ def test_settings_say_how_much_the_queue_keeps(command, monkeypatch):
     assert len(app.queue.dead_letters(DeadFilter())) == 1
     assert len(command("dead", "list", "--archived").splitlines()) == 2
     app.close()
+
+
+@pytest.mark.parametrize(
+    "declared", [{"queues": ["mail"]}, {"queue_yaml": QueueFile.parse(FILE)}], ids=["list", "file"]
+)
+def test_a_queue_that_is_not_declared_cannot_be_dispatched(declared):
+    app = make_app(**declared)
+    assert processes._dispatcher_options(app, 60.0, 1.0, ["mail", "default"]).queues == ["mail", "default"]
+    with pytest.raises(UnknownQueueError, match="there is no queue maill"):
+        processes._dispatcher_options(app, 60.0, 1.0, ["mail", "maill"])
+    app.close()
+
+
+def test_limits_end_with_the_file_that_declared_them(tmp_path):
+    (tmp_path / "queue.yaml").write_text(FILE)
+    url = f"sqlite:///{tmp_path}/q.db"
+    for path, limited in ((tmp_path / "queue.yaml", True), (None, False)):
+        app = make_app(queue=url, queue_yaml=path)
+        app.queue.pause("held", paused=True, now=time.time())
+        options = processes._dispatcher_options(app, 60.0, 1.0, ())
+        deliver = InProcessDelivery(app.handle)
+        asyncio.run(Dispatcher(app.queue, deliver, clock=time.time, options=options).run_until_empty())
+        controls = {control.queue: control for control in app.queue.controls(now=time.time())}
+        assert ("mail" in controls) == limited
+        assert controls["held"].paused  # a pause is nobody's declaration
+        app.close()

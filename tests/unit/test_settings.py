@@ -6,6 +6,7 @@ import json
 import pytest
 
 from safedefer import App, KeyState
+from safedefer import settings as settings_module
 from safedefer.errors import ConfigurationError, WeakKey
 from safedefer.settings import Settings
 
@@ -59,7 +60,8 @@ def test_keys_come_from_a_file_too(monkeypatch, tmp_path):
 WRONG_KEYS = [
     ({}, ConfigurationError, "safedefer keys new"),
     ({"KEYS": f"a:{GOOD}", "KEYS_FILE": "x"}, ConfigurationError, "either SAFEDEFER_KEYS or SAFEDEFER_KEYS_FILE"),
-    ({"KEYS": ""}, ConfigurationError, "kid:base64url"),
+    ({"KEYS": ""}, ConfigurationError, "safedefer keys new"),
+    ({"KEYS": " "}, ConfigurationError, "kid:base64url"),
     ({"KEYS": GOOD}, ConfigurationError, "kid:base64url"),
     ({"KEYS": "a:AAAA"}, WeakKey, "needs 32"),
     ({"KEYS": f"a:{GOOD}="}, ConfigurationError, "not base64url"),
@@ -97,6 +99,43 @@ def test_a_wrong_variable_is_named_and_not_quoted(monkeypatch, name, value):
     with pytest.raises(ConfigurationError, match=f"SAFEDEFER_{name}: ") as caught:
         load(monkeypatch, **{name: value})
     assert f"'{value}'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
+def test_an_empty_variable_is_not_set(monkeypatch, name):
+    settings = load(monkeypatch, **{name: ""})
+    assert settings == Settings()
+    assert settings.model_fields_set == set()
+
+
+UNKNOWN = [
+    ("SAFEDEFER_CONCURENCY", "SAFEDEFER_CONCURRENCY"),
+    ("SAFEDEFER_ENV", "SAFEDEFER_ENVIRONMENT"),
+    ("SAFEDEFER_QUEUE_YML", "SAFEDEFER_QUEUE_YAML"),
+    ("SAFEDEFER_POLICIES", "SAFEDEFER_POLICY"),
+    ("SAFEDEFER_KEYFILE", "SAFEDEFER_KEYS_FILE"),
+    ("safedefer_concurency", "SAFEDEFER_CONCURRENCY"),
+]
+
+
+@pytest.mark.parametrize(("name", "near"), UNKNOWN)
+def test_a_variable_that_is_no_setting_is_warned_of_once_with_the_nearest_and_not_its_value(
+    monkeypatch, caplog, name, near
+):
+    monkeypatch.setattr(settings_module, "_warned", set())
+    monkeypatch.setenv(name, "s3cret")
+    for _ in range(2):
+        load(monkeypatch)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name} is no setting, and changes nothing; did you mean {near}?"
+    ]
+
+
+def test_what_is_a_setting_or_none_of_ours_is_not_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(settings_module, "_warned", set())
+    monkeypatch.setenv("safedefer_concurrency", "3")
+    load(monkeypatch, CONCURRENCY="3", WORKER="3,4,60.0", TEST_POSTGRES="x")
+    assert caplog.records == []
 
 
 def test_settings_do_not_show_keys(monkeypatch):

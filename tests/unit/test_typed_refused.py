@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import enum
 import io
+import itertools
 import re
 import sys
 import threading
@@ -13,11 +14,13 @@ from datetime import date, datetime, timedelta, tzinfo
 from functools import partial
 from ipaddress import ip_network
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
 import pytest
 
+from safedefer.codecs.inspect_safely import type_name
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import NotDeferrable, UnencodableArgument
 from safedefer.options import Limits
@@ -404,3 +407,34 @@ def test_the_limits_of_the_codec_hold():
     for value in ([[[[1]]]], [1, 2, 3, 4, 5], 10**20, ((((1,),),),), {1: 2, 3: 4, 5: 6}):
         with pytest.raises(UnencodableArgument):
             encode(value)
+
+
+@pytest.mark.parametrize(("cls", "name"), [
+    (int, "int"), (itertools.count, "itertools.count"), (type(re.compile("")), "re.Pattern"), (date, "datetime.date"),
+    (KeyError, "KeyError"), (deque, "collections.deque"),
+])  # fmt: skip
+def test_a_type_is_named_with_its_module_also_if_it_was_made_in_c(cls, name):
+    assert type_name(cls) == name
+
+
+@pytest.mark.parametrize(
+    "value", [itertools.count(), memoryview(b""), Path.cwd().iterdir()], ids=lambda v: type_name(type(v))
+)
+def test_the_first_remedy_is_to_pass_an_id(value):
+    with pytest.raises(UnencodableArgument) as caught:
+        carry_one(value)
+    assert str(caught.value).index("pass an id") < str(caught.value).index("register the type")
+
+
+@pytest.mark.parametrize("patterns", [(), ("tests.*",)])
+def test_the_first_remedy_for_an_object_of_a_library_is_to_pass_an_id_too(patterns):
+    orm = pytest.importorskip("sqlalchemy.orm")
+    base = type("Base", (orm.DeclarativeBase,), {"__module__": __name__})
+    order = type("Order", (base,), {
+        "__module__": __name__, "__tablename__": "orders", "__annotations__": {"id": orm.Mapped[int]},
+        "id": orm.mapped_column(primary_key=True),
+    })  # fmt: skip
+    with pytest.raises(UnencodableArgument, match="; pass an id, or name it in Policy"):
+        carry_one(order(id=1), _policy=Policy(*patterns))
+    with pytest.raises(UnencodableArgument, match="; pass an id, or add 'sqlalchemy"):
+        carry_one(orm.Session(), _policy=Policy(*patterns))

@@ -761,6 +761,17 @@ async def test_events_identify(tmp_path):
     assert (refused.status, refused.reason) == (403, "malformed-token")
 
 
+@pytest.mark.parametrize(("headers", "attempt"), [
+    ({}, 1), ({"X-AppEngine-TaskRetryCount": "6"}, 7), ({"X-AppEngine-TaskRetryCount": "6", "Safedefer-Attempt": "1"}, 1),
+    ({"Safedefer-Attempt": "-3"}, 1), ({"Safedefer-Attempt": "0", "X-AppEngine-TaskRetryCount": "6"}, 7), ({"Safedefer-Attempt": "2, 3"}, 1),
+])  # fmt: skip
+async def test_an_event_counts_the_deliveries_that_a_handler_took(headers, attempt, tmp_path):
+    seen = Recorder()
+    async with serve(tmp_path, observer=seen) as served:
+        await served.post(served.app.defer(tasks.add, 1).payload, headers)
+    assert seen.events[-1].attempt == attempt
+
+
 async def test_an_observer_that_raises_changes_nothing(tmp_path, caplog):
     def broken(event):
         raise ValueError(tasks.SECRET)

@@ -531,7 +531,7 @@ class MemoryQueue:
         found = []
         for queue in sorted({*dead, *(row.task.queue for row in rows)}):
             mine = [row for row in rows if row.task.queue == queue]
-            waiting = [row.due for row in mine if row.owner is None or row.due <= now]
+            waiting = [row.task.eta for row in mine if row.owner is None or row.due <= now]
             found.append(
                 QueueStats(
                     queue=queue,

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
 #: Seconds that a producer waits for a connection that another thread uses, or for a server that restarts; and once more,
 #: when the answer to a commit was lost, to find out whether its tasks were stored.
-_PATIENCE: Final = 5.0
+PATIENCE: Final = 5.0
 _CONNECT_SECONDS: Final = 5
 _STATEMENT_SECONDS: Final = 60
-_AGAIN_SECONDS: Final = 0.1
+#: Seconds between two attempts to connect.
+AGAIN_SECONDS: Final = 0.1
 #: A connection that was idle for so long is closed.
 _IDLE_SECONDS: Final = 300.0
 
@@ -177,7 +178,7 @@ class Producers:
         Raises:
             QueueUnavailable: The database failed. A refusal, and an exception of the iterator, are raised as they are.
         """
-        attempt = _Attempt(_Made(batches), time.monotonic() + _PATIENCE)
+        attempt = _Attempt(_Made(batches), time.monotonic() + PATIENCE)
         while True:
             connection = None
             try:
@@ -203,7 +204,7 @@ class Producers:
     def _recover(self, connection: _Connection | None) -> None:
         """Prepare another attempt: wait a little if there was no connection, else close this one and all idle ones."""
         if connection is None:
-            time.sleep(_AGAIN_SECONDS)
+            time.sleep(AGAIN_SECONDS)
             return
         with contextlib.suppress(psycopg.Error):
             connection.close()
@@ -293,7 +294,7 @@ class _Attempt:
     def may_go_on(self, *, sent: bool) -> bool:
         """Whether to try again after a connection broke (``sent``), or could not be made."""
         if sent and self.made.complete and not self.in_doubt:
-            self.in_doubt, self.deadline = True, time.monotonic() + _PATIENCE
+            self.in_doubt, self.deadline = True, time.monotonic() + PATIENCE
         return time.monotonic() < self.deadline
 
     def was_done(

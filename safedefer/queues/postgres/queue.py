@@ -24,7 +24,7 @@ from safedefer.queues.base import (
     TaskView,
 )
 from safedefer.queues.capabilities import Capabilities
-from safedefer.queues.postgres import controls, ends, leasing, views
+from safedefer.queues.postgres import controls, ends, leasing, producers, views
 from safedefer.queues.postgres.blobs import PostgresBlobs
 from safedefer.queues.postgres.calls import PostgresCalls
 from safedefer.queues.postgres.enqueue import enqueue_values
@@ -125,7 +125,7 @@ class PostgresQueue:
     @property
     def marker(self) -> str:
         """The random text in the settings of the database that names it."""
-        return self._store.open().marker
+        return self._store.open_patiently(producers.PATIENCE).marker
 
     def close(self) -> None:
         """Wait a while for running statements, and disconnect. Later calls raise ``QueueUnavailable``."""
@@ -167,7 +167,7 @@ class PostgresQueue:
         batches = iter(lambda: list(islice(parts, _STORED_AT_ONCE)), [])
         limit = self._options.blob_limit
         values = ((enqueue_values(batch, blob_limit=limit), {task.id for task in batch}) for batch in batches)
-        if self._store.open().producers.store(values):
+        if self._store.open_patiently(producers.PATIENCE).producers.store(values):
             self._store.watch.changed()
 
     def enqueue_statements(self, tasks: Sequence[QueuedTask], /) -> list[tuple[str, tuple[object, ...]]]:

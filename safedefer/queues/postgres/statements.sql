@@ -519,6 +519,17 @@ SELECT split_part(entrypoint, '@', 1) AS queue,
         WHEN heartbeat < now() - $1::interval THEN heartbeat + $1::interval END))::double precision AS oldest
 FROM safedefer.pgqueuer WHERE status IN ('queued', 'picked') GROUP BY 1;
 
+-- name: stats_put_off
+-- The first eta of tasks that were put off, or whose lease ran out. The text may be anybody's: only a number is cast.
+SELECT split_part(job.entrypoint, '@', 1) AS queue,
+    min(split_part(job.headers->>'safedefer', ' ', 1)::double precision) AS eta
+FROM (
+    SELECT job_id AS id FROM safedefer.progress UNION SELECT id FROM safedefer.pgqueuer WHERE status = 'picked'
+) AS moved JOIN safedefer.pgqueuer AS job ON job.id = moved.id
+WHERE (job.status = 'queued' OR (job.status = 'picked' AND job.heartbeat < now() - $1::interval))
+    AND CASE WHEN pg_column_size(job.headers) <= 2097152 THEN job.headers->>'safedefer' END ~ '^[0-9]{1,12}(\.[0-9]{1,20})? '
+GROUP BY 1;
+
 -- name: stats_dead
 SELECT queue, count(*) AS dead FROM safedefer.dead WHERE archived IS NULL GROUP BY queue;
 

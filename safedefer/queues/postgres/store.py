@@ -25,7 +25,7 @@ from safedefer.queues.postgres.listener import Listener
 from safedefer.queues.postgres.migrations import check_schema
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.pools import Pools, Purpose
-from safedefer.queues.postgres.producers import Producers
+from safedefer.queues.postgres.producers import AGAIN_SECONDS, Producers
 from safedefer.queues.postgres.statements import SQL
 from safedefer.queues.postgres.watch import Watch
 
@@ -233,6 +233,17 @@ class PostgresStore:
                     self._failed = time.monotonic(), again
                     raise
             return self._connections
+
+    def open_patiently(self, seconds: float) -> Connections:
+        """Do what ``open`` does, and wait so many seconds for a server that restarts."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self.open()
+            except QueueUnavailable:
+                if self._closed or time.monotonic() >= deadline:
+                    raise
+            time.sleep(AGAIN_SECONDS)
 
     async def open_async(self) -> Connections:
         """Do what ``open`` does, in a thread where it blocks."""

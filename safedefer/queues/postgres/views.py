@@ -28,6 +28,7 @@ async def stats(connection: Connection, *, seconds: float) -> list[QueueStats]:
     A task whose lease ran out (no heartbeat for ``seconds``) counts as waiting.
     """
     tasks = await connection.fetch(SQL["stats"], interval(seconds))
+    put_off = {row["queue"]: row["eta"] for row in await connection.fetch(SQL["stats_put_off"], interval(seconds))}
     dead = await connection.fetch(SQL["stats_dead"])
     counts = {
         row["queue"]: (row["waiting"], row["running"], None if row["oldest"] is None else moment(row["oldest"]))
@@ -37,6 +38,8 @@ async def stats(connection: Connection, *, seconds: float) -> list[QueueStats]:
     found = []
     for queue in sorted({*counts, *deaths}):
         waiting, running, oldest = counts.get(queue, (0, 0, None))
+        if oldest is not None:
+            oldest = min(oldest, put_off.get(queue, oldest))
         found.append(
             QueueStats(queue=queue, waiting=waiting, running=running, dead=deaths.get(queue, 0), oldest=oldest)
         )

@@ -31,7 +31,7 @@ SQL: Final = load_statements(__file__)
 MIGRATIONS: Final = ("migration_1", "migration_2", "migration_3")
 """Step n brings the schema from version n - 1 to n. Steps are added, never changed."""
 
-_REMEDIES: Final[tuple[tuple[type[apsw.Error], str], ...]] = (
+_REMEDIES: Final[tuple[tuple[type[Exception], str], ...]] = (
     (apsw.BusyError, "another process kept it locked; look for a long transaction, or raise busy_timeout"),
     (apsw.LockedError, "another connection of this process kept it locked; look for a long transaction"),
     (apsw.FullError, "the disk is full; free some space and try again"),
@@ -43,6 +43,12 @@ _REMEDIES: Final[tuple[tuple[type[apsw.Error], str], ...]] = (
     (apsw.CantOpenError, "the file cannot be opened; check that its directory exists and is writable"),
     (apsw.TooBigError, "a value is larger than SQLite takes; lower the limit on the size of tokens"),
     (apsw.NoMemError, "there is no memory; give the process more"),
+    # Of making the file.
+    (FileNotFoundError, "its folder does not exist; make it, or correct the path of the queue"),
+    (NotADirectoryError, "its folder is a file; correct the path of the queue"),
+    (IsADirectoryError, "it is a folder; name a file in it"),
+    (PermissionError, "access is denied; give this user access to the file and its directory"),
+    (OSError, "see that its folder can be written and that the disk is not full"),
 )
 
 _EAGER_TRIES: Final = 200
@@ -52,7 +58,7 @@ _creating = threading.Lock()
 
 def unavailable(path: str, cause: BaseException) -> QueueUnavailable:
     """Return the ``QueueUnavailable`` that says what failed and what to do about it."""
-    remedy = next((text for kind, text in _REMEDIES if isinstance(cause, kind)), "see the cause of this error")
+    remedy = next((text for kind, text in _REMEDIES if isinstance(cause, kind)), "look at the system's log")
     error = QueueUnavailable(f"the queue's file {path} failed ({cause}): {remedy}")
     error.__cause__ = cause
     return error

@@ -164,7 +164,7 @@ SELECT queue, count(*) FROM safedefer_tasks WHERE owner IS NOT NULL AND due > :n
 SELECT queue, count(*) FROM safedefer_dead WHERE archived IS NULL GROUP BY queue;
 
 -- name: stats_oldest
-SELECT due FROM safedefer_tasks WHERE queue = :queue AND (owner IS NULL OR due <= :now) ORDER BY due LIMIT 1;
+SELECT min(eta) FROM safedefer_tasks WHERE queue = :queue AND (owner IS NULL OR due <= :now);
 
 -- name: view_tasks
 SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue),
