@@ -25,7 +25,7 @@ def delivery_headers(lease: Lease) -> AttemptHeaders:
         InvalidTaskError: As ``attempt_headers``.
     """
     _check_hints(lease.task)
-    hints = Hints(None, CONTENT_TYPE, lease.task.queue, lease.retries, lease.attempts + 1)
+    hints = Hints(None, CONTENT_TYPE, lease.task.queue, lease.retries, attempt=lease.attempts + 1)
     return AttemptHeaders(hints, partial(attempt_headers, lease))
 
 

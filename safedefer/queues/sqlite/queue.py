@@ -1,4 +1,7 @@
-"""The SQLite queue: one file, whose every acknowledged task survives a crash and a power cut."""
+"""The SQLite queue: one file, whose every acknowledged task survives a crash and a power cut.
+
+Over 450 lines, since it is the engine's whole side of the seam; what happens in a transaction is in ``operations``.
+"""
 
 from __future__ import annotations
 
