@@ -13,6 +13,7 @@ from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDeliver
 from safedefer.errors import Error
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict
+from safedefer.sending.builder import stored_retry_options
 from safedefer.web.server import serving
 from tests.adversarial import victim
 from tests.adversarial.forge import NOW, URL, Clock, make_app, post
@@ -413,3 +414,12 @@ def test_a_row_poisoned_while_it_runs_lets_its_neighbours_be_settled(app, path, 
                 state
             ]
         )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"task_retry_limit": -1}, {"min_backoff_seconds": 9.0, "max_backoff_seconds": 1.0}, {"task_age_limit": "x"}],
+)
+def test_retry_options_that_nobody_could_give_are_none_when_a_letter_is_read(values):
+    assert stored_retry_options(values) is None
+    assert stored_retry_options({"task_retry_limit": 3}).task_retry_limit == 3

@@ -68,7 +68,7 @@ DEFENCES = [
     ("codecs/decoder.py", "        items, levels = self._unfolded.get(number, (0, 0))", "        items, levels = 0, 0", "test_bounded_work"),
     ("codecs/tags/containers.py", "    if most > MAX_EQUAL_HASHES:", "    if False:", "test_bounded_work"),
     ("codecs/tags/patterns.py", "    if dec.folded > MAX_FOLDED:", "    if False:", "test_bounded_work"),
-    ("delivery/budget.py", "if size > self._left:", "if False:", HANDLER),
+    ("delivery/budget.py", "if size > self._left:", "if False:", "../web/test_handler"),
     ("dispatcher/signed_route.py", "if (what := difference(task, claims)) is not None:", "if (what := None) is not None:", "test_ssrf"),
     ("queues/sqlite/trust.py", "trouble = trouble_with_owner(", "trouble = None and trouble_with_owner(", "test_queue_file"),
     ("settings.py", "            if trouble is None:", "            if True:", "test_key_files"),
