@@ -12,6 +12,7 @@ import click
 
 from safedefer.app import App
 from safedefer.errors import ConfigurationError
+from safedefer.queues import open_queue
 from safedefer.queues.base import TaskView
 
 _APP_HELP: Final = "module:name of the App; without it, SAFEDEFER_* settings make one."
@@ -46,6 +47,35 @@ def load_app(spec: str | None) -> App:
     if not isinstance(found, App):
         raise ConfigurationError(f"{spec} is not a safedefer.App; name the object that App(...) made")
     return found
+
+
+def load_app_to_look(spec: str | None) -> App:
+    """Load the App for a command that makes no file: a SQLite file that does not exist is said, and is an empty queue.
+
+    Raises:
+        ConfigurationError: As ``load_app``.
+    """
+    app = load_app(spec)
+    missing = missing_file(app)
+    if missing is not None:
+        click.echo(
+            f"the queue's file {plain(missing)} does not exist, so no task was deferred into it; run this in the folder of the "
+            "processes that use it, or set SAFEDEFER_QUEUE to an absolute path (sqlite:////...)",
+            err=True,
+        )
+        app._queue = open_queue("memory://")  # noqa: SLF001  # for this one command
+    return app
+
+
+def missing_file(app: App) -> str | None:
+    """Return the absolute path of the App's SQLite file if there is none; makes nothing."""
+    file = app.queue.file
+    return None if file is None or os.path.exists(file.path) else file.path  # noqa: PTH110  # a text, as in the queue
+
+
+def queue_file_text(app: App) -> str | None:
+    """Return what a process says of its SQLite file at its start; None of another queue."""
+    return None if app.queue.file is None else f"the queue is in {plain(app.queue.file.path)}"
 
 
 def summary(view: TaskView) -> dict[str, Any]:

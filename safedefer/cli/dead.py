@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import app_option, load_app, plain, summary, time_text
+from safedefer.cli.common import app_option, load_app_to_look, plain, summary, time_text
 from safedefer.errors import DeferError, Error, RejectedTask
 from safedefer.queues.base import DeadFilter, TaskState, TaskView
 
@@ -56,7 +56,7 @@ def _all(app: App, where: DeadFilter) -> Iterator[TaskView]:
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="How many at most.")
 def dead_list(*, app: str | None, limit: int, **given: Any) -> None:
     """List dead letters, oldest first."""
-    found = load_app(app).queue.dead_letters(_where(**given), limit=limit)
+    found = load_app_to_look(app).queue.dead_letters(_where(**given), limit=limit)
     for view in found:
         columns = (view.id, view.queue, time_text(view.ended or 0.0), f"{view.attempts} attempts", view.callable_name)
         click.echo("  ".join(plain(column) for column in (*columns, view.reason or "")).rstrip())
@@ -69,7 +69,7 @@ def dead_list(*, app: str | None, limit: int, **given: Any) -> None:
 @click.argument("task_id")
 def dead_show(*, app: str | None, task_id: str) -> None:
     """Show one dead letter: its reason, its attempts with their tracebacks, its token."""
-    view = load_app(app).queue.find(task_id)
+    view = load_app_to_look(app).queue.find(task_id)
     if view is None or view.state is not TaskState.DEAD:
         raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer dead list`")
     click.echo(json.dumps(_document(view), indent=2))
@@ -92,7 +92,7 @@ def dead_retry(
     **given: Any,
 ) -> None:
     """Run dead letters again, as new tasks that are signed anew."""
-    loaded = load_app(app)
+    loaded = load_app_to_look(app)
     if every == bool(task_ids) or (every and seconds is not None):
         raise click.UsageError("name tasks, with --in if you like, or say --all, with filters if you like")
     refused: dict[str, Error] = {}
@@ -123,7 +123,7 @@ def dead_retry(
 @click.confirmation_option(prompt="Delete these dead letters for good?")
 def dead_purge(*, app: str | None, **given: Any) -> None:
     """Delete dead letters for good; export them first."""
-    loaded = load_app(app)
+    loaded = load_app_to_look(app)
     where, dropped = _where(**given), 0
     while page := loaded.queue.dead_letters(where, limit=500):
         dropped += loaded.queue.drop_dead([view.id for view in page])
@@ -135,7 +135,7 @@ def dead_purge(*, app: str | None, **given: Any) -> None:
 @_filters
 def dead_export(*, app: str | None, **given: Any) -> None:
     """Print dead letters as JSON, one a line, with attempts and tokens: whoever has them can read the arguments."""
-    for view in _all(load_app(app), _where(**given)):
+    for view in _all(load_app_to_look(app), _where(**given)):
         click.echo(json.dumps(_document(view)))
 
 

@@ -1,7 +1,7 @@
 """``safedefer doctor``: looks at what an application needs, and says what to do about what is wrong.
 
 A check is a function of the App that returns its findings; what it raises is an error of its own. New ones are added to
-``CHECKS``. Nothing is changed, but a SQLite queue's file is made if there is none, as by every command.
+``CHECKS``. Nothing is changed or made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final, Literal, TypeAlias
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, plain
+from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, missing_file, plain
 from safedefer.errors import Error
 from safedefer.execution.deadline import DEFAULT_DEADLINE
 from safedefer.keys import KeyState
@@ -164,7 +164,20 @@ def _leads_somewhere(pattern: str) -> bool:
 
 
 def check_queue(app: App) -> Iterable[Finding]:
-    """The queue opens, and its tables are those of this release."""
+    """The queue opens, and its tables are those of this release; every process uses the same file."""
+    if getattr(app.queue.file, "is_relative", False):
+        assert app.queue.file is not None  # of none the line above is false
+        yield Finding(
+            "queue", "warn", f"its path is relative to the current folder: here it is {app.queue.file.path}, and a process that runs "
+            f"in another folder uses another file; set SAFEDEFER_QUEUE=sqlite:///{app.queue.file.path} for all of them",
+        )  # fmt: skip
+    missing = missing_file(app)
+    if missing is not None:
+        yield Finding(
+            "queue", "warn", f"the file {missing} does not exist: no process has used it yet, or they use another one; "
+            "compare the path that `safedefer run` says when it starts",
+        )  # fmt: skip
+        return
     counted = app.queue.stats(now=time.time())
     waiting, dead = sum(each.waiting for each in counted), sum(each.dead for each in counted)
     yield Finding("queue", "ok", f"{app.queue!r} opens; {waiting} tasks wait, {dead} are dead letters")
@@ -186,7 +199,8 @@ def check_clock(app: App) -> Iterable[Finding]:
     if abs(apart) > _CLOCK_LEEWAY:
         yield Finding("clock", "error", f"the database's clock is {apart:+.0f} s from ours; keep both by NTP")
         return
-    newest = max((view.created for view in app.queue.tasks(limit=10)), default=now)
+    views = () if missing_file(app) is not None else app.queue.tasks(limit=10)
+    newest = max((view.created for view in views), default=now)
     if newest > now + _CLOCK_LEEWAY:
         yield Finding(
             "clock",

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import NO_ENVIRONMENT, load_app
+from safedefer.cli.common import NO_ENVIRONMENT, load_app, queue_file_text
 from safedefer.cli.supervisor import SupervisorOptions, supervise
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
@@ -155,6 +155,7 @@ def dispatch(
         async with _signals() as stop, http as deliver:
             options = _dispatcher_options(loaded, lease, drain, queues)
             await asyncio.to_thread(_check_tables, loaded)
+            _say_queue(loaded)
             _keep_what_is_loaded()
             await _dispatch(Dispatcher(loaded.queue, deliver, clock=time.time, options=options), stop)
 
@@ -245,14 +246,22 @@ async def _serving(
         await stack.enter_async_context(app.on_loop())
         await asyncio.to_thread(_check_tables, app)
         if worker is None:
+            _say_queue(app)
             print(await stack.enter_async_context(serving(app, host, port)), flush=True)
         else:
+            worker.say_queue(queue_file_text(app))
             enough = partial(_is_used_up, app, max_tasks)
             await stack.enter_async_context(worker.watched(stop, recycle=enough))
             await stack.enter_async_context(serving(app, listener=worker.listener))
             worker.ready()
         _keep_what_is_loaded()
         yield stop
+
+
+def _say_queue(app: App) -> None:
+    text = queue_file_text(app)
+    if text is not None:
+        click.echo(text, err=True)
 
 
 def _check_tables(app: App) -> None:

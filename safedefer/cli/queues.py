@@ -10,7 +10,7 @@ from typing import Final
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import app_option, load_app, plain, time_text
+from safedefer.cli.common import app_option, load_app, load_app_to_look, plain, time_text
 
 _queue_argument: Final = click.argument("queue")
 
@@ -24,7 +24,7 @@ def queues() -> None:
 @app_option
 def queues_list(*, app: str | None) -> None:
     """List the queues that are declared, limited or have tasks."""
-    loaded = load_app(app)
+    loaded = load_app_to_look(app)
     now = time.time()
     controls = {control.queue: control for control in loaded.queue.controls(now=now)}
     declared = {section.name for section in loaded.queue_file.queue} if loaded.queue_file else set()
@@ -49,7 +49,7 @@ def queues_list(*, app: str | None) -> None:
 def queues_stats(*, app: str | None, as_json: bool) -> None:
     """Count the tasks of every queue."""
     now = time.time()
-    found = load_app(app).queue.stats(now=now)
+    found = load_app_to_look(app).queue.stats(now=now)
     for stats in found:
         if as_json:
             click.echo(json.dumps(asdict(stats)))
@@ -92,7 +92,7 @@ def _pause(app: App, queue: str, *, paused: bool) -> None:
 @click.confirmation_option(prompt="Cancel every waiting task of the queue?")
 def queues_purge(*, app: str | None, queue: str) -> None:
     """Cancel what waits in QUEUE; what runs goes on."""
-    loaded = load_app(app)
+    loaded = load_app_to_look(app)
     loaded.check_queue(queue)
     click.echo(f"cancelled {loaded.queue.purge(queue, now=time.time())} tasks of {plain(queue)}")
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from safedefer import __version__
-from safedefer.cli.common import app_option, load_app, time_text
+from safedefer.cli.common import app_option, load_app, missing_file, time_text
 from safedefer.cli.dead import dead
 from safedefer.cli.doctor import doctor
 from safedefer.cli.keys import keys
@@ -94,7 +94,7 @@ def inspect(*, app: str | None, token: str) -> None:
     try:
         verified = loaded.verify(data, expired=True)
         pointer = verified.blob if isinstance(verified, VerifiedPointer) else None
-        if pointer is not None:
+        if pointer is not None and missing_file(loaded) is None:
             with contextlib.suppress(PermanentTaskFailure):
                 verified = loaded.follow(verified, expired=True)
     except RejectedTask as error:

@@ -6,6 +6,7 @@ socket and one end of a pair of sockets each, over which they say (``cli.worker`
 ===========  ===================================================================
 ``ready``    the worker serves
 ``beat s``   it lives, and its event loop last turned ``s`` seconds ago
+``queue t``  where the queue is, as a text
 ``recycle``  it drains now, and asks to be replaced
 ===========  ===================================================================
 
@@ -101,6 +102,7 @@ class Supervisor:
         self._signals = 0
         self._status = 0
         self._said_url = False
+        self._said_queue = False
 
     async def run(self) -> int:
         """Keep the workers until a signal asks to stop; return the exit status."""
@@ -234,6 +236,10 @@ class Supervisor:
             if not self._said_url and ready == self._options.processes:
                 self._said_url = True
                 print(self._url, flush=True)
+        elif word == b"queue":
+            if not self._said_queue:
+                self._said_queue = True
+                print(argument.decode(errors="replace"), file=sys.stderr, flush=True)
         elif word == b"recycle":
             worker.recycles = True
         elif word == b"beat" and float(argument) >= self._options.hang_seconds:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from safedefer.cli.common import app_option, load_app, plain, summary, time_text
+from safedefer.cli.common import app_option, load_app_to_look, plain, summary, time_text
 from safedefer.queues.base import TaskState
 
 
@@ -26,7 +26,7 @@ def tasks() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, limit: int, as_json: bool) -> None:
     """List waiting, running and dead tasks, newest first."""
-    found = load_app(app).queue.tasks(states=[TaskState(state) for state in states], queue=queue, limit=limit)
+    found = load_app_to_look(app).queue.tasks(states=[TaskState(state) for state in states], queue=queue, limit=limit)
     for view in found:
         if as_json:
             click.echo(json.dumps(summary(view)))
@@ -49,7 +49,7 @@ def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, lim
 @click.argument("task_id")
 def tasks_show(*, app: str | None, task_id: str) -> None:
     """Show one task with its attempts, as JSON."""
-    view = load_app(app).queue.find(task_id)
+    view = load_app_to_look(app).queue.find(task_id)
     if view is None:
         raise click.ClickException(f"there is no task {plain(task_id)}; `safedefer tasks list` shows those there are")
     document = {**summary(view), "headers": dict(view.headers), "attempts": [r._asdict() for r in view.records]}
@@ -61,7 +61,7 @@ def tasks_show(*, app: str | None, task_id: str) -> None:
 @click.argument("task_id")
 def tasks_cancel(*, app: str | None, task_id: str) -> None:
     """End a waiting task unrun, or stop one that runs."""
-    if not load_app(app).cancel(task_id):
+    if not load_app_to_look(app).cancel(task_id):
         raise click.ClickException(f"no task {plain(task_id)} waits or runs; it has ended, or never was")
     click.echo(f"cancelled {plain(task_id)}")
 
@@ -71,7 +71,7 @@ def tasks_cancel(*, app: str | None, task_id: str) -> None:
 @click.argument("task_id")
 def tasks_retry(*, app: str | None, task_id: str) -> None:
     """Re-run a dead letter as a new task."""
-    task = load_app(app).retry(task_id)
+    task = load_app_to_look(app).retry(task_id)
     if task is None:
         raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer tasks list --state dead`")
     click.echo(f"{plain(task_id)} runs again as {task.id}")

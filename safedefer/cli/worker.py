@@ -100,6 +100,11 @@ class Worker:
         """Tell the supervisor that this process serves."""
         self._say("ready")
 
+    def say_queue(self, text: str | None) -> None:
+        """Tell the supervisor where the queue is: it says so once for all workers."""
+        if text is not None:
+            self._say(f"queue {text}")
+
     def _say(self, line: str) -> None:
         with contextlib.suppress(OSError):  # the supervisor has died: `_listen` hears of it
             self._line.sendall(f"{line}\n".encode())

@@ -333,3 +333,22 @@ def test_a_database_without_tables_ends_a_process_before_it_says_that_it_is_read
         assert b"trying again" not in done.stderr
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["run", "--processes", "2"], ["run"], ["serve"], ["dispatch", "--to", "http://127.0.0.1:1"]],
+    ids=" ".join,
+)
+def test_a_process_says_once_where_its_file_is(project, command):
+    project.environment["SAFEDEFER_QUEUE"] = "sqlite:///own.db"
+    port = [] if command[0] == "dispatch" else ["--port", "0"]
+    process, _ = project.start(*command, *port, wait_for_line=bool(port))
+    project.until((project.folder / "own.db").exists)
+    if not port:
+        project.until(lambda: "own.db" in process.stderr.readline())
+        assert project.terminate(process)[0] == 0
+        return
+    status, _, err = project.terminate(process)
+    assert status == 0
+    assert err.splitlines() == [f"the queue is in {os.path.realpath(project.folder)}/own.db"]

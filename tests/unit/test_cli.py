@@ -1,5 +1,6 @@
 """The command line, in this process."""
 
+import base64
 import io
 import os
 import sys
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
+from safedefer import App
 from safedefer.cli.root import main
+from tests import sample_tasks as tasks
 
 
 @click.command()
@@ -42,3 +46,46 @@ def test_an_output_whose_reader_has_left_is_left_to_click_which_ends_without_a_w
         with pytest.raises(SystemExit) as ended:
             command()
     assert ended.value.code == 1
+
+
+LOOKING = {  # commands that only read, and whether they fail where there is nothing
+    "tasks list": (["tasks", "list"], False),
+    "tasks show": (["tasks", "show", "x"], True),
+    "tasks cancel": (["tasks", "cancel", "x"], True),
+    "tasks retry": (["tasks", "retry", "x"], True),
+    "dead list": (["dead", "list"], False),
+    "dead show": (["dead", "show", "x"], True),
+    "queues list": (["queues", "list"], False),
+    "queues stats": (["queues", "stats"], False),
+    "doctor": (["doctor"], False),
+}
+
+
+@pytest.mark.parametrize("label", LOOKING)
+def test_a_command_that_only_reads_makes_nothing_and_says_where_it_looked(label, tmp_path, monkeypatch):
+    arguments, fails = LOOKING[label]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAFEDEFER_KEYS", "a:" + base64.urlsafe_b64encode(bytes(range(32))).rstrip(b"=").decode())
+    monkeypatch.setenv("SAFEDEFER_POLICY", "tests.sample_tasks")
+    monkeypatch.setenv("SAFEDEFER_ENVIRONMENT", "test")
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == (1 if fails else 0), done.output
+    assert f"{tmp_path}/safedefer.db does not exist" in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_tells_a_producer_and_a_worker_in_different_folders_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFEDEFER_KEYS", "a:" + base64.urlsafe_b64encode(bytes(range(32))).rstrip(b"=").decode())
+    monkeypatch.setenv("SAFEDEFER_POLICY", "tests.sample_tasks")
+    said = {}
+    for folder in ("web", "worker"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        app = App.from_settings()
+        app.defer(tasks.add, 1)
+        app.close()
+        said[folder] = CliRunner().invoke(main, ["doctor"]).output
+        assert f"here it is {tmp_path}/{folder}/safedefer.db" in said[folder]
+        assert "does not exist" not in said[folder]
+    monkeypatch.setenv("SAFEDEFER_QUEUE", f"sqlite:///{tmp_path}/web/safedefer.db")
+    assert "relative" not in CliRunner().invoke(main, ["doctor"]).output

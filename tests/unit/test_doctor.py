@@ -4,6 +4,7 @@ import json
 import secrets
 import sqlite3
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,10 @@ def keyring(**options):
 
 def app_of(monkeypatch, **changes):
     values = {"keyring": keyring(), "policy": Policy("tests.sample_tasks", "builtins:len"), **changes}
-    monkeypatch.setattr("tests.unit.test_doctor.healthy", make_app(**values))
+    app = make_app(**values)
+    if app.queue.file is not None and not Path(app.queue.file.path).exists():
+        app.queue.stats(now=0.0)  # makes the file
+    monkeypatch.setattr("tests.unit.test_doctor.healthy", app)
     return "tests.unit.test_doctor:healthy"
 
 

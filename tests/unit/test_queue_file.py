@@ -354,6 +354,7 @@ def command(free, path, tmp_path, monkeypatch):
     monkeypatch.setenv("SAFEDEFER_QUEUE", f"sqlite:///{tmp_path}/tasks.db")
     monkeypatch.setenv("SAFEDEFER_ENVIRONMENT", "test")
     monkeypatch.setenv("SAFEDEFER_QUEUE_YAML", str(path))
+    free.queue.stats(now=0.0)  # makes the file
 
     def run(*arguments, code=0):
         result = CliRunner().invoke(main, arguments)
