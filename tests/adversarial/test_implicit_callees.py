@@ -189,4 +189,4 @@ def test_a_pattern_of_a_construction_is_no_callee_itself():
     with pytest.raises(PolicyViolation):
         policy.load_callable(reference("class", "logging", "FileHandler", None))
     with pytest.raises(ConfigurationError):
-        Policy(f"{HOME}:Plain.missing")
+        Policy(f"{HOME}:Plain.missing").load()

@@ -57,7 +57,7 @@ def test_what_a_module_has_for_python_is_no_task_at_either_end(module, name, pat
 
 def test_no_exact_pattern_makes_one_a_task():
     with pytest.raises(ConfigurationError, match="special function"):
-        Policy("lazy_shop:__getattr__")
+        Policy("lazy_shop:__getattr__").load()
 
 
 @pytest.mark.parametrize("name", ["late", "anything", "hidden"])

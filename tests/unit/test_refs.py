@@ -409,3 +409,8 @@ def test_a_function_that_was_admitted_is_looked_up_again(monkeypatch):
         policy.load_callable(name)
     with pytest.raises(NotDeferrable):
         policy.callable_ref(function)
+
+
+def test_a_function_that_says_that_it_wraps_itself_is_looked_at_for_a_while_only(monkeypatch):
+    monkeypatch.setattr(zoo.function, "__wrapped__", zoo.function, raising=False)
+    assert CallableRef.of(zoo.function).qualname == "function"
