@@ -57,7 +57,7 @@ def load_app_to_look(spec: str | None) -> App:
     """
     app = load_app(spec)
     missing = missing_file(app)
-    if missing is not None:
+    if missing is not None and os.path.isdir(os.path.dirname(missing)):  # noqa: PTH112, PTH120  # else opening it says what is wrong
         click.echo(
             f"the queue's file {plain(missing)} does not exist, so no task was deferred into it; run this in the folder of the "
             "processes that use it, or set SAFEDEFER_QUEUE to an absolute path (sqlite:////...)",
@@ -74,8 +74,9 @@ def missing_file(app: App) -> str | None:
 
 
 def queue_file_text(app: App) -> str | None:
-    """Return what a process says of its SQLite file at its start; None of another queue."""
-    return None if app.queue.file is None else f"the queue is in {plain(app.queue.file.path)}"
+    """Return what a process says of its SQLite file at its start; None of another queue, or of an absolute path."""
+    file = app.queue.file
+    return f"the queue is in {plain(file.path)}" if file is not None and getattr(file, "is_relative", False) else None
 
 
 def summary(view: TaskView) -> dict[str, Any]:

@@ -268,7 +268,10 @@ def test_a_delivery_says_which_attempt_it_is_and_those_that_no_handler_took_are_
     lease = lease_of(retries=retries, attempts=attempts)
     assert delivery_headers(lease).hints.attempt == number
     assert read_hints(attempt_headers(lease)).attempt == number
-    assert read_hints({"safedefer-attempt": str(number), "X-AppEngine-TaskRetryCount": "9"})[-2:] == (9, number)
+    assert [
+        (hints.retries, hints.attempt)
+        for hints in [read_hints({"safedefer-attempt": str(number), "X-AppEngine-TaskRetryCount": "9"})]
+    ] == [(9, number)]
 
 
 HOSTILE = {
