@@ -315,7 +315,7 @@ def unauthentic(served):
     app = served.app
     token = app.serialize(tasks.add, 1)
     header, payload, mac = token.split(b".")
-    flip = bytes([mac[0] ^ 1]) if chr(mac[0] ^ 1).isalnum() else b"A"
+    flip = b"B" if mac[:1] == b"A" else b"A"
     stranger = Keyring(Key("k1", SECRET[::-1], KeyState.ACTIVE))
     unknown = Keyring(Key("k9", SECRET[::-1], KeyState.ACTIVE))
     audience = {"aud": f"prod:default:default:{URL}"}
