@@ -179,7 +179,9 @@ class TypedCodec:
             top = [named, *trees] if bound is UNBOUND else [named, bound, *trees]
             if is_plain(top, self._limits):
                 return call
-        dec = Decoder(gate, self._limits, self._registry, _DECODERS, objects.decode_other, _SCALAR_TAGS)
+        # Canonical text spells a name in one way.
+        refs = not canonical or b'"$ref"' in text
+        dec = Decoder(gate, self._limits, self._registry, _DECODERS, objects.decode_other, _SCALAR_TAGS, has_refs=refs)
         at = ""
         try:
             if bound is not UNBOUND:

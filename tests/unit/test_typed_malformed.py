@@ -341,6 +341,14 @@ def test_paths_lead_into_tags():
     assert refusal.value.path == "$.args[0].lines[1][0]{1}"
 
 
+def test_a_reference_that_a_canonical_text_does_not_spell_is_refused_as_nothing_was_counted():
+    # Whoever calls with a text that is not that of the trees gets a refusal, not an undercount.
+    trees = [[1, 2], {"$ref": 0}]
+    with pytest.raises(InvalidArguments, match="nobody counted"):
+        CODEC.decode(CallData(UNBOUND, trees, {}), POLICY, b'[[1,2],{"$re\\u0066":0}]', True)
+    assert CODEC.decode(CallData(UNBOUND, trees, {}), POLICY, b'[[1,2],{"$re\\u0066":0}]').args == [[1, 2], [1, 2]]
+
+
 def test_what_is_no_json_is_refused():
     for value in ((1,), {1}, b"x", object(), CODEC):
         with pytest.raises(InvalidArguments):
