@@ -215,7 +215,7 @@ def dispatch(app, deliver, concurrency, count):
             stop[0]()
         return answer
 
-    counting.address = lambda task: ""
+    counting.address, counting.several = (lambda task: ""), False
     counted = counting
     with Clock() as clock:
         asyncio.run(work())

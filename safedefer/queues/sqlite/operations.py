@@ -60,10 +60,10 @@ def take_write_lock(connection: apsw.Connection) -> None:
 def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -> None:
     """Store a task, its name and its blob, as long as all blobs together have at most ``blob_limit`` bytes.
 
-    Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``; ``BadValue`` where somebody has
-    used up the numbers of rows.
+    After ``newest_seq``, which raises ``BadValue`` where somebody has used up the numbers of rows.
+
+    Raises ``TaskAlreadyExistsError``, ``TombstonedTaskError`` and ``QueueUnavailable``.
     """
-    newest_seq(connection)
     values = task_values(task)
     state = connection.execute(SQL["id_taken"], values).get
     if state == "ended":
@@ -176,7 +176,7 @@ def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) 
         }
         connection.execute(SQL["ledger_lost"], values)
     if lost.record is not None:
-        add_record(connection, lost.record)
+        add_record(connection, lost.record, trim=row.deliveries >= rules.RECORDS_KEPT)
     return lost
 
 
@@ -227,11 +227,11 @@ def settle(
     if row is None or row.owner != held.owner:
         return False
     if settlement.record is not None:
-        add_record(connection, settlement.record)
+        add_record(connection, settlement.record, trim=held.retries >= rules.RECORDS_KEPT)
     entry = known(connection, row.audience, held.task.id, now=now)
     if settlement.verdict is not Verdict.RETRY:
         ended = rules.end_of(settlement, entry)
-        end(connection, held.task.id, row, ended, now=now, tombstone_seconds=tombstone_seconds)
+        end(connection, held.task.id, row, ended, entry, now=now, tombstone_seconds=tombstone_seconds)
         return True
     at = now if settlement.at is None else settlement.at
     connection.execute(
@@ -260,11 +260,15 @@ def end(
     task_id: str,
     row: Standing,
     how: rules.Ending,
+    entry: rules.Known | None = None,
     *,
     now: float,
     tombstone_seconds: float,
 ) -> None:
-    """End a task: history or dead letter, tombstone, ledger; its row goes, and with it its blob and its unique key."""
+    """End a task: history or dead letter, tombstone, ledger; its row goes, and with it its blob and its unique key.
+
+    ``entry`` is the ledger's, if it was read: what has ended there stays as it is.
+    """
     recorded = connection.execute(SQL["attempts_last_reason"], (task_id,)).get if how.by_record else None
     state, reason = str(how.state), recorded or how.reason
     values = {"seq": row.seq, "state": state, "now": now, "reason": reason, "charged": int(how.charged)}
@@ -272,6 +276,8 @@ def end(
     if row.name is not None:
         connection.execute(SQL["name_bury"], {"queue": row.queue, "name": row.name, "until": now + tombstone_seconds})
     connection.execute(SQL["task_delete"], (row.seq,))
+    if entry is not None and entry.ended:
+        return
     connection.execute(
         SQL["ledger_end"],
         {
@@ -324,6 +330,7 @@ def replace_dead(
     values = {"audience": letter.audience, "task_id": task_id, "digest": letter.digest, "expires": letter.expires}
     connection.execute(SQL["ledger_replace"], values)
     connection.execute(SQL["attempts_become_stray"], (task_id,))
+    newest_seq(connection)
     enqueue(connection, task, blob_limit=blob_limit)
     return True
 
@@ -382,10 +389,14 @@ def known(connection: apsw.Connection, audience: str, task_id: str, *, now: floa
     return None if row is None else row.known(now)
 
 
-def add_record(connection: apsw.Connection, record: AttemptRecord) -> None:
-    """Store the record of an attempt, and drop the oldest of more than are kept."""
+def add_record(connection: apsw.Connection, record: AttemptRecord, *, trim: bool = True) -> None:
+    """Store the record of an attempt; ``trim`` drops the oldest of more than are kept.
+
+    Looking for them takes longer than storing the record, so who knows that there are few does not ask for it.
+    """
     connection.execute(SQL["attempt_insert"], record_values(record))
-    connection.execute(SQL["attempts_trim"], {"task_id": record.task_id, "keep": rules.RECORDS_KEPT})
+    if trim:
+        connection.execute(SQL["attempts_trim"], {"task_id": record.task_id, "keep": rules.RECORDS_KEPT})
 
 
 def archive(connection: apsw.Connection, *, now: float, dead_seconds: float, dead_limit: int, limit: int) -> int:

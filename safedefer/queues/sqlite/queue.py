@@ -167,6 +167,7 @@ class SQLiteQueue:
         try:
             with connection:
                 operations.take_write_lock(connection)
+                operations.newest_seq(connection)
                 for task in tasks:
                     operations.enqueue(connection, task, blob_limit=self._blob_limit)
         except BadValue:
@@ -435,6 +436,7 @@ def _records(connection: apsw.Connection, task_id: str) -> list[AttemptRecord]:
 
 
 def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask], blob_limit: int) -> int:
+    operations.newest_seq(connection)
     for task in tasks:
         operations.enqueue(connection, task, blob_limit=blob_limit)
     return operations.newest_seq(connection)

@@ -263,11 +263,14 @@ FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id;
 -- Reads no value: one that cannot be read must not keep the others' cancellations from being seen.
 SELECT 1 FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id AND state = 'cancelled';
 
--- name: ledger_begin
+-- name: ledger_begin_first
 INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, until, expires, uncharged)
 VALUES (:audience, :task_id, :digest, 'running', :owner, :until, :expires, 1)
-ON CONFLICT (audience, task_id) DO UPDATE
-SET state = 'running', owner = excluded.owner, until = excluded.until, uncharged = 1, not_before = 0;
+ON CONFLICT (audience, task_id) DO NOTHING;
+
+-- name: ledger_begin
+UPDATE safedefer_ledger SET state = 'running', owner = :owner, until = :until, uncharged = 1, not_before = 0
+WHERE audience = :audience AND task_id = :task_id;
 
 -- name: ledger_extend
 UPDATE safedefer_ledger SET until = :until
