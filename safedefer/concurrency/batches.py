@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
+from safedefer.concurrency.per_loop import PerLoop
 from safedefer.errors import QueueUnavailable
 
 _T = TypeVar("_T")
@@ -16,7 +17,7 @@ _MOST: Final = 256
 
 
 class Batches(Generic[_T, _R]):
-    """Gathers items of one event loop, and makes one call at a time with all that are pending.
+    """Gathers items, and makes one call at a time with all that are pending in an event loop.
 
     Args:
         call: Takes a list of items, and whether one of their callers was cancelled meanwhile. Returns a future of one
@@ -32,46 +33,38 @@ class Batches(Generic[_T, _R]):
     ) -> None:
         self._call = call
         self._orphaned = orphaned
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._begin()
-
-    def _begin(self) -> None:
-        self._pending: list[tuple[_T, asyncio.Future[_R]]] = []
-        self._under_way = False
-        self._running: asyncio.Future[Sequence[_R]] | None = None
+        self._gathered: PerLoop[_Gathered[_T, _R]] = PerLoop(_Gathered)
 
     def __call__(self, item: _T) -> asyncio.Future[_R]:
         """Return a future of the result for ``item``, or of its call's error. Cancelling it leaves the item in."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # a new event loop: drop the state of the old one
-            self._loop = loop
-            self._begin()
-        future: asyncio.Future[_R] = loop.create_future()
-        self._pending.append((item, future))
-        if not self._under_way:
-            self._under_way = True
+        gathered = self._gathered.here()
+        future: asyncio.Future[_R] = gathered.loop.create_future()
+        gathered.pending.append((item, future))
+        if not gathered.under_way:
+            gathered.under_way = True
             # At the end of this turn of the loop: the items that it adds go into the same call.
-            loop.call_soon(self._start, loop)
+            gathered.loop.call_soon(self._start, gathered)
         return future
 
-    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        batch, self._pending = self._pending[:_MOST], self._pending[_MOST:]
+    def _start(self, gathered: _Gathered[_T, _R]) -> None:
+        batch, gathered.pending = gathered.pending[:_MOST], gathered.pending[_MOST:]
         if not batch:
-            self._under_way = False
+            gathered.under_way = False
             return
         try:
-            self._running = self._call([item for item, _ in batch], any(future.done() for _, future in batch))
+            running = self._call([item for item, _ in batch], any(future.done() for _, future in batch))
         except Exception as error:  # noqa: BLE001  # the threads are closed, for example; all callers get the error
-            self._under_way = False
+            gathered.under_way = False
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
             return
-        self._running.add_done_callback(lambda done: self._end(loop, batch, done))
+        gathered.running = running
+        running.add_done_callback(lambda done: self._end(gathered, batch, done))
 
     def _end(
         self,
-        loop: asyncio.AbstractEventLoop,
+        gathered: _Gathered[_T, _R],
         batch: list[tuple[_T, asyncio.Future[_R]]],
         done: asyncio.Future[Sequence[_R]],
     ) -> None:
@@ -88,5 +81,17 @@ class Batches(Generic[_T, _R]):
                 future.set_result(results[number])
             else:
                 future.set_exception(failure)
-        if loop is self._loop:
-            self._start(loop)
+        self._start(gathered)
+
+
+class _Gathered(Generic[_T, _R]):
+    """What one event loop has gathered."""
+
+    __slots__ = ("loop", "pending", "running", "under_way")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.pending: list[tuple[_T, asyncio.Future[_R]]] = []
+        self.under_way = False
+        self.running: asyncio.Future[Sequence[_R]] | None = None
+        """The call under way, which else nothing may refer to."""

@@ -16,6 +16,8 @@ from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any, Final, Protocol, TypeVar
 
+from safedefer.concurrency.per_loop import PerLoop
+
 _T = TypeVar("_T")
 
 #: Seconds that an idle thread waits for a call before it ends.
@@ -54,7 +56,7 @@ class Threads:
         """Whether a woken thread has not taken a call yet."""
         self._alarm: SimpleQueue[None] = SimpleQueue()
         self._closed = False
-        self._results: _Results | None = None
+        self._results: PerLoop[_Results] = PerLoop(_Results)
 
     def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
         """Return a future of the result of ``call``. Cancelling it cancels a call that has not begun.
@@ -62,11 +64,8 @@ class Threads:
         Raises:
             RuntimeError: ``close`` was called.
         """
-        loop = asyncio.get_running_loop()
-        results = self._results
-        if results is None or results.loop is not loop:
-            results = self._results = _Results(loop)
-        future: asyncio.Future[_T] = loop.create_future()
+        results = self._results.here()
+        future: asyncio.Future[_T] = results.loop.create_future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the threads were let go of")

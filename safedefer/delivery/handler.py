@@ -27,8 +27,9 @@ at capacity, shutting down                              503     ``busy``
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Container, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from functools import partial
 from typing import Final
 
@@ -40,7 +41,7 @@ from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.delivery.redaction import redacted_traceback
 from safedefer.delivery.request import HandlerRequest
-from safedefer.delivery.runs import Runs
+from safedefer.delivery.runs import RequestCount, Runs
 from safedefer.errors import (
     InvalidClaims,
     NotYetValid,
@@ -63,7 +64,7 @@ from safedefer.headers import (
     Response,
     read_hints,
 )
-from safedefer.ledger import Admission, EndState, Execution, Ledger
+from safedefer.ledger import Admission, EndState, Execution, Ledger, RunEnd
 from safedefer.signing import Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 
@@ -121,12 +122,8 @@ class Delivery:
         self._options = options
         self.budget = ByteBudget(options.unverified_bytes)
         """Bytes for all bodies that are being read. A reader takes from it before each chunk."""
-        self.handled = 0
-        """The number of requests handled to their end, since the start."""
-        self._running = 0
-        self._abandoned = 0
+        self._requests = RequestCount()
         self._draining = False
-        self._idle = asyncio.Event()
         self._threads = Threads(options.concurrency, "safedefer-task")
         self._runs = Runs(self._threads, limit=stuck_limit(options.concurrency))
         # Storage has threads of its own: a task that blocks must not delay the ledger entries of others.
@@ -141,9 +138,14 @@ class Delivery:
         return self._options.max_bytes
 
     @property
+    def handled(self) -> int:
+        """The number of requests handled to their end, since the start."""
+        return self._requests.handled
+
+    @property
     def running(self) -> int:
         """The number of running tasks, including those whose request was cancelled or answered at the deadline."""
-        return self._running + self._abandoned + self._runs.stuck
+        return self._requests.running + self._requests.abandoned + self._runs.stuck
 
     @property
     def stuck(self) -> int:
@@ -171,12 +173,10 @@ class Delivery:
         """Wait up to ``seconds`` until no task runs. Return whether none does."""
         try:
             async with asyncio.timeout(seconds):
-                while self._running:
-                    self._idle.clear()
-                    await self._idle.wait()
+                await self._requests.wait_for_none()
         except TimeoutError:
             return False
-        return not (self._abandoned or self._runs.stuck)
+        return not (self._requests.abandoned or self._runs.stuck)
 
     def check_request(self, method: str, headers: Mapping[str, str], length: int | None) -> Response | None:
         """Return the refusal of a request that needs no look at its body; None to go on and read the body."""
@@ -195,7 +195,11 @@ class Delivery:
             return self.too_large()
         concurrency = self._options.concurrency
         # Each stuck thread was replaced: beyond as many again, memory counts more than this process's work.
-        if self._draining or self._running >= concurrency or self._runs.stuck >= max(concurrency, self._runs.limit):
+        if (
+            self._draining
+            or self._requests.running >= concurrency
+            or self._runs.stuck >= max(concurrency, self._runs.limit)
+        ):
             return self.busy()
         return None
 
@@ -235,7 +239,9 @@ class Delivery:
             return early
         attempt = hints.attempt or hints.retries + 1
         request = HandlerRequest(self._clock(), hints.retries, attempt, pushed=hints.pushed)
-        self._running += 1
+        if not self._requests.begin(self._options.concurrency):  # other event loops may have taken the last place since
+            return self.busy()
+        abandoned = False
         try:
             return await self._handle(request, hints, body, url)
         except QueueUnavailable:
@@ -246,15 +252,12 @@ class Delivery:
         except CoroutineCancelled:
             raise
         except asyncio.CancelledError:
-            self._abandoned += 1
+            abandoned = True
             raise
         finally:
             if type(headers) is AttemptHeaders:
                 headers.retry = request.retry
-            self.handled += 1
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+            self._requests.end(abandoned=abandoned)
 
     async def _handle(self, request: HandlerRequest, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
@@ -327,7 +330,7 @@ class Delivery:
             run = execute(
                 task, self._codecs, context, in_thread=threads, validate=options.validate, around=options.around
             )
-            late = partial(self._finish_late, request, execution)
+            late = _Late(self._ledger_client, self._end_of, request, execution)
             outcome = await self._runs.run(run, context.control, execution, seconds=seconds, late=late)
             if outcome is None:
                 goes_on = True
@@ -358,17 +361,6 @@ class Delivery:
         await self._ledger_client.record(record)
         return self._answer(request, 500, "retry", DEADLINE_EXCEEDED)
 
-    async def _finish_late(self, request: HandlerRequest, execution: Execution, outcome: Outcome) -> None:
-        """Store the end of a run that returned after its deadline: a success counts, anything else is tried again."""
-        if outcome.result is not Result.SUCCEEDED:
-            outcome = Outcome(result=Result.RETRY, reason=outcome.reason, error=outcome.error)
-        try:
-            await self._finish(request, execution, outcome, None)
-        except QueueUnavailable:
-            _log.error("the end of task %s was not stored; it runs again", execution.task_id)
-        finally:
-            self._ledger_client.renewal.remove(execution)
-
     def _log_deadline(self, task: VerifiedTask, seconds: float | None, what: str) -> None:
         _log.error(
             "task %s (%s) passed its deadline of %g s and %s; split it, or give it or its queue a longer deadline "
@@ -383,8 +375,11 @@ class Delivery:
         self, request: HandlerRequest, execution: Execution, outcome: Outcome, status: int | None
     ) -> Awaitable[None]:
         """Store the end of a run before the answer goes out, also if the sender closes the connection meanwhile."""
+        return self._ledger_client.finish(self._end_of(request, execution, outcome, status))
+
+    def _end_of(self, request: HandlerRequest, execution: Execution, outcome: Outcome, status: int | None) -> RunEnd:
         record = request.record(_STATUS[outcome.result][1], status, outcome.reason, outcome.error, ended=self._clock())
-        return self._ledger_client.finish((execution, _END[outcome.result], record))
+        return execution, _END[outcome.result], record
 
     async def _rejected(self, request: HandlerRequest, error: RejectedTask) -> Response:
         if not error.authentic:
@@ -429,6 +424,49 @@ class Delivery:
         self._ledger_client.renewal.close()
         self._threads.close(wait=False, cancel=True)
         self._storage.close(wait=True)
+
+
+class _Late:
+    """Stores the end of a run that returned after its deadline: a success counts, anything else is tried again."""
+
+    __slots__ = ("_end_of", "_execution", "_ledger_client", "_request")
+
+    def __init__(
+        self,
+        ledger_client: LedgerClient,
+        end_of: Callable[[HandlerRequest, Execution, Outcome, int | None], RunEnd],
+        request: HandlerRequest,
+        execution: Execution,
+    ) -> None:
+        self._ledger_client = ledger_client
+        self._end_of = end_of
+        self._request = request
+        self._execution = execution
+
+    async def finish(self, outcome: Outcome) -> None:
+        with self._logged():
+            await self._ledger_client.finish(self._end(outcome))
+
+    def detach(self) -> None:
+        self._ledger_client.renewal.detach(self._execution)
+
+    def finish_in_thread(self, outcome: Outcome) -> None:
+        with self._logged():
+            self._ledger_client.finish_in_thread(self._end(outcome))
+
+    def _end(self, outcome: Outcome) -> RunEnd:
+        if outcome.result is not Result.SUCCEEDED:
+            outcome = Outcome(result=Result.RETRY, reason=outcome.reason, error=outcome.error)
+        return self._end_of(self._request, self._execution, outcome, None)
+
+    @contextlib.contextmanager
+    def _logged(self) -> Iterator[None]:
+        try:
+            yield
+        except QueueUnavailable:
+            _log.error("the end of task %s was not stored; it runs again", self._execution.task_id)
+        finally:
+            self._ledger_client.renewal.remove(self._execution)
 
 
 _STATUS: Final = {

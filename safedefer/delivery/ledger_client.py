@@ -10,7 +10,8 @@ import itertools
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Final
 
@@ -115,6 +116,23 @@ class LedgerClient:
                 return
         raise error
 
+    def finish_in_thread(self, end: RunEnd) -> None:
+        """Store the end of a run whose event loop is closed, from the thread of the run; try again as ``finish`` does.
+
+        Raises:
+            QueueUnavailable: The storage failed until the run's lease expired.
+        """
+        deadline = time.monotonic() + self._seconds
+        while True:
+            try:
+                self._ledger().finish_many([end])
+            except QueueUnavailable:
+                if time.monotonic() + _STORE_AGAIN > deadline:
+                    raise
+                time.sleep(_STORE_AGAIN)
+            else:
+                return
+
     def _orphaned(self, end: RunEnd, error: BaseException) -> None:
         """Go on storing the end of a run whose caller was cancelled before the end was stored."""
         late = asyncio.get_running_loop().create_task(self._finish_late(end, error))
@@ -160,36 +178,37 @@ class RunRenewal:
         self.looks = Beat(
             self._look, first=_LOOK_SECONDS, name="safedefer-cancels", hang_seconds=hang_seconds, log=False
         )
-        self._loop: asyncio.AbstractEventLoop | None = None
         self.beat = Beat(self._tick, first=seconds / _BEATS, name="safedefer-runs", hang_seconds=hang_seconds)
-        self._forget()
-
-    def _forget(self) -> None:
         self._runs: dict[str, _Extended] = {}
         """Runs by owner."""
         self._count = 0
 
     def add(self, execution: Execution) -> None:
         """Extend the lease of a run from now on. Call it in a running event loop."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # a new event loop: drop the state of the old one
-            self._loop = loop
-            self._forget()
-            self.beat.start()
-            self.looks.start()
-        self._runs[execution.owner] = _Extended(execution, self._count)
+        self.beat.start()
+        self.looks.start()
+        self._runs[execution.owner] = _Extended(execution, self._count, asyncio.get_running_loop())
+
+    def detach(self, execution: Execution) -> None:
+        """Go on extending the lease of a run in a thread whose event loop is being closed, until ``remove``."""
+        run = self._runs.get(execution.owner)
+        if run is not None:
+            run.loop = None
+            self.beat.hold()
 
     def remove(self, execution: Execution) -> None:
         """Stop extending the lease of a run."""
-        self._runs.pop(execution.owner, None)
+        run = self._runs.pop(execution.owner, None)
+        if run is not None and run.loop is None:
+            self.beat.release()
 
     def close(self) -> None:
         """Extend no more."""
-        self._loop = None
+        self._runs.clear()
         self.beat.stop()
         self.looks.stop()
 
-    def _look(self) -> float:
+    def _look(self, _turning: Container[asyncio.AbstractEventLoop]) -> float:
         """Ask, in the thread, which runs were cancelled of those that the last look found too."""
         runs = self._runs.copy()
         lasting = [run.execution for owner, run in runs.items() if owner in self._looked_at]
@@ -205,11 +224,17 @@ class RunRenewal:
                     self._cancel(execution.task_id)
         return _LOOK_SECONDS
 
-    def _tick(self) -> float:
-        """Extend, in the thread, what has lasted for two beats."""
+    def _tick(self, turning: Container[asyncio.AbstractEventLoop]) -> float:
+        """Extend, in the thread, what has lasted for two beats and whose event loop turns."""
         self._count += 1
-        # The copy is made at once; the event loop adds and removes meanwhile.
-        due = [run for run in self._runs.copy().values() if self._count - run.beat > 1]
+        due = []
+        # The copy is made at once; event loops add and remove meanwhile.
+        for run in self._runs.copy().values():
+            loop = run.loop
+            if loop is not None and loop.is_closed():
+                self._runs.pop(run.execution.owner, None)
+            elif self._count - run.beat > 1 and (loop is None or loop in turning):
+                due.append(run)
         if due:
             for run in due:
                 run.beat = self._count
@@ -221,10 +246,11 @@ class RunRenewal:
 
 
 class _Extended:
-    """A run, with the beat of its admission or last extension."""
+    """A run, with the beat of its admission or last extension, and its event loop; None where a thread outlasts it."""
 
-    __slots__ = ("beat", "execution")
+    __slots__ = ("beat", "execution", "loop")
 
-    def __init__(self, execution: Execution, beat: int) -> None:
+    def __init__(self, execution: Execution, beat: int, loop: asyncio.AbstractEventLoop) -> None:
         self.execution = execution
         self.beat = beat
+        self.loop: asyncio.AbstractEventLoop | None = loop

@@ -6,22 +6,82 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final
+from collections.abc import Awaitable, Coroutine
+from threading import Lock
+from typing import Any, Final, Protocol
 
+from safedefer.concurrency.per_loop import PerLoop
 from safedefer.concurrency.threads import Threads
 from safedefer.execution.deadline import GRACE, RunControl, Stop
-from safedefer.execution.run import CoroutineCancelled, Outcome, Result
+from safedefer.execution.run import CoroutineCancelled, Outcome, Result, outcome_of
 from safedefer.ledger import Execution
 
 _log: Final = logging.getLogger("safedefer")
 
-Late = Callable[[Outcome], Awaitable[None]]
-"""Called when a run returns after its request was answered."""
+
+class Late(Protocol):
+    """What is told of a run that returns after its request was answered."""
+
+    def finish(self, outcome: Outcome, /) -> Awaitable[None]:
+        """Store its end."""
+        ...
+
+    def detach(self) -> None:
+        """Note that its event loop is being closed, and its thread goes on."""
+        ...
+
+    def finish_in_thread(self, outcome: Outcome, /) -> None:
+        """Store its end after ``detach``, from its thread."""
+        ...
+
+
+class RequestCount:
+    """Counts the requests under way in all event loops of a process."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.handled = 0
+        """Those that have ended."""
+        self.abandoned = 0
+        """Those that were cancelled."""
+        self._lock = Lock()
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def begin(self, most: int) -> bool:
+        """Count a request in; False if ``most`` are under way."""
+        with self._lock:
+            if self.running >= most:
+                return False
+            self.running += 1
+            return True
+
+    def end(self, *, abandoned: bool) -> None:
+        """Count a request out."""
+        with self._lock:
+            self.running -= 1
+            self.handled += 1
+            self.abandoned += abandoned
+            if self.running or not self._waiting:
+                return
+            waiting, self._waiting = self._waiting, []
+        for loop, idle in waiting:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(idle.set)
+
+    async def wait_for_none(self) -> None:
+        """Wait until no request is under way."""
+        loop = asyncio.get_running_loop()
+        while True:
+            idle = asyncio.Event()
+            with self._lock:
+                if not self.running:
+                    return
+                self._waiting.append((loop, idle))
+            await idle.wait()
 
 
 class Runs:
-    """Awaits runs up to their deadlines, all with one timer.
+    """Awaits runs up to their deadlines, those of an event loop with one timer.
 
     A run that cannot be stopped is *stuck*: it goes on without its request, and another thread takes the place of its.
 
@@ -36,15 +96,7 @@ class Runs:
         self._stuck: set[_Awaited] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._warned = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self._waiting: set[_Awaited] = set()
-        """Runs whose requests wait for them."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._fires = math.inf
-        """When the timer fires, in the loop's time: no later than the first deadline of a run."""
+        self._loops: PerLoop[_LoopRuns] = PerLoop(_LoopRuns)
 
     @property
     def stuck(self) -> int:
@@ -67,19 +119,16 @@ class Runs:
             control: Its control.
             execution: What the ledger admitted.
             seconds: Its deadline; None is none.
-            late: Awaited with the outcome of a run that goes on, when it returns.
+            late: Told of a run that goes on.
 
         Raises:
             asyncio.CancelledError: The caller was cancelled; ``CoroutineCancelled`` if nothing of the task runs any more.
         """
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:  # a new event loop: drop the state of the old one
-            self._loop = loop
-            self._forget()
-        run = _Awaited(loop, attempt, control, execution, late)
-        self._waiting.add(run)
+        here = self._loops.here()
+        run = _Awaited(here.loop, attempt, control, execution, late)
+        here.waiting.add(run)
         if seconds is not None:
-            self._stop_at(run, loop, loop.time() + seconds)
+            self._stop_at(run, here, here.loop.time() + seconds)
         cancelled = False
         try:
             await run.answered
@@ -88,7 +137,7 @@ class Runs:
             run.task.cancel()
             await asyncio.wait({run.task})
         finally:
-            self._waiting.discard(run)
+            here.waiting.discard(run)
         if run.stuck:  # also if it has returned since
             return None
         if control.cancelled_with_caller:
@@ -100,12 +149,16 @@ class Runs:
 
     def cancel(self, task_id: str) -> None:
         """Stop the runs of a task that was cancelled, from any thread: a coroutine is cancelled, a thread is told."""
-        if self._loop is not None:
+        for loop, here in self._loops.all():
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing runs in it
-                self._loop.call_soon_threadsafe(self._cancel, task_id)
+                loop.call_soon_threadsafe(self._cancel, here, task_id)
+        for run in self._stuck.copy():
+            if run.detached and run.execution.task_id == task_id:
+                run.control.stop = Stop.CANCELLED
 
-    def _cancel(self, task_id: str) -> None:
-        for run in [run for run in (*self._waiting, *self._stuck) if run.execution.task_id == task_id]:
+    def _cancel(self, here: _LoopRuns, task_id: str) -> None:
+        stuck = [run for run in self._stuck.copy() if run.task.get_loop() is here.loop]
+        for run in [run for run in (*here.waiting, *stuck) if run.execution.task_id == task_id]:
             if run.control.stop is None or run.stuck:
                 run.control.stop = Stop.CANCELLED
                 if run.control.withdraw():
@@ -113,36 +166,36 @@ class Runs:
 
     # --- Deadlines ---
 
-    def _stop_at(self, run: _Awaited, loop: asyncio.AbstractEventLoop, when: float) -> None:
+    def _stop_at(self, run: _Awaited, here: _LoopRuns, when: float) -> None:
         run.deadline = when
-        if when < self._fires:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._fires = when
-            self._timer = loop.call_at(when, self._fire, loop)
+        if when < here.fires:
+            if here.timer is not None:
+                here.timer.cancel()
+            here.fires = when
+            here.timer = here.loop.call_at(when, self._fire, here)
 
-    def _fire(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer, self._fires = None, math.inf
-        now = loop.time()
-        for run in [run for run in self._waiting if run.deadline <= now]:
+    def _fire(self, here: _LoopRuns) -> None:
+        here.timer, here.fires = None, math.inf
+        now = here.loop.time()
+        for run in [run for run in here.waiting if run.deadline <= now]:
             run.deadline = math.inf
             if run.stopped:
                 self._answer_without(run)
             else:
-                self._stop(run, loop, Stop.DEADLINE)
-        first = min((run.deadline for run in self._waiting), default=math.inf)
-        if first < self._fires:
-            self._fires = first
-            self._timer = loop.call_at(first, self._fire, loop)
+                self._stop(run, here, Stop.DEADLINE)
+        first = min((run.deadline for run in here.waiting), default=math.inf)
+        if first < here.fires:
+            here.fires = first
+            here.timer = here.loop.call_at(first, self._fire, here)
 
-    def _stop(self, run: _Awaited, loop: asyncio.AbstractEventLoop, why: Stop) -> None:
+    def _stop(self, run: _Awaited, here: _LoopRuns, why: Stop) -> None:
         """Stop a run: cancel its coroutine, and answer without it if that does not end it."""
         if run.control.stop is None:
             run.control.stop = why
         if run.control.withdraw():
             run.stopped = True
             run.task.cancel()
-            self._stop_at(run, loop, loop.time() + GRACE)
+            self._stop_at(run, here, here.loop.time() + GRACE)
         else:
             self._answer_without(run)
 
@@ -163,19 +216,56 @@ class Runs:
             )
 
     def _returned_late(self, run: _Awaited, *, replaced: bool) -> None:
+        if run.outcome is None and replaced:  # cancelled with the event loop, as `asyncio.run` does; its thread goes on
+            run.detached = True
+            run.late.detach()
+            run.control.when_returned(lambda returned: self._returned_detached(run, outcome_of(returned)))
+            return
         self._stuck.discard(run)
         if replaced:
             self._threads.remove_one()
-        if run.outcome is not None:  # it was not cancelled with the event loop
-            ending = run.task.get_loop().create_task(_await(run.late(run.outcome)))
+        if run.outcome is not None:
+            ending = run.task.get_loop().create_task(_await(run.late.finish(run.outcome)))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
+
+    def _returned_detached(self, run: _Awaited, outcome: Outcome) -> None:
+        try:
+            run.late.finish_in_thread(outcome)
+        finally:
+            self._stuck.discard(run)
+            self._threads.remove_one()
+
+
+class _LoopRuns:
+    """The runs of one event loop."""
+
+    __slots__ = ("fires", "loop", "timer", "waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.waiting: set[_Awaited] = set()
+        """Runs whose requests wait for them."""
+        self.timer: asyncio.TimerHandle | None = None
+        self.fires = math.inf
+        """When the timer fires, in the loop's time: no later than the first deadline of a run."""
 
 
 class _Awaited:
     """A run under way. ``execute`` has an asyncio task of its own, which the request need not outlast."""
 
-    __slots__ = ("answered", "control", "deadline", "execution", "late", "outcome", "stopped", "stuck", "task")
+    __slots__ = (
+        "answered",
+        "control",
+        "deadline",
+        "detached",
+        "execution",
+        "late",
+        "outcome",
+        "stopped",
+        "stuck",
+        "task",
+    )
 
     def __init__(
         self,
@@ -197,6 +287,8 @@ class _Awaited:
         """Whether its coroutine was cancelled."""
         self.stuck = False
         """Whether its request was answered without it."""
+        self.detached = False
+        """Whether its event loop is closed, and its thread goes on."""
 
     async def _await(self, attempt: Coroutine[Any, Any, Outcome]) -> None:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final, Protocol, TypeAlias
 
 from safedefer.concurrency.beat import Beat
@@ -135,7 +135,7 @@ class Leases:
         finally:
             beat.stop()
 
-    def _extend(self) -> float:
+    def _extend(self, _turning: Container[asyncio.AbstractEventLoop]) -> float:
         """Extend all leases; return the seconds to the next time. The settlement of a lost lease reports it."""
         pause = self._seconds / 3
         held = list(self._held.copy().values())  # the copy is made at once; the event loop changes it meanwhile

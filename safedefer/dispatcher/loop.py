@@ -400,7 +400,8 @@ class Dispatcher:
         if self._threads is not None:
             self._threads.close(wait=False)
         self._state = self._begin()
-        self._stopping.clear()
+        # The next run may be in another event loop.
+        self._stopping, self._changed = asyncio.Event(), asyncio.Event()
 
     async def _settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         return await self._calls.settle_many(settlements, now=now)

@@ -6,7 +6,9 @@ handler answers, and the run goes on until it returns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
+from threading import Lock
 from typing import Final
 
 #: Seconds that one attempt may take where neither the task nor its queue says so (App Engine's push queues).
@@ -33,7 +35,7 @@ class Stop(StrEnum):
 class RunControl:
     """The state that a run shares with its handler: what it is doing, and whether it is to stop."""
 
-    __slots__ = ("_unclaimed", "cancelled_with_caller", "in_thread", "stop")
+    __slots__ = ("_returned", "_then", "_unclaimed", "cancelled_with_caller", "in_thread", "stop")
 
     def __init__(self) -> None:
         self.in_thread = False
@@ -43,6 +45,8 @@ class RunControl:
         self.cancelled_with_caller = False
         """Whether the run ended with the cancellation of its caller, and nothing of it runs any more."""
         self._unclaimed: list[None] = []
+        self._returned: object = None
+        self._then: Callable[[object], None] | None = None
 
     def hand_over(self) -> None:
         """Note that a call is handed to a thread."""
@@ -55,6 +59,24 @@ class RunControl:
             self.in_thread = False
         return not self.in_thread
 
+    def note_return(self, result: object) -> None:
+        """Note, in the thread, what the call that was handed to it came to: not None."""
+        with _handing:
+            self._returned, then = result, self._then
+        if then is not None:
+            then(result)
+
+    def take_return(self) -> None:
+        """Note that the caller has what the thread returned."""
+        self.in_thread, self._returned = False, None
+
+    def when_returned(self, then: Callable[[object], None]) -> None:
+        """Call ``then`` once with what the thread returns: in the thread, or at once if it has returned."""
+        with _handing:
+            self._then, returned = then, self._returned
+        if returned is not None:
+            then(returned)
+
     def claim(self) -> bool:
         """Claim the call that was handed to a thread: True for the first caller, the thread or the handler."""
         try:
@@ -62,6 +84,10 @@ class RunControl:
         except IndexError:
             return False
         return True
+
+
+#: Between a thread that returns and an event loop that lets go of it: one for all, held for two assignments.
+_handing: Final = Lock()
 
 
 def deadline_of(own: float | None, queues: float | None, default: float) -> float | None:

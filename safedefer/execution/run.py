@@ -137,7 +137,7 @@ async def _execute(
         control.hand_over()
         begin = partial(_begin, task, codecs, validate, control, inner)
         step: _Step = await in_thread(partial(copy_context().run, begin))
-        control.in_thread = False
+        control.take_return()
         if control.stop is Stop.CANCELLED and step.coroutine_function is None and not inspect.isawaitable(step.result):
             return _stopped(control.stop, step.error)
         if step.error is not None:
@@ -222,6 +222,14 @@ def _begin(
 ) -> _Step:
     if not control.claim():  # the handler has stopped it, and does not wait
         return _Step(error=asyncio.CancelledError())
+    step = _begin_claimed(task, codecs, validate, inner)
+    control.note_return(step)
+    return step
+
+
+def _begin_claimed(
+    task: VerifiedTask, codecs: Mapping[str, Codec], validate: Validate, inner: Sequence[SyncManager]
+) -> _Step:
     # Errors are returned, not raised: a future cannot carry a StopIteration.
     try:
         prepared = prepare(task, codecs, validate=validate)
@@ -236,6 +244,19 @@ def _begin(
         return _Step(result=call_within(inner, prepared.__call__) if inner else prepared(), started=True)
     except BaseException as error:  # noqa: BLE001  # a task's SystemExit must not end the handler
         return _Step(error=error, started=True)
+
+
+def outcome_of(returned: object) -> Outcome:
+    """Return the outcome of a run by what its thread returned (``RunControl.when_returned``) after its loop was closed."""
+    assert isinstance(returned, _Step)
+    if returned.error is not None:
+        return _outcome(returned.error, started=returned.started)
+    result = returned.result
+    if returned.coroutine_function is not None or inspect.isawaitable(result):  # no loop is left to await it
+        if inspect.iscoroutine(result):
+            result.close()
+        return _stopped(Stop.DEADLINE, None)
+    return _returned_generator() if type(result) in _NOT_RUN else _SUCCEEDED
 
 
 #: The reason of an attempt that raised.

@@ -1037,8 +1037,8 @@ def test_the_end_of_a_run_is_written_although_its_loop_is_taken_down(queue, on_l
         holding = asyncio.create_task(hold(held)) if on_loop else None
         if on_loop:
             await held.wait()
-        before, running = end._running, asyncio.create_task(app.handle(JOSE, payload))
-        while end._running is before and not end._pending:  # noqa: ASYNC110
+        before, running = end._gathered.here().running, asyncio.create_task(app.handle(JOSE, payload))
+        while end._gathered.here().running is before and not end._gathered.here().pending:  # noqa: ASYNC110
             await asyncio.sleep(0)
         for _ in range(turns):
             await asyncio.sleep(0)

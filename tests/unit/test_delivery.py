@@ -341,8 +341,8 @@ def test_what_has_run_is_written_down_although_its_loop_is_taken_down(kind, tmp_
     async def leave():
         running = asyncio.create_task(app.handle(JOSE, sent[1].payload))
         end = app.delivery._ledger_client.end
-        before = end._running
-        while end._running is before and not end._pending:  # noqa: ASYNC110
+        before = end._gathered.here().running
+        while end._gathered.here().running is before and not end._gathered.here().pending:  # noqa: ASYNC110
             await asyncio.sleep(0)
         del running
 

@@ -280,8 +280,9 @@ class PostgresStore:
     async def on_loop(self) -> AsyncIterator[Pools]:
         """Keep pools of the running loop while the context lasts. Contexts may nest: the last one to end closes them."""
         loop = asyncio.get_running_loop()
-        for other in [other for other in self._loops if other.is_closed()]:
-            self._loops.pop(other).pools.terminate()
+        for other in list(self._loops):  # other threads add theirs meanwhile
+            if other.is_closed() and (left := self._loops.pop(other, None)) is not None:
+                left.pools.terminate()
         entry = self._loops.get(loop)
         if entry is None:
             entry = self._loops[loop] = _LoopPools(Pools(self.dsn, self._sizes[1]), os.getpid())
