@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from safedefer.concurrency.threads import Threads
+from safedefer.execution.context import CURRENT
 from safedefer.execution.deadline import GRACE, RunControl, Stop
 from safedefer.execution.run import CoroutineCancelled, Outcome, Result
 from safedefer.ledger import Execution
@@ -23,7 +24,9 @@ Late = Callable[[Outcome], Awaitable[None]]
 class Runs:
     """Awaits runs up to their deadlines, all with one timer.
 
-    A run that cannot be stopped is *stuck*: it goes on without its request, and another thread takes the place of its.
+    A run that cannot be stopped is *stuck*: it goes on without its request, and another thread takes the place of its. So is
+    one that was stopped and left asyncio tasks that go on, such as those that it had shielded. They are counted, and not
+    cancelled: a client that the run was the first to use may have made one, for every later run.
 
     Args:
         threads: The threads that runs are in.
@@ -48,7 +51,7 @@ class Runs:
 
     @property
     def stuck(self) -> int:
-        """The number of runs that go on past their deadlines."""
+        """The number of runs that go on past their deadlines, or whose asyncio tasks do."""
         return len(self._stuck)
 
     async def run(
@@ -76,6 +79,8 @@ class Runs:
         if loop is not self._loop:  # a new event loop: drop the state of the old one
             self._loop = loop
             self._forget()
+            if loop.get_task_factory() is None:
+                loop.set_task_factory(_make_task)
         run = _Awaited(loop, attempt, control, execution, late)
         self._waiting.add(run)
         if seconds is not None:
@@ -91,6 +96,8 @@ class Runs:
             self._waiting.discard(run)
         if run.stuck:  # also if it has returned since
             return None
+        if control.stop is not None and control.spawned:
+            self._count_spawned(run)
         if control.cancelled_with_caller:
             if cancelled:
                 raise CoroutineCancelled
@@ -155,6 +162,25 @@ class Runs:
             self._threads.add_one()
         run.task.add_done_callback(lambda _: self._returned_late(run, replaced=replaced))
         run.answered.set_result(None)
+        self._warn()
+
+    def _count_spawned(self, run: _Awaited) -> None:
+        """Count a run that was stopped as stuck while asyncio tasks that it made go on."""
+        _log.error(
+            "task %s was stopped, and %d asyncio tasks that it made go on beside its next attempt; await them, and shield none",
+            run.execution.task_id,
+            len(run.control.spawned),
+        )
+        self._stuck.add(run)
+        for task in run.control.spawned:
+            task.add_done_callback(lambda _: self._spawned_ended(run))
+        self._warn()
+
+    def _spawned_ended(self, run: _Awaited) -> None:
+        if all(task.done() for task in run.control.spawned):
+            self._stuck.discard(run)
+
+    def _warn(self) -> None:
         if self.stuck >= self.limit and not self._warned:
             self._warned = True
             _log.error(
@@ -208,3 +234,13 @@ class _Awaited:
 
 async def _await(ending: Awaitable[None]) -> None:
     await ending
+
+
+def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    """Make an asyncio task as the event loop does, and note it in the run that it belongs to."""
+    task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=loop, **options)
+    running = CURRENT.get()
+    if running is not None:
+        running.control.spawned.add(task)
+        task.add_done_callback(running.control.spawned.discard)
+    return task
