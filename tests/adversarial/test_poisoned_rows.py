@@ -20,13 +20,16 @@ from unittest import mock
 import apsw
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 from safedefer.blobs import Blob
 from safedefer.cli.common import summary
+from safedefer.cli.root import main
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict, task_digest
+from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.rates import QueueControl, QueueLimits
@@ -657,3 +660,35 @@ def test_a_total_of_blobs_in_the_database_is_counted_anew(postgres, value):
         queue.prune(now=time.time())
         queue.enqueue_many([make_task(blob=Blob("e" * 32, b"more"))])
     assert postgres.connection.execute("SELECT sum(bytes) FROM safedefer.blob_totals").fetchone() == (10,)
+
+
+# --- Purging dead letters ---------------------------------------------------------------------------------------------
+
+
+class LettersThatStay(MemoryQueue):
+    """Shows dead letters in pages, and deletes those of even numbers only."""
+
+    pages, batches = (), ()
+
+    def dead_letters(self, where, *, after=None, limit=100):
+        page = super().dead_letters(where, after=after, limit=limit)
+        self.pages = (*self.pages, len(page))
+        assert len(self.pages) < 20, "the purge has no end"
+        return page
+
+    def drop_dead(self, task_ids):
+        self.batches = (*self.batches, len(task_ids))
+        return super().drop_dead([task_id for task_id in task_ids if int(task_id, 16) % 2 == 0])
+
+
+def test_a_purge_of_dead_letters_goes_in_batches_and_has_an_end_if_some_stay(monkeypatch):
+    queue = LettersThatStay()
+    queue.enqueue_many([make_task(id=f"{n:032x}") for n in range(120)])
+    leases = queue.lease(owner="w", limit=200, seconds=60.0, now=1e9)
+    queue.settle_many([(held, Settlement(verdict=Verdict.DEAD, reason="why")) for held in leases], now=1e9)
+    app = make_app(queue=queue)
+    monkeypatch.setattr("safedefer.cli.dead.load_app_to_look", lambda _: app)
+    done = CliRunner().invoke(main, ["dead", "purge", "--yes"])
+    assert (done.exit_code, done.output) == (0, "deleted 60 dead letters\n")
+    assert queue.batches == (50, 50, 20)
+    app.close()

@@ -27,6 +27,7 @@ from safedefer.dispatcher.loop import (
     gives_up,
     judge,
 )
+from safedefer.dispatcher.prefetch import Prefetch
 from safedefer.dispatcher.request_headers import delivery_headers
 from safedefer.dispatcher.shares import TargetShares, share
 from safedefer.errors import InvalidTaskError, QueueUnavailable
@@ -851,6 +852,22 @@ async def test_a_stop_finishes_what_is_delivered_and_leases_nothing_more():
     assert len(queue.tasks(states=[TaskState.SUCCEEDED])) == 3
     assert len(queue.tasks(states=[TaskState.WAITING])) == 17
     assert queue.tasks(states=[TaskState.RUNNING]) == []
+
+
+@pytest.mark.parametrize(("rate", "ahead"), [(75.0, 7), (160.0, 16), (5_000.0, 32)])
+def test_no_more_than_a_tenth_of_a_second_of_work_is_leased_ahead_however_long_a_lease_takes(monkeypatch, rate, ahead):
+    """Where tasks hold the interpreter a lease takes long: one process held what the others had slots for."""
+    now = [100.0]
+    monkeypatch.setattr("safedefer.dispatcher.prefetch.time.monotonic", lambda: now[0])
+    prefetch = Prefetch(16)
+    assert prefetch.wanted(delivering=0) == 16
+    prefetch.leased([Lease(task_of(number), "w", 200.0) for number in range(16)], wanted=16, seconds=2.0)
+    prefetch.ready.clear()
+    for _ in range(16):
+        prefetch.delivered()
+    now[0] += 16 / rate
+    assert prefetch.wanted(delivering=16) == ahead
+    assert prefetch.wanted(delivering=15) == 1 + ahead
 
 
 async def test_what_was_leased_ahead_is_given_back_untouched():
