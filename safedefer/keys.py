@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 from itertools import chain, permutations
 from types import MappingProxyType
@@ -102,6 +102,7 @@ class Key(Immutable):
         # From here on no frame holds the secret: tracebacks with local variables reach logs.
         del secret
         if failure is not None:
+            del kid  # it may be the secret
             raise failure
         if state not in tuple(KeyState):
             raise ConfigurationError(f"the state of key {kid} is none of active, verify_only, revoked")
@@ -266,7 +267,11 @@ def _headers(kid: str) -> list[bytes]:
 def _attempt(read: Callable[[_T], list[KeyFields]], text: _T) -> list[Key] | ConfigurationError:
     """Return the keys of a text, or why it has none, without the frames that held secrets."""
     try:
-        return [Key(**fields) for fields in read(text)]
+        given = read(text)
+        keys = [Key(**fields) for fields in given]
+        if not _told_by((key.kid for key in keys), (fields["secret"] for fields in given)):
+            return keys
+        return WeakKey(_TOLD)
     except ConfigurationError as error:
         error.__context__ = error.__cause__ = None
         return error.with_traceback(None)
@@ -289,6 +294,8 @@ def _weakness(kid: object, secret: object) -> ConfigurationError | None:
         return WeakKey(
             f"the secret of key {shown_kid(kid)} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {MAKE_ONE}"
         )
+    if _told_by((kid,), (bytes(secret),)):
+        return WeakKey(_TOLD)
     # Of 32 random bytes some 30 differ.
     periodic = any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1))
     if periodic or len(set(secret)) < _MIN_DIFFERENT:
@@ -297,6 +304,24 @@ def _weakness(kid: object, secret: object) -> ConfigurationError | None:
     if secret.isascii() and _LOOKS_WRONG.search(secret.lower()):
         return WeakKey(f"the secret of key {shown_kid(kid)} looks like a placeholder or a key file; {MAKE_ONE}")
     return None
+
+
+_TOLD: Final = (
+    f"a kid has a part of a secret in it, and every token and log shows it; give the key another kid, and {MAKE_ONE}"
+)
+#: No kid has so many characters of a secret by chance.
+_TOLD_CHARACTERS: Final = 16
+
+
+def _told_by(kids: Iterable[str], secrets: Iterable[bytes]) -> bool:
+    """Whether a kid has a part of a secret in it, as it is or as base64url, base64 or hex spell it."""
+    spelled = chain.from_iterable((secret, encode_segment(secret), secret.hex().encode()) for secret in secrets)
+    parts = {part for text in spelled for part in _parts(text.lower())}
+    return any(part in parts for kid in kids for part in _parts(kid.lower().encode()))
+
+
+def _parts(text: bytes) -> Iterator[bytes]:
+    return (text[at : at + _TOLD_CHARACTERS] for at in range(len(text) - _TOLD_CHARACTERS + 1))
 
 
 _LOOKS_WRONG: Final = re.compile(
