@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from itertools import chain, permutations
 from types import MappingProxyType
 from typing import Final, Literal, NoReturn, Self, TypeAlias, TypeVar, final
 
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
-from safedefer.keyfile import MAKE_ONE, KeyFields, read_jwks, read_text, shown_kid
+from safedefer.keyfile import LOOKS_WRONG, MAKE_ONE, TOLD, KeyFields, read_jwks, read_text, shown_kid, tells_secret
 from safedefer.token import Token, decode_segment, encode_segment
 
 #: RFC 7518, section 3.2: a key for HS256 is at least as long as the hash.
@@ -267,11 +267,7 @@ def _headers(kid: str) -> list[bytes]:
 def _attempt(read: Callable[[_T], list[KeyFields]], text: _T) -> list[Key] | ConfigurationError:
     """Return the keys of a text, or why it has none, without the frames that held secrets."""
     try:
-        given = read(text)
-        keys = [Key(**fields) for fields in given]
-        if not _told_by((key.kid for key in keys), (fields["secret"] for fields in given)):
-            return keys
-        return WeakKey(_TOLD)
+        return [Key(**fields) for fields in read(text)]
     except ConfigurationError as error:
         error.__context__ = error.__cause__ = None
         return error.with_traceback(None)
@@ -294,36 +290,13 @@ def _weakness(kid: object, secret: object) -> ConfigurationError | None:
         return WeakKey(
             f"the secret of key {shown_kid(kid)} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {MAKE_ONE}"
         )
-    if _told_by((kid,), (bytes(secret),)):
-        return WeakKey(_TOLD)
+    if tells_secret((kid,), (bytes(secret),)):
+        return WeakKey(TOLD)
     # Of 32 random bytes some 30 differ.
     periodic = any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1))
     if periodic or len(set(secret)) < _MIN_DIFFERENT:
         return WeakKey(f"the secret of key {shown_kid(kid)} repeats itself; {MAKE_ONE}")
     # Looks are judged of text only: one random key in 256 begins with a brace.
-    if secret.isascii() and _LOOKS_WRONG.search(secret.lower()):
+    if secret.isascii() and LOOKS_WRONG.search(secret.lower()):
         return WeakKey(f"the secret of key {shown_kid(kid)} looks like a placeholder or a key file; {MAKE_ONE}")
     return None
-
-
-_TOLD: Final = (
-    f"a kid has a part of a secret in it, and every token and log shows it; give the key another kid, and {MAKE_ONE}"
-)
-#: No kid has so many characters of a secret by chance.
-_TOLD_CHARACTERS: Final = 16
-
-
-def _told_by(kids: Iterable[str], secrets: Iterable[bytes]) -> bool:
-    """Whether a kid has a part of a secret in it, as it is or as base64url, base64 or hex spell it."""
-    spelled = chain.from_iterable((secret, encode_segment(secret), secret.hex().encode()) for secret in secrets)
-    parts = {part for text in spelled for part in _parts(text.lower())}
-    return any(part in parts for kid in kids for part in _parts(kid.lower().encode()))
-
-
-def _parts(text: bytes) -> Iterator[bytes]:
-    return (text[at : at + _TOLD_CHARACTERS] for at in range(len(text) - _TOLD_CHARACTERS + 1))
-
-
-_LOOKS_WRONG: Final = re.compile(
-    rb"^\s*(-----begin|\{|\[|ssh-|ecdsa-)|change[-_ ]?(me|it|this)|placeholder|example|password|insecure|your[-_ ]?secret|default"
-)
