@@ -737,6 +737,16 @@ async def test_two_targets_that_never_answer_leave_slots_to_a_third():
     assert sum(most.values()) <= 12
 
 
+@pytest.mark.parametrize(("concurrency", "targets"), [(1, 1), (4, 3), (2, 5)])
+async def test_as_many_hung_targets_as_slots_leave_one_to_a_target_that_answers(concurrency, targets):
+    """Three hung targets held four slots until their timeouts, and nothing else was delivered."""
+    hung = tuple(f"hung{number}" for number in range(targets))
+    tasks = [task_of(n, target=hung[n % targets]) for n in range(1, 31)]
+    good = [task_of(n, target="up") for n in range(100, 105)]
+    most = await hang(tasks, good, concurrency, hung=hung)
+    assert sum(most.values()) <= concurrency + targets
+
+
 async def test_a_target_alone_has_all_slots():
     most = 0
 
