@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Annotated, Any, Final, Literal, Required, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from safedefer.errors import ConfigurationError, MalformedToken
-from safedefer.token import decode_segment
+from safedefer.errors import ConfigurationError, MalformedToken, WeakKey
+from safedefer.token import decode_segment, encode_segment
 
 MAKE_ONE: Final = "make one with `safedefer keys new`"
+LOOKS_WRONG: Final = re.compile(
+    rb"^\s*(-----begin|\{|\[|ssh-|ecdsa-)|change[-_ ]?(me|it|this)|placeholder|example|password|insecure|your[-_ ]?secret|default"
+)
+"""Finds what no random secret looks like, in one that is text."""
+TOLD: Final = (
+    f"a kid has a part of a secret in it, and every token and log shows it; give the key another kid, and {MAKE_ONE}"
+)
+#: No kid has so many characters of a secret by chance.
+_TOLD_CHARACTERS: Final = 16
 _State = Literal["active", "verify_only", "revoked"]
 
 
@@ -109,7 +119,7 @@ def read_text(text: str) -> list[KeyFields]:
         if not colon:
             raise ConfigurationError(f"keys are written kid:base64url, separated by commas; {MAKE_ONE}")
         keys.append({"kid": kid, "secret": _decode_secret(kid, secret), "state": "verify_only" if keys else "active"})
-    return keys
+    return _untold(keys)
 
 
 def read_jwks(text: str | bytes) -> list[KeyFields]:
@@ -127,7 +137,7 @@ def read_jwks(text: str | bytes) -> list[KeyFields]:
                 raise ConfigurationError(f"the key file is refused: {item['msg']}") from None
         places = ", ".join(".".join(map(str, item["loc"])) or "the text" for item in wrong[:3])
         raise ConfigurationError(f"the key file is not a JWK Set of oct keys (wrong: {places}); {MAKE_ONE}") from None
-    return [
+    return _untold(
         {
             "kid": jwk.kid,
             "secret": _decode_secret(jwk.kid, jwk.k),
@@ -137,7 +147,15 @@ def read_jwks(text: str | bytes) -> list[KeyFields]:
             "pickle": jwk.safedefer_pickle,
         }
         for jwk in jwks.keys
-    ]
+    )
+
+
+def _untold(keys: Iterable[KeyFields]) -> list[KeyFields]:
+    """Return keys of which no kid has a part of any secret in it; one of its own ``keys.Key`` refuses too."""
+    found = list(keys)
+    if tells_secret((key["kid"] for key in found), (key["secret"] for key in found)):
+        raise WeakKey(TOLD)
+    return found
 
 
 def shown_kid(kid: str) -> str:
@@ -154,3 +172,14 @@ def _decode_secret(kid: str, text: str) -> bytes:
         raise ConfigurationError(
             f"the secret of key {shown_kid(kid)} is not base64url without padding; {MAKE_ONE}"
         ) from None
+
+
+def tells_secret(kids: Iterable[str], secrets: Iterable[bytes]) -> bool:
+    """Whether a kid has a part of a secret in it, as it is or as base64url, base64 or hex spell it."""
+    spelled = chain.from_iterable((secret, encode_segment(secret), secret.hex().encode()) for secret in secrets)
+    parts = {part for text in spelled for part in _parts(text.lower())}
+    return any(part in parts for kid in kids for part in _parts(kid.lower().encode()))
+
+
+def _parts(text: bytes) -> Iterator[bytes]:
+    return (text[at : at + _TOLD_CHARACTERS] for at in range(len(text) - _TOLD_CHARACTERS + 1))

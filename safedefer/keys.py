@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Final, Literal, NoReturn, Self, TypeAlias, TypeVar, final
 
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
-from safedefer.keyfile import MAKE_ONE, KeyFields, read_jwks, read_text, shown_kid
+from safedefer.keyfile import LOOKS_WRONG, MAKE_ONE, TOLD, KeyFields, read_jwks, read_text, shown_kid, tells_secret
 from safedefer.token import Token, decode_segment, encode_segment
 
 #: RFC 7518, section 3.2: a key for HS256 is at least as long as the hash.
@@ -102,6 +102,7 @@ class Key(Immutable):
         # From here on no frame holds the secret: tracebacks with local variables reach logs.
         del secret
         if failure is not None:
+            del kid  # it may be the secret
             raise failure
         if state not in tuple(KeyState):
             raise ConfigurationError(f"the state of key {kid} is none of active, verify_only, revoked")
@@ -289,16 +290,13 @@ def _weakness(kid: object, secret: object) -> ConfigurationError | None:
         return WeakKey(
             f"the secret of key {shown_kid(kid)} has {len(secret)} bytes and needs {MIN_SECRET_BYTES}; {MAKE_ONE}"
         )
+    if tells_secret((kid,), (bytes(secret),)):
+        return WeakKey(TOLD)
     # Of 32 random bytes some 30 differ.
     periodic = any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1))
     if periodic or len(set(secret)) < _MIN_DIFFERENT:
         return WeakKey(f"the secret of key {shown_kid(kid)} repeats itself; {MAKE_ONE}")
     # Looks are judged of text only: one random key in 256 begins with a brace.
-    if secret.isascii() and _LOOKS_WRONG.search(secret.lower()):
+    if secret.isascii() and LOOKS_WRONG.search(secret.lower()):
         return WeakKey(f"the secret of key {shown_kid(kid)} looks like a placeholder or a key file; {MAKE_ONE}")
     return None
-
-
-_LOOKS_WRONG: Final = re.compile(
-    rb"^\s*(-----begin|\{|\[|ssh-|ecdsa-)|change[-_ ]?(me|it|this)|placeholder|example|password|insecure|your[-_ ]?secret|default"
-)

@@ -177,8 +177,9 @@ class Policy(Immutable):
 
     def __repr__(self) -> str:
         """Show the patterns."""
-        marks = ", deferrable=True" if self._deferrable else ""
-        return f"Policy({', '.join(map(repr, self.patterns))}{marks})"
+        # One that was refused while it was made is shown in its traceback.
+        marks = ", deferrable=True" if getattr(self, "_deferrable", False) else ""
+        return f"Policy({', '.join(map(repr, getattr(self, 'patterns', ())))}{marks})"
 
     @property
     def is_settled(self) -> bool:

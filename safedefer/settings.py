@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Final, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -133,8 +133,10 @@ class Settings(BaseSettings):
             ConfigurationError: A variable is wrong; the message names it, not its value.
         """
         _warn_of_unknown(os.environ)
+        # Keys that were taken out of the environment, unless it has others since.
+        given = {} if any(_is_keys(name) and text for name, text in os.environ.items()) else dict(_taken)
         try:
-            return cls()
+            return cls(**given)
         except ValidationError as error:
             found = "; ".join(
                 f"SAFEDEFER_{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors()
@@ -171,6 +173,26 @@ class Settings(BaseSettings):
                 "'shop.tasks,shop.jobs.*' (`safedefer keys new` prints the other setting that is needed)"
             )
         return Policy(*(self.policy or ()), deferrable=self.deferrable)
+
+
+_taken: Final[dict[str, Any]] = {}
+"""``keys`` of the environment, once they were taken out of it."""
+
+
+def _is_keys(name: str) -> bool:
+    return name.upper() == f"{_PREFIX}KEYS"
+
+
+def take_keys_from_environment() -> None:
+    """Take ``SAFEDEFER_KEYS`` out of the environment, which every program that a task starts inherits.
+
+    ``Settings.load`` of this process finds them still. What the process was started with, the system shows to programs of
+    the same user.
+    """
+    for name in [name for name in os.environ if _is_keys(name)]:
+        text = os.environ.pop(name)
+        if text:
+            _taken["keys"] = SecretStr(text)
 
 
 _warned: Final[set[str]] = set()

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -16,6 +16,8 @@ from safedefer.errors import DeferError, Error, RejectedTask
 from safedefer.queues.base import DeadFilter, TaskState, TaskView
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+_PURGED_AT_ONCE: Final = 50
 
 
 @click.group()
@@ -125,8 +127,11 @@ def dead_purge(*, app: str | None, **given: Any) -> None:
     """Delete dead letters for good; export them first."""
     loaded = load_app_to_look(app)
     where, dropped = _where(**given), 0
-    while page := loaded.queue.dead_letters(where, limit=500):
+    after: tuple[float, str] | None = None
+    # A page is a transaction. Each may have 2 MiB and its records; one that somebody else wrote may be shown, and not go.
+    while page := loaded.queue.dead_letters(where, after=after, limit=_PURGED_AT_ONCE):
         dropped += loaded.queue.drop_dead([view.id for view in page])
+        after = (page[-1].ended or 0.0, page[-1].id)
     click.echo(f"deleted {dropped} dead letters")
 
 

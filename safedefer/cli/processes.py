@@ -26,6 +26,7 @@ from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDeliver
 from safedefer.dispatcher.signed_route import SignedRoute
 from safedefer.errors import QueueUnavailable
 from safedefer.sending.addresses import check_address
+from safedefer.settings import take_keys_from_environment
 from safedefer.web.server import serving
 
 _log: Final = logging.getLogger("safedefer")
@@ -102,7 +103,6 @@ def serve(
     if worker is None and (processes > 1 or max_tasks is not None):
         _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
     loaded = _load(app, concurrency)
-    _hide_keys(app, loaded)
 
     async def work() -> None:
         loaded.delivery.stop_renewal_after(hang_seconds)
@@ -196,7 +196,6 @@ def run(
     if worker is None:
         _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
     loaded = _load(app, concurrency)
-    _hide_keys(app, loaded)
 
     async def work() -> None:
         loaded.delivery.stop_renewal_after(hang_seconds)
@@ -273,18 +272,14 @@ def _check_tables(app: App) -> None:
 def _load(spec: str | None, concurrency: int | None) -> App:
     """Load the App of a process that delivers or runs tasks; ``concurrency`` replaces its own, for slots and deliveries."""
     app = load_app(spec)
+    if spec is None:
+        configure(app)  # the functions of `deferred` use this one, and need not make another
+    take_keys_from_environment()
     if concurrency is not None:
         app.delivery_options = replace(app.delivery_options, concurrency=concurrency)
     if not app.environment_given:
         _log.warning("%s", NO_ENVIRONMENT)
     return app
-
-
-def _hide_keys(spec: str | None, app: App) -> None:
-    """Take the keys out of the environment, which every program that a task starts inherits."""
-    if spec is None:
-        configure(app)  # the functions of `deferred` use this one, and need not make another
-        os.environ.pop("SAFEDEFER_KEYS", None)
 
 
 def _is_used_up(app: App, tasks: int | None) -> bool:

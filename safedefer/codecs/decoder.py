@@ -259,6 +259,18 @@ class Decoder:
                 self.admit(definer)
 
 
+def check_callee(gate: Gate, obj: object) -> None:
+    """Ask the gate about a value that somebody will call, as of the callable of a task.
+
+    Raises:
+        PolicyViolation: The policy, or the key, does not admit it.
+    """
+    try:
+        gate.callable_ref(obj)
+    except NotDeferrable as error:
+        raise PolicyViolation(f"a value inside the arguments may not be called: {error}") from error
+
+
 # --- Shapes of payloads ---------------------------------------------------------------------------
 
 

@@ -42,9 +42,11 @@ from zoneinfo import ZoneInfo
 
 import cloudpickle  # type: ignore[import-untyped]
 
+from safedefer.codecs.decoder import check_callee
 from safedefer.codecs.inspect_safely import derives, dict_getter, lookup
 from safedefer.codecs.shared import CallData, Refusal, Values
 from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, check_offsets, imports_when_shown
+from safedefer.codecs.zones import has_zone, is_key
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
 from safedefer.options import Limits
@@ -386,6 +388,15 @@ class _Reader(_Unpickler):  # type: ignore[misc]
             or (func is Fraction and kinds != {id(int)})
         ):
             raise _Refused("the pickle makes an object from a number or range that may be of any size")
+        if func is ZoneInfo and not (len(args) == 1 and type(args[0]) is str and is_key(args[0]) and has_zone(args[0])):
+            raise _Refused("the time zone is not in this machine's database")
+        if (
+            func is defaultdict
+            and args
+            and args[0] is not None
+            and not (type(args[0]) is type and args[0] in HARMLESS_TYPES)
+        ):
+            check_callee(self._gate, args[0])
 
     def _check_target(self, target: object) -> None:
         kind = type(target)

@@ -149,7 +149,7 @@ class Delivery:
 
     @property
     def stuck(self) -> int:
-        """The number of runs that go on past their deadlines: threads, and coroutines that suppress a cancellation."""
+        """The number of runs that were stopped and go on: threads, suppressed cancellations, asyncio tasks left behind."""
         return self._runs.stuck
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 
 from safedefer.concurrency.per_loop import PerLoop
 from safedefer.concurrency.threads import Threads
+from safedefer.execution.context import CURRENT
 from safedefer.execution.deadline import GRACE, RunControl, Stop
 from safedefer.execution.run import CoroutineCancelled, Outcome, Result, outcome_of
 from safedefer.ledger import Execution
@@ -83,7 +84,9 @@ class RequestCount:
 class Runs:
     """Awaits runs up to their deadlines, those of an event loop with one timer.
 
-    A run that cannot be stopped is *stuck*: it goes on without its request, and another thread takes the place of its.
+    A run that cannot be stopped is *stuck*: it goes on without its request, and another thread takes the place of its. So is
+    one that was stopped and left asyncio tasks that go on, such as those that it had shielded. They are counted, and not
+    cancelled: a client that the run was the first to use may have made one, for every later run.
 
     Args:
         threads: The threads that runs are in.
@@ -100,7 +103,7 @@ class Runs:
 
     @property
     def stuck(self) -> int:
-        """The number of runs that go on past their deadlines."""
+        """The number of runs that go on past their deadlines, or whose asyncio tasks do."""
         return len(self._stuck)
 
     async def run(
@@ -140,6 +143,8 @@ class Runs:
             here.waiting.discard(run)
         if run.stuck:  # also if it has returned since
             return None
+        if control.stop is not None and control.spawned:
+            self._count_spawned(run)
         if control.cancelled_with_caller:
             if cancelled:
                 raise CoroutineCancelled
@@ -208,6 +213,25 @@ class Runs:
             self._threads.add_one()
         run.task.add_done_callback(lambda _: self._returned_late(run, replaced=replaced))
         run.answered.set_result(None)
+        self._warn()
+
+    def _count_spawned(self, run: _Awaited) -> None:
+        """Count a run that was stopped as stuck while asyncio tasks that it made go on."""
+        _log.error(
+            "task %s was stopped, and %d asyncio tasks that it made go on beside its next attempt; await them, and shield none",
+            run.execution.task_id,
+            len(run.control.spawned),
+        )
+        self._stuck.add(run)
+        for task in run.control.spawned:
+            task.add_done_callback(lambda _: self._spawned_ended(run))
+        self._warn()
+
+    def _spawned_ended(self, run: _Awaited) -> None:
+        if all(task.done() for task in run.control.spawned):
+            self._stuck.discard(run)
+
+    def _warn(self) -> None:
         if self.stuck >= self.limit and not self._warned:
             self._warned = True
             _log.error(
@@ -244,6 +268,8 @@ class _LoopRuns:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        if loop.get_task_factory() is None:
+            loop.set_task_factory(_make_task)
         self.waiting: set[_Awaited] = set()
         """Runs whose requests wait for them."""
         self.timer: asyncio.TimerHandle | None = None
@@ -300,3 +326,13 @@ class _Awaited:
 
 async def _await(ending: Awaitable[None]) -> None:
     await ending
+
+
+def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    """Make an asyncio task as the event loop does, and note it in the run that it belongs to."""
+    task: asyncio.Task[Any] = asyncio.Task(coroutine, loop=loop, **options)
+    running = CURRENT.get()
+    if running is not None:
+        running.control.spawned.add(task)
+        task.add_done_callback(running.control.spawned.discard)
+    return task

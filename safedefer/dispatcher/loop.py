@@ -254,7 +254,7 @@ class Dispatcher:
         if state.attempts.targets and state.attempts.targets.pause(now=self._clock()) > 0:
             return False
         self._start()  # a target that had no room may have some, or has been silent for long enough
-        wanted = state.prefetch.wanted(len(state.deliveries))
+        wanted = state.prefetch.wanted(len(state.deliveries) - self._extra)
         if wanted <= 0 or state.suspect is not None:
             return False
         state.leasing = True
@@ -290,8 +290,9 @@ class Dispatcher:
         state, now = self._state, self._clock()
         if state.attempts.targets and (pause := state.attempts.targets.pause(now=now)) > 0:
             await self._sleep(pause)
-        elif len(state.deliveries) >= self._options.concurrency or state.suspect is not None:
-            await self._sleep(self._options.poll_seconds)
+        elif len(state.deliveries) >= self._options.concurrency + self._extra or state.suspect is not None:
+            poll = self._options.poll_seconds  # a target may turn out to hang, which makes room for another one
+            await self._sleep(min(poll, ANSWERS_SECONDS) if self._deliver.several else poll)
         elif state.prefetch.ready:  # their targets have no room
             await self._sleep(min(self._options.poll_seconds, ANSWERS_SECONDS))
         else:
@@ -315,7 +316,9 @@ class Dispatcher:
         state = self._state
         ready = state.prefetch.ready
         waiting: list[Lease] = []
-        while ready and len(state.deliveries) < self._options.concurrency and not self._stopping.is_set():
+        while (
+            ready and len(state.deliveries) < self._options.concurrency + self._extra and not self._stopping.is_set()
+        ):
             self._start_one(ready.popleft(), waiting)
         ready.extendleft(reversed(waiting))
         suspect = state.suspect
@@ -323,6 +326,11 @@ class Dispatcher:
             self._start_one(suspect, waiting)
             if suspect.owner not in state.deliveries and not waiting:  # it was postponed
                 self._end_suspect()
+
+    @property
+    def _extra(self) -> int:
+        """The slots beyond ``concurrency``: one for each target that hangs."""
+        return self._state.attempts.shares.hung if self._deliver.several else 0
 
     def _start_one(self, lease: Lease, waiting: list[Lease]) -> None:
         if self._deliver.several and not self._has_room(lease, waiting):

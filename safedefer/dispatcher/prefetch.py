@@ -18,6 +18,9 @@ from safedefer.queues.rules import must_be_alone
 _AHEAD_SECONDS: Final = 0.02
 #: The same, in lease calls of late: the slots have work while the next call is under way.
 _AHEAD_LEASES: Final = 3.0
+#: The most work to lease ahead, in seconds: of long tasks one process would hold what another one has slots for. Calls take
+#: long where tasks hold the interpreter, and the slots are full of work then.
+_MOST_AHEAD_SECONDS: Final = 0.1
 #: The most tasks to lease ahead, as a multiple of the slots.
 _AHEAD_SLOTS: Final = 2
 
@@ -55,7 +58,7 @@ class Prefetch:
         if len(self._ended) < self._slots:
             return 0
         rate = len(self._ended) / max(time.monotonic() - self._ended[0], 1e-6)
-        seconds = _AHEAD_SECONDS + _AHEAD_LEASES * self._lease_took
+        seconds = min(_AHEAD_SECONDS + _AHEAD_LEASES * self._lease_took, _MOST_AHEAD_SECONDS)
         return min(_AHEAD_SLOTS * self._slots, int(rate * seconds))
 
     def leased(self, leases: Sequence[Lease], *, wanted: int, seconds: float) -> bool:

@@ -2,7 +2,8 @@
 
 It matters only where tasks go to several targets. A target that answers holds three quarters of the slots at most, any
 other one half of them; slots that targets hold without answering are taken off before. So a second target that hangs
-takes half of what the first one left, and each target that answers finds a slot.
+takes half of what the first one left. Each target may hold one slot in any case: so there is one more for each target that
+hangs, and each target that answers finds a slot, however many others hang.
 """
 
 from __future__ import annotations
@@ -86,6 +87,15 @@ class TargetShares:
         now = self._clock()
         silent = sum(one.held for one in self._targets.values() if one is not target and not _answers(one, now))
         return target.held < share(self._slots, silent, answers=_answers(target, now))
+
+    @property
+    def hung(self) -> int:
+        """The number of targets that hold slots and have been silent for longer than one that answers."""
+        now = self._clock()
+        return sum(
+            one.held > 0 and not _answers(one, now) and now - one.began > ANSWERS_SECONDS
+            for one in self._targets.values()
+        )
 
     def postpone(self, address: str, *, now: float) -> Settlement | None:
         """Return the settlement of a task for a target without room that has been silent; None: it answers, or may yet."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from threading import Lock
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from asyncio import Task
 
 #: Seconds that one attempt may take where neither the task nor its queue says so (App Engine's push queues).
 DEFAULT_DEADLINE: Final = 600.0
@@ -35,7 +38,7 @@ class Stop(StrEnum):
 class RunControl:
     """The state that a run shares with its handler: what it is doing, and whether it is to stop."""
 
-    __slots__ = ("_returned", "_then", "_unclaimed", "cancelled_with_caller", "in_thread", "stop")
+    __slots__ = ("_returned", "_then", "_unclaimed", "cancelled_with_caller", "in_thread", "spawned", "stop")
 
     def __init__(self) -> None:
         self.in_thread = False
@@ -44,6 +47,8 @@ class RunControl:
         """Why the run is to stop; None while it may go on."""
         self.cancelled_with_caller = False
         """Whether the run ended with the cancellation of its caller, and nothing of it runs any more."""
+        self.spawned: set[Task[Any]] = set()
+        """The asyncio tasks that the run has made, and those have made, and that have not ended."""
         self._unclaimed: list[None] = []
         self._returned: object = None
         self._then: Callable[[object], None] | None = None

@@ -12,6 +12,7 @@ from safedefer.blobs import BlobStore
 from safedefer.claims import split_audience
 from safedefer.codecs.protocol import Codec
 from safedefer.codecs.registry import REGISTRY
+from safedefer.codecs.zones import load_zones
 from safedefer.errors import PermanentTaskFailure
 from safedefer.execution.around import Around, SyncManager, await_within, call_within, managers
 from safedefer.execution.prepare import Prepared, is_async, prepare
@@ -63,6 +64,7 @@ class DirectRunner:
             self._policy.load()
             self._verifier.load()
             REGISTRY.discover()
+            load_zones()
             self._loaded = True
 
     def run(self, data: bytes) -> object:

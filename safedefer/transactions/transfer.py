@@ -9,7 +9,7 @@ The outbox carries opaque bytes, like the queue: nothing here can decode, import
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -28,6 +28,10 @@ _BATCH: Final = 100
 _BATCH_BYTES: Final = 32 * 2**20
 #: A longer row is no task: tokens are limited to 1 MiB, unless a limit was raised.
 _ROW_BYTES: Final = 64 * 2**20
+#: A longer row is larger than most tasks can be: its size is read first, and its text by itself. What is no task is put aside.
+_LARGE_BYTES: Final = 4 * 2**20
+#: Large rows that are put aside, and not read again. Where there are more, no large row is read.
+_ASIDE: Final = 1_000
 #: Milliseconds that a lock is waited for: another role may hold one.
 _LOCK_MILLISECONDS: Final = 2_000
 #: Characters of the longest id that is read, and of a name that is logged. An id of ours has 32.
@@ -40,7 +44,7 @@ _COMPLAINTS: Final = 1_000
 _PAGE: Final = {
     "postgresql": """
         SELECT id, created, CASE
-            WHEN size OPERATOR(pg_catalog.<=) :longest THEN pg_catalog.convert_to(task, 'UTF8'::pg_catalog.name) END
+            WHEN size OPERATOR(pg_catalog.<=) :longest THEN pg_catalog.convert_to(task, 'UTF8'::pg_catalog.name) END, size
         FROM (
             SELECT id, created, task, size,
                 pg_catalog.sum(size) OVER (ORDER BY created, id ROWS UNBOUNDED PRECEDING) AS total
@@ -54,7 +58,7 @@ _PAGE: Final = {
         WHERE total OPERATOR(pg_catalog.-) size OPERATOR(pg_catalog.<) :bytes ORDER BY created, id
     """,
     "sqlite": """
-        SELECT id, created, CASE WHEN size <= :longest THEN CAST(task AS BLOB) END FROM (
+        SELECT id, created, CASE WHEN size <= :longest THEN CAST(task AS BLOB) END, size FROM (
             SELECT id, created, task, size, sum(size) OVER (ORDER BY created, id ROWS UNBOUNDED PRECEDING) AS total FROM (
                 SELECT CAST(id AS BLOB) AS id, CAST(created AS REAL) AS created, task, length(task) AS size
                 FROM {table} WHERE task IS NOT NULL AND created IS NOT NULL
@@ -63,6 +67,13 @@ _PAGE: Final = {
         ) AS page
         WHERE total - size < :bytes ORDER BY created, id
     """,
+}
+_TEXT: Final = {
+    "postgresql": """
+        SELECT pg_catalog.convert_to(task, 'UTF8'::pg_catalog.name) FROM ONLY {table}
+        WHERE id OPERATOR(pg_catalog.=) CAST(:id AS pg_catalog.text) AND pg_catalog.octet_length(task) OPERATOR(pg_catalog.<=) :longest
+    """,
+    "sqlite": "SELECT CAST(task AS BLOB) FROM {table} WHERE id = :id AND length(task) <= :longest",
 }
 _AFTER: Final = {
     "postgresql": """
@@ -104,7 +115,8 @@ class _OutboxRow(NamedTuple):
     raw_id: bytes
     created: float
     text: bytes | None
-    """None if it is too long."""
+    """None if it is too long, or put aside."""
+    size: int
 
     @property
     def id(self) -> str:
@@ -134,6 +146,8 @@ class Transfer:
         self.environment = environment
         self._queues = None if queues is None else frozenset(queues)
         self._said: set[object] = set()
+        self._aside: set[tuple[str, bytes, int]] = set()
+        """Large rows that are no tasks of this application: the table, the id, the size."""
 
     def says_first(self, *complaint: object) -> bool:
         """Whether a complaint is to be logged: once, and none any more after so many."""
@@ -263,7 +277,7 @@ class Transfer:
         values: dict[str, object] = {
             "limit": _BATCH,
             "bytes": _BATCH_BYTES,
-            "longest": _ROW_BYTES,
+            "longest": min(_LARGE_BYTES, _ROW_BYTES),
             "id_length": _ID_LENGTH,
         }
         if "environment" in table.columns:
@@ -272,12 +286,40 @@ class Transfer:
             values |= {"created": after.created, "id": after.raw_id}
         if source.dialect == "postgresql":
             async with self._locked(source, table):
-                rows = await source.rows(statement, values)
+                return await self._rows(source, table, statement, values)
         else:
             # Without the write lock, which would keep others from the file: reading runs no trigger.
             async with _reading(source):
-                rows = await source.rows(statement, values)
-        return [_OutboxRow(bytes(row[0]), float(row[1]), None if row[2] is None else bytes(row[2])) for row in rows]
+                return await self._rows(source, table, statement, values)
+
+    async def _rows(
+        self, source: Source, table: Table, statement: str, values: Mapping[str, object]
+    ) -> list[_OutboxRow]:
+        rows = []
+        for raw_id, created, text, size in await source.rows(statement, values):
+            row = _OutboxRow(bytes(raw_id), float(created), None if text is None else bytes(text), int(size))
+            rows.append(row if row.text is not None else await self._with_text(source, table, row))
+        return rows
+
+    async def _with_text(self, source: Source, table: Table, row: _OutboxRow) -> _OutboxRow:
+        """Return a large row with its text, unless it is too large, or was read before and is no task."""
+        key = (table.name, row.raw_id, row.size)
+        if row.size > _ROW_BYTES or key in self._aside:
+            return row
+        if len(self._aside) >= _ASIDE:
+            if self.says_first("many large", table.name):
+                _log.error(
+                    "the outbox %a has over %d large rows that are no tasks; no other large row is read before they are "
+                    "deleted, and this process restarted",
+                    table.name, _ASIDE,
+                )  # fmt: skip
+            return row
+        try:
+            values = {"id": row.raw_id.decode(), "longest": _ROW_BYTES}
+        except UnicodeDecodeError:
+            return row
+        found = await source.rows(_TEXT[source.dialect].format(table=table.name), values)
+        return row._replace(text=bytes(found[0][0])) if found else row
 
     async def _delete(self, source: Source, table: Table, task_ids: Sequence[str]) -> int:
         statement = _DELETE[source.dialect].format(table=table.name)
@@ -287,7 +329,13 @@ class Transfer:
 
     def _hand_over(self, queue: RelayedTo, table: Table, rows: Sequence[_OutboxRow]) -> _HandedOver:
         """Enqueue the tasks of some rows."""
-        tasks = [task for row in rows if (task := self._task(table, row)) is not None]
+        tasks = []
+        for row in rows:
+            task = self._task(table, row)
+            if task is not None:
+                tasks.append(task)
+            elif row.size > _LARGE_BYTES and row.text is not None:
+                self._aside.add((table.name, row.raw_id, row.size))
         if not tasks:
             return _HandedOver(())
         try:

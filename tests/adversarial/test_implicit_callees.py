@@ -4,17 +4,29 @@ import io
 import logging
 import pickle
 import threading
-from collections import OrderedDict
+from base64 import b64encode
+from collections import OrderedDict, defaultdict
 from enum import Enum
 from typing import Generic, TypeVar
 
 import pytest
 from pydantic import BaseModel
 
-from safedefer.errors import CapabilityExceeded, ConfigurationError, NotDeferrable, PolicyViolation
+from safedefer.codecs.pickled import PickledCodec
+from safedefer.codecs.typed import CallData
+from safedefer.errors import (
+    CapabilityExceeded,
+    ConfigurationError,
+    NotDeferrable,
+    PolicyViolation,
+    RejectedTask,
+    UnencodableArgument,
+)
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND, reference
 from tests.adversarial.forge import NOW, URL, make_app, mint
+from tests.adversarial.test_pickled import STAMP
+from tests.zoo.exactly import carry_one, decode_one
 
 HOME = __name__
 T = TypeVar("T")
@@ -190,3 +202,76 @@ def test_a_pattern_of_a_construction_is_no_callee_itself():
         policy.load_callable(reference("class", "logging", "FileHandler", None))
     with pytest.raises(ConfigurationError):
         Policy(f"{HOME}:Plain.missing").load()
+
+
+# --- Factories of defaultdicts ----------------------------------------------------------------------------------------
+
+
+class Calls:
+    def __call__(self):
+        return []
+
+
+def make_handler():
+    return None
+
+
+class Borrowed:
+    def __call__(self):
+        return []
+
+
+class Borrower(Borrowed):
+    pass
+
+
+FACTORIES = {
+    "a class that inherits an __init__ of another": (Handler, {"$class": f"{HOME}:Handler"}),
+    "a class of a list": (Names, {"$class": f"{HOME}:Names"}),
+    "a class of bytes": (Bytes, {"$class": f"{HOME}:Bytes"}),
+    "an object that calls what another class defines": (Borrower(), {"$object": {"class": f"{HOME}:Borrower"}}),
+}
+
+
+@pytest.mark.parametrize("what", FACTORIES)
+def test_the_factory_of_a_defaultdict_passes_the_rule_of_callees(what):
+    """Code that looks a missing key up calls it: a class that may be a value, and no callee, was called so."""
+    policy = Policy(HOME) if "object" not in what else Policy(f"{HOME}:Borrower")
+    with pytest.raises(PolicyViolation, match="may not be called|not admitted"):
+        decode_one({"$defaultdict": [FACTORIES[what][1], ["k", 1]]}, policy=policy)
+
+
+@pytest.mark.parametrize("what", FACTORIES)
+def test_the_sender_of_such_a_factory_is_told(what):
+    factory = FACTORIES[what][0]
+    policy = Policy(HOME) if "object" not in what else Policy(f"{HOME}:Borrower")
+    with pytest.raises(UnencodableArgument, match="missing key"):
+        carry_one(defaultdict(factory), _policy=policy)
+
+
+def test_a_factory_is_within_the_keys_patterns_as_a_callee():
+    """The key may name the class, and not call it: ``Names`` needs ``list.__init__`` in the patterns of the key too."""
+    policy = Policy(HOME, "builtins:list.__init__")
+    assert decode_one({"$defaultdict": [{"$class": f"{HOME}:Names"}]}, policy=policy)["missing"] == Names()
+    with pytest.raises(PolicyViolation):
+        decode_one({"$defaultdict": [{"$class": f"{HOME}:Names"}]}, policy=policy.restricted([HOME]))
+
+
+def test_factories_that_may_be_called_arrive():
+    for factory in (list, int, dict, set, Calls, Calls(), None, make_handler):
+        arrived = carry_one(defaultdict(factory), _policy=POLICY)
+        assert type(arrived.default_factory) is type(factory)
+    assert decode_one({"$defaultdict": [{"$class": "builtins:list"}]}, policy=POLICY)["missing"] == []
+
+
+def unpickled(value, policy):
+    data = b64encode(pickle.dumps(((), (value,), {}), 5)).decode()
+    (arrived,) = PickledCodec().decode(CallData(UNBOUND, [data, *STAMP], {}), policy, text=b"").args
+    return arrived
+
+
+def test_the_factory_of_a_pickled_defaultdict_passes_the_rule_too():
+    for factory, policy in ((Borrower(), Policy(f"{HOME}:Borrower")), (Handler, POLICY)):
+        with pytest.raises(RejectedTask):
+            unpickled(defaultdict(factory), policy)
+    assert unpickled(defaultdict(Calls()), POLICY)["missing"] == []

@@ -8,9 +8,16 @@ import traceback
 
 import pytest
 
-from safedefer.errors import ConfigurationError
-from safedefer.keys import Keyring
+from safedefer import settings
+from safedefer.app import App
+from safedefer.cli import processes
+from safedefer.errors import ConfigurationError, WeakKey
+from safedefer.keys import Key, Keyring
+from safedefer.policy import Policy
+from safedefer.queues.postgres.queue import PostgresQueue
+from safedefer.queues.sqlite.queue import SQLiteQueue
 from safedefer.settings import Settings
+from tests import sample_tasks
 
 SECRETS = [bytes(range(200 + n, 232 + n)) for n in (0, 10, 20)]
 TEXTS = [base64.urlsafe_b64encode(secret).rstrip(b"=").decode() for secret in SECRETS]
@@ -36,12 +43,12 @@ def chained(error):
 
 
 def shown_by(error, *, but):
-    """Return the text of every exception of a chain, and of every local variable of its frames but the test's own."""
+    """Return the text of every exception of a chain, and of every local variable of its frames but the test's own (None: but this file's)."""
     texts = []
     for each in chained(error):
         texts += [str(each), repr(each), repr(vars(each)), repr(each.args)]
         for frame, _ in traceback.walk_tb(each.__traceback__):
-            if frame.f_code is not but:
+            if frame.f_code is not but and (but is not None or frame.f_code.co_filename != __file__):
                 texts += [f"{name}={value!r}" for name, value in frame.f_locals.items()]
     return "\n".join(texts)
 
@@ -110,6 +117,89 @@ def test_no_frame_of_another_wrong_setting_holds_a_secret(monkeypatch):
     with pytest.raises(ConfigurationError, match="SAFEDEFER_CONCURRENCY") as caught:
         Settings.load()
     assert_hidden(caught.value, test_no_frame_of_another_wrong_setting_holds_a_secret.__code__)
+
+
+# --- A kid that tells the secret --------------------------------------------------------------------------------------
+
+TELLING = {
+    "the secret": TEXTS[0],
+    "the secret in another case": TEXTS[0].swapcase(),
+    "a name and half of the secret": f"prod-{TEXTS[0][:22]}",
+    "the end of the secret": TEXTS[0][-16:],
+    "the secret in hex": SECRETS[0].hex(),
+    "half of it in hex, in capitals": f"K_{SECRETS[0].hex().upper()[10:42]}",
+}
+
+
+@pytest.mark.parametrize("label", TELLING)
+def test_a_kid_that_has_a_part_of_the_secret_in_it_is_refused(label):
+    """Every token and every log line about the key shows the kid."""
+    kid = TELLING[label]
+    for make in (
+        lambda: Keyring.from_text(f"{kid}:{TEXTS[0]}"),
+        lambda: Keyring.from_jwks(jwks(jwk(kid=kid))),
+        lambda: Key(kid, SECRETS[0]),
+    ):
+        with pytest.raises(WeakKey, match="a kid has a part of a secret in it") as caught:
+            make()
+        assert_hidden(caught.value, None)
+
+
+def test_a_kid_that_has_a_part_of_another_keys_secret_in_it_is_refused():
+    for read, text in (
+        (Keyring.from_text, f"a:{TEXTS[0]},{TEXTS[0][:20]}:{TEXTS[1]}"),
+        (Keyring.from_jwks, jwks(jwk(), jwk(1, kid=TEXTS[0], safedefer_state="revoked"))),
+    ):
+        with pytest.raises(WeakKey, match="a kid has a part of a secret in it") as caught:
+            read(text)
+        assert_hidden(caught.value, test_a_kid_that_has_a_part_of_another_keys_secret_in_it_is_refused.__code__)
+
+
+def test_a_secret_of_text_is_looked_for_too():
+    with pytest.raises(WeakKey, match="a kid has a part"):
+        Key("correct-horse-battery", b"correct-horse-battery-staple-0123456789")
+
+
+@pytest.mark.parametrize("kid", ["a", TEXTS[0][:15], "2026-11-28_prod_eu-west-1_orders"])
+def test_a_kid_of_few_characters_of_it_is_chance(kid):
+    assert Key(kid, SECRETS[0]).kid == kid
+
+
+def test_what_was_refused_while_it_was_made_has_a_repr():
+    """A traceback with local variables shows it: its ``repr`` must not raise."""
+    assert repr(object.__new__(Policy)) == "Policy()"
+    assert "unfinished" in repr(object.__new__(Key))
+    assert repr(object.__new__(Keyring)) == "Keyring()"
+    assert repr(object.__new__(App))
+    for cls in (SQLiteQueue, PostgresQueue):
+        assert repr(object.__new__(cls))
+
+
+# --- What tasks inherit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SAFEDEFER_KEYS", "safedefer_keys"])
+@pytest.mark.parametrize("command", ["serve", "dispatch", "run"])
+@pytest.mark.parametrize("spec", [None, "some:app"])
+def test_processes_that_run_tasks_take_the_keys_out_of_the_environment(monkeypatch, name, command, spec):
+    """With an application given as ``module:app`` they stayed there, for every program that a task starts."""
+    monkeypatch.setattr(settings, "_taken", {})
+    monkeypatch.delenv("SAFEDEFER_KEYS", raising=False)
+    monkeypatch.setenv(name, f"a:{TEXTS[0]}")
+    monkeypatch.setenv("SAFEDEFER_POLICY", "tests.sample_tasks")
+    monkeypatch.setenv("SAFEDEFER_QUEUE", "memory://")
+    app = App.from_settings()
+    monkeypatch.setattr(processes, "load_app", lambda _: app)
+    monkeypatch.setattr(processes, "configure", lambda _: None)
+    monkeypatch.setattr(processes, "_supervise", lambda *_, **__: None)
+    monkeypatch.setattr(processes, "_run", lambda *_: None)
+    more = ["--to", "http://127.0.0.1:1"] if command == "dispatch" else []
+    getattr(processes, command).main([*([spec] if spec else []), *more], standalone_mode=False)
+    assert not [found for found in os.environ if found.upper() == "SAFEDEFER_KEYS"]
+    assert App.from_settings().serialize(sample_tasks.add, 1), "a task cannot defer another"
+    monkeypatch.setenv("SAFEDEFER_KEYS", f"b:{TEXTS[1]}")
+    assert Settings.load().keyring().active.kid == "b"
+    assert TEXTS[0] not in repr(settings._taken)
 
 
 MISSPELLED = {

@@ -1,12 +1,17 @@
 """Modules that import when they are asked for an attribute (PEP 562): no token makes them do it."""
 
 import sys
+import zoneinfo
+from pathlib import Path
 
 import pytest
 
-from safedefer.errors import ConfigurationError, NotDeferrable, UnresolvableCallable
+from safedefer.codecs import zones
+from safedefer.errors import ConfigurationError, InvalidArguments, NotDeferrable, RejectedTask, UnresolvableCallable
 from safedefer.policy import Policy
 from safedefer.refs import CallableRef
+from tests.adversarial import test_pickled
+from tests.zoo.exactly import decode_one
 
 PACKAGE = {
     "lazy_shop/__init__.py": (
@@ -75,3 +80,57 @@ def test_the_module_s_own_functions_are_tasks_as_ever():
     for module in ("lazy_shop", "lazy_shop.tasks"):
         found = policy.load_callable(ref(module, "send"))
         assert CallableRef.of(found) == ref(module, "send")
+
+
+# --- Time zones -------------------------------------------------------------------------------------------------------
+
+
+class Finder:
+    """Notes which modules are looked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def find_spec(self, name, path=None, target=None):
+        self.asked.append(name)
+
+
+@pytest.fixture
+def finder(monkeypatch):
+    found = Finder()
+    monkeypatch.setattr(sys, "meta_path", [found, *sys.meta_path])
+    return found
+
+
+@pytest.mark.parametrize(
+    "key", ["Nowhere/Else", "Nowhere", "x/y/z", "__main__", "Europe/Nowhere", "America/Nowhere/At_All"]
+)
+def test_a_time_zone_that_is_not_here_imports_nothing(finder, key):
+    """``ZoneInfo`` imports ``tzdata.zoneinfo.Nowhere`` before it says that there is none."""
+    with pytest.raises(InvalidArguments, match="install tzdata"):
+        decode_one({"$zoneinfo": key})
+    with pytest.raises(RejectedTask):
+        unpickled_zone(key)
+    assert not finder.asked
+
+
+def unpickled_zone(key):
+    named = b"\x8c\x08zoneinfo\x8c\x08ZoneInfo\x93"
+    return test_pickled.load(test_pickled.wrap(test_pickled.call(named, test_pickled.text(key)))).args[0]
+
+
+def test_a_time_zone_of_the_package_is_found_once_the_handler_has_started(monkeypatch, finder):
+    monkeypatch.setattr(zoneinfo, "TZPATH", ())
+    zones.load_zones()
+    finder.asked.clear()
+    for key in ("Pacific/Kiritimati", "America/Argentina/Salta", "Zulu"):
+        assert decode_one({"$zoneinfo": key}).key == key
+        assert unpickled_zone(key).key == key
+    assert not finder.asked
+
+
+def test_without_the_package_there_are_the_machines_zones(monkeypatch):
+    monkeypatch.setattr(zones, "_PACKAGE", "there.is.no_tzdata")
+    zones.load_zones()
+    assert zones.has_zone("Europe/Paris") == any(Path(folder, "Europe/Paris").is_file() for folder in zoneinfo.TZPATH)
+    assert not zones.has_zone("Europe/Nowhere")

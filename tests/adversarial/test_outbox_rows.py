@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import apsw
 import psycopg
@@ -173,6 +174,42 @@ def test_large_rows_are_read_in_parts_and_one_that_is_too_large_stops_no_other(g
     write(connection, odd)
     assert app.outbox.sweep() == 5
     assert left(connection) == {odd.id}
+
+
+def test_a_large_row_that_is_no_task_is_read_once(given, caplog):
+    """64 MiB of it were copied at each sweep."""
+    app, connection = given
+    connection.execute(INSERT, ("odd", 0, "x" * 6_000_000))
+    large = make_task(headers={"X-Large": "y" * 5_000_000})
+    write(connection, large)
+    assert app.outbox.sweep() == 1
+    tracemalloc.start()
+    try:
+        app.outbox.sweep()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000
+    assert caplog.text.count("the outbox has a row that is no task (JSONDecodeError): 'odd'; look at it") == 1
+    connection.execute("DELETE FROM safedefer_outbox")
+    again = make_task(id=large.id.replace("0", "f"), headers=large.headers)
+    connection.execute(INSERT, ("odd", 0, "y" * 6_000_001))  # another text: it is read
+    write(connection, again)
+    assert app.outbox.sweep() == 1
+    assert len(app.outbox._transfer._aside) == 2
+
+
+def test_more_large_rows_than_are_remembered_are_not_read(given, monkeypatch, caplog):
+    monkeypatch.setattr("safedefer.transactions.transfer._ASIDE", 2)
+    monkeypatch.setattr("safedefer.transactions.transfer._LARGE_BYTES", 50_000)
+    app, connection = given
+    odd = {f"odd{number}" for number in range(4)}
+    for number, name in enumerate(sorted(odd)):
+        connection.execute(INSERT, (name, number, "x" * (60_000 + number)))
+        app.outbox.sweep()
+    check_that_others_go(app, connection, odd)
+    assert "over 2 large rows that are no tasks" in caplog.text
+    assert len(app.outbox._transfer._aside) == 2
 
 
 def test_a_task_that_the_queue_cannot_store_stops_no_other_and_is_tried_again(given):

@@ -20,16 +20,19 @@ from unittest import mock
 import apsw
 import psycopg
 import pytest
+from click.testing import CliRunner
 
 from safedefer.blobs import Blob
 from safedefer.cli.common import summary
+from safedefer.cli.root import main
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
-from safedefer.errors import QueueUnavailable
+from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict, task_digest
+from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
-from safedefer.queues.rates import QueueLimits
+from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.rules import MOST_ROW_BYTES
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests import sample_tasks
@@ -176,6 +179,24 @@ class SQLite:
                         f"UPDATE {name} SET {column} = {bound} WHERE {self.rows[table]}", (value, task_id)
                     )
         connection.close()
+
+    def write_one(self, table, column, value):
+        """Write the value into the table's one row, whatever the columns take; "gone" deletes the row."""
+        with contextlib.closing(self._connect()) as connection:
+            name = f"safedefer_{table}"
+            if value == "gone":
+                connection.execute(f"DELETE FROM {name}")
+                return
+            connection.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 0)
+            lax = connection.execute("SELECT sql FROM sqlite_schema WHERE name = ?", (name,)).get
+            for sql in (lax.replace("STRICT", "").replace("NOT NULL", ""), lax):
+                connection.execute("PRAGMA writable_schema = ON")
+                connection.execute("UPDATE sqlite_schema SET sql = ? WHERE name = ?", (sql, name))
+                connection.execute("PRAGMA writable_schema = RESET")
+                if sql is not lax:
+                    connection.execute(f"UPDATE {name} SET {column} = ?", (value,))
+                    if not connection.changes():
+                        connection.execute(f"INSERT INTO {name} VALUES (?)", (value,))
 
     def clear(self):
         connection = self._connect()
@@ -524,3 +545,150 @@ def test_a_transaction_of_the_user_s_that_meets_such_a_number_says_what_to_do(sq
             queue.enqueue_on(connection, [make_task()])
         queue.enqueue_many([make_task()])
         queue.enqueue_on(connection, [make_task()])
+
+
+# --- Controls, settings and totals ------------------------------------------------------------------------------------
+
+
+def test_a_lease_reads_no_controls_but_those_of_queues_that_have_tasks(storage, app):
+    """200,000 rows of queues without tasks made each lease take 4.6 s."""
+    now = time.time()
+    app.queue.configure([QueueLimits(queue=f"other{n:04}", rate=1.0) for n in range(300)], now=now)
+    app.queue.pause("q1", paused=True, now=now)
+    tasks = [app.options(queue=f"q{n}").defer(sample_tasks.add, n) for n in range(3)]
+    read, stored = [], QueueControl.stored
+
+    def count(**values):
+        read.append(values["queue"])
+        return stored(**values)
+
+    with mock.patch.object(QueueControl, "stored", count):
+        for queues in (None, ["q0", "q1", "q2"]):
+            assert app.queue.next_due(now=now, queues=queues) <= now + 1
+            leases = app.queue.lease(owner="w", limit=1, seconds=60.0, now=time.time(), queues=queues)
+            assert leases[0].task.id in {tasks[0].id, tasks[2].id}
+        app.queue.hold("q2", until=now + 60, now=now)
+        app.queue.pause("q0", paused=True, now=now)
+    assert set(read) <= {"q0", "q1", "q2"}
+    assert len(app.queue.controls(now=now)) == 303
+
+
+def test_limits_of_many_queues_that_nobody_declares_end_in_one_statement(storage, app):
+    now = time.time()
+    app.queue.configure([QueueLimits(queue=f"other{n:04}", rate=1.0) for n in range(300)], now=now)
+    app.queue.pause("other0007", paused=True, now=now)
+    app.queue.hold("other0008", until=now + 3000, now=now)
+    app.queue.configure([QueueLimits(queue="other0009", rate=1.0)], now=now)
+    left = {control.queue: control for control in app.queue.controls(now=now)}
+    assert sorted(left) == ["other0007", "other0008", "other0009"]
+    assert left["other0007"].limits == QueueLimits(queue="other0007")
+    assert left["other0008"].held_until > now + 2900
+    assert left["other0009"].limits.rate == 1.0
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, -(2**63), 2**62, -1, None, b"x", "x" * 100_000, "gone"])
+def test_a_total_of_blobs_that_somebody_wrote_stops_no_oversize_task(sqlite, value):
+    sqlite.clear()
+    sqlite.write_one("totals", "blob_bytes", 0)
+    with contextlib.closing(sqlite.queue()) as queue:
+        kept, neighbour = make_task(blob=Blob("c" * 32, b"stored")), make_task()
+        queue.enqueue_many([kept, neighbour])
+        sqlite.write_one("totals", "blob_bytes", value)
+        leases = queue.lease(owner="w", limit=10, seconds=60.0, now=1e9)
+        assert queue.settle_many([(held, DONE) for held in leases], now=1e9) == [True, True]
+        sqlite.write_one("totals", "blob_bytes", value)
+        queue.enqueue_many([make_task(blob=Blob(secrets.token_hex(16), b"more"))])
+    with contextlib.closing(sqlite._connect()) as connection:
+        assert connection.execute("SELECT blob_bytes FROM safedefer_totals").fetchall() == [(4,)]
+        connection.execute("DELETE FROM safedefer_totals; INSERT INTO safedefer_totals VALUES (0)")
+        connection.execute("DELETE FROM safedefer_tasks")
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, -1, None, b"x", "x", 1.5, "gone"])
+def test_a_version_of_the_file_that_somebody_wrote_is_refused_in_words(tmp_path, value):
+    storage = SQLite(tmp_path / "tasks.db")
+    with contextlib.closing(storage.queue()) as queue:
+        queue.enqueue_many([make_task()])
+    storage.write_one("schema", "version", value)
+    with contextlib.closing(storage.queue()) as queue, pytest.raises(QueueUnavailable, match=r"tasks\.db"):
+        queue.stats(now=0.0)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "-1", "0", "1e308"])
+def test_a_lease_time_that_somebody_wrote_is_bounded(postgres, value):
+    postgres.clear()
+    postgres.connection.execute("UPDATE safedefer.settings SET lease_seconds = %s", (value,))
+    with contextlib.closing(postgres.queue()) as queue:
+        task = make_task()
+        queue.enqueue_many([task])
+        queue.stats(now=time.time())
+        queue.next_due(now=time.time())
+        assert queue.cancel(task.id, now=time.time())
+    postgres.connection.execute("UPDATE safedefer.settings SET lease_seconds = 60")
+
+
+@pytest.mark.parametrize(("column", "value"), [
+    ("version", 2**31 - 1), ("version", -1), ("pgqueuer", "x\n\x1b[2J" + "x" * 20_000_000), ("marker", "x" * 20_000_000), ("row", None),
+])  # fmt: skip
+def test_settings_that_somebody_wrote_are_refused_in_words_or_ignored(postgres, column, value):
+    postgres.clear()
+    postgres.connection.execute("CREATE TABLE pg_temp.kept AS SELECT * FROM safedefer.settings")
+    change = "DELETE FROM safedefer.settings" if column == "row" else f"UPDATE safedefer.settings SET {column} = %s"
+    postgres.connection.execute(change, () if column == "row" else (value,))
+    try:
+        with contextlib.closing(postgres.queue()) as queue:
+            try:
+                queue.stats(now=time.time())
+            except ConfigurationError as error:
+                assert str(error).isprintable()
+                assert len(str(error)) < 1000
+                assert column != "marker"
+            assert column == "row" or len(queue.marker if column == "marker" else "") <= 1000
+    finally:
+        postgres.connection.execute("DELETE FROM safedefer.settings")
+        postgres.connection.execute("INSERT INTO safedefer.settings SELECT * FROM pg_temp.kept")
+        postgres.connection.execute("DROP TABLE pg_temp.kept")
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, -(2**63), 2**60])
+def test_a_total_of_blobs_in_the_database_is_counted_anew(postgres, value):
+    postgres.clear()
+    with contextlib.closing(postgres.queue()) as queue:
+        queue.enqueue_many([make_task(blob=Blob("d" * 32, b"stored"))])
+        postgres.connection.execute("UPDATE safedefer.blob_totals SET bytes = %s", (value,))
+        queue.enqueue_many([make_task()])
+        queue.prune(now=time.time())
+        queue.enqueue_many([make_task(blob=Blob("e" * 32, b"more"))])
+    assert postgres.connection.execute("SELECT sum(bytes) FROM safedefer.blob_totals").fetchone() == (10,)
+
+
+# --- Purging dead letters ---------------------------------------------------------------------------------------------
+
+
+class LettersThatStay(MemoryQueue):
+    """Shows dead letters in pages, and deletes those of even numbers only."""
+
+    pages, batches = (), ()
+
+    def dead_letters(self, where, *, after=None, limit=100):
+        page = super().dead_letters(where, after=after, limit=limit)
+        self.pages = (*self.pages, len(page))
+        assert len(self.pages) < 20, "the purge has no end"
+        return page
+
+    def drop_dead(self, task_ids):
+        self.batches = (*self.batches, len(task_ids))
+        return super().drop_dead([task_id for task_id in task_ids if int(task_id, 16) % 2 == 0])
+
+
+def test_a_purge_of_dead_letters_goes_in_batches_and_has_an_end_if_some_stay(monkeypatch):
+    queue = LettersThatStay()
+    queue.enqueue_many([make_task(id=f"{n:032x}") for n in range(120)])
+    leases = queue.lease(owner="w", limit=200, seconds=60.0, now=1e9)
+    queue.settle_many([(held, Settlement(verdict=Verdict.DEAD, reason="why")) for held in leases], now=1e9)
+    app = make_app(queue=queue)
+    monkeypatch.setattr("safedefer.cli.dead.load_app_to_look", lambda _: app)
+    done = CliRunner().invoke(main, ["dead", "purge", "--yes"])
+    assert (done.exit_code, done.output) == (0, "deleted 60 dead letters\n")
+    assert queue.batches == (50, 50, 20)
+    app.close()

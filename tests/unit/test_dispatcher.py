@@ -27,6 +27,7 @@ from safedefer.dispatcher.loop import (
     gives_up,
     judge,
 )
+from safedefer.dispatcher.prefetch import Prefetch
 from safedefer.dispatcher.request_headers import delivery_headers
 from safedefer.dispatcher.shares import TargetShares, share
 from safedefer.errors import InvalidTaskError, QueueUnavailable
@@ -736,6 +737,16 @@ async def test_two_targets_that_never_answer_leave_slots_to_a_third():
     assert sum(most.values()) <= 12
 
 
+@pytest.mark.parametrize(("concurrency", "targets"), [(1, 1), (4, 3), (2, 5)])
+async def test_as_many_hung_targets_as_slots_leave_one_to_a_target_that_answers(concurrency, targets):
+    """Three hung targets held four slots until their timeouts, and nothing else was delivered."""
+    hung = tuple(f"hung{number}" for number in range(targets))
+    tasks = [task_of(n, target=hung[n % targets]) for n in range(1, 31)]
+    good = [task_of(n, target="up") for n in range(100, 105)]
+    most = await hang(tasks, good, concurrency, hung=hung)
+    assert sum(most.values()) <= concurrency + targets
+
+
 async def test_a_target_alone_has_all_slots():
     most = 0
 
@@ -851,6 +862,22 @@ async def test_a_stop_finishes_what_is_delivered_and_leases_nothing_more():
     assert len(queue.tasks(states=[TaskState.SUCCEEDED])) == 3
     assert len(queue.tasks(states=[TaskState.WAITING])) == 17
     assert queue.tasks(states=[TaskState.RUNNING]) == []
+
+
+@pytest.mark.parametrize(("rate", "ahead"), [(75.0, 7), (160.0, 16), (5_000.0, 32)])
+def test_no_more_than_a_tenth_of_a_second_of_work_is_leased_ahead_however_long_a_lease_takes(monkeypatch, rate, ahead):
+    """Where tasks hold the interpreter a lease takes long: one process held what the others had slots for."""
+    now = [100.0]
+    monkeypatch.setattr("safedefer.dispatcher.prefetch.time.monotonic", lambda: now[0])
+    prefetch = Prefetch(16)
+    assert prefetch.wanted(delivering=0) == 16
+    prefetch.leased([Lease(task_of(number), "w", 200.0) for number in range(16)], wanted=16, seconds=2.0)
+    prefetch.ready.clear()
+    for _ in range(16):
+        prefetch.delivered()
+    now[0] += 16 / rate
+    assert prefetch.wanted(delivering=16) == ahead
+    assert prefetch.wanted(delivering=15) == 1 + ahead
 
 
 async def test_what_was_leased_ahead_is_given_back_untouched():

@@ -10,10 +10,12 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from safedefer.codecs.decoder import Decoder, array
+from safedefer.codecs.decoder import Decoder, array, check_callee
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.inspect_safely import dict_getter
 from safedefer.codecs.shared import Json, Refusal, VersionSkew, is_text, step
+from safedefer.errors import NotDeferrable
+from safedefer.gadgets import HARMLESS_TYPES
 
 _DEQUE_MAX: Final = 2**53 - 1
 
@@ -263,12 +265,22 @@ def _encode_defaultdict(enc: Encoder, value: defaultdict[Any, Any], depth: int) 
     ref = enc.enter(value)
     if ref is not None:
         return ref
+    made = value.default_factory
     try:
-        factory = enc.value(value.default_factory, depth + 1)
+        factory = enc.value(made, depth + 1)
+        if made is not None and not (type(made) is type and made in HARMLESS_TYPES):
+            _check_factory(enc, made)
     except Refusal as refusal:
         refusal.trail.append(".default_factory")
         raise
     return {"$defaultdict": [factory, *_pairs(enc, value.items(), len(value), depth + 1)]}
+
+
+def _check_factory(enc: Encoder, factory: object) -> None:
+    try:
+        enc.gate.callable_ref(factory)
+    except NotDeferrable as error:
+        raise Refusal(f"whoever looks a missing key up calls it: {error}") from error
 
 
 def _decode_defaultdict(dec: Decoder, payload: Json, depth: int) -> defaultdict[Any, Any]:
@@ -281,6 +293,9 @@ def _decode_defaultdict(dec: Decoder, payload: Json, depth: int) -> defaultdict[
         out.default_factory = defaultdict(made).default_factory
     except TypeError:
         raise Refusal("$defaultdict begins with a callable or null") from None
+    # Whoever looks a missing key up calls it: what may be a value may not always be called.
+    if made is not None and not (type(made) is type and made in HARMLESS_TYPES):
+        check_callee(dec.gate, made)
     _fill_pairs(dec, out, pairs, depth + 1)
     return out
 

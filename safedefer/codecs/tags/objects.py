@@ -7,7 +7,7 @@ encoder first looks at the class (``class_layout``), then asks the gate, and onl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import Flag
+from enum import Flag, IntFlag
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any, Final, cast
 
@@ -127,8 +127,10 @@ def _flag_by_value(cls: type) -> bool:
     return inspect_safely.derives(cls, Flag) and missing is not None and missing[0] is Flag
 
 
-#: The most combinations of flags of one class: an enum keeps all that were ever made.
+#: The most combinations of flags of one class: an enum keeps all that were ever made, and two that are equal are one object.
 _MOST_COMBINATIONS: Final = 4_096
+#: Where they are equal as integers are, one more than these is made and not kept.
+_KEPT_COMBINATIONS: Final = 256
 
 
 def _decode_enum(dec: Decoder, payload: Json, _depth: int) -> object:
@@ -142,11 +144,24 @@ def _decode_enum(dec: Decoder, payload: Json, _depth: int) -> object:
     if not _flag_by_value(cls):
         raise VersionSkew("$enum is [class, name], or [class, number] for a combination of flags")
     known = inspect_safely.namespace(cls).get("_value2member_map_", {})
-    if number not in known and len(known) >= _MOST_COMBINATIONS:
+    passing = number not in known and len(known) >= _KEPT_COMBINATIONS and inspect_safely.derives(cls, IntFlag)
+    if number not in known and len(known) >= _MOST_COMBINATIONS and not passing:
         raise Refusal(f"more than {_MOST_COMBINATIONS} combinations of these flags were made here; pass the number")
-    made = run(cls, number)
+    made = _made_in_passing(cls, number, known) if passing else run(cls, number)
     if type(made) is not cls or _value_of(made) != number or _members_of(cls).get(cast("str", _name_of(made))) is made:
         raise VersionSkew("$enum is [class, number] only for a combination of flags that has no name")
+    return made
+
+
+def _made_in_passing(cls: type, number: int, known: dict[object, object]) -> object:
+    """Return a combination of flags that its class does not keep."""
+    before = len(known)
+    made = run(cls, number)
+    # A negative number and the positive one that it stands for are two keys; the latter may have been there before.
+    for key in (number, _value_of(made)):
+        is_named = _members_of(cls).get(cast("str", _name_of(made))) is made
+        if len(known) > before and known.get(key) is made and not (is_named and key == _value_of(made)):
+            del known[key]
     return made
 
 

@@ -8,7 +8,6 @@ All are immutable, so none is counted for ``$ref``. Every ``decode_*`` accepts o
 
 from __future__ import annotations
 
-import re
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from typing import Any, Final, TypeVar, cast
 from zoneinfo import ZoneInfo
@@ -17,9 +16,9 @@ from safedefer.codecs.decoder import Decoder, array, integer, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.inspect_safely import derives
 from safedefer.codecs.shared import Json, Refusal, VersionSkew
+from safedefer.codecs.zones import has_zone, is_key
 
-# A key of the IANA database, without empty, dot or absolute parts: it cannot lead out of the database.
-_ZONE: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}(?:/[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}){0,4}")
+_NO_ZONE: Final = "the time zone is not in this machine's database; install tzdata"
 _DAYS: Final = 999_999_999
 _DAY: Final = 86_399
 _MICRO: Final = 999_999
@@ -116,19 +115,21 @@ def _encode_zoneinfo(enc: Encoder, value: ZoneInfo, _depth: int) -> Json:
         shared = value.__reduce__()[1][1]
     except Exception:  # noqa: BLE001 - pickle.PicklingError, for a zone that was read from a file
         shared = False
-    if not shared or type(key) is not str or _ZONE.fullmatch(key) is None:
+    if not shared or type(key) is not str or not is_key(key):
         raise Refusal("a ZoneInfo from a file or from no_cache() equals no other; make it with ZoneInfo(key)")
     return {"$zoneinfo": key}
 
 
 def _decode_zoneinfo(dec: Decoder, payload: Json, _depth: int) -> ZoneInfo:
     key = string(payload)
-    if _ZONE.fullmatch(key) is None:
+    if not is_key(key):
         raise Refusal("$zoneinfo is a key of the IANA time zone database")
+    if not has_zone(key):
+        raise VersionSkew(_NO_ZONE)
     try:
         return ZoneInfo(key)
     except Exception as error:
-        raise VersionSkew("the time zone is not in this machine's database; install tzdata") from error
+        raise VersionSkew(_NO_ZONE) from error
 
 
 ENCODERS: Final[dict[type, Any]] = {

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safedefer.queues.postgres.statements import SQL, interval, moment
-from safedefer.queues.rates import QueueControl, QueueLimits
+from safedefer.queues.rates import DEFAULT_BUCKET, QueueControl, QueueLimits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,12 +20,12 @@ async def clock(connection: Connection) -> float:
     return float(row["now"])
 
 
-async def read_controls(connection: Connection, *, lock: bool = False) -> dict[str, QueueControl]:
-    """Return all controls by queue, sorted by name; ``lock`` locks their rows until the transaction ends."""
-    found = {}
-    for row in await connection.fetch(SQL["controls_lock" if lock else "controls"]):
-        found[row["queue"]] = QueueControl.stored(**dict(row))
-    return found
+async def read_controls(
+    connection: Connection, queues: Sequence[str], *, lock: bool = False
+) -> dict[str, QueueControl]:
+    """Return the controls of some queues, sorted by name; ``lock`` locks their rows until the transaction ends."""
+    rows = await connection.fetch(SQL["controls_lock" if lock else "controls_of"], list(queues))
+    return {row["queue"]: QueueControl.stored(**dict(row)) for row in rows}
 
 
 async def put_control(connection: Connection, control: QueueControl, *, now: float) -> None:
@@ -50,21 +50,22 @@ async def put_control(connection: Connection, control: QueueControl, *, now: flo
 async def current_controls(connection: Connection) -> list[QueueControl]:
     """Return all controls with their buckets refilled up to now, sorted by name."""
     here = await clock(connection)
-    return [control.refill(here) for control in (await read_controls(connection)).values()]
+    return [QueueControl.stored(**dict(row)).refill(here) for row in await connection.fetch(SQL["controls"])]
 
 
 async def configure(connection: Connection, limits: Sequence[QueueLimits]) -> None:
     """Put the declared limits in force. Other queues lose their limits, and keep a pause or a hold."""
     now = await clock(connection)
-    known = await read_controls(connection, lock=True)
     declared = {item.queue: item for item in limits}
+    await connection.fetch(SQL["controls_lock_all"])
+    known = await read_controls(connection, list(declared))
     for queue, item in declared.items():
         control = known.get(queue)
         changed = QueueControl.new(item, now=now) if control is None else control.configured(item, now=now)
         if changed is not control:
             await put_control(connection, changed, now=now)
-    for queue in known.keys() - declared.keys():
-        await put_control(connection, known[queue].configured(QueueLimits(queue=queue), now=now), now=now)
+    await connection.execute(SQL["controls_end_limits"], list(declared), DEFAULT_BUCKET, now)
+    await connection.execute(SQL["controls_end"], list(declared), now)
 
 
 async def change_control(
@@ -72,7 +73,7 @@ async def change_control(
 ) -> None:
     """Pause or resume a queue, or hold it for ``hold_for`` seconds; a longer hold stays in force."""
     now = await clock(connection)
-    known = await read_controls(connection, lock=True)
+    known = await read_controls(connection, [queue], lock=True)
     control = known.get(queue) or QueueControl.new(QueueLimits(queue=queue), now=now)
     if paused is not None:
         control = replace(control, paused=paused)
@@ -97,7 +98,7 @@ async def next_due(connection: Connection, *, seconds: float, now: float, queues
     if not due:
         return None
     here = await clock(connection)
-    known = {queue: control for queue, control in (await read_controls(connection)).items() if queue in due}
+    known = await read_controls(connection, list(due))
     counts = await connection.fetch(SQL["running"], list(known), interval(seconds)) if known else ()
     running = {row["queue"]: row["running"] for row in counts}
     for queue, control in known.items():

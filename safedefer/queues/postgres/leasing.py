@@ -244,7 +244,7 @@ async def _dequeue_under_control(
 
     pgqueuer's statement counts the running jobs and keeps the cap on concurrency.
     """
-    known = await read_controls(connection, lock=True)
+    known = await read_controls(connection, queues, lock=True)
     found: list[Mapping[str, Any]] = []
     others: dict[str, int] = {}
     for queue in queues:

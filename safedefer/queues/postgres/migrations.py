@@ -32,6 +32,9 @@ MIGRATIONS: Final = ("migration_1", "migration_2")
 _MIGRATION_LOCK: Final = 0x5AFE_DEFE
 #: Seconds that a migration waits for another one, or for whoever else holds a lock: any role of the database can take that one.
 _LOCK_SECONDS: Final = 60
+#: The length of a lease of a database in which no dispatcher has noted its own, and the longest to believe.
+_LEASE_SECONDS: Final = 60.0
+_MOST_LEASE_SECONDS: Final = 7 * 86_400.0
 
 
 def migrate(dsn: str) -> list[str]:
@@ -78,8 +81,10 @@ async def check_schema(connection: Any) -> tuple[str, float]:
     if settings["pgqueuer"] != pgqueuer_version:
         plan = await _queries(connection).plan_upgrade()
         if _wanted(plan.statements):
-            raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']}; {REMEDY_MIGRATE}")
-    return settings["marker"], settings["lease_seconds"]
+            raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']!a}; {REMEDY_MIGRATE}")
+    seconds = settings["lease_seconds"]
+    # Somebody else may have written what is no number of seconds, or endless: those who only look would wait for ever.
+    return settings["marker"], seconds if 0 < seconds <= _MOST_LEASE_SECONDS else _LEASE_SECONDS
 
 
 async def _check_owner(connection: Any) -> None:

@@ -60,6 +60,9 @@ class Pruning:
             removed += len(await connection.fetch(SQL[name], *values))
         orphaned = await connection.fetch(SQL["blobs_orphaned"], _some_id(), _AT_ONCE)
         (blobs,) = await connection.fetch(SQL["blobs_drop"], [row["id"] for row in orphaned])
+        (totals,) = await connection.fetch(SQL["totals_bad"])
+        if totals["bad"]:  # somebody else wrote them
+            await connection.execute(SQL["totals_count"])
         return removed + int(blobs["dropped"])
 
 

@@ -95,7 +95,7 @@ class PostgresQueue:
 
     def __repr__(self) -> str:
         """Show the address, without user and password."""
-        return f"{type(self).__name__}({place(self._dsn)!r})"
+        return f"{type(self).__name__}({place(getattr(self, '_dsn', ''))!r})"
 
     @property
     def capabilities(self) -> Capabilities:

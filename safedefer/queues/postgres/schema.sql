@@ -279,7 +279,7 @@ ORDER BY thing.place, thing.kind, thing.name LIMIT 1;
 SELECT to_regclass('safedefer.settings') IS NOT NULL AS found;
 
 -- name: settings
-SELECT version, pgqueuer, marker, lease_seconds FROM safedefer.settings;
+SELECT version, left(pgqueuer, 100) AS pgqueuer, left(marker, 100) AS marker, lease_seconds FROM safedefer.settings;
 
 -- name: drop_tempting_index
 -- The index on (priority, id) without the entrypoint. No statement here needs it, and just after ANALYZE the planner chose it

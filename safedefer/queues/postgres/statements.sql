@@ -88,11 +88,28 @@ SELECT extract(epoch FROM now())::double precision AS now;
 
 -- name: controls
 SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
-FROM safedefer.controls ORDER BY queue;
+FROM safedefer.controls WHERE octet_length(queue) <= 5000 ORDER BY queue;
+
+-- name: controls_of
+-- Of some queues, and no others: who writes the table can add any number of rows.
+SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
+FROM safedefer.controls WHERE queue = ANY ($1::text[]) ORDER BY queue;
 
 -- name: controls_lock
 SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
-FROM safedefer.controls ORDER BY queue FOR UPDATE;
+FROM safedefer.controls WHERE queue = ANY ($1::text[]) ORDER BY queue FOR UPDATE;
+
+-- name: controls_lock_all
+-- Lock order: controls by name.
+SELECT count(*) AS locked FROM (SELECT FROM safedefer.controls ORDER BY queue FOR UPDATE) AS control;
+
+-- name: controls_end_limits
+UPDATE safedefer.controls SET rate = NULL, max_concurrent = NULL, bucket_size = $2, tokens = 0, refilled = $3
+WHERE (rate IS NOT NULL OR max_concurrent IS NOT NULL) AND queue <> ALL ($1::text[]);
+
+-- name: controls_end
+DELETE FROM safedefer.controls
+WHERE rate IS NULL AND max_concurrent IS NULL AND NOT paused AND held_until <= $2 AND queue <> ALL ($1::text[]);
 
 -- name: control_set
 INSERT INTO safedefer.controls (queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled)
@@ -287,6 +304,20 @@ WITH dropped AS (
     INSERT INTO safedefer.blob_totals (bytes)
     SELECT -gone.bytes FROM gone WHERE gone.bytes > 0 AND NOT EXISTS (SELECT FROM counted)
 ) SELECT number AS dropped FROM gone;
+
+-- name: totals_bad
+-- Whether the totals are none that the queue has written: no blob is larger than 2 MiB.
+SELECT EXISTS (SELECT FROM safedefer.blob_totals WHERE bytes NOT BETWEEN -1000000000000000 AND 1000000000000000)
+    OR (SELECT coalesce(sum(bytes), 0) FROM safedefer.blob_totals)
+        NOT BETWEEN 0 AND 2097152 * (SELECT count(*) FROM safedefer.blobs) AS bad;
+
+-- name: totals_count
+-- A transaction that adds blobs has counted them before, and one that drops blobs counts them after: both wait for the lock.
+DO $$ BEGIN
+    LOCK TABLE safedefer.blob_totals IN EXCLUSIVE MODE;
+    DELETE FROM safedefer.blob_totals;
+    INSERT INTO safedefer.blob_totals (bytes) SELECT coalesce(sum(octet_length(data)), 0) FROM safedefer.blobs;
+END $$;
 
 -- name: blob_get
 SELECT data FROM safedefer.blobs WHERE id = $1 AND octet_length(data) <= 2097152;

@@ -203,7 +203,7 @@ class PostgresStore:
 
     def __repr__(self) -> str:
         """Show the address, without user and password."""
-        return f"{type(self).__name__}({place(self.dsn)!r})"
+        return f"{type(self).__name__}({place(getattr(self, 'dsn', ''))!r})"
 
     # --- Open and close ---
 

@@ -105,7 +105,12 @@ def _make_tables(connection: apsw.Connection) -> None:
 def _schema_version(connection: apsw.Connection, path: str) -> int:
     if connection.execute(SQL["schema_has_table"]).get is None:
         return 0
-    version = int(connection.execute(SQL["schema_version"]).get or 0)
+    version = connection.execute(SQL["schema_version"]).get or 0
+    if not isinstance(version, int):
+        raise QueueUnavailable(
+            f"the queue's file {path} has a schema version that is no number, which safedefer did not write; restore the file "
+            "from a backup, or use another file"
+        )
     if version > len(MIGRATIONS):
         raise QueueUnavailable(
             f"the queue's file {path} has schema version {version}, and this safedefer knows versions up to "

@@ -6,11 +6,12 @@ Every function takes the connection first, and leaves BEGIN, COMMIT and undoing 
 from __future__ import annotations
 
 import heapq
+import json
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safedefer.queues.rates import QueueControl, QueueLimits
+from safedefer.queues.rates import DEFAULT_BUCKET, QueueControl, QueueLimits
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.repair import number
 
@@ -21,9 +22,24 @@ if TYPE_CHECKING:
 
 
 def read(connection: apsw.Connection) -> dict[str, QueueControl]:
-    """Return all controls by queue, sorted."""
+    """Return all controls by queue, sorted: for people. Anybody who writes the file may have added any number."""
+    return _by_queue(connection.execute(SQL["controls"]))
+
+
+def in_force(connection: apsw.Connection, *, now: float, queues: Sequence[str] | None) -> dict[str, QueueControl]:
+    """Return the controls that may hold one of ``queues`` back now, as they are stored; None: of the queues with tasks."""
+    if connection.execute(SQL["any_control"]).get is None:
+        return {}
+    if queues is None:
+        found = _by_queue(connection.execute(SQL["controls_with_tasks"]))
+    else:
+        found = _by_queue(row for queue in queues for row in connection.execute(SQL["control_of"], (queue,)))
+    return {queue: control for queue, control in found.items() if control.binds(now)}
+
+
+def _by_queue(rows: Iterable[tuple[Any, ...]]) -> dict[str, QueueControl]:
     controls = {}
-    for queue, rate, bucket, most, paused, held, tokens, refilled in connection.execute(SQL["controls"]):
+    for queue, rate, bucket, most, paused, held, tokens, refilled in rows:
         controls[queue] = QueueControl.stored(
             queue=queue,
             rate=rate,
@@ -35,15 +51,6 @@ def read(connection: apsw.Connection) -> dict[str, QueueControl]:
             refilled=refilled,
         )
     return controls
-
-
-def in_force(connection: apsw.Connection, *, now: float, queues: Sequence[str] | None) -> dict[str, QueueControl]:
-    """Return the controls that may hold one of ``queues`` back now, as they are stored."""
-    return {
-        queue: control
-        for queue, control in read(connection).items()
-        if control.binds(now) and (queues is None or queue in queues)
-    }
 
 
 def write(connection: apsw.Connection, control: QueueControl) -> None:
@@ -66,15 +73,15 @@ def write(connection: apsw.Connection, control: QueueControl) -> None:
 
 def configure(connection: apsw.Connection, limits: Sequence[QueueLimits], *, now: float) -> None:
     """Put the declared limits in force; the other queues keep a pause or a hold at most."""
-    controls = read(connection)
     declared = {item.queue: item for item in limits}
     for queue, item in declared.items():
-        control = controls.get(queue)
+        control = _stored(connection, queue)
         changed = QueueControl.new(item, now=now) if control is None else control.configured(item, now=now)
         if changed is not control:
             write(connection, changed)
-    for queue in controls.keys() - declared.keys():
-        _put(connection, controls[queue].configured(QueueLimits(queue=queue), now=now), now=now)
+    values = {"declared": json.dumps(list(declared)), "now": now}
+    connection.execute(SQL["controls_end_limits"], {**values, "bucket_size": DEFAULT_BUCKET})
+    connection.execute(SQL["controls_end"], values)
 
 
 def pause(connection: apsw.Connection, queue: str, *, paused: bool, now: float) -> None:
@@ -89,7 +96,11 @@ def hold(connection: apsw.Connection, queue: str, *, until: float, now: float) -
 
 
 def _control(connection: apsw.Connection, queue: str, *, now: float) -> QueueControl:
-    return read(connection).get(queue) or QueueControl.new(QueueLimits(queue=queue), now=now)
+    return _stored(connection, queue) or QueueControl.new(QueueLimits(queue=queue), now=now)
+
+
+def _stored(connection: apsw.Connection, queue: str) -> QueueControl | None:
+    return _by_queue(connection.execute(SQL["control_of"], (queue,))).get(queue)
 
 
 def _put(connection: apsw.Connection, control: QueueControl, *, now: float) -> None:

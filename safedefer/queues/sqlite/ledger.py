@@ -65,7 +65,7 @@ class SQLiteLedger:
 
 def begin(connection: apsw.Connection, execution: Execution, *, now: float, lease: float) -> Admission:
     """Admit a run, within a transaction."""
-    values = {
+    values: dict[str, str | float | bytes] = {
         "audience": execution.audience,
         "task_id": execution.task_id,
         "digest": execution.digest,

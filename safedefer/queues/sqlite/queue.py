@@ -112,7 +112,7 @@ class SQLiteQueue:
 
     def __repr__(self) -> str:
         """Show the path."""
-        return f"{type(self).__name__}({self._path!r})"
+        return f"{type(self).__name__}({getattr(self, '_path', '')!r})"
 
     @property
     def capabilities(self) -> Capabilities:

@@ -75,6 +75,7 @@ def _fits(types: tuple[type, ...], kinds: tuple[frozenset[type], ...]) -> bool:
 def mend(connection: apsw.Connection) -> None:
     """Mend all texts, values and numbers of rows, within a transaction: for when reading has failed."""
     _number_anew(connection)
+    count_blobs(connection)
     # Where it is known already it must not be made again: statements may be under way.
     if connection.execute("SELECT 1 FROM pragma_function_list WHERE name = 'safedefer_mended'").get is None:
         connection.create_scalar_function("safedefer_mended", _mended, 1)
@@ -91,6 +92,12 @@ def mend(connection: apsw.Connection) -> None:
         broken = " OR ".join(f"safedefer_mended(CAST({name} AS BLOB)) IS NOT NULL" for name in texts)
         # What is mended has a backslash, as no id, name or queue of ours has: it takes nobody's place.
         connection.execute(f"UPDATE OR REPLACE safedefer_{table} SET {mended} WHERE {broken}")  # noqa: S608 - our names
+
+
+def count_blobs(connection: apsw.Connection) -> None:
+    """Count the bytes of all blobs anew."""
+    connection.execute(SQL["totals_delete"])
+    connection.execute(SQL["totals_count"])
 
 
 def _number_anew(connection: apsw.Connection) -> None:

@@ -44,7 +44,16 @@ INSERT INTO safedefer_tasks (
 SELECT id FROM safedefer_tasks WHERE queue = :queue AND unique_key = :unique_key;
 
 -- name: blob_bytes
-SELECT blob_bytes FROM safedefer_totals;
+-- No row where the total is none that the queue has written: no blob is larger than 2 MiB. A small total is believed.
+SELECT blob_bytes FROM safedefer_totals
+WHERE typeof(blob_bytes) = 'integer' AND (SELECT count(*) FROM safedefer_totals) = 1
+    AND (blob_bytes BETWEEN 0 AND :small OR blob_bytes BETWEEN 0 AND 2097152 * (SELECT count(*) FROM safedefer_blobs));
+
+-- name: totals_delete
+DELETE FROM safedefer_totals;
+
+-- name: totals_count
+INSERT INTO safedefer_totals (blob_bytes) SELECT coalesce(sum(octet_length(data)), 0) FROM safedefer_blobs;
 
 -- name: blob_insert
 INSERT INTO safedefer_blobs (id, task, data) VALUES (:blob_id, :seq, :data);
@@ -68,9 +77,43 @@ SELECT queue FROM names WHERE queue IS NOT NULL;
 SELECT count(*) FROM safedefer_tasks INDEXED BY safedefer_tasks_leased
 WHERE queue = :queue AND owner IS NOT NULL AND due > :now;
 
+-- name: any_control
+SELECT 1 FROM safedefer_controls LIMIT 1;
+
 -- name: controls
-SELECT queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled
-FROM safedefer_controls ORDER BY queue;
+SELECT queue, iif(typeof(rate) IN ('real', 'integer', 'null'), rate, 0), iif(typeof(bucket_size) = 'integer', bucket_size, 0),
+    iif(typeof(max_concurrent) IN ('integer', 'null'), max_concurrent, 0), iif(typeof(paused) = 'integer', paused, 0),
+    iif(typeof(held_until) = 'real', held_until, 0), iif(typeof(tokens) = 'real', tokens, 0),
+    iif(typeof(refilled) = 'real', refilled, 0)
+FROM safedefer_controls WHERE octet_length(queue) <= 5000 ORDER BY queue;
+
+-- name: control_of
+SELECT queue, iif(typeof(rate) IN ('real', 'integer', 'null'), rate, 0), iif(typeof(bucket_size) = 'integer', bucket_size, 0),
+    iif(typeof(max_concurrent) IN ('integer', 'null'), max_concurrent, 0), iif(typeof(paused) = 'integer', paused, 0),
+    iif(typeof(held_until) = 'real', held_until, 0), iif(typeof(tokens) = 'real', tokens, 0),
+    iif(typeof(refilled) = 'real', refilled, 0)
+FROM safedefer_controls WHERE queue = :queue;
+
+-- name: controls_with_tasks
+-- Those of queues that have tasks, and no others: who writes the file can add any number of rows.
+WITH RECURSIVE names (name) AS (
+    SELECT min(queue) FROM safedefer_tasks
+    UNION ALL
+    SELECT (SELECT min(queue) FROM safedefer_tasks WHERE queue > names.name) FROM names WHERE names.name IS NOT NULL
+)
+SELECT queue, iif(typeof(rate) IN ('real', 'integer', 'null'), rate, 0), iif(typeof(bucket_size) = 'integer', bucket_size, 0),
+    iif(typeof(max_concurrent) IN ('integer', 'null'), max_concurrent, 0), iif(typeof(paused) = 'integer', paused, 0),
+    iif(typeof(held_until) = 'real', held_until, 0), iif(typeof(tokens) = 'real', tokens, 0),
+    iif(typeof(refilled) = 'real', refilled, 0)
+FROM names CROSS JOIN safedefer_controls ON queue = name;
+
+-- name: controls_end_limits
+UPDATE safedefer_controls SET rate = NULL, max_concurrent = NULL, bucket_size = :bucket_size, tokens = 0, refilled = :now
+WHERE (rate IS NOT NULL OR max_concurrent IS NOT NULL) AND queue NOT IN (SELECT value FROM json_each(:declared));
+
+-- name: controls_end
+DELETE FROM safedefer_controls WHERE rate IS NULL AND max_concurrent IS NULL AND paused = 0 AND held_until <= :now
+    AND queue NOT IN (SELECT value FROM json_each(:declared));
 
 -- name: control_set
 INSERT INTO safedefer_controls (queue, rate, bucket_size, max_concurrent, paused, held_until, tokens, refilled)

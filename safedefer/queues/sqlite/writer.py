@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _BATCH: Final = 256
+#: Somebody wrote a value that its column does not take, and now it would have been copied, or calculated with.
+_OF_VALUES: Final = (apsw.SQLITE_CONSTRAINT_DATATYPE, apsw.SQLITE_CONSTRAINT_NOTNULL)
 """The most operations in one transaction: bounds how long another process waits for the lock."""
 
 _Operation = tuple["Callable[[apsw.Connection], Any]", "Future[Any]", bool]
@@ -213,8 +215,8 @@ class _Batch:
                 raise  # Some errors (disk full, I/O) end the whole transaction.
             connection.execute("ROLLBACK TO operation")
             connection.execute("RELEASE operation")
-            if getattr(error, "extendedresult", None) == apsw.SQLITE_CONSTRAINT_DATATYPE:
-                return None, BadValue()  # one was there already, and would have been copied
+            if getattr(error, "extendedresult", None) in _OF_VALUES:
+                return None, BadValue()
             return None, unavailable(self._handle.path, error) if isinstance(error, apsw.Error) else error
         connection.execute("RELEASE operation")
         return result, None
