@@ -33,9 +33,11 @@ from types import (
     MethodType,
     MethodWrapperType,
     ModuleType,
+    NoneType,
 )
-from typing import Annotated, Any, Final, Literal, NoReturn, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, NoReturn, Protocol, TypeAlias, cast
 
+import typing_extensions
 from pydantic import BaseModel, ConfigDict, Field
 
 from safedefer.errors import NotDeferrable, UnresolvableCallable
@@ -52,7 +54,20 @@ _DOTTED = re.compile(rf"{_IDENTIFIER}(?:\.{_IDENTIFIER})*")
 _MEMBER = re.compile(rf"(?!__){_IDENTIFIER}")
 
 #: Classes of these metaclasses may be deferred: what they do when called or looked at is known.
-METACLASSES: Final[frozenset[type]] = frozenset({type, ABCMeta, EnumType, type(BaseModel)})
+METACLASSES: Final[frozenset[type]] = frozenset(
+    {type, ABCMeta, EnumType, type(BaseModel), type(Protocol), type(typing_extensions.Protocol)}
+)
+#: Special names that any metaclass may define: none runs when a class is called, compared or asked for an attribute.
+_QUIET: Final = frozenset(
+    {
+        "__module__", "__qualname__", "__doc__", "__slots__", "__annotations__", "__annotate__", "__annotate_func__", "__firstlineno__", "__static_attributes__",
+        "__init__", "__new__", "__prepare__", "__init_subclass__", "__repr__", "__str__", "__dir__", "__setattr__", "__delattr__", "__iter__", "__contains__", "__getitem__",
+    }
+)  # fmt: skip
+#: What stands under them: a descriptor of another type would run code of its own.
+_QUIET_TYPES: Final = (FunctionType, classmethod, staticmethod, str, NoneType, tuple, dict, int)
+#: What of a metaclass matters to values too: its classes are singletons, or decoding hashes them as set members.
+_LOUD_FOR_VALUES: Final = frozenset({"__class__", "__call__", "__hash__", "__eq__"})
 
 #: Types of built-in functions and methods: methods of some classes of C know their class (``METH_METHOD``).
 BUILTIN_TYPES: Final[tuple[type, ...]] = (BuiltinFunctionType, type(re.compile("").match))
@@ -264,13 +279,36 @@ def check_class(cls: type, *, metaclasses: frozenset[type] = METACLASSES, nested
         _refuse("nested-class", f"{qualname} is a nested class", "move it to the top level of a module")
     # By identity: a set would ask the metaclass's own metaclass for a hash.
     if type(cls) is not type and not any(type(cls) is known for known in metaclasses):
-        _refuse(
-            "metaclass",
-            f"{qualname} has the metaclass {type(cls).__qualname__}",
-            "name it in Policy(metaclasses=[...]) if calling its classes is safe, or defer a function",
-        )
+        name, loud = class_path(type(cls)), loud_hooks(cls)
+        for hook in (hook for hook in loud if not nested or hook in _LOUD_FOR_VALUES):
+            remedy = f"name it in Policy(metaclasses=['{name}']) or SAFEDEFER_METACLASSES={name} if that is safe"
+            _refuse(
+                "metaclass",
+                f"{qualname} has the metaclass {name}, which defines {hook}",
+                f"{remedy}, or defer a function",
+            )
     _prove(cls, module, qualname)
     return module, qualname
+
+
+def loud_hooks(cls: type) -> list[str]:
+    """Return what the metaclass of a class defines that may run when the class is called, compared or asked for an attribute.
+
+    A metaclass of its own counts as ``__class__``. Judged by what stands in the namespaces; nothing of them runs.
+    """
+    known, meta = (object, *METACLASSES), type(cls)
+    loud = [] if any(type(meta) is each for each in known) else ["__class__"]
+    for each in (each for each in _TYPE_MRO(meta) if not any(each is base for base in known)):
+        loud += [_text(name) for name, value in _TYPE_DICT(each).items() if not _is_quiet(cls, name, value)]
+    return loud
+
+
+def _is_quiet(cls: type, name: object, value: object) -> bool:
+    """Whether an attribute of the metaclass runs only if it is asked for by its name, which no attribute of the class has."""
+    if type(name) is not str or (name[:2] == "__" and name[-2:] == "__"):
+        return type(name) is str and name in _QUIET and any(type(value) is kind for kind in _QUIET_TYPES)
+    data = any(hook in _TYPE_DICT(kind) for kind in _TYPE_MRO(type(value)) for hook in ("__set__", "__delete__"))
+    return not (data and any(name in _TYPE_DICT(each) for each in _TYPE_MRO(cls)))
 
 
 # --- Classification -------------------------------------------------------------------------------

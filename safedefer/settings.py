@@ -87,6 +87,9 @@ class Settings(BaseSettings):
         default=None, description="Patterns: pkg.mod, pkg.*, mod:name."
     )
     deferrable: bool = Field(default=False, description="Whether @deferrable marks count.")
+    metaclasses: Annotated[list[str] | None, NoDecode, BeforeValidator(_words)] = Field(
+        default=None, description="Further metaclasses that classes may have: mod:name."
+    )
     queue: str = Field(default="sqlite:///safedefer.db", repr=False, description="The queue's URL.")
     environment: str = Field(default="default", description="prod, staging, ...: part of every token's audience.")
     url: str = Field(default=DEFAULT_URL, description="The path that tasks are posted to.")
@@ -172,7 +175,7 @@ class Settings(BaseSettings):
                 "no policy, so nothing may run; set SAFEDEFER_POLICY to the modules of your tasks, such as "
                 "'shop.tasks,shop.jobs.*' (`safedefer keys new` prints the other setting that is needed)"
             )
-        return Policy(*(self.policy or ()), deferrable=self.deferrable)
+        return Policy(*(self.policy or ()), deferrable=self.deferrable, metaclasses=self.metaclasses or ())
 
 
 _taken: Final[dict[str, Any]] = {}

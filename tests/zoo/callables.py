@@ -420,6 +420,10 @@ class WithMetaOfMeta(metaclass=MetaOfMeta):
 class EnumWithMethods(enum.EnumMeta):
     """A subclass of a known metaclass is another metaclass."""
 
+    def __getattr__(cls, name):
+        RAN.append(f"EnumWithMethods.__getattr__ {name}")
+        raise AttributeError(name)
+
 
 class MetaEnum(enum.Enum, metaclass=EnumWithMethods):
     RED = 1

@@ -34,7 +34,7 @@ from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, member
 from safedefer.codecs.tags.exceptions import decode_exception, encode_exception
 from safedefer.codecs.tags.models import decode_model, encode_model
 from safedefer.errors import NotDeferrable
-from safedefer.refs import UNBOUND, CallableRef, bound_object, class_path, reference
+from safedefer.refs import UNBOUND, CallableRef, bound_object, class_path, loud_hooks, reference
 
 _CALLABLES: Final = (FunctionType, BuiltinFunctionType, MethodType)
 
@@ -122,9 +122,9 @@ def _members_of(cls: type) -> dict[str, object]:
 
 
 def _flag_by_value(cls: type) -> bool:
-    """Whether ``enum`` itself makes combinations of flags, not code of the class."""
+    """Whether ``enum`` itself makes combinations of flags, not code of the class or of its metaclass."""
     missing = inspect_safely.lookup(cls, "_missing_")
-    return inspect_safely.derives(cls, Flag) and missing is not None and missing[0] is Flag
+    return inspect_safely.derives(cls, Flag) and missing is not None and missing[0] is Flag and not loud_hooks(cls)
 
 
 #: The most combinations of flags of one class: an enum keeps all that were ever made, and two that are equal are one object.
