@@ -8,7 +8,6 @@ while others wait; and all results that are ready go back to the event loop in o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from threading import Lock
 from typing import Any, Final, Protocol, TypeVar
 
 from safedefer.concurrency.per_loop import PerLoop
+from safedefer.concurrency.results import LoopResults
 
 _T = TypeVar("_T")
 
@@ -56,7 +56,7 @@ class Threads:
         """Whether a woken thread has not taken a call yet."""
         self._alarm: SimpleQueue[None] = SimpleQueue()
         self._closed = False
-        self._results: PerLoop[_Results] = PerLoop(_Results)
+        self._results: PerLoop[LoopResults] = PerLoop(LoopResults)
 
     def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
         """Return a future of the result of ``call``. Cancelling it cancels a call that has not begun.
@@ -162,39 +162,4 @@ class Threads:
         return True
 
 
-class _Results:
-    """Results of threads for one event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._done: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
-        self._told = False
-
-    def put(self, future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
-        """Hand over the result or error of a call, from any thread."""
-        self._done.append((future, result, error))
-        if not self._told:
-            self._told = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and no caller waits
-                self.loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        # First: a result appended from now on is either taken below, or its thread schedules another delivery.
-        self._told = False
-        while self._done:
-            future, result, error = self._done.popleft()
-            if future.done():  # cancelled
-                continue
-            if error is None:
-                future.set_result(result)
-            elif isinstance(error, asyncio.CancelledError):
-                future.cancel()
-            elif isinstance(error, StopIteration):  # a future cannot carry it
-                failure = RuntimeError("the call raised StopIteration")
-                failure.__cause__ = error
-                future.set_exception(failure)
-            else:
-                future.set_exception(error)
-
-
-_Call = tuple[Callable[[], Any], "asyncio.Future[Any]", _Results]
+_Call = tuple[Callable[[], Any], "asyncio.Future[Any]", LoopResults]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
@@ -18,24 +19,37 @@ if TYPE_CHECKING:
     from safedefer.queues.sqlite.writer import Writer
 
 
+class LedgerOnLoop:
+    """``LedgerCalls`` that the writer's thread answers: no other thread waits for it."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    async def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
+        """Do what ``SQLiteLedger.begin_many`` does."""
+        return await self._writer.call(partial(begin_all, executions=executions, now=now, lease=lease), durable=False)
+
+    async def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
+        """Do what ``SQLiteLedger.finish_many`` does."""
+        return await self._writer.call(partial(finish_all, ends=ends))
+
+
 class SQLiteLedger:
     """A ``Ledger`` in the queue's file."""
 
     def __init__(self, writer: Writer, reader: Handle) -> None:
         self._writer = writer
         self._reader = reader
+        self._here = LedgerOnLoop(writer)
 
     @property
-    def here(self) -> None:
-        """None: the file is written by one thread."""
-        return None
+    def here(self) -> LedgerOnLoop:
+        """The calls of the running loop, whichever it is: the writer's thread answers it."""
+        return self._here
 
     def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
         """Ask to run, in one transaction; ``lease`` is seconds."""
-        return self._writer.run(
-            lambda connection: [begin(connection, execution, now=now, lease=lease) for execution in executions],
-            durable=False,
-        )
+        return self._writer.run(partial(begin_all, executions=executions, now=now, lease=lease), durable=False)
 
     def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:
         """Extend the leases of runs; False for each that another owner has."""
@@ -51,7 +65,7 @@ class SQLiteLedger:
 
     def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Store the ends of runs and their records; False stands for one that does not count any more."""
-        return self._writer.run(lambda connection: [finish(connection, *end) for end in ends])
+        return self._writer.run(partial(finish_all, ends=ends))
 
     def record_many(self, records: Sequence[AttemptRecord]) -> None:
         """Store records of attempts that ran nothing."""
@@ -61,6 +75,18 @@ class SQLiteLedger:
                 operations.add_record(connection, record)
 
         self._writer.run(action)
+
+
+def begin_all(
+    connection: apsw.Connection, executions: Sequence[Execution], *, now: float, lease: float
+) -> list[Admission]:
+    """Admit runs, within a transaction."""
+    return [begin(connection, execution, now=now, lease=lease) for execution in executions]
+
+
+def finish_all(connection: apsw.Connection, ends: Sequence[RunEnd]) -> list[bool]:
+    """Store the ends of runs, within a transaction."""
+    return [finish(connection, *end) for end in ends]
 
 
 def begin(connection: apsw.Connection, execution: Execution, *, now: float, lease: float) -> Admission:

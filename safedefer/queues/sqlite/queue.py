@@ -6,6 +6,7 @@ Over 450 lines, since it is the engine's whole side of the seam; what happens in
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import weakref
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -15,6 +16,7 @@ from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.queues.base import (
     DeadFilter,
     Lease,
+    LeaseCalls,
     QueuedTask,
     QueueStats,
     Settlement,
@@ -22,7 +24,6 @@ from safedefer.queues.base import (
     TaskView,
 )
 from safedefer.queues.capabilities import FULL, Capabilities
-from safedefer.queues.loop_calls import no_connections
 from safedefer.queues.sqlite import controls, operations
 from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
@@ -249,7 +250,12 @@ class SQLiteQueue:
         self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
     ) -> Sequence[Lease]:
         """Claim up to ``limit`` due tasks for ``seconds``, the one that fell due first before the others."""
+        action = self._lease(owner=owner, limit=limit, seconds=seconds, now=now, queues=queues)
+        return self._leased(self._writer.run(action, durable=False), now=now)
 
+    def _lease(
+        self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None
+    ) -> Callable[[apsw.Connection], tuple[list[Lease], int]]:
         def action(connection: apsw.Connection) -> tuple[list[Lease], int]:
             found = operations.lease(
                 connection,
@@ -262,7 +268,10 @@ class SQLiteQueue:
             )
             return found, operations.newest_seq(connection)
 
-        leases, newest = self._writer.run(action, durable=False)
+        return action
+
+    def _leased(self, found: tuple[list[Lease], int], *, now: float) -> Sequence[Lease]:
+        leases, newest = found
         self._watch.seen(newest)
         if now >= self._next_prune:
             # Not awaited: what is not deleted now is deleted at the next turn.
@@ -285,15 +294,17 @@ class SQLiteQueue:
 
     def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
         """Settle deliveries in one transaction; False for each lost lease."""
+        # What a power cut undoes, the next delivery finds in the ledger, which is synced.
+        return self._writer.run(self._settle(settlements, now=now), durable=False)
+
+    def _settle(
+        self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float
+    ) -> Callable[[apsw.Connection], list[bool]]:
         seconds = self._tombstone_seconds
-        return self._writer.run(
-            lambda connection: [
-                operations.settle(connection, lease, settlement, now=now, tombstone_seconds=seconds)
-                for lease, settlement in settlements
-            ],
-            # What a power cut undoes, the next delivery finds in the ledger, which is synced.
-            durable=False,
-        )
+        return lambda connection: [
+            operations.settle(connection, lease, settlement, now=now, tombstone_seconds=seconds)
+            for lease, settlement in settlements
+        ]
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
         """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""
@@ -310,9 +321,9 @@ class SQLiteQueue:
         """End a ``wait`` of this process early."""
         self._watch.wake()
 
-    def on_loop(self) -> AbstractAsyncContextManager[None]:
-        """Have no connections of the running loop: the file is written by one thread."""
-        return no_connections()
+    def on_loop(self) -> AbstractAsyncContextManager[LeaseCalls]:
+        """Give the calls of the running loop: the writer's thread answers them, and no other thread waits for it."""
+        return contextlib.nullcontext(_OnLoop(self._writer, self._lease, self._leased, self._settle))
 
     def prune(self, *, now: float) -> int:
         """Delete what is too old: tombstones, history, stray records, ledger entries; returns how many.
@@ -403,6 +414,31 @@ class SQLiteQueue:
             return None
 
         return self._read(look)
+
+
+class _OnLoop:
+    """``LeaseCalls`` that the writer's thread answers."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        lease: Callable[..., Callable[[apsw.Connection], tuple[list[Lease], int]]],
+        leased: Callable[..., Sequence[Lease]],
+        settle: Callable[..., Callable[[apsw.Connection], list[bool]]],
+    ) -> None:
+        self._writer = writer
+        self._lease, self._leased, self._settle = lease, leased, settle
+
+    async def lease(
+        self, *, owner: str, limit: int, seconds: float, now: float, queues: Sequence[str] | None = None
+    ) -> Sequence[Lease]:
+        """Do what ``SQLiteQueue.lease`` does."""
+        action = self._lease(owner=owner, limit=limit, seconds=seconds, now=now, queues=queues)
+        return self._leased(await self._writer.call(action, durable=False), now=now)
+
+    async def settle_many(self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float) -> Sequence[bool]:
+        """Do what ``SQLiteQueue.settle_many`` does."""
+        return await self._writer.call(self._settle(settlements, now=now), durable=False)
 
 
 def _next_due(connection: apsw.Connection, *, now: float, queues: Sequence[str] | None) -> float | None:

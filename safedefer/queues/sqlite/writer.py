@@ -13,16 +13,20 @@ import os
 import threading
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import apsw
 
 from safedefer.concurrency.forks import register_fork
+from safedefer.concurrency.per_loop import PerLoop
+from safedefer.concurrency.results import LoopResults
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.sqlite.connection import Handle, forked, unavailable
 from safedefer.queues.sqlite.repair import BadValue, mend
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
 T = TypeVar("T")
@@ -32,7 +36,8 @@ _BATCH: Final = 256
 _OF_VALUES: Final = (apsw.SQLITE_CONSTRAINT_DATATYPE, apsw.SQLITE_CONSTRAINT_NOTNULL)
 """The most operations in one transaction: bounds how long another process waits for the lock."""
 
-_Operation = tuple["Callable[[apsw.Connection], Any]", "Future[Any]", bool]
+#: What is to be done, who takes its result or its error, and whether it must be synced.
+_Operation = tuple["Callable[[apsw.Connection], Any]", "Callable[[Any, BaseException | None], None]", bool]
 
 
 class Writer:
@@ -40,6 +45,7 @@ class Writer:
 
     def __init__(self, path: str, *, busy_timeout: float) -> None:
         self._handle = Handle(path, busy_timeout=busy_timeout)
+        self._results: PerLoop[LoopResults] = PerLoop(LoopResults)
         self._begin()
         register_fork(self)
 
@@ -63,6 +69,17 @@ class Writer:
     def submit(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> Future[T]:
         """Have ``action`` run, and return at once; the future is completed after the commit."""
         future: Future[T] = Future()
+        self._put((action, partial(_complete, future), durable))
+        return future
+
+    def call(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> asyncio.Future[T]:
+        """As ``submit``, with a future of the running event loop. Cancelling it does not stop the action."""
+        results = self._results.here()
+        future: asyncio.Future[T] = results.loop.create_future()
+        self._put((action, partial(results.put, future), durable))
+        return future
+
+    def _put(self, operation: _Operation) -> None:
         with self._changed:
             if self._closed:
                 raise QueueUnavailable("the queue is closed; open a new one")
@@ -70,9 +87,8 @@ class Writer:
                 self._start()
             elif self._pid != os.getpid():
                 raise forked(self._handle.path)
-            self._pending.append((action, future, durable))
+            self._pending.append(operation)
             self._changed.notify()
-        return future
 
     def close(self, *, wait: bool = True) -> None:
         """Finish what was submitted, then close the connection. Later operations are refused.
@@ -145,22 +161,19 @@ class _Batch:
     def __init__(self, handle: Handle, operations: list[_Operation]) -> None:
         self._handle = handle
         self._operations = operations
-        self._outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
+        self._outcomes: list[tuple[Callable[[Any, BaseException | None], None], Any, BaseException | None]] = []
 
     def run(self) -> None:
-        """Run, commit, and complete every future. Never raises."""
+        """Run, commit, and answer every caller. Never raises."""
         try:
             with self._handle.use() as connection:
                 self._transact(connection)
         except BaseException as error:  # noqa: BLE001 - whatever it is, callers wait for an answer
-            for _, future, _ in self._operations:
-                future.set_exception(self._failure(error))
+            for _, answer, _ in self._operations:
+                answer(None, self._failure(error))
             return
-        for future, result, failure in self._outcomes:
-            if failure is None:
-                future.set_result(result)
-            else:
-                future.set_exception(failure)
+        for answer, result, failure in self._outcomes:
+            answer(result, failure)
 
     def _failure(self, error: BaseException) -> QueueUnavailable:
         # One exception for each caller: a traceback belongs to one thread.
@@ -181,8 +194,8 @@ class _Batch:
     def _commit(self, connection: apsw.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
         try:
-            for action, future, _ in self._operations:
-                self._outcomes.append((future, *self._attempt(connection, action)))
+            for action, answer, _ in self._operations:
+                self._outcomes.append((answer, *self._attempt(connection, action)))
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -220,3 +233,10 @@ class _Batch:
             return None, unavailable(self._handle.path, error) if isinstance(error, apsw.Error) else error
         connection.execute("RELEASE operation")
         return result, None
+
+
+def _complete(future: Future[Any], result: object, failure: BaseException | None) -> None:
+    if failure is None:
+        future.set_result(result)
+    else:
+        future.set_exception(failure)
