@@ -314,3 +314,11 @@ class AsyncCall:
 def loud(secret):
     RAN.append("loud")
     raise ValueError(f"{secret}\nFORGED LINE \x1b[31m")
+
+
+def pass_gate(*, fails=False):
+    RAN.append("gate")
+    STARTED.set()
+    assert GATE.wait(60)
+    if fails:
+        raise ValueError("late")

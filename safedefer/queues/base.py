@@ -157,6 +157,8 @@ class Settlement:
     """A slug; the reason of the dead letter, or of the retry."""
     record: AttemptRecord | None = None
     """An attempt that the handler could not record itself: there was no response."""
+    answered: bool = True
+    """Whether there was one; if not, the ledger says whether the task ran."""
 
 
 class TaskState(StrEnum):

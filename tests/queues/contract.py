@@ -523,13 +523,16 @@ class QueueContract:
         assert [rules.Counters.of(lease) for lease in leases] == [before] * len(tasks)
         leases.sort(key=lambda lease: lease.task.id)
         assert all(queue.settle_many(list(zip(leases, SETTLEMENTS, strict=True)), now=now + 1))
-        for task, settlement in zip(tasks, SETTLEMENTS, strict=True):
+        settled = [
+            rules.by_ledger(lease, item, known, now=now + 1) for lease, item in zip(leases, SETTLEMENTS, strict=True)
+        ]
+        for task, settlement in zip(tasks, settled, strict=True):
             if settlement.verdict is not Verdict.RETRY:
                 end, view = rules.end_of(settlement, known), queue.find(task.id)
                 reason = (recorded if end.by_record else None) or end.reason
                 expected = (VIEWED[end.state], before.attempts + end.charged, reason)
                 assert (view.state, view.attempts, view.reason) == expected, settlement
-        retries = [item for item in SETTLEMENTS if item.verdict is Verdict.RETRY]
+        retries = [item for item in settled if item.verdict is Verdict.RETRY]
         after = [rules.after_retry(before, item, leased_at=leased, now=now + 1) for item in retries]
         again = sorted(take(queue, now=300.0), key=lambda lease: lease.task.id)
         assert [rules.Counters.of(lease) for lease in again] == after

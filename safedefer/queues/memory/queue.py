@@ -417,10 +417,11 @@ class MemoryQueue:
         row = self._held(lease)
         if row is None:
             return False
-        if settlement.record is not None:
-            self._ledger.record(settlement.record)
         entry = self._ledger.entry(row.task)
         known = None if entry is None else entry.known(now)
+        settlement = rules.by_ledger(lease, settlement, known, now=now)
+        if settlement.record is not None:
+            self._ledger.record(settlement.record)
         if settlement.verdict is not Verdict.RETRY:
             self._end(row, rules.end_of(settlement, known), now=now)
             return True

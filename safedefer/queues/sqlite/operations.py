@@ -218,9 +218,10 @@ def settle(
     row = standing(connection, held.task.id)
     if row is None or row.owner != held.owner:
         return False
+    entry = known(connection, row.audience, held.task.id, now=now)
+    settlement = rules.by_ledger(held, settlement, entry, now=now)
     if settlement.record is not None:
         add_record(connection, settlement.record)
-    entry = known(connection, row.audience, held.task.id, now=now)
     if settlement.verdict is not Verdict.RETRY:
         ended = rules.end_of(settlement, entry)
         end(connection, held.task.id, row, ended, now=now, tombstone_seconds=tombstone_seconds)
