@@ -322,3 +322,11 @@ def pass_gate(*, fails=False):
     assert GATE.wait(60)
     if fails:
         raise ValueError("late")
+
+
+@dataclass
+class Account:
+    number: int
+
+    def pay(self, amount, note):
+        RAN.append((self.number, amount, note))

@@ -63,6 +63,7 @@ VIEWED = {
 
 DONE = Settlement(verdict=Verdict.DONE)
 DEAD = Settlement(verdict=Verdict.DEAD, reason="permanent-task-failure")
+RETRY_NOW = Settlement(verdict=Verdict.RETRY, at=103.0, status=500, reason="retry")
 
 
 def make_task(**changes: object) -> QueuedTask:
@@ -1432,6 +1433,29 @@ class QueueContract:
         again = make_task(unique_key="k")
         queue.enqueue_many([again])
         assert ids(take(queue, now=103.0)) == [again.id]
+
+    def test_a_key_until_the_start_is_free_when_its_task_is_leased_and_stays_the_next_ones(self, queue):
+        key = "start:" + "0f" * 32
+        first, second, third = (make_task(unique_key=key) for _ in range(3))
+        queue.enqueue_many([first])
+        with pytest.raises(AlreadyWaiting):
+            queue.enqueue_many([second])
+        lease = take_one(queue)
+        queue.enqueue_many([second])
+        for end in (lambda: None, lambda: settle(queue, lease, DONE, now=101.0)):
+            end()
+            with pytest.raises(AlreadyWaiting) as caught:
+                queue.enqueue_many([third])
+            assert caught.value.task_id == second.id
+        settle(queue, take_one(queue, now=102.0), RETRY_NOW, now=103.0)
+        queue.enqueue_many([third])
+        assert set(ids(take(queue, now=104.0))) == {second.id, third.id}
+
+    def test_a_key_that_only_begins_like_one_stays_until_the_end(self, queue):
+        queue.enqueue_many([make_task(unique_key="start:of something else")])
+        take_one(queue)
+        with pytest.raises(AlreadyWaiting):
+            queue.enqueue_many([make_task(unique_key="start:of something else")])
 
     def test_a_key_twice_in_one_batch_is_refused(self, queue):
         with pytest.raises(AlreadyWaiting):

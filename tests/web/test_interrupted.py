@@ -66,7 +66,7 @@ async def work(app, deliver, until_this):
     running = asyncio.create_task(dispatcher.run())
     try:
         async with asyncio.timeout(60):
-            while not await until_this():
+            while not await until_this():  # noqa: ASYNC110  # what is waited for has no event
                 await asyncio.sleep(0.02)
     finally:
         dispatcher.stop()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState, VerifiedLetter
 from safedefer.queues import rules
-from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict, is_free_when_leased
 from safedefer.queues.poison import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
@@ -134,6 +134,8 @@ def lease(
                 "previous_response": row.previous_response,
             },
         )
+        if is_free_when_leased(row.unique_key):
+            connection.execute(SQL["unique_free"], (seq,))
         leases.append(leased_task(row, owner=lease_owner, until=until, losses=losses))
     return leases
 
