@@ -27,9 +27,8 @@ at capacity, shutting down                              503     ``busy``
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from functools import partial
 from typing import Final
 
@@ -37,6 +36,7 @@ from safedefer.blobs import BlobStore
 from safedefer.codecs.protocol import Codec
 from safedefer.concurrency.threads import Threads
 from safedefer.delivery.budget import ByteBudget
+from safedefer.delivery.late import LateEnd
 from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.delivery.redaction import redacted_traceback
@@ -330,7 +330,7 @@ class Delivery:
             run = execute(
                 task, self._codecs, context, in_thread=threads, validate=options.validate, around=options.around
             )
-            late = _Late(self._ledger_client, self._end_of, request, execution)
+            late = LateEnd(self._ledger_client, self._end_of, request, execution)
             outcome = await self._runs.run(run, context.control, execution, seconds=seconds, late=late)
             if outcome is None:
                 goes_on = True
@@ -424,49 +424,6 @@ class Delivery:
         self._ledger_client.renewal.close()
         self._threads.close(wait=False, cancel=True)
         self._storage.close(wait=True)
-
-
-class _Late:
-    """Stores the end of a run that returned after its deadline: a success counts, anything else is tried again."""
-
-    __slots__ = ("_end_of", "_execution", "_ledger_client", "_request")
-
-    def __init__(
-        self,
-        ledger_client: LedgerClient,
-        end_of: Callable[[HandlerRequest, Execution, Outcome, int | None], RunEnd],
-        request: HandlerRequest,
-        execution: Execution,
-    ) -> None:
-        self._ledger_client = ledger_client
-        self._end_of = end_of
-        self._request = request
-        self._execution = execution
-
-    async def finish(self, outcome: Outcome) -> None:
-        with self._logged():
-            await self._ledger_client.finish(self._end(outcome))
-
-    def detach(self) -> None:
-        self._ledger_client.renewal.detach(self._execution)
-
-    def finish_in_thread(self, outcome: Outcome) -> None:
-        with self._logged():
-            self._ledger_client.finish_in_thread(self._end(outcome))
-
-    def _end(self, outcome: Outcome) -> RunEnd:
-        if outcome.result is not Result.SUCCEEDED:
-            outcome = Outcome(result=Result.RETRY, reason=outcome.reason, error=outcome.error)
-        return self._end_of(self._request, self._execution, outcome, None)
-
-    @contextlib.contextmanager
-    def _logged(self) -> Iterator[None]:
-        try:
-            yield
-        except QueueUnavailable:
-            _log.error("the end of task %s was not stored; it runs again", self._execution.task_id)
-        finally:
-            self._ledger_client.renewal.remove(self._execution)
 
 
 _STATUS: Final = {
