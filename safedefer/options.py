@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Final, Self
+from typing import Final, Literal, Self, TypeAlias
 
 from safedefer.errors import (
     ConfigurationError,
@@ -27,6 +27,8 @@ DEFAULT_QUEUE: Final = "default"
 DEFAULT_TARGET: Final = "default"
 #: Begins the URL of a queue, which its name ends (App Engine: ``/_ah/queue/<queue>``).
 QUEUE_URLS: Final = "/_ah/queue/"
+#: How long a unique task is looked for.
+UniqueUntil: TypeAlias = Literal["end", "start"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +145,11 @@ class Options:
     """Which handler: a name that the dispatcher knows the address of."""
     transactional: bool = False
     """Enqueue with the current transaction, if it commits."""
-    unique: bool = False
-    """Return the task of the same call and destination that waits or runs already, if there is one."""
+    unique: bool | Sequence[str] = False
+    """Return the task of the same call and destination that waits or runs already, if there is one. Names of parameters:
+    calls with the same values of these arguments are the same."""
+    unique_until: UniqueUntil = "end"
+    """``start``: a unique task is looked for only until its first delivery begins."""
     url: str | None = DEFAULT_URL
     """The path that the task is posted to; None is the queue's own, ``/_ah/queue/<queue>``."""
     deadline: float | None = None
@@ -161,9 +166,10 @@ class Options:
                 raise InvalidTaskError(f"the {part} is 1 to 100 characters of A-Z a-z 0-9 . -")
         if self.retry_options is not None and not isinstance(self.retry_options, TaskRetryOptions):
             raise InvalidTaskRetryOptionsError("retry_options is a TaskRetryOptions object")
-        for flag in ("transactional", "unique", "pickle"):
+        for flag in ("transactional", "pickle"):
             if type(getattr(self, flag)) is not bool:
                 raise InvalidTaskError(f"{flag} is True or False")
+        object.__setattr__(self, "unique", _check_unique(self.unique, self.unique_until))
         if self.unique and self.name is not None:
             raise InvalidTaskError("a unique task has no name; leave one of the two out")
         _check_url(self.url)
@@ -209,6 +215,20 @@ def _check_url(url: str | None) -> None:
         raise InvalidUrlError("a task's URL is a path of this application, such as /tasks/mail; use target for others")
     if _PATH.fullmatch(url) is None:
         raise InvalidUrlError("a task's URL is a path of printable ASCII without query or fragment; pass arguments")
+
+
+def _check_unique(unique: object, until: object) -> bool | tuple[str, ...]:
+    if until not in {"end", "start"}:
+        raise InvalidTaskError('unique_until is "end" or "start"')
+    if until == "start" and not unique:
+        raise InvalidTaskError('unique_until="start" is for a unique task; give unique, too')
+    if isinstance(unique, bool):
+        return unique
+    given: Sequence[object] = unique if isinstance(unique, tuple | list) else ()
+    names = {name for name in given if isinstance(name, str) and name.isidentifier()}
+    if not names or len(names) != len(set(given)):
+        raise InvalidTaskError('unique is True, False, or names of parameters such as ("order_id",)')
+    return tuple(sorted(names))
 
 
 def _check_deadline(deadline: object) -> None:

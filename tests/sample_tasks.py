@@ -314,3 +314,19 @@ class AsyncCall:
 def loud(secret):
     RAN.append("loud")
     raise ValueError(f"{secret}\nFORGED LINE \x1b[31m")
+
+
+def pass_gate(*, fails=False):
+    RAN.append("gate")
+    STARTED.set()
+    assert GATE.wait(60)
+    if fails:
+        raise ValueError("late")
+
+
+@dataclass
+class Account:
+    number: int
+
+    def pay(self, amount, note):
+        RAN.append((self.number, amount, note))

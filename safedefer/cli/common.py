@@ -33,6 +33,7 @@ def load_app(spec: str | None) -> App:
         ConfigurationError: There is no such module or App.
     """
     sys.path.insert(0, os.getcwd())  # noqa: PTH109  # as `python -m` does
+    _set_django_up()
     if spec is None:
         return App.from_settings()
     module, colon, name = spec.partition(":")
@@ -42,11 +43,42 @@ def load_app(spec: str | None) -> App:
         found: object = import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the module {error.name} is not found; run from the folder that has it") from error
+    except Exception as error:
+        if type(error).__name__ not in _DJANGO_IS_NOT_READY:
+            raise
+        raise ConfigurationError(
+            f"{module} needs Django, which is not set up; set DJANGO_SETTINGS_MODULE, as for manage.py"
+        ) from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, App):
         raise ConfigurationError(f"{spec} is not a safedefer.App; name the object that App(...) made")
     return found
+
+
+#: What Django raises where a module uses it before ``django.setup()``.
+_DJANGO_IS_NOT_READY: Final = frozenset({"AppRegistryNotReady", "ImproperlyConfigured"})
+
+
+def _set_django_up() -> None:
+    """Do what ``manage.py`` does before it imports an application, where the environment names Django's settings.
+
+    Raises:
+        ConfigurationError: There are no such settings, or they are wrong.
+    """
+    settings = os.environ.get("DJANGO_SETTINGS_MODULE")
+    if not settings:
+        return
+    try:
+        django: Any = import_module("django")
+    except ModuleNotFoundError:  # the variable is another program's
+        return
+    try:
+        django.setup()
+    except Exception as error:
+        raise ConfigurationError(
+            f"Django cannot be set up with DJANGO_SETTINGS_MODULE={settings!a} ({type(error).__name__}: {error}); correct it"
+        ) from error
 
 
 def load_app_to_look(spec: str | None) -> App:

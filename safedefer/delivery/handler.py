@@ -36,7 +36,7 @@ from safedefer.blobs import BlobStore
 from safedefer.codecs.protocol import Codec
 from safedefer.concurrency.threads import Threads
 from safedefer.delivery.budget import ByteBudget
-from safedefer.delivery.late_end import LateEnd
+from safedefer.delivery.late import LateEnd
 from safedefer.delivery.ledger_client import LedgerClient
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.delivery.redaction import redacted_traceback

@@ -7,7 +7,7 @@ positional and keyword arguments that fit the parameters of a function.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import Parameter, Signature
@@ -100,6 +100,31 @@ def check_binds(target: Callable[..., object], args: Sequence[Any], kwargs: Mapp
     # Exact str only: an instance of a subclass may equal a name and yet bind differently.
     if len(shape.fitting) < _MAX_FITTING and all(type(name) is str for name in kwargs):
         shape.fitting.add(given)
+
+
+def named_arguments(
+    target: Callable[..., object], names: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of some parameters, in order of their names, however they are given; defaults count.
+
+    What ``**kwargs`` takes may be named too.
+
+    Raises:
+        LookupError: The callable has no signature, or the call no argument of that name; the message says which.
+    """
+    signature, before = signature_of(target)
+    if signature is None:
+        raise LookupError("it has no signature")
+    bound = signature.bind(*(None,) * before, *args, **kwargs)
+    bound.apply_defaults()
+    given = dict(list(bound.arguments.items())[before:])
+    for parameter in signature.parameters.values():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            given = {**given.pop(parameter.name), **given}
+    for name in names:
+        if name not in given:
+            raise LookupError(f"the call has no argument {name!r}; it has {', '.join(given) or 'none'}")
+    return {name: given[name] for name in sorted(names)}
 
 
 def _shape_of(target: Callable[..., object]) -> tuple[_Shape | None, int]:

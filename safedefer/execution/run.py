@@ -26,6 +26,7 @@ from safedefer.errors import (
     RejectedTask,
     SingularTaskFailure,
 )
+from safedefer.execution import django
 from safedefer.execution.around import Around, SyncManager, await_within, call_within, managers
 from safedefer.execution.context import CURRENT, TaskContext
 from safedefer.execution.deadline import RunControl, Stop
@@ -147,14 +148,25 @@ async def _execute(
             if inspect.iscoroutine(result):
                 result.close()
             return _stopped(control.stop, None)  # the coroutine does not begin any more
+    if prepared is not None or (result is not None and inspect.isawaitable(result)):
+        await django.close_old_async()
+        try:
+            result = await _await_call(prepared, result, inner)
+        finally:
+            await django.close_old_async()
+    if control.stop is Stop.CANCELLED:
+        return _stopped(control.stop, None)
+    return _SUCCEEDED if result is None or type(result) not in _NOT_RUN else _returned_generator()
+
+
+async def _await_call(prepared: Prepared | None, result: object, inner: Sequence[SyncManager]) -> object:
+    """Call a coroutine function, or go on with the awaitable that a plain callable returned."""
     if prepared is not None:
         result = await await_within(inner, prepared.__call__) if inner else prepared()
     if result is not None and (type(result) is CoroutineType or inspect.isawaitable(result)):
         awaited = cast("Awaitable[object]", result)
         result = await awaited if prepared is not None or not inner else await await_within(inner, lambda: awaited)
-    if control.stop is Stop.CANCELLED:
-        return _stopped(control.stop, None)
-    return _SUCCEEDED if result is None or type(result) not in _NOT_RUN else _returned_generator()
+    return result
 
 
 def _raised(error: BaseException, control: RunControl) -> Outcome:
@@ -222,7 +234,9 @@ def _begin(
 ) -> _Step:
     if not control.claim():  # the handler has stopped it, and does not wait
         return _Step(error=asyncio.CancelledError())
+    django.close_old_connections()
     step = _begin_claimed(task, codecs, validate, inner)
+    django.close_old_connections()
     control.note_return(step)
     return step
 

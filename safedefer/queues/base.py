@@ -11,6 +11,7 @@ Times are seconds since the epoch (``float``) and come in as arguments. Every me
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -44,6 +45,9 @@ class StorageOptions:
     """Of more dead letters the oldest are archived."""
 
 
+#: Begins the unique key of a task that is looked for only until its first delivery begins.
+UNTIL_START: Final = "start:"
+_UNTIL_START: Final = re.compile(UNTIL_START + "[0-9a-f]{64}")
 #: Shared by all tasks that have nothing there: nobody changes it.
 _NONE: Final[Mapping[str, Any]] = {}
 
@@ -76,7 +80,13 @@ class QueuedTask(NamedTuple):
     callable_name: str = ""
     """For people who look: ``shop.tasks:send_receipt``. Empty if unknown."""
     unique_key: str | None = None
-    """At most one waiting or running task of the queue has it; see ``AlreadyWaiting``."""
+    """At most one waiting or running task of the queue has it; see ``AlreadyWaiting``. One that begins with ``start:`` is
+    free again when its task is leased."""
+
+
+def is_free_when_leased(unique_key: str | None) -> bool:
+    """Whether a unique key is one of ours that ends with the first delivery, whatever somebody wrote into the storage."""
+    return unique_key is not None and _UNTIL_START.fullmatch(unique_key) is not None
 
 
 def task_digest(task: QueuedTask) -> bytes:
@@ -157,6 +167,8 @@ class Settlement:
     """A slug; the reason of the dead letter, or of the retry."""
     record: AttemptRecord | None = None
     """An attempt that the handler could not record itself: there was no response."""
+    answered: bool = True
+    """Whether there was one; if not, the ledger says whether the task ran."""
 
 
 class TaskState(StrEnum):

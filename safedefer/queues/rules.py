@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -30,6 +31,8 @@ REJECT_SECONDS: Final = 3_600.0
 #: The longest that a handler can put off a task, in seconds: its clock may be wrong, and be corrected. It is also the
 #: longest backoff of a delivery that no handler took.
 MAX_PUT_OFF: Final = 60.0
+#: Seconds for which a task is put off that runs.
+PUT_OFF: Final = 1.0
 #: Seconds that a ledger entry is kept after its token expired.
 LEDGER_LEEWAY: Final = 3_600
 #: The newest attempt records that are kept of one task.
@@ -45,6 +48,8 @@ POISON: Final = "poison"
 _REJECTED: Final = "rejected"
 #: The reason of a delivery that ended with its lease, and not with an answer.
 LOST_LEASE: Final = "lease-expired"
+#: The reason of a delivery whose request was sent, and not answered.
+NO_RESPONSE: Final = "no-response"
 #: What the ledger calls a run that has not ended.
 RUNNING: Final = "running"
 #: A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it (``Limits.token_bytes`` is
@@ -60,6 +65,8 @@ _ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELL
 _PAST_REPLACING: Final = frozenset({EndState.SUCCEEDED, EndState.CANCELLED})
 #: Reasons of a dead letter that say less than the record of its last attempt.
 _VAGUE: Final = frozenset({None, "rejected"})
+#: Reasons of ``gives_up``.
+_GIVEN_UP: Final = frozenset({"retry-limit", "age-limit", "retry-and-age-limit"})
 #: What a proxy answers, without ``Safedefer-Outcome``, for a handler that it does not reach or lets wait.
 _PROXY_REASONS: Final = {429: "busy", 502: "unreachable", 503: "busy", 504: "unreachable"}
 _STATES: Final = {Verdict.DONE: EndState.SUCCEEDED, Verdict.DEAD: EndState.FAILED}
@@ -223,6 +230,28 @@ def stored_mapping(text: object) -> dict[str, Any]:
 # --- The ledger has the last word -----------------------------------------------------------------
 
 
+def by_ledger(lease: Lease, settlement: Settlement, entry: Known | None, *, now: float) -> Settlement:
+    """Return what becomes of a task whose run may go on, or of whose delivery there was no answer.
+
+    A dead letter of a task that goes on to succeed would say that it failed, and its re-run would run it twice. So a task
+    that runs is put off until its end is known, and one whose run never began is tried again as a rejected one is:
+    uncharged, up to ``REJECT_LIMIT`` deliveries over ``REJECT_SECONDS``.
+    """
+    if settlement.answered and not (settlement.verdict is Verdict.DEAD and settlement.reason in _GIVEN_UP):
+        return settlement
+    if entry is not None and entry.running:
+        put_off = Settlement(verdict=Verdict.RETRY, at=now + PUT_OFF, charged=False, reason=RUNNING)
+        return replace(put_off, status=settlement.status, record=settlement.record)
+    if settlement.answered:
+        return settlement
+    if entry is not None and entry.ended:
+        return Settlement(verdict=Verdict.DONE, executed=True)
+    if entry is not None and entry.uncharged:  # it began, and either its handler died or its end is a failure
+        return settlement
+    rejection = judge_rejection(lease, None, NO_RESPONSE, now=now, jitter=0.0)
+    return replace(rejection, record=settlement.record)
+
+
 def end_of(settlement: Settlement, entry: Known | None) -> Ending:
     """Return how a task ends that is settled as DONE or DEAD.
 
@@ -369,7 +398,7 @@ def judge_outcome(
         # Any 2xx is success, as on App Engine: a handler of the user's own may call run() and say no more.
         return _done(status) if outcome != "failed" else _failed(status)
     if outcome in {"early", "busy", "running"}:
-        seconds = min(1.0 if wait is None else wait, MAX_PUT_OFF) * (1 + jitter)
+        seconds = min(PUT_OFF if wait is None else wait, MAX_PUT_OFF) * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=now + seconds, charged=False, status=status, reason=outcome)
     if outcome in {"rejected", "refused"}:
         return judge_rejection(lease, status, outcome, now=now, jitter=jitter)
@@ -430,16 +459,29 @@ def judge_failure(lease: Lease, status: int | None, *, now: float, jitter: float
     """Say what becomes of a task whose attempt failed; ``status`` is None if there was no answer."""
     options = _options(lease)
     attempts = lease.attempts + 1
-    reason = "no-response" if status is None else reason
+    reason = NO_RESPONSE if status is None else reason
     # The handler could not write these down itself.
     record = None if reason == "retry" else _record(lease.task, reason, status, now)
     executed = status is not None and status < 500  # noqa: PLR2004  # as App Engine counts
     given_up = gives_up(options, attempts=attempts, age=now - lease.task.eta)
     if given_up is not None:
-        return Settlement(verdict=Verdict.DEAD, executed=executed, status=status, reason=given_up, record=record)
+        return Settlement(
+            verdict=Verdict.DEAD,
+            executed=executed,
+            status=status,
+            reason=given_up,
+            record=record,
+            answered=status is not None,
+        )
     wait = backoff(options, attempts, jitter=jitter / 2)
     return Settlement(
-        verdict=Verdict.RETRY, at=now + wait, executed=executed, status=status, reason=reason, record=record
+        verdict=Verdict.RETRY,
+        at=now + wait,
+        executed=executed,
+        status=status,
+        reason=reason,
+        record=record,
+        answered=status is not None,
     )
 
 

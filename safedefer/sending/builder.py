@@ -10,11 +10,11 @@ from typing import Any, Final, cast
 from safedefer.blobs import Blob
 from safedefer.claims import VERSION, Call, Claims, Retry, callable_name, split_audience, write_json
 from safedefer.codecs.protocol import Codec
-from safedefer.errors import ConfigurationError, InvalidTaskRetryOptionsError, NotDeferrable
-from safedefer.execution.binding import check_binds
+from safedefer.errors import ConfigurationError, InvalidTaskError, InvalidTaskRetryOptionsError, NotDeferrable
+from safedefer.execution.binding import check_binds, named_arguments
 from safedefer.keys import Key
 from safedefer.options import DEFAULT_OPTIONS, Options, Task, TaskRetryOptions
-from safedefer.queues.base import QueuedTask, TaskView
+from safedefer.queues.base import UNTIL_START, QueuedTask, TaskView
 from safedefer.refs import UNBOUND, bound_object
 from safedefer.sending.ids import new_blob_id, new_task_id
 from safedefer.sending.routes import Routes
@@ -76,11 +76,38 @@ class Builder:
         claims = self._claims(options, obj, args, kwargs, now)
         task, queued = self.package(claims, options, now)
         if options.unique:
-            ordered = dict(sorted(kwargs.items()))
-            # The order of keywords numbers what they share.
-            same = claims if list(ordered) == list(kwargs) else self._claims(options, obj, args, ordered, now)
-            queued = queued._replace(unique_key=_unique_key(same))
+            if isinstance(options.unique, bool):
+                ordered = dict(sorted(kwargs.items()))
+                # The order of keywords numbers what they share.
+                same = claims if list(ordered) == list(kwargs) else self._claims(options, obj, args, ordered, now)
+                key = _unique_key(same)
+            else:
+                key = self._key_of_some(options, options.unique, claims, obj, args, kwargs)
+            queued = queued._replace(unique_key=UNTIL_START + key if options.unique_until == "start" else key)
         return task, queued
+
+    def _key_of_some(
+        self,
+        options: Options,
+        names: Sequence[str],
+        claims: Claims,
+        obj: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> str:
+        """Return the key of calls that are the same if some arguments are, and the object that a method belongs to."""
+        try:
+            chosen = named_arguments(obj, names, args, kwargs)
+        except LookupError as error:
+            raise InvalidTaskError(f"unique names an argument, but {error.args[0]}") from None
+        # Apart from the others: what these share with them numbers nothing.
+        codec = self._pickled() if options.pickle else self._codecs["typed"]
+        bound, _, named = codec.encode((bound_object(obj), (), chosen), self._signer.gate)
+        call = dict(claims["call"])
+        if bound is not UNBOUND:
+            call["bound"] = bound
+        same: dict[str, object] = {**claims, "call": call, "args": names, "kwargs": named}
+        return _unique_key(same)
 
     def serialize(self, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
         """Return the signed token of a call without options."""
@@ -227,7 +254,7 @@ def stored_retry_options(values: Mapping[str, float]) -> TaskRetryOptions | None
         return None
 
 
-def _unique_key(claims: Claims) -> str:
+def _unique_key(claims: Mapping[str, object]) -> str:
     """Return what tasks of the same call and destination have in common."""
     same = {name: value for name, value in claims.items() if name not in _OF_ONE_TASK}
     return sha256(write_json(same)).hexdigest()

@@ -88,7 +88,9 @@ class Producer:
             retry_options: ``TaskRetryOptions``: when it is tried again.
             target: Which handler.
             transactional: Enqueue if, and only if, the transaction of ``app.transaction(...)`` commits.
-            unique: Return the task of the same call and destination that waits or runs already, if there is one.
+            unique: Return the task of the same call and destination that waits or runs already, if there is one. Names of
+                parameters, ``("order_id",)``: calls with the same values of these arguments are the same.
+            unique_until: ``"start"``: look for it only until its first delivery begins; ``"end"`` by default.
             url: The path that the task is posted to, or a URL below the address of a target; None is the queue's own.
             deadline: Seconds that one attempt may take, from 1 to 86,400; the queue's own without it.
             pickle: Carry the arguments as a pickle; both ends and the key must allow it.

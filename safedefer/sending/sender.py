@@ -165,7 +165,7 @@ class Sender:
         *,
         awaits: bool = False,
     ) -> tuple[Task, QueuedTask]:
-        self._outbox.check(named=options.name is not None or options.unique, awaits=awaits)
+        self._outbox.check(named=options.name is not None or bool(options.unique), awaits=awaits)
         task, queued = self._builder.build(options, obj, args, kwargs)
         if (capabilities := self._queue().capabilities) is not FULL:
             refuse_gaps(capabilities, queued)

@@ -21,4 +21,6 @@ SETTLEMENTS = (
     Settlement(verdict=_RETRY, at=200.0, status=503, reason="busy", charged=False),
     Settlement(verdict=_RETRY, at=200.0, status=500, reason="rejected", charged=False, rejected=True),
     Settlement(verdict=_RETRY, at=200.0, reason="no-response", rejected=True, executed=True),
+    Settlement(verdict=_RETRY, at=200.0, reason="no-response", answered=False),
+    Settlement(verdict=_DEAD, reason="retry-limit", answered=False),
 )

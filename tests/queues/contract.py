@@ -63,6 +63,7 @@ VIEWED = {
 
 DONE = Settlement(verdict=Verdict.DONE)
 DEAD = Settlement(verdict=Verdict.DEAD, reason="permanent-task-failure")
+RETRY_NOW = Settlement(verdict=Verdict.RETRY, at=103.0, status=500, reason="retry")
 
 
 def make_task(**changes: object) -> QueuedTask:
@@ -523,13 +524,16 @@ class QueueContract:
         assert [rules.Counters.of(lease) for lease in leases] == [before] * len(tasks)
         leases.sort(key=lambda lease: lease.task.id)
         assert all(queue.settle_many(list(zip(leases, SETTLEMENTS, strict=True)), now=now + 1))
-        for task, settlement in zip(tasks, SETTLEMENTS, strict=True):
+        settled = [
+            rules.by_ledger(lease, item, known, now=now + 1) for lease, item in zip(leases, SETTLEMENTS, strict=True)
+        ]
+        for task, settlement in zip(tasks, settled, strict=True):
             if settlement.verdict is not Verdict.RETRY:
                 end, view = rules.end_of(settlement, known), queue.find(task.id)
                 reason = (recorded if end.by_record else None) or end.reason
                 expected = (VIEWED[end.state], before.attempts + end.charged, reason)
                 assert (view.state, view.attempts, view.reason) == expected, settlement
-        retries = [item for item in SETTLEMENTS if item.verdict is Verdict.RETRY]
+        retries = [item for item in settled if item.verdict is Verdict.RETRY]
         after = [rules.after_retry(before, item, leased_at=leased, now=now + 1) for item in retries]
         again = sorted(take(queue, now=300.0), key=lambda lease: lease.task.id)
         assert [rules.Counters.of(lease) for lease in again] == after
@@ -1429,6 +1433,29 @@ class QueueContract:
         again = make_task(unique_key="k")
         queue.enqueue_many([again])
         assert ids(take(queue, now=103.0)) == [again.id]
+
+    def test_a_key_until_the_start_is_free_when_its_task_is_leased_and_stays_the_next_ones(self, queue):
+        key = "start:" + "0f" * 32
+        first, second, third = (make_task(unique_key=key) for _ in range(3))
+        queue.enqueue_many([first])
+        with pytest.raises(AlreadyWaiting):
+            queue.enqueue_many([second])
+        lease = take_one(queue)
+        queue.enqueue_many([second])
+        for end in (lambda: None, lambda: settle(queue, lease, DONE, now=101.0)):
+            end()
+            with pytest.raises(AlreadyWaiting) as caught:
+                queue.enqueue_many([third])
+            assert caught.value.task_id == second.id
+        settle(queue, take_one(queue, now=102.0), RETRY_NOW, now=103.0)
+        queue.enqueue_many([third])
+        assert set(ids(take(queue, now=104.0))) == {second.id, third.id}
+
+    def test_a_key_that_only_begins_like_one_stays_until_the_end(self, queue):
+        queue.enqueue_many([make_task(unique_key="start:of something else")])
+        take_one(queue)
+        with pytest.raises(AlreadyWaiting):
+            queue.enqueue_many([make_task(unique_key="start:of something else")])
 
     def test_a_key_twice_in_one_batch_is_refused(self, queue):
         with pytest.raises(AlreadyWaiting):

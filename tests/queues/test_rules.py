@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from safedefer.queues.rules import (
     admit,
     after_lost_lease,
     after_retry,
+    by_ledger,
     end_of,
     judge_outcome,
     leaves_charge,
@@ -215,6 +218,45 @@ def test_the_ledger_says_what_runs_and_what_can_be_cancelled(state, alive, cance
         run = Execution("aud", "id", b"digest", owner, 1000)
         assert admit(run, digest=b"digest", owner="me", entry=known) is expected
         assert admit(run, digest=b"another", owner="me", entry=known) is Admission.CONFLICT
+
+
+def lease_of(**counted):
+    return Lease(make_task(), "owner", 160.0)._replace(**counted)
+
+
+NO_ANSWER = Settlement(verdict=Verdict.RETRY, at=5.0, reason="no-response", answered=False)
+GIVEN_UP = replace(NO_ANSWER, verdict=Verdict.DEAD, at=None, reason="retry-limit")
+DEADLINE = Settlement(verdict=Verdict.DEAD, status=500, reason="retry-limit")
+# What the dispatcher says, what the ledger knows: verdict, whether it is charged, whether it counts as a rejection
+BY_LEDGER = [
+    *[(item, Known(str(SUCCEEDED), uncharged=True), Verdict.DONE, True, False) for item in (NO_ANSWER, GIVEN_UP)],
+    *[(item, Known(str(CANCELLED)), Verdict.DONE, True, False) for item in (NO_ANSWER, GIVEN_UP)],
+    *[(item, Known("running", True, True), Verdict.RETRY, False, False) for item in (NO_ANSWER, GIVEN_UP, DEADLINE)],
+    *[(item, None, Verdict.RETRY, False, True) for item in (NO_ANSWER, GIVEN_UP)],
+    *[(item, Known(str(RETRY)), Verdict.RETRY, False, True) for item in (NO_ANSWER, GIVEN_UP)],
+    *[(NO_ANSWER, Known(state, uncharged=True), Verdict.RETRY, True, False) for state in ("running", str(RETRY))],
+    *[(GIVEN_UP, Known(state, uncharged=True), Verdict.DEAD, True, False) for state in ("running", str(RETRY))],
+    (DEADLINE, None, Verdict.DEAD, True, False),
+    (DEADLINE, Known("running", uncharged=True), Verdict.DEAD, True, False),
+    (replace(DEADLINE, reason=None, status=200), Known("running", True, True), Verdict.DEAD, True, False),
+]
+
+
+@pytest.mark.parametrize(("said", "known", "verdict", "charged", "rejected"), BY_LEDGER)
+def test_the_ledger_is_asked_before_a_delivery_without_an_answer_is_charged(said, known, verdict, charged, rejected):
+    found = by_ledger(lease_of(), said, known, now=100.0)
+    assert (found.verdict, found.charged, found.rejected) == (verdict, charged, rejected)
+    if verdict is Verdict.DONE:
+        assert end_of(found, known).state == known.state
+    if verdict is Verdict.RETRY and not charged:
+        assert (100.0 < found.at <= 101.0, found.reason) == (True, "no-response" if rejected else "running")
+
+
+def test_a_task_whose_run_never_begins_is_given_up_by_the_limit_of_rejections():
+    lease = lease_of(rejections=9, first_rejection=0.0)
+    assert by_ledger(lease, NO_ANSWER, None, now=3599.0).verdict is Verdict.RETRY
+    found = by_ledger(lease, NO_ANSWER, None, now=3600.0)
+    assert (found.verdict, found.charged, found.reason) == (Verdict.DEAD, False, "no-response")
 
 
 def test_a_task_that_the_ledger_does_not_know_can_be_cancelled():

@@ -305,5 +305,5 @@ def test_every_option_is_spelled_once_and_the_forms_agree():
         assert f"        {name}: " in App.options.__doc__, name
     # App Engine's functions have no unique tasks.
     named = {name for name in inspect.signature(deferred.defer).parameters if name.startswith("_")}
-    assert named == {f"_{name}" for name in options - {"unique"}}
+    assert named == {f"_{name}" for name in options - {"unique", "unique_until"}}
     assert inspect.signature(deferred.defer_async).parameters == inspect.signature(deferred.defer).parameters

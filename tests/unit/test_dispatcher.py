@@ -396,7 +396,7 @@ async def test_no_more_than_the_concurrency_is_delivered_at_once():
 
 @pytest.mark.parametrize(
     ("reply", "charged"),
-    [(Unreachable("down"), 0), (Interrupted("reset"), 1), (answer(503, "busy"), 0), (answer(503, "early"), 0),
+    [(Unreachable("down"), 0), (Interrupted("reset"), 0), (answer(503, "busy"), 0), (answer(503, "early"), 0),
      (answer(409, "running"), 0), (answer(500, "retry"), 1), (answer(403, "refused"), 0), (ValueError("row"), 0)],
 )  # fmt: skip
 async def test_an_attempt_is_charged_only_if_the_handler_took_it(reply, charged):

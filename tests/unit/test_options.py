@@ -180,3 +180,25 @@ def test_what_may_be_given_may_be_signed():
 def test_a_unique_task_has_no_name():
     with pytest.raises(InvalidTaskError, match="leave one of the two out"):
         Options(unique=True, name="n")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(True, True), (False, False), (("b", "a"), ("a", "b")), (["a", "a"], ("a",))],
+)
+def test_unique_is_a_flag_or_names_of_parameters(given, expected):
+    assert Options(unique=given).unique == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *[{"unique": wrong} for wrong in ("order_id", (), [], ("a b",), ("",), (1,), ("a", 1), {"a"}, 1, None)],
+        *[{"unique": True, "unique_until": wrong} for wrong in ("never", None, True)],
+        {"unique_until": "start"},
+        {"unique": ("a",), "name": "n"},
+    ],
+)
+def test_what_makes_a_task_unique_is_checked(given):
+    with pytest.raises(InvalidTaskError):
+        Options(**given)

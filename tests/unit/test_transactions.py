@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import time
 from contextlib import closing
+from typing import NamedTuple
 
 import apsw
 import pytest
@@ -188,6 +189,71 @@ def test_how_a_call_is_delivered_makes_no_other_call(app):
     ):
         assert app.options(unique=True, **options).defer(tasks.add, 1, 2).id == first.id
     assert app.options(unique=True, target="big").defer(tasks.add, 1, 2).id != first.id
+
+
+class Call(NamedTuple):
+    obj: object
+    args: tuple
+    kwargs: dict
+
+
+def call(obj, *args, **kwargs):
+    return Call(obj, args, kwargs)
+
+
+# parameters, one call, another one, whether the second is the same task
+SOME = [
+    (("a",), call(tasks.add, 1, 2), call(tasks.add, 1, 3), True),
+    (("a",), call(tasks.add, 1, 2), call(tasks.add, b=5, a=1), True),
+    (("a",), call(tasks.add, 1), call(tasks.add, 2), False),
+    (("a",), call(tasks.add, 1), call(tasks.add, True), False),
+    (("a",), call(tasks.add, 1), call(tasks.add_later, 1), False),
+    (("b", "a"), call(tasks.add, 1), call(tasks.add, 1, b=0, scale=9), True),
+    (("a", "b"), call(tasks.add, 1), call(tasks.add, 1, 1), False),
+    (("scale",), call(tasks.add, 1), call(tasks.add, 2, scale=1), True),
+    (("order",), call(tasks.keywords, order=1, user=1), call(tasks.keywords, user=2, order=1), True),
+    (("order",), call(tasks.keywords, order=[1]), call(tasks.keywords, order=[2]), False),
+    (("order",), call(tasks.keywords, order={8, 0}), call(tasks.keywords, order={0, 8}), True),
+    (("order",), call(tasks.keywords, order=(shared := [1]), a=shared), call(tasks.keywords, order=[1], a=[1]), True),
+    (("amount",), call(tasks.Account(1).pay, 5, "x"), call(tasks.Account(1).pay, 5, "y"), True),
+    (("amount",), call(tasks.Account(1).pay, 5, "x"), call(tasks.Account(2).pay, 5, "x"), False),
+]
+
+
+@pytest.mark.parametrize("until", ["end", "start"])
+@pytest.mark.parametrize(("names", "first", "again", "same"), SOME)
+def test_a_call_may_be_unique_by_some_of_its_arguments(app, names, first, again, same, until):
+    unique = app.options(unique=names, unique_until=until)
+    found = unique.defer(first.obj, *first.args, **first.kwargs)
+    assert (unique.defer(again.obj, *again.args, **again.kwargs).id == found.id) is same
+    whole = app.options(unique=True).defer(first.obj, *first.args, **first.kwargs)
+    assert whole.id != found.id, "whole calls and some of their arguments are never the same"
+    assert app.options(unique=True).defer(first.obj, *first.args, **first.kwargs).id == whole.id
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong", "message"),
+    [
+        (("c",), call(tasks.add, 1), "no argument 'c'; it has a, b, scale"),
+        (("values",), call(tasks.keywords, a=1), "no argument 'values'; it has a"),
+        (("a",), call(tasks.keywords), "it has none"),
+        (("self",), call(tasks.Account(1).pay, 5, "x"), "it has amount, note"),
+    ],
+)
+def test_an_argument_that_the_call_has_not_makes_it_not_unique(app, names, wrong, message):
+    with pytest.raises(InvalidTaskError, match=message):
+        app.options(unique=names).defer(wrong.obj, *wrong.args, **wrong.kwargs)
+    assert ids(app) == set()
+
+
+def test_until_the_start_a_call_that_comes_while_its_task_runs_is_another_one(app):
+    unique = app.options(unique=True, unique_until="start")
+    first = unique.defer(tasks.add, 1)
+    assert unique.defer(tasks.add, 1).id == first.id
+    (lease,) = app.queue.lease(owner="test", limit=1, seconds=60.0, now=time.time() + 1)
+    second = unique.defer(tasks.add, 1)
+    assert second.id not in {first.id, lease.task.unique_key}
+    assert unique.defer(tasks.add, 1).id == second.id
 
 
 def test_a_unique_task_that_ended_may_come_again(app):

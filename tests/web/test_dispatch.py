@@ -210,20 +210,21 @@ async def test_a_200_without_an_outcome_is_done_as_on_app_engine_and_is_warned_o
     assert "correct the address" in caplog.text
 
 
-async def test_a_connection_lost_after_sending_is_charged(app):
+async def test_a_connection_lost_after_sending_is_not_charged_where_nothing_ran(app):
     task = app.defer(tasks.add, 1)
     async with Raw(None) as raw, HttpDelivery(raw.address) as deliver:
         await run_due(app, deliver)
     view = app.queue.find(task.id)
-    assert (view.state, view.attempts, [r.reason for r in view.records]) == (TaskState.WAITING, 1, ["no-response"])
+    assert (view.state, view.attempts, [r.reason for r in view.records]) == (TaskState.WAITING, 0, ["no-response"])
     assert len(raw.requests) == 1
 
 
-async def test_an_answer_that_is_no_http_is_charged(app):
+async def test_an_answer_that_is_no_http_is_not_charged_where_nothing_ran(app):
     task = app.defer(tasks.add, 1)
     async with Raw(b"220 smtp.example ESMTP\r\n") as raw, HttpDelivery(raw.address) as deliver:
         await run_due(app, deliver)
-    assert app.queue.find(task.id).attempts == 1
+    view = app.queue.find(task.id)
+    assert (view.attempts, [r.reason for r in view.records]) == (0, ["no-response"])
 
 
 async def test_a_handler_that_is_down_charges_nothing(app):

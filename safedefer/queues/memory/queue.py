@@ -28,6 +28,7 @@ from safedefer.queues.base import (
     TaskState,
     TaskView,
     Verdict,
+    is_free_when_leased,
     task_digest,
 )
 from safedefer.queues.capabilities import FULL, Capabilities
@@ -364,6 +365,8 @@ class MemoryQueue:
         losses = 0 if entry is None else entry.losses
         lease = Lease(row.task, f"{owner}:{secrets.token_hex(8)}", until, *row.counters, losses=losses)
         row.owner, row.leased_at, row.due = lease.owner, now, until
+        if is_free_when_leased(row.task.unique_key):
+            self._free_unique(row.task)
         self._schedule(row)
         return lease
 
@@ -417,10 +420,11 @@ class MemoryQueue:
         row = self._held(lease)
         if row is None:
             return False
-        if settlement.record is not None:
-            self._ledger.record(settlement.record)
         entry = self._ledger.entry(row.task)
         known = None if entry is None else entry.known(now)
+        settlement = rules.by_ledger(lease, settlement, known, now=now)
+        if settlement.record is not None:
+            self._ledger.record(settlement.record)
         if settlement.verdict is not Verdict.RETRY:
             self._end(row, rules.end_of(settlement, known), now=now)
             return True
@@ -434,6 +438,12 @@ class MemoryQueue:
             entry.uncharged = entry.uncharged and not rules.retry_charges(settlement, known)
         return True
 
+    def _free_unique(self, task: QueuedTask) -> None:
+        """Free the unique key of a task, unless another one has it since this one began."""
+        key = task.queue, task.unique_key or ""
+        if self._state.unique.get(key) == task.id:
+            del self._state.unique[key]
+
     def _end(self, row: _Row, end: rules.Ending, *, now: float) -> None:
         task = row.task
         reason = (self._ledger.last_reason(task.id) if end.by_record else None) or end.reason
@@ -444,8 +454,7 @@ class MemoryQueue:
         self._state.ended[task.id] = view
         if task.name is not None:
             self._state.names[task.queue, task.name] = now + self._tombstone_seconds
-        if task.unique_key is not None:
-            del self._state.unique[task.queue, task.unique_key]
+        self._free_unique(task)
         if task.blob_id is not None:
             self._blobs.delete(task.blob_id)
         del self._state.rows[task.id]

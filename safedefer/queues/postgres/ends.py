@@ -93,8 +93,7 @@ async def _free(connection: Connection, ends: Sequence[End], *, now: float, tomb
         )
     unique = [task for task in tasks if task.unique_key is not None]
     if unique:
-        values = [task.id for task in unique], [task.queue for task in unique], [task.unique_key for task in unique]
-        await connection.execute(SQL["uniques_delete"], *values)
+        await free_unique(connection, unique)
     blobs = [task.blob_id for task in tasks if task.blob_id is not None]
     if blobs:
         await connection.execute(SQL["blobs_drop"], blobs)
@@ -177,3 +176,9 @@ async def drop_dead(connection: Connection, task_ids: Sequence[str]) -> int:
         jobs = [row["job_id"] for row in dropped]
         await connection.execute(STATEMENTS.log, jobs, ["deleted"] * len(jobs), [None] * len(jobs))
     return len(dropped)
+
+
+async def free_unique(connection: Connection, tasks: Sequence[QueuedTask]) -> None:
+    """Delete the unique keys of tasks; one that another task has since is that one's."""
+    values = [task.id for task in tasks], [task.queue for task in tasks], [task.unique_key for task in tasks]
+    await connection.execute(SQL["uniques_delete"], *values)

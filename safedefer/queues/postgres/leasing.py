@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from safedefer.ledger import EndState
-from safedefer.queues.base import Lease, QueuedTask
+from safedefer.queues.base import Lease, QueuedTask, is_free_when_leased
 from safedefer.queues.poison import log_burial
 from safedefer.queues.postgres.connection import in_transaction
 from safedefer.queues.postgres.controls import put_control, read_controls
-from safedefer.queues.postgres.ends import End, end
+from safedefer.queues.postgres.ends import End, end, free_unique
 from safedefer.queues.postgres.pgqueuer import STATEMENTS
 from safedefer.queues.postgres.progress import read_progress, write_progress
 from safedefer.queues.postgres.records import add_records
@@ -88,6 +88,8 @@ async def lease(
         return []
     jobs = await _pick(connection, own_loop, seen, names, limit=limit, seconds=seconds, manager=manager)
     tasks = {job["id"]: read_task(job) for job in jobs}
+    if begun := [task for task in tasks.values() if is_free_when_leased(task.unique_key)]:
+        await free_unique(connection, begun)
     # Only jobs that were retried or lost have a row in progress.
     again = [job["id"] for job in jobs if job["attempts"] or job["id"] in seen.lost]
     progress = await read_progress(connection, again) if again else {}

@@ -182,19 +182,23 @@ async def _settle_each(
         if hold is not None
     }
     found = await connection.fetch(SQL["held"], to_json(list(asked.values())))
-    held = {row["id"]: None if row["state"] is None else rules.Known(row["state"], row["uncharged"]) for row in found}
+    held = {
+        row["id"]: None if row["state"] is None else rules.Known(row["state"], row["uncharged"], row["alive"])
+        for row in found
+    }
     results, ends, retries, records = [], [], [], []
     for hold, (lease, settlement) in zip(holds, settlements, strict=True):
         ours = hold is not None and hold.job in held and asked[hold.job]["updated"] == hold.updated
         results.append(ours)
         if not ours or hold is None:
             continue
+        known = held[hold.job]
+        settlement = rules.by_ledger(lease, settlement, known, now=now)  # noqa: PLW2901  # only this one counts
         if settlement.record is not None:
             records.append(settlement.record)
         if settlement.verdict is Verdict.RETRY:
-            retries.append((hold, lease, settlement, held[hold.job]))
+            retries.append((hold, lease, settlement, known))
         else:
-            known = held[hold.job]
             ending = rules.end_of(settlement, known)
             attempts = rules.plus(lease.attempts, ending.charged)
             ends.append(End(lease.task, hold.job, ending, attempts, known, has_progress=lease.retries > 0))

@@ -176,7 +176,7 @@ RETURNING id, round(extract(epoch FROM updated) * 1000000)::bigint AS updated;
 
 -- name: held
 -- Locks the jobs whose lease is still held, by ascending id, and returns them with the state of their ledger entry.
-SELECT job.id, entry.state, entry.uncharged
+SELECT job.id, entry.state, entry.uncharged, entry.until > now() AS alive
 FROM (
     SELECT * FROM json_to_recordset($1::json)
         AS given (id bigint, manager uuid, updated bigint, audience text, task_id text) ORDER BY id

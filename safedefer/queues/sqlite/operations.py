@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState, VerifiedLetter
 from safedefer.queues import rules
-from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict, is_free_when_leased
 from safedefer.queues.poison import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
@@ -147,6 +147,8 @@ def lease(
                 "previous_response": row.previous_response,
             },
         )
+        if is_free_when_leased(row.unique_key):
+            connection.execute(SQL["unique_free"], (seq,))
         leases.append(leased_task(row, owner=lease_owner, until=until, losses=losses))
     return leases
 
@@ -231,9 +233,10 @@ def settle(
     row = standing(connection, held.task.id)
     if row is None or row.owner != held.owner:
         return False
+    entry = known(connection, row.audience, held.task.id, now=now)
+    settlement = rules.by_ledger(held, settlement, entry, now=now)
     if settlement.record is not None:
         add_record(connection, settlement.record, trim=held.retries >= rules.RECORDS_KEPT)
-    entry = known(connection, row.audience, held.task.id, now=now)
     if settlement.verdict is not Verdict.RETRY:
         ended = rules.end_of(settlement, entry)
         end(connection, held.task.id, row, ended, entry, now=now, tombstone_seconds=tombstone_seconds)

@@ -1,4 +1,4 @@
-"""The end of a run that returns after its request was answered without it."""
+"""The end of a run that returns after its request was answered at the deadline."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class LateEnd:
         self._execution = execution
 
     async def finish(self, outcome: Outcome) -> None:
-        """Store the end."""
+        """Store the end of a run on its loop."""
         with self._logged():
             await self._ledger_client.finish(self._end(outcome))
 
     def detach(self) -> None:
-        """Note that the event loop is being closed, and the thread of the run goes on."""
+        """Go on extending the run, whose loop is being closed."""
         self._ledger_client.renewal.detach(self._execution)
 
     def finish_in_thread(self, outcome: Outcome) -> None:
-        """Store the end after ``detach``, from the thread of the run."""
+        """Store the end of a run whose loop is closed, from its thread."""
         with self._logged():
             self._ledger_client.finish_in_thread(self._end(outcome))
 
