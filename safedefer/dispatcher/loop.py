@@ -316,9 +316,7 @@ class Dispatcher:
         state = self._state
         ready = state.prefetch.ready
         waiting: list[Lease] = []
-        while (
-            ready and len(state.deliveries) < self._options.concurrency + self._extra and not self._stopping.is_set()
-        ):
+        while ready and len(state.deliveries) < self._options.concurrency + self._extra and not self._stopping.is_set():
             self._start_one(ready.popleft(), waiting)
         ready.extendleft(reversed(waiting))
         suspect = state.suspect
