@@ -66,7 +66,11 @@ def _pairs(value: object) -> object:
 def _read_key_file(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            trouble = trouble_with_key_file(str(path), os.fstat(file.fileno()))
+            status = os.fstat(file.fileno())
+            trouble = trouble_with_key_file(str(path), status)
+            # Nobody else can change a way that was judged fine: if it leads to this file now, it was this file that was judged.
+            if trouble is None and not os.path.samestat(status, os.stat(path)):  # noqa: PTH116  # as above
+                trouble = f"the key file {str(path)!a} was replaced while it was read; start again"
             if trouble is None:
                 return file.read()
     except OSError as error:

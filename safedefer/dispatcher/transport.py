@@ -59,7 +59,7 @@ class HttpDelivery:
         targets: Addresses by target.
         timeout: The most seconds to wait for an answer; None is the task's deadline, else its queue's, and 30 s more.
         deadlines: The ``attempt_deadline`` of queues, in seconds; 0 is no deadline. Other queues have 600 s.
-        concurrency: The most connections.
+        concurrency: The most connections, and one for each target.
         verify: Checks a task before anything of it is sent. None sends what the storage says, unchecked: for
             tests, and for storage that nobody else can write.
     """
@@ -92,7 +92,8 @@ class HttpDelivery:
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             timeout=self._timeout,
-            connector=aiohttp.TCPConnector(limit=self._concurrency),
+            # The dispatcher has a slot more for each target that hangs.
+            connector=aiohttp.TCPConnector(limit=self._concurrency + len(self._targets) + 1),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,

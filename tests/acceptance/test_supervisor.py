@@ -1,5 +1,6 @@
 """``run`` and ``serve --processes``: a supervisor, its workers, and what happens to each of them."""
 
+import contextlib
 import json
 import os
 import re
@@ -29,6 +30,14 @@ def compute(number, loops):
     total = 0
     for n in range(loops):
         total += n * n
+    write(number)
+
+def pause(number):
+    (FOLDER / f"paused-{number}-{os.getpid()}").touch()
+    while not (FOLDER / "go").exists():
+        time.sleep(0.05)
+    with open(FOLDER / f"effect-{number}", "a") as file:
+        file.write(f"{os.getpid()} ")
     write(number)
 
 def defer_again(number):
@@ -258,3 +267,29 @@ def test_a_worker_that_is_killed_before_it_is_ready_is_replaced(project):
     assert url.startswith("http://")
     assert (project.folder / "killed").exists()
     assert "ended with status 137" in project.terminate(process)[2]
+
+
+def test_a_frozen_worker_is_ended_and_replaced_and_its_task_has_one_effect(project):
+    """SIGSTOP: the frozen process finds, when it is woken, that it is dead. Its neighbours go on meanwhile."""
+    project.environment["SAFEDEFER_LEASE_SECONDS"] = "1"
+    process, _ = project.start("run", "--port", "0", "--processes", "2", "--lease", "1", "--hang-seconds", "2")
+    pids = workers(process)
+    defer(project, *(f"t.pause, {n}" for n in range(8)))
+    project.until(lambda: len(list(project.folder.glob("paused-*"))) == 8)
+    frozen = int(next(project.folder.glob("paused-0-*")).name.rpartition("-")[2])
+    os.kill(frozen, signal.SIGSTOP)
+    (project.folder / "go").touch()
+    project.until(lambda: not alive(frozen))
+    project.until(lambda: len(workers(process)) == 2 and frozen not in workers(process))
+    project.until(lambda: len(project.results()) == 8)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(frozen, signal.SIGCONT)
+    status, _, err = project.terminate(process)
+    assert status == 0
+    assert f"(pid {frozen}) gave no sign of life for" in err
+    assert set(pids) - {frozen}, "the other one lives"
+    # The ledger has each task once; one that was frozen in the middle of its run began a second time.
+    begun = [path.name.split("-")[1] for path in project.folder.glob("paused-*")]
+    assert sorted(set(begun)) == [str(n) for n in range(8)]
+    for n in range(8):
+        assert len((project.folder / f"effect-{n}").read_text().split()) == 1, "its effect was had twice"

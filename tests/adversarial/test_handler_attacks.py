@@ -374,8 +374,16 @@ async def test_every_refusal_looks_the_same_on_the_wire(app):
         mint(kid="stolen"),
         mint(aud=f"prod:default:default:{URL}"),
         mint(kid="mail-only"),
+        # After the ledger and the decoder: a key's patterns, and the id of another task.
+        mint(kid="narrow", args=[{"$class": "tests.adversarial.victim:Other"}]),
+        mint(jti="a" * 32, args=[2]),
+        b"",
+        b"." * 70_000,
+        TOKEN[:-1] + (b"A" if TOKEN[-1:] != b"A" else b"B") + b"A" * 70_000,
     ]
     async with serving(app, "127.0.0.1", 0) as url:
+        first = mint(jti="a" * 32, args=[1])
+        assert b" 200 " in (await talk(url, request(JOSE, length(first), body=first)))[0]
         answers = {(await talk(url, request(JOSE, length(token), body=token)))[0] for token in tokens}
     assert len({re.sub(rb"Date: [^\r]*", b"", answer) for answer in answers}) == 1
 

@@ -357,3 +357,48 @@ def test_a_secret_in_the_place_of_its_name_is_not_quoted(swapped):
         with pytest.raises(ConfigurationError) as caught:
             read()
         assert secret[:16] not in str(caught.value)
+
+
+# --- Symbolic links ---------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_a_link_of_somebody_else_to_a_file_of_roots_is_refused(path, tmp_path):
+    """Its owner chooses which of the files that root owns is read for keys: one of a package's examples, say."""
+    link = tmp_path / "keys-here"
+    link.symlink_to(path.parent)
+    again = tmp_path / "again"
+    again.symlink_to("keys-here")
+    assert load(link / path.name) == "k0"
+    os.chown(link, 12_345, -1, follow_symlinks=False)
+    for way in (link / path.name, again / path.name, tmp_path / "keys" / ".." / "keys-here" / path.name):
+        with pytest.raises(ConfigurationError, match=r"the symbolic link .*keys-here' belongs to the user 12345"):
+            load(way)
+    file = tmp_path / "file"
+    file.symlink_to(path)
+    os.chown(file, 12_345, -1, follow_symlinks=False)
+    with pytest.raises(ConfigurationError, match="the symbolic link"):
+        load(file)
+
+
+def test_a_file_that_is_replaced_while_it_is_judged_is_not_read(path, monkeypatch):
+    other = path.with_name("other.json")
+    other.write_text(jwks(jwk(kid="other")))
+    other.chmod(0o600)
+    judge = settings.trouble_with_folders
+
+    def replace(name):
+        other.replace(path)
+        return judge(name)
+
+    monkeypatch.setattr(settings, "trouble_with_folders", replace)
+    with pytest.raises(ConfigurationError, match="was replaced while it was read"):
+        load(path)
+
+
+def test_a_way_of_links_without_end_has_one(tmp_path):
+    (tmp_path / "a").symlink_to("b/x")
+    (tmp_path / "b").symlink_to("a/x")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load(tmp_path / "a")
+    assert settings.trouble_with_folders(str(tmp_path / "a")) is None
