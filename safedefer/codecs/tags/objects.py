@@ -394,7 +394,7 @@ def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> objec
 
 
 def _uuid_of(cls: type, value: UUID) -> object:
-    made = object.__new__(cls)
+    made: Any = object.__new__(cls)
     for name in ("int", "is_safe"):
         vars(UUID)[name].__set__(made, vars(UUID)[name].__get__(value))
     return made

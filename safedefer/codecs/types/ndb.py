@@ -8,7 +8,7 @@ the class runs, and nothing here asks for a context or a client. Needs ndb impor
 from __future__ import annotations
 
 import sys
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.packs import Pack, PackedType
@@ -42,9 +42,20 @@ def _types() -> tuple[PackedType, ...]:
         PackedType("$ndb_blobkey", (model.BlobKey,), *_holder(model.BlobKey, {"_blob_key": (bytes, type(None))})),
         PackedType("$ndb_stored", (model._BaseValue,), *_holder(model._BaseValue, {"b_val": None})),
         PackedType("$ndb_compressed", (model._CompressedValue,), *_holder(model._CompressedValue, {"z_val": (bytes,)})),
+        *(PackedType("$ndb_live", (), _refuse, _refuse, base=live) for live in _live()),
         PackedType("$datastore_key", (stored_key,), keys.stored_parts, keys.stored),
         PackedType("$datastore_entity", (stored,), *_stored_entities(stored, stored_key)),
     )  # fmt: skip
+
+
+def _live() -> tuple[type, ...]:
+    """Return the classes whose objects are parts of this process: whatever the policy admits, they are no values."""
+    names = {"client": "Client", "context": "_Context", "tasklets": "Future", "_datastore_query": "QueryIterator"}
+    return tuple(getattr(sys.modules[f"{_MODULE}.{module}"], name) for module, name in names.items())
+
+
+def _refuse(_: object) -> NoReturn:
+    raise Refusal("it is a client, a connection or a call under way of this process; pass an id, and have the task ask")
 
 
 def _own(value: object) -> dict[str, Any]:
@@ -155,6 +166,10 @@ class _Entities:
         cls = self._class(name)
         properties = dict(map(self._property, dynamic))
         self._check_state(cls, (key, values, projection), properties.keys())
+        if properties.keys() & self._declared(cls).keys():
+            raise VersionSkew(
+                "a property beyond the class is one of the class here; deploy the code that the task was made for"
+            )
         made = object.__new__(cls)
         own = _own(made)
         own["_values"] = values
