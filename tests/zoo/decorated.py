@@ -112,10 +112,12 @@ DJANGO = next((name for name in ("django.tasks", "django_tasks") if find_spec(na
 if DJANGO:
     from importlib import import_module
 
+    import django
     from django.conf import settings
 
     if not settings.configured:
-        settings.configure()
+        settings.configure(DATABASES={})
+        django.setup()
     if not hasattr(settings, "TASKS"):
         settings.TASKS = {"default": {"BACKEND": f"{DJANGO}.backends.dummy.DummyBackend"}}
     task = import_module(DJANGO).task
