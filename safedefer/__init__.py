@@ -44,6 +44,7 @@ from safedefer.policy import Policy, deferrable
 from safedefer.refs import CallableRef
 from safedefer.signing import Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
+from safedefer.wrappers import register_wrapper
 
 if TYPE_CHECKING:
     from safedefer.deferred import TaskHandler
@@ -79,6 +80,7 @@ __all__ = [
     "errors",
     "invoke_member",
     "register_type",
+    "register_wrapper",
     "run",
     "run_async",
     "run_from_datastore",

@@ -58,6 +58,7 @@ from safedefer.refs import (
     mro,
     reference,
 )
+from safedefer.wrappers import unwrapped
 
 _T = TypeVar("_T")
 
@@ -581,7 +582,7 @@ def _named(module: str, qualname: str) -> object:
     owner, dot, member = qualname.rpartition(".")
     cls = find(module, owner) if dot else None
     if not issubclass(type(cls), type):
-        return find(module, qualname)
+        return unwrapped(find(module, qualname))
     return find_member(cast("type", cls), member)[1]
 
 

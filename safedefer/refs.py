@@ -41,6 +41,7 @@ import typing_extensions
 from pydantic import BaseModel, ConfigDict, Field
 
 from safedefer.errors import NotDeferrable, UnresolvableCallable
+from safedefer.wrappers import unwrapped
 
 # Identifiers are ASCII: Python folds others by NFKC, so two texts would name one thing.
 _IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
@@ -207,7 +208,7 @@ def bound_object(obj: object) -> object:
 
 
 def find(module: str, qualname: str) -> object:
-    """Import ``module`` and look ``qualname`` up in it, reading ``__dict__`` only.
+    """Import ``module`` and look ``qualname`` up in it, reading ``__dict__`` only. Of a wrapper, return its function.
 
     Raises:
         UnresolvableCallable: There is no such module or name, or the module fails to import.
@@ -228,7 +229,8 @@ def find(module: str, qualname: str) -> object:
         raise UnresolvableCallable(
             f"{module}:{qualname} does not exist (no __getattr__ is asked); deploy it, or map the old name with Policy(moved=...)"
         )
-    return found
+    inner: Any = unwrapped(found)
+    return inner if inner is not found and (inner.__module__, inner.__qualname__) == (module, qualname) else found
 
 
 def find_member(owner: type, member: str) -> tuple[type, object]:
@@ -315,6 +317,7 @@ def _is_quiet(cls: type, name: object, value: object) -> bool:
 
 
 def _classify(obj: object, metaclasses: frozenset[type]) -> CallableRef:
+    obj = unwrapped(obj)
     kind = type(obj)
     if kind is FunctionType:
         return _function(cast("FunctionType", obj))

@@ -25,10 +25,12 @@ from types import (
     WrapperDescriptorType,
 )
 from typing import Any, Final, cast
+from uuid import UUID
 
 from pydantic import BaseModel, RootModel
 
 from safedefer.codecs import inspect_safely
+from safedefer.codecs.field_defaults import Defaults, of_class, of_model
 from safedefer.codecs.registry import TypeRegistry
 
 #: Built-in bases with contents, which objects of subclasses carry as one value, as items, or as keys and values.
@@ -43,6 +45,7 @@ CONTENTS: Final[dict[type, str]] = {
     list: "items",
     set: "items",
     dict: "keys",
+    UUID: "value",
 }
 #: The bases among them whose objects are filled after they are made.
 MUTABLE: Final[tuple[type, ...]] = (list, set, dict)
@@ -58,7 +61,7 @@ _MODEL_STATE: Final = tuple(
 )
 
 # Classes whose __hash__ and __eq__ are known to be harmless.
-_KNOWN: Final[tuple[type, ...]] = (BaseModel, RootModel, Enum, Flag)
+_KNOWN: Final[tuple[type, ...]] = (BaseModel, RootModel, Enum, Flag, UUID)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +86,10 @@ class Plan:
     identity_hash: bool = True
     functions: frozenset[str] = frozenset()
     """Names of the functions of the class, without those of declared fields. No attribute of an object may hide one."""
+    defaults: Defaults = field(default_factory=dict)
+    """Those of declared fields, which tokens from before a field lack."""
+    private_defaults: Defaults = field(default_factory=dict)
+    """The same for the private attributes of a pydantic model."""
 
 
 def make_plan(cls: type, registry: TypeRegistry) -> Plan:
@@ -93,7 +100,10 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
     """
     if inspect_safely.derives(type(cls), EnumType):
         return Plan(cls, "$enum", hash_definers=_hash_definers(cls))
+    # Written in Python, and carried like one in C: its own hooks would drop the attributes of a subclass.
     base = inspect_safely.solid_base(cls)
+    if base is object and inspect_safely.derives(cls, UUID):
+        base = UUID
     exception = inspect_safely.derives(base, BaseException)
     _check_layout(cls, base, exception=exception)
     _refuse_reducers(cls, base)
@@ -139,6 +149,7 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         _hash_definers(cls),
         (found := inspect_safely.lookup(cls, "__hash__")) is not None and found[0] is object,
         function_names(cls),
+        *(of_model(cls) if tag == "$model" else (of_class(cls), {})),
     )
 
 
@@ -278,7 +289,7 @@ def _own_hook(cls: type, name: str) -> tuple[type, FunctionType] | None:
         ValueError: The hook is not a plain function.
     """
     found = inspect_safely.lookup(cls, name)
-    if found is None or not inspect_safely.made_in_python(found[0]):
+    if found is None or found[0] is UUID or not inspect_safely.made_in_python(found[0]):
         return None
     raw = found[1].__func__ if type(found[1]) is staticmethod and name == "__new__" else found[1]
     if type(raw) is not FunctionType:

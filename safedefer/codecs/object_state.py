@@ -12,6 +12,7 @@ from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_layout import REMEDY, Plan, make_plan
 from safedefer.codecs.decoder import Decoder, record, string
 from safedefer.codecs.encoder import Encoder
+from safedefer.codecs.field_defaults import check_complete, complete
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.shared import Json, Refusal, VersionSkew, step
 
@@ -26,6 +27,8 @@ def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     try:
         return function(*args, **kwargs)
+    except Refusal:
+        raise
     except Exception as error:
         name = getattr(function, "__qualname__", "a hook of the class")
         raise VersionSkew(f"{name} raised {type(error).__name__}; correct the class") from error
@@ -101,6 +104,7 @@ def attributes(enc: Encoder, value: object, plan: Plan) -> _Pairs:
         own, held = _halves(enc, hook_state(enc, value, plan), plan)
     else:
         own, held = _own_dict(enc, value, plan), _slots(value, plan)
+        check_complete(plan.defaults, own.keys() | held.keys() if plan.defaults else ())
     _check_apart(own, held)
     check_names(own, plan)
     return chain(own.items(), held.items())
@@ -163,6 +167,14 @@ def _halves(enc: Encoder, state: Any, plan: Plan) -> tuple[dict[Any, Any], dict[
     return own, held
 
 
+def _store(value: object, plan: Plan, own: Any, name: str, default: Any) -> None:
+    slot = plan.slots.get(name)
+    if slot is not None:
+        slot.__set__(value, default)
+    elif type(own) is dict:
+        own[name] = default
+
+
 def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> None:
     """Set attributes as ``object.__setattr__`` would. Runs no code of the class.
 
@@ -190,3 +202,5 @@ def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> 
     except Refusal as refusal:
         refusal.trail.append(step(name))
         raise
+    if plan.defaults and plan.getstate is None:
+        run(complete, plan.defaults, trees, lambda name, default: _store(value, plan, own, name, default))

@@ -9,6 +9,7 @@ once, at the first look-up.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -16,12 +17,18 @@ from threading import RLock
 from typing import Any, Final, TypeVar
 
 from safedefer.codecs.class_families import ClassFamily
+from safedefer.codecs.packs import Pack, PackedType
+from safedefer.codecs.types import asyncpg_values, freezegun_values, generics, ndb, pydantic_values
 from safedefer.codecs.types import attrs as attrs_types
 from safedefer.errors import ConfigurationError
 
 _T = TypeVar("_T")
 
 ENTRY_POINT_GROUP: Final = "safedefer.types"
+
+PACKS: Final[tuple[Pack, ...]] = (
+    generics.PACK, pydantic_values.PACK, asyncpg_values.PACK, freezegun_values.PACK, ndb.PACK,
+)  # fmt: skip
 
 #: The tags of the wire format itself.
 CORE_TAGS: Final[frozenset[str]] = frozenset(
@@ -79,6 +86,10 @@ class RegisteredType:
     encode: Callable[[Any], object]
     decode: Callable[[Any], object]
 
+    def carries(self, cls: type) -> bool:
+        """Whether objects of this class have the tag."""
+        return cls is self.cls
+
 
 class TypeRegistry:
     """The types that third parties registered. Safe to use from several threads."""
@@ -90,6 +101,8 @@ class TypeRegistry:
         self._types: dict[int, RegisteredType] = {}
         self._tags: dict[str, RegisteredType] = {}
         self._families: dict[str, ClassFamily] = {}
+        self._pending: tuple[Pack, ...] = PACKS if discover else ()
+        self._packed: tuple[PackedType, ...] = ()
         #: Plans of classes that a policy admitted, by id of the class (``class_layout.Plan``).
         self.plans: dict[int, Any] = {}
         if discover:
@@ -136,14 +149,33 @@ class TypeRegistry:
         if tag in CORE_TAGS or tag in self._tags or tag in self._families:
             raise ConfigurationError(f"the tag {tag} is taken; choose another")
 
-    def by_class(self, cls: type) -> RegisteredType | None:
-        """Return the entry of exactly this class."""
+    def by_class(self, cls: type) -> RegisteredType | PackedType | None:
+        """Return the entry of exactly this class. What the user registered comes before the packs."""
         self.discover()
-        return self._types.get(id(cls))
+        entry = self._types.get(id(cls))
+        return entry if entry is not None else next((each for each in self._packs() if each.carries(cls)), None)
 
-    def by_tag(self, tag: str) -> RegisteredType | ClassFamily | None:
-        """Return the entry of a tag. A token chooses the tag, so nothing is discovered for it."""
-        return self._tags.get(tag) or self._families.get(tag)
+    def by_tag(self, tag: str) -> RegisteredType | PackedType | ClassFamily | None:
+        """Return the entry of a tag. A token chooses the tag, so nothing is discovered or imported for it."""
+        entry = self._tags.get(tag) or self._families.get(tag)
+        return entry if entry is not None else next((each for each in self._packs() if each.tag == tag), None)
+
+    def _packs(self) -> tuple[PackedType, ...]:
+        """Return the types of the packs whose libraries the process has imported."""
+        for pack in self._pending:
+            if pack.module in sys.modules:
+                self._unpack(pack)
+        return self._packed
+
+    def _unpack(self, pack: Pack) -> None:
+        with self._lock:
+            if pack not in self._pending:  # another thread was first
+                return
+            try:
+                self._packed += tuple(pack.types())
+            except (AttributeError, KeyError):  # the library is being imported; or is an older one, without the types
+                return
+            self._pending = tuple(each for each in self._pending if each is not pack)
 
     def family_of(self, cls: type) -> ClassFamily | None:
         """Return the family that a class belongs to. Nothing is discovered: the class may be one that a token names."""

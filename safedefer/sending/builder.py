@@ -19,6 +19,7 @@ from safedefer.refs import UNBOUND, bound_object
 from safedefer.sending.ids import new_blob_id, new_task_id
 from safedefer.sending.routes import Routes
 from safedefer.signing import Signer, shared_claims
+from safedefer.wrappers import unwrapped
 
 #: In the order in which they are written: another one is read more slowly.
 _CLAIMS: Final = tuple(Claims.__annotations__)
@@ -168,6 +169,7 @@ class Builder:
         now: float,
     ) -> Claims:
         gate = self._signer.gate
+        obj = cast("Callable[..., object]", unwrapped(obj))
         ref = gate.callable_ref(obj)
         try:
             check_binds(obj, args, kwargs)

@@ -14,14 +14,14 @@ TYPED = README[README.index("## Typed values") :]
 EXAMPLES = re.findall(r"`(\{\"\$[a-z]+\":.*?\})`(?= \||,)", TYPED)
 NAMES = {
     "shop.models:Order": "Node", "shop.models:Color": "Color", "shop.geo:Point": "Point", "shop.models:Line": "AttrsDict",
-    "shop.api:Cart": "FrozenModel", "shop.models:Cart": "Node",
+    "shop.api:Cart": "OnlyModel", "shop.models:Cart": "Node",
 }  # fmt: skip
 
 
 def local(example):
     """The example with the names of classes that exist here."""
     for name, ours in NAMES.items():
-        example = example.replace(name, f"tests.zoo.values:{ours if '$dataclass' not in example else 'Order'}")
+        example = example.replace(name, f"tests.zoo.values:{ours if '$dataclass' not in example else 'Single'}")
     return example.replace('"shop.tasks","qualname":"ship"', '"tests.zoo.values","qualname":"top"')
 
 

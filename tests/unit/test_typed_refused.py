@@ -241,7 +241,7 @@ REFUSED = {
     "weakref": (__import__("weakref").ref(zoo.Node), "", "register"),
     "property": (property(lambda self: 1), "", "register"),
     "not implemented": (NotImplemented, "", "register"),
-    "generic alias": (list[int], "", "register"),
+    "generic alias": (list[...], "", "pass the class alone"),
     "union": (int | str, "", "register"),
     "type var": (__import__("typing").TypeVar("T"), "", "register"),
     "code": (zoo.top.__code__, "", "register"),

@@ -67,6 +67,15 @@ class Point3(Point):
 
 
 @dataclasses.dataclass
+class Single:
+    id: int
+
+
+class OnlyModel(BaseModel):
+    n: int
+
+
+@dataclasses.dataclass
 class Order:
     id: int
     lines: list[Any] = dataclasses.field(default_factory=list)

@@ -11,6 +11,7 @@ from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_layout import REMEDY, Plan
 from safedefer.codecs.decoder import Decoder, array, record, string
 from safedefer.codecs.encoder import Encoder
+from safedefer.codecs.field_defaults import check_complete, complete
 from safedefer.codecs.object_state import begin, begin_decoded, check_names, planned_class, run, slot_value
 from safedefer.codecs.shared import Json, Refusal, is_text
 
@@ -34,6 +35,7 @@ def encode_model(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     begin(enc, value, plan)
     enc.own_state(fields_set)
     check_names(plan.state_of(value), plan)
+    check_complete(plan.defaults, plan.state_of(value))
     tree: list[Json] = [name, _part(enc, plan.state_of(value), depth), sorted(fields_set)]
     enc.add(len(fields_set))
     tree.append(_part(enc, slot_value(_EXTRA, value), depth))
@@ -41,6 +43,7 @@ def encode_model(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     if type(private) is dict and any(each is PydanticUndefined for each in private.values()):
         # Declared and never set: pydantic leaves these out of its own state too.
         private = {key: each for key, each in private.items() if each is not PydanticUndefined}
+    check_complete(plan.private_defaults, private if type(private) is dict else ())
     tree.append(_part(enc, private, depth))
     enc.open.discard(id(value))
     return {"$model": tree}
@@ -65,15 +68,20 @@ def decode_model(dec: Decoder, payload: Json, depth: int) -> object:
     state = plan.state_of(value) if plan.state_of is not None else {}
     check_names(record(fields), plan)
     dec.members(state, record(fields), depth + 1)
+    run(complete, plan.defaults, state, state.__setitem__)
     dec.add(len(array(names)))
     given = {string(each) for each in names}
     if len(given) != len(names):
         raise Refusal("a field is given twice")
     _FIELDS_SET.__set__(value, given)
+    if private is None and plan.private_defaults:
+        private = {}
     for slot, part in ((_EXTRA, extra), (_PRIVATE, private)):
         if part is not None:
             members_of: dict[str, object] = {}
             dec.members(members_of, record(part), depth + 1)
+            if slot is _PRIVATE:
+                run(complete, plan.private_defaults, members_of, members_of.__setitem__)
             slot.__set__(value, members_of)
         elif not inspect_safely.derives(plan.cls, RootModel):
             slot.__set__(value, None)

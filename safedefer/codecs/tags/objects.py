@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from enum import Flag, IntFlag
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any, Final, cast
+from uuid import UUID
 
 from pydantic import ValidationError
 
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_families import ClassFamily
 from safedefer.codecs.class_layout import CONTENTS, MUTABLE, REMEDY, Plan
-from safedefer.codecs.decoder import Decoder, array, integer, record, string
+from safedefer.codecs.decoder import Decoder, array, record, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.object_state import (
     attributes,
@@ -28,14 +29,17 @@ from safedefer.codecs.object_state import (
     restore,
     run,
 )
+from safedefer.codecs.packs import PackedType
 from safedefer.codecs.registry import RegisteredType
-from safedefer.codecs.shared import SAFE_INT, Json, Refusal, VersionSkew, is_text
+from safedefer.codecs.shared import Json, Refusal, VersionSkew, is_text
 from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, members, read_members, set_members
 from safedefer.codecs.tags.exceptions import decode_exception, encode_exception
 from safedefer.codecs.tags.models import decode_model, encode_model
 from safedefer.errors import NotDeferrable
 from safedefer.refs import UNBOUND, CallableRef, bound_object, class_path, loud_hooks, reference
 
+_UUID_INT: Final = cast("Any", vars(UUID)["int"]).__get__
+_UUID_SAFE: Final = cast("Any", vars(UUID)["is_safe"]).__get__
 _CALLABLES: Final = (FunctionType, BuiltinFunctionType, MethodType)
 
 
@@ -93,14 +97,14 @@ def _decode_class(dec: Decoder, payload: Json, _depth: int) -> type:
 # --- Enums and named tuples -----------------------------------------------------------------------
 
 
-def _encode_enum(enc: Encoder, value: Any, _depth: int, plan: Plan) -> Json:
+def _encode_enum(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     cls = plan.cls
     name = _name_of(value)
     if type(name) is str and _members_of(cls).get(name) is value and is_text(name):
         return {"$enum": [enc.name(cls), name]}
     number = _value_of(value)
-    if type(number) is int and -SAFE_INT <= number <= SAFE_INT and _flag_by_value(cls):
-        return {"$enum": [enc.name(cls), number]}
+    if type(number) is int and _flag_by_value(cls):
+        return {"$enum": [enc.name(cls), enc.value(number, depth + 1)]}
     raise Refusal(f"the member is not found by its name; {REMEDY}")
 
 
@@ -133,14 +137,16 @@ _MOST_COMBINATIONS: Final = 4_096
 _KEPT_COMBINATIONS: Final = 256
 
 
-def _decode_enum(dec: Decoder, payload: Json, _depth: int) -> object:
+def _decode_enum(dec: Decoder, payload: Json, depth: int) -> object:
     name, key = array(payload, least=2, most=2)
     cls = planned_class(dec, name, "$enum").cls
     if type(key) is str:
         if (member := _members_of(cls).get(key)) is None or _name_of(member) != key:
             raise VersionSkew("the enum has no member of that name; deploy the code that has it")
         return member
-    number = integer(key, -SAFE_INT, SAFE_INT)
+    number = dec.value(key, depth + 1) if type(key) is int or type(key) is dict else None
+    if type(number) is not int:
+        raise Refusal("here must be a name or an integer")
     if not _flag_by_value(cls):
         raise VersionSkew("$enum is [class, name], or [class, number] for a combination of flags")
     known = inspect_safely.namespace(cls).get("_value2member_map_", {})
@@ -176,6 +182,12 @@ def _decode_namedtuple(dec: Decoder, payload: Json, depth: int) -> object:
     cls = planned_class(dec, name, "$namedtuple").cls
     values = dec.items(items, depth + 1)
     found = inspect_safely.lookup(cls, "_fields")
+    defaults = inspect_safely.lookup(cls, "_field_defaults")
+    if found is not None and defaults is not None and type(defaults[1]) is dict:
+        for field in found[1][len(values) :]:  # added since, each with a default
+            if field not in defaults[1]:
+                break
+            values.append(defaults[1][field])
     if found is None or len(found[1]) != len(values):
         raise VersionSkew("the named tuple has another number of fields; deploy the code that the task was made for")
     return tuple.__new__(cls, values)
@@ -213,8 +225,9 @@ def _decode_dataclass(dec: Decoder, payload: Json, depth: int) -> object:
 # --- Types of third parties -----------------------------------------------------------------------
 
 
-def _encode_registered(enc: Encoder, value: Any, depth: int, entry: RegisteredType) -> Json:
-    enc.name(entry.cls)
+def _encode_registered(enc: Encoder, value: Any, depth: int, entry: RegisteredType | PackedType) -> Json:
+    if type(entry) is RegisteredType:
+        enc.name(entry.cls)
     ref = enc.enter(value)
     if ref is not None:
         return ref
@@ -230,18 +243,18 @@ def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
     """Decode the payload of a tag that is not of the wire format itself: a registered type or family."""
     entry = dec.registry.by_tag(tag)
     if entry is None:
-        raise VersionSkew("there is no such tag; register the type at this end too")
+        raise VersionSkew("there is no such tag; register the type, or import its library, at this end too")
     if type(entry) is ClassFamily:
         return _decode_family(dec, tag, payload, depth)
-    entry = cast("RegisteredType", entry)
-    # The decoder is the user's code, but which keys may reach it the policy says, as of every class.
-    if dec.gate.load_class(class_path(entry.cls)) is not entry.cls:
+    entry = cast("RegisteredType | PackedType", entry)
+    # The decoder is the user's code, but which keys may reach it the policy says, as of every class. A pack's is ours.
+    if type(entry) is RegisteredType and dec.gate.load_class(class_path(entry.cls)) is not entry.cls:
         raise VersionSkew(
             f"{class_path(entry.cls)} is another class than the registered one; register it after it is defined"
         )
     number = dec.reserve()
     value = run(entry.decode, dec.value(payload, depth + 1))
-    if type(value) is not entry.cls:
+    if not entry.carries(type(value)):
         raise VersionSkew("the registered decoder returned an object of another type; correct it")
     dec.settle(number, value)
     return value
@@ -306,6 +319,8 @@ def _encode_contents(enc: Encoder, value: Any, plan: Plan, tree: dict[str, Json]
     """Add the contents of the built-in base, read by its own methods."""
     base: Any = plan.base
     match CONTENTS[base]:
+        case "value" if base is UUID:
+            tree["value"] = enc.value(UUID(int=_UUID_INT(value), is_safe=_UUID_SAFE(value)), depth + 1)
         case "value":
             parts = base.__getnewargs__(value)
             tree["value"] = enc.value(complex(*parts) if base is complex else parts[0], depth + 1)
@@ -379,6 +394,8 @@ def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> objec
         value = dec.value(parts["value"], depth + 1)
         if type(value) is not base:
             raise VersionSkew("the value of $object is of another type than the class is built on")
+        if base is UUID:
+            return _uuid_of(plan.cls, value)
         return base.__new__(plan.cls, value)
     if base is tuple:
         return tuple.__new__(plan.cls, dec.items(parts["items"], depth + 1))
@@ -389,6 +406,13 @@ def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> objec
             raise Refusal("two set members are equal")
         return made
     return _new(plan)
+
+
+def _uuid_of(cls: type, value: UUID) -> object:
+    made: Any = object.__new__(cls)
+    for name in ("int", "is_safe"):
+        vars(UUID)[name].__set__(made, vars(UUID)[name].__get__(value))
+    return made
 
 
 def _new(plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = MappingProxyType({})) -> object:

@@ -22,6 +22,8 @@ _NO_ZONE: Final = "the time zone is not in this machine's database; install tzda
 _DAYS: Final = 999_999_999
 _DAY: Final = 86_399
 _MICRO: Final = 999_999
+#: In a tuple: freezegun, while time stands, replaces the classes that a module has under names of its own.
+_REAL: Final = (datetime, date)
 
 
 def _encode_datetime(enc: Encoder, value: datetime, depth: int) -> Json:
@@ -33,7 +35,7 @@ def _encode_datetime(enc: Encoder, value: datetime, depth: int) -> Json:
 
 def _decode_datetime(dec: Decoder, payload: Json, depth: int) -> datetime:
     text, fold, zone = array(payload, least=3, most=3)
-    return _parse(datetime, text).replace(fold=integer(fold, 0, 1), tzinfo=_decode_zone(dec, zone, depth))
+    return _parse(_REAL[0], text).replace(fold=integer(fold, 0, 1), tzinfo=_decode_zone(dec, zone, depth))
 
 
 def _encode_time(enc: Encoder, value: time, depth: int) -> Json:
@@ -52,7 +54,7 @@ def _encode_date(enc: Encoder, value: date, _depth: int) -> Json:
 
 
 def _decode_date(dec: Decoder, payload: Json, _depth: int) -> date:
-    return _parse(date, payload)
+    return _parse(_REAL[1], payload)
 
 
 _Moment = TypeVar("_Moment", date, datetime, time)

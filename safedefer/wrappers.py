@@ -1,0 +1,104 @@
+"""Task objects that another library's decorator leaves in a module in place of the function.
+
+A look-up by name that ends at such an object gives the function that it wraps, if the function says that name. Only exact
+types count: those that were registered, and those of six libraries, which are known by name and never imported here. Only
+celery's proxies are asked, by celery's own code; of all others the attribute is read where the object keeps it.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
+from typing import Any, Final, cast
+
+from safedefer.errors import ConfigurationError
+
+_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
+_DICT: Final = cast("Any", type.__dict__["__dict__"]).__get__
+_MODULE_DICT: Final = cast("Any", vars(ModuleType)["__dict__"]).__get__
+
+#: Module and name of each type, and the attribute of its objects that is the function.
+_KNOWN: Final = (
+    ("django.tasks.base", "Task", "func"),
+    ("django_tasks.base", "Task", "func"),
+    ("dramatiq.actor", "Actor", "fn"),
+    ("huey.api", "TaskWrapper", "func"),
+    ("taskiq.decor", "AsyncTaskiqDecoratedTask", "original_func"),
+    ("procrastinate.tasks", "Task", "func"),
+)
+_CELERY_PROXIES: Final = ("PromiseProxy", "Proxy")
+#: By id of the type, which the entry keeps alive.
+_REGISTERED: Final[dict[int, tuple[type, str]]] = {}
+
+
+def register_wrapper(cls: type, attribute: str) -> None:
+    """Let tasks of another library's decorator be deferred: look-ups give the function that they wrap.
+
+    Args:
+        cls: The exact type of the objects that the decorator leaves in the module.
+        attribute: The attribute of such an object, in its ``__dict__`` or a slot, that is the function.
+
+    Raises:
+        ConfigurationError: It is no class of such objects, or no name.
+    """
+    if not issubclass(type(cls), type) or issubclass(cls, (FunctionType, type)) or not attribute.isidentifier():
+        raise ConfigurationError(
+            "register_wrapper takes the type of a decorator's objects and the name of an attribute"
+        )
+    _REGISTERED[id(cls)] = cls, attribute
+
+
+def unwrapped(obj: object) -> object:
+    """Return the function that a task object of a known library wraps; else the object itself. Imports nothing."""
+    kind = type(obj)
+    if kind is FunctionType:
+        return _coroutine_function(cast("FunctionType", obj))
+    if issubclass(kind, type):
+        return obj
+    inner = _celery_function(obj, kind)
+    if inner is None:
+        _, attribute = _REGISTERED.get(id(kind)) or (kind, _known_attribute(kind))
+        inner = _read(obj, attribute) if attribute else None
+    return _coroutine_function(inner) if type(inner) is FunctionType else obj
+
+
+def _coroutine_function(function: FunctionType) -> FunctionType:
+    """Return the coroutine function that dramatiq keeps behind one which needs a loop of dramatiq's worker."""
+    if "__wrapped__" in function.__dict__ and function.__globals__.get("__name__") == "dramatiq.asyncio":
+        inner = function.__dict__["__wrapped__"]
+        return inner if type(inner) is FunctionType else function
+    return function
+
+
+def _is(kind: type, module: str, name: str) -> bool:
+    loaded = sys.modules.get(module)
+    return type(loaded) is ModuleType and _MODULE_DICT(loaded).get(name) is kind
+
+
+def _known_attribute(kind: type) -> str | None:
+    return next((attribute for module, name, attribute in _KNOWN if _is(kind, module, name)), None)
+
+
+def _read(obj: object, attribute: str) -> object:
+    for cls in _MRO(type(obj)):
+        own = _DICT(cls)
+        if type(own.get("__dict__")) is GetSetDescriptorType and attribute in (held := own["__dict__"].__get__(obj)):
+            return held[attribute]
+        if type(own.get(attribute)) is MemberDescriptorType:
+            try:
+                return cast("object", own[attribute].__get__(obj))
+            except AttributeError:  # a slot that nothing was put into
+                return None
+    return None
+
+
+def _celery_function(obj: object, kind: type) -> object:
+    """Return the function of a celery task, or of the proxy of one; None of a bound task, whose function needs the task."""
+    if any(_is(kind, "celery.local", name) for name in _CELERY_PROXIES):
+        try:
+            kind = type(object.__getattribute__(obj, "_get_current_object")())
+        except Exception:  # noqa: BLE001 - whatever making the task raises: it is no task then
+            return None
+    base = _MODULE_DICT(sys.modules["celery.app.task"]).get("Task") if "celery.app.task" in sys.modules else None
+    raw = _DICT(kind).get("run") if any(each is base for each in _MRO(kind)) else None
+    return raw.__func__ if type(raw) is staticmethod else None

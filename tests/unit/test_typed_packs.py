@@ -1,0 +1,322 @@
+"""Values of well-known libraries arrive exactly, without a pattern, once the library is imported; the user's classes need theirs."""
+
+import datetime
+import enum
+import uuid
+
+import pydantic
+import pytest
+from pydantic import AnyUrl, HttpUrl, PostgresDsn, RedisDsn
+from pydantic_core import MultiHostUrl, TzInfo, Url
+
+from safedefer.codecs.packs import Pack, PackedType
+from safedefer.codecs.registry import TypeRegistry
+from safedefer.codecs.typed import CallData, TypedCodec
+from safedefer.errors import InvalidArguments, UnencodableArgument
+from safedefer.policy import Policy
+from safedefer.refs import UNBOUND
+from tests.zoo import parsed
+from tests.zoo.exactly import carry, carry_one, decode_one, tree_of
+from tests.zoo.parsed import MODULE, Box, Color, DataBox, OrderId, Pair, SlotBox, SlottedId, Tree, Wide, WideInt
+
+POLICY = Policy(MODULE)
+NOTHING = Policy()
+
+#: Values that no pattern is needed for.
+FREE = {
+    "UTC": parsed.PARSE("2024-01-01T00:00:00Z"),
+    "offset": parsed.PARSE("2024-01-01T00:00:00.5+05:30"),
+    "negative offset": parsed.PARSE("2024-01-01T00:00:00-00:01"),
+    "zone": TzInfo(-86_340),
+    "http": HttpUrl("https://example.org/a?b=1#c"),
+    "punycode": HttpUrl("https://bücher.example/"),
+    "password": AnyUrl("ftp://u:p%20w@h:1/x"),
+    "dsn": PostgresDsn("postgresql://u:p@h1:1,h2:2/d"),
+    "dsn with defaults": RedisDsn("redis://"),
+    "core": Url("http://example.org"),
+    "core of many hosts": MultiHostUrl("postgresql://a,b/d"),
+    "size": parsed.size_of("3 MiB"),
+    "alias": dict[str, list[int]],
+}
+
+#: Values with a class of the application.
+OURS = {
+    "model with times": parsed.When(at="2024-01-01T00:00:00+02:00", time="10:00:00Z"),
+    "model with URLs": parsed.Links(home="https://a.example", any="x:y", database="postgresql://h/d"),
+    "flags above 2**53": Wide.A | Wide.B,
+    "flags far above": Wide.A | Wide.C,
+    "integer flags": WideInt.B | WideInt.C,
+    "integer flags with others": WideInt.C | 2,
+    "unknown integer flag": WideInt(1 << 90),
+    "negated": ~WideInt.A,
+    "UUID": OrderId(int=5),
+    "UUID without a dict": SlottedId("12345678-1234-5678-1234-567812345678"),
+    "safe UUID": OrderId(int=7, is_safe=uuid.SafeUUID.safe),
+    "dataclass of a protocol": Tree(3),
+    "choices": Color.RED,
+    "nested choices": parsed.Order.Status.OPEN,
+    "class of choices": Color,
+    "alias of a class": Box[int],
+    "nested alias": Box[Box[list[int]]],
+    "two arguments": Pair[int, str],
+}
+
+
+@pytest.mark.parametrize("label", FREE)
+def test_a_value_of_a_library_needs_no_pattern(label):
+    value = FREE[label]
+    arrived, again, keyed = carry(value, [value], {value: 1}, _policy=NOTHING).args
+    assert type(arrived) is type(value)
+    assert arrived == value
+    assert repr(arrived) == repr(value)
+    assert str(arrived) == str(value)
+    assert list(keyed) == [value]
+    if type(value) is not datetime.datetime:
+        assert again[0] is arrived
+
+
+@pytest.mark.parametrize("label", OURS)
+def test_a_value_of_an_admitted_class_arrives_equal(label):
+    value = OURS[label]
+    arrived = carry_one(value, _policy=POLICY)
+    assert type(arrived) is type(value)
+    assert arrived == value
+    assert repr(arrived) == repr(value)
+    with pytest.raises(UnencodableArgument, match="policy"):
+        carry(value, _policy=NOTHING)
+
+
+def test_the_set_of_ids_arrives():
+    assert carry_one({OrderId(int=1): [OrderId(int=2)]}, _policy=POLICY) == {OrderId(int=1): [OrderId(int=2)]}
+    value = OrderId(int=7, is_safe=uuid.SafeUUID.safe)
+    object.__setattr__(value, "extra", [1])
+    arrived = carry_one(value, _policy=POLICY)
+    assert (arrived.is_safe, arrived.extra) == (uuid.SafeUUID.safe, [1])
+
+
+@pytest.mark.parametrize("make", [Box[int], DataBox[int], SlotBox[int], Pair[int, str], Box[Box[int]]])
+def test_an_object_of_a_subscripted_generic_keeps_what_it_was_made_by(make):
+    value = make(1)
+    arrived, method = carry(value, getattr(value, "get", None), _policy=POLICY).args
+    assert arrived.__orig_class__ == make
+    assert arrived.value == 1
+    assert method is None or method.__self__ is arrived
+
+
+@pytest.mark.parametrize(
+    "alias",
+    [parsed.typing.List[int], list[parsed.typing.Any], Box[parsed.T], tuple[int, ...], *[parsed.OwnSubscript[int]]],
+)
+def test_an_alias_that_would_not_arrive_is_refused(alias):
+    with pytest.raises(UnencodableArgument):
+        carry(alias, _policy=POLICY)
+
+
+def test_no_code_of_a_class_subscripts_it_for_a_token():
+    parsed.OwnSubscript.RAN.clear()
+    tree = {
+        "$generic_alias": {"$tuple": [{"$class": f"{MODULE}:OwnSubscript"}, {"$tuple": [{"$class": "builtins:int"}]}]}
+    }
+    with pytest.raises(InvalidArguments, match="typing.Generic"):
+        decode_one(tree, policy=POLICY)
+    assert parsed.OwnSubscript.RAN == []
+
+
+def bad(tag, *payloads):
+    return [pytest.param({tag: payload}, id=f"{tag} {payload!s:.40}") for payload in payloads]
+
+
+@pytest.mark.parametrize("tree", [
+    *bad("$pydantic_url", 1, {"$tuple": ["HttpUrl"]}, {"$tuple": ["EmailStr", "a@b"]}, {"$tuple": ["HttpUrl", "ftp://x"]}, {"$tuple": ["Url", "HTTP://X"]},
+         {"$tuple": ["HttpUrl", 1]}, {"$tuple": ["Url", "x"]}),
+    *bad("$pydantic_tz", None, 86_400, -86_400, 1.5, True),
+    *bad("$pydantic_bytesize", "1", True),
+    *bad("$asyncpg_uuid", 1, "x", "12345678123456781234567812345678", "12345678-1234-5678-1234-56781234567G"),
+    *bad("$generic_alias", 1, {"$tuple": [{"$class": "builtins:int"}, {"$tuple": [{"$class": "builtins:int"}]}]},
+         {"$tuple": [{"$class": "builtins:list"}, {"$tuple": []}]}, {"$tuple": [{"$class": "builtins:list"}, {"$tuple": [1]}]},
+         {"$tuple": [{"$class": f"{MODULE}:Box"}, {"$tuple": [{"$class": "builtins:int"}, {"$class": "builtins:int"}]}]}),
+    *bad("$enum", [f"{MODULE}:Wide", {"$int": "1152921504606846976"}], [f"{MODULE}:Wide", {"$float": "nan"}], [f"{MODULE}:Wide", None],
+         [f"{MODULE}:Wide", [1]], [f"{MODULE}:Wide", {"$int": str(1 << 299)}]),
+    *bad("$object", {"class": f"{MODULE}:OrderId"}, {"class": f"{MODULE}:OrderId", "value": 5}, {"class": f"{MODULE}:OrderId", "value": "x"}),
+])  # fmt: skip
+def test_a_payload_that_no_encoder_wrote_is_refused(tree):
+    pytest.importorskip("asyncpg")
+    with pytest.raises(InvalidArguments):
+        decode_one(tree, policy=POLICY)
+
+
+def test_what_would_not_arrive_equal_is_refused():
+    url = HttpUrl("https://a.example/")
+    url.note = 1
+    size = parsed.size_of("1 B")
+    size.note = 1
+    forged = object.__new__(HttpUrl)
+    forged._url = Url("ftp://a.example/")
+    for value in (url, size, forged):
+        with pytest.raises(UnencodableArgument, match="; pass"):
+            carry(value)
+
+
+def test_asyncpgs_own_uuid_arrives_as_such():
+    asyncpg = pytest.importorskip("asyncpg.pgproto.pgproto")
+    value = asyncpg.UUID("12345678-1234-5678-1234-567812345678")
+    arrived, plain = carry(value, uuid.UUID(str(value)), _policy=NOTHING).args
+    assert type(arrived) is asyncpg.UUID
+    assert type(plain) is uuid.UUID
+    assert arrived == value == plain
+
+
+def test_datetimes_of_freezegun_are_no_others_and_others_are_not_its():
+    freezegun = pytest.importorskip("freezegun")
+    real = datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.UTC), datetime.date(2020, 1, 2)
+    with freezegun.freeze_time("2024-01-01 10:00:00.5"):
+        fake = datetime.datetime.now(), datetime.datetime.now(datetime.UTC).replace(fold=1), datetime.date.today()
+        for value in (*real, *fake, [fake]):
+            arrived = carry_one(value, _policy=NOTHING)
+            assert type(arrived) is type(value)
+            assert arrived == value
+        assert carry_one(fake[1], _policy=NOTHING).fold == 1
+    assert [type(carry_one(value, _policy=NOTHING)) for value in (*real, *fake)] == [*map(type, real), *map(type, fake)]
+    fake[0].note = 1
+    with pytest.raises(UnencodableArgument, match="attributes were added"):
+        carry(fake[0])
+    for tag in ("datetime", "date"):
+        with pytest.raises(InvalidArguments, match="holds a"):
+            decode_one({f"$freezegun_{tag}": 1})
+
+
+# --- When a pack is there -------------------------------------------------------------------------
+
+
+def pack_of(cls, tag, *, ready=lambda: None):
+    def types():
+        ready()
+        return (PackedType(tag, (cls,), str, lambda text: cls()),)
+
+    return Pack("a_library", types)
+
+
+class Foreign:
+    def __str__(self):
+        return "foreign"
+
+
+def registry_with(pack):
+    types = TypeRegistry(discover=True)
+    types._pending = (pack,)
+    return types
+
+
+def test_a_pack_is_there_once_its_library_is_imported_and_a_token_imports_nothing(monkeypatch):
+    import sys
+
+    codec = TypedCodec(registry=registry_with(pack_of(Foreign, "$foreign")))
+    with pytest.raises(InvalidArguments, match="import its library"):
+        decode_one({"$foreign": "x"}, codec)
+    assert "a_library" not in sys.modules
+    monkeypatch.setitem(sys.modules, "a_library", pydantic)
+    assert type(decode_one({"$foreign": "x"}, codec, NOTHING)) is Foreign
+
+
+def test_a_library_that_is_half_imported_is_asked_again(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "a_library", pydantic)
+    left = [KeyError("a_library.inner"), AttributeError("Key")]
+
+    def ready():
+        if left:
+            raise left.pop()
+
+    types = registry_with(pack_of(Foreign, "$foreign", ready=ready))
+    assert [types.by_tag("$foreign") is None for _ in range(3)] == [True, True, False]
+    assert types.by_class(Foreign).tag == "$foreign"
+    types._unpack(types._pending[0] if types._pending else pack_of(Foreign, "$foreign"))
+    assert len(types._packed) == 1
+
+
+def test_what_the_user_registered_comes_before_a_pack(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "a_library", pydantic)
+    types = registry_with(pack_of(Foreign, "$foreign"))
+    assert types.by_class(Foreign).decode is not None
+    types.register_type(Foreign, "$foreign", lambda _: 1, lambda _: Foreign())
+    codec = TypedCodec(registry=types)
+    sent = codec.encode(CallData(UNBOUND, [Foreign()], {}), Policy(__name__))
+    assert sent.args == [{"$foreign": 1}]
+    with pytest.raises(UnencodableArgument, match="policy"):
+        codec.encode(CallData(UNBOUND, [Foreign()], {}), NOTHING)
+
+
+def test_the_wire_form_is_that_of_the_format():
+    assert tree_of(HttpUrl("https://a.example/")) == {"$pydantic_url": {"$tuple": ["HttpUrl", "https://a.example/"]}}
+    assert tree_of(TzInfo(60)) == {"$pydantic_tz": 60}
+
+
+# --- Fields that came after the token ---------------------------------------------------------------
+
+OLD = {
+    "dataclass": ({"$dataclass": [f"{MODULE}:Data", {"a": 1}]}, parsed.Data(1)),
+    "slots": ({"$dataclass": [f"{MODULE}:Slotted", {"a": 1}]}, parsed.Slotted(1)),
+    "attrs": ({"$attrs": [f"{MODULE}:Attrs", {"a": 1}]}, parsed.Attrs(1)),
+    "model": ({"$model": [f"{MODULE}:Model", {"a": 1}, ["a"], None, None]}, parsed.Model(a=1)),
+    "named tuple": ({"$namedtuple": [f"{MODULE}:Named", 1]}, parsed.Named(1)),
+    "heir": ({"$object": {"class": f"{MODULE}:Heir", "state": {"a": 1}}}, parsed.Heir(1)),
+}
+
+
+@pytest.mark.parametrize("label", OLD)
+def test_a_field_that_came_after_the_token_arrives_with_its_default(label):
+    tree, value = OLD[label]
+    first, second = decode_one([tree, tree], policy=POLICY)
+    assert first == value
+    assert repr(first) == repr(value)
+    if label != "named tuple":
+        first.tags.append(1)
+    assert second.tags == value.tags
+
+
+def test_a_private_attribute_that_came_later_has_its_default():
+    tree = OLD["model"][0]["$model"]
+    assert decode_one({"$model": tree}, policy=POLICY)._seen == 3
+    assert decode_one({"$model": [*tree[:4], {"_seen": 4}]}, policy=POLICY)._seen == 4
+
+
+@pytest.mark.parametrize("tree", [
+    {"$attrs": [f"{MODULE}:AttrsSelf", {"a": 1}]}, {"$namedtuple": [f"{MODULE}:Named"]}, {"$namedtuple": [f"{MODULE}:Named", 1, "x", [], 4]},
+])  # fmt: skip
+def test_a_field_without_a_default_of_its_own_is_version_skew(tree):
+    with pytest.raises(InvalidArguments) as caught:
+        decode_one(tree, policy=POLICY)
+    assert not caught.value.is_final
+
+
+def without(value, name):
+    object.__delattr__(value, name)
+    return value
+
+
+@pytest.mark.parametrize("value", [
+    without(parsed.Data(1), "tags"), without(parsed.Slotted(1), "note"), without(parsed.Attrs(1), "note"), without(parsed.Heir(1), "tags"),
+])  # fmt: skip
+def test_an_object_without_an_attribute_that_has_a_default_is_refused(value):
+    with pytest.raises(UnencodableArgument, match="would arrive with its default"):
+        carry(value, _policy=POLICY)
+
+
+def test_a_model_without_a_field_that_has_a_default_is_refused():
+    value = parsed.Model(a=1)
+    del value.__dict__["tags"]
+    with pytest.raises(UnencodableArgument, match="would arrive with its default"):
+        carry(value, _policy=POLICY)
+    private = parsed.Model(a=1)
+    del private._seen
+    with pytest.raises(UnencodableArgument, match="would arrive with its default"):
+        carry(private, _policy=POLICY)
+
+
+def test_a_default_that_the_class_itself_holds_needs_nothing():
+    value = without(parsed.Data(1), "note")
+    assert carry_one(value, _policy=POLICY).__dict__ == {"a": 1, "tags": []}
+    assert isinstance(Color.RED, enum.Enum)
