@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from safedefer.queues.sqlite.writer import Writer
 
 
-class LedgerOnLoop:
+class SQLiteLedgerCalls:
     """``LedgerCalls`` that the writer's thread answers: no other thread waits for it."""
 
     def __init__(self, writer: Writer) -> None:
@@ -40,10 +40,10 @@ class SQLiteLedger:
     def __init__(self, writer: Writer, reader: Handle) -> None:
         self._writer = writer
         self._reader = reader
-        self._here = LedgerOnLoop(writer)
+        self._here = SQLiteLedgerCalls(writer)
 
     @property
-    def here(self) -> LedgerOnLoop:
+    def here(self) -> SQLiteLedgerCalls:
         """The calls of the running loop, whichever it is: the writer's thread answers it."""
         return self._here
 
