@@ -13,7 +13,19 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Final, TypeAlias
 
-__all__ = ["Event", "LogObserver", "Observer", "RequestRefused", "TaskEnqueued", "TaskHandled"]
+__all__ = [
+    "Event",
+    "LogObserver",
+    "Observer",
+    "QueueTrouble",
+    "RequestRefused",
+    "TargetDown",
+    "TargetUp",
+    "TaskDead",
+    "TaskEnqueued",
+    "TaskHandled",
+    "TaskRetried",
+]
 
 _log: Final = logging.getLogger("safedefer")
 
@@ -62,7 +74,76 @@ class RequestRefused:
     """A slug such as ``bad-signature``."""
 
 
-Event: TypeAlias = TaskEnqueued | TaskHandled | RequestRefused
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRetried:
+    """A dispatcher tries a task again later."""
+
+    task_id: str
+    queue: str
+    callable: str
+    """As it is stored: a hint."""
+    reason: str | None
+    """A slug."""
+    status: int | None
+    """That of the answer; None if there was none."""
+    attempts: int
+    """Charged attempts so far."""
+    seconds: float
+    """From now until the task is due again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDead:
+    """A dispatcher gave a task up. It is a dead letter, unless the ledger knows that it succeeded after all."""
+
+    task_id: str
+    queue: str
+    callable: str
+    """As it is stored: a hint."""
+    reason: str | None
+    """A slug."""
+    attempts: int
+    """Charged attempts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetDown:
+    """A handler took no connection. Its tasks wait, uncharged, and one of them tries it again at growing intervals."""
+
+    address: str
+    """Empty where the handler is in the dispatcher's own process."""
+    reason: str
+    """The name of the error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetUp:
+    """A handler that was down takes connections again."""
+
+    address: str
+    seconds: float
+    """How long it was down."""
+    waited: int
+    """How many deliveries of tasks were put off meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueTrouble:
+    """The queue fails a dispatcher, again and again; the first failure is told at once, the others once a minute."""
+
+    doing: str
+    """``leasing``, ``settling`` or ``extending leases``."""
+    reason: str
+    """The text of an error of ours, which says what to do, or the name of another one."""
+    count: int
+    """Failures since the event before; 0: it works again."""
+    seconds: float
+    """Since the first of them."""
+
+
+Event: TypeAlias = (
+    TaskEnqueued | TaskHandled | TaskRetried | TaskDead | RequestRefused | TargetDown | TargetUp | QueueTrouble
+)
 """Any of the events."""
 Observer: TypeAlias = Callable[[Event], None]
 """What is called with every event."""
@@ -115,6 +196,9 @@ class LogObserver:
                 )
             case RequestRefused():
                 self._refused(event)
+            case _:
+                level, text, *values = _line_of(event)
+                _log.log(level, text, *values, extra={"safedefer": event})
         if self._refusals:
             self._log_counts()
 
@@ -152,6 +236,32 @@ class LogObserver:
         if outcome in {"failed", "rejected"}:
             return logging.ERROR
         return logging.WARNING if outcome == "retry" else self.level
+
+
+def _line_of(
+    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble,
+) -> tuple[int, str, *tuple[object, ...]]:
+    """Return the level, the format and the values of the log line of a dispatcher's event."""
+    match event:
+        case TaskRetried():
+            text = "task %a is due again in %.1f s (%s), after %d attempts"
+            return logging.DEBUG, text, event.task_id, event.seconds, event.reason, event.attempts
+        case TaskDead():
+            text = "task %a is dead (%s) after %d attempts; `safedefer dead show` says more, `safedefer dead retry` runs it again"
+            return logging.ERROR, text, event.task_id, event.reason, event.attempts
+        case TargetDown():
+            text = "the handler %s takes no connection (%s); its tasks wait, and it is tried again"
+            return logging.WARNING, text, event.address, event.reason
+        case TargetUp():
+            text = "the handler %s takes connections again, after %.1f s; %d deliveries were put off meanwhile"
+            return logging.WARNING, text, event.address, event.seconds, event.waited
+        case QueueTrouble(count=0):
+            return logging.WARNING, "%s works again, after %.1f s", event.doing, event.seconds
+        case QueueTrouble(count=1):
+            return logging.ERROR, "%s failed: %s; trying again", event.doing, event.reason
+        case QueueTrouble():
+            text = "%s failed: %s; %d times more, for %.0f s now"
+            return logging.ERROR, text, event.doing, event.reason, event.count, event.seconds
 
 
 def hears_enqueued(observer: Observer) -> bool:

@@ -202,7 +202,9 @@ class TestApp(App):
     async def _run_due(self) -> list[Ran]:
         self._told.clear()
         await asyncio.to_thread(self.outbox.sweep)
-        await Dispatcher(self.queue, InProcessDelivery(self.handle), clock=self.clock).run_until_empty()
+        await Dispatcher(
+            self.queue, InProcessDelivery(self.handle), clock=self.clock, observer=self.observer
+        ).run_until_empty()
         told, self._told = self._told, []
         return [self._report(event) for event in told]
 

@@ -157,7 +157,9 @@ def dispatch(
             await asyncio.to_thread(_check_tables, loaded)
             _say_queue(loaded)
             _keep_what_is_loaded()
-            await _dispatch(Dispatcher(loaded.queue, deliver, clock=time.time, options=options), stop)
+            await _dispatch(
+                Dispatcher(loaded.queue, deliver, clock=time.time, options=options, observer=loaded.observer), stop
+            )
 
     _run(loaded, work)
 
@@ -204,7 +206,7 @@ def run(
             if worker is not None:
                 options = replace(options, owner=worker.owner, dead_owners=worker.dead_owners)
             deliver = InProcessDelivery(loaded.handle)
-            dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options)
+            dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options, observer=loaded.observer)
             await _dispatch(dispatcher, stop, loaded.delivery.drain)  # what is posted from now on is answered busy
             await _drain_handler(loaded, 1.0)
 

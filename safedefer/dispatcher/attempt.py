@@ -10,7 +10,7 @@ from typing import Final
 
 from safedefer.concurrency.threads import InThread
 from safedefer.dispatcher.holds import TargetHolds
-from safedefer.dispatcher.leases import name_of
+from safedefer.dispatcher.reports import Reports, name_of
 from safedefer.dispatcher.request_headers import delivery_headers
 from safedefer.dispatcher.retry_policy import judge_answer, wait_asked_for
 from safedefer.dispatcher.shares import TargetShares
@@ -43,6 +43,7 @@ class AttemptRunner:
         rng: The source of jitter.
         slots: The most deliveries at once.
         retry_options: Those of queues, for what a task has no option of its own.
+        reports: Tells of handlers that are down.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class AttemptRunner:
         rng: random.Random,
         slots: int,
         retry_options: Mapping[str, Mapping[str, float]],
+        reports: Reports,
     ) -> None:
+        self._reports = reports
         self._queue = queue
         self._deliver = deliver
         self._in_thread = in_thread
@@ -124,16 +127,17 @@ class AttemptRunner:
         try:
             response = await self._deliver(task, headers)
         except Unreachable as error:
+            if not targets.knows(error.address):
+                self._reports.down(error.address, error)
             return targets.failed(error, now=self._clock(), jitter=jitter)
         except Interrupted:
-            targets.reached(self._deliver.address(task))
+            self._reached(task)
             own = self._with_options(lease, headers.retry)
             return judge_failure(own, None, now=self._clock(), jitter=jitter)
         finally:
             if probed is not None:
                 probed.probing = False
-        if targets:
-            targets.reached(self._deliver.address(task))
+        self._reached(task)
         if self._deliver.several:
             self.shares.answered(self._deliver.address(task))
         answer = read_answer(response)
@@ -144,6 +148,11 @@ class AttemptRunner:
         if answer.outcome is None and settlement.verdict is Verdict.DONE:
             self._warn(task, answer)
         return settlement
+
+    def _reached(self, task: QueuedTask) -> None:
+        if self.targets:
+            address = self._deliver.address(task)
+            self._reports.up(address, self.targets.reached(address), now=self._clock())
 
     def _warn(self, task: QueuedTask, answer: Answer) -> None:
         _log.warning(

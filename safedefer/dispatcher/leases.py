@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final, Protocol, TypeAlias
 
 from safedefer.concurrency.beat import Beat
-from safedefer.errors import Error
+from safedefer.dispatcher.reports import Reports, settled_all
 from safedefer.queues.base import Lease, Leasing, Settlement, Verdict
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
@@ -43,6 +43,7 @@ class Leases:
         patience: The most seconds to wait for a settle call after a cancellation.
         makes_room: Whether an ended task may let another one be leased: a queue has a cap.
         hang_seconds: Seconds without a turn of the event loop after which no lease is extended.
+        reports: Tells what became of tasks, and of failures.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Leases:
         patience: float,
         makes_room: bool,
         hang_seconds: float,
+        reports: Reports,
     ) -> None:
+        self._reports = reports
         self._queue = queue
         self._settle_many = settle_many
         self._clock = clock
@@ -97,7 +100,7 @@ class Leases:
             try:
                 await self._settle_batch(batch)
             except Exception as error:  # noqa: BLE001  # after any error the tasks are ours until they are settled
-                _log.error("settling failed (%s); trying again", name_of(error))
+                self._reports.failed("settling", error)
                 self._ended = batch + self._ended
                 await asyncio.sleep(_SETTLE_AGAIN)
             finally:
@@ -121,6 +124,8 @@ class Leases:
             self._queue.wake()
 
     def _note(self, batch: Sequence[_Settled], kept: Sequence[bool]) -> None:
+        self._reports.worked("settling")
+        settled_all(self._reports, batch, kept)
         for (lease, _), ours in zip(batch, kept, strict=True):
             self._held.pop(lease.owner, None)
             if not ours:
@@ -143,11 +148,7 @@ class Leases:
             try:
                 self._queue.extend_many(held, seconds=self._seconds, now=self._clock())
             except Exception as error:  # noqa: BLE001  # the next turn tries again
-                _log.error("leases cannot be prolonged (%s)", name_of(error))
+                self._reports.failed("extending leases", error)
                 return min(pause, _EXTEND_AGAIN)
+            self._reports.worked("extending leases")
         return pause
-
-
-def name_of(error: BaseException) -> str:
-    """Return the name of an exception for the log: its text may quote a task."""
-    return error.slug if isinstance(error, Error) else type(error).__name__

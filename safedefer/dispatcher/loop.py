@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import secrets
 import time
@@ -27,13 +26,15 @@ from typing import Final, TypeVar
 from safedefer.concurrency.beat import HANG_SECONDS
 from safedefer.concurrency.threads import Threads
 from safedefer.dispatcher.attempt import AttemptRunner
-from safedefer.dispatcher.leases import Leases, name_of
+from safedefer.dispatcher.leases import Leases
 from safedefer.dispatcher.prefetch import Prefetch
+from safedefer.dispatcher.reports import Reports
 from safedefer.dispatcher.request_headers import attempt_headers
 from safedefer.dispatcher.retry_policy import asks_to_wait, judge
 from safedefer.dispatcher.shares import ANSWERS_SECONDS
 from safedefer.dispatcher.transport import Deliver, HttpDelivery, InProcessDelivery, Interrupted, Unreachable
 from safedefer.errors import ConfigurationError, QueueError
+from safedefer.events import LogObserver, Observer
 from safedefer.queues.base import DispatchedQueue, Lease, LeaseCalls, Settlement
 from safedefer.queues.loop_calls import ThreadedLeasing, lease_calls
 from safedefer.queues.rates import QueueLimits
@@ -69,7 +70,6 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-_log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: For leasing, settling, extending, and occasional calls.
 _THREADS: Final = 4
@@ -133,6 +133,8 @@ class Dispatcher:
         clock: Returns seconds since the epoch.
         options: Concurrency, times and limits.
         rng: The source of jitter.
+        observer: Told of tasks that are put off or given up, of handlers that are down, and of a queue that fails; logs
+            by default.
     """
 
     def __init__(
@@ -143,7 +145,9 @@ class Dispatcher:
         clock: Callable[[], float],
         options: DispatcherOptions | None = None,
         rng: random.Random | None = None,
+        observer: Observer | None = None,
     ) -> None:
+        self._reports = Reports(LogObserver() if observer is None else observer, clock=clock)
         self._queue = queue
         self._deliver = deliver
         self._clock = clock
@@ -166,6 +170,7 @@ class Dispatcher:
             patience=options.drain_seconds,
             makes_room=any(limits.max_concurrent is not None for limits in options.limits or ()),
             hang_seconds=options.hang_seconds,
+            reports=self._reports,
         )
         attempts = AttemptRunner(
             self._queue,
@@ -175,6 +180,7 @@ class Dispatcher:
             rng=self._random,
             slots=options.concurrency,
             retry_options=options.retry_options,
+            reports=self._reports,
         )
         return _RunState(leases, attempts, Prefetch(options.concurrency))
 
@@ -207,7 +213,7 @@ class Dispatcher:
                     await self._drain()
                     raise
                 except Exception as error:  # noqa: BLE001  # of the storage, or of a row that an attacker wrote into it
-                    _log.error("the queue is unavailable (%s); trying again", name_of(error))
+                    self._reports.failed("leasing", error)
                     self._changed.clear()  # a slot that becomes free must not end the sleep
                     if not self._stopping.is_set():
                         await self._sleep(1.0)
@@ -268,6 +274,7 @@ class Dispatcher:
                 queues=self._options.queues,
             )
             took = time.monotonic() - began
+            self._reports.worked("leasing")
             state.leases.add(leases)
             more = state.prefetch.leased(leases, wanted=wanted, seconds=took)
             self._set_suspect_aside()

@@ -21,6 +21,8 @@ _MAX_SPREAD: Final = 60.0
 class UnreachableTarget:
     """A target that did not take a connection."""
 
+    since: float = 0.0
+    """When it was first found unreachable, in seconds since the epoch."""
     failures: int = 0
     """Failed deliveries in a row."""
     until: float = 0.0
@@ -62,13 +64,17 @@ class UnreachableTargets:
             target.probing = True
         return target
 
-    def reached(self, address: str) -> None:
-        """Note that a target took a connection."""
-        self._targets.pop(address, None)
+    def reached(self, address: str) -> UnreachableTarget | None:
+        """Note that a target took a connection, and return what it was until now, if it was unreachable."""
+        return self._targets.pop(address, None)
+
+    def knows(self, address: str) -> bool:
+        """Whether a target is unreachable."""
+        return address in self._targets
 
     def failed(self, error: Unreachable, *, now: float, jitter: float) -> Settlement:
         """Note that a target took no connection, and return the settlement of the task."""
-        target = self._targets.setdefault(error.address, UnreachableTarget())
+        target = self._targets.setdefault(error.address, UnreachableTarget(since=now))
         target.failures += 1
         target.everywhere = error.everywhere
         # Soon and without a charge: the queue keeps its order while a handler restarts.

@@ -527,7 +527,7 @@ async def test_leases_that_cannot_be_prolonged_are_tried_again_and_lost_ones_are
 
     # The clock stands still: the leases, prolonged every 0.1 s, do not run out.
     await dispatch(queue, Handler(slow), lease_seconds=0.3).run_until_empty()
-    assert "leases cannot be prolonged (queue-unavailable)" in caplog.text
+    assert "extending leases failed: locked; trying again" in caplog.text
     assert queue.find(task_of(1).id).state is queue.find(task_of(3).id).state is TaskState.SUCCEEDED
 
 
