@@ -23,7 +23,7 @@ import sys
 from abc import ABCMeta
 from collections.abc import Callable
 from enum import Enum, EnumType
-from functools import lru_cache, partial
+from functools import lru_cache, partial, singledispatchmethod
 from importlib import import_module
 from types import (
     BuiltinFunctionType,
@@ -426,6 +426,8 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
 
 def _prove(obj: object, module: str, qualname: str) -> None:
     """Refuse unless looking ``module:qualname`` up gives ``obj`` itself."""
+    if not module and type(obj) is FunctionType and "mock" in vars(obj):  # what create_autospec makes of a function
+        _refuse_mock(qualname)
     if _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
         _refuse("name", f"{qualname!a} in {module!a} is not an ASCII name", "give module and object ASCII names")
     if len(module) > _MAX_NAME or len(qualname) > _MAX_NAME:
@@ -438,6 +440,8 @@ def _prove(obj: object, module: str, qualname: str) -> None:
             f"move it to a module that can be imported{home}",
         )
     if not is_found(obj, module, qualname):
+        if module == "unittest.mock":
+            _refuse_mock(qualname)
         _refuse(
             "not-found",
             f"looking up {module}:{qualname} gives something else",
@@ -497,15 +501,25 @@ def _check_home(func: FunctionType, definer: type, member: str) -> None:
         )
 
 
+def _refuse_mock(qualname: str) -> NoReturn:
+    _refuse("mock", f"{qualname} is a mock, which the process that runs the task has not", "use what it stands for")
+
+
 def _refuse_unbound(module: str, qualname: str) -> NoReturn:
     owner, _, name = qualname.rpartition(".")
     try:
         raw = find(module, owner)
-        static = _is_class(raw) and type(find_member(cast("type", raw), name)[1]) is staticmethod
+        kind = type(find_member(cast("type", raw), name)[1]) if _is_class(raw) else None
     except (UnresolvableCallable, TypeError):
-        static = False
-    if static:
+        kind = None
+    if kind is staticmethod:
         _refuse("static-method", f"{qualname} is a static method", "make it a function at the top level of a module")
+    if kind is singledispatchmethod:
+        _refuse(
+            "single-dispatch-method",
+            f"{qualname} is a singledispatchmethod, which makes a new function at each look-up",
+            "defer a method that calls it",
+        )
     _refuse("unbound-method", f"{qualname} is a method without its object", "defer the method of an object: obj.method")
 
 

@@ -50,6 +50,8 @@ _REJECTED: Final = "rejected"
 LOST_LEASE: Final = "lease-expired"
 #: The reason of a delivery whose request was sent, and not answered.
 NO_RESPONSE: Final = "no-response"
+#: The reason of a delivery whose run goes on past its deadline.
+OUTLASTED: Final = "deadline-exceeded"
 #: What the ledger calls a run that has not ended.
 RUNNING: Final = "running"
 #: A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it (``Limits.token_bytes`` is
@@ -65,6 +67,8 @@ _ENDED: Final = frozenset({EndState.SUCCEEDED, EndState.FAILED, EndState.CANCELL
 _PAST_REPLACING: Final = frozenset({EndState.SUCCEEDED, EndState.CANCELLED})
 #: Reasons of a dead letter that say less than the record of its last attempt.
 _VAGUE: Final = frozenset({None, "rejected"})
+#: Reasons of a task that is put off until the end of its run.
+_PUT_OFF: Final = frozenset({NO_RESPONSE, OUTLASTED})
 #: Reasons of ``gives_up``.
 _GIVEN_UP: Final = frozenset({"retry-limit", "age-limit", "retry-and-age-limit"})
 #: What a proxy answers, without ``Safedefer-Outcome``, for a handler that it does not reach or lets wait.
@@ -213,6 +217,21 @@ def after_lost_lease(
     return LostDelivery(lost, charged=True, record=record, losses=losses, first_loss=first_loss)
 
 
+def has_lost_run(retry_reason: str | None, entry: Known | None) -> bool:
+    """Whether a run's process is gone since its delivery was put off (``by_ledger``): it counts as with a lost lease.
+
+    A run that was given back in a drain counts as little as with one.
+    """
+    lost = entry is not None and entry.state == RUNNING and entry.uncharged and not entry.alive
+    return lost and retry_reason in _PUT_OFF
+
+
+def after_lost_run(before: Counters, task: tuple[str, str], entry: Known | None, *, now: float) -> LostDelivery:
+    """Do what ``after_lost_lease`` does for a task that ``has_lost_run``, and whose deliveries are all counted."""
+    counted = before._replace(retries=max(before.retries - 1, 0))
+    return after_lost_lease(counted, task, entry, leased_at=None, now=now)
+
+
 def must_be_alone(losses: int) -> bool:
     """Whether a task runs only where nothing else does: it may end the process, and all that runs in it."""
     return losses >= ALONE_FROM
@@ -238,9 +257,19 @@ def by_ledger(lease: Lease, settlement: Settlement, entry: Known | None, *, now:
     uncharged, up to ``REJECT_LIMIT`` deliveries over ``REJECT_SECONDS``.
     """
     if settlement.answered and not (settlement.verdict is Verdict.DEAD and settlement.reason in _GIVEN_UP):
+        waits = settlement.verdict is Verdict.RETRY and not (settlement.charged or settlement.rejected)
+        if (
+            waits
+            and lease.retry_reason in _PUT_OFF
+            and entry is not None
+            and entry.state == RUNNING
+            and entry.uncharged
+        ):
+            return replace(settlement, reason=lease.retry_reason)  # it waits for the same run still
         return settlement
     if entry is not None and entry.running:
-        put_off = Settlement(verdict=Verdict.RETRY, at=now + PUT_OFF, charged=False, reason=RUNNING)
+        reason = OUTLASTED if settlement.answered else NO_RESPONSE
+        put_off = Settlement(verdict=Verdict.RETRY, at=now + PUT_OFF, charged=False, reason=reason)
         return replace(put_off, status=settlement.status, record=settlement.record)
     if settlement.answered:
         return settlement

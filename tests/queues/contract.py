@@ -535,16 +535,51 @@ class QueueContract:
                 assert (view.state, view.attempts, view.reason) == expected, settlement
         retries = [item for item in settled if item.verdict is Verdict.RETRY]
         after = [rules.after_retry(before, item, leased_at=leased, now=now + 1) for item in retries]
+        # What a RETRY left to be charged is charged by the next lease, as its run was lost.
+        over = known and known._replace(alive=False)
+        owed = [
+            known and known._replace(uncharged=known.uncharged and not rules.retry_charges(item, known))
+            for item in retries
+        ]
+        gone = [
+            rules.has_lost_run(item.reason, left and left._replace(alive=False))
+            for item, left in zip(retries, owed, strict=True)
+        ]
+        after = [
+            rules.after_lost_run(counters, ("a", "i"), over, now=300.0).counters if lost_run else counters
+            for counters, lost_run in zip(after, gone, strict=True)
+        ]
         again = sorted(take(queue, now=300.0), key=lambda lease: lease.task.id)
         assert [rules.Counters.of(lease) for lease in again] == after
         # Whether the settlement charged the run shows when the next lease is lost.
         known = known and known._replace(alive=False)
         expected = []
-        for counters, settlement in zip(after, retries, strict=True):
-            left = known and known._replace(uncharged=known.uncharged and not rules.retry_charges(settlement, known))
+        for counters, left, lost_run in zip(after, owed, gone, strict=True):
+            left = left and left._replace(alive=False, uncharged=left.uncharged and not lost_run)
             expected.append(rules.after_lost_lease(counters, ("a", "i"), left, leased_at=300.0, now=400.0).counters)
         third = sorted(take(queue, now=400.0), key=lambda lease: lease.task.id)
         assert [rules.Counters.of(lease) for lease in third] == expected
+
+    def test_a_task_that_ends_its_handler_again_and_again_is_charged_and_dead_in_the_end(self, queue):
+        task = make_task()
+        queue.enqueue_many([task])
+        silent = Settlement(verdict=Verdict.DEAD, reason="retry-limit", answered=False)
+        seen = []
+        for now in (100.0, 300.0, 500.0, 700.0, 900.0, 1100.0):
+            leases = take(queue, now=now)
+            if not leases:
+                break
+            (lease,) = leases
+            seen.append((lease.attempts, lease.losses))
+            assert begin(queue.ledger, execution_of(task, f"run-{now}"), now=now, lease=30.0) is Admission.RUN
+            settle(queue, lease, silent, now=now + 1)
+            lease = take_one(queue, now=now + 3)  # the handler answers that it runs, or is away
+            settle(
+                queue, lease, Settlement(verdict=Verdict.RETRY, at=now + 4, charged=False, reason="busy"), now=now + 3
+            )
+        assert seen == [(n, n) for n in range(5)]
+        view = queue.find(task.id)
+        assert (view.state, view.attempts, view.reason) == (TaskState.DEAD, 5, "poison")
 
     @pytest.mark.parametrize("now", [110.0, 200.0], ids=["alive", "over"])
     @pytest.mark.parametrize("run", RUNS[1:])

@@ -19,6 +19,7 @@ import types
 from collections import OrderedDict, namedtuple
 from subprocess import run as reexported  # noqa: F401  # reached by a test as this module's
 from typing import NamedTuple
+from unittest import mock
 
 from pydantic import BaseModel
 
@@ -354,6 +355,21 @@ class OverridingList(list):
 
     def super_append(self):
         return super().append
+
+
+class Dispatching:
+    @functools.singledispatchmethod
+    def go(self, value):
+        return "any"
+
+    @go.register
+    def _(self, value: int):
+        return "int"
+
+    @functools.singledispatchmethod
+    @classmethod
+    def build(cls, value):
+        return cls()
 
 
 def of_no_class():
@@ -889,6 +905,12 @@ REFUSED = [
     ("super() method that a static method overrides", child.super_becomes_static(), "static-method"),
     ("static method of C", str.maketrans, "static-method"),
     ("method without its object", Plain.method, "unbound-method"),
+    ("single dispatch method", Dispatching().go, "single-dispatch-method"),
+    ("single dispatch method of a class", Dispatching.build, "single-dispatch-method"),
+    ("mock of a function", mock.create_autospec(function), "mock"),
+    ("mock of a class", mock.create_autospec(Plain), "mock"),
+    ("mock", mock.Mock(), "mock"),
+    ("method of a mock", mock.Mock().method, "mock"),
     ("super() method that is overridden", child.super_overridden, "overridden"),
     ("super() class method that is overridden", ChildBuild.super_build(), "overridden"),
     ("base's method bound to a child that overrides it", types.MethodType(Plain.overridden, child), "overridden"),

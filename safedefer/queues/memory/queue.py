@@ -355,13 +355,15 @@ class MemoryQueue:
 
     def _lease(self, row: _Row, *, owner: str, until: float, now: float) -> Lease | None:
         """Lease a task; None if it becomes a dead letter instead."""
-        if row.owner is not None:
+        entry = self._ledger.entry(row.task)
+        if row.owner is not None or rules.has_lost_run(
+            row.counters.retry_reason, None if entry is None else entry.known(now)
+        ):
             lost = self._after_lost_lease(row, now=now)
             if lost.is_poison(now):
                 self._end(row, rules.Ending(EndState.FAILED, rules.POISON), now=now)
                 log_burial(row.task.id, lost.losses)
                 return None
-        entry = self._ledger.entry(row.task)
         losses = 0 if entry is None else entry.losses
         lease = Lease(row.task, f"{owner}:{secrets.token_hex(8)}", until, *row.counters, losses=losses)
         row.owner, row.leased_at, row.due = lease.owner, now, until
@@ -373,7 +375,10 @@ class MemoryQueue:
     def _after_lost_lease(self, row: _Row, *, now: float) -> rules.LostDelivery:
         task, entry = (row.task.audience, row.task.id), self._ledger.entry(row.task)
         known = None if entry is None else entry.known(now)
-        lost = rules.after_lost_lease(row.counters, task, known, leased_at=row.leased_at, now=now)
+        if row.owner is None:
+            lost = rules.after_lost_run(row.counters, task, known, now=now)
+        else:
+            lost = rules.after_lost_lease(row.counters, task, known, leased_at=row.leased_at, now=now)
         row.counters = lost.counters
         if entry is not None and lost.charged:
             entry.uncharged, entry.attempts = False, lost.counters.attempts

@@ -19,7 +19,16 @@ from safedefer.queues.postgres.progress import read_progress, write_progress
 from safedefer.queues.postgres.records import add_records
 from safedefer.queues.postgres.rows import Hold, ledger_keys, read_task, write_holds
 from safedefer.queues.postgres.statements import SQL, interval, to_json
-from safedefer.queues.rules import POISON, Counters, Ending, Known, LostDelivery, after_lost_lease
+from safedefer.queues.rules import (
+    POISON,
+    Counters,
+    Ending,
+    Known,
+    LostDelivery,
+    after_lost_lease,
+    after_lost_run,
+    has_lost_run,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,8 +102,10 @@ async def lease(
     # Only jobs that were retried or lost have a row in progress.
     again = [job["id"] for job in jobs if job["attempts"] or job["id"] in seen.lost]
     progress = await read_progress(connection, again) if again else {}
-    losses = await _losses(connection, {job_id: tasks[job_id] for job_id in again if job_id not in seen.lost})
-    lost = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
+    retried = {job_id: tasks[job_id] for job_id in again if job_id not in seen.lost}
+    losses, died = await _losses(connection, retried, progress)
+    lost: dict[int, float | None] = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
+    lost |= dict.fromkeys(died)
     if lost:
         charging = partial(
             _charge_lost_leases,
@@ -169,20 +180,29 @@ async def release(connection: Connection, *, managers: Sequence[UUID], seconds: 
     return len(await connection.fetch(SQL["leases_release"], waiting, list(managers), interval(seconds)))
 
 
-async def _losses(connection: Connection, tasks: Mapping[int, QueuedTask]) -> dict[int, int]:
-    """Return how many deliveries in a row of each task were lost, by the id of its job."""
+async def _losses(
+    connection: Connection, tasks: Mapping[int, QueuedTask], progress: Mapping[int, Counters]
+) -> tuple[dict[int, int], list[int]]:
+    """Return how many deliveries in a row of each task were lost, by the id of its job, and the jobs with a lost run."""
     if not tasks:
-        return {}
-    found = await connection.fetch(SQL["ledger_find"], ledger_keys(tasks.values()))
-    losses = {(row["audience"], row["task_id"]): row["losses"] for row in found}
-    return {job_id: losses.get((task.audience, task.id), 0) for job_id, task in tasks.items()}
+        return {}, []
+    rows = await connection.fetch(SQL["ledger_find"], ledger_keys(tasks.values()))
+    found = {(row["audience"], row["task_id"]): row for row in rows}
+    losses, died = {}, []
+    for job_id, task in tasks.items():
+        entry = found.get((task.audience, task.id))
+        losses[job_id] = 0 if entry is None else entry["losses"]
+        known = None if entry is None else Known(entry["state"], entry["uncharged"], entry["alive"])
+        if has_lost_run((progress.get(job_id) or Counters()).retry_reason, known):
+            died.append(job_id)
+    return losses, died
 
 
 async def _charge_lost_leases(
     connection: Connection,
     *,
     tasks: Mapping[int, QueuedTask],
-    lost: Mapping[int, float],
+    lost: Mapping[int, float | None],
     progress: Mapping[int, Counters],
     now: float,
     tombstone_seconds: float,
@@ -192,7 +212,7 @@ async def _charge_lost_leases(
     Args:
         connection: In a transaction.
         tasks: By the id of their job.
-        lost: The jobs, and when they were leased.
+        lost: The jobs, and when they were leased; None for one that waited while its run was lost.
         progress: Their counters so far.
         now: By the dispatcher's clock.
         tombstone_seconds: How long the names of buried tasks stay taken.
@@ -213,7 +233,11 @@ async def _charge_lost_leases(
             state, losses, since = entry["state"], entry["losses"], entry["first_loss"]
             known = Known(state, entry["uncharged"], entry["alive"], losses=losses, first_loss=since)
         before = progress.get(job_id) or Counters()
-        delivery = after[job_id] = after_lost_lease(before, key, known, leased_at=leased, now=now)
+        if leased is None:
+            delivery = after_lost_run(before, key, known, now=now)
+        else:
+            delivery = after_lost_lease(before, key, known, leased_at=leased, now=now)
+        after[job_id] = delivery
         if delivery.charged:
             values = {"attempts": delivery.counters.attempts, "losses": delivery.losses}
             charged.append({"audience": key[0], "task_id": key[1], **values, "first_loss": delivery.first_loss})

@@ -123,15 +123,16 @@ def lease(
     leases = []
     for seq in _due(connection, limit=limit, now=now, queues=queues):
         row, losses = TaskRow.read(connection.execute(SQL["task_by_seq"], (seq,)).get), 0
-        if row.owner is not None:
+        # A row that is leased for the first time has no entry but that of a stranger with its token.
+        entry = known(connection, row.audience, row.id, now=now) if row.deliveries else None
+        if row.owner is not None or rules.has_lost_run(row.retry_reason, entry):
             lost = _after_lost_lease(connection, row, now=now)
             if lost.is_poison(now):
                 _bury(connection, row, lost, now=now, tombstone_seconds=tombstone_seconds)
                 continue
             row, losses = _counted(row, lost), lost.losses
-        elif row.deliveries:
-            entry = known(connection, row.audience, row.id, now=now)
-            losses = 0 if entry is None else entry.losses
+        elif entry is not None:
+            losses = entry.losses
         lease_owner = f"{owner}:{secrets.token_hex(8)}"
         until = now + seconds
         connection.execute(
@@ -148,7 +149,7 @@ def lease(
             },
         )
         if is_free_when_leased(row.unique_key):
-            connection.execute(SQL["unique_free"], (seq,))
+            connection.execute(SQL["unique_free"], {"seq": seq})
         leases.append(leased_task(row, owner=lease_owner, until=until, losses=losses))
     return leases
 
@@ -172,7 +173,8 @@ def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) 
     # The delivery that was lost is counted in the row since it was leased.
     before = row.counters._replace(retries=row.deliveries - 1)
     task, entry = (row.audience, row.id), known(connection, row.audience, row.id, now=now)
-    lost = rules.after_lost_lease(before, task, entry, leased_at=row.leased_at, now=now)
+    leased_at = None if row.owner is None else row.leased_at
+    lost = rules.after_lost_lease(before, task, entry, leased_at=leased_at, now=now)
     if lost.charged:
         values = {
             "audience": row.audience,

@@ -152,7 +152,7 @@ SET owner = :owner, leased_at = :now, due = :until, deliveries = min(deliveries,
 WHERE seq = :seq;
 
 -- name: unique_free
-UPDATE safedefer_tasks SET unique_key = NULL WHERE seq = ?;
+UPDATE safedefer_tasks SET unique_key = NULL WHERE seq = :seq;
 
 -- name: task_extend
 UPDATE safedefer_tasks SET due = :until WHERE id = :id AND owner = :owner;
