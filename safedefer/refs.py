@@ -251,6 +251,13 @@ def mro(cls: type) -> tuple[type, ...]:
     return cast("tuple[type, ...]", _TYPE_MRO(cls))
 
 
+def generic_origin(cls: type) -> type:
+    """Return the generic pydantic model that ``Page[int]`` is made from; of any other class, the class itself."""
+    own = _TYPE_DICT(cls).get("__pydantic_generic_metadata__")
+    origin = own.get("origin") if type(own) is dict else None
+    return cast("type", origin) if origin is not None and _TYPE_MRO(cls)[1] is origin else cls
+
+
 def class_path(cls: type) -> str:
     """Return ``module:qualname`` as the class itself says it, reading no metaclass code. What is no text is empty."""
     module = _TYPE_DICT(cls).get("__module__")
@@ -355,8 +362,9 @@ def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
     member = _text(func.__name__)
     _check_code(func)
     _check_member(member)
-    module, qualname = check_class(cls, metaclasses=metaclasses)
-    definer, raw = _static_member(cls, member)
+    named = cls if is_class else generic_origin(cls)
+    module, qualname = check_class(named, metaclasses=metaclasses)
+    definer, raw = _static_member(named, member)
     if is_class:
         if type(raw) is not classmethod or raw.__func__ is not func:
             _refuse(
@@ -429,7 +437,11 @@ def _prove(obj: object, module: str, qualname: str) -> None:
     if not module and type(obj) is FunctionType and "mock" in vars(obj):  # what create_autospec makes of a function
         _refuse_mock(qualname)
     if _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
-        _refuse("name", f"{qualname!a} in {module!a} is not an ASCII name", "give module and object ASCII names")
+        _refuse(
+            "name",
+            f"{qualname!a} in {module!a} is not an ASCII name",
+            "give module and object ASCII names, as in class IntPage(Page[int])",
+        )
     if len(module) > _MAX_NAME or len(qualname) > _MAX_NAME:
         _refuse("name", f"a name is over {_MAX_NAME} characters", "give module and object shorter names")
     if module in _MAIN_MODULES:
@@ -544,7 +556,7 @@ def _bind_classmethod(cls: type, member: str) -> AnyCallable | None:
 
 
 def _bind_method(cls: type, member: str, bound: object) -> AnyCallable | None:
-    if type(bound) is not cls:
+    if type(bound) is not cls and generic_origin(type(bound)) is not cls:
         return None
     _, raw = find_member(cls, member)
     return MethodType(raw, bound) if type(raw) is FunctionType else None

@@ -30,7 +30,7 @@ class Report(ndb.Model):
 
 def recompute(cursor=None, players=0, points=0):
     """Set the level of each player, a page at a time: the task defers itself with the cursor of the next page."""
-    page, cursor, more = Player.query().order(Player._key).fetch_page(BATCH, start_cursor=cursor)
+    page, cursor, more = Player.query().order(Player.key).fetch_page(BATCH, start_cursor=cursor)
     for player in page:
         level = player.points // 100
         if level > player.level:
@@ -56,5 +56,5 @@ def give(keys, points):
 
 def remove(kind, key):
     """Delete an entity; the first argument is its model class."""
-    if key.kind() == kind._get_kind():
+    if key.kind() == kind.__name__:
         key.delete()

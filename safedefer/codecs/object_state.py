@@ -15,6 +15,7 @@ from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.field_defaults import check_complete, complete
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.shared import Json, Refusal, VersionSkew, step
+from safedefer.refs import generic_origin
 
 _Pairs = chain[tuple[Any, Any]]
 
@@ -51,7 +52,7 @@ def planned(enc: Encoder, cls: type) -> Plan:
         Refusal: Its objects cannot be carried, or the gate does not admit the class.
     """
     plan = _plan(cls, enc.registry)
-    enc.name(cls)
+    enc.name(generic_origin(cls))
     # Only after the gate: the classes that a policy admits are found by name, which bounds the number of plans.
     enc.registry.plans[id(cls)] = plan
     return plan
@@ -64,7 +65,15 @@ def planned_class(dec: Decoder, name: Json, tag: str) -> Plan:
         Refusal: Its objects have another tag, or cannot be carried.
         RejectedTask: The gate does not admit or find the class.
     """
-    cls = dec.gate.load_class(string(name))
+    return plan_of(dec, dec.gate.load_class(string(name)), tag)
+
+
+def plan_of(dec: Decoder, cls: type, tag: str) -> Plan:
+    """Return the plan of a class that the gate has admitted.
+
+    Raises:
+        Refusal: Its objects have another tag, or cannot be carried.
+    """
     plan = _plan(cls, dec.registry)
     if plan.tag != tag:
         raise VersionSkew(f"objects of this class are not written as {tag}; deploy the code that the task was made for")

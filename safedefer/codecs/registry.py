@@ -103,6 +103,8 @@ class TypeRegistry:
         self._families: dict[str, ClassFamily] = {}
         self._pending: tuple[Pack, ...] = PACKS if discover else ()
         self._packed: tuple[PackedType, ...] = ()
+        #: Generic pydantic models with arguments, by both (``type_arguments``).
+        self.generics: dict[Any, type] = {}
         #: Plans of classes that a policy admitted, by id of the class (``class_layout.Plan``).
         self.plans: dict[int, Any] = {}
         if discover:
@@ -153,12 +155,19 @@ class TypeRegistry:
         """Return the entry of exactly this class. What the user registered comes before the packs."""
         self.discover()
         entry = self._types.get(id(cls))
-        return entry if entry is not None else next((each for each in self._packs() if each.carries(cls)), None)
+        return (
+            entry
+            if entry is not None
+            else next((each for each in self._packs() if each.carries(cls) and not self._is_users(each.tag)), None)
+        )
 
     def by_tag(self, tag: str) -> RegisteredType | PackedType | ClassFamily | None:
         """Return the entry of a tag. A token chooses the tag, so nothing is discovered or imported for it."""
         entry = self._tags.get(tag) or self._families.get(tag)
         return entry if entry is not None else next((each for each in self._packs() if each.tag == tag), None)
+
+    def _is_users(self, tag: str) -> bool:
+        return tag in self._tags or tag in self._families
 
     def _packs(self) -> tuple[PackedType, ...]:
         """Return the types of the packs whose libraries the process has imported."""

@@ -249,7 +249,7 @@ def test_neither_end_needs_a_context(client):
 
 def test_no_token_makes_what_is_live():
     with pytest.raises(InvalidArguments, match="of this process"):
-        decode_one({"$ndb_live": 1}, policy=POLICY)
+        decode_one({"$google_ndb_live": 1}, policy=POLICY)
 
 
 # --- Calls ----------------------------------------------------------------------------------------
@@ -307,14 +307,14 @@ def tuples(*parts):
 
 PATH = tuples("A", 1)
 BAD = {
-    "$ndb_key": [1, tuples(PATH, "p", None, None), tuples(1, "p", None, None, None), tuples(tuples(), "p", None, None, None), tuples(tuples(1, 1), "p", None, None, None),
+    "$google_ndb_key": [1, tuples(PATH, "p", None, None), tuples(1, "p", None, None, None), tuples(tuples(), "p", None, None, None), tuples(tuples(1, 1), "p", None, None, None),
                  tuples(tuples("A", 1.5), "p", None, None, None), tuples(PATH, 1, None, None, None), tuples(PATH, "p", 1, None, None), tuples(PATH, "p", None, None, "x"),
                  tuples(PATH, "p", None, None, {"$bytes": "eA=="}), tuples(tuples("A", None), "p", None, None, None)],
-    "$datastore_key": [tuples(PATH, "p"), 1],
-    "$ndb_cursor": [tuples("x"), tuples(), 1], "$ndb_geopt": [tuples("1", 2), tuples(1)], "$ndb_user": [tuples(1, "x", None)], "$ndb_blobkey": [tuples(5)],
-    "$ndb_compressed": [tuples("x")], "$ndb_stored": [tuples(), 1],
-    "$datastore_entity": [1, tuples(None, [], {"$frozenset": []}, {}), tuples(1, {}, {"$frozenset": []}, {}), tuples(None, {"$dict": [[1, 2]]}, {"$frozenset": []}, {})],
-    "$ndb_entity": [
+    "$google_datastore_key": [tuples(PATH, "p"), 1],
+    "$google_ndb_cursor": [tuples("x"), tuples(), 1], "$google_ndb_geopt": [tuples("1", 2), tuples(1)], "$google_ndb_user": [tuples(1, "x", None)], "$google_ndb_blobkey": [tuples(5)],
+    "$google_ndb_compressed": [tuples("x")], "$google_ndb_stored": [tuples(), 1],
+    "$google_datastore_entity": [1, tuples(None, [], {"$frozenset": []}, {}), tuples(1, {}, {"$frozenset": []}, {}), tuples(None, {"$dict": [[1, 2]]}, {"$frozenset": []}, {})],
+    "$google_ndb_entity": [
         1, tuples(CLASS), tuples(f"{HERE}:Book", None, {}, tuples(), tuples()), tuples({"$class": "builtins:int"}, None, {}, tuples(), tuples()),
         tuples({"$class": f"{HERE}:Plain"}, None, {}, tuples(), tuples()), tuples(CLASS, 1, {}, tuples(), tuples()), tuples(CLASS, None, [], tuples(), tuples()),
         tuples(CLASS, None, {"$dict": [[1, 1]]}, tuples(), tuples()), tuples(CLASS, None, {}, "x", tuples()), tuples(CLASS, None, {}, tuples(1), tuples()),
@@ -342,14 +342,16 @@ def test_a_payload_that_no_encoder_wrote_is_refused(tag, payload):
 def test_a_reference_of_another_key_is_refused():
     tree = tree_of(KEYS["urlsafe"]())
     other = tree_of(ndb.Key("A", 2))
-    forged = [*other["$ndb_key"]["$tuple"][:4], tree["$ndb_key"]["$tuple"][4]]
+    forged = [*other["$google_ndb_key"]["$tuple"][:4], tree["$google_ndb_key"]["$tuple"][4]]
     with pytest.raises(InvalidArguments, match="another key"):
-        decode_one({"$ndb_key": {"$tuple": forged}})
+        decode_one({"$google_ndb_key": {"$tuple": forged}})
 
 
 def test_a_property_of_a_token_does_not_replace_one_of_the_class():
     tree = {
-        "$ndb_entity": tuples(CLASS, None, {}, tuples(), tuples(tuples("t", "GenericProperty", {"_name": "t"}, None)))
+        "$google_ndb_entity": tuples(
+            CLASS, None, {}, tuples(), tuples(tuples("t", "GenericProperty", {"_name": "t"}, None))
+        )
     }
     with pytest.raises(InvalidArguments, match="of the class"):
         decode_one(tree, policy=POLICY)

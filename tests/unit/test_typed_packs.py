@@ -9,10 +9,11 @@ import pytest
 from pydantic import AnyUrl, HttpUrl, PostgresDsn, RedisDsn
 from pydantic_core import MultiHostUrl, TzInfo, Url
 
+from safedefer.codecs import type_arguments
 from safedefer.codecs.packs import Pack, PackedType
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.typed import CallData, TypedCodec
-from safedefer.errors import InvalidArguments, UnencodableArgument
+from safedefer.errors import InvalidArguments, NotDeferrable, PolicyViolation, UnencodableArgument
 from safedefer.policy import Policy
 from safedefer.refs import UNBOUND
 from tests.zoo import parsed
@@ -185,6 +186,99 @@ def test_datetimes_of_freezegun_are_no_others_and_others_are_not_its():
             decode_one({f"$freezegun_{tag}": 1})
 
 
+# --- Generic models ---------------------------------------------------------------------------------
+
+PAGES = {
+    "one argument": parsed.Page[int](items=[1]),
+    "an alias": parsed.Page[list[int]](items=[[1]]),
+    "a class": parsed.Page[parsed.Tree](items=[Tree(1)]),
+    "two arguments": parsed.Both[int, str](items=[1], other="a"),
+    "a root": parsed.Wrapped[int](3),
+    "one in another": parsed.Page[int](items=[1], next=parsed.Page[int](items=[2])),
+    "a subclass": parsed.IntPage(items=[1]),
+}
+
+
+@pytest.mark.parametrize("label", PAGES)
+def test_a_generic_model_with_arguments_arrives_as_such(label):
+    page = PAGES[label]
+    arrived, again, [shared] = carry(page, page, [page], _policy=POLICY).args
+    assert type(arrived) is type(page)
+    assert arrived == page
+    assert arrived.model_fields_set == page.model_fields_set
+    assert arrived is again is shared
+    with pytest.raises(UnencodableArgument, match="policy"):
+        carry(page, _policy=NOTHING)
+
+
+def test_its_methods_are_tasks_and_its_class_methods_say_what_to_do():
+    page = PAGES["one argument"]
+    ref = POLICY.callable_ref(page.total)
+    assert ref.parts == ("method", MODULE, "Page", "total")
+    bound = carry(_bound=page, _policy=POLICY).bound
+    assert POLICY.load_callable(ref, bound)() == 1
+    assert carry_one(page.total, _policy=POLICY)() == 1
+    for each in (parsed.Page[int], parsed.Page[int].empty, page):
+        with pytest.raises(NotDeferrable, match=r"class IntPage\(Page\[int\]\)"):
+            POLICY.callable_ref(each)
+    assert POLICY.load_callable(POLICY.callable_ref(parsed.IntPage.empty))() == parsed.IntPage(items=[])
+
+
+def test_a_class_that_says_that_it_is_a_generic_model_with_arguments_is_none(monkeypatch):
+    forged = type(parsed.Page)("Forged", (parsed.Page,), {
+        "__module__": MODULE, "__qualname__": "Forged", "total": lambda self: "forged",
+    })  # fmt: skip
+    forged.__pydantic_generic_metadata__ = {"origin": parsed.Page, "args": (int,), "parameters": ()}
+    value = forged(items=[])
+    with pytest.raises(UnencodableArgument, match="not what its generic model gives"):
+        carry(value, _policy=POLICY)
+    with pytest.raises(NotDeferrable):
+        POLICY.callable_ref(value.total)
+
+
+NAME = f"{MODULE}:Page"
+INT = {"$class": "builtins:int"}
+
+
+def model(*name):
+    return {"$model": [list(name), {"items": []}, ["items"], None, None]}
+
+
+@pytest.mark.parametrize("tree", [
+    model(NAME), model(NAME, 1), model(NAME, INT, INT), model(f"{MODULE}:When", INT), model("builtins:int", INT), model(f"{MODULE}:Hooked", INT),
+    model(NAME, {"$class": f"{MODULE}:Schema"}), model(NAME, {"$generic_alias": {"$tuple": [{"$class": "builtins:list"}, {"$tuple": [{"$class": f"{MODULE}:Schema"}]}]}}),
+    model(NAME, {"$ref": 0}),
+])  # fmt: skip
+def test_no_token_makes_another_class_or_runs_a_hook_for_one(tree):
+    parsed.Hooked.RAN.clear()
+    parsed.Schema.RAN.clear()
+    with pytest.raises(InvalidArguments):
+        decode_one(tree, policy=POLICY)
+    assert parsed.Hooked.RAN == parsed.Schema.RAN == []
+
+
+def test_the_model_and_its_arguments_go_through_the_policy():
+    with pytest.raises(PolicyViolation):
+        decode_one(model(NAME, INT), policy=NOTHING)
+    with pytest.raises(PolicyViolation):
+        decode_one(model(NAME, {"$class": f"{MODULE}:Tree"}), policy=Policy(NAME))
+    with pytest.raises(UnencodableArgument, match="Tree"):
+        carry(parsed.Page[parsed.Tree](items=[]), _policy=Policy(NAME))
+
+
+def test_the_number_of_classes_that_tokens_make_is_bounded(monkeypatch):
+    monkeypatch.setattr(type_arguments, "_MOST", 2)
+    codec = TypedCodec(registry=TypeRegistry(discover=True))
+    aliases = [INT, {"$class": "builtins:str"}, {"$class": "builtins:bytes"}]
+    assert [type(decode_one(model(NAME, each), codec, POLICY)) for each in aliases[:2]] == [
+        parsed.Page[int],
+        parsed.Page[str],
+    ]
+    with pytest.raises(InvalidArguments, match="more than 2"):
+        decode_one(model(NAME, aliases[2]), codec, POLICY)
+    assert type(decode_one(model(NAME, INT), codec, POLICY)) is parsed.Page[int]
+
+
 # --- When a pack is there -------------------------------------------------------------------------
 
 
@@ -245,6 +339,17 @@ def test_what_the_user_registered_comes_before_a_pack(monkeypatch):
     codec = TypedCodec(registry=types)
     sent = codec.encode(CallData(UNBOUND, [Foreign()], {}), Policy(__name__))
     assert sent.args == [{"$foreign": 1}]
+    with pytest.raises(UnencodableArgument, match="policy"):
+        codec.encode(CallData(UNBOUND, [Foreign()], {}), NOTHING)
+
+
+def test_a_tag_that_the_user_took_for_another_class_is_not_the_packs(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "a_library", pydantic)
+    types = registry_with(pack_of(Foreign, "$foreign"))
+    types.register_type(OrderId, "$foreign", str, OrderId)
+    codec = TypedCodec(registry=types)
     with pytest.raises(UnencodableArgument, match="policy"):
         codec.encode(CallData(UNBOUND, [Foreign()], {}), NOTHING)
 

@@ -22,6 +22,7 @@ def registered(monkeypatch):
     monkeypatch.setattr(wrappers, "_REGISTERED", {})
     register_wrapper(decorated.Job, "inner")
     register_wrapper(decorated.SlotJob, "inner")
+    register_wrapper(decorated.SlotHeir, "inner")
 
 
 def test_the_six_libraries_are_here_or_cannot_be_installed():
@@ -74,12 +75,19 @@ def test_what_is_not_registered_is_no_wrapper():
             POLICY.load_callable(CallableRef(kind="function", module=HERE, qualname=name))
 
 
-@pytest.mark.parametrize("name", ["own", "own_slot"])
+@pytest.mark.parametrize("name", ["own", "own_slot", "own_heir"])
 def test_a_type_of_ones_own_is_registered(registered, name):
     task = getattr(decorated, name)
     app = make_app(policy=POLICY)
     assert app.run(app.serialize(task, 4)) == 5
     assert app.run(app.serialize(task.inner, 4)) == 5
+
+
+def test_an_attribute_that_its_objects_do_not_have_gives_nothing(registered):
+    for cls in (decorated.Job, decorated.SlotJob):
+        register_wrapper(cls, "outer")
+    for task in (decorated.own, decorated.own_slot):
+        assert unwrapped(task) is task
 
 
 def test_only_the_exact_type_counts(registered):

@@ -154,6 +154,10 @@ class SlotJob:
         self.inner = function
 
 
+class SlotHeir(SlotJob):
+    __slots__ = ("other",)
+
+
 class Heir(Job):
     pass
 
@@ -165,6 +169,11 @@ def own(number):
 
 @SlotJob
 def own_slot(number):
+    return number + 1
+
+
+@SlotHeir
+def own_heir(number):
     return number + 1
 
 

@@ -8,10 +8,57 @@ import uuid
 
 import attrs
 from django.db import models
-from pydantic import AnyUrl, BaseModel, ByteSize, Field, HttpUrl, PostgresDsn, PrivateAttr, TypeAdapter
+from pydantic import AnyUrl, BaseModel, ByteSize, Field, HttpUrl, PostgresDsn, PrivateAttr, RootModel, TypeAdapter
 
 T = typing.TypeVar("T")
 U = typing.TypeVar("U")
+
+
+class Page(BaseModel, typing.Generic[T]):
+    items: list[T]
+    next: typing.Any = None
+
+    def total(self):
+        return len(self.items)
+
+    def __call__(self):
+        return self.total()
+
+    @classmethod
+    def empty(cls):
+        return cls(items=[])
+
+
+class Both(Page[T], typing.Generic[T, U]):
+    other: U | None = None
+
+
+class Wrapped(RootModel[T], typing.Generic[T]):
+    pass
+
+
+class IntPage(Page[int]):
+    """The class that the messages advise."""
+
+
+class Hooked(BaseModel, typing.Generic[T]):
+    RAN: typing.ClassVar[list] = []
+    item: T
+
+    def __init_subclass__(cls, **kwargs):
+        Hooked.RAN.append("__init_subclass__")
+        super().__init_subclass__(**kwargs)
+
+
+class Schema:
+    RAN: typing.ClassVar[list] = []
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source, handler):
+        Schema.RAN.append("schema")
+        from pydantic_core import core_schema
+
+        return core_schema.any_schema()
 
 
 class When(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel, RootModel
 from pydantic_core import PydanticUndefined
@@ -12,8 +12,10 @@ from safedefer.codecs.class_layout import REMEDY, Plan
 from safedefer.codecs.decoder import Decoder, array, record, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.field_defaults import check_complete, complete
-from safedefer.codecs.object_state import begin, begin_decoded, check_names, planned_class, run, slot_value
+from safedefer.codecs.object_state import begin, begin_decoded, check_names, plan_of, run, slot_value
 from safedefer.codecs.shared import Json, Refusal, is_text
+from safedefer.codecs.type_arguments import parametrize
+from safedefer.refs import generic_origin
 
 _FIELDS_SET, _EXTRA, _PRIVATE = (
     BaseModel.__dict__[name] for name in ("__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
@@ -23,10 +25,10 @@ _MODEL_SLOTS: Final = frozenset({"__pydantic_fields_set__", "__pydantic_extra__"
 
 def encode_model(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     """Encode a model of an admitted class: its fields, the set of given fields, extra and private attributes."""
-    name = enc.name(plan.cls)
     ref = enc.enter(value)
     if ref is not None:
         return ref
+    name = _model_name(enc, plan.cls, depth)
     fields_set = slot_value(_FIELDS_SET, value)
     if not plan.slots.keys() <= _MODEL_SLOTS or type(fields_set) is not set or plan.state_of is None:
         raise Refusal(f"a model with slots of its own, or one that was not made completely; {REMEDY}")
@@ -49,6 +51,25 @@ def encode_model(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     return {"$model": tree}
 
 
+def _model_name(enc: Encoder, cls: type, depth: int) -> Json:
+    """Return the name of a model, or that of a generic model and the arguments that it was given."""
+    origin = generic_origin(cls)
+    if origin is cls:
+        return enc.name(cls)
+    args = inspect_safely.namespace(cls)["__pydantic_generic_metadata__"].get("args")
+    if run(parametrize, enc.registry.generics, origin, args) is not cls:
+        raise Refusal(
+            "the class is not what its generic model gives for its arguments; name it: class IntPage(Page[int])"
+        )
+    return [enc.name(origin), *(enc.value(arg, depth + 1) for arg in args)]
+
+
+def _parametrized(dec: Decoder, name: Json, depth: int) -> type:
+    origin, *args = array(name, least=2)
+    cls = dec.gate.load_class(string(origin))
+    return cast("type", run(parametrize, dec.registry.generics, cls, tuple(dec.value(arg, depth + 1) for arg in args)))
+
+
 def _part(enc: Encoder, part: object, depth: int) -> Json:
     if part is None or part is inspect_safely.MISSING:
         return None
@@ -61,9 +82,11 @@ def _part(enc: Encoder, part: object, depth: int) -> Json:
 def decode_model(dec: Decoder, payload: Json, depth: int) -> object:
     """Decode a model. No validator runs."""
     name, fields, names, extra, private = array(payload, least=5, most=5)
-    plan = planned_class(dec, name, "$model")
+    number = dec.reserve()
+    cls = _parametrized(dec, name, depth) if type(name) is list else dec.gate.load_class(string(name))
+    plan = plan_of(dec, cls, "$model")
     value = run(object.__new__, plan.cls)
-    number = dec.share(value)
+    dec.settle(number, value)
     begin_decoded(dec, number, plan)
     state = plan.state_of(value) if plan.state_of is not None else {}
     check_names(record(fields), plan)

@@ -32,19 +32,19 @@ def _types() -> tuple[PackedType, ...]:
     entities = _Entities(model, key)
     keys = _Keys(key, stored_key)
     return (
-        PackedType("$ndb_key", (key,), keys.parts, keys.key),
-        PackedType("$ndb_entity", (), entities.parts, entities.entity, base=model.Model),
-        PackedType("$ndb_cursor", (query.Cursor,), *_holder(query.Cursor, {"cursor": (bytes, type(None))})),
-        PackedType("$ndb_geopt", (model.GeoPt,), *_holder(model.GeoPt, {"latitude": (float, int), "longitude": (float, int)})),
-        PackedType("$ndb_user", (model.User,), *_holder(model.User, {
+        PackedType("$google_ndb_key", (key,), keys.parts, keys.key),
+        PackedType("$google_ndb_entity", (), entities.parts, entities.entity, base=model.Model),
+        PackedType("$google_ndb_cursor", (query.Cursor,), *_holder(query.Cursor, {"cursor": (bytes, type(None))})),
+        PackedType("$google_ndb_geopt", (model.GeoPt,), *_holder(model.GeoPt, {"latitude": (float, int), "longitude": (float, int)})),
+        PackedType("$google_ndb_user", (model.User,), *_holder(model.User, {
             "_email": (str,), "_auth_domain": (str,), "_user_id": (str, type(None)),
         })),
-        PackedType("$ndb_blobkey", (model.BlobKey,), *_holder(model.BlobKey, {"_blob_key": (bytes, type(None))})),
-        PackedType("$ndb_stored", (model._BaseValue,), *_holder(model._BaseValue, {"b_val": None})),
-        PackedType("$ndb_compressed", (model._CompressedValue,), *_holder(model._CompressedValue, {"z_val": (bytes,)})),
-        *(PackedType("$ndb_live", (), _refuse, _refuse, base=live) for live in _live()),
-        PackedType("$datastore_key", (stored_key,), keys.stored_parts, keys.stored),
-        PackedType("$datastore_entity", (stored,), *_stored_entities(stored, stored_key)),
+        PackedType("$google_ndb_blobkey", (model.BlobKey,), *_holder(model.BlobKey, {"_blob_key": (bytes, type(None))})),
+        PackedType("$google_ndb_stored", (model._BaseValue,), *_holder(model._BaseValue, {"b_val": None})),
+        PackedType("$google_ndb_compressed", (model._CompressedValue,), *_holder(model._CompressedValue, {"z_val": (bytes,)})),
+        *(PackedType("$google_ndb_live", (), _refuse, _refuse, base=live) for live in _live()),
+        PackedType("$google_datastore_key", (stored_key,), keys.stored_parts, keys.stored),
+        PackedType("$google_datastore_entity", (stored,), *_stored_entities(stored, stored_key)),
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ class _Entities:
     def entity(self, parts: Any) -> object:
         """Make an entity without ``__init__``."""
         if type(parts) is not tuple or len(parts) != 5 or type(parts[4]) is not tuple:  # noqa: PLR2004
-            raise Refusal("$ndb_entity is class, key, values, projection and dynamic properties")
+            raise Refusal("$google_ndb_entity is class, key, values, projection and dynamic properties")
         name, key, values, projection, dynamic = parts
         cls = self._class(name)
         properties = dict(map(self._property, dynamic))

@@ -1,0 +1,70 @@
+"""Generic pydantic models with arguments, ``Page[int]``: made again from the model and the arguments, where no code of the user's runs.
+
+pydantic makes a class for each, and looks at the arguments for hooks: models and arguments that have any are refused, and
+the number of classes in a process is bounded. What the fields of the model itself need ran when it was defined, and runs again.
+"""
+
+from __future__ import annotations
+
+from types import GenericAlias
+from typing import Any, Final, Generic, cast
+
+from pydantic import BaseModel, RootModel
+
+from safedefer.codecs import inspect_safely
+from safedefer.codecs.shared import Refusal
+from safedefer.refs import loud_hooks
+
+_MOST: Final = 256
+_BASES: Final = (object, BaseModel, RootModel, cast("type", Generic))
+#: What pydantic calls to make the schema of an argument, and to make a class of a model.
+_OF_ARGUMENTS: Final = ("__get_pydantic_core_schema__", "__get_validators__")
+_OF_MODELS: Final = (
+    *_OF_ARGUMENTS, "__class_getitem__", "__init_subclass__", "__pydantic_init_subclass__", "__pydantic_on_complete__", "model_parametrized_name",
+)  # fmt: skip
+
+
+def parametrize(known: dict[Any, type], origin: Any, args: Any) -> type:
+    """Return the class of a generic model and its arguments.
+
+    Args:
+        known: Those that were made already. One that is made is added.
+        origin: The model, admitted.
+        args: The arguments: classes, and aliases such as ``list[int]``.
+
+    Raises:
+        Refusal: It may not be made here.
+    """
+    if type(origin) is not type(BaseModel) or not _is_silent(origin, _OF_MODELS):
+        raise Refusal(
+            "a generic model with hooks of its own is not made from arguments; name it: class IntPage(Page[int])"
+        )
+    if type(args) is not tuple or not args or not all(map(_is_argument, args)):
+        raise Refusal(
+            "the arguments of a generic model must be classes without hooks; name it: class IntPage(Page[int])"
+        )
+    made = known.get((origin, args))
+    if made is None:
+        if len(known) >= _MOST:
+            raise Refusal(f"more than {_MOST} generic models with arguments; name them: class IntPage(Page[int])")
+        getter = inspect_safely.namespace(BaseModel)["__class_getitem__"].__get__(None, origin)
+        made = cast("type", getter(args if len(args) > 1 else args[0]))
+        if made is origin:
+            raise Refusal("the model is not generic, or its arguments are its own parameters; name the class")
+        known[origin, args] = made
+    return made
+
+
+def _is_argument(value: Any) -> bool:
+    if type(value) is GenericAlias:
+        return all(map(_is_argument, (value.__origin__, *value.__args__)))
+    return issubclass(type(value), type) and not loud_hooks(value) and _is_silent(value, _OF_ARGUMENTS)
+
+
+def _is_silent(cls: type, hooks: tuple[str, ...]) -> bool:
+    """Whether none of the hooks is one of the user's. Those of the built-in classes are Python's."""
+    found = (inspect_safely.lookup(cls, hook) for hook in hooks)
+    return all(
+        each is None or any(each[0] is base for base in _BASES) or not inspect_safely.made_in_python(each[0])
+        for each in found
+    )
