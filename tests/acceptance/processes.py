@@ -35,6 +35,14 @@ def slow(number, seconds):
     time.sleep(seconds)
     write(number)
 
+def held(number):
+    (FOLDER / f"started-{number}").touch()
+    for _ in range(20_000):
+        if (FOLDER / "let-go").exists():
+            break
+        time.sleep(0.01)
+    write(number)
+
 def permanent():
     raise PermanentTaskFailure("never")
 """
@@ -63,7 +71,7 @@ class Project:
         """Run ``safedefer`` to its end."""
         done = subprocess.run(
             [sys.executable, "-m", "safedefer", *arguments], cwd=self.folder, env={**self.environment, **environment},
-            input=data, capture_output=True, timeout=60, check=False,
+            input=data, capture_output=True, timeout=120, check=False,
         )  # fmt: skip
         if check:
             assert done.returncode == 0, done.stderr.decode()
@@ -82,7 +90,7 @@ class Project:
         """Run Python code in the project."""
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=self.folder, env=self.environment, capture_output=True, text=True,
-            timeout=60, check=False,
+            timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -95,21 +103,30 @@ class Project:
         with contextlib.closing(sqlite3.connect(self.folder / "results.db")) as connection:
             return [number for (number,) in connection.execute("SELECT number FROM results ORDER BY number")]
 
-    def until(self, condition, seconds=30.0):
+    def until(self, condition, seconds=120.0):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not happen in time"
             time.sleep(0.02)
 
-    def terminate(self, process):
-        """Send SIGTERM; return the exit status and what was said."""
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+    def let_go(self):
+        """Let the tasks end that are held."""
+        (self.folder / "let-go").touch()
+
+    def terminate(self, process, *, number=signal.SIGTERM, holds=False):
+        """Send a signal; return the exit status and what was said. With ``holds`` it waits for a task until we let go."""
+        process.send_signal(number)
+        if holds:
+            time.sleep(0.3)
+            assert process.poll() is None, "it waits for the task"
+            self.let_go()
+        out, err = process.communicate(timeout=120)
         return process.returncode, out, err
 
     def kill_all(self):
+        self.let_go()
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
             with contextlib.suppress(ValueError):
-                process.communicate(timeout=10)
+                process.communicate(timeout=60)

@@ -21,7 +21,7 @@ def post(url, data):
         f"{url}/_ah/queue/deferred", data=data, headers={"Content-Type": "application/jose"}, method="POST"
     )
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, response.headers["Safedefer-Outcome"]
     except urllib.error.HTTPError as error:
         with error:
@@ -73,7 +73,7 @@ def test_a_command_whose_reader_has_left_ends_without_a_word(project, command):
     with os.fdopen(writer, "wb") as output:
         done = subprocess.run(
             [sys.executable, "-m", "safedefer", *command], cwd=project.folder, env=project.environment,
-            stdout=output, stderr=subprocess.PIPE, timeout=60, check=False,
+            stdout=output, stderr=subprocess.PIPE, timeout=120, check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, b"")
 
@@ -97,10 +97,10 @@ def test_serve_prints_its_url_and_stops_at_sigterm(project):
 def test_serve_and_dispatch_work_together_and_stop_with_what_runs_finished(project):
     server, url = project.start("serve", "--port", "0")
     dispatcher, _ = project.start("dispatch", "--to", url, wait_for_line=False)
-    project.defer("t.slow, 1, 1.0")
+    project.defer("t.held, 1")
     project.until((project.folder / "started-1").exists)
     project.defer("t.work, 2, _countdown=3600")
-    assert project.terminate(dispatcher)[0] == 0
+    assert project.terminate(dispatcher, holds=True)[0] == 0
     assert project.results() == [1]
     assert project.terminate(server)[0] == 0
     listed = [json.loads(line) for line in project.run("tasks", "list", "--json").stdout.splitlines()]
@@ -134,17 +134,16 @@ def test_run_is_both_in_one_process(project, number):
     project.defer("t.work, 1")
     project.defer("t.work_async, 2")
     project.until(lambda: project.results() == [1, 2])
-    project.defer("t.slow, 3, 0.7")
+    project.defer("t.held, 3")
     project.until((project.folder / "started-3").exists)
-    process.send_signal(number)
-    assert process.wait(20) == 0
+    assert project.terminate(process, number=number, holds=True)[0] == 0
     assert project.results() == [1, 2, 3]
     assert project.run("tasks", "list").stdout.decode().strip() == "no tasks"
 
 
 def test_a_task_that_outlasts_the_drain_is_tried_again(project):
     process, _ = project.start("run", "--port", "0", "--drain", "0.2")
-    task = project.defer("t.slow, 1, 60")
+    task = project.defer("t.held, 1")
     project.until((project.folder / "started-1").exists)
     status, _, err = project.terminate(process)
     assert status == 0
@@ -311,7 +310,7 @@ def test_concurrency_is_one_number_for_slots_and_deliveries(project, label):
     project.environment |= settings
     (project.folder / "shop_app.py").write_text(OWN_APP)
     project.python(
-        "import shop_tasks as t; from safedefer import defer\nfor number in range(30): defer(t.slow, number, 4.0)"
+        "import shop_tasks as t; from safedefer import defer\nfor number in range(30): defer(t.held, number)"
     )
     _, url = project.start(*commands[0])
     if len(commands) > 1:

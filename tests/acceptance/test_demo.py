@@ -10,7 +10,7 @@ import pytest
 def test_the_demonstration_runs_and_everything_holds(more):
     run = subprocess.run(
         [sys.executable, "-m", "safedefer", "demo", "--tasks", "60", *more],
-        capture_output=True, text=True, timeout=100, check=False,
+        capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert "60 deferred, 60 succeeded, 0 failed, 0 lost" in run.stdout

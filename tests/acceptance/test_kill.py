@@ -71,7 +71,7 @@ def test_killing_handler_and_dispatcher_loses_no_task(project):
             dispatcher, _ = project.start(*options, wait_for_line=False)
     assert len(project.results()) < TASKS
     # A run that was killed is believed alive for as long as the ledger's lease lasts.
-    project.until(lambda: finished(project), 30)
+    project.until(lambda: finished(project))
     assert check(project) > 0
     assert project.terminate(dispatcher)[0] == 0
     assert project.terminate(server)[0] == 0

@@ -102,12 +102,13 @@ def test_workers_share_the_queue_and_run_everything(project):
 def test_a_killed_worker_is_replaced_and_its_task_runs_again(project):
     project.environment["SAFEDEFER_LEASE_SECONDS"] = "1"
     process, _ = project.start("run", "--port", "0", "--processes", "2", "--lease", "1")
-    defer(project, "t.slow, 1, 3")
+    defer(project, "t.held, 1")
     project.until(lambda: (project.folder / "started-1").exists())
     before = workers(process)
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     project.until(lambda: len(set(workers(process)) - set(before)) == 2)
+    project.let_go()
     project.until(lambda: project.results())
     status, _, err = project.terminate(process)
     assert status == 0
@@ -157,7 +158,7 @@ def test_a_task_that_ends_each_process_takes_none_of_its_neighbours_with_it_for_
 def test_a_worker_whose_threads_do_not_return_is_replaced(project):
     (project.folder / "queue.yaml").write_text("queue:\n- name: default\n  rate: 100/s\n  attempt_deadline: 0.5\n")
     project.environment["SAFEDEFER_QUEUE_YAML"] = str(project.folder / "queue.yaml")
-    process, _ = project.start("run", "--port", "0", "--drain", "5")
+    process, _ = project.start("run", "--port", "0", "--drain", "1")
     pids = workers(process)
     defer(project, *(f"t.slow, {number}, 600" for number in range(4)))  # a quarter of 16
     project.until(lambda: not any(map(alive, pids)) and len(workers(process)) == 1)
@@ -167,52 +168,54 @@ def test_a_worker_whose_threads_do_not_return_is_replaced(project):
     assert status == 0
     assert "4 tasks go on past their deadlines in this process" in err
     assert "4 tasks were still running; they will be tried again" in err
-    assert err.count("passed its deadline of 0.5 s and goes on, as it cannot be cancelled") == 4
+    assert err.count("passed its deadline of 0.5 s and goes on, as it cannot be cancelled") >= 4
 
 
 def test_a_second_signal_ends_at_once(project):
-    process, _ = project.start("run", "--port", "0", "--processes", "2")
+    process, _ = project.start("run", "--port", "0", "--processes", "2", "--drain", "280")
     pids = workers(process)
-    defer(project, "t.slow, 1, 60")
+    defer(project, "t.held, 1")
     project.until(lambda: (project.folder / "started-1").exists())
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(0.3)
     assert process.poll() is None, "it waits for the task"
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130  # the task that runs would take a minute, and a drain half of one
+    assert process.wait(100) == 130  # the task that runs would take minutes, and a drain too
     project.until(lambda: not any(map(alive, pids)))
 
 
 @pytest.mark.parametrize("command", ["serve", "dispatch"])
 def test_a_second_signal_ends_an_unsupervised_process_at_once(project, command):
-    server, url = project.start("serve", "--port", "0")
+    server, url = project.start("serve", "--port", "0", "--drain", "280")
     process = server
-    dispatcher, _ = project.start("dispatch", "--to", url, wait_for_line=False)
+    dispatcher, _ = project.start("dispatch", "--to", url, "--drain", "280", wait_for_line=False)
     if command == "dispatch":
         process = dispatcher
-    defer(project, "t.slow, 1, 60")
+    defer(project, "t.held, 1")
     project.until(lambda: (project.folder / "started-1").exists())
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(0.3)
     assert process.poll() is None, "it waits for the task"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143
+    assert process.wait(100) == 143
 
 
 def test_a_stop_lets_the_task_that_runs_end(project):
     process, _ = project.start("run", "--port", "0", "--processes", "2")
-    defer(project, "t.slow, 1, 2")
+    defer(project, "t.held, 1")
     project.until(lambda: (project.folder / "started-1").exists())
-    assert project.terminate(process)[0] == 0
+    assert project.terminate(process, holds=True)[0] == 0
     assert project.results() == [1]
 
 
 def test_workers_whose_supervisor_was_killed_let_their_tasks_end_and_go(project):
     process, _ = project.start("run", "--port", "0", "--processes", "2")
     pids = workers(process)
-    defer(project, "t.slow, 1, 2")
+    defer(project, "t.held, 1")
     project.until(lambda: (project.folder / "started-1").exists())
     process.kill()
+    time.sleep(0.3)  # they see that it is gone, and that a task runs
+    project.let_go()
     project.until(lambda: not any(map(alive, pids)))
     assert project.results() == [1]
 
