@@ -2,6 +2,8 @@
 
 The gate (the policy) names every class and finds it again: this module imports nothing and looks up no names. The
 encoder first looks at the class (``class_layout``), then asks the gate, and only then runs a hook.
+
+Over 450 lines, since each kind of object is written and read by a pair of functions that are read together.
 """
 
 from __future__ import annotations
