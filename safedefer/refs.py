@@ -434,7 +434,7 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
 
 def _prove(obj: object, module: str, qualname: str) -> None:
     """Refuse unless looking ``module:qualname`` up gives ``obj`` itself."""
-    if not module and type(obj) is FunctionType and "mock" in vars(obj):  # what create_autospec makes of a function
+    if not module and type(obj) is FunctionType and "mock" in obj.__dict__:  # what create_autospec makes of a function
         _refuse_mock(qualname)
     if _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
         _refuse(
