@@ -1,9 +1,16 @@
-"""Hypothesis profiles: ``HYPOTHESIS_PROFILE=ci`` is derandomized, ``nightly`` searches long."""
+"""Hypothesis profiles, the nightly tests, and where temporary folders are.
+
+``HYPOTHESIS_PROFILE=ci`` is derandomized. ``HYPOTHESIS_PROFILE=nightly`` searches long, and runs the tests that are marked
+``nightly`` too: the long forms of what a shorter test covers every day. ``pytest -m nightly`` runs those alone.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -11,4 +18,32 @@ settings.register_profile(
     "ci", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("nightly", deadline=None, max_examples=5_000, suppress_health_check=list(HealthCheck))
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
+settings.load_profile(_PROFILE)
+
+#: A file system in memory: a commit to a SQLite file waits for no disk there.
+_MEMORY = "/dev/shm"  # noqa: S108  # pytest makes a folder there that nobody else can read
+_MEMORY_NEEDED = 2 * 2**30
+
+if (
+    "PYTEST_DEBUG_TEMPROOT" not in os.environ
+    and os.access(_MEMORY, os.W_OK)
+    and shutil.disk_usage(_MEMORY).free > _MEMORY_NEEDED
+):
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = _MEMORY
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked ``nightly``, unless it is night or it is asked for."""
+    if _PROFILE == "nightly" or "nightly" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("nightly")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+def pytest_collection_finish() -> None:
+    """Take the tests themselves, which are many, out of the sight of the garbage collector: it stops everything."""
+    gc.collect()
+    gc.freeze()

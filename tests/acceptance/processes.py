@@ -1,6 +1,8 @@
 """Real processes of the command line, on a project of their own in a temporary folder."""
 
+import base64
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -48,11 +50,38 @@ def permanent():
 """
 
 
+class Forker:
+    """The client of ``tests.acceptance.forker``, which is started when it is first asked."""
+
+    def __init__(self):
+        self._process = None
+
+    def order(self, folder, environment, *, data=None, **what):
+        """Run a command or code to its end."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.acceptance.forker"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        order = {"folder": str(folder), "environment": environment, "data": base64.b64encode(data or b"").decode()}
+        self._process.stdin.write(json.dumps(order | what).encode() + b"\n")
+        self._process.stdin.flush()
+        status, *said = json.loads(self._process.stdout.readline())
+        return subprocess.CompletedProcess(what, status, *map(base64.b64decode, said))
+
+    def close(self):
+        if self._process is not None:
+            self._process.communicate()
+
+
 class Project:
     """A folder with a module of tasks, and the settings of an App."""
 
-    def __init__(self, folder, keys):
+    def __init__(self, folder, keys, forker):
         self.folder = folder
+        self.forker = forker
         (folder / "shop_tasks.py").write_text(TASKS)
         with contextlib.closing(sqlite3.connect(folder / "results.db")) as connection:
             connection.execute("PRAGMA journal_mode = wal")
@@ -69,10 +98,8 @@ class Project:
 
     def run(self, *arguments, data=None, check=True, **environment):
         """Run ``safedefer`` to its end."""
-        done = subprocess.run(
-            [sys.executable, "-m", "safedefer", *arguments], cwd=self.folder, env={**self.environment, **environment},
-            input=data, capture_output=True, timeout=120, check=False,
-        )  # fmt: skip
+        encoded = [base64.b64encode(os.fsencode(argument)).decode() for argument in arguments]
+        done = self.forker.order(self.folder, {**self.environment, **environment}, data=data, arguments=encoded)
         if check:
             assert done.returncode == 0, done.stderr.decode()
         return done
@@ -88,12 +115,9 @@ class Project:
 
     def python(self, code):
         """Run Python code in the project."""
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, env=self.environment, capture_output=True, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        done = self.forker.order(self.folder, self.environment, code=code)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode().strip()
 
     def defer(self, call):
         """Defer a call in a process of its own; returns the task's id."""

@@ -9,6 +9,7 @@ import pytest
 from safedefer.errors import ConfigurationError, Error
 from safedefer.queues import migrate_queue, open_queue
 from safedefer.queues.addresses import check_url, place, redacted
+from safedefer.queues.postgres import producers
 from safedefer.settings import Settings
 from safedefer.transactions.databases import opener_of
 from safedefer.transactions.outbox import Outbox
@@ -69,6 +70,7 @@ WAYS = {
 @pytest.mark.parametrize("drivers", ["all", "no psycopg", "asyncpg alone", "none"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_password_is_in_no_error_and_no_log(way, drivers, monkeypatch, caplog):
+    monkeypatch.setattr(producers, "PATIENCE", 0.1)
     missing = {
         "no psycopg": ["psycopg"],
         "asyncpg alone": ["psycopg", "sqlalchemy"],
