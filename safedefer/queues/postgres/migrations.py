@@ -81,7 +81,9 @@ async def check_schema(connection: Any) -> tuple[str, float]:
     if settings["pgqueuer"] != pgqueuer_version:
         plan = await _queries(connection).plan_upgrade()
         if _wanted(plan.statements):
-            raise ConfigurationError(f"the tables are of pgqueuer {settings['pgqueuer']!a}; {REMEDY_MIGRATE}")
+            raise ConfigurationError(
+                f"the tables are of pgqueuer {ascii(settings['pgqueuer'])[1:-1]}; {REMEDY_MIGRATE}"
+            )
     seconds = settings["lease_seconds"]
     # Somebody else may have written what is no number of seconds, or endless: those who only look would wait for ever.
     return settings["marker"], seconds if 0 < seconds <= _MOST_LEASE_SECONDS else _LEASE_SECONDS
