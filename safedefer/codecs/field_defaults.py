@@ -31,11 +31,12 @@ def of_class(cls: type) -> Defaults:
         elif field.default is not dataclasses.MISSING:
             found[field.name] = _constant(field.default)
     attr: Any = sys.modules.get("attr")
-    for each in tuple.__iter__(_declared(cls, "__attrs_attrs__", tuple, ())) if attr is not None else ():
-        if type(each.default) is attr.Factory:
-            found[each.name] = each.default.factory if not each.default.takes_self else _unknown
-        elif each.default is not attr.NOTHING:
-            found[each.name] = _constant(each.default)
+    if attr is not None:
+        for each in tuple.__iter__(_declared(cls, "__attrs_attrs__", tuple, ())):
+            if type(each.default) is attr.Factory:
+                found[each.name] = each.default.factory if not each.default.takes_self else _unknown
+            elif each.default is not attr.NOTHING:
+                found[each.name] = _constant(each.default)
     return {name: default for name, default in found.items() if _is_unset_without(cls, name)}
 
 

@@ -39,7 +39,7 @@ def parametrize(known: dict[Any, type], origin: Any, args: Any) -> type:
         raise Refusal(
             "a generic model with hooks of its own is not made from arguments; name it: class IntPage(Page[int])"
         )
-    if type(args) is not tuple or not args or not all(map(_is_argument, args)):
+    if type(args) is not tuple or not args or not all(_is_argument(each) for each in args):
         raise Refusal(
             "the arguments of a generic model must be classes without hooks; name it: class IntPage(Page[int])"
         )
@@ -48,7 +48,7 @@ def parametrize(known: dict[Any, type], origin: Any, args: Any) -> type:
         if len(known) >= _MOST:
             raise Refusal(f"more than {_MOST} generic models with arguments; name them: class IntPage(Page[int])")
         getter = inspect_safely.namespace(BaseModel)["__class_getitem__"].__get__(None, origin)
-        made = cast("type", getter(args if len(args) > 1 else args[0]))
+        made = cast("type", getter(args))
         if made is origin:
             raise Refusal("the model is not generic, or its arguments are its own parameters; name the class")
         known[origin, args] = made

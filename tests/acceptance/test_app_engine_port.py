@@ -33,6 +33,7 @@ def example(monkeypatch, store):
     monkeypatch.syspath_prepend(EXAMPLE)
     client = ndb.Client(project="p", credentials=AnonymousCredentials())
     yield client, import_module("scores"), import_module("main")
+    client.stub.grpc_channel.close()
     for name in ("scores", "main"):
         sys.modules.pop(name, None)
 

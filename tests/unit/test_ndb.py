@@ -27,11 +27,17 @@ POLICY = Policy(HERE)
 NOTHING = Policy()
 
 
-@pytest.fixture(autouse=True)
-def client():
+@pytest.fixture(scope="module")
+def one_client():
     client = ndb.Client(project="p", credentials=AnonymousCredentials())
-    with client.context():
-        yield client
+    yield client
+    client.stub.grpc_channel.close()  # its threads would be in the way of tests that fork
+
+
+@pytest.fixture(autouse=True)
+def client(one_client):
+    with one_client.context():
+        yield one_client
 
 
 def book(**more):
