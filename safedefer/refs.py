@@ -434,13 +434,11 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
 
 def _prove(obj: object, module: str, qualname: str) -> None:
     """Refuse unless looking ``module:qualname`` up gives ``obj`` itself."""
-    if not module and type(obj) is FunctionType and "mock" in obj.__dict__:  # what create_autospec makes of a function
-        _refuse_mock(qualname)
     if _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
         _refuse(
             "name",
             f"{qualname!a} in {module!a} is not an ASCII name",
-            "give module and object ASCII names, as in class IntPage(Page[int])",
+            "give both ASCII names (class IntPage(Page[int])); a mock has none",
         )
     if len(module) > _MAX_NAME or len(qualname) > _MAX_NAME:
         _refuse("name", f"a name is over {_MAX_NAME} characters", "give module and object shorter names")
@@ -452,12 +450,10 @@ def _prove(obj: object, module: str, qualname: str) -> None:
             f"move it to a module that can be imported{home}",
         )
     if not is_found(obj, module, qualname):
-        if module == "unittest.mock":
-            _refuse_mock(qualname)
         _refuse(
             "not-found",
             f"looking up {module}:{qualname} gives something else",
-            "defer the object under the name and in the module where it is defined",
+            "defer the object under the name and in the module where it is defined; for a mock, what it stands for",
         )
 
 
@@ -513,10 +509,6 @@ def _check_home(func: FunctionType, definer: type, member: str) -> None:
         )
 
 
-def _refuse_mock(qualname: str) -> NoReturn:
-    _refuse("mock", f"{qualname} is a mock, which the process that runs the task has not", "use what it stands for")
-
-
 def _refuse_unbound(module: str, qualname: str) -> NoReturn:
     owner, _, name = qualname.rpartition(".")
     try:
@@ -526,13 +518,8 @@ def _refuse_unbound(module: str, qualname: str) -> NoReturn:
         kind = None
     if kind is staticmethod:
         _refuse("static-method", f"{qualname} is a static method", "make it a function at the top level of a module")
-    if kind is singledispatchmethod:
-        _refuse(
-            "single-dispatch-method",
-            f"{qualname} is a singledispatchmethod, which makes a new function at each look-up",
-            "defer a method that calls it",
-        )
-    _refuse("unbound-method", f"{qualname} is a method without its object", "defer the method of an object: obj.method")
+    what = "a singledispatchmethod" if kind is singledispatchmethod else "a method without its object"
+    _refuse("unbound-method", f"{qualname} is {what}", "defer a plain method of an object: obj.method")
 
 
 def _refuse_member(qualname: str, member: str, raw: object) -> NoReturn:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 from typing import get_args
+from unittest import mock
 
 import pytest
 from pydantic import ValidationError
@@ -414,3 +415,20 @@ def test_a_function_that_was_admitted_is_looked_up_again(monkeypatch):
 def test_a_function_that_says_that_it_wraps_itself_is_looked_at_for_a_while_only(monkeypatch):
     monkeypatch.setattr(zoo.function, "__wrapped__", zoo.function, raising=False)
     assert CallableRef.of(zoo.function).qualname == "function"
+
+
+@pytest.mark.parametrize(
+    ("obj", "said"),
+    [
+        (zoo.Dispatching().go, "is a singledispatchmethod; defer a plain method"),
+        (zoo.Dispatching.build, "is a singledispatchmethod; defer a plain method"),
+        (zoo.Plain.method, "is a method without its object; defer a plain method of an object"),
+        (mock.create_autospec(zoo.function), "a mock has none"),
+        (mock.create_autospec(zoo.Plain), "for a mock, what it stands for"),
+        (mock.Mock(), "for a mock, what it stands for"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_refusal_says_what_the_object_really_is(obj, said):
+    with pytest.raises(NotDeferrable, match=said):
+        CallableRef.of(obj)
