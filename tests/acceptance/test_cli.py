@@ -14,6 +14,7 @@ import apsw
 import pytest
 
 from tests.acceptance.processes import ROOT
+from tests.postgres.server import fresh_database, shared_server
 
 
 def post(url, data):
@@ -304,7 +305,13 @@ MANY_AT_ONCE = {  # the command lines of the processes, and settings
 }
 
 
-@pytest.mark.parametrize("label", MANY_AT_ONCE)
+#: The others have their option and their setting read by the same two lines of code.
+AT_NIGHT = {"run, the option", "serve and dispatch, the setting"}
+
+
+@pytest.mark.parametrize(
+    "label", [pytest.param(label, marks=[pytest.mark.nightly] * (label in AT_NIGHT)) for label in MANY_AT_ONCE]
+)
 def test_concurrency_is_one_number_for_slots_and_deliveries(project, label):
     commands, settings = MANY_AT_ONCE[label]
     project.environment |= settings
@@ -322,18 +329,14 @@ def test_concurrency_is_one_number_for_slots_and_deliveries(project, label):
 
 @pytest.mark.parametrize("command", ["run", "serve", "dispatch"])
 def test_a_database_without_tables_ends_a_process_before_it_says_that_it_is_ready(project, command):
-    from tests.postgres.server import Server
-
-    server = Server().start()
-    try:
+    server = shared_server()
+    with fresh_database(server) as database:
         arguments = [command, "--to", "http://127.0.0.1:1"] if command == "dispatch" else [command, "--port", "0"]
-        done = project.run(*arguments, check=False, SAFEDEFER_QUEUE=server.dsn())
-        assert done.returncode == 1
-        assert done.stdout == b""
-        assert done.stderr.count(b"run `safedefer migrate`") == 1
-        assert b"trying again" not in done.stderr
-    finally:
-        server.close()
+        done = project.run(*arguments, check=False, SAFEDEFER_QUEUE=server.dsn(database))
+    assert done.returncode == 1
+    assert done.stdout == b""
+    assert done.stderr.count(b"run `safedefer migrate`") == 1
+    assert b"trying again" not in done.stderr
 
 
 @pytest.mark.parametrize(

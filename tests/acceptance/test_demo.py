@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("more", [(), ("--kill",)], ids=["", "kill"])
+@pytest.mark.parametrize("more", [(), pytest.param(("--kill",), marks=pytest.mark.nightly)], ids=["", "kill"])
 def test_the_demonstration_runs_and_everything_holds(more):
     run = subprocess.run(
         [sys.executable, "-m", "safedefer", "demo", "--tasks", "60", *more],

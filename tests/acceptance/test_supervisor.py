@@ -79,7 +79,7 @@ def defer(project, *calls):
     project.python("import shop_tasks as t; from safedefer import defer; " + "; ".join(f"defer({c})" for c in calls))
 
 
-@pytest.mark.parametrize("command", ["run", "serve"])
+@pytest.mark.parametrize("command", ["run", pytest.param("serve", marks=pytest.mark.nightly)])
 def test_the_url_is_printed_when_all_are_ready_and_sigterm_ends_them(project, command):
     process, url = project.start(command, "--port", "0", "--processes", "2")
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
@@ -184,7 +184,7 @@ def test_a_second_signal_ends_at_once(project):
     project.until(lambda: not any(map(alive, pids)))
 
 
-@pytest.mark.parametrize("command", ["serve", "dispatch"])
+@pytest.mark.parametrize("command", ["serve", pytest.param("dispatch", marks=pytest.mark.nightly)])
 def test_a_second_signal_ends_an_unsupervised_process_at_once(project, command):
     server, url = project.start("serve", "--port", "0", "--drain", "280")
     process = server

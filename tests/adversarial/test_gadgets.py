@@ -7,7 +7,11 @@ from safedefer.policy import Policy
 from safedefer.refs import CallableRef
 from tests import gadgets
 
-FOUND = gadgets.scan()
+
+@pytest.fixture(scope="module")
+def found():
+    return gadgets.scan()
+
 
 #: They compile what they are given, and run none of it.
 ARGUED = {
@@ -19,7 +23,7 @@ ARGUED = {
 }
 
 
-def test_the_scan_finds_what_everybody_knows():
+def test_the_scan_finds_what_everybody_knows(found):
     known = {
         "subprocess:run",
         "subprocess:getoutput",
@@ -29,20 +33,20 @@ def test_the_scan_finds_what_everybody_knows():
         "code:InteractiveInterpreter.runcode",
     }
     known |= {"doctest:testfile", "pdb:Pdb.default", "bdb:Bdb.run", "importlib:import_module"}
-    assert known - set(FOUND) == set()
-    assert len(FOUND) > 200
+    assert known - set(found) == set()
+    assert len(found) > 200
 
 
-def test_every_class_that_reaches_a_sink_when_it_is_made_is_listed():
+def test_every_class_that_reaches_a_sink_when_it_is_made_is_listed(found):
     """A class of the application that inherits its construction from one must not be admitted by its module."""
-    assert set(gadgets.unlisted(gadgets.made_by_sinks(FOUND))) <= ARGUED, "run: python -m tests.gadgets"
+    assert set(gadgets.unlisted(gadgets.made_by_sinks(found))) <= ARGUED, "run: python -m tests.gadgets"
 
 
 @pytest.mark.parametrize(
     "policy", [Policy("tests.sample_tasks", deferrable=True), Policy("tests.*", "builtins:len")], ids=repr
 )
-def test_none_of_them_is_admitted_by_a_module_pattern_or_a_mark(policy):
-    for name in FOUND:
+def test_none_of_them_is_admitted_by_a_module_pattern_or_a_mark(policy, found):
+    for name in found:
         module, _, qualname = name.partition(":")
         owner, _, member = qualname.rpartition(".")
         kinds = [("classmethod", owner, member)] if owner else [("function", qualname, None), ("class", qualname, None)]

@@ -213,7 +213,7 @@ class Cast:
             lease_seconds=self.lease,
         )
 
-    def ready(self, port: int | None = None, seconds: float = 30.0) -> None:
+    def ready(self, port: int | None = None, seconds: float = 120.0) -> None:
         """Wait for a handler."""
         self.until(lambda: _listens(port or self.port), seconds, "no handler listens")
 
@@ -230,7 +230,7 @@ class Cast:
         """How many tasks wait or run."""
         return self.store.left()
 
-    def drained(self, seconds: float = 120.0) -> None:
+    def drained(self, seconds: float = 240.0) -> None:
         self.until(lambda: self.left() == 0, seconds, "tasks are left")
 
     def account(self) -> Account:

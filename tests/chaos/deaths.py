@@ -11,6 +11,8 @@ import time
 from tests.chaos.cast import Cast, Failed
 from tests.chaos.tasks import die, mark
 
+_ELSEWHERE = "was delivered elsewhere meanwhile"
+
 
 def kills(
     *, seed: int = 1, tasks: int = 10_000, least: int = 15, per_second: float = 700.0, store: str = "sqlite"
@@ -22,13 +24,16 @@ def kills(
         cast.ready()
         running["producer"] = cast.producer(0, tasks, per_second)
         count, deadline = 0, time.monotonic() + 300
-        spacing = tasks / per_second / (least + 3)
+        spacing, stop = tasks / per_second / (least + 3), tasks
         while time.monotonic() < deadline:
             time.sleep(rng.uniform(0.3, 1.7) * spacing)
             if running["producer"].poll() == 0 and count >= least:
                 break
-            if running["producer"].poll() == 0 and not cast.left():
-                raise Failed(f"all was done after {count} kills; slow the producer down")
+            if (
+                running["producer"].poll() == 0 and not cast.left()
+            ):  # on a busy machine kills come late: there is more to do
+                first, stop = stop, stop + tasks
+                running["producer"] = cast.producer(first, stop, per_second)
             if count >= 3 * least:  # on a busy machine a producer would be killed for ever before it has begun
                 continue
             name = rng.choice(("producer", "dispatcher", "handler"))
@@ -39,7 +44,7 @@ def kills(
             time.sleep(rng.choice((0.0, 0.0, 0.5)))
             if name == "producer":
                 following = max(cast.account().attempted, default=-1) + 1
-                running[name] = cast.producer(following, tasks, per_second)
+                running[name] = cast.producer(following, stop, per_second)
             else:
                 running[name] = cast.handler() if name == "handler" else cast.dispatcher()
         cast.drained()
@@ -67,10 +72,10 @@ def calm(*, tasks: int = 10_000, store: str = "sqlite") -> str:
 
 def down(*, tasks: int = 500, seconds: float = 30.0, store: str = "sqlite") -> str:
     """A handler that is down charges no attempt."""
-    with Cast(store=store) as cast:
+    with Cast(lease=60.0, store=store) as cast:
         cast.dispatcher()
         cast.producer(0, tasks).wait()
-        cast.until(lambda: cast.store.charged()[1], 30, "nothing is delivered")
+        cast.until(lambda: cast.store.charged()[1], 120, "nothing is delivered")
         time.sleep(seconds)
         charged = cast.store.charged()
         cast.handler()
@@ -84,22 +89,23 @@ def down(*, tasks: int = 500, seconds: float = 30.0, store: str = "sqlite") -> s
 
 def stopped(*, tasks: int = 200, lease: float = 2.0, store: str = "sqlite") -> str:
     """A dispatcher that was stopped for two leases settles nothing of what others have by then."""
-    with Cast(lease=lease, store=store) as cast:
+    # The lease is that of deliveries; the handler's runs have a long one, or a busy machine would run tasks twice.
+    with Cast(lease=lease, store=store, SAFEDEFER_LEASE_SECONDS="60") as cast:
         cast.handler()
         cast.ready()
         app = cast.app()
         for number in range(tasks):
             defer(app, number, 0.1)
         stale = cast.dispatcher()
-        cast.until(lambda: len(cast.account().ok) > tasks // 10, 30, "nothing runs")
+        cast.until(lambda: len(cast.account().ok) > tasks // 10, 120, "nothing runs")
         stale.send_signal(signal.SIGSTOP)
         held = cast.store.held()
         cast.dispatcher()
         time.sleep(2 * lease)
-        cast.until(lambda: not cast.left(), 30, "the other dispatcher does not take over")
+        cast.until(lambda: not cast.left(), 120, "the other dispatcher does not take over")
         before = cast.store.everything()
         stale.send_signal(signal.SIGCONT)
-        time.sleep(1.0)
+        cast.until(lambda: _ELSEWHERE in cast.output(), 120, "the stale dispatcher had nothing to settle")
         stale.terminate()
         app.close()
         code, after = stale.wait(), cast.store.everything()
@@ -109,9 +115,7 @@ def stopped(*, tasks: int = 200, lease: float = 2.0, store: str = "sqlite") -> s
             raise Failed(f"exit {code}; the stale dispatcher changed {len(before ^ after)} rows")
         if sum(attempts.values()) != tasks or set(attempts) - {1, 2} or not held:
             raise Failed(f"attempts {dict(attempts)}, held {held}")
-        lost = cast.output().count("was delivered elsewhere meanwhile")
-        if not lost:
-            raise Failed("the stale dispatcher had nothing to settle: the scenario shows nothing")
+        lost = cast.output().count(_ELSEWHERE)
         return f"{account.line()} held_when_stopped={held} stale_settles={lost} rows_changed=0"
 
 
@@ -137,10 +141,10 @@ def terms(*, times: int = 50, seed: int = 1, store: str = "sqlite") -> str:
                 number += 1
             dispatcher = cast.dispatcher()
             began = len(cast.account().runs)
-            cast.until(lambda began=began: len(cast.account().runs) > began, 30, "nothing runs")
+            cast.until(lambda began=began: len(cast.account().runs) > began, 120, "nothing runs")
             time.sleep(rng.uniform(0.0, 0.25))
             dispatcher.terminate()
-            if dispatcher.wait(30) != 0:
+            if dispatcher.wait(120) != 0:
                 raise Failed(f"exit {dispatcher.returncode}: {cast.output()[-500:]}")
             claimed += cast.store.held()
         cast.dispatcher()
@@ -165,7 +169,7 @@ def exits(*, dying: int = 3, neighbours: int = 300, lease: float = 2.0, store: s
                 options = TaskRetryOptions(task_retry_limit=2, min_backoff_seconds=0.1)
                 app.options(retry_options=options).defer(die, -1 - number)
         cast.dispatcher(concurrency=2)
-        handler, deaths, deadline = cast.handler(), 0, time.monotonic() + 120
+        handler, deaths, deadline = cast.handler(), 0, time.monotonic() + 240
         while cast.left():
             if handler.poll() is not None:
                 cast.kills[handler.pid] = time.clock_gettime(time.CLOCK_MONOTONIC)
@@ -221,7 +225,7 @@ def orders(*, orders: int = 3_000, least: int = 15, seed: int = 1, spacing: floa
             with contextlib.closing(sqlite3.connect(database, timeout=30.0)) as connection:
                 return {number for (number,) in connection.execute("SELECT id FROM orders")}
 
-        cast.until(lambda: not cast.left() and len(cast.account().ok) >= len(committed()), 60, "tasks are missing")
+        cast.until(lambda: not cast.left() and len(cast.account().ok) >= len(committed()), 200, "tasks are missing")
         account, wanted = cast.account(), committed()
         account.check()
         cast.check_store()

@@ -316,7 +316,7 @@ def seen(value, depth=0):
 
 
 #: Ten thousand every night, a thousand every day.
-EXAMPLES = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 1_000
+EXAMPLES = 10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 300
 
 
 @given(objects())

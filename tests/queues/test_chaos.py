@@ -22,6 +22,7 @@ def test_sigkill_of_any_process_loses_nothing_and_every_second_run_is_explained(
     deaths.kills(seed=5, tasks=500, least=3, per_second=150.0)
 
 
+@pytest.mark.nightly  # by day: acceptance/test_supervisor kills and freezes workers one by one
 def test_killed_frozen_and_overtaken_workers_lose_nothing_either():
     workers.kills(seed=5, tasks=400, least=3, per_second=100.0)
 
@@ -54,6 +55,7 @@ def test_a_limit_on_the_file_is_raised_to_the_caller_and_loses_nothing():
     storage.limited(tasks=150, kilobytes=300)
 
 
+@pytest.mark.nightly  # by day: a limit on the file, above
 def test_a_full_disk_is_raised_to_the_caller_and_loses_nothing():
     if can_mount():
         storage.full(tasks=600, megabytes=2)
@@ -65,13 +67,13 @@ def test_a_locked_database_is_waited_for():
     storage.locked(tasks=300, seconds=2.0)
 
 
-@pytest.mark.parametrize("who", ["dispatcher", "handler"])
+@pytest.mark.parametrize("who", ["dispatcher", pytest.param("handler", marks=pytest.mark.nightly)])
 def test_a_clock_that_jumps_loses_nothing(who):
     places.clock(who=who, tasks=60, shift=3600.0 if who == "dispatcher" else -3600.0, seconds=2.0)
 
 
 def test_a_log_that_was_cut_anywhere_leaves_a_whole_database():
-    storage.cut(tasks=300, offsets=25)
+    storage.cut(tasks=200, offsets=12)
 
 
 def test_one_token_posted_at_once_to_two_handlers_runs_once():
@@ -79,7 +81,7 @@ def test_one_token_posted_at_once_to_two_handlers_runs_once():
 
 
 def test_one_rate_and_one_cap_hold_for_several_dispatchers():
-    places.rates(tasks=60, dispatchers=2)
+    places.rates(tasks=50, dispatchers=2)
 
 
 def test_producers_and_a_handler_in_forked_children_lose_nothing():

@@ -32,6 +32,7 @@ TOMBSTONE = 50.0
 #: Where all leases have one length.
 LEASE = 30.0
 QUEUES = ("default", "mail")
+NIGHT = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 @dataclass
@@ -505,9 +506,9 @@ def machine_settings(*, max_examples):
 
 
 TestMemoryQueueMachine = MemoryQueueMachine.TestCase
-TestMemoryQueueMachine.settings = machine_settings(max_examples=60)
+TestMemoryQueueMachine.settings = machine_settings(max_examples=300 if NIGHT else 40)
 TestSQLiteQueueMachine = SQLiteQueueMachine.TestCase
-TestSQLiteQueueMachine.settings = machine_settings(max_examples=60)
+TestSQLiteQueueMachine.settings = machine_settings(max_examples=300 if NIGHT else 40)
 
 
 @pytest.fixture(scope="module")
@@ -526,4 +527,4 @@ def machine_database():
 @pytest.mark.usefixtures("machine_database")
 class TestPostgresQueueMachine(PostgresQueueMachine.TestCase):
     # Each step asks a server several times: about 2 s an example, and far more where one must be shrunk.
-    settings = machine_settings(max_examples=100 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 15)
+    settings = machine_settings(max_examples=100 if NIGHT else 6)
