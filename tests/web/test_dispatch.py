@@ -403,7 +403,7 @@ async def test_a_cancelled_coroutine_may_run_again_at_once(app):
     while tasks.RAN != ["begun"]:  # noqa: ASYNC110  # what is waited for is a list
         await asyncio.sleep(0.01)
     dispatcher.stop()
-    await asyncio.wait_for(running, 20)
+    await asyncio.wait_for(running, 120)
     assert tasks.RAN == ["begun", "over"]
     view = app.queue.find(task.id)
     assert (view.state, view.attempts, view.records[-1].reason) == (TaskState.WAITING, 0, "cancelled")
