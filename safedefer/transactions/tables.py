@@ -137,6 +137,8 @@ _LOOK_SQLITE: Final = """
     ) FROM main.sqlite_master WHERE lower(name) = '{table}' AND type IN ('table', 'view')
 """
 _COLUMNS_SQLITE: Final = "PRAGMA main.table_xinfo({table})"
+#: Changes nothing, runs no trigger and no view, and takes the write lock of the file.
+_LOCK_SQLITE: Final = "INSERT INTO main.{table} ({column}) SELECT NULL WHERE 0"
 
 #: The queue's own database has the mark of the queue, in a table of a role whose code may run as this one: the queue's
 #: statements call functions in the schema.
@@ -259,11 +261,11 @@ async def provide(source: Source, form: Form) -> tuple[Table, bool]:
     Raises:
         BadTransactionStateError: It cannot be used or created; the transaction can go on.
     """
+    if source.dialect == "sqlite" and not await _lock_sqlite(source, form):
+        return await _create_sqlite(source, form), False
     found = _chosen(await look(source, form))
     if found is not None:
         return found, True
-    if source.dialect == "sqlite":
-        return await _create_sqlite(source, form), False
     schema = (await source.rows(_CURRENT))[0][0]
     if schema is None:
         raise BadTransactionStateError(f"there is no schema in search_path to create {form.name} in; set it to one")
@@ -280,11 +282,28 @@ def _chosen(tables: Sequence[Table]) -> Table | None:
     return usable[0]
 
 
+async def _lock_sqlite(source: Source, form: Form) -> bool:
+    """Wait for the write lock before anything is read; False if there is no such table to write to.
+
+    SQLite lets a transaction that has read not wait for another writer: "database is locked", at once, however long the
+    busy timeout of the connection is.
+    """
+    try:
+        await source.execute(_LOCK_SQLITE.format(table=form.name, column=next(iter(form.columns))))
+    except Exception:  # noqa: BLE001  # whatever library; what creates the table says what is wrong
+        return False
+    return True
+
+
 async def _create_sqlite(source: Source, form: Form) -> Table:
     # SQLite creates an index in the database that stands before its own name.
     where = {"schema": "main", "table": form.name, "index": f"main.{form.name}_expires"}
-    for statement in form.create:
-        await source.execute(statement.format(unless="IF NOT EXISTS", text="TEXT", **where))
+    try:
+        for statement in form.create:
+            await source.execute(statement.format(unless="IF NOT EXISTS", text="TEXT", **where))
+    except Exception:
+        _chosen(await look(source, form))  # refuses what has the table's name and is none of ours
+        raise
     made = _chosen(await look(source, form))
     assert made is not None, "its own transaction has just made it"
     return made

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -24,6 +26,17 @@ from tests.queues.contract import DONE, make_task, oversize_task, take, whole
 from tests.queues.processes import start
 from tests.queues.single import settle
 
+#: Holds the write lock of a file until its input ends, and commits then: in a rollback journal that waits for readers.
+OTHER_WRITER = """
+import sqlite3, sys
+connection = sqlite3.connect({path!r}, isolation_level=None, timeout=20)
+connection.execute("BEGIN IMMEDIATE")
+connection.execute("CREATE TABLE IF NOT EXISTS others (id INTEGER)")
+connection.execute("INSERT INTO others VALUES (1)")
+print("locked", flush=True)
+sys.stdin.read()
+connection.execute("COMMIT")
+"""
 LIBRARIES = ["sqlite3", "sqlite3-autocommit", "sqlalchemy-connection", "sqlalchemy-session", "apsw", "apsw-own-file"]
 
 
@@ -161,6 +174,34 @@ def test_a_transaction_of_the_users_own_is_theirs_to_commit(outbox, queue, users
     users.rollback()
     outbox.sweep()
     assert (waiting(queue), users.orders()) == ({task.id}, 1)
+
+
+@pytest.mark.parametrize("what", ["first task", "later task", "once"])
+def test_a_users_own_transaction_waits_for_another_writer(outbox, queue, users, tmp_path, what):
+    def write():
+        if what == "once":
+            with outbox.once(users.connection, effect="paid"):
+                pass
+        else:
+            with outbox.transaction(users.connection):
+                outbox.put(make_task())
+
+    if what == "later task":
+        users.begin()
+        write()
+        users.commit()
+        until(lambda: len(waiting(queue)) == 1)
+    file = "tasks.db" if users.library == "apsw-own-file" else "shop.db"
+    command = OTHER_WRITER.format(path=str(tmp_path / file))
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stdin=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        users.begin()
+        threading.Timer(0.2, other.stdin.close).start()
+        write()
+        users.execute("INSERT INTO orders VALUES (1)")
+        users.commit()
+        assert other.wait(30) == 0
+    assert users.orders() == 1
 
 
 def test_many_tasks_go_with_one_transaction(outbox, queue, users):

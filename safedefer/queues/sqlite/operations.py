@@ -49,6 +49,14 @@ def newest_seq(connection: apsw.Connection) -> int:
 # --- Enqueue --------------------------------------------------------------------------------------
 
 
+def take_write_lock(connection: apsw.Connection) -> None:
+    """Wait for the write lock in a transaction that somebody else began, before it reads.
+
+    SQLite lets a transaction that has read not wait for another writer: ``BusyError`` at once, whatever its busy timeout.
+    """
+    connection.execute(SQL["write_lock"])
+
+
 def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -> None:
     """Store a task, its name and its blob, as long as all blobs together have at most ``blob_limit`` bytes.
 

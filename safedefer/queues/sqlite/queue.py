@@ -166,6 +166,7 @@ class SQLiteQueue:
             raise ConfigurationError(f"the connection's file is not the queue's; connect to {self._path}")
         try:
             with connection:
+                operations.take_write_lock(connection)
                 for task in tasks:
                     operations.enqueue(connection, task, blob_limit=self._blob_limit)
         except BadValue:

@@ -3,6 +3,10 @@
 -- Another writer of the file may have stored anything. What is larger than any value of ours is not read, and empty
 -- instead: tokens, headers and options above 2 MiB (MOST_ROW_BYTES), other texts above 5,000 bytes.
 
+-- name: write_lock
+-- Changes nothing.
+DELETE FROM safedefer_tasks WHERE 0;
+
 -- name: newest_seq
 -- SQLite goes on from the larger one. Somebody may have written any value into the first, and any number into the second.
 SELECT max(coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'safedefer_tasks'), 0),
