@@ -44,6 +44,14 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-q", "-n", "2", *session.posargs)
 
 
+@nox.session
+def nightly(session: nox.Session) -> None:
+    """The long forms too: tests marked ``nightly``, and searches of thousands of examples. Hours."""
+    session.install("-e", ".[test]", env=PINS)
+    profile = {"HYPOTHESIS_PROFILE": "nightly"}
+    session.run("python", "-m", "pytest", "-q", "-n", "2", "-o", "timeout=14400", *session.posargs, env=profile)
+
+
 @nox.session(venv_backend="none")
 def full(session: nox.Session) -> None:
     """Everything that must hold on main, in a clean checkout of the last commit: some twenty minutes."""

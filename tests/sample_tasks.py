@@ -129,14 +129,14 @@ def singular(kind="plain"):
     raise SingularTaskFailure("not now") if kind == "plain" else NotNow("not now")
 
 
-def wait_for_gate(seconds=20.0):
+def wait_for_gate(seconds=200.0):
     ran = RAN
     STARTED.set()
     GATE.wait(seconds)
     ran.append("waited")
 
 
-async def sleep_long(seconds=30.0):
+async def sleep_long(seconds=300.0):
     ran = RAN
     ran.append("begun")
     try:
@@ -170,7 +170,7 @@ def fail_at_gate():
     """Wait for the gate, and fail."""
     ran = RAN
     STARTED.set()
-    GATE.wait(20.0)
+    GATE.wait(200.0)
     ran.append("failed")
     raise PermanentTaskFailure("too late")
 

@@ -232,7 +232,7 @@ def test_what_is_recorded_of_an_attempt_holds_the_exception_but_neither_token_no
 # --- Over HTTP -----------------------------------------------------------------------------------
 
 
-async def talk(url, *pieces, pause=0.0, until=20.0):
+async def talk(url, *pieces, pause=0.0, until=120.0):
     """Send bytes as they are, and return all that comes back, and how many bytes were taken."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))

@@ -256,9 +256,10 @@ def test_producers_are_back_as_soon_as_the_server_is(server, queue, monkeypatch)
         with pytest.raises(QueueUnavailable):
             queue.enqueue_many([task_now()])
     server.start()
+    monkeypatch.setattr(postgres_producers, "PATIENCE", 60.0)
     began = time.monotonic()
     queue.enqueue_many([task_now()])
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 50.0
 
 
 def test_a_restart_within_its_patience_is_nothing_to_a_producer(server, queue, monkeypatch):
@@ -294,14 +295,14 @@ def test_a_server_that_stays_away_ends_the_patience_of_the_first_call(monkeypatc
     began = time.monotonic()
     with pytest.raises(QueueUnavailable):
         queue.enqueue_many([task_now()])
-    assert 0.5 <= time.monotonic() - began < 5.0
+    assert 0.5 <= time.monotonic() - began < 50.0
     monkeypatch.setattr(postgres_producers, "PATIENCE", 60.0)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(queue.enqueue_many, [task_now()])
         time.sleep(0.3)
         queue.close()  # ends the wait
         with pytest.raises(QueueUnavailable, match="closed"):
-            waiting.result(10.0)
+            waiting.result(50.0)
 
 
 def test_a_server_without_free_connections_is_unavailable_until_there_are_some(queue, dsn, monkeypatch):
@@ -475,6 +476,6 @@ def test_closing_keeps_nobody_waiting(dsn, monkeypatch):
         time.sleep(0.5)
         queue.close()
         for one in asleep:
-            one.result(20.0)
+            one.result(29.0)  # before the statement would end by itself
     with pytest.raises(QueueUnavailable, match="closed"):
         connections.run(lambda connection: connection.fetch("SELECT 1"), purpose="durable", transaction=False)

@@ -163,7 +163,9 @@ def test_a_process_that_forgets_to_close_ends_and_has_stored_its_task(path):
         "import sys; from safedefer.queues.sqlite.queue import SQLiteQueue; from tests.queues.contract import make_task\n"
         "queue = SQLiteQueue(sys.argv[1]); queue.enqueue_many([make_task()]); print('stored')"
     )
-    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, timeout=120, check=True
+    )
     assert (done.stdout, done.stderr) == ("stored\n", "")
     queue = SQLiteQueue(path)
     assert len(take(queue)) == 1

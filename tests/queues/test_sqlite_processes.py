@@ -53,7 +53,7 @@ def test_an_enqueue_wakes_a_wait_of_another_process(queue, path, capsys):
         """
         queue.wait(0)
         print("ready", flush=True)
-        for _ in range(25):
+        for _ in range(9):
             while not queue.wait(60): pass
             print(time.monotonic(), flush=True)
         """,
@@ -61,7 +61,7 @@ def test_an_enqueue_wakes_a_wait_of_another_process(queue, path, capsys):
     )
     assert waiter.stdout.readline() == "ready\n"
     latencies = []
-    for number in range(25):
+    for number in range(9):
         # Short and long pauses: looking is rarer after a while without a change.
         time.sleep(random.Random(number).uniform(0.01, 0.05) if number % 2 else 0.3)
         queue.enqueue_many([make_task()])
@@ -70,8 +70,8 @@ def test_an_enqueue_wakes_a_wait_of_another_process(queue, path, capsys):
     assert waiter.communicate(timeout=60)[1] == ""
     with capsys.disabled():
         print(f"\nwake-up across processes: median {statistics.median(latencies):.1f} ms, max {max(latencies):.1f} ms")
-    assert statistics.median(latencies) < 1_000
-    assert max(latencies) < 20_000
+    assert statistics.median(latencies) < 10_000
+    assert max(latencies) < 50_000
 
 
 def test_what_another_dispatcher_settles_wakes_nobody(queue, path):
@@ -298,7 +298,7 @@ def test_waiting_costs_little(path, capsys):
     output = run(
         """
         queue.enqueue_many([make_task()]); queue.wait(0); queue.wait(0.5)
-        before = time.process_time(); queue.wait(3.0); print((time.process_time() - before) / 3.0)
+        before = time.process_time(); queue.wait(2.0); print((time.process_time() - before) / 2.0)
         """,
         path,
     )

@@ -28,7 +28,7 @@ def make_app(**changes):
     return App(**{**values, **changes})
 
 
-async def until(condition, seconds=30.0):
+async def until(condition, seconds=120.0):
     """Wait until a condition holds. It is to fail a test, not to measure: a busy machine takes a while."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  # what is waited for has no event

@@ -60,7 +60,7 @@ async def test_a_running_task_is_cancelled(make, monkeypatch, function, args, le
     # Another process has another App on the same file; this one's handler hears of it by the ledger.
     assert await asyncio.to_thread((app if where == "here" else make()).cancel, task.id)
     assert await running == (200, "cancelled")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100
     assert tasks.RAN == left
     assert records(app, task) == [("cancelled", 200, "cancelled")]
     assert await answer(app, task.payload) == (200, "duplicate")

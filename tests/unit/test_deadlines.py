@@ -115,16 +115,16 @@ def test_a_queue_file_gives_the_deadlines_that_are_declared():
 
 
 async def test_a_coroutine_is_cancelled_at_its_deadline_and_may_run_again(make, caplog):
-    app = make(0.2)
+    app = make(1.0)
     task = app.defer(tasks.sleep_long)
     began = time.monotonic()
     assert await answer(app, task.payload) == (500, "retry")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100
     assert tasks.RAN == ["begun", "over"]
     assert records(app, task) == [EXCEEDED]
     assert "sleep_long" in app.queue.find(task.id).records[0].traceback
     (error,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert f"task {task.id} (tests.sample_tasks:sleep_long) passed its deadline of 0.2 s" in error.message
+    assert f"task {task.id} (tests.sample_tasks:sleep_long) passed its deadline of 1 s" in error.message
     assert "attempt_deadline in queue.yaml" in error.message
     async with dispatching(app):
         await until(lambda: tasks.RAN == ["begun", "over"] * 2)
@@ -133,7 +133,7 @@ async def test_a_coroutine_is_cancelled_at_its_deadline_and_may_run_again(make, 
 
 
 async def test_another_error_that_the_cancellation_became_is_the_deadline_too(make):
-    app = make(0.2)
+    app = make(1.0)
     task = app.defer(tasks.clean_up_badly)
     assert await answer(app, task.payload) == (500, "retry")
     assert records(app, task) == [EXCEEDED]
@@ -154,13 +154,21 @@ async def test_without_a_deadline_nothing_ends(make):
 )
 async def test_what_cannot_be_stopped_goes_on_and_its_success_counts(make, monkeypatch, function, again):
     monkeypatch.setattr(runs, "GRACE", 0.2)
-    app = make(0.2, lease_seconds=1.0)
+    app = make(1.0, lease_seconds=6.0)
     task = app.defer(function)
     assert await answer(app, task.payload) == (500, "retry")
     assert records(app, task) == [EXCEEDED]
     assert (app.delivery.stuck, app.delivery.running) == (1, 1)
     assert not await app.delivery.drained(0.1)
-    await asyncio.sleep(1.5)  # longer than a lease: it is extended
+    extended = []
+    extend = app.queue.ledger.extend_many
+
+    def extend_many(executions, **more):
+        extended.extend(executions)
+        return extend(executions, **more)
+
+    monkeypatch.setattr(app.queue.ledger, "extend_many", extend_many)
+    await until(lambda: extended)  # its lease goes on
     assert await answer(app, task.payload) == (409, "running")
     tasks.GATE.set()
     await until(lambda: len(records(app, task)) == 2)
@@ -172,7 +180,7 @@ async def test_what_cannot_be_stopped_goes_on_and_its_success_counts(make, monke
 
 
 async def test_what_fails_after_its_deadline_is_tried_again_even_if_it_says_for_good(make):
-    app = make(0.2)
+    app = make(1.0)
     task = app.defer(tasks.fail_at_gate)
     assert await answer(app, task.payload) == (500, "retry")
     tasks.GATE.set()
@@ -184,7 +192,7 @@ async def test_what_fails_after_its_deadline_is_tried_again_even_if_it_says_for_
 
 
 async def test_a_late_success_that_cannot_be_stored_is_logged(make, monkeypatch, caplog):
-    app = make(0.2, lease_seconds=0.3)
+    app = make(1.0, lease_seconds=0.3)
     task = app.defer(tasks.wait_for_gate)
     assert await answer(app, task.payload) == (500, "retry")
 
@@ -206,7 +214,7 @@ async def test_a_regular_expression_that_holds_the_interpreter_succeeds_late_and
 
 
 async def test_a_stuck_thread_is_replaced_and_too_many_are_told_once(make, caplog):
-    app = make(0.2, concurrency=2)
+    app = make(1.0, concurrency=2)
     for number in range(1, 3):
         assert await answer(app, app.serialize(tasks.wait_for_gate)) == (500, "retry")
         assert app.delivery.stuck == number

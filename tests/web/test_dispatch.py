@@ -394,7 +394,7 @@ async def test_what_another_process_defers_runs_long_before_the_next_poll(app, t
     arrived.sort()
     median, worst = arrived[10] * 1000, arrived[-1] * 1000
     print(f"from defer() in another process to the call: median {median:.0f} ms, worst {worst:.0f} ms")
-    assert median < 2_000
+    assert median < 20_000
 
 
 async def test_a_cancelled_coroutine_may_run_again_at_once(app):
@@ -404,7 +404,7 @@ async def test_a_cancelled_coroutine_may_run_again_at_once(app):
     while tasks.RAN != ["begun"]:  # noqa: ASYNC110  # what is waited for is a list
         await asyncio.sleep(0.01)
     dispatcher.stop()
-    await asyncio.wait_for(running, 20)
+    await asyncio.wait_for(running, 120)
     assert tasks.RAN == ["begun", "over"]
     view = app.queue.find(task.id)
     assert (view.state, view.attempts, view.records[-1].reason) == (TaskState.WAITING, 0, "cancelled")

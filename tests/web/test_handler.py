@@ -53,7 +53,7 @@ class Served:
         status, outcome, _, _ = await self.post(data, headers, **more)
         return status, outcome
 
-    async def raw(self, data, *, wait=20.0, end=True):
+    async def raw(self, data, *, wait=120.0, end=True):
         """Write bytes to the socket, and return what comes back; within less than the handler waits for a body."""
         host, port = self.address.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
