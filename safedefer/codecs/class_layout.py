@@ -210,6 +210,9 @@ def _check_layout(cls: type, base: type, *, exception: bool) -> None:
         what = (
             "its state is kept in C, or it is a resource of this process"
             if base is cls
+            # pydantic models in disguise (SQLModel) declare slots and take their descriptors away.
+            else f"{inspect_safely.type_name(base)} has slots that nothing shows"
+            if "__slots__" in inspect_safely.namespace(base)
             else f"a subclass of {inspect_safely.type_name(base)} may hide state in C"
         )
         raise ValueError(f"{what}; {REMEDY}")

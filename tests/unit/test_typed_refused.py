@@ -439,3 +439,18 @@ def test_the_first_remedy_for_an_object_of_a_library_is_to_pass_an_id_too(patter
         carry_one(order(id=1), _policy=Policy(*patterns))
     with pytest.raises(UnencodableArgument, match="; pass an id, or add 'sqlalchemy"):
         carry_one(orm.Session(), _policy=Policy(*patterns))
+
+
+class Hidden:
+    """As SQLModel: its slot is there, and the descriptor that would show it is not."""
+
+    __slots__ = ("inside",)
+
+
+del Hidden.inside
+
+
+def test_slots_that_nothing_shows_are_said_to_be_that():
+    cls = type("Below", (Hidden,), {"__module__": __name__})
+    with pytest.raises(UnencodableArgument, match=r"Hidden has slots that nothing shows; pass an id"):
+        CODEC.encode(CallData(UNBOUND, [cls()], {}), Policy(__name__))
