@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Final, TypeAlias
 
@@ -63,6 +63,10 @@ class TaskHandled:
     attempt: int
     seconds: float
     """From the arrival of the request to the answer."""
+    error_type: str | None = None
+    """The type of the exception that ended the attempt, with its module."""
+    error: BaseException | None = field(default=None, repr=False, compare=False)
+    """The exception itself, for observers that report it. Its text may hold what the task was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,13 +189,14 @@ class LogObserver:
             case TaskHandled():
                 _log.log(
                     self.level_of(event.outcome, event.reason),
-                    "task %s %s: %s, attempt %d, %.3f s%s",
+                    "task %s %s: %s, attempt %d, %.3f s%s%s",
                     event.task_id,
                     event.outcome,
                     event.callable,
                     event.attempt,
                     event.seconds,
                     f" ({event.reason})" if event.reason else "",
+                    f": {event.error_type}" if event.error_type and event.reason == "exception" else "",
                     extra={"safedefer": event},
                 )
             case RequestRefused():

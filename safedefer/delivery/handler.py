@@ -352,7 +352,7 @@ class Delivery:
                 self._ledger_client.renewal.remove(execution)
         if outcome.reason in _UNAUTHENTIC_REASONS:
             return self._refuse(403, outcome.reason)
-        return self._answer(request, status, outcome_name, outcome.reason)
+        return self._answer(request, status, outcome_name, outcome.reason, error=outcome.error)
 
     async def _answer_for_stuck(self, request: HandlerRequest, task: VerifiedTask, seconds: float | None) -> Response:
         """Answer for a run that goes on past its deadline. Its ledger entry stays ``running``."""
@@ -396,7 +396,7 @@ class Delivery:
         elif request.identity is not None:
             record = request.record(outcome, status, error.slug, error, ended=self._clock())
             await self._ledger_client.record(record)
-        return self._answer(request, status, outcome, error.slug)
+        return self._answer(request, status, outcome, error.slug, error=error)
 
     # --- Answers ---
 
@@ -407,9 +407,11 @@ class Delivery:
         outcome: str,
         reason: str | None,
         headers: Mapping[str, str] | None = None,
+        *,
+        error: BaseException | None = None,
     ) -> Response:
         if is_heard(self._observer, outcome, reason) and (identity := request.identity) is not None:
-            notify(self._observer, request.event(identity, status, outcome, reason, ended=self._clock()))
+            notify(self._observer, request.event(identity, status, outcome, reason, error, ended=self._clock()))
         named = {OUTCOME_HEADER: outcome}
         if headers is not None:
             named.update(headers)

@@ -105,7 +105,14 @@ class HandlerRequest:
         )
 
     def event(
-        self, identity: TaskIdentity, status: int, outcome: str, reason: str | None, *, ended: float
+        self,
+        identity: TaskIdentity,
+        status: int,
+        outcome: str,
+        reason: str | None,
+        error: BaseException | None,
+        *,
+        ended: float,
     ) -> TaskHandled:
         """Return the event for the observer."""
         return TaskHandled(
@@ -118,4 +125,6 @@ class HandlerRequest:
             reason=reason,
             attempt=self.attempt,
             seconds=ended - self.started,
+            error_type=None if error is None else exception_type(error),
+            error=error,
         )

@@ -16,6 +16,7 @@ from safedefer.concurrency.threads import Threads
 from safedefer.delivery import ledger_client
 from safedefer.delivery.handler import OUTCOME_HEADER, redacted_traceback
 from safedefer.errors import QueueUnavailable
+from safedefer.events import LogObserver, TaskHandled
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
 from tests import sample_tasks as tasks
@@ -42,6 +43,24 @@ def test_a_request_from_any_framework_is_handled(app):
     assert response == (200, {"Safedefer-Outcome": "succeeded"}, b"succeeded\n")
     status, headers, body = handle(app, task.payload, {"content-TYPE": "application/jose"})
     assert (status, headers, body) == (415, {"Safedefer-Outcome": "refused"}, b"refused\n")
+
+
+def test_the_type_of_a_tasks_exception_is_in_the_event_and_the_log_and_its_text_in_neither(caplog):
+    told, log = [], LogObserver()
+
+    def observe(event):
+        told.append(event)
+        log(event)
+
+    app = make_app(observer=observe)
+    assert outcome(handle(app, app.defer(tasks.loud, "order of Ann").payload)) == (500, "retry")
+    assert outcome(handle(app, app.defer(tasks.add, 1).payload)) == (200, "succeeded")
+    failed, done = [event for event in told if isinstance(event, TaskHandled)]
+    assert (failed.error_type, type(failed.error)) == ("builtins.ValueError", ValueError)
+    assert (done.error_type, done.error) == (None, None)
+    assert "(exception): builtins.ValueError" in caplog.text
+    assert "Ann" not in caplog.text + repr(failed)
+    app.close()
 
 
 @pytest.mark.parametrize(
