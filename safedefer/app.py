@@ -3,6 +3,8 @@
 ``App`` is the composition root and a facade. It builds the parts (``sending``, ``execution.direct``, ``delivery``,
 ``transactions``), hands each what it needs, and passes calls on; what it does for those who defer is in ``Producer``. It does nothing when it is made but check its
 configuration; the queue is opened when it is first used, in the process that uses it.
+
+Over 450 lines, since it is the facade: a short method and its documentation for each thing that an application does.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from safedefer.headers import Response
     from safedefer.queues.config import QueueFile
     from safedefer.settings import Settings
+    from safedefer.web.asgi import Asgi
+    from safedefer.web.wsgi import Wsgi
 
 __all__ = ["App", "CallTuple", "Deferral"]
 
@@ -90,6 +94,7 @@ class App(Producer):
     """
 
     _delivery: Delivery | None = None
+    _wsgi: Wsgi | None = None
     _closed = False
 
     def __init__(
@@ -274,6 +279,23 @@ class App(Producer):
 
         return routes(self)
 
+    @property
+    def asgi(self) -> Asgi:
+        """The handler as an ASGI application: ``uvicorn shop.tasks:asgi``, or ``api.mount("/tasks", app.asgi)``."""
+        from safedefer.web.asgi import Asgi  # noqa: PLC0415 - as routes
+
+        return Asgi(self)
+
+    @property
+    def wsgi(self) -> Wsgi:
+        """The handler as a WSGI application, one for each App: ``gunicorn shop.tasks:wsgi``. ``close`` ends its event loop."""
+        from safedefer.web.wsgi import Wsgi  # noqa: PLC0415 - as routes
+
+        with self._lock:
+            if self._wsgi is None:
+                self._wsgi = Wsgi(self)
+            return self._wsgi
+
     def verify(self, data: bytes, *, expired: bool = False) -> VerifiedTask | VerifiedPointer:
         """Verify a token, whichever of this application's URLs and queues it is for; runs nothing.
 
@@ -408,6 +430,8 @@ class App(Producer):
 
     def close(self) -> None:
         """Finish what was accepted, and let go of the queue and the threads."""
+        if self._wsgi is not None:
+            self._wsgi.close()
         self.outbox.close()  # before the lock, which its thread may be waiting for
         with self._lock:
             if self._delivery is not None:

@@ -1,1 +1,1 @@
-"""The aiohttp handler, which receives tasks, and its server."""
+"""The handlers that receive tasks by HTTP (aiohttp, ASGI, WSGI), and the server of ``safedefer serve`` and ``run``."""

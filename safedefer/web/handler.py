@@ -6,41 +6,14 @@ another URL, as App Engine's was. Both give the answer of ``App.handle``.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Container, Generator
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Final
 
 from aiohttp import ClientError, web
 from aiohttp.http import HttpProcessingError
 
-from safedefer.delivery.budget import ByteBudget
-from safedefer.delivery.handler import Delivery
-
-#: Seconds for a body to arrive. A token has a megabyte at most.
-BODY_TIMEOUT: Final = 30.0
-
-
-class Handles(Protocol):
-    """The part of an ``App`` that the web handler uses."""
-
-    @property
-    def url(self) -> str:
-        """The path that dispatchers post tasks to by default."""
-        ...
-
-    @property
-    def prefix(self) -> str:
-        """The path in front of ``url`` that a mount or proxy adds."""
-        ...
-
-    @property
-    def delivery(self) -> Delivery:
-        """The handler without a framework."""
-        ...
-
-    def accepts(self, path: str | None, mount: str = "") -> str | Container[str]:
-        """Return the paths that a token may name if its request came on ``path``."""
-        ...
+from safedefer.web.body import OverBudgetError, read_body
+from safedefer.web.served import Handles
 
 
 def routes(app: Handles) -> list[web.AbstractRouteDef]:
@@ -79,8 +52,8 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
             elif at_hand:
                 body = request.content.read_nowait(-1)
             else:
-                body = await _read(request, delivery.max_bytes, delivery.budget)
-        except _OverBudgetError:
+                body = await read_body(request.content.iter_any(), delivery.max_bytes, delivery.budget)
+        except OverBudgetError:
             answer = delivery.busy()
         except TimeoutError:
             answer = delivery.timed_out()
@@ -118,33 +91,6 @@ _UNREAD: Final = frozenset({400, 405, 408, 413, 415})
 
 
 _BUSY: Final = 503
-
-
-class _OverBudgetError(Exception):
-    """The bodies that are being read use up the budget of unverified bytes."""
-
-
-async def _read(request: web.Request, limit: int, budget: ByteBudget) -> bytes | None:
-    """Read the raw body; None if it is over the limit. Reading stops there, also for a chunked body.
-
-    Raises:
-        _OverBudgetError: The budget has no bytes left for it now.
-        TimeoutError: The body did not arrive in time.
-    """
-    body = bytearray()
-    taken = 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT):
-            async for chunk in request.content.iter_any():
-                if not budget.take(len(chunk)):
-                    raise _OverBudgetError
-                taken += len(chunk)
-                body += chunk
-                if len(body) > limit:
-                    return None
-        return bytes(body)
-    finally:
-        budget.give_back(taken)
 
 
 def task_view(current_app: Callable[[], Handles]) -> type[web.View]:

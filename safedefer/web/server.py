@@ -12,7 +12,8 @@ from typing import Final
 from aiohttp import web
 
 from safedefer.events import REFUSALS_EVERY
-from safedefer.web.handler import Handles, routes
+from safedefer.web.handler import routes
+from safedefer.web.served import Handles
 
 #: Seconds that an idle connection is kept: a dispatcher sends its next request soon, or never.
 _KEEPALIVE: Final = 75.0

@@ -357,7 +357,7 @@ async def test_chunks_without_a_length_stop_at_the_limit(app, monkeypatch):
 
 
 async def test_a_body_that_stalls_and_one_that_trickles_time_out(app, monkeypatch, ran):
-    monkeypatch.setattr(safedefer.web.handler, "BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr(safedefer.web.body, "BODY_TIMEOUT", 0.3)
     head = request(JOSE, length(TOKEN))
     stalled = raw(app, head, TOKEN[:10])
     trickled = raw(app, head, *(bytes([byte]) for byte in TOKEN), pause=0.1)
