@@ -223,13 +223,16 @@ class Runs:
             len(run.control.spawned),
         )
         self._stuck.add(run)
-        for task in run.control.spawned:
-            task.add_done_callback(lambda _: self._spawned_ended(run))
+        self._await_spawned(run)
         self._warn()
 
-    def _spawned_ended(self, run: _Awaited) -> None:
-        if all(task.done() for task in run.control.spawned):
+    def _await_spawned(self, run: _Awaited) -> None:
+        """Look again when one of them has ended: until then it may make others."""
+        going_on = next((task for task in run.control.spawned if not task.done()), None)
+        if going_on is None:
             self._stuck.discard(run)
+        else:
+            going_on.add_done_callback(lambda _: self._await_spawned(run))
 
     def _warn(self) -> None:
         if self.stuck >= self.limit and not self._warned:

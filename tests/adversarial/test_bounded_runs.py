@@ -53,6 +53,15 @@ async def _grandchild():
     MADE.append(asyncio.get_running_loop().create_task(GATES[-1].wait()))
 
 
+async def leave_one_that_leaves_another():
+    await asyncio.shield(_wait_and_spawn())
+
+
+async def _wait_and_spawn():
+    await GATES[0].wait()
+    MADE.append(asyncio.create_task(GATES[-1].wait()))
+
+
 async def from_a_thread():
     loop = asyncio.get_running_loop()
     await asyncio.to_thread(lambda: MADE.append(asyncio.run_coroutine_threadsafe(GATES[-1].wait(), loop)))
@@ -77,6 +86,21 @@ async def test_asyncio_tasks_that_outlive_a_stopped_run_are_counted_like_threads
     assert not await app.delivery.drained(0.0)
     assert "1 asyncio tasks that it made go on beside its next attempt" in caplog.text
     assert all(not made.cancelled() for made in MADE)
+    GATES[-1].set()
+    await until(lambda: not app.delivery.stuck)
+    MADE.clear()
+    app.close()
+
+
+async def test_asyncio_tasks_are_counted_with_those_that_they_make_later_and_no_longer_than_they_go_on():
+    """A run was counted for ever: one more such, and its process was replaced for nothing that went on."""
+    GATES[:] = [asyncio.Event(), asyncio.Event()]
+    app = make_app(policy=Policy(__name__), queue_yaml=SHORT)
+    assert (await app.handle(JOSE, app.serialize(leave_one_that_leaves_another))).status == 500
+    GATES[0].set()
+    await until(lambda: MADE)
+    await asyncio.sleep(0)
+    assert app.delivery.stuck == 1
     GATES[-1].set()
     await until(lambda: not app.delivery.stuck)
     MADE.clear()
