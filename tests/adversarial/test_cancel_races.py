@@ -1,6 +1,8 @@
 """A cancellation that meets a run while it begins, ends, or is tried again: it runs no more often, and has one end."""
 
 import asyncio
+import contextlib
+import inspect
 import time
 
 import pytest
@@ -49,7 +51,13 @@ class Meeting:
 
     def __init__(self, app, owner, name, when):
         self.app, self.task, self.cancelled = app, None, None
-        target = app.queue if owner == "queue" else app.queue.ledger
+        # The calls of event loops, where the engine has such.
+        if owner == "ledger":
+            target = app.queue.ledger.here or app.queue.ledger
+        else:
+            target = getattr(app.queue.on_loop(), "enter_result", None) or app.queue
+            if target is not app.queue:
+                app.queue.on_loop = lambda: contextlib.nullcontext(target)
         call = getattr(target, name)
 
         def meet(*args, **kwargs):
@@ -60,7 +68,15 @@ class Meeting:
                 self.cancel()
             return result
 
-        setattr(target, name, meet)
+        async def meet_on_loop(*args, **kwargs):
+            if when == "before":
+                self.cancel()
+            result = await call(*args, **kwargs)
+            if when == "after":
+                self.cancel()
+            return result
+
+        setattr(target, name, meet_on_loop if inspect.iscoroutinefunction(call) else meet)
 
     def cancel(self):
         if self.task is not None and self.cancelled is None:
