@@ -23,6 +23,7 @@ class Batches(Generic[_T, _R]):
         call: Takes a list of items, and whether one of their callers was cancelled meanwhile. Returns a future of one
             result for each item, or of an error for all.
         orphaned: Called with each item whose call failed and whose caller was cancelled meanwhile, and the error.
+        unclaimed: Called with each item whose caller was cancelled meanwhile, and its result.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class Batches(Generic[_T, _R]):
         call: Callable[[list[_T], bool], asyncio.Future[Sequence[_R]]],
         *,
         orphaned: Callable[[_T, BaseException], None] | None = None,
+        unclaimed: Callable[[_T, _R], None] | None = None,
     ) -> None:
         self._call = call
         self._orphaned = orphaned
+        self._unclaimed = unclaimed
         self._gathered: PerLoop[_Gathered[_T, _R]] = PerLoop(_Gathered)
 
     def __call__(self, item: _T) -> asyncio.Future[_R]:
@@ -75,7 +78,9 @@ class Batches(Generic[_T, _R]):
         results = done.result() if failure is None else ()
         for number, (item, future) in enumerate(batch):
             if future.done():  # its caller was cancelled
-                if failure is not None and self._orphaned is not None and not done.cancelled():
+                if failure is None and self._unclaimed is not None:
+                    self._unclaimed(item, results[number])
+                elif failure is not None and self._orphaned is not None and not done.cancelled():
                     self._orphaned(item, failure)
             elif failure is None:
                 future.set_result(results[number])

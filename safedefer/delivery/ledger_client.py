@@ -11,15 +11,15 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Coroutine, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from safedefer.concurrency.batches import Batches
 from safedefer.concurrency.beat import HANG_SECONDS, Beat
 from safedefer.concurrency.threads import InThread
 from safedefer.errors import QueueUnavailable
-from safedefer.ledger import Admission, AttemptRecord, Execution, Ledger, RunEnd
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, Ledger, RunEnd
 
 _log: Final = logging.getLogger("safedefer")
 
@@ -58,7 +58,7 @@ class LedgerClient:
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._late: set[asyncio.Task[None]] = set()
-        self.begin: Batches[Execution, Admission] = Batches(self._begin_many)
+        self.begin: Batches[Execution, Admission] = Batches(self._begin_many, unclaimed=self._give_back)
         """Ask the ledger to admit a run."""
         self.end: Batches[RunEnd, bool] = Batches(self._end_many, orphaned=self._orphaned)
         """Store the end of a run; as ``finish``, but with one try."""
@@ -133,9 +133,20 @@ class LedgerClient:
             else:
                 return
 
+    def _give_back(self, execution: Execution, admission: Admission) -> None:
+        """End a run that was admitted after its caller was cancelled: else no other may begin until its lease expires."""
+        if admission is Admission.RUN:
+            now = self._clock()
+            # As a rejected one it is not charged: none of the task's own code ran.
+            record = AttemptRecord(execution.task_id, execution.audience, now, now, "rejected", None, "cancelled")
+            self._store_late(self.finish((execution, EndState.RETRY, record)))
+
     def _orphaned(self, end: RunEnd, error: BaseException) -> None:
         """Go on storing the end of a run whose caller was cancelled before the end was stored."""
-        late = asyncio.get_running_loop().create_task(self._finish_late(end, error))
+        self._store_late(self._finish_late(end, error))
+
+    def _store_late(self, storing: Coroutine[Any, Any, None]) -> None:
+        late = asyncio.get_running_loop().create_task(storing)
         self._late.add(late)
         late.add_done_callback(self._late.discard)
         late.add_done_callback(_forget)

@@ -1,6 +1,8 @@
 """A cancellation that meets a run while it begins, ends, or is tried again: it runs no more often, and has one end."""
 
 import asyncio
+import contextlib
+import inspect
 import time
 
 import pytest
@@ -12,7 +14,7 @@ from safedefer.policy import Policy
 from safedefer.queues.base import TaskState
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.sqlite.queue import SQLiteQueue
-from tests.unit.apps import make_app, until
+from tests.unit.apps import JOSE, make_app, until
 
 RAN = []
 #: Where the cancellation comes: before or after which call of the ledger or the queue.
@@ -49,7 +51,13 @@ class Meeting:
 
     def __init__(self, app, owner, name, when):
         self.app, self.task, self.cancelled = app, None, None
-        target = app.queue if owner == "queue" else app.queue.ledger
+        # The calls of event loops, where the engine has such.
+        if owner == "ledger":
+            target = app.queue.ledger.here or app.queue.ledger
+        else:
+            target = getattr(app.queue.on_loop(), "enter_result", None) or app.queue
+            if target is not app.queue:
+                app.queue.on_loop = lambda: contextlib.nullcontext(target)
         call = getattr(target, name)
 
         def meet(*args, **kwargs):
@@ -60,7 +68,15 @@ class Meeting:
                 self.cancel()
             return result
 
-        setattr(target, name, meet)
+        async def meet_on_loop(*args, **kwargs):
+            if when == "before":
+                self.cancel()
+            result = await call(*args, **kwargs)
+            if when == "after":
+                self.cancel()
+            return result
+
+        setattr(target, name, meet_on_loop if inspect.iscoroutinefunction(call) else meet)
 
     def cancel(self):
         if self.task is not None and self.cancelled is None:
@@ -95,4 +111,22 @@ async def test_a_task_that_was_cancelled_meanwhile_has_one_end_and_runs_no_more(
         "Safedefer-Outcome"
     ] == "duplicate"
     assert len(RAN) == ran
+    app.close()
+
+
+async def test_a_run_that_was_admitted_for_a_request_cancelled_meanwhile_is_given_back(queue):
+    """Until its lease expired no other delivery could begin, and who cancels each request again keeps the task for ever."""
+    app = make_app(queue=queue, policy=Policy(__name__))
+    token = app.serialize(note, fails=False)
+    request = asyncio.create_task(app.handle(JOSE, token))
+    for _ in range(3):  # now it waits for the ledger
+        await asyncio.sleep(0)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert not RAN
+    async with asyncio.timeout(30):
+        while (answer := await app.handle(JOSE, token)).status == 409:  # noqa: ASYNC110  # it has no event
+            await asyncio.sleep(0.01)
+    assert (answer.status, answer.headers["Safedefer-Outcome"], len(RAN)) == (200, "succeeded", 1)
     app.close()
