@@ -55,6 +55,8 @@ class Reports:
             return
         attempts = lease.attempts + settlement.charged
         if settlement.verdict is Verdict.DEAD:
+            if not settlement.answered:  # by the ledger it may run still, or have succeeded
+                return
             notify(
                 observer,
                 TaskDead(

@@ -134,6 +134,12 @@ class LostDelivery(NamedTuple):
     losses: int = 0
     """As ``Known.losses``, with this one."""
     first_loss: float | None = None
+    given_up: str | None = None
+    """Why the task is tried no more by its retry options."""
+
+    def end_reason(self, now: float) -> str | None:
+        """Return why the task is a dead letter with this loss; None if it is tried again."""
+        return POISON if self.is_poison(now) else self.given_up
 
     def is_poison(self, now: float) -> bool:
         """Whether the task is given up with this loss: it ended too many processes in a row, for long enough."""
@@ -226,10 +232,26 @@ def has_lost_run(retry_reason: str | None, entry: Known | None) -> bool:
     return lost and retry_reason in _PUT_OFF
 
 
-def after_lost_run(before: Counters, task: tuple[str, str], entry: Known | None, *, now: float) -> LostDelivery:
-    """Do what ``after_lost_lease`` does for a task that ``has_lost_run``, and whose deliveries are all counted."""
+def after_lost_run(
+    before: Counters,
+    task: tuple[str, str],
+    entry: Known | None,
+    *,
+    now: float,
+    retry_options: Mapping[str, float],
+    eta: float,
+) -> LostDelivery:
+    """Do what ``after_lost_lease`` does for a task that ``has_lost_run``, and whose deliveries are all counted.
+
+    Its handler died while a dispatcher waited for the answer: a failed attempt, after which the retry options count.
+    """
     counted = before._replace(retries=max(before.retries - 1, 0))
-    return after_lost_lease(counted, task, entry, leased_at=None, now=now)
+    lost = after_lost_lease(counted, task, entry, leased_at=None, now=now)
+    try:
+        options = TaskRetryOptions.from_given(retry_options)
+    except InvalidTaskRetryOptionsError:  # somebody has written into the storage
+        return lost
+    return lost._replace(given_up=gives_up(options, attempts=lost.counters.attempts, age=now - eta))
 
 
 def must_be_alone(losses: int) -> bool:

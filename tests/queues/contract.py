@@ -564,7 +564,9 @@ class QueueContract:
             for item, left in zip(retries, owed, strict=True)
         ]
         after = [
-            rules.after_lost_run(counters, ("a", "i"), over, now=300.0).counters if lost_run else counters
+            rules.after_lost_run(counters, ("a", "i"), over, now=300.0, retry_options={}, eta=0.0).counters
+            if lost_run
+            else counters
             for counters, lost_run in zip(after, gone, strict=True)
         ]
         again = sorted(take(queue, now=300.0), key=lambda lease: lease.task.id)
@@ -577,6 +579,22 @@ class QueueContract:
             expected.append(rules.after_lost_lease(counters, ("a", "i"), left, leased_at=300.0, now=400.0).counters)
         third = sorted(take(queue, now=400.0), key=lambda lease: lease.task.id)
         assert [rules.Counters.of(lease) for lease in third] == expected
+
+    def test_a_task_that_ends_its_handler_as_often_as_its_retry_limit_says_is_a_dead_letter(self, queue):
+        task, now = make_task(retry_options={"task_retry_limit": 1}), 100.0
+        queue.enqueue_many([task])
+        silent = Settlement(verdict=Verdict.RETRY, at=now, reason="no-response", answered=False)
+        for attempts in (0, 1):
+            lease = take_one(queue, now=now)
+            assert lease.attempts == attempts
+            begin(queue.ledger, execution_of(task, f"run {attempts}"), now=now, lease=30.0)
+            settle(queue, lease, silent, now=now + 1)
+            assert queue.find(task.id).state is TaskState.WAITING, "its run may go on"
+            now += 60.0
+        assert take(queue, now=now) == []
+        view = queue.find(task.id)
+        assert (view.state, view.reason, view.attempts) == (TaskState.DEAD, "retry-limit", 2)
+        assert [record.reason for record in view.records] == [LOST_LEASE] * 2
 
     def test_a_task_that_ends_its_handler_again_and_again_is_charged_and_dead_in_the_end(self, queue):
         task = make_task()

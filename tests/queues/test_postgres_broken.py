@@ -22,6 +22,7 @@ from safedefer.queues.postgres import store as postgres_store
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.postgres.statements import SQL
+from safedefer.queues.rates import QueueLimits
 from tests.postgres.server import Server
 from tests.queues.contract import DONE, execution_of, ids
 from tests.queues.single import begin, settle
@@ -391,7 +392,7 @@ def test_a_machine_that_stands_still_within_a_transaction_keeps_nobody_waiting(d
     monkeypatch.setattr(postgres_pools, "_MISSED", settings)
     still, other = PostgresQueue(dsn), PostgresQueue(dsn)
     other.enqueue_many([task_now()])
-    other.pause("paused", paused=True, now=0.0)
+    other.configure([QueueLimits(queue="default", max_concurrent=5)], now=0.0)
     held, leased = threading.Event(), threading.Event()
 
     async def stand_still(connection):

@@ -360,9 +360,9 @@ class MemoryQueue:
             row.counters.retry_reason, None if entry is None else entry.known(now)
         ):
             lost = self._after_lost_lease(row, now=now)
-            if lost.is_poison(now):
-                self._end(row, rules.Ending(EndState.FAILED, rules.POISON), now=now)
-                log_burial(row.task.id, lost.losses)
+            if (reason := lost.end_reason(now)) is not None:
+                self._end(row, rules.Ending(EndState.FAILED, reason), now=now)
+                log_burial(row.task.id, reason, lost)
                 return None
         losses = 0 if entry is None else entry.losses
         lease = Lease(row.task, f"{owner}:{secrets.token_hex(8)}", until, *row.counters, losses=losses)
@@ -376,7 +376,8 @@ class MemoryQueue:
         task, entry = (row.task.audience, row.task.id), self._ledger.entry(row.task)
         known = None if entry is None else entry.known(now)
         if row.owner is None:
-            lost = rules.after_lost_run(row.counters, task, known, now=now)
+            options, eta = row.task.retry_options, row.task.eta
+            lost = rules.after_lost_run(row.counters, task, known, now=now, retry_options=options, eta=eta)
         else:
             lost = rules.after_lost_lease(row.counters, task, known, leased_at=row.leased_at, now=now)
         row.counters = lost.counters

@@ -20,7 +20,6 @@ from safedefer.queues.postgres.records import add_records
 from safedefer.queues.postgres.rows import Hold, ledger_keys, read_task, write_holds
 from safedefer.queues.postgres.statements import SQL, interval, to_json
 from safedefer.queues.rules import (
-    POISON,
     Counters,
     Ending,
     Known,
@@ -118,7 +117,7 @@ async def lease(
         deliveries = await in_transaction(connection, own_loop, charging)
         progress |= {job_id: delivery.counters for job_id, delivery in deliveries.items()}
         losses |= {job_id: delivery.losses for job_id, delivery in deliveries.items()}
-        jobs = [job for job in jobs if job["id"] not in lost or not deliveries[job["id"]].is_poison(now)]
+        jobs = [job for job in jobs if job["id"] not in lost or deliveries[job["id"]].end_reason(now) is None]
     leases = []
     jobs, until = sorted(jobs, key=_number), now + seconds
     for job, name in zip(jobs, write_holds(owner, manager.hex, jobs, leased=now), strict=True):
@@ -234,17 +233,18 @@ async def _charge_lost_leases(
             known = Known(state, entry["uncharged"], entry["alive"], losses=losses, first_loss=since)
         before = progress.get(job_id) or Counters()
         if leased is None:
-            delivery = after_lost_run(before, key, known, now=now)
+            options, eta = tasks[job_id].retry_options, tasks[job_id].eta
+            delivery = after_lost_run(before, key, known, now=now, retry_options=options, eta=eta)
         else:
             delivery = after_lost_lease(before, key, known, leased_at=leased, now=now)
         after[job_id] = delivery
         if delivery.charged:
             values = {"attempts": delivery.counters.attempts, "losses": delivery.losses}
             charged.append({"audience": key[0], "task_id": key[1], **values, "first_loss": delivery.first_loss})
-        if delivery.is_poison(now):
+        if (reason := delivery.end_reason(now)) is not None:
             attempts = delivery.counters.attempts
             buried.append(
-                End(tasks[job_id], job_id, Ending(EndState.FAILED, POISON), attempts, known, has_progress=True)
+                End(tasks[job_id], job_id, Ending(EndState.FAILED, reason), attempts, known, has_progress=True)
             )
     if charged:
         await connection.execute(SQL["ledger_lost"], to_json(charged))
@@ -253,7 +253,7 @@ async def _charge_lost_leases(
     if buried:
         await end(connection, buried, now=now, tombstone_seconds=tombstone_seconds)
         for item in buried:
-            log_burial(item.task.id, after[item.job_id].losses)
+            log_burial(item.task.id, str(item.ending.reason), after[item.job_id])
     return after
 
 

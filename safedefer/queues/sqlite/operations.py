@@ -127,8 +127,8 @@ def lease(
         entry = known(connection, row.audience, row.id, now=now) if row.deliveries else None
         if row.owner is not None or rules.has_lost_run(row.retry_reason, entry):
             lost = _after_lost_lease(connection, row, now=now)
-            if lost.is_poison(now):
-                _bury(connection, row, lost, now=now, tombstone_seconds=tombstone_seconds)
+            if (reason := lost.end_reason(now)) is not None:
+                _bury(connection, row, lost, reason, now=now, tombstone_seconds=tombstone_seconds)
                 continue
             row, losses = _counted(row, lost), lost.losses
         elif entry is not None:
@@ -173,8 +173,11 @@ def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) 
     # The delivery that was lost is counted in the row since it was leased.
     before = row.counters._replace(retries=row.deliveries - 1)
     task, entry = (row.audience, row.id), known(connection, row.audience, row.id, now=now)
-    leased_at = None if row.owner is None else row.leased_at
-    lost = rules.after_lost_lease(before, task, entry, leased_at=leased_at, now=now)
+    if row.owner is None:
+        options, all_counted = rules.stored_mapping(row.retry_options), row.counters._replace(retries=row.deliveries)
+        lost = rules.after_lost_run(all_counted, task, entry, now=now, retry_options=options, eta=row.eta)
+    else:
+        lost = rules.after_lost_lease(before, task, entry, leased_at=row.leased_at, now=now)
     if lost.charged:
         values = {
             "audience": row.audience,
@@ -200,14 +203,20 @@ def _counted(row: TaskRow, lost: rules.LostDelivery) -> TaskRow:
 
 
 def _bury(
-    connection: apsw.Connection, row: TaskRow, lost: rules.LostDelivery, *, now: float, tombstone_seconds: float
+    connection: apsw.Connection,
+    row: TaskRow,
+    lost: rules.LostDelivery,
+    reason: str,
+    *,
+    now: float,
+    tombstone_seconds: float,
 ) -> None:
-    """Make a dead letter of a task that ended too many processes."""
+    """Make a dead letter of a task whose run ended its process once too often."""
     there = standing(connection, row.id)
     assert there is not None  # the row was read in this transaction
-    ending = rules.Ending(EndState.FAILED, rules.POISON, lost.charged)
+    ending = rules.Ending(EndState.FAILED, reason, lost.charged)
     end(connection, row.id, there, ending, now=now, tombstone_seconds=tombstone_seconds)
-    log_burial(row.id, lost.losses)
+    log_burial(row.id, reason, lost)
 
 
 def release(connection: apsw.Connection, owners: Sequence[str], *, now: float) -> int:
