@@ -25,7 +25,7 @@ def quick(session: nox.Session) -> None:
     session.install("-e", ".[dev]", env=PINS)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("python", "-m", "pytest", "-q", "-n", "2", *(session.posargs or QUICK))
+    session.run("python", "-m", "pytest", "-q", "-n", "4", *(session.posargs or QUICK))
 
 
 @nox.session
@@ -41,7 +41,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Every test, on the Python that runs nox: ``nox -s tests -- tests/unit`` for some."""
     session.install("-e", ".[test]", env=PINS)
-    session.run("python", "-m", "pytest", "-q", "-n", "2", *session.posargs)
+    session.run("python", "-m", "pytest", "-q", "-n", "4", *session.posargs)
 
 
 @nox.session
@@ -49,7 +49,7 @@ def nightly(session: nox.Session) -> None:
     """The long forms too: tests marked ``nightly``, and searches of thousands of examples. Hours."""
     session.install("-e", ".[test]", env=PINS)
     profile = {"HYPOTHESIS_PROFILE": "nightly"}
-    session.run("python", "-m", "pytest", "-q", "-n", "2", "-o", "timeout=14400", *session.posargs, env=profile)
+    session.run("python", "-m", "pytest", "-q", "-n", "4", "-o", "timeout=14400", *session.posargs, env=profile)
 
 
 @nox.session(venv_backend="none")
