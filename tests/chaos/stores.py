@@ -44,6 +44,17 @@ class SqliteFile:
     def held(self) -> int:
         return int(self.query("SELECT count(*) FROM safedefer_tasks WHERE owner IS NOT NULL")[0][0])
 
+    def is_free(self) -> bool:
+        """Whether nobody is within a transaction that writes."""
+        connection = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
+        try:
+            connection.execute("BEGIN IMMEDIATE; ROLLBACK")
+        except apsw.BusyError:
+            return False
+        finally:
+            connection.close()
+        return True
+
     def charged(self) -> tuple[int, int]:
         """Return the attempts and the deliveries of all that waits."""
         ((attempts, deliveries),) = self.query(
@@ -136,6 +147,10 @@ class PostgresDatabase:
     def held(self) -> int:
         return int(self.query("SELECT count(*) FROM safedefer.pgqueuer WHERE status = 'picked'")[0][0])
 
+    def is_free(self) -> bool:
+        """True: the server ends a transaction that stands still."""
+        return True
+
     def charged(self) -> tuple[int, int]:
         ((attempts, deliveries),) = self.query(
             "SELECT coalesce(sum(attempts), 0)::int, coalesce(sum(deliveries), 0)::int FROM safedefer.progress"
@@ -148,7 +163,7 @@ class PostgresDatabase:
     def tried_again(self) -> list[tuple[Any, ...]]:
         """Return the records of what was charged more than one attempt."""
         return self.query("""
-            SELECT task_id, started, ended, outcome, status, reason, exception_type FROM safedefer.dispatcher.request_headers
+            SELECT task_id, started, ended, outcome, status, reason, exception_type FROM safedefer.attempts
             WHERE task_id IN (SELECT id FROM safedefer.ended WHERE attempts > 1) ORDER BY task_id, seq LIMIT 20
         """)
 
