@@ -347,7 +347,7 @@ def test_threads_share_commits_and_one_failure_spoils_no_other(queue, path):
     with ThreadPoolExecutor(21) as pool:
         # The first holds up the writer at its BEGIN; the others gather behind it.
         first = pool.submit(queue.enqueue_many, [make_task()])
-        _until(lambda: not queue._writer._pending and first.running())
+        _until(queue._writer._handle._lock.locked)
         good = [pool.submit(queue.enqueue_many, [make_task()]) for _ in range(10)]
         bad = [pool.submit(queue.enqueue_many, [make_task(name="taken")]) for _ in range(9)]
         _until(lambda: len(queue._writer._pending) == 19)
