@@ -44,7 +44,7 @@ class Asgi:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, as ASGI 3 says."""
         if scope["type"] == "http":
-            await _answer(send, await self._respond(scope, receive))
+            await _answer(send, await self._respond(scope, receive), version=str(scope.get("http_version", "1.1")))
         elif scope["type"] == "lifespan":
             await self._live(receive, send)
         else:
@@ -132,12 +132,12 @@ async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
         yield message.get("body", b"")
 
 
-async def _answer(send: Send, answer: Response | None) -> None:
+async def _answer(send: Send, answer: Response | None, *, version: str) -> None:
     if answer is None:
         return
     headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in answer.headers.items()]
     headers += [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(answer.body))]
-    if answer.status in _UNREAD:
+    if answer.status in _UNREAD and version[:1] == "1":  # RFC 9113, section 8.2.2: no such header in HTTP/2
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})

@@ -7,13 +7,17 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from safedefer.web.asgi import NOT_FOUND, is_served, length_of, status_line
 
 if TYPE_CHECKING:
     from safedefer.headers import Response
     from safedefer.web.served import Handles
+
+
+#: Bytes that are read at once: what has not arrived takes nothing from the budget.
+_CHUNK: Final = 65_536
 
 
 class StartResponse(Protocol):
@@ -56,23 +60,25 @@ class Wsgi:
         answer = delivery.check_request(method, headers, length)
         if answer is not None:
             return answer
-        # Without a length the body ends where a server that knows says so. One byte more than the limit is too many.
-        most = delivery.max_bytes + 1 if length is None else length
-        if length is None and not environ.get("wsgi.input_terminated"):
-            most = 0
-        if not delivery.budget.take(most):
-            return delivery.busy()
+        # Without a length the body ends where a server that knows says so.
+        left = length if length is not None else delivery.max_bytes + 1 if environ.get("wsgi.input_terminated") else 0
+        body, taken = bytearray(), 0
         try:
-            body = environ["wsgi.input"].read(most) if most else b""
+            while left and (chunk := environ["wsgi.input"].read(min(left, _CHUNK))):
+                if not delivery.budget.take(len(chunk)):
+                    return delivery.busy()
+                taken += len(chunk)
+                left -= len(chunk)
+                body += chunk
         except OSError:
             return delivery.broken()
         finally:
-            delivery.budget.give_back(most)
+            delivery.budget.give_back(taken)
         if len(body) > delivery.max_bytes:
             return delivery.too_large()
-        if length is not None and len(body) < length:
+        if length is not None and left:
             return delivery.broken()
-        handling = app.handle(headers, body, path=path, mount=mount, method=method)
+        handling = app.handle(headers, bytes(body), path=path, mount=mount, method=method)
         return asyncio.run_coroutine_threadsafe(handling, self._running_loop().loop).result()
 
     def _running_loop(self) -> _Loop:

@@ -137,6 +137,18 @@ def test_requests_of_many_threads_are_all_answered_and_run_at_once(app, serve):
     assert answers.count((200, "succeeded")) == len(tasks.RAN) > 50
 
 
+def test_bodies_that_are_announced_and_do_not_come_take_nothing_from_the_budget(app, serve):
+    task = app.defer(tasks.add, 5)
+    most = app.delivery.max_bytes  # 32 of them are the whole budget
+    head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Type: application/jose\r\nContent-Length: {most}\r\n\r\n"
+    with serve(app) as port, contextlib.ExitStack() as stack:
+        for _ in range(40):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            client.sendall(head.encode())
+        time.sleep(0.5)  # the server has begun to read them
+        assert post(port, task.payload)[:2] == (200, "succeeded")
+
+
 def test_a_client_that_leaves_in_the_middle_of_a_body_harms_nobody(app):
     task = app.defer(tasks.add, 3)
     with by_uvicorn(app) as port:
