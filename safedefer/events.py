@@ -249,10 +249,10 @@ def _line_of(
     """Return the level, the format and the values of the log line of a dispatcher's event."""
     match event:
         case TaskRetried():
-            text = "task %a is due again in %.1f s (%s), after %d attempts"
+            text = "task %a is due again in %.1f s (%s), attempts: %d"
             return logging.DEBUG, text, event.task_id, event.seconds, event.reason, event.attempts
         case TaskDead():
-            text = "task %a is dead (%s) after %d attempts; `safedefer dead show` says more, `safedefer dead retry` runs it again"
+            text = "task %a is dead (%s), attempts: %d; `safedefer dead show` says more, `safedefer dead retry` runs it again"
             return logging.ERROR, text, event.task_id, event.reason, event.attempts
         case TargetDown():
             text = "the handler %s takes no connection (%s); its tasks wait, and it is tried again"

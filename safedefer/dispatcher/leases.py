@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final, Protocol, TypeAlias
 
 from safedefer.concurrency.beat import Beat
-from safedefer.dispatcher.reports import Reports, settled_all
+from safedefer.dispatcher.reports import Reports
 from safedefer.queues.base import Lease, Leasing, Settlement, Verdict
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
@@ -125,7 +125,7 @@ class Leases:
 
     def _note(self, batch: Sequence[_Settled], kept: Sequence[bool]) -> None:
         self._reports.worked("settling")
-        settled_all(self._reports, batch, kept)
+        self._reports.settled(batch, kept)
         for (lease, _), ours in zip(batch, kept, strict=True):
             self._held.pop(lease.owner, None)
             if not ours:

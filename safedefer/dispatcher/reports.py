@@ -24,7 +24,7 @@ class _Trouble:
     """Failures of one thing that a dispatcher does, since it worked."""
 
     began: float
-    told: float
+    told: float | None = None
     """When the last event was."""
     count: int = 0
     """Failures since then."""
@@ -34,13 +34,13 @@ class Reports:
     """Makes the events of one dispatcher.
 
     Args:
-        observer: Gets them; None is nobody.
+        observer: Gets them.
         clock: Returns seconds since the epoch, as in the times of settlements.
         ticks: Returns seconds that only grow.
     """
 
     def __init__(
-        self, observer: Observer | None, *, clock: Callable[[], float], ticks: Callable[[], float] = time.monotonic
+        self, observer: Observer, *, clock: Callable[[], float], ticks: Callable[[], float] = time.monotonic
     ) -> None:
         self._observer = observer
         self._clock = clock
@@ -48,17 +48,20 @@ class Reports:
         self._lock = Lock()  # leases are extended from a thread
         self._troubles: dict[str, _Trouble] = {}
 
-    def settled(self, lease: Lease, settlement: Settlement) -> None:
-        """Tell what became of a task, unless it ended well: the handler told that."""
-        observer, task = self._observer, lease.task
-        if observer is None or settlement.verdict is Verdict.DONE:
-            return
+    def settled(self, batch: Sequence[tuple[Lease, Settlement]], kept: Sequence[bool]) -> None:
+        """Tell what became of tasks that were still this dispatcher's, unless they ended well: the handler told that."""
+        for (lease, settlement), ours in zip(batch, kept, strict=True):
+            if ours and settlement.verdict is not Verdict.DONE:
+                self._tell(lease, settlement)
+
+    def _tell(self, lease: Lease, settlement: Settlement) -> None:
+        task = lease.task
         attempts = lease.attempts + settlement.charged
         if settlement.verdict is Verdict.DEAD:
             if not settlement.answered:  # by the ledger it may run still, or have succeeded
                 return
             notify(
-                observer,
+                self._observer,
                 TaskDead(
                     task_id=task.id,
                     queue=task.queue,
@@ -70,7 +73,7 @@ class Reports:
             return
         now = self._clock()
         notify(
-            observer,
+            self._observer,
             TaskRetried(
                 task_id=task.id,
                 queue=task.queue,
@@ -84,27 +87,21 @@ class Reports:
 
     def down(self, address: str, error: BaseException) -> None:
         """Tell that a handler took no connection."""
-        if self._observer is not None:
-            notify(self._observer, TargetDown(address=address, reason=str(error) or type(error).__name__))
+        notify(self._observer, TargetDown(address=address, reason=str(error) or type(error).__name__))
 
     def up(self, address: str, target: UnreachableTarget | None, *, now: float) -> None:
         """Tell that a handler takes connections again, if it was down."""
-        if self._observer is not None and target is not None:
+        if target is not None:
             down = max(0.0, now - target.since)
             notify(self._observer, TargetUp(address=address, seconds=down, waited=target.postponed + target.failures))
 
     def failed(self, doing: str, error: BaseException) -> None:
         """Tell of a failure of the storage: the first one at once, then their number each minute."""
-        if self._observer is None:
-            return
         now = self._ticks()
         with self._lock:
-            trouble, first = self._troubles.get(doing), False
-            if trouble is None:
-                trouble, first = _Trouble(now, now), True
-                self._troubles[doing] = trouble
+            trouble = self._troubles.setdefault(doing, _Trouble(now))
             trouble.count += 1
-            if not first and now - trouble.told < _TROUBLE_EVERY:
+            if trouble.told is not None and now - trouble.told < _TROUBLE_EVERY:
                 return
             count, trouble.count, trouble.told = trouble.count, 0, now
         event = QueueTrouble(doing=doing, reason=_text_of(error), count=count, seconds=now - trouble.began)
@@ -116,7 +113,7 @@ class Reports:
             return
         with self._lock:
             trouble = self._troubles.pop(doing, None)
-        if trouble is not None and self._observer is not None:
+        if trouble is not None:
             seconds = self._ticks() - trouble.began
             notify(self._observer, QueueTrouble(doing=doing, reason="", count=0, seconds=seconds))
 
@@ -131,10 +128,3 @@ def _text_of(error: BaseException) -> str:
 def name_of(error: BaseException) -> str:
     """Return the name of an exception for the log: its text may quote a task."""
     return error.slug if isinstance(error, Error) else type(error).__name__
-
-
-def settled_all(reports: Reports, batch: Sequence[tuple[Lease, Settlement]], kept: Sequence[bool]) -> None:
-    """Tell what became of the tasks of a batch that were still this dispatcher's."""
-    for (lease, settlement), ours in zip(batch, kept, strict=True):
-        if ours:
-            reports.settled(lease, settlement)

@@ -13,7 +13,9 @@ _log: Final = logging.getLogger("safedefer")
 def log_burial(task_id: str, reason: str, lost: LostDelivery) -> None:
     """Log that a task is a dead letter because its process died, or hung, while it ran."""
     if reason != POISON:
-        text = "task %a is dead (%s) after %d attempts: the process died or hung while it ran; `safedefer dead show` says more"
+        text = (
+            "task %a is dead (%s), attempts: %d; the process died or hung while it ran; `safedefer dead show` says more"
+        )
         _log.error(text, task_id, reason, lost.counters.attempts)
         return
     _log.error(

@@ -77,7 +77,7 @@ async def test_a_task_that_is_given_up_is_an_error_in_the_log_with_reason_and_at
     assert [event.status for event in told.of(TaskRetried)] == [500]
     (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert "is dead (" in line
-    assert "after 2 attempts" in line
+    assert "attempts: 2" in line
 
 
 async def test_a_queue_that_is_away_is_told_of_with_its_text_and_when_it_is_back(caplog):

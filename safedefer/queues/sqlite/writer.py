@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: The most operations in one transaction: bounds how long another process waits for the lock.
 _BATCH: Final = 256
 #: Somebody wrote a value that its column does not take, and now it would have been copied, or calculated with.
 _OF_VALUES: Final = (apsw.SQLITE_CONSTRAINT_DATATYPE, apsw.SQLITE_CONSTRAINT_NOTNULL)
-"""The most operations in one transaction: bounds how long another process waits for the lock."""
 
 #: What is to be done, who takes its result or its error, and whether it must be synced.
 _Operation = tuple["Callable[[apsw.Connection], Any]", "Callable[[Any, BaseException | None], None]", bool]
