@@ -218,17 +218,16 @@ def _check_url(url: str | None) -> None:
 
 
 def _check_unique(unique: object, until: object) -> bool | tuple[str, ...]:
-    if until not in {"end", "start"}:
+    if until not in ("end", "start"):
         raise InvalidTaskError('unique_until is "end" or "start"')
     if until == "start" and not unique:
         raise InvalidTaskError('unique_until="start" is for a unique task; give unique, too')
     if isinstance(unique, bool):
         return unique
-    given: Sequence[object] = unique if isinstance(unique, tuple | list) else ()
-    names = {name for name in given if isinstance(name, str) and name.isidentifier()}
-    if not names or len(names) != len(set(given)):
+    names = [name for name in unique if isinstance(name, str)] if isinstance(unique, tuple | list) else []
+    if not names or len(names) != len(unique) or not all(map(str.isidentifier, names)):  # type: ignore[arg-type]
         raise InvalidTaskError('unique is True, False, or names of parameters such as ("order_id",)')
-    return tuple(sorted(names))
+    return tuple(sorted(set(names)))
 
 
 def _check_deadline(deadline: object) -> None:

@@ -193,8 +193,8 @@ def test_unique_is_a_flag_or_names_of_parameters(given, expected):
 @pytest.mark.parametrize(
     "given",
     [
-        *[{"unique": wrong} for wrong in ("order_id", (), [], ("a b",), ("",), (1,), ("a", 1), {"a"}, 1, None)],
-        *[{"unique": True, "unique_until": wrong} for wrong in ("never", None, True)],
+        *[{"unique": wrong} for wrong in ("order_id", (), [], ("a b",), ("",), (1,), ("a", 1), ([],), {"a"}, 1, None)],
+        *[{"unique": True, "unique_until": wrong} for wrong in ("never", None, True, [])],
         {"unique_until": "start"},
         {"unique": ("a",), "name": "n"},
     ],
