@@ -232,6 +232,14 @@ def has_lost_run(retry_reason: str | None, entry: Known | None) -> bool:
     return lost and retry_reason in _PUT_OFF
 
 
+def waits_for_run(retry_reason: str | None, entry: Known | None) -> bool:
+    """Whether a task that was put off for its run (``by_ledger``) is not to be delivered yet, as the run goes on.
+
+    Were it delivered, its run could be lost before the handler asks to begin: that run would be charged to nobody.
+    """
+    return entry is not None and entry.running and entry.uncharged and retry_reason in _PUT_OFF
+
+
 def after_lost_run(
     before: Counters,
     task: tuple[str, str],

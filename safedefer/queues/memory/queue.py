@@ -354,11 +354,14 @@ class MemoryQueue:
         return leases
 
     def _lease(self, row: _Row, *, owner: str, until: float, now: float) -> Lease | None:
-        """Lease a task; None if it becomes a dead letter instead."""
+        """Lease a task; None if it becomes a dead letter instead, or waits for its run."""
         entry = self._ledger.entry(row.task)
-        if row.owner is not None or rules.has_lost_run(
-            row.counters.retry_reason, None if entry is None else entry.known(now)
-        ):
+        known, reason = None if entry is None else entry.known(now), row.counters.retry_reason
+        if row.owner is None and rules.waits_for_run(reason, known):
+            row.due = now + rules.PUT_OFF
+            self._schedule(row)
+            return None
+        if row.owner is not None or rules.has_lost_run(reason, known):
             lost = self._after_lost_lease(row, now=now)
             if (reason := lost.end_reason(now)) is not None:
                 self._end(row, rules.Ending(EndState.FAILED, reason), now=now)

@@ -20,6 +20,7 @@ from safedefer.queues.postgres.records import add_records
 from safedefer.queues.postgres.rows import Hold, ledger_keys, read_task, write_holds
 from safedefer.queues.postgres.statements import SQL, interval, to_json
 from safedefer.queues.rules import (
+    PUT_OFF,
     Counters,
     Ending,
     Known,
@@ -27,6 +28,7 @@ from safedefer.queues.rules import (
     after_lost_lease,
     after_lost_run,
     has_lost_run,
+    waits_for_run,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +104,10 @@ async def lease(
     again = [job["id"] for job in jobs if job["attempts"] or job["id"] in seen.lost]
     progress = await read_progress(connection, again) if again else {}
     retried = {job_id: tasks[job_id] for job_id in again if job_id not in seen.lost}
-    losses, died = await _losses(connection, retried, progress)
+    losses, died, waiting = await _losses(connection, retried, progress)
+    if waiting:
+        await connection.executemany(STATEMENTS.retry, [(job_id, interval(PUT_OFF), None) for job_id in waiting])
+        jobs = [job for job in jobs if job["id"] not in waiting]
     lost: dict[int, float | None] = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
     lost |= dict.fromkeys(died)
     if lost:
@@ -181,20 +186,26 @@ async def release(connection: Connection, *, managers: Sequence[UUID], seconds: 
 
 async def _losses(
     connection: Connection, tasks: Mapping[int, QueuedTask], progress: Mapping[int, Counters]
-) -> tuple[dict[int, int], list[int]]:
-    """Return how many deliveries in a row of each task were lost, by the id of its job, and the jobs with a lost run."""
+) -> tuple[dict[int, int], list[int], set[int]]:
+    """Return how many deliveries in a row of each task were lost, by the id of its job.
+
+    Also the jobs with a lost run, and those that wait for a run that goes on.
+    """
     if not tasks:
-        return {}, []
+        return {}, [], set()
     rows = await connection.fetch(SQL["ledger_find"], ledger_keys(tasks.values()))
     found = {(row["audience"], row["task_id"]): row for row in rows}
-    losses, died = {}, []
+    losses, died, waiting = {}, [], set()
     for job_id, task in tasks.items():
         entry = found.get((task.audience, task.id))
         losses[job_id] = 0 if entry is None else entry["losses"]
         known = None if entry is None else Known(entry["state"], entry["uncharged"], entry["alive"])
-        if has_lost_run((progress.get(job_id) or Counters()).retry_reason, known):
+        reason = (progress.get(job_id) or Counters()).retry_reason
+        if has_lost_run(reason, known):
             died.append(job_id)
-    return losses, died
+        elif waits_for_run(reason, known):
+            waiting.add(job_id)
+    return losses, died, waiting
 
 
 async def _charge_lost_leases(

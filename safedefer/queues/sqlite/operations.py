@@ -125,6 +125,9 @@ def lease(
         row, losses = TaskRow.read(connection.execute(SQL["task_by_seq"], (seq,)).get), 0
         # A row that is leased for the first time has no entry but that of a stranger with its token.
         entry = known(connection, row.audience, row.id, now=now) if row.deliveries else None
+        if row.owner is None and rules.waits_for_run(row.retry_reason, entry):
+            connection.execute(SQL["task_wait"], {"seq": seq, "at": now + rules.PUT_OFF})
+            continue
         if row.owner is not None or rules.has_lost_run(row.retry_reason, entry):
             lost = _after_lost_lease(connection, row, now=now)
             if (reason := lost.end_reason(now)) is not None:

@@ -151,6 +151,9 @@ SET owner = :owner, leased_at = :now, due = :until, deliveries = min(deliveries,
     previous_response = :previous_response
 WHERE seq = :seq;
 
+-- name: task_wait
+UPDATE safedefer_tasks SET due = :at WHERE seq = :seq;
+
 -- name: unique_free
 UPDATE safedefer_tasks SET unique_key = NULL WHERE seq = :seq;
 
