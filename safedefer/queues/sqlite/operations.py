@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState, VerifiedLetter
 from safedefer.queues import rules
-from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, Verdict, is_free_when_leased
+from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, is_free_when_leased
 from safedefer.queues.poison import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
@@ -240,21 +240,16 @@ def extend(connection: apsw.Connection, held: Lease, *, until: float) -> bool:
 # --- Settle ---------------------------------------------------------------------------------------
 
 
-def settle(
-    connection: apsw.Connection, held: Lease, settlement: Settlement, *, now: float, tombstone_seconds: float
-) -> bool:
-    """Apply what a dispatcher says of a delivery; False, and nothing, if the task is not its own now."""
-    row = standing(connection, held.task.id)
-    if row is None or row.owner != held.owner:
-        return False
-    entry = known(connection, row.audience, held.task.id, now=now)
-    settlement = rules.by_ledger(held, settlement, entry, now=now)
-    if settlement.record is not None:
-        add_record(connection, settlement.record, trim=held.retries >= rules.RECORDS_KEPT)
-    if settlement.verdict is not Verdict.RETRY:
-        ended = rules.end_of(settlement, entry)
-        end(connection, held.task.id, row, ended, entry, now=now, tombstone_seconds=tombstone_seconds)
-        return True
+def retry(
+    connection: apsw.Connection,
+    task_id: str,
+    row: Standing,
+    settlement: Settlement,
+    entry: rules.Known | None,
+    *,
+    now: float,
+) -> None:
+    """Let a task wait for its retry, and note it in the ledger's entry, if there is one."""
     at = now if settlement.at is None else settlement.at
     connection.execute(
         SQL["task_retry"],
@@ -271,10 +266,9 @@ def settle(
     )
     if entry is not None:
         owed = int(not rules.retry_charges(settlement, entry))
-        key = {"audience": row.audience, "task_id": held.task.id}
+        key = {"audience": row.audience, "task_id": task_id}
         not_before = at if rules.sets_time(settlement) else None
         connection.execute(SQL["ledger_retry"], {**key, "seq": row.seq, "not_before": not_before, "owed": owed})
-    return True
 
 
 def end(

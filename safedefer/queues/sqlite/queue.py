@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import os
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from safedefer.concurrency.forks import register_fork
@@ -30,6 +31,7 @@ from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
 from safedefer.queues.sqlite.repair import BadValue, mend, number
 from safedefer.queues.sqlite.rows import attempt_record, first_row, task_view
+from safedefer.queues.sqlite.settling import settle_all
 from safedefer.queues.sqlite.watch import FileWatch
 from safedefer.queues.sqlite.writer import Writer
 
@@ -300,11 +302,7 @@ class SQLiteQueue:
     def _settle(
         self, settlements: Sequence[tuple[Lease, Settlement]], *, now: float
     ) -> Callable[[apsw.Connection], list[bool]]:
-        seconds = self._tombstone_seconds
-        return lambda connection: [
-            operations.settle(connection, lease, settlement, now=now, tombstone_seconds=seconds)
-            for lease, settlement in settlements
-        ]
+        return partial(settle_all, settlements=settlements, now=now, tombstone_seconds=self._tombstone_seconds)
 
     def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
         """When the next task or lease falls due, maybe in the past, or its queue lets it; None if there is none."""

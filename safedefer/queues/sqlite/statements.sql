@@ -198,6 +198,17 @@ SELECT id, queue, name, callable_name, url, target, audience, eta, created, expi
     min(attempts, 2147483646) + :charged, :state, :reason, :now
 FROM safedefer_tasks WHERE seq = :seq;
 
+-- name: tasks_to_ended
+-- Those that succeeded, each with its last run charged.
+INSERT OR REPLACE INTO safedefer_ended (
+    id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, ended
+)
+SELECT id, queue, name, callable_name, url, target, audience, eta, created, expires, min(attempts, 2147483646) + 1, 'succeeded', :now
+FROM safedefer_tasks WHERE seq IN (SELECT value FROM json_each(:seqs));
+
+-- name: tasks_delete
+DELETE FROM safedefer_tasks WHERE seq IN (SELECT value FROM json_each(:seqs));
+
 -- name: task_delete
 DELETE FROM safedefer_tasks WHERE seq = :seq;
 

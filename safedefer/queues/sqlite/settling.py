@@ -1,0 +1,81 @@
+"""Settling many deliveries in a transaction. What ends in the usual way ends together, in two statements."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final
+
+from safedefer.ledger import EndState
+from safedefer.queues import rules
+from safedefer.queues.base import Verdict
+from safedefer.queues.sqlite.connection import SQL
+from safedefer.queues.sqlite.operations import add_record, end, known, retry, standing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import apsw
+
+    from safedefer.queues.base import Lease, Settlement
+    from safedefer.queues.sqlite.rows import Standing
+
+_SUCCEEDED: Final = rules.Ending(EndState.SUCCEEDED, charged=True)
+
+
+def settle_all(
+    connection: apsw.Connection,
+    settlements: Sequence[tuple[Lease, Settlement]],
+    *,
+    now: float,
+    tombstone_seconds: float,
+) -> list[bool]:
+    """Apply what dispatchers say of deliveries; False, and nothing, for each whose task is not its own now.
+
+    A statement that moves one row costs SQLite four times what the row costs in a statement that moves many: it is undone
+    alone if it fails. So the tasks that succeeded, by the ledger too, are moved to the history after all others.
+    """
+    ended: dict[str, int] = {}
+    results = []
+    for held, settlement in settlements:
+        row = None if held.task.id in ended else standing(connection, held.task.id)
+        ours = row is not None and row.owner == held.owner
+        results.append(ours)
+        if row is None or not ours:
+            continue
+        entry = known(connection, row.audience, held.task.id, now=now)
+        if entry is not None and entry.ended and row.name is None and _ends(settlement, entry) == _SUCCEEDED:
+            ended[held.task.id] = row.seq
+        else:
+            _settle(connection, held, settlement, row, entry, now=now, tombstone_seconds=tombstone_seconds)
+    if ended:
+        seqs = json.dumps([*ended.values()])
+        connection.execute(SQL["tasks_to_ended"], {"seqs": seqs, "now": now})
+        connection.execute(SQL["tasks_delete"], {"seqs": seqs})
+    return results
+
+
+def _ends(settlement: Settlement, entry: rules.Known) -> rules.Ending | None:
+    """Return how a task ends that its handler answered for, and that leaves no record; None for any other."""
+    if settlement.verdict is not Verdict.DONE or settlement.record is not None or not settlement.answered:
+        return None
+    return rules.end_of(settlement, entry)
+
+
+def _settle(
+    connection: apsw.Connection,
+    held: Lease,
+    settlement: Settlement,
+    row: Standing,
+    entry: rules.Known | None,
+    *,
+    now: float,
+    tombstone_seconds: float,
+) -> None:
+    settlement = rules.by_ledger(held, settlement, entry, now=now)
+    if settlement.record is not None:
+        add_record(connection, settlement.record, trim=held.retries >= rules.RECORDS_KEPT)
+    if settlement.verdict is Verdict.RETRY:
+        retry(connection, held.task.id, row, settlement, entry, now=now)
+    else:
+        ending = rules.end_of(settlement, entry)
+        end(connection, held.task.id, row, ending, entry, now=now, tombstone_seconds=tombstone_seconds)
