@@ -5,8 +5,9 @@ Every function takes the connection first, and leaves BEGIN, COMMIT and undoing 
 
 from __future__ import annotations
 
+import json
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState, VerifiedLetter
@@ -120,9 +121,12 @@ def lease(
     tombstone_seconds: float,
 ) -> list[Lease]:
     """Claim what is due, in the order in which it fell due; bury what is poison."""
-    leases = []
-    for seq in _due(connection, limit=limit, now=now, queues=queues):
-        row, losses = TaskRow.read(connection.execute(SQL["task_by_seq"], (seq,)).get), 0
+    leases, leased = [], []
+    prefix, until = f"{owner}:{secrets.token_hex(8)}-", now + seconds
+    due = _due(connection, limit=limit, now=now, queues=queues)
+    rows = {row[0]: row for row in connection.execute(SQL["tasks_by_seq"], {"seqs": json.dumps(due)})}
+    for seq in due:
+        row, losses = TaskRow.read(rows[seq]), 0
         # A row that is leased for the first time has no entry but that of a stranger with its token.
         entry = known(connection, row.audience, row.id, now=now) if row.deliveries else None
         if row.owner is None and rules.waits_for_run(row.retry_reason, entry):
@@ -133,27 +137,16 @@ def lease(
             if (reason := lost.end_reason(now)) is not None:
                 _bury(connection, row, lost, reason, now=now, tombstone_seconds=tombstone_seconds)
                 continue
-            row, losses = _counted(row, lost), lost.losses
+            row, losses = _counted(connection, row, lost), lost.losses
         elif entry is not None:
             losses = entry.losses
-        lease_owner = f"{owner}:{secrets.token_hex(8)}"
-        until = now + seconds
-        connection.execute(
-            SQL["task_lease"],
-            {
-                "seq": seq,
-                "owner": lease_owner,
-                "now": now,
-                "until": until,
-                "attempts": row.attempts,
-                "first_attempt": row.first_attempt,
-                "retry_reason": row.retry_reason,
-                "previous_response": row.previous_response,
-            },
-        )
+        leased.append(seq)
         if is_free_when_leased(row.unique_key):
             connection.execute(SQL["unique_free"], {"seq": seq})
-        leases.append(leased_task(row, owner=lease_owner, until=until, losses=losses))
+        leases.append(leased_task(row, owner=f"{prefix}{seq}", until=until, losses=losses))
+    if leased:
+        values: dict[str, str | float] = {"seqs": json.dumps(leased), "prefix": prefix, "now": now, "until": until}
+        connection.execute(SQL["tasks_lease"], values)
     return leases
 
 
@@ -195,14 +188,16 @@ def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) 
     return lost
 
 
-def _counted(row: TaskRow, lost: rules.LostDelivery) -> TaskRow:
-    """Return the row with what a lost delivery leaves in its counters."""
-    return row._replace(
-        attempts=lost.counters.attempts,
-        first_attempt=lost.counters.first_attempt,
-        previous_response=lost.counters.previous_response,
-        retry_reason=lost.counters.retry_reason,
-    )
+def _counted(connection: apsw.Connection, row: TaskRow, lost: rules.LostDelivery) -> TaskRow:
+    """Store what a lost delivery leaves in the counters of its row, and return the row with it."""
+    left: dict[str, Any] = {
+        "attempts": lost.counters.attempts,
+        "first_attempt": lost.counters.first_attempt,
+        "previous_response": lost.counters.previous_response,
+        "retry_reason": lost.counters.retry_reason,
+    }
+    connection.execute(SQL["task_count"], {"seq": row.seq, **left})
+    return row._replace(**left)
 
 
 def _bury(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TaskRow(NamedTuple):
-    """One row of ``task_by_seq``."""
+    """One row of ``tasks_by_seq``."""
 
     seq: int
     id: str

@@ -9,7 +9,9 @@ from safedefer.ledger import EndState
 from safedefer.queues import rules
 from safedefer.queues.base import Verdict
 from safedefer.queues.sqlite.connection import SQL
-from safedefer.queues.sqlite.operations import add_record, end, known, retry, standing
+from safedefer.queues.sqlite.operations import add_record, end, retry
+from safedefer.queues.sqlite.repair import checked
+from safedefer.queues.sqlite.rows import LEDGER, STANDING, LedgerRow, Standing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     import apsw
 
     from safedefer.queues.base import Lease, Settlement
-    from safedefer.queues.sqlite.rows import Standing
 
 _SUCCEEDED: Final = rules.Ending(EndState.SUCCEEDED, charged=True)
 
@@ -34,24 +35,36 @@ def settle_all(
     A statement that moves one row costs SQLite four times what the row costs in a statement that moves many: it is undone
     alone if it fails. So the tasks that succeeded, by the ledger too, are moved to the history after all others.
     """
-    ended: dict[str, int] = {}
-    results = []
+    stand = _standings(connection, [held.task.id for held, _ in settlements], now=now)
+    results, ended = [], []
     for held, settlement in settlements:
-        row = None if held.task.id in ended else standing(connection, held.task.id)
+        # Whoever settles a task twice has it no more the second time.
+        row, entry = stand.pop(held.task.id, (None, None))
         ours = row is not None and row.owner == held.owner
         results.append(ours)
         if row is None or not ours:
             continue
-        entry = known(connection, row.audience, held.task.id, now=now)
         if entry is not None and entry.ended and row.name is None and _ends(settlement, entry) == _SUCCEEDED:
-            ended[held.task.id] = row.seq
+            ended.append(row.seq)
         else:
             _settle(connection, held, settlement, row, entry, now=now, tombstone_seconds=tombstone_seconds)
     if ended:
-        seqs = json.dumps([*ended.values()])
+        seqs = json.dumps(ended)
         connection.execute(SQL["tasks_to_ended"], {"seqs": seqs, "now": now})
         connection.execute(SQL["tasks_delete"], {"seqs": seqs})
     return results
+
+
+def _standings(
+    connection: apsw.Connection, task_ids: Sequence[str], *, now: float
+) -> dict[str, tuple[Standing, rules.Known | None]]:
+    """Return how tasks stand that have not ended, and what the ledger knows of each, by id."""
+    found = {}
+    for task_id, *row in connection.execute(SQL["standings"], {"ids": json.dumps(task_ids)}):
+        entry = tuple(row[len(STANDING) :])
+        known = None if entry[0] is None else LedgerRow._make(checked(entry, LEDGER)).known(now)
+        found[str(task_id)] = Standing._make(checked(tuple(row[: len(STANDING)]), STANDING)), known
+    return found
 
 
 def _ends(settlement: Settlement, entry: rules.Known) -> rules.Ending | None:

@@ -130,7 +130,7 @@ DELETE FROM safedefer_controls WHERE queue = :queue;
 SELECT seq, id FROM safedefer_tasks WHERE queue = :queue AND seq > :after AND seq <= :newest
 ORDER BY seq LIMIT :limit;
 
--- name: task_by_seq
+-- name: tasks_by_seq
 SELECT seq, iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue),
     iif(octet_length(name) > 5000, '', name), iif(octet_length(callable_name) > 5000, '', callable_name),
     iif(octet_length(url) > 5000, '', url), iif(octet_length(target) > 5000, '', target),
@@ -141,15 +141,18 @@ SELECT seq, iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000
     attempts, deliveries, executions, first_attempt, rejections, first_rejection, previous_response,
     iif(octet_length(retry_reason) > 5000, '', retry_reason), iif(octet_length(token) > 2097152, x'', token),
     iif(octet_length(unique_key) > 5000, '', unique_key)
-FROM safedefer_tasks WHERE seq = :seq;
+FROM safedefer_tasks WHERE seq IN (SELECT value FROM json_each(:seqs));
 
--- name: task_lease
+-- name: task_count
+UPDATE safedefer_tasks
+SET attempts = :attempts, first_attempt = :first_attempt, retry_reason = :retry_reason, previous_response = :previous_response
+WHERE seq = :seq;
+
+-- name: tasks_lease
 -- Counters stop at a value that one more does not overflow, whatever somebody wrote into the file.
 UPDATE safedefer_tasks
-SET owner = :owner, leased_at = :now, due = :until, deliveries = min(deliveries, 2147483646) + 1,
-    attempts = :attempts, first_attempt = :first_attempt, retry_reason = :retry_reason,
-    previous_response = :previous_response
-WHERE seq = :seq;
+SET owner = :prefix || seq, leased_at = :now, due = :until, deliveries = min(deliveries, 2147483646) + 1
+WHERE seq IN (SELECT value FROM json_each(:seqs));
 
 -- name: task_wait
 UPDATE safedefer_tasks SET due = :at WHERE seq = :seq;
@@ -165,6 +168,16 @@ SELECT seq, iif(octet_length(queue) > 5000, '', queue), iif(octet_length(name) >
     iif(octet_length(audience) > 5000, '', audience), expires, iif(octet_length(digest) > 5000, x'', digest), iif(octet_length(owner) > 5000, '', owner),
     due, leased_at
 FROM safedefer_tasks WHERE id = :id;
+
+-- name: standings
+-- The columns of task_standing and of ledger_find.
+SELECT task.id, seq, iif(octet_length(queue) > 5000, '', queue), iif(octet_length(name) > 5000, '', name),
+    iif(octet_length(task.audience) > 5000, '', task.audience), task.expires,
+    iif(octet_length(task.digest) > 5000, x'', task.digest), iif(octet_length(task.owner) > 5000, '', task.owner), due, leased_at,
+    iif(octet_length(entry.digest) > 5000, x'', entry.digest), state, iif(octet_length(entry.owner) > 5000, '', entry.owner),
+    until, uncharged, not_before, losses, first_loss
+FROM json_each(:ids) CROSS JOIN safedefer_tasks AS task ON task.id = value
+LEFT JOIN safedefer_ledger AS entry ON entry.audience = task.audience AND entry.task_id = task.id;
 
 -- name: task_retry
 UPDATE safedefer_tasks
