@@ -47,12 +47,14 @@ class AttemptHeaders(Mapping[str, str]):
         make: Makes the headers.
     """
 
-    __slots__ = ("_made", "_make", "hints", "retry")
+    __slots__ = ("_made", "_make", "hints", "ran", "retry")
 
     def __init__(self, hints: Hints, make: Callable[[], dict[str, str]]) -> None:
         self.hints = hints
         self.retry: Mapping[str, float] | None = None
         """The retry options that were signed with the task, noted by what verified the token; None: none were."""
+        self.ran: Callable[[], None] | None = None
+        """Called when the task's code has ended, and its end is still to be stored: another task may run meanwhile."""
         self._make = make
         self._made: dict[str, str] | None = None
 

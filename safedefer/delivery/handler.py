@@ -86,6 +86,8 @@ RETRY_NOT_DUE: Final = "retry-not-due"
 UNSETTLED: Final = "unsettled"
 _REFUSED_BODY: Final = b"refused\n"
 _STORAGE_THREADS: Final = 4
+#: The most tasks whose code has ended and whose end is still to be stored, as a multiple of the places.
+_STORING_PLACES: Final = 4
 #: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
 _LARGE: Final = 65_536
 
@@ -197,7 +199,7 @@ class Delivery:
         # Each stuck thread was replaced: beyond as many again, memory counts more than this process's work.
         if (
             self._draining
-            or self._requests.running >= concurrency
+            or self._requests.places >= concurrency
             or self._runs.stuck >= max(concurrency, self._runs.limit)
         ):
             return self.busy()
@@ -239,6 +241,7 @@ class Delivery:
             return early
         attempt = hints.attempt or hints.retries + 1
         request = HandlerRequest(self._clock(), hints.retries, attempt, pushed=hints.pushed)
+        request.ran = headers.ran if type(headers) is AttemptHeaders else None
         if not self._requests.begin(self._options.concurrency):  # other event loops may have taken the last place since
             return self.busy()
         abandoned = False
@@ -257,7 +260,7 @@ class Delivery:
         finally:
             if type(headers) is AttemptHeaders:
                 headers.retry = request.retry
-            self._requests.end(abandoned=abandoned)
+            self._requests.end(abandoned=abandoned, storing=request.is_storing)
 
     async def _handle(self, request: HandlerRequest, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
         try:
@@ -340,6 +343,7 @@ class Delivery:
             status, outcome_name = _STATUS[outcome.result]
             if outcome.reason == SingularTaskFailure.slug:
                 status = 408
+            request.give_place_away(self._requests, most=_STORING_PLACES * self._options.concurrency)
             await self._finish(request, execution, outcome, status)
         except CoroutineCancelled:
             # The coroutine has ended with the process: the task may run again at once. (A thread goes on after a

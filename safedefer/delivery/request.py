@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from safedefer.claims import Claims, split_audience
 from safedefer.delivery.redaction import exception_type, redacted_traceback
+from safedefer.delivery.runs import RequestCount
 from safedefer.errors import TaskIdentity
 from safedefer.events import TaskHandled
 from safedefer.execution.context import TaskContext
@@ -39,6 +40,10 @@ class HandlerRequest:
     """The identity of a task that the verifier refused, as far as it had been verified."""
     execution: Execution | None = None
     """The run that the ledger was asked to admit."""
+    ran: Callable[[], None] | None = None
+    """Called when the task's code has ended, and its end is still to be stored."""
+    is_storing: bool = False
+    """Whether it has, and this request holds no place meanwhile."""
 
     @property
     def identity(self) -> TaskIdentity | None:
@@ -53,6 +58,17 @@ class HandlerRequest:
         """The retry options that were signed with the task."""
         verified = self.pointer if self.task is None else self.task
         return None if verified is None else signed_retry(verified.claims)
+
+    def give_place_away(self, requests: RequestCount, *, most: int) -> None:
+        """Let another task run while the end of this one is stored, so that the ends of many are stored together.
+
+        Args:
+            requests: The requests of the process.
+            most: As many hold no place at most: what is not stored yet is bounded.
+        """
+        self.is_storing = requests.begin_storing(most)
+        if self.is_storing and self.ran is not None:
+            self.ran()
 
     def ask(self, owner: str) -> Execution:
         """Return the run that the ledger is asked to admit, with ``owner`` as its owner."""

@@ -41,6 +41,8 @@ class RequestCount:
 
     def __init__(self) -> None:
         self.running = 0
+        self.storing = 0
+        """Those whose task's code has ended, and that hold no place while its end is stored."""
         self.handled = 0
         """Those that have ended."""
         self.abandoned = 0
@@ -48,18 +50,32 @@ class RequestCount:
         self._lock = Lock()
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
+    @property
+    def places(self) -> int:
+        """The places that are taken."""
+        return self.running - self.storing
+
     def begin(self, most: int) -> bool:
-        """Count a request in; False if ``most`` are under way."""
+        """Count a request in; False if ``most`` places are taken."""
         with self._lock:
-            if self.running >= most:
+            if self.places >= most:
                 return False
             self.running += 1
             return True
 
-    def end(self, *, abandoned: bool) -> None:
-        """Count a request out."""
+    def begin_storing(self, most: int) -> bool:
+        """Give the place of a request away whose task's code has ended; False if ``most`` have none."""
+        with self._lock:
+            if self.storing >= most:
+                return False
+            self.storing += 1
+            return True
+
+    def end(self, *, abandoned: bool, storing: bool = False) -> None:
+        """Count a request out; ``storing`` says that it held no place."""
         with self._lock:
             self.running -= 1
+            self.storing -= storing
             self.handled += 1
             self.abandoned += abandoned
             if self.running or not self._waiting:

@@ -71,8 +71,13 @@ class AttemptRunner:
         self.targets = UnreachableTargets()
         self.shares = TargetShares(slots)
 
-    async def run(self, lease: Lease) -> Settlement:
-        """Deliver a task and return its settlement. Raises only the cancellation of the caller."""
+    async def run(self, lease: Lease, ran: Callable[[], None] | None = None) -> Settlement:
+        """Deliver a task and return its settlement. Raises only the cancellation of the caller.
+
+        Args:
+            lease: The task.
+            ran: Called when its code has ended and its end is still to be stored, by a handler in this process.
+        """
         jitter = self._random.random()
         if not lease.task.token:
             _log.error("task %a is buried: its token is empty, or larger than any of ours", lease.task.id)
@@ -84,7 +89,7 @@ class AttemptRunner:
                     return settlement
             if self._holds and (settlement := self._postpone_held(lease.task)) is not None:
                 return settlement
-            return await self._attempt(lease, jitter)
+            return await self._attempt(lease, jitter, ran)
         except StorageMismatch as error:
             _log.error(
                 "task %a is parked: the %s that is stored is not what was signed; look who writes the storage, and run "
@@ -120,9 +125,10 @@ class AttemptRunner:
     def _postpone_held(self, task: QueuedTask) -> Settlement | None:
         return self._holds.postpone(task.queue, self._deliver.address(task), now=self._clock())
 
-    async def _attempt(self, lease: Lease, jitter: float) -> Settlement:
+    async def _attempt(self, lease: Lease, jitter: float, ran: Callable[[], None] | None) -> Settlement:
         task, targets = lease.task, self.targets
         headers = delivery_headers(lease)
+        headers.ran = ran
         probed = targets.probe(self._deliver.address(task)) if targets else None
         try:
             response = await self._deliver(task, headers)

@@ -110,12 +110,19 @@ class _RunState:
     prefetch: Prefetch
     deliveries: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Deliveries under way, by the owner of the lease."""
+    storing: set[str] = field(default_factory=set)
+    """Those of them whose task's code has ended: they hold no slot while its end is stored."""
     suspect: Lease | None = None
     """A task that waits until nothing else runs, or runs alone now."""
     leasing: bool = False
     """Whether a lease call is under way."""
     configured: bool = False
     """Whether the limits are stored, and the leases of dead dispatchers released."""
+
+    @property
+    def slots(self) -> int:
+        """The slots that are taken."""
+        return len(self.deliveries) - len(self.storing)
 
     @property
     def idle(self) -> bool:
@@ -260,7 +267,7 @@ class Dispatcher:
         if state.attempts.targets and state.attempts.targets.pause(now=self._clock()) > 0:
             return False
         self._start()  # a target that had no room may have some, or has been silent for long enough
-        wanted = state.prefetch.wanted(len(state.deliveries) - self._extra)
+        wanted = state.prefetch.wanted(state.slots - self._extra)
         if wanted <= 0 or state.suspect is not None:
             return False
         state.leasing = True
@@ -297,7 +304,7 @@ class Dispatcher:
         state, now = self._state, self._clock()
         if state.attempts.targets and (pause := state.attempts.targets.pause(now=now)) > 0:
             await self._sleep(pause)
-        elif len(state.deliveries) >= self._options.concurrency + self._extra or state.suspect is not None:
+        elif state.slots >= self._options.concurrency + self._extra or state.suspect is not None:
             poll = self._options.poll_seconds  # a target may turn out to hang, which makes room for another one
             await self._sleep(min(poll, ANSWERS_SECONDS) if self._deliver.several else poll)
         elif state.prefetch.ready:  # their targets have no room
@@ -323,7 +330,7 @@ class Dispatcher:
         state = self._state
         ready = state.prefetch.ready
         waiting: list[Lease] = []
-        while ready and len(state.deliveries) < self._options.concurrency + self._extra and not self._stopping.is_set():
+        while ready and state.slots < self._options.concurrency + self._extra and not self._stopping.is_set():
             self._start_one(ready.popleft(), waiting)
         ready.extendleft(reversed(waiting))
         suspect = state.suspect
@@ -362,13 +369,19 @@ class Dispatcher:
 
     async def _deliver_one(self, lease: Lease) -> None:
         try:
-            self._state.leases.settle(lease, await self._state.attempts.run(lease))
+            self._state.leases.settle(lease, await self._state.attempts.run(lease, partial(self._ran, lease)))
         except asyncio.CancelledError:
             # The drain is over. The ledger knows whether the task ran, and whether it still runs.
             self._state.leases.settle(lease, give_back(lease, now=self._clock()))
             raise
         finally:
             self._free_slot(lease)
+
+    def _ran(self, lease: Lease) -> None:
+        """Free the slot of a task whose code has ended, before its end is stored."""
+        if self._state.suspect is not lease:
+            self._state.storing.add(lease.owner)
+            self._slot_is_free()
 
     def _free_slot(self, lease: Lease) -> None:
         state = self._state
@@ -377,6 +390,15 @@ class Dispatcher:
             self._end_suspect()
         if self._deliver.several:
             state.attempts.shares.end(self._deliver.address(lease.task))
+        if lease.owner in state.storing:
+            state.storing.discard(lease.owner)
+            if not state.deliveries:
+                self._start()  # a suspect waits for the last one
+        else:
+            self._slot_is_free()
+
+    def _slot_is_free(self) -> None:
+        state = self._state
         state.prefetch.delivered()
         self._start()
         if state.prefetch.is_low:
