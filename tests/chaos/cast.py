@@ -49,6 +49,8 @@ class Account:
     refused: int = 0
     """How often the queue was unavailable."""
     kills: dict[int, float] = field(default_factory=dict)
+    stops: list[tuple[int, float]] = field(default_factory=list)
+    """Which processes were stopped, and went on later, and when: what they ran was taken for lost."""
     over: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     """When runs were cancelled at their deadlines."""
     outages: list[tuple[float, float]] = field(default_factory=list)
@@ -90,6 +92,8 @@ class Account:
         for (began, pid), (again, _) in pairwise(sorted(self.runs[number])):
             if began <= self.kills.get(pid, -1.0) <= again:
                 found.add("killed")
+            elif any(began <= when <= again for stopped, when in self.stops if stopped == pid):
+                found.add("stopped")
             elif any(began <= when <= again for when in self.over.get(number, ())):
                 found.add("deadline")
             elif any(began <= until and since <= again for since, until in self.outages):
@@ -136,6 +140,7 @@ class Cast:
             **settings,
         }
         self.kills: dict[int, float] = {}
+        self.stops: list[tuple[int, float]] = []
         self.outages: list[tuple[float, float]] = []
         self._all: list[subprocess.Popen[bytes]] = []
         (self.folder / "log").touch()
@@ -234,7 +239,7 @@ class Cast:
         self.until(lambda: self.left() == 0, seconds, "tasks are left")
 
     def account(self) -> Account:
-        account = Account(kills=dict(self.kills), outages=list(self.outages))
+        account = Account(kills=dict(self.kills), stops=list(self.stops), outages=list(self.outages))
         for line in (self.folder / "log").read_text().splitlines():
             kind, number, *rest, pid, when = line.split()
             if kind == "try":
