@@ -115,8 +115,15 @@ class Account:
         if self.lost or self.unexpected or self.failed or unexplained or (self.duplicated and not duplicates):
             raise Failed(
                 f"{self.line()} failed={sorted(self.failed)[:5]} lost={sorted(self.lost)[:5]} unexpected={sorted(self.unexpected)[:5]} "
-                f"unexplained={sorted(self.unexplained)[:5]}"
+                f"unexplained={[self._story(number) for number in sorted(self.unexplained)[:5]]}"
             )
+
+    def _story(self, number: int) -> str:
+        """Tell what is known of a task: its runs, its ends, and what became of their processes."""
+        runs, ends = sorted(self.runs[number]), sorted(self.ends.get(number, ()))
+        gone = {pid: self.kills[pid] for _, pid in runs if pid in self.kills}
+        stopped = [stop for stop in self.stops if stop[0] in {pid for _, pid in runs}]
+        return f"{number}: runs {runs}, ends {ends}, gone {gone}, stopped {stopped}"
 
 
 class Cast:
