@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias, cast
 
@@ -37,6 +37,7 @@ class Decoder:
         "_deepest",
         "_fallback",
         "_handlers",
+        "_hashing",
         "_items",
         "_scalars",
         "_shared",
@@ -82,6 +83,8 @@ class Decoder:
         #: Characters in the ranges of patterns.
         self.folded = 0
         self._admitted: set[int] = set()
+        #: Classes whose ``__hash__`` or ``__eq__`` objects outside keys inherit, by id.
+        self._hashing: dict[int, type] = {}
 
     def value(self, tree: Json, depth: int) -> Any:  # noqa: C901 - one branch a type
         """Return the value of one tree, ``depth`` values deep.
@@ -230,10 +233,11 @@ class Decoder:
         self._deepest = max(self._deepest, depth + levels)
         if self._deepest > self.limits.depth:
             raise Refusal(f"values nest deeper than {self.limits.depth}")
-        value = self._shared[number]
         if self.keyed:
-            self.check_hash(type(value))
-        return value
+            # The hash of an object hashes what is below it, and that may be of any class so far.
+            for definer in self._hashing.values():
+                self.admit(definer)
+        return self._shared[number]
 
     # --- Policy ---
 
@@ -251,12 +255,16 @@ class Decoder:
             raise PolicyViolation(f"a class inherits from one that may not run: {error}") from error
         self._admitted.add(id(cls))
 
-    def check_hash(self, cls: type) -> None:
-        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``."""
-        plan = self.registry.plans.get(id(cls))
-        if plan is not None:
-            for definer in plan.hash_definers:
+    def note_hash(self, definers: Iterable[type]) -> None:
+        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``, if its objects are hashed now.
+
+        Outside set members and dict keys they are noted, for ``$ref``.
+        """
+        for definer in definers:
+            if self.keyed:
                 self.admit(definer)
+            else:
+                self._hashing[id(definer)] = definer
 
 
 def check_callee(gate: Gate, obj: object) -> None:

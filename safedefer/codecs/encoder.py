@@ -41,6 +41,7 @@ class Encoder:
         "_depth",
         "_fallback",
         "_handlers",
+        "_hashing",
         "_items",
         "_keep",
         "_names",
@@ -96,6 +97,8 @@ class Encoder:
         self.folded = 0
         # Names of the classes that the gate admitted, by id.
         self._names: dict[int, str] = {}
+        #: Classes whose ``__hash__`` or ``__eq__`` objects outside keys inherit, by id.
+        self._hashing: dict[int, type] = {}
 
     def value(self, value: Any, depth: int) -> Json:
         """Return the tree of one value, ``depth`` values deep.
@@ -239,7 +242,9 @@ class Encoder:
         if self.keyed and id(value) in self.open:
             raise Refusal("a set member or dict key contains itself, and its hash would run too early; break the cycle")
         if self.keyed:
-            self.check_hash(type(value))
+            # The hash of an object hashes what is below it, and that may be of any class so far.
+            for definer in self._hashing.values():
+                self.name(definer)
         items, levels = self._unfolded.get(number, (0, 0))  # an enclosing object is unfinished: a cycle
         self.add(items)
         self._deepest = max(self._deepest, self._depth + levels)
@@ -283,12 +288,13 @@ class Encoder:
             self._keep.append(cls)
         return name
 
-    def check_hash(self, cls: type) -> None:
-        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``."""
-        plan = self.registry.plans.get(id(cls))
-        if plan is not None:
-            for definer in plan.hash_definers:
+    def note_hash(self, definers: Iterable[type]) -> None:
+        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``, as the decoder does."""
+        for definer in definers:
+            if self.keyed:
                 self.name(definer)
+            else:
+                self._hashing[id(definer)] = definer
 
 
 class _LoneEncoder(Encoder):
