@@ -44,6 +44,7 @@ class Decoder:
         "_unfolded",
         "folded",
         "gate",
+        "generics",
         "keyed",
         "limits",
         "open",
@@ -80,6 +81,8 @@ class Decoder:
         #: How many set members and dict keys enclose the value.
         self.keyed = 0
         self.patterns = 0
+        #: Generic models that were given new arguments.
+        self.generics = 0
         #: Characters in the ranges of patterns.
         self.folded = 0
         self._admitted: set[int] = set()

@@ -211,4 +211,4 @@ def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> 
         refusal.trail.append(step(name))
         raise
     if plan.defaults and plan.getstate is None:
-        run(complete, plan.defaults, trees, lambda name, default: _store(value, plan, own, name, default))
+        run(complete, plan.defaults, trees, lambda name, default: _store(value, plan, own, name, default), dec.add)

@@ -191,6 +191,7 @@ def _decode_namedtuple(dec: Decoder, payload: Json, depth: int) -> object:
         for field in found[1][len(values) :]:  # added since, each with a default
             if field not in defaults[1]:
                 break
+            dec.add(1)
             values.append(defaults[1][field])
     if found is None or len(found[1]) != len(values):
         raise VersionSkew("the named tuple has another number of fields; deploy the code that the task was made for")
