@@ -98,7 +98,7 @@ def _is_celerys(proxy: object) -> bool:
         made_by: object = object.__getattribute__(proxy, "_Proxy__local")
     except AttributeError:  # a promise that was kept: it holds its task
         return True
-    function = cast("MethodType", made_by).__func__ if type(made_by) is MethodType else made_by
+    function: object = made_by.__func__ if type(made_by) is MethodType else made_by
     home = cast("Any", function).__globals__.get("__name__") if type(function) is FunctionType else None
     return type(home) is str and home.partition(".")[0] == "celery"
 

@@ -147,7 +147,8 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         own["__new__"],
         definers,
         hash_definers(cls),
-        (found := inspect_safely.lookup(cls, "__hash__")) is not None and found[0] is object,
+        # None is no hash at all: nothing hashes its objects.
+        (found := inspect_safely.lookup(cls, "__hash__")) is not None and (found[0] is object or found[1] is None),
         function_names(cls),
         *(of_model(cls) if tag == "$model" else (of_class(cls), {})),
     )

@@ -16,6 +16,8 @@ Handler: TypeAlias = "Callable[[Decoder, Any, int], object]"
 
 #: Stands for an object that has a number and is not made yet.
 _PENDING: Final = object()
+#: Greater than the number of every object.
+_NOTHING_OPEN: Final = 2**63
 
 
 class Decoder:
@@ -39,6 +41,7 @@ class Decoder:
         "_handlers",
         "_hashing",
         "_items",
+        "_reached",
         "_scalars",
         "_shared",
         "_unfolded",
@@ -72,10 +75,13 @@ class Decoder:
         self._fallback = fallback
         self._items = 0
         self._shared: list[object] = []
-        #: For each finished object, by number: the values below it, and the levels of them.
-        self._unfolded: dict[int, tuple[int, int]] = {}
+        #: For each finished object, by number: the values below it, the levels of them, and the outermost object of ``open``
+        #: that a ``$ref`` below it named.
+        self._unfolded: dict[int, tuple[int, int, int]] = {}
         #: The depth of the deepest value since the enclosing one began.
         self._deepest = 0
+        #: The outermost object of ``open`` that a ``$ref`` named since the enclosing value began.
+        self._reached = _NOTHING_OPEN
         #: Numbers of unfinished objects with a hash that their class computes.
         self.open: set[int] = set()
         #: How many set members and dict keys enclose the value.
@@ -116,13 +122,13 @@ class Decoder:
                 return handler(self, tree[tag], depth)
         if not self._counts:
             return self._compound(tree, depth)
-        number, items, deepest = len(self._shared), self._items, self._deepest
-        self._deepest = depth
+        number, items, deepest, reached = len(self._shared), self._items, self._deepest, self._reached
+        self._deepest, self._reached = depth, _NOTHING_OPEN
         value = self._compound(tree, depth)
         # If the tag itself has no number, this is the number of a value inside it, which is finished already.
         if len(self._shared) > number and number not in self._unfolded:
-            self._unfolded[number] = self._items - items, self._deepest - depth
-        self._deepest = max(deepest, self._deepest)
+            self._unfolded[number] = self._items - items, self._deepest - depth, self._reached
+        self._deepest, self._reached = max(deepest, self._deepest), min(reached, self._reached)
         return value
 
     def _compound(self, tree: Any, depth: int) -> object:
@@ -227,11 +233,13 @@ class Decoder:
         """
         if type(number) is not int or not 0 <= number < len(self._shared) or self._shared[number] is _PENDING:
             raise Refusal("$ref is the number of an earlier value")
-        if self.keyed and number in self.open:
-            raise Refusal("a set member or dict key contains itself")
         if not self._counts:
             raise Refusal("here must be no $ref: nobody counted what is below the earlier values")
-        items, levels = self._unfolded.get(number, (0, 0))  # an enclosing object is unfinished: a cycle
+        # An enclosing object is unfinished: a cycle.
+        items, levels, reached = self._unfolded.get(number, (0, 0, number if number in self.open else _NOTHING_OPEN))
+        if self.keyed and reached in self.open:
+            raise Refusal("a set member or dict key contains itself, or an object around it that is not finished")
+        self._reached = min(reached, self._reached)
         self.add(items)
         self._deepest = max(self._deepest, depth + levels)
         if self._deepest > self.limits.depth:

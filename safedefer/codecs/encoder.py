@@ -19,6 +19,8 @@ Handler: TypeAlias = "Callable[[Encoder, Any, int], Json]"
 
 #: Stands for the number of an object that is the state of another value, and so cannot be a value too.
 _STATE: Final = -1
+#: Greater than number and id of every object.
+_NOTHING_OPEN: Final = (2**63, 0)
 
 
 class Encoder:
@@ -46,6 +48,7 @@ class Encoder:
         "_keep",
         "_names",
         "_numbers",
+        "_reached",
         "_scalars",
         "_unfolded",
         "folded",
@@ -77,8 +80,11 @@ class Encoder:
         self._count = 0
         # The numbers of counted objects, by id. _keep keeps them alive, so that no other object gets the id.
         self._numbers: dict[int, int] = {}
-        #: For each finished object, by number: the values below it, and the levels of them.
-        self._unfolded: dict[int, tuple[int, int]] = {}
+        #: For each finished object, by number: the values below it, the levels of them, and number and id of the outermost
+        #: object of ``open`` that a ``$ref`` below it names.
+        self._unfolded: dict[int, tuple[int, int, tuple[int, int]]] = {}
+        #: Number and id of the outermost object of ``open`` that a ``$ref`` names since the enclosing value began.
+        self._reached = _NOTHING_OPEN
         #: The depth of the current value, and of the deepest value since the enclosing one began.
         self._depth = self._deepest = 0
         self._keep: list[object] = []
@@ -121,16 +127,17 @@ class Encoder:
         try:
             if handler is not None and handler in self._scalars:
                 return handler(self, value, depth)
-            items, deepest = self._items, self._deepest
+            items, deepest, reached = self._items, self._deepest, self._reached
             self._depth = self._deepest = depth
+            self._reached = _NOTHING_OPEN
             tree = (handler or self._fallback)(self, value, depth)
         except Refusal as refusal:
             refusal.kind = refusal.kind or type_name(kind)
             raise
         number = self._numbers.get(id(value), _STATE)
         if number != _STATE and number not in self._unfolded:
-            self._unfolded[number] = self._items - items, self._deepest - depth
-        self._deepest = max(deepest, self._deepest)
+            self._unfolded[number] = self._items - items, self._deepest - depth, self._reached
+        self._deepest, self._reached = max(deepest, self._deepest), min(reached, self._reached)
         return tree
 
     def sequence(self, values: Sequence[Any], depth: int) -> list[Json]:
@@ -239,13 +246,19 @@ class Encoder:
             raise Refusal("this is the state of another value of the call, and would arrive as a copy; pass a copy")
         if id(value) in self.opaque:
             raise Refusal("the value contains itself in what it is made from; break the cycle, or pass an id")
-        if self.keyed and id(value) in self.open:
-            raise Refusal("a set member or dict key contains itself, and its hash would run too early; break the cycle")
         if self.keyed:
             # The hash of an object hashes what is below it, and that may be of any class so far.
             for definer in self._hashing.values():
                 self.name(definer)
-        items, levels = self._unfolded.get(number, (0, 0))  # an enclosing object is unfinished: a cycle
+        # An enclosing object is unfinished: a cycle.
+        unfinished = (number, id(value)) if id(value) in self.open else _NOTHING_OPEN
+        items, levels, reached = self._unfolded.get(number, (0, 0, unfinished))
+        if self.keyed and reached[1] in self.open:
+            raise Refusal(
+                "a set member or dict key contains itself or an object around it, and its hash would run too early; "
+                "break the cycle"
+            )
+        self._reached = min(reached, self._reached)
         self.add(items)
         self._deepest = max(self._deepest, self._depth + levels)
         if self._deepest > self.limits.depth:
