@@ -72,7 +72,7 @@ DEFENCES = [
     ("codecs/types/generics.py", "if sum(count(each) for each in args) > MOST_ARGUMENTS:", "if False:", "test_bounded_work"),
     ("codecs/type_arguments.py", "        making()\n", "", "test_bounded_work"),
     ("codecs/tags/objects.py", "(held is object or held is int) and ", "", "test_inheritance"),
-    ("refs.py", "if issubclass(cast(\"type\", obj), type) or (", "if False and (", "test_implicit_callees"),
+    ("refs.py", 'if issubclass(cast("type", obj), type) or (', "if False and (", "test_implicit_callees"),
     ("sending/builder.py", '"args": {"names": names}', '"args": names', "test_unique_calls"),
     ("codecs/tags/containers.py", "    if most > MAX_EQUAL_HASHES:", "    if False:", "test_bounded_work"),
     ("codecs/tags/patterns.py", "    if dec.folded > MAX_FOLDED:", "    if False:", "test_bounded_work"),
