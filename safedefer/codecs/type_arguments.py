@@ -17,7 +17,7 @@ from safedefer.codecs import inspect_safely
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.shared import Refusal
 from safedefer.codecs.types.generics import MOST_ARGUMENTS, count
-from safedefer.refs import loud_hooks
+from safedefer.refs import METACLASSES
 
 #: The most classes that are kept: the oldest makes room for a new one, so that no key keeps others from theirs.
 _MOST: Final = 256
@@ -68,7 +68,8 @@ def parametrize(registry: TypeRegistry, origin: Any, args: Any, making: Callable
 def _is_argument(value: Any) -> bool:
     if type(value) is GenericAlias:
         return all(map(_is_argument, (value.__origin__, *value.__args__)))
-    return issubclass(type(value), type) and not loud_hooks(value) and _is_silent(value, _OF_ARGUMENTS)
+    # pydantic names the class it makes by the reprs of the arguments, which are their metaclasses'.
+    return any(type(value) is known for known in METACLASSES) and _is_silent(value, _OF_ARGUMENTS)
 
 
 def _is_silent(cls: type, hooks: tuple[str, ...]) -> bool:
