@@ -334,6 +334,11 @@ def _classify(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         return _builtin(obj, metaclasses)
     if _is_class(obj):
         module, qualname = check_class(cast("type", obj), metaclasses=metaclasses)
+        # A metaclass, or an enum without members (its functional API), makes a class of the names and functions it is given.
+        if issubclass(cast("type", obj), type) or (
+            issubclass(kind, EnumType) and not _TYPE_DICT(obj).get("_member_map_")
+        ):
+            _refuse("unsupported", f"to call {qualname} makes a class", "defer a function that makes it")
         return reference("class", module, qualname, None)
     return _instance(obj, metaclasses)
 

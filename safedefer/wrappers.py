@@ -8,7 +8,7 @@ celery's proxies are asked, by celery's own code; of all others the attribute is
 from __future__ import annotations
 
 import sys
-from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, Final, cast
 
 from safedefer.errors import ConfigurationError
@@ -92,9 +92,22 @@ def _read(obj: object, attribute: str) -> object:
     return None
 
 
+def _is_celerys(proxy: object) -> bool:
+    """Whether celery's code alone runs if a proxy is asked: a program may make one of any function of its own."""
+    try:
+        made_by: object = object.__getattribute__(proxy, "_Proxy__local")
+    except AttributeError:  # a promise that was kept: it holds its task
+        return True
+    function: object = made_by.__func__ if type(made_by) is MethodType else made_by
+    home = cast("Any", function).__globals__.get("__name__") if type(function) is FunctionType else None
+    return type(home) is str and home.partition(".")[0] == "celery"
+
+
 def _celery_function(obj: object, kind: type) -> object:
     """Return the function of a celery task, or of the proxy of one; None of a bound task, whose function needs the task."""
     if any(_is(kind, "celery.local", name) for name in _CELERY_PROXIES):
+        if not _is_celerys(obj):
+            return None
         try:
             kind = type(object.__getattribute__(obj, "_get_current_object")())
         except Exception:  # noqa: BLE001 - whatever making the task raises: it is no task then

@@ -104,7 +104,7 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         ValueError: They cannot travel; the message says why, and ends with the remedy.
     """
     if inspect_safely.derives(type(cls), EnumType):
-        return Plan(cls, "$enum", hash_definers=_hash_definers(cls))
+        return Plan(cls, "$enum", hash_definers=hash_definers(cls))
     # Written in Python, and carried like one in C: its own hooks would drop the attributes of a subclass.
     base = inspect_safely.solid_base(cls)
     if base is object and inspect_safely.derives(cls, UUID):
@@ -151,8 +151,9 @@ def make_plan(cls: type, registry: TypeRegistry) -> Plan:
         own["__getnewargs_ex__"],
         own["__new__"],
         definers,
-        _hash_definers(cls),
-        (found := inspect_safely.lookup(cls, "__hash__")) is not None and found[0] is object,
+        hash_definers(cls),
+        # None is no hash at all: nothing hashes its objects.
+        (found := inspect_safely.lookup(cls, "__hash__")) is not None and (found[0] is object or found[1] is None),
         function_names(cls),
         *(of_model(cls) if tag == "$model" else (of_class(cls), {})),
     )
@@ -318,7 +319,8 @@ def _check_bare_new(new: FunctionType, cls: type) -> None:
         raise ValueError(f"its __new__ needs arguments that nobody knows; define __getnewargs__, or {REMEDY}") from None
 
 
-def _hash_definers(cls: type) -> tuple[type, ...]:
+def hash_definers(cls: type) -> tuple[type, ...]:
+    """Return the classes from which a class inherits ``__hash__`` or ``__eq__``, without those known to be harmless."""
     found = (inspect_safely.lookup(cls, name) for name in ("__hash__", "__eq__"))
     return tuple(each[0] for each in found if each is not None and each[0] is not cls and _is_foreign(each[0]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias, cast
 
@@ -16,6 +16,8 @@ Handler: TypeAlias = "Callable[[Decoder, Any, int], object]"
 
 #: Stands for an object that has a number and is not made yet.
 _PENDING: Final = object()
+#: Greater than the number of every object.
+_NOTHING_OPEN: Final = 2**63
 
 
 class Decoder:
@@ -37,12 +39,15 @@ class Decoder:
         "_deepest",
         "_fallback",
         "_handlers",
+        "_hashing",
         "_items",
+        "_reached",
         "_scalars",
         "_shared",
         "_unfolded",
         "folded",
         "gate",
+        "generics",
         "keyed",
         "limits",
         "open",
@@ -70,18 +75,25 @@ class Decoder:
         self._fallback = fallback
         self._items = 0
         self._shared: list[object] = []
-        #: For each finished object, by number: the values below it, and the levels of them.
-        self._unfolded: dict[int, tuple[int, int]] = {}
+        #: For each finished object, by number: the values below it, the levels of them, and the outermost object of ``open``
+        #: that a ``$ref`` below it named.
+        self._unfolded: dict[int, tuple[int, int, int]] = {}
         #: The depth of the deepest value since the enclosing one began.
         self._deepest = 0
+        #: The outermost object of ``open`` that a ``$ref`` named since the enclosing value began.
+        self._reached = _NOTHING_OPEN
         #: Numbers of unfinished objects with a hash that their class computes.
         self.open: set[int] = set()
         #: How many set members and dict keys enclose the value.
         self.keyed = 0
         self.patterns = 0
+        #: Generic models that were given new arguments.
+        self.generics = 0
         #: Characters in the ranges of patterns.
         self.folded = 0
         self._admitted: set[int] = set()
+        #: Classes whose ``__hash__`` or ``__eq__`` objects outside keys inherit, by id.
+        self._hashing: dict[int, type] = {}
 
     def value(self, tree: Json, depth: int) -> Any:  # noqa: C901 - one branch a type
         """Return the value of one tree, ``depth`` values deep.
@@ -110,13 +122,13 @@ class Decoder:
                 return handler(self, tree[tag], depth)
         if not self._counts:
             return self._compound(tree, depth)
-        number, items, deepest = len(self._shared), self._items, self._deepest
-        self._deepest = depth
+        number, items, deepest, reached = len(self._shared), self._items, self._deepest, self._reached
+        self._deepest, self._reached = depth, _NOTHING_OPEN
         value = self._compound(tree, depth)
         # If the tag itself has no number, this is the number of a value inside it, which is finished already.
         if len(self._shared) > number and number not in self._unfolded:
-            self._unfolded[number] = self._items - items, self._deepest - depth
-        self._deepest = max(deepest, self._deepest)
+            self._unfolded[number] = self._items - items, self._deepest - depth, self._reached
+        self._deepest, self._reached = max(deepest, self._deepest), min(reached, self._reached)
         return value
 
     def _compound(self, tree: Any, depth: int) -> object:
@@ -221,19 +233,22 @@ class Decoder:
         """
         if type(number) is not int or not 0 <= number < len(self._shared) or self._shared[number] is _PENDING:
             raise Refusal("$ref is the number of an earlier value")
-        if self.keyed and number in self.open:
-            raise Refusal("a set member or dict key contains itself")
         if not self._counts:
             raise Refusal("here must be no $ref: nobody counted what is below the earlier values")
-        items, levels = self._unfolded.get(number, (0, 0))  # an enclosing object is unfinished: a cycle
+        # An enclosing object is unfinished: a cycle.
+        items, levels, reached = self._unfolded.get(number, (0, 0, number if number in self.open else _NOTHING_OPEN))
+        if self.keyed and reached in self.open:
+            raise Refusal("a set member or dict key contains itself, or an object around it that is not finished")
+        self._reached = min(reached, self._reached)
         self.add(items)
         self._deepest = max(self._deepest, depth + levels)
         if self._deepest > self.limits.depth:
             raise Refusal(f"values nest deeper than {self.limits.depth}")
-        value = self._shared[number]
         if self.keyed:
-            self.check_hash(type(value))
-        return value
+            # The hash of an object hashes what is below it, and that may be of any class so far.
+            for definer in self._hashing.values():
+                self.admit(definer)
+        return self._shared[number]
 
     # --- Policy ---
 
@@ -251,12 +266,16 @@ class Decoder:
             raise PolicyViolation(f"a class inherits from one that may not run: {error}") from error
         self._admitted.add(id(cls))
 
-    def check_hash(self, cls: type) -> None:
-        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``."""
-        plan = self.registry.plans.get(id(cls))
-        if plan is not None:
-            for definer in plan.hash_definers:
+    def note_hash(self, definers: Iterable[type]) -> None:
+        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``, if its objects are hashed now.
+
+        Outside set members and dict keys they are noted, for ``$ref``.
+        """
+        for definer in definers:
+            if self.keyed:
                 self.admit(definer)
+            else:
+                self._hashing[id(definer)] = definer
 
 
 def check_callee(gate: Gate, obj: object) -> None:

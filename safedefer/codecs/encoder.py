@@ -19,6 +19,8 @@ Handler: TypeAlias = "Callable[[Encoder, Any, int], Json]"
 
 #: Stands for the number of an object that is the state of another value, and so cannot be a value too.
 _STATE: Final = -1
+#: Greater than number and id of every object.
+_NOTHING_OPEN: Final = (2**63, 0)
 
 
 class Encoder:
@@ -41,10 +43,12 @@ class Encoder:
         "_depth",
         "_fallback",
         "_handlers",
+        "_hashing",
         "_items",
         "_keep",
         "_names",
         "_numbers",
+        "_reached",
         "_scalars",
         "_unfolded",
         "folded",
@@ -76,8 +80,11 @@ class Encoder:
         self._count = 0
         # The numbers of counted objects, by id. _keep keeps them alive, so that no other object gets the id.
         self._numbers: dict[int, int] = {}
-        #: For each finished object, by number: the values below it, and the levels of them.
-        self._unfolded: dict[int, tuple[int, int]] = {}
+        #: For each finished object, by number: the values below it, the levels of them, and number and id of the outermost
+        #: object of ``open`` that a ``$ref`` below it names.
+        self._unfolded: dict[int, tuple[int, int, tuple[int, int]]] = {}
+        #: Number and id of the outermost object of ``open`` that a ``$ref`` names since the enclosing value began.
+        self._reached = _NOTHING_OPEN
         #: The depth of the current value, and of the deepest value since the enclosing one began.
         self._depth = self._deepest = 0
         self._keep: list[object] = []
@@ -96,6 +103,8 @@ class Encoder:
         self.folded = 0
         # Names of the classes that the gate admitted, by id.
         self._names: dict[int, str] = {}
+        #: Classes whose ``__hash__`` or ``__eq__`` objects outside keys inherit, by id.
+        self._hashing: dict[int, type] = {}
 
     def value(self, value: Any, depth: int) -> Json:
         """Return the tree of one value, ``depth`` values deep.
@@ -118,16 +127,17 @@ class Encoder:
         try:
             if handler is not None and handler in self._scalars:
                 return handler(self, value, depth)
-            items, deepest = self._items, self._deepest
+            items, deepest, reached = self._items, self._deepest, self._reached
             self._depth = self._deepest = depth
+            self._reached = _NOTHING_OPEN
             tree = (handler or self._fallback)(self, value, depth)
         except Refusal as refusal:
             refusal.kind = refusal.kind or type_name(kind)
             raise
         number = self._numbers.get(id(value), _STATE)
         if number != _STATE and number not in self._unfolded:
-            self._unfolded[number] = self._items - items, self._deepest - depth
-        self._deepest = max(deepest, self._deepest)
+            self._unfolded[number] = self._items - items, self._deepest - depth, self._reached
+        self._deepest, self._reached = max(deepest, self._deepest), min(reached, self._reached)
         return tree
 
     def sequence(self, values: Sequence[Any], depth: int) -> list[Json]:
@@ -236,11 +246,19 @@ class Encoder:
             raise Refusal("this is the state of another value of the call, and would arrive as a copy; pass a copy")
         if id(value) in self.opaque:
             raise Refusal("the value contains itself in what it is made from; break the cycle, or pass an id")
-        if self.keyed and id(value) in self.open:
-            raise Refusal("a set member or dict key contains itself, and its hash would run too early; break the cycle")
         if self.keyed:
-            self.check_hash(type(value))
-        items, levels = self._unfolded.get(number, (0, 0))  # an enclosing object is unfinished: a cycle
+            # The hash of an object hashes what is below it, and that may be of any class so far.
+            for definer in self._hashing.values():
+                self.name(definer)
+        # An enclosing object is unfinished: a cycle.
+        unfinished = (number, id(value)) if id(value) in self.open else _NOTHING_OPEN
+        items, levels, reached = self._unfolded.get(number, (0, 0, unfinished))
+        if self.keyed and reached[1] in self.open:
+            raise Refusal(
+                "a set member or dict key contains itself or an object around it, and its hash would run too early; "
+                "break the cycle"
+            )
+        self._reached = min(reached, self._reached)
         self.add(items)
         self._deepest = max(self._deepest, self._depth + levels)
         if self._deepest > self.limits.depth:
@@ -283,12 +301,13 @@ class Encoder:
             self._keep.append(cls)
         return name
 
-    def check_hash(self, cls: type) -> None:
-        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``."""
-        plan = self.registry.plans.get(id(cls))
-        if plan is not None:
-            for definer in plan.hash_definers:
+    def note_hash(self, definers: Iterable[type]) -> None:
+        """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``, as the decoder does."""
+        for definer in definers:
+            if self.keyed:
                 self.name(definer)
+            else:
+                self._hashing[id(definer)] = definer
 
 
 class _LoneEncoder(Encoder):

@@ -78,8 +78,7 @@ def plan_of(dec: Decoder, cls: type, tag: str) -> Plan:
     if plan.tag != tag:
         raise VersionSkew(f"objects of this class are not written as {tag}; deploy the code that the task was made for")
     dec.registry.plans[id(cls)] = plan
-    if dec.keyed:
-        dec.check_hash(cls)
+    dec.note_hash(plan.hash_definers)
     return plan
 
 
@@ -212,4 +211,4 @@ def restore(dec: Decoder, value: object, plan: Plan, tree: Json, depth: int) -> 
         refusal.trail.append(step(name))
         raise
     if plan.defaults and plan.getstate is None:
-        run(complete, plan.defaults, trees, lambda name, default: _store(value, plan, own, name, default))
+        run(complete, plan.defaults, trees, lambda name, default: _store(value, plan, own, name, default), dec.add)

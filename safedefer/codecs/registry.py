@@ -151,6 +151,13 @@ class TypeRegistry:
         if tag in CORE_TAGS or tag in self._tags or tag in self._families:
             raise ConfigurationError(f"the tag {tag} is taken; choose another")
 
+    def keep_generic(self, key: Any, cls: type, most: int) -> None:
+        """Keep a generic model with arguments, and forget the oldest above ``most``. What has objects lives on without us."""
+        with self._lock:
+            while len(self.generics) >= most:
+                self.plans.pop(id(self.generics.pop(next(iter(self.generics)))), None)
+            self.generics[key] = cls
+
     def by_class(self, cls: type) -> RegisteredType | PackedType | None:
         """Return the entry of exactly this class. What the user registered comes before the packs."""
         self.discover()

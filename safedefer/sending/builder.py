@@ -107,7 +107,8 @@ class Builder:
         call = dict(claims["call"])
         if bound is not UNBOUND:
             call["bound"] = bound
-        same: dict[str, object] = {**claims, "call": call, "args": names, "kwargs": named}
+        # An array is the arguments of a call that is compared whole: names in one would be texts that somebody passed.
+        same: dict[str, object] = {**claims, "call": call, "args": {"names": names}, "kwargs": named}
         return _unique_key(same)
 
     def serialize(self, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,7 @@
 """Classes of the application that inherit from everywhere. Only what they define themselves is theirs to run."""
 
 import collections
+import dataclasses
 import enum
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, RootModel
 from pydantic_settings import BaseSettings
 
-from tests.adversarial.victim import Parcel
+from tests.adversarial.victim import Counted, Parcel
 
 
 class Model(BaseModel):
@@ -102,3 +103,12 @@ class Left:
 class Right(Left):
     def shared(self):
         return "right"
+
+
+class Keyed(Counted):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    held: object

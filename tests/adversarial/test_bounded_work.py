@@ -4,12 +4,16 @@ import dataclasses
 import json
 import re
 import time
-from collections import deque
+from collections import deque, namedtuple
 from decimal import Decimal
 from fractions import Fraction
+from typing import Generic, TypeVar
 
 import pytest
+from pydantic import BaseModel, Field, create_model
 
+from safedefer.codecs import type_arguments
+from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.typed import CallData, TypedCodec
 from safedefer.errors import InvalidArguments, UnencodableArgument
 from safedefer.options import Limits
@@ -39,6 +43,38 @@ class Constant:
 
     def __hash__(self):
         return 1
+
+
+Wide = dataclasses.make_dataclass(
+    "Wide",
+    [(f"field{n}", list, dataclasses.field(default_factory=list)) for n in range(50)],
+    namespace={"__module__": __name__},
+)
+WideModel = create_model(
+    "WideModel", __module__=__name__, **{f"field{n}": (list, Field(default_factory=list)) for n in range(50)}
+)
+WideTuple = namedtuple("WideTuple", [f"field{n}" for n in range(50)], defaults=[0] * 50)  # noqa: PYI024
+T = TypeVar("T")
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T] = []
+
+
+class Box(Generic[T]):
+    pass
+
+
+def named(name):
+    return {"$class": name}
+
+
+def alias(origin, *args):
+    return {"$generic_alias": {"$tuple": [named(origin), {"$tuple": [*args]}]}}
+
+
+def page(*args):
+    return {"$model": [[f"{__name__}:Page", *args], {"items": []}, [], None, None]}
 
 
 def pair(left, right):
@@ -92,6 +128,14 @@ ATTACKS = {
     "ranges of everything in any case": [{"$pattern": ["[\\x00-\\uffff]" * 70 + str(n), 32]} for n in range(16)],
     "the same, beyond the first plane": [{"$pattern": ["[\x00-\U0010fffe]" * 200 + str(n), 32]} for n in range(16)],
     "the same, negated": [{"$pattern": ["[^\\x00-\\U0010fffe]" * 50, 34]}] * 16,
+    "fields with defaults that are left out": [{"$dataclass": [f"{__name__}:Wide", {}]}] * 2_100,
+    "the same, of a model": [{"$model": [f"{__name__}:WideModel", {}, [], None, None]}] * 2_100,
+    "the same, of a named tuple": [{"$namedtuple": [f"{__name__}:WideTuple"]}] * 2_100,
+    "a generic model of many classes": [page(alias("builtins:tuple", *[named("builtins:int")] * 40))],
+    "the same, at all depths": [page(*[alias("builtins:tuple", *[alias("builtins:list", named("builtins:int"))] * 20)])],
+    "an alias of many classes": [alias(f"{__name__}:Box", alias("builtins:tuple", *[named("builtins:int")] * 40))],
+    "many generic models": [page(alias("builtins:tuple", *[named("builtins:int")] * n)) for n in range(1, 31)]
+    + [page(alias("builtins:tuple", *[named("builtins:str")] * n)) for n in range(1, 31)],
 }  # fmt: skip
 
 
@@ -222,3 +266,25 @@ def test_a_unicode_error_arrives():
     ):
         (arrived,) = decode(*send(error).args).args
         assert (type(arrived), arrived.args) == (type(error), error.args)
+
+
+def test_generic_models_of_a_key_holder_keep_nobody_from_theirs_and_are_not_kept(monkeypatch):
+    """Of 256 in all, and then no more: every other task with a new one failed, in this process and for good."""
+    registry = TypeRegistry(discover=True)
+    codec = TypedCodec(registry=registry)
+    monkeypatch.setattr(type_arguments, "_MOST", 4)
+
+    def arrive(*trees):
+        text = json.dumps({"args": trees, "kwargs": {}}).encode()
+        return codec.decode(parse(text), POLICY, text=text).args
+
+    made = [arrive(page(alias("builtins:tuple", *[named("builtins:int")] * n)))[0] for n in range(1, 9)]
+    assert len(registry.generics) == 4
+    assert len(registry.plans) == 4
+    again = arrive(page(alias("builtins:tuple", named("builtins:int"))))[0]
+    assert type(again) is type(made[0]), "it has an object, and is the same class"
+    with pytest.raises(InvalidArguments) as caught:
+        arrive(*(page(alias("builtins:tuple", *[named("builtins:bytes")] * n)) for n in range(1, 31)), *(
+            page(alias("builtins:tuple", *[named("builtins:bool")] * n)) for n in range(1, 5)
+        ))  # fmt: skip
+    assert not caught.value.is_final, "the next attempt makes more"

@@ -7,10 +7,12 @@ from safedefer.errors import CapabilityExceeded, NotDeferrable, RejectedTask, Un
 from safedefer.keys import Key, Keyring
 from safedefer.policy import Policy
 from safedefer.queues.base import QueuedTask, Settlement, TaskState, Verdict
-from tests.adversarial import victim
+from tests.adversarial import heirs, victim
 from tests.adversarial.forge import NOW, URL, VICTIM, make_app, mint, post
 from tests.queues.single import settle
 from tests.schema import invalid_arguments, tasks, vectors
+from tests.zoo import parsed
+from tests.zoo.exactly import decode_one
 
 FORGED = [
     pytest.param(kid, changes, id=comment)
@@ -155,3 +157,29 @@ def test_a_key_of_patterns_outside_the_policy_gains_nothing(ran):
             app.run(keys.sign(vectors.compact(claims).encode()))
     assert ran == []
     app.close()
+
+
+PARSED, HEIRS = parsed.__name__, heirs.__name__
+PAGE = {"items": []}
+WAYS = {
+    "a callable": {"$callable": {"kind": "function", "module": victim.__name__, "qualname": "note"}},
+    "a class method": {"$callable": {"kind": "classmethod", "module": HEIRS, "qualname": "Model", "member": "make"}},
+    "a factory": {"$defaultdict": [{"$callable": {"kind": "function", "module": victim.__name__, "qualname": "note"}}]},
+    "a class as a factory": {"$defaultdict": [{"$class": f"{victim.__name__}:Parcel"}]},
+    "a class": {"$class": f"{PARSED}:Page"},
+    "a generic model": {"$model": [[f"{PARSED}:Page", {"$class": "builtins:int"}], PAGE, [], None, None]},
+    "the argument of one": {"$model": [[f"{PARSED}:Page", {"$class": f"{PARSED}:Tree"}], PAGE, [], None, None]},
+    "an alias": {"$generic_alias": {"$tuple": [{"$class": f"{PARSED}:Page"}, {"$tuple": [{"$class": "builtins:int"}]}]}},
+    "the argument of an alias": {"$generic_alias": {"$tuple": [{"$class": "builtins:list"}, {"$tuple": [{"$class": f"{PARSED}:Tree"}]}]}},
+    "a member of an enum": {"$enum": [f"{HEIRS}:Color", "RED"]},
+    "an exception": {"$exception": [f"{victim.__name__}:NoSuchThing", [], {}]},
+    "a key": {"$set": [{"$object": {"class": f"{HEIRS}:Keyed"}}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_value_leads_a_limited_key_beyond_its_patterns(way):
+    policy = Policy(PARSED, HEIRS, victim.__name__)
+    patterns = [f"{victim.__name__}:other", *([f"{PARSED}:Page"] if "argument" in way else [])]
+    with pytest.raises(CapabilityExceeded):
+        decode_one(WAYS[way], policy=policy.restricted(patterns))

@@ -275,3 +275,44 @@ def test_the_factory_of_a_pickled_defaultdict_passes_the_rule_too():
         with pytest.raises(RejectedTask):
             unpickled(defaultdict(factory), policy)
     assert unpickled(defaultdict(Calls()), POLICY)["missing"] == []
+
+
+class Meta(type):
+    """Registers its classes, as those of frameworks do."""
+
+    made = []
+
+    def __new__(cls, name, bases, namespace):
+        return super().__new__(cls, name, bases, namespace)
+
+    def __init__(cls, name, bases, namespace):
+        Meta.made.append(name)
+
+
+class Bare(Enum):
+    """An enum without members: to call it is the functional API."""
+
+
+class Colour(Bare):
+    RED = 1
+
+
+@pytest.mark.parametrize("kid", ["now", "narrow"])
+@pytest.mark.parametrize("name", ["Meta", "Bare"])
+def test_nothing_that_makes_a_class_is_a_callee(name, kid):
+    """A token of 466 kB with 20,000 members that have no hash made an enum for 12 s; a metaclass registered the class of a token."""
+    ref = reference("class", HOME, name, None)
+    for policy in (POLICY, Policy(f"{HOME}:{name}")):
+        gate = policy if kid == "now" else policy.restricted([HOME])
+        with pytest.raises(RejectedTask, match="makes a class"):
+            gate.load_callable(ref)
+        with pytest.raises(NotDeferrable, match="makes a class"):
+            gate.callable_ref(globals()[name])
+        with pytest.raises(RejectedTask):
+            decode_one({"$defaultdict": [{"$class": f"{HOME}:{name}"}]}, policy=gate)
+    assert Meta.made == []
+
+
+def test_an_enum_with_members_is_a_callee_and_one_without_is_a_value():
+    assert POLICY.load_callable(reference("class", HOME, "Colour", None))(1) is Colour.RED
+    assert carry_one(Bare, _policy=POLICY) is Bare

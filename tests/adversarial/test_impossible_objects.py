@@ -11,7 +11,7 @@ import attrs
 import pytest
 from pydantic import BaseModel
 
-from safedefer.errors import RejectedTask, UnencodableArgument
+from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument
 from safedefer.policy import Policy
 from tests.zoo.exactly import assert_exact, carry_one, decode_one
 
@@ -320,3 +320,78 @@ def test_combinations_of_integers_beyond_a_few_are_made_and_not_kept():
     assert (arrived, type(arrived), hash(arrived)) == (Wide(10_000), Wide, hash(Wide(10_000)))
     assert arrived | Wide.A == Wide(10_001)
     assert decode_one({"$enum": [f"{HOME}:Wide", 10_000]}, policy=POLICY) is Wide(10_000)
+
+
+class Whole:
+    """Its hash is of an attribute that the class has a value for."""
+
+    size = 0
+
+    def __hash__(self):
+        return hash(self.size)
+
+    def __eq__(self, other):
+        return self.size == other.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    whole: object
+
+
+def made_of(keys):
+    whole = Whole()
+    part = Part(whole)
+    whole.size = 5  # comes last in the token
+    vars(whole).clear()
+    vars(whole).update(part=part, keys=keys(part), size=5)
+    return whole
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [lambda part: {part}, lambda part: frozenset([(1, part)]), lambda part: {part: 1}, lambda part: {Part(part)}],
+)
+def test_no_hash_runs_on_what_is_half_made_however_far_below_a_key(keys):
+    """The member's hash hashed the object around the set before it had its attributes: the set arrived, and did not hold it."""
+    with pytest.raises(UnencodableArgument, match="an object around it"):
+        carry_one(made_of(keys), _policy=POLICY)
+
+
+@pytest.mark.parametrize(
+    "key", [{"$set": [{"$ref": 1}]}, {"$dict": [[{"$ref": 1}, 1]]}, {"$set": [{"$tuple": [{"$ref": 1}]}]}]
+)
+def test_a_token_of_such_a_key_is_refused(key):
+    state = {"part": {"$dataclass": [f"{HOME}:Part", {"whole": {"$ref": 0}}]}, "keys": key, "size": 5}
+    with pytest.raises(InvalidArguments, match="not finished"):
+        decode_one({"$object": {"class": f"{HOME}:Whole", "state": state}}, policy=POLICY)
+
+
+@dataclasses.dataclass
+class Basket:
+    """Has no hash, so that nothing hashes it, and holds its parts twice."""
+
+    parts: list
+    by_part: dict
+
+
+def test_parts_that_lead_to_an_object_around_them_without_a_hash_are_keys():
+    basket = Basket([], {})
+    part = Labelled("a", basket)
+    basket.parts.append(part)
+    basket.by_part[part] = 1
+    arrived = carry_one(basket, _policy=POLICY)
+    assert arrived.by_part[arrived.parts[0]] == 1
+    assert arrived.parts[0].basket is arrived
+
+
+class Labelled:
+    def __init__(self, label, basket):
+        self.label = label
+        self.basket = basket
+
+    def __hash__(self):
+        return hash(self.label)
+
+    def __eq__(self, other):
+        return self.label == other.label

@@ -1,15 +1,17 @@
 """An admitted class: what it inherits from a class outside the policy is not admitted with it."""
 
+import enum
 import inspect
 from types import FunctionType
 
 import pytest
 
-from safedefer.errors import InvalidClaims, NotDeferrable, PolicyViolation, RejectedTask
+from safedefer.errors import InvalidClaims, NotDeferrable, PolicyViolation, RejectedTask, UnencodableArgument
 from safedefer.policy import Policy
 from safedefer.refs import CallableRef, find_member
-from tests.adversarial import heirs
+from tests.adversarial import heirs, victim
 from tests.adversarial.forge import make_app, mint, post
+from tests.zoo.exactly import carry, decode_one
 
 HERE = heirs.__name__
 CLASSES = [cls for _, cls in inspect.getmembers(heirs, inspect.isclass) if cls.__module__ == HERE]
@@ -143,3 +145,53 @@ def test_no_special_method_has_a_name_on_the_wire(member):
     call = {"kind": "method", "module": HERE, "qualname": "Model", "member": member, "bound": None}
     with pytest.raises(InvalidClaims):
         read_claims(vectors.compact(vectors.claims(call={**call, "bound": 1})).encode())
+
+
+KEYED = {"$object": {"class": f"{HERE}:Keyed"}}
+HASHED = {
+    "a member of a set": {"$set": [KEYED]},
+    "below what a reference in a set names": [
+        {"$dataclass": [f"{HERE}:Holder", {"held": KEYED}]},
+        {"$set": [{"$ref": 1}]},
+    ],
+    "below a reference that is a key": [
+        {"$dataclass": [f"{HERE}:Holder", {"held": KEYED}]},
+        {"$dict": [[{"$ref": 1}, 1]]},
+    ],
+    "what a reference in a frozen set names": [KEYED, {"$frozenset": [{"$tuple": [{"$ref": 1}]}]}],
+}
+
+
+@pytest.mark.parametrize("where", HASHED)
+def test_no_inherited_hash_of_an_outside_class_runs_however_it_is_reached(where):
+    """That of an object outside keys was not asked about when a reference inside one led to what holds it."""
+    victim.RAN.clear()
+    with pytest.raises(RejectedTask, match="inherits from one that may not run"):
+        decode_one(HASHED[where], policy=POLICY)
+    assert victim.RAN == []
+    decode_one(HASHED[where], policy=Policy(HERE, f"{victim.__name__}:Counted"))
+    assert "__hash__" in victim.RAN
+
+
+def test_the_sender_of_an_inherited_hash_is_told_and_what_is_no_key_arrives():
+    held = heirs.Holder(heirs.Keyed())
+    with pytest.raises(UnencodableArgument, match="victim:Counted"):
+        carry(held, {held}, _policy=POLICY)
+    (arrived, keys) = carry(held, {heirs.Holder(1)}, _policy=POLICY).args
+    assert type(arrived.held) is heirs.Keyed
+    assert keys == {heirs.Holder(1)}
+
+
+class Marks(victim.Number, enum.Flag):
+    A = 1
+    B = 2
+
+
+def test_no_combination_of_flags_is_made_by_an_outside_class():
+    victim.RAN.clear()
+    with pytest.raises(RejectedTask, match="combination of flags"):
+        decode_one({"$enum": [f"{__name__}:Marks", 3]}, policy=Policy(__name__))
+    with pytest.raises(UnencodableArgument, match="not found by its name"):
+        carry(Marks.A | Marks.B, _policy=Policy(__name__))
+    assert victim.RAN == [("__new__", 3)], "the sender's own"
+    assert carry(Marks.A, _policy=Policy(__name__)).args[0] is Marks.A

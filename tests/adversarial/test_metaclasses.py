@@ -14,6 +14,7 @@ from safedefer.refs import METACLASSES, UNBOUND, CallableRef, bound_object, loud
 from safedefer.settings import Settings
 from tests.adversarial import metas
 from tests.adversarial.metas import RAN
+from tests.zoo import parsed
 from tests.zoo.exactly import carry, carry_one, decode_one
 
 HERE = metas.__name__
@@ -158,3 +159,14 @@ def test_the_message_names_the_metaclass_and_the_setting_that_admits_it(monkeypa
     monkeypatch.setenv(name, f"{HERE}:Missing")
     with pytest.raises(ConfigurationError, match="metaclass"):
         Settings.load().load_policy().load()
+
+
+@pytest.mark.parametrize("argument", [
+    {"$class": f"{HERE}:Quiet"}, {"$generic_alias": {"$tuple": [{"$class": "builtins:list"}, {"$tuple": [{"$class": f"{HERE}:Quiet"}]}]}},
+])  # fmt: skip
+def test_a_generic_model_is_not_named_by_what_a_metaclass_says_of_its_class(argument):
+    RAN.clear()
+    tree = {"$model": [[f"{parsed.__name__}:Page", argument], {"items": []}, ["items"], None, None]}
+    with pytest.raises(InvalidArguments, match="without hooks"):
+        decode_one(tree, policy=Policy(HERE, parsed.__name__))
+    assert RAN == []

@@ -35,3 +35,21 @@ def reraise(error):
 
 class NoSuchThing(ImportError):
     pass
+
+
+class Counted:
+    """Writes down who hashes and compares it."""
+
+    def __hash__(self):
+        RAN.append("__hash__")
+        return 1
+
+    def __eq__(self, other):
+        RAN.append("__eq__")
+        return self is other
+
+
+class Number(int):
+    def __new__(cls, value):
+        RAN.append(("__new__", value))
+        return int.__new__(cls, value)

@@ -18,6 +18,7 @@ from google.cloud.ndb import model as ndb_model
 from safedefer.errors import CapabilityExceeded, InvalidArguments, NotDeferrable, PolicyViolation, UnencodableArgument
 from safedefer.policy import Policy
 from safedefer.refs import bound_object
+from tests.adversarial import victim
 from tests.zoo import shelf
 from tests.zoo.exactly import carry, carry_one, decode_one, tree_of
 from tests.zoo.shelf import Address, Book, Cat, Loose
@@ -178,6 +179,27 @@ def test_the_class_of_an_entity_needs_a_pattern(make):
         decode_one(tree, policy=NOTHING)
     with pytest.raises(CapabilityExceeded):
         decode_one(tree, policy=POLICY.restricted(["tests.sample_tasks"]))
+
+
+class Counted(victim.Counted, ndb.Model):
+    size = ndb.IntegerProperty()
+
+
+def test_the_inherited_hash_of_an_entity_does_not_run():
+    policy = Policy(__name__)
+    tree = {
+        "$google_ndb_entity": {"$tuple": [{"$class": f"{__name__}:Counted"}, None, {}, {"$tuple": []}, {"$tuple": []}]}
+    }
+    victim.RAN.clear()
+    for trees in ({"$set": [tree]}, [tree, {"$set": [{"$ref": 1}]}]):
+        with pytest.raises(PolicyViolation, match="inherits from one that may not run"):
+            decode_one(trees, policy=policy)
+    entity = Counted()
+    assert victim.RAN == []
+    for sent in ([{entity}], [entity, {entity}]):
+        with pytest.raises(UnencodableArgument, match="victim:Counted"):
+            carry(*sent, _policy=policy)
+    assert type(decode_one(tree, policy=policy)) is Counted
 
 
 def tree_of_entity(value):

@@ -385,7 +385,12 @@ def test_a_class_that_is_built_by_a_gadget_is_no_callee():
 
 def test_an_enum_may_be_called_though_enum_itself_may_not():
     assert admits(Policy(ZOO), zoo.Color)
-    assert not admits(Policy(ZOO, deferrable=True), Enum)
+    ref = CallableRef(kind="class", module="enum", qualname="Enum")
+    with pytest.raises(PolicyViolation, match="gadget"):
+        Policy(ZOO, deferrable=True).check(ref)
+    for policy in (Policy(ZOO), Policy("enum:Enum")):
+        with pytest.raises(NotDeferrable, match="makes a class"):
+            policy.callable_ref(Enum)
 
 
 # --- Marks ----------------------------------------------------------------------------------------

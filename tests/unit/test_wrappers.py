@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from types import FunctionType
 
 import pytest
 
@@ -152,5 +153,28 @@ def test_what_is_no_wrapper_is_not_registered(cls, attribute):
 def test_a_proxy_that_cannot_make_its_task_is_no_task():
     local = pytest.importorskip("celery.local")
     for make in (lambda: 1 / 0, lambda: 5):
-        proxy = local.Proxy(make)
+        proxy = local.Proxy(FunctionType(make.__code__, {"__name__": "celery.app", "__builtins__": {}}))
         assert unwrapped(proxy) is proxy
+
+
+@pytest.mark.parametrize("kind", ["Proxy", "PromiseProxy"])
+def test_a_proxy_that_a_program_made_is_not_asked(kind, monkeypatch):
+    """A token's name asked it, in any admitted module: it ran a function of the program."""
+    local = pytest.importorskip("celery.local")
+    ran = []
+
+    class Lazy:
+        def method(self):
+            ran.append("method")
+
+        def __call__(self):
+            ran.append("call")
+
+    for make in (lambda: ran.append("function"), Lazy().method, Lazy(), ran.append):
+        proxy = getattr(local, kind)(make)
+        monkeypatch.setattr(decorated, "lazy", proxy, raising=False)
+        with pytest.raises(UnresolvableCallable):
+            POLICY.load_callable(CallableRef(kind="function", module=HERE, qualname="lazy"))
+        with pytest.raises(UnresolvableCallable):
+            POLICY.load_class(f"{HERE}:lazy")
+    assert ran == []

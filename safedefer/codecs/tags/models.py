@@ -13,8 +13,8 @@ from safedefer.codecs.decoder import Decoder, array, record, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.field_defaults import check_complete, complete
 from safedefer.codecs.object_state import begin, begin_decoded, check_names, plan_of, run, slot_value
-from safedefer.codecs.shared import Json, Refusal, is_text
-from safedefer.codecs.type_arguments import parametrize
+from safedefer.codecs.shared import Json, Refusal, VersionSkew, is_text
+from safedefer.codecs.type_arguments import MOST_NEW, parametrize
 from safedefer.refs import generic_origin
 
 _FIELDS_SET, _EXTRA, _PRIVATE = (
@@ -57,7 +57,7 @@ def _model_name(enc: Encoder, cls: type, depth: int) -> Json:
     if origin is cls:
         return enc.name(cls)
     args = inspect_safely.namespace(cls)["__pydantic_generic_metadata__"].get("args")
-    if run(parametrize, enc.registry.generics, origin, args) is not cls:
+    if run(parametrize, enc.registry, origin, args) is not cls:
         raise Refusal(
             "the class is not what its generic model gives for its arguments; name it: class IntPage(Page[int])"
         )
@@ -67,7 +67,14 @@ def _model_name(enc: Encoder, cls: type, depth: int) -> Json:
 def _parametrized(dec: Decoder, name: Json, depth: int) -> type:
     origin, *args = array(name, least=2)
     cls = dec.gate.load_class(string(origin))
-    return cast("type", run(parametrize, dec.registry.generics, cls, tuple(dec.value(arg, depth + 1) for arg in args)))
+    values = tuple(dec.value(arg, depth + 1) for arg in args)
+
+    def making() -> None:
+        dec.generics += 1
+        if dec.generics > MOST_NEW:
+            raise VersionSkew(f"more than {MOST_NEW} generic models with new arguments; the next attempt makes more")
+
+    return cast("type", run(parametrize, dec.registry, cls, values, making))
 
 
 def _part(enc: Encoder, part: object, depth: int) -> Json:
@@ -91,7 +98,7 @@ def decode_model(dec: Decoder, payload: Json, depth: int) -> object:
     state = plan.state_of(value) if plan.state_of is not None else {}
     check_names(record(fields), plan)
     dec.members(state, record(fields), depth + 1)
-    run(complete, plan.defaults, state, state.__setitem__)
+    run(complete, plan.defaults, state, state.__setitem__, dec.add)
     dec.add(len(array(names)))
     given = {string(each) for each in names}
     if len(given) != len(names):
@@ -104,7 +111,7 @@ def decode_model(dec: Decoder, payload: Json, depth: int) -> object:
             members_of: dict[str, object] = {}
             dec.members(members_of, record(part), depth + 1)
             if slot is _PRIVATE:
-                run(complete, plan.private_defaults, members_of, members_of.__setitem__)
+                run(complete, plan.private_defaults, members_of, members_of.__setitem__, dec.add)
             slot.__set__(value, members_of)
         elif not inspect_safely.derives(plan.cls, RootModel):
             slot.__set__(value, None)

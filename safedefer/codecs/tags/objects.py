@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_families import ClassFamily
-from safedefer.codecs.class_layout import CONTENTS, MUTABLE, REMEDY, Plan
+from safedefer.codecs.class_layout import CONTENTS, MUTABLE, REMEDY, Plan, hash_definers
 from safedefer.codecs.decoder import Decoder, array, record, string
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.object_state import (
@@ -54,8 +54,7 @@ def encode_other(enc: Encoder, value: Any, depth: int) -> Json:
     if inspect_safely.derives(cls, type):
         return {"$class": enc.name(value)}
     plan = planned(enc, cls)
-    if enc.keyed:
-        enc.check_hash(cls)
+    enc.note_hash(plan.hash_definers)
     return _BY_TAG.get(plan.tag, _encode_family)(enc, value, depth, plan)
 
 
@@ -128,9 +127,11 @@ def _members_of(cls: type) -> dict[str, object]:
 
 
 def _flag_by_value(cls: type) -> bool:
-    """Whether ``enum`` itself makes combinations of flags, not code of the class or of its metaclass."""
+    """Whether ``enum`` itself makes combinations of flags, not code of the class, of its data type or of its metaclass."""
     missing = inspect_safely.lookup(cls, "_missing_")
-    return inspect_safely.derives(cls, Flag) and missing is not None and missing[0] is Flag and not loud_hooks(cls)
+    held = inspect_safely.namespace(cls).get("_member_type_")
+    plain = (held is object or held is int) and missing is not None and missing[0] is Flag
+    return plain and inspect_safely.derives(cls, Flag) and not loud_hooks(cls)
 
 
 #: The most combinations of flags of one class: an enum keeps all that were ever made, and two that are equal are one object.
@@ -154,7 +155,8 @@ def _decode_enum(dec: Decoder, payload: Json, depth: int) -> object:
     known = inspect_safely.namespace(cls).get("_value2member_map_", {})
     passing = number not in known and len(known) >= _KEPT_COMBINATIONS and inspect_safely.derives(cls, IntFlag)
     if number not in known and len(known) >= _MOST_COMBINATIONS and not passing:
-        raise Refusal(f"more than {_MOST_COMBINATIONS} combinations of these flags were made here; pass the number")
+        # Another process, or this one started again, has room.
+        raise VersionSkew(f"more than {_MOST_COMBINATIONS} combinations of these flags were made here; pass the number")
     made = _made_in_passing(cls, number, known) if passing else run(cls, number)
     if type(made) is not cls or _value_of(made) != number or _members_of(cls).get(cast("str", _name_of(made))) is made:
         raise VersionSkew("$enum is [class, number] only for a combination of flags that has no name")
@@ -189,6 +191,7 @@ def _decode_namedtuple(dec: Decoder, payload: Json, depth: int) -> object:
         for field in found[1][len(values) :]:  # added since, each with a default
             if field not in defaults[1]:
                 break
+            dec.add(1)
             values.append(defaults[1][field])
     if found is None or len(found[1]) != len(values):
         raise VersionSkew("the named tuple has another number of fields; deploy the code that the task was made for")
@@ -233,12 +236,21 @@ def _encode_registered(enc: Encoder, value: Any, depth: int, entry: RegisteredTy
     ref = enc.enter(value)
     if ref is not None:
         return ref
+    enc.note_hash(_heirs_hash(entry, type(value)))
     inner = run(entry.encode, value)
     enc.hold(inner)
     enc.opaque.add(id(value))
     tree = {entry.tag: enc.value(inner, depth + 1)}
     enc.opaque.discard(id(value))
     return tree
+
+
+def _heirs_hash(entry: RegisteredType | PackedType, cls: type) -> tuple[type, ...]:
+    """Return the classes from which a user's class that belongs to a pack inherits ``__hash__`` or ``__eq__``."""
+    base = entry.base if type(entry) is PackedType else None
+    if base is None or cls is base:
+        return ()
+    return tuple(each for each in hash_definers(cls) if not inspect_safely.derives(base, each))
 
 
 def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
@@ -258,6 +270,7 @@ def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
     value = run(entry.decode, dec.value(payload, depth + 1))
     if not entry.carries(type(value)):
         raise VersionSkew("the registered decoder returned an object of another type; correct it")
+    dec.note_hash(_heirs_hash(entry, type(value)))
     dec.settle(number, value)
     return value
 

@@ -15,6 +15,14 @@ _ALIAS: Final[type] = type(typing.Iterable[int])
 _GENERIC: Final = cast("type", typing.Generic)
 #: What ``list[int]`` and the like are made of.
 _BUILT_IN: Final = (list, dict, set, frozenset, tuple)
+#: The most classes among the arguments, at all depths: typing and pydantic keep what is made of them.
+MOST_ARGUMENTS: Final = 32
+
+
+def count(value: Any) -> int:
+    """Return the number of classes in an alias, or 1 for anything else."""
+    is_alias = type(value) in (_ALIAS, GenericAlias)
+    return 1 + sum(count(each) for each in value.__args__) if is_alias else 1
 
 
 def _parts(alias: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -34,6 +42,8 @@ def _make(parts: Any) -> object:
     origin, args = parts
     if not all(map(_is_argument, (origin, *args))) or not issubclass(type(origin), type):
         raise Refusal("$generic_alias is of classes, and of other such aliases")
+    if sum(count(each) for each in args) > MOST_ARGUMENTS:
+        raise Refusal(f"$generic_alias has at most {MOST_ARGUMENTS} arguments, those of its arguments counted")
     if any(origin is each for each in _BUILT_IN):
         return GenericAlias(origin, args)
     found = inspect_safely.lookup(origin, "__class_getitem__")
