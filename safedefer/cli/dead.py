@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -11,7 +10,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import app_option, load_app_to_look, plain, summary, time_text
+from safedefer.cli.common import app_option, json_text, load_app_to_look, plain, summary, time_text
 from safedefer.errors import DeferError, Error, RejectedTask
 from safedefer.queues.base import DeadFilter, TaskState, TaskView
 
@@ -74,7 +73,7 @@ def dead_show(*, app: str | None, task_id: str) -> None:
     view = load_app_to_look(app).queue.find(task_id)
     if view is None or view.state is not TaskState.DEAD:
         raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer dead list`")
-    click.echo(json.dumps(_document(view), indent=2))
+    click.echo(json_text(_document(view), indent=2))
 
 
 @dead.command("retry")
@@ -141,7 +140,7 @@ def dead_purge(*, app: str | None, **given: Any) -> None:
 def dead_export(*, app: str | None, **given: Any) -> None:
     """Print dead letters as JSON, one a line, with attempts and tokens: whoever has them can read the arguments."""
     for view in _all(load_app_to_look(app), _where(**given)):
-        click.echo(json.dumps(_document(view)))
+        click.echo(json_text(_document(view)))
 
 
 def _document(view: TaskView) -> dict[str, Any]:

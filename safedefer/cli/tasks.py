@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import click
 
-from safedefer.cli.common import app_option, load_app_to_look, plain, summary, time_text
+from safedefer.cli.common import app_option, json_text, load_app_to_look, plain, summary, time_text
 from safedefer.queues.base import TaskState
 
 
@@ -29,7 +28,7 @@ def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, lim
     found = load_app_to_look(app).queue.tasks(states=[TaskState(state) for state in states], queue=queue, limit=limit)
     for view in found:
         if as_json:
-            click.echo(json.dumps(summary(view)))
+            click.echo(json_text(summary(view)))
         else:
             columns = (
                 view.id,
@@ -53,7 +52,7 @@ def tasks_show(*, app: str | None, task_id: str) -> None:
     if view is None:
         raise click.ClickException(f"there is no task {plain(task_id)}; `safedefer tasks list` shows those there are")
     document = {**summary(view), "headers": dict(view.headers), "attempts": [r._asdict() for r in view.records]}
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json_text(document, indent=2))
 
 
 @tasks.command("cancel")
