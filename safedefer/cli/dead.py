@@ -111,7 +111,7 @@ def dead_retry(
             raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer dead list`")
         click.echo(f"{plain(task_id)} runs again as {task.id}")
     for task_id, rejection in refused.items():
-        click.echo(f"{plain(task_id)} stays: {rejection.slug}: {rejection}", err=True)
+        click.echo(f"{plain(task_id)} stays: {rejection.slug}: {plain(rejection)}", err=True)
     if refused:
         raise click.ClickException(
             f"{len(refused)} may not run again now; correct keys or policy, or defer the tasks anew and purge them"

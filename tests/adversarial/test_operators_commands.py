@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import secrets
 import time
 import tracemalloc
 
@@ -139,6 +140,28 @@ def test_nested_values_do_not_grow_when_they_are_indented(queue, app):
     write(queue, "UPDATE safedefer_dead SET headers = ?", '{"a":' + "[" * 900 + "1" + ",1" * 4_000 + "]" * 900 + "}")
     assert len(run("dead", "show", ids[0])) < 10_000
     assert [view.state for view in queue.dead_letters(DeadFilter())] == [TaskState.DEAD]
+
+
+@pytest.mark.parametrize("command", [("dead", "list"), ("tasks", "show", "x"), ("doctor",)])
+def test_the_name_of_a_broken_table_writes_nothing_to_the_terminal(tmp_path, monkeypatch, command):
+    """SQLite quotes it in its error."""
+    path = tmp_path / "tasks.db"
+    with contextlib.closing(SQLiteQueue(str(path))) as queue:
+        queue.stats(now=0.0)
+        write(queue, "CREATE TABLE marked_marked (a)")
+    path.write_bytes(
+        path.read_bytes()
+        .replace(b"marked_marked (a)", b"mar\n\x1b[2J\x9bmarked ,")
+        .replace(b"marked_marked", b"mar\n\x1b[2J\x9barke")
+    )
+    monkeypatch.setenv("SAFEDEFER_QUEUE", f"sqlite:///{path}")
+    monkeypatch.setenv("SAFEDEFER_KEYS", f"k1:{secrets.token_urlsafe(32)}")
+    monkeypatch.setenv("SAFEDEFER_POLICY", "tests.sample_tasks")
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1
+    assert "malformed" in done.output
+    assert all(line.isprintable() for line in done.output.split("\n"))
+    assert len(done.output.splitlines()) == 1 or command == ("doctor",)
 
 
 # --- Worker processes -------------------------------------------------------------------------------------------------
