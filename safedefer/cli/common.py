@@ -25,8 +25,27 @@ NO_ENVIRONMENT: Final = (
 )
 """What is said where an App has no environment of its own."""
 
+MOST_LISTED: Final = 100_000
+"""The most rows of a list: each may have megabytes."""
+
+_MOST_SECONDS: Final = 3650 * 86_400.0
 #: Objects and lists in each other in what is printed of a task: itself, its attempts, one of them.
 _LEVELS: Final = 3
+
+
+class Seconds(click.FloatRange):
+    """A number from ``min`` to ten years of seconds. ``click.FloatRange`` takes NaN, for which no comparison holds."""
+
+    def __init__(self, smallest: float = 0.0) -> None:
+        super().__init__(min=smallest, max=_MOST_SECONDS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value} is no number", param, ctx)
+        return found
+
 
 app_option: Final = click.option("--app", default=None, metavar="MODULE:APP", help=_APP_HELP)
 

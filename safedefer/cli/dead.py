@@ -10,7 +10,16 @@ from typing import Any, Final, TypeVar
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import app_option, json_text, load_app_to_look, plain, summary, time_text
+from safedefer.cli.common import (
+    MOST_LISTED,
+    Seconds,
+    app_option,
+    json_text,
+    load_app_to_look,
+    plain,
+    summary,
+    time_text,
+)
 from safedefer.errors import DeferError, Error, RejectedTask
 from safedefer.queues.base import DeadFilter, TaskState, TaskView
 
@@ -29,7 +38,7 @@ def _filters(command: _F) -> _F:
         click.option("--queue", default=None, help="Only of this queue."),
         click.option("--reason", default=None, help="Only those that died of this, such as retry-limit."),
         click.option("--callable", "callable_name", default=None, help="Only of this callable, module:name."),
-        click.option("--days", default=None, type=click.FloatRange(min=0), help="Only older than this many days."),
+        click.option("--days", default=None, type=Seconds(), help="Only older than this many days."),
         click.option("--archived", is_flag=True, help="The archived ones instead."),
     )
     for option in reversed(options):
@@ -54,7 +63,7 @@ def _all(app: App, where: DeadFilter) -> Iterator[TaskView]:
 @dead.command("list")
 @app_option
 @_filters
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="How many at most.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, MOST_LISTED), help="How many at most.")
 def dead_list(*, app: str | None, limit: int, **given: Any) -> None:
     """List dead letters, oldest first."""
     found = load_app_to_look(app).queue.dead_letters(_where(**given), limit=limit)
@@ -82,7 +91,7 @@ def dead_show(*, app: str | None, task_id: str) -> None:
 @_filters
 @click.option("--all", "every", is_flag=True, help="All that the filters mean, instead of ids.")
 @click.option("--to-queue", default=None, help="Run them in this queue.")
-@click.option("--in", "seconds", default=None, type=click.FloatRange(min=0), help="Run it so many seconds from now.")
+@click.option("--in", "seconds", default=None, type=Seconds(), help="Run it so many seconds from now.")
 def dead_retry(
     *,
     app: str | None,

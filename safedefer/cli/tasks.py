@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from safedefer.cli.common import app_option, json_text, load_app_to_look, plain, summary, time_text
+from safedefer.cli.common import MOST_LISTED, app_option, json_text, load_app_to_look, plain, summary, time_text
 from safedefer.queues.base import TaskState
 
 
@@ -21,7 +21,7 @@ def tasks() -> None:
     "--state", "states", multiple=True, type=click.Choice([str(state) for state in TaskState]), help="Repeatable."
 )
 @click.option("--queue", default=None, help="Only this queue.")
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="How many at most.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, MOST_LISTED), help="How many at most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, limit: int, as_json: bool) -> None:
     """List waiting, running and dead tasks, newest first."""

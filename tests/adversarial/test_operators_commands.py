@@ -142,6 +142,21 @@ def test_nested_values_do_not_grow_when_they_are_indented(queue, app):
     assert [view.state for view in queue.dead_letters(DeadFilter())] == [TaskState.DEAD]
 
 
+def test_what_a_row_says_writes_nothing_to_the_terminal(queue, app):
+    dead_letters(app, 1)
+    waiting = app.defer(sample_tasks.add, 1, 2)
+    bad = "a\n\x1b]0;x\x07\x9b31m\u202e"
+    write(queue, "UPDATE safedefer_dead SET id = ?, queue = ?, name = ?, callable_name = ?, reason = ?", *[bad] * 5)
+    write(
+        queue, "UPDATE safedefer_tasks SET queue = ?, retry_reason = ?, headers = ?", bad, bad, json.dumps({bad: bad})
+    )
+    shown = ("dead", "list"), ("dead", "show", bad), ("tasks", "list"), ("tasks", "show", waiting.id), ("queues", "list"), ("queues", "stats"), ("queues", "stats", "--json"), ("dead", "export"), ("tasks", "list", "--json"), ("dead", "retry", bad), ("dead", "retry", "--all"), ("tasks", "cancel", bad)  # fmt: skip
+    for words in shown:
+        output = CliRunner().invoke(main, words).output
+        assert len(output) > 5
+        assert all(line.isprintable() for line in output.split("\n")), words
+
+
 @pytest.mark.parametrize("command", [("dead", "list"), ("tasks", "show", "x"), ("doctor",)])
 def test_the_name_of_a_broken_table_writes_nothing_to_the_terminal(tmp_path, monkeypatch, command):
     """SQLite quotes it in its error."""
@@ -162,6 +177,20 @@ def test_the_name_of_a_broken_table_writes_nothing_to_the_terminal(tmp_path, mon
     assert "malformed" in done.output
     assert all(line.isprintable() for line in done.output.split("\n"))
     assert len(done.output.splitlines()) == 1 or command == ("doctor",)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e300", "-1"])
+def test_what_is_no_number_of_days_or_seconds_is_refused(app, number):
+    """SQLite takes NaN for NULL, and ``dead purge --days nan`` deleted all."""
+    ids = dead_letters(app, 2)
+    for words in [
+        ("dead", "purge", "--yes", "--days", number),
+        ("dead", "retry", ids[0], "--in", number),
+        ("run", "--hang-seconds", number),
+    ]:
+        done = CliRunner().invoke(main, words)
+        assert (done.exit_code, "Usage" in done.output) == (2, True), words
+    assert {view.id for view in app.queue.dead_letters(DeadFilter())} == set(ids)
 
 
 # --- Worker processes -------------------------------------------------------------------------------------------------
