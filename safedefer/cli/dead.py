@@ -21,7 +21,7 @@ from safedefer.cli.common import (
     time_text,
 )
 from safedefer.errors import DeferError, Error, RejectedTask
-from safedefer.queues.base import DeadFilter, TaskState, TaskView
+from safedefer.queues.base import BlobsFull, DeadFilter, TaskState, TaskView
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -113,7 +113,7 @@ def dead_retry(
         eta = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
         try:
             task = loaded.retry(task_id, queue=to_queue, eta=eta)
-        except (RejectedTask, DeferError) as error:
+        except (RejectedTask, DeferError, BlobsFull) as error:
             refused[task_id] = error
             continue
         if task is None:

@@ -106,6 +106,20 @@ def test_many_and_long_headers_of_a_task_are_read_as_they_are():
     assert read_task(row).headers == headers
 
 
+def test_a_letter_for_which_there_is_no_room_keeps_no_other_from_running_again(tmp_path):
+    """Whoever may write the storage may claim that much; the run of all ended at the first large letter."""
+    with contextlib.closing(SQLiteQueue(str(tmp_path / "tasks.db"), blob_limit=60_000)) as queue:
+        app = make_app(queue=queue)
+        tasks = [app.defer(sample_tasks.add, "x" * size, str(size)) for size in (1, 40_000, 2)]
+        for held in queue.lease(owner="w", limit=3, seconds=60.0, now=time.time()):
+            queue.settle_many([(held, Settlement(verdict=Verdict.DEAD, reason="why"))], now=time.time())
+        app.defer(sample_tasks.add, "x" * 40_000, "waits")
+        again, refused = app.retry_all(DeadFilter())
+        assert len(again) == 2
+        assert list(refused) == [tasks[1].id]
+        assert queue.find(tasks[1].id).state is TaskState.DEAD
+
+
 # --- What the commands print ------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,8 @@ DEFENCES = [
     ("cli/common.py", "return value if math.isfinite(value) else None", "return value", OPERATORS),
     ("cli/common.py", "for each in value] if levels else None", "for each in value]", OPERATORS),
     ("cli/root.py", 'plain(" ".join(str(error).splitlines()))', "str(error)", OPERATORS),
+    ("cli/common.py", "if math.isnan(found):", "if False:", OPERATORS),
+    ("sending/dead_letters.py", "except (RejectedTask, DeferError, BlobsFull)", "except (RejectedTask, DeferError)", OPERATORS),
     ("delivery/runs.py", "            self.abandoned += abandoned", "            self.abandoned += abandoned\n            self.runs += 1", OPERATORS),
     ("queues/sqlite/trust.py", "if connection.execute(_SHARED_PAGES).get is not None:", "if False:", "test_queue_file"),
     ("queues/sqlite/trust.py", "if trouble is None and suffix and status.st_nlink > 1:", "if False:", "test_queue_file"),
