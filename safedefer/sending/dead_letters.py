@@ -145,11 +145,7 @@ class DeadLetters:
                 after = (view.ended or 0.0, view.id)
                 try:
                     task = self.retry(view.id, queue=queue)
-                except (
-                    RejectedTask,
-                    DeferError,
-                    BlobsFull,
-                ) as error:  # our key may not sign it, it is too large, there is no room
+                except (RejectedTask, DeferError, BlobsFull) as error:  # our key may not sign it, or it is too large
                     refused[view.id] = error
                 else:
                     tasks += [] if task is None else [task]
