@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 from datetime import UTC, datetime
@@ -22,6 +24,28 @@ NO_ENVIRONMENT: Final = (
     "production if they share a key; set SAFEDEFER_ENVIRONMENT or App(environment=...), the same for whoever defers and whoever runs"
 )
 """What is said where an App has no environment of its own."""
+
+MOST_LISTED: Final = 100_000
+"""The most rows of a list: each may have megabytes."""
+
+_MOST_SECONDS: Final = 3650 * 86_400.0
+#: Objects and lists in each other in what is printed of a task: itself, its attempts, one of them.
+_LEVELS: Final = 3
+
+
+class Seconds(click.FloatRange):
+    """A number from ``min`` to ten years of seconds. ``click.FloatRange`` takes NaN, for which no comparison holds."""
+
+    def __init__(self, smallest: float = 0.0) -> None:
+        super().__init__(min=smallest, max=_MOST_SECONDS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value} is no number", param, ctx)
+        return found
+
 
 app_option: Final = click.option("--app", default=None, metavar="MODULE:APP", help=_APP_HELP)
 
@@ -128,6 +152,25 @@ def summary(view: TaskView) -> dict[str, Any]:
         "reason": view.reason,
         "token": view.token.decode("ascii", "backslashreplace"),
     }
+
+
+def json_text(document: dict[str, Any], *, indent: int | None = None) -> str:
+    """Return JSON that every parser reads: numbers that it has none for are null.
+
+    Headers and options are texts and numbers. What is nested in them is null: somebody wrote it into the storage, and it grows
+    when it is indented.
+    """
+    return json.dumps(_shown(document, _LEVELS), indent=indent, allow_nan=False)
+
+
+def _shown(value: Any, levels: int) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _shown(each, levels - 1) for name, each in value.items()} if levels else None
+    if isinstance(value, list):
+        return [_shown(each, levels - 1) for each in value] if levels else None
+    return value
 
 
 def time_text(seconds: float) -> str:

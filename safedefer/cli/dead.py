@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -11,9 +10,18 @@ from typing import Any, Final, TypeVar
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import app_option, load_app_to_look, plain, summary, time_text
+from safedefer.cli.common import (
+    MOST_LISTED,
+    Seconds,
+    app_option,
+    json_text,
+    load_app_to_look,
+    plain,
+    summary,
+    time_text,
+)
 from safedefer.errors import DeferError, Error, RejectedTask
-from safedefer.queues.base import DeadFilter, TaskState, TaskView
+from safedefer.queues.base import BlobsFull, DeadFilter, TaskState, TaskView
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -30,7 +38,7 @@ def _filters(command: _F) -> _F:
         click.option("--queue", default=None, help="Only of this queue."),
         click.option("--reason", default=None, help="Only those that died of this, such as retry-limit."),
         click.option("--callable", "callable_name", default=None, help="Only of this callable, module:name."),
-        click.option("--days", default=None, type=click.FloatRange(min=0), help="Only older than this many days."),
+        click.option("--days", default=None, type=Seconds(), help="Only older than this many days."),
         click.option("--archived", is_flag=True, help="The archived ones instead."),
     )
     for option in reversed(options):
@@ -55,7 +63,7 @@ def _all(app: App, where: DeadFilter) -> Iterator[TaskView]:
 @dead.command("list")
 @app_option
 @_filters
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="How many at most.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, MOST_LISTED), help="How many at most.")
 def dead_list(*, app: str | None, limit: int, **given: Any) -> None:
     """List dead letters, oldest first."""
     found = load_app_to_look(app).queue.dead_letters(_where(**given), limit=limit)
@@ -74,7 +82,7 @@ def dead_show(*, app: str | None, task_id: str) -> None:
     view = load_app_to_look(app).queue.find(task_id)
     if view is None or view.state is not TaskState.DEAD:
         raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer dead list`")
-    click.echo(json.dumps(_document(view), indent=2))
+    click.echo(json_text(_document(view), indent=2))
 
 
 @dead.command("retry")
@@ -83,7 +91,7 @@ def dead_show(*, app: str | None, task_id: str) -> None:
 @_filters
 @click.option("--all", "every", is_flag=True, help="All that the filters mean, instead of ids.")
 @click.option("--to-queue", default=None, help="Run them in this queue.")
-@click.option("--in", "seconds", default=None, type=click.FloatRange(min=0), help="Run it so many seconds from now.")
+@click.option("--in", "seconds", default=None, type=Seconds(), help="Run it so many seconds from now.")
 def dead_retry(
     *,
     app: str | None,
@@ -105,14 +113,14 @@ def dead_retry(
         eta = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
         try:
             task = loaded.retry(task_id, queue=to_queue, eta=eta)
-        except (RejectedTask, DeferError) as error:
+        except (RejectedTask, DeferError, BlobsFull) as error:
             refused[task_id] = error
             continue
         if task is None:
             raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer dead list`")
         click.echo(f"{plain(task_id)} runs again as {task.id}")
     for task_id, rejection in refused.items():
-        click.echo(f"{plain(task_id)} stays: {rejection.slug}: {rejection}", err=True)
+        click.echo(f"{plain(task_id)} stays: {rejection.slug}: {plain(rejection)}", err=True)
     if refused:
         raise click.ClickException(
             f"{len(refused)} may not run again now; correct keys or policy, or defer the tasks anew and purge them"
@@ -141,7 +149,7 @@ def dead_purge(*, app: str | None, **given: Any) -> None:
 def dead_export(*, app: str | None, **given: Any) -> None:
     """Print dead letters as JSON, one a line, with attempts and tokens: whoever has them can read the arguments."""
     for view in _all(load_app_to_look(app), _where(**given)):
-        click.echo(json.dumps(_document(view)))
+        click.echo(json_text(_document(view)))
 
 
 def _document(view: TaskView) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import NO_ENVIRONMENT, load_app, queue_file_text
+from safedefer.cli.common import NO_ENVIRONMENT, Seconds, load_app, queue_file_text
 from safedefer.cli.supervisor import SupervisorOptions, supervise
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
@@ -38,7 +38,7 @@ _drain = click.option(
     "--drain",
     default=30.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     help="Seconds that a stop waits for running tasks.",
 )
 _concurrency = click.option(
@@ -53,7 +53,7 @@ _lease = click.option(
     "--lease",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(min=0.5),
+    type=Seconds(0.5),
     help="Seconds until a silent dispatcher's tasks are due again.",
 )
 
@@ -65,7 +65,7 @@ _hang = click.option(
     "--hang-seconds",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(min=0.5),
+    type=Seconds(0.5),
     help="Seconds without a turn of its event loop after which a worker process is killed and replaced.",
 )
 _max_tasks = click.option(
@@ -124,7 +124,7 @@ def serve(
     "--timeout",
     default=None,
     show_default="the queue's deadline and 30 s",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(0.1),
     help="Seconds to wait for the answer to one task.",
 )
 def dispatch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from typing import Final
@@ -10,7 +9,7 @@ from typing import Final
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import app_option, load_app, load_app_to_look, plain, time_text
+from safedefer.cli.common import app_option, json_text, load_app, load_app_to_look, plain, time_text
 
 _queue_argument: Final = click.argument("queue")
 
@@ -52,7 +51,7 @@ def queues_stats(*, app: str | None, as_json: bool) -> None:
     found = load_app_to_look(app).queue.stats(now=now)
     for stats in found:
         if as_json:
-            click.echo(json.dumps(asdict(stats)))
+            click.echo(json_text(asdict(stats)))
         else:
             late = 0.0 if stats.oldest is None else max(now - stats.oldest, 0.0)
             click.echo(

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from safedefer import __version__
-from safedefer.cli.common import app_option, load_app, missing_file, time_text
+from safedefer.cli.common import app_option, load_app, missing_file, plain, time_text
 from safedefer.cli.dead import dead
 from safedefer.cli.doctor import doctor
 from safedefer.cli.keys import keys
@@ -33,7 +33,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except Error as error:
-            raise click.ClickException(str(error)) from error
+            # A database quotes what is in it: names of tables, texts of triggers.
+            raise click.ClickException(plain(" ".join(str(error).splitlines()))) from error
         except OSError as error:  # the port is taken, the host is not ours, the disk is full
             if isinstance(error, BrokenPipeError) and _output_is_closed():
                 raise  # click ends the process without a word

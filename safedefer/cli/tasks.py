@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import click
 
-from safedefer.cli.common import app_option, load_app_to_look, plain, summary, time_text
+from safedefer.cli.common import MOST_LISTED, app_option, json_text, load_app_to_look, plain, summary, time_text
 from safedefer.queues.base import TaskState
 
 
@@ -22,14 +21,14 @@ def tasks() -> None:
     "--state", "states", multiple=True, type=click.Choice([str(state) for state in TaskState]), help="Repeatable."
 )
 @click.option("--queue", default=None, help="Only this queue.")
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="How many at most.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, MOST_LISTED), help="How many at most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, limit: int, as_json: bool) -> None:
     """List waiting, running and dead tasks, newest first."""
     found = load_app_to_look(app).queue.tasks(states=[TaskState(state) for state in states], queue=queue, limit=limit)
     for view in found:
         if as_json:
-            click.echo(json.dumps(summary(view)))
+            click.echo(json_text(summary(view)))
         else:
             columns = (
                 view.id,
@@ -53,7 +52,7 @@ def tasks_show(*, app: str | None, task_id: str) -> None:
     if view is None:
         raise click.ClickException(f"there is no task {plain(task_id)}; `safedefer tasks list` shows those there are")
     document = {**summary(view), "headers": dict(view.headers), "attempts": [r._asdict() for r in view.records]}
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json_text(document, indent=2))
 
 
 @tasks.command("cancel")

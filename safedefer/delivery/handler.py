@@ -141,8 +141,8 @@ class Delivery:
 
     @property
     def handled(self) -> int:
-        """The number of requests handled to their end, since the start."""
-        return self._requests.handled
+        """The number of tasks that were run, since the start; requests that ran none are not counted."""
+        return self._requests.runs
 
     @property
     def running(self) -> int:
@@ -351,6 +351,7 @@ class Delivery:
             await self._finish(request, execution, Outcome(result=Result.RETRY, reason="cancelled"), None)
             raise
         finally:
+            self._requests.end_run()
             # Only after the end is stored: until then no other handler may run the task.
             if not goes_on:
                 self._ledger_client.renewal.remove(execution)

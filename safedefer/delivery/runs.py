@@ -43,8 +43,8 @@ class RequestCount:
         self.running = 0
         self.storing = 0
         """Those whose task's code has ended, and that hold no place while its end is stored."""
-        self.handled = 0
-        """Those that have ended."""
+        self.runs = 0
+        """Runs that have ended. Requests without one are not counted: anybody can send them."""
         self.abandoned = 0
         """Those that were cancelled."""
         self._lock = Lock()
@@ -76,7 +76,6 @@ class RequestCount:
         with self._lock:
             self.running -= 1
             self.storing -= storing
-            self.handled += 1
             self.abandoned += abandoned
             if self.running or not self._waiting:
                 return
@@ -84,6 +83,11 @@ class RequestCount:
         for loop, idle in waiting:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(idle.set)
+
+    def end_run(self) -> None:
+        """Count a run that has ended, or is not waited for any more."""
+        with self._lock:
+            self.runs += 1
 
     async def wait_for_none(self) -> None:
         """Wait until no request is under way."""

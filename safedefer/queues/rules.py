@@ -11,6 +11,7 @@ The handler judges by the same rules as the dispatcher: nothing here knows HTTP 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -57,6 +58,12 @@ RUNNING: Final = "running"
 #: A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it (``Limits.token_bytes`` is
 #: 1 MiB). Such a task has an empty token, and is not delivered. The SQL of the engines has the number too.
 MOST_ROW_BYTES: Final = 2**21
+#: JSON above this many characters is looked at before it is parsed: values take up to fifty times the memory of their text.
+_LOOKED_AT: Final = 10_000
+#: The most members of an object of ours, far above the headers of any request.
+_MOST_MEMBERS: Final = 10_000
+#: A text, also one that has no end: from each of its quotes on it would be looked through again. Or what opens a value.
+_JSON_MARKS: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{:]', re.DOTALL)
 #: The reason of a task whose token is empty or larger than that.
 UNREADABLE: Final = "unreadable"
 #: One more than this still fits into 32 bits: counters stop there, whatever somebody wrote into the storage.
@@ -272,10 +279,31 @@ def stored_mapping(text: object) -> dict[str, Any]:
     if text == "{}":  # nearly all of them
         return {}
     try:
-        value = json.loads(text) if isinstance(text, str) else None
+        value = json.loads(text) if isinstance(text, str) and not unfolds(text) else None
     except (ValueError, RecursionError):  # one row that somebody wrote must not hide the others
         return {}
     return value if type(value) is dict else {}
+
+
+def unfolds(text: str, *, objects: int = 1) -> bool:
+    """Whether a long JSON text has more values than any of ours: lists, more ``objects``, or more members than headers.
+
+    A text that is no JSON may be misjudged; parsing it fails.
+    """
+    if len(text) <= _LOOKED_AT:
+        return False
+    members = 0
+    for mark in _JSON_MARKS.finditer(text):
+        match text[mark.start()]:
+            case "[":
+                return True
+            case "{":
+                objects -= 1
+            case ":":
+                members += 1
+        if objects < 0 or members > _MOST_MEMBERS:
+            return True
+    return False
 
 
 # --- The ledger has the last word -----------------------------------------------------------------

@@ -17,7 +17,7 @@ from safedefer.errors import CapabilityExceeded, DeferError, Error, RejectedTask
 from safedefer.keys import Keyring
 from safedefer.ledger import VerifiedLetter
 from safedefer.options import QUEUE_URLS, Options, Task, TaskRetryOptions
-from safedefer.queues.base import DeadFilter, PullQueue, TaskState, TaskView
+from safedefer.queues.base import BlobsFull, DeadFilter, PullQueue, TaskState, TaskView
 from safedefer.sending.builder import Builder, in_order, stored_retry_options
 from safedefer.sending.ids import new_task_id
 from safedefer.sending.routes import ANY_URL, Routes, lifetime
@@ -145,7 +145,7 @@ class DeadLetters:
                 after = (view.ended or 0.0, view.id)
                 try:
                     task = self.retry(view.id, queue=queue)
-                except (RejectedTask, DeferError) as error:  # the latter: our key may not sign it, or it is too large
+                except (RejectedTask, DeferError, BlobsFull) as error:  # our key may not sign it, or it is too large
                     refused[view.id] = error
                 else:
                     tasks += [] if task is None else [task]

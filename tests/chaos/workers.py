@@ -38,6 +38,13 @@ def _is_gone(pid: int) -> bool:
         return True
 
 
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):  # it vanished
+        return False
+
+
 class Watch:
     """Notes when worker processes ended, whoever ended them: killed here, replaced by the supervisor, or by themselves."""
 
@@ -114,6 +121,9 @@ def kills(
                 pid = rng.choice(alive)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL if what == "worker" else signal.SIGSTOP)
+                until = time.monotonic() + 1  # its threads take a moment to notice
+                while not (_is_gone(pid) or _is_stopped(pid)) and time.monotonic() < until:
+                    time.sleep(0.001)
                 # One that was stopped runs nothing more: its leases lapse before the supervisor ends it.
                 cast.kills.setdefault(pid, time.clock_gettime(time.CLOCK_MONOTONIC))
             # On a busy machine workers would be killed for ever before they have begun.

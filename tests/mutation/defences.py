@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HANDLER, STORAGE, KEYS = "test_handler_attacks", "test_storage_writer", "test_capabilities"
+OPERATORS = "test_operators_commands"
 
 DEFENCES = [
     ("keys.py", "if key is None or not matches:", "if key is None:", "test_handler_attacks"),
@@ -80,6 +81,17 @@ DEFENCES = [
     ("dispatcher/signed_route.py", "if (what := difference(task, claims)) is not None:", "if (what := None) is not None:", "test_ssrf"),
     ("queues/sqlite/trust.py", "trouble = trouble_with_owner(", "trouble = None and trouble_with_owner(", "test_queue_file"),
     ("settings.py", "            if trouble is None:", "            if True:", "test_key_files"),
+    ("queues/rules.py", "    if len(text) <= _LOOKED_AT:", "    if True:", OPERATORS),
+    ("queues/rules.py", '(?:[^"\\\\]++|\\\\.)*+"?|', '(?:[^"\\\\]++|\\\\.)*+"|', OPERATORS),
+    ("queues/postgres/rows.py", "if type(text) is str and unfolds(text, objects=_OBJECTS):", "if False:", OPERATORS),
+    ("cli/common.py", "return value if math.isfinite(value) else None", "return value", OPERATORS),
+    ("cli/common.py", "for each in value] if levels else None", "for each in value]", OPERATORS),
+    ("cli/root.py", 'plain(" ".join(str(error).splitlines()))', "str(error)", OPERATORS),
+    ("cli/common.py", "if math.isnan(found):", "if False:", OPERATORS),
+    ("sending/dead_letters.py", "except (RejectedTask, DeferError, BlobsFull)", "except (RejectedTask, DeferError)", OPERATORS),
+    ("delivery/runs.py", "            self.abandoned += abandoned", "            self.abandoned += abandoned\n            self.runs += 1", OPERATORS),
+    ("queues/sqlite/trust.py", "if connection.execute(_SHARED_PAGES).get is not None:", "if False:", "test_queue_file"),
+    ("queues/sqlite/trust.py", "if trouble is None and suffix and status.st_nlink > 1:", "if False:", "test_queue_file"),
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from pybase64 import b64encode as encode
 
 from safedefer.queues.base import QueuedTask, task_digest
 from safedefer.queues.postgres.statements import to_json
+from safedefer.queues.rules import unfolds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -32,6 +33,8 @@ _MOST: Final = 2**62
 _MOST_SECONDS: Final = 1e18
 #: Parts of the text under ``safedefer``.
 _PLAIN: Final = 5
+#: Objects in the hints: themselves, ``safedefer_more``, headers, retry options.
+_OBJECTS: Final = 4
 #: The longest audience that fits into the ledger's index, beside an id. A longer one is none of ours: its URL would be.
 _LONGEST_AUDIENCE: Final = 2_600
 #: Characters of a destination (audience and callable name) that is cached; longer ones are parsed each time.
@@ -138,11 +141,17 @@ def _read_times(eta: str, created: str, expires: str) -> tuple[float, float, int
 
 def _read_object(text: object) -> dict[str, Any]:
     try:
-        value = orjson.loads(text)  # type: ignore[arg-type]  # NULL raises too
+        value = _parsed(text)
         # A driver that encodes its parameters as JSON has encoded the text a second time.
-        return _object(orjson.loads(value.replace("\\u0000", "")) if type(value) is str else value)
+        return _object(_parsed(value.replace("\\u0000", "")) if type(value) is str else value)
     except orjson.JSONDecodeError:
         return {}
+
+
+def _parsed(text: object) -> object:
+    if type(text) is str and unfolds(text, objects=_OBJECTS):
+        return None
+    return orjson.loads(text)  # type: ignore[arg-type]  # NULL raises too
 
 
 def _object(value: object) -> dict[str, Any]:
