@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safedefer.claims import Claims
 from safedefer.codecs.protocol import Codec
@@ -39,6 +39,7 @@ from safedefer.sending.dead_letters import DeadLetters
 from safedefer.sending.producer import Producer
 from safedefer.sending.routes import ANY_URL, Routes
 from safedefer.sending.sender import CallTuple, Deferral, Sender
+from safedefer.sending.test_mode import TEST_MODE, refuse
 from safedefer.signing import Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.transactions.outbox import Outbox
@@ -157,6 +158,7 @@ class App(Producer):
         sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observer)
         super().__init__(sender=sender, builder=builder, routes=routes, outbox=outbox)
         self._build_handling(keyring, limits, allow_pickle=allow_pickle)
+        self._limits, self._inline_limit, self._by_value = limits, inline_limit, by_value_pickles_run_code
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
@@ -187,6 +189,29 @@ class App(Producer):
             load_policy=self._direct.load_policy,
             clock=clock,
         )
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return the arguments of an App like this one, but for its queue, outboxes, observer and clock: for test mode."""
+        options = self.delivery_options
+        return {
+            "keyring": self.keyring,
+            "policy": self.policy,
+            "environment": self.environment if self.environment_given else None,
+            "url": self.url,
+            "prefix": self.prefix,
+            "queues": self.queues,
+            "queue_yaml": self.queue_file,
+            "targets": self.targets,
+            "allow_pickle": self.allow_pickle,
+            "by_value_pickles_run_code": self._by_value,
+            "validate": options.validate,
+            "around": options.around,
+            "concurrency": options.concurrency,
+            "lease_seconds": options.lease_seconds,
+            "inline_limit": self._inline_limit,
+            "unverified_bytes": options.unverified_bytes,
+            "limits": self._limits,
+        }
 
     @classmethod
     def from_settings(cls, settings: Settings | None = None) -> App:
@@ -354,6 +379,8 @@ class App(Producer):
             if self._closed:
                 raise QueueUnavailable("the App is closed; make another one")
             if isinstance(self._queue, str):
+                if TEST_MODE.active and not self._builder.in_test:
+                    refuse()
                 self._queue = open_queue(self._queue, self._storage)
             return self._queue
 

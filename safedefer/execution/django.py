@@ -29,6 +29,11 @@ async def close_old_async() -> None:
         await asgiref.sync_to_async(close_old_connections, thread_sensitive=True)()
 
 
+def is_used() -> bool:
+    """Whether this process uses Django: it is loaded and configured."""
+    return _database() is not None
+
+
 def _database() -> Any:
     """Return ``django.db``; None where it is not loaded, or Django is not configured."""
     database, conf = sys.modules.get("django.db"), sys.modules.get("django.conf")

@@ -38,6 +38,9 @@ class Outbox:
         clock: Seconds since the epoch.
     """
 
+    reads_own = False
+    """Tasks are read by a connection of the relay's own."""
+
     def __init__(
         self,
         queue: Callable[[], RelayedTo],
