@@ -12,7 +12,7 @@ or, where tasks are deferred by ``safedefer.deferred`` and settings, what may ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,17 +32,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def safedefer_app(pytestconfig: pytest.Config) -> Iterator[TestApp]:
     """The App of the tests in test mode: a ``safedefer.testing.TestApp``."""
+    with app_by(pytestconfig.getini("safedefer_app"), pytestconfig.getini("safedefer_policy")) as app:
+        yield app
+
+
+def app_by(name: str, policy: Sequence[str]) -> TestApp:
+    """Return the TestApp that the settings say.
+
+    Raises:
+        pytest.UsageError: There are none, or the App cannot be had.
+    """
     # Here and not at the top: nothing is imported for the tests that do not use it.
     from safedefer.errors import ConfigurationError  # noqa: PLC0415
     from safedefer.testing import TestApp  # noqa: PLC0415
     from safedefer.testing.unit import app_of  # noqa: PLC0415
 
-    name, policy = pytestconfig.getini("safedefer_app"), pytestconfig.getini("safedefer_policy")
     if not name and not policy:
         raise pytest.UsageError(_REMEDY)
     try:
-        kit = TestApp(app_of(name)) if name else TestApp(*policy)
+        return TestApp(app_of(name)) if name else TestApp(*policy)
     except ConfigurationError as error:
         raise pytest.UsageError(f"{error}; {_REMEDY}") from error
-    with kit:
-        yield kit

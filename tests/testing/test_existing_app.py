@@ -536,6 +536,7 @@ def test_a_session_of_sqlalchemy_in_memory(tasks):
 
 
 async def test_an_awaited_connection_in_memory(tasks):
+    pytest.importorskip("aiosqlite")  # of the extra "test"
     engine = create_async_engine("sqlite+aiosqlite://", poolclass=sqlalchemy.StaticPool)
     async with engine.connect() as connection:
         async with shop.app.transaction(connection):
