@@ -35,7 +35,7 @@ async def close_old_async() -> None:
 
 def is_of_testcase(connection: Any) -> bool:
     """Whether the outermost ``atomic`` of a connection is that of a ``TestCase``."""
-    blocks = getattr(connection, "atomic_blocks", None)
+    blocks: list[Any] = getattr(connection, "atomic_blocks", [])
     return bool(blocks) and getattr(blocks[0], "_from_testcase", False)
 
 

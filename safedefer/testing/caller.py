@@ -79,8 +79,12 @@ def run_here(threads: CallThreads, main: Callable[[], Coroutine[Any, Any, _T]]) 
         with ThreadPoolExecutor(1, thread_name_prefix="safedefer-testing") as thread:
             return thread.submit(_run_in_loop, threads, main).result()
     if is_sensitive():
+
+        async def run() -> _T:  # asgiref warns of what is no coroutine function
+            return await main()
+
         with _Way(threads, call_sensitive):
-            return Context().run(sys.modules["asgiref.sync"].async_to_sync(main))  # type: ignore[no-any-return]
+            return Context().run(sys.modules["asgiref.sync"].async_to_sync(run))  # type: ignore[no-any-return]
     return _run_in_loop(threads, main)
 
 

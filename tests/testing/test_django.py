@@ -140,7 +140,7 @@ def test_tests_of_django_run_tasks_in_their_transaction(tmp_path, database):
         (tmp_path / name).write_text(text)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SAFEDEFER_")}
     done = subprocess.run(
-        [sys.executable, "-m", "django", "test", "--settings", "settings"],
+        [sys.executable, "-W", "error", "-m", "django", "test", "--settings", "settings"],
         cwd=tmp_path, env={**kept, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "TEST_DB": database},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
