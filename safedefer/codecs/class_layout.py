@@ -51,6 +51,11 @@ CONTENTS: Final[dict[type, str]] = {
 MUTABLE: Final[tuple[type, ...]] = (list, set, dict)
 
 REMEDY: Final = "pass an id, register the type (safedefer.register_type), or opt in to pickle"
+#: Classes in C whose values have a plain form of their own.
+_PLAIN: Final = {
+    "numpy.generic": "pass value.item(), which is a value of Python",
+    "numpy.ndarray": f"pass value.tolist() if it is small; else {REMEDY}",
+}
 _NAMEDTUPLE_ARGS: Final = cast("Any", collections.namedtuple("_Probe", "a")).__getnewargs__.__code__  # noqa: PYI024
 # dataclasses generates these for slotted frozen classes; they only read and set the fields.
 _DATACLASS_STATE: Final = tuple(
@@ -215,7 +220,7 @@ def _check_layout(cls: type, base: type, *, exception: bool) -> None:
             if "__slots__" in inspect_safely.namespace(base)
             else f"a subclass of {inspect_safely.type_name(base)} may hide state in C"
         )
-        raise ValueError(f"{what}; {REMEDY}")
+        raise ValueError(f"{what}; {_instead(cls)}")
     if cls is object:
         raise ValueError(
             "a bare object() is nothing but its identity, which does not travel; use None or an enum member"
@@ -225,6 +230,12 @@ def _check_layout(cls: type, base: type, *, exception: bool) -> None:
             f"{inspect_safely.type_name(finalizer[0])} defines __del__, which would run on whatever state a token gives "
             f"the object; {REMEDY}"
         )
+
+
+def _instead(cls: type) -> str:
+    """Return what to do for a class with state in C."""
+    names = [inspect_safely.type_name(each) for each in inspect_safely.mro(cls)]
+    return next((remedy for name, remedy in _PLAIN.items() if name in names), REMEDY)
 
 
 def _refuse_reducers(cls: type, base: type) -> None:

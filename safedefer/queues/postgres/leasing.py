@@ -104,10 +104,7 @@ async def lease(
     again = [job["id"] for job in jobs if job["attempts"] or job["id"] in seen.lost]
     progress = await read_progress(connection, again) if again else {}
     retried = {job_id: tasks[job_id] for job_id in again if job_id not in seen.lost}
-    losses, died, waiting = await _losses(connection, retried, progress)
-    if waiting:
-        await connection.executemany(STATEMENTS.retry, [(job_id, interval(PUT_OFF), None) for job_id in waiting])
-        jobs = [job for job in jobs if job["id"] not in waiting]
+    jobs, losses, died = await _look_at_retried(connection, jobs, retried, progress)
     lost: dict[int, float | None] = {job_id: seen.lost[job_id] for job_id in again if job_id in seen.lost}
     lost |= dict.fromkeys(died)
     if lost:
@@ -184,15 +181,18 @@ async def release(connection: Connection, *, managers: Sequence[UUID], seconds: 
     return len(await connection.fetch(SQL["leases_release"], waiting, list(managers), interval(seconds)))
 
 
-async def _losses(
-    connection: Connection, tasks: Mapping[int, QueuedTask], progress: Mapping[int, Counters]
-) -> tuple[dict[int, int], list[int], set[int]]:
-    """Return how many deliveries in a row of each task were lost, by the id of its job.
+async def _look_at_retried(
+    connection: Connection,
+    jobs: Sequence[Mapping[str, Any]],
+    tasks: Mapping[int, QueuedTask],
+    progress: Mapping[int, Counters],
+) -> tuple[Sequence[Mapping[str, Any]], dict[int, int], list[int]]:
+    """Return the jobs to deliver, how many deliveries in a row of each were lost, by its id, and those with a lost run.
 
-    Also the jobs with a lost run, and those that wait for a run that goes on.
+    Jobs that wait for a run that goes on are given back.
     """
     if not tasks:
-        return {}, [], set()
+        return jobs, {}, []
     rows = await connection.fetch(SQL["ledger_find"], ledger_keys(tasks.values()))
     found = {(row["audience"], row["task_id"]): row for row in rows}
     losses, died, waiting = {}, [], set()
@@ -205,7 +205,10 @@ async def _losses(
             died.append(job_id)
         elif waits_for_run(reason, known):
             waiting.add(job_id)
-    return losses, died, waiting
+    if waiting:
+        await connection.executemany(STATEMENTS.retry, [(job_id, interval(PUT_OFF), None) for job_id in waiting])
+        jobs = [job for job in jobs if job["id"] not in waiting]
+    return jobs, losses, died
 
 
 async def _charge_lost_leases(
