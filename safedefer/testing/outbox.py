@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from safedefer.errors import BadTransactionStateError
 from safedefer.testing.caller import is_sensitive
 from safedefer.transactions.databases import Opener, Source, run_now
 from safedefer.transactions.databases.django import DjangoSource
@@ -26,18 +27,32 @@ class OwnOutbox(Outbox):
         self._own: list[tuple[Source, str | None]] = []
 
     def relay_after(self, source: Source, identity: str | None, opener: Opener | None, schema: str | None) -> None:
-        """Remember the connection, or relay the tasks as in production."""
+        """Relay the tasks by the block's connection, now or when its transaction has ended, or as in production."""
         if identity is None or opener is None or isinstance(source, DjangoSource):
             self._own.append((source, schema))
+            self._sweep_own()
         else:
             super().relay_after(source, identity, opener, schema)
 
     def sweep(self) -> int:
-        """Relay the tasks of transactions that have ended; returns how many."""
-        moved = super().sweep()
-        for source, schema in self._ended(is_async=False):
-            moved += run_now(self._transfer.move(source, self.queue(), (schema,)))
-        return moved
+        """Relay the tasks of transactions that have ended; returns how many.
+
+        Raises:
+            BadTransactionStateError: A connection to a database in memory was closed before.
+        """
+        return super().sweep() + self._sweep_own()
+
+    def _sweep_own(self) -> int:
+        return sum(run_now(self._move(source, schema)) for source, schema in self._ended(is_async=False))
+
+    async def _move(self, source: Source, schema: str | None) -> int:
+        try:
+            return await self._transfer.move(source, self.queue(), (schema,))
+        except Exception as error:
+            raise BadTransactionStateError(
+                "tasks of a transaction cannot be read by its connection any more; close a connection to a database in memory "
+                "after run_due() or an assertion"
+            ) from error
 
     async def sweep_async(self) -> int:
         """Do the same in a running loop, for connections that are awaited too."""
@@ -47,7 +62,7 @@ class OwnOutbox(Outbox):
         else:
             moved += self.sweep()
         for source, schema in self._ended(is_async=True):
-            moved += await self._transfer.move(source, self.queue(), (schema,))
+            moved += await self._move(source, schema)
         return moved
 
     def _ended(self, *, is_async: bool) -> list[tuple[Source, str | None]]:

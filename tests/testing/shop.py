@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import sqlite3
 import threading
 from dataclasses import dataclass
 
@@ -108,6 +109,12 @@ def runs_due():
 
     DONE.append(deferred.current_app())
     TESTS[-1].run_due()
+
+
+def pay_with_transaction(value):
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+    with app.transaction(connection):
+        app.options(transactional=True).defer(keep, value)
 
 
 TESTS = []

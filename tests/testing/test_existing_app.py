@@ -299,6 +299,13 @@ def test_an_oversize_task_and_its_arguments(tasks):
     tasks.assert_deferred(shop.keep, "x" * 20_000)
 
 
+def test_a_large_task_that_has_expired_is_refused(tasks):
+    shop.app.defer(shop.keep, "x" * 100_000)
+    tasks.clock.advance(32 * 86_400)
+    assert [(ran.outcome, ran.reason) for ran in tasks.run_due(raises=False)] == [("failed", "expired-task")]
+    assert shop.DONE == []
+
+
 def test_a_handler_that_is_down_charges_nothing(tasks):
     shop.pay(1)
     shop.pay(2)
@@ -513,6 +520,38 @@ def test_a_transaction_in_memory_that_the_test_commits(tasks):
     with pytest.raises(BadTransactionStateError):
         shop.app.options(transactional=True).defer(shop.keep, 3)
     connection.close()
+
+
+def test_a_connection_in_memory_may_be_closed_after_its_block(tasks):
+    connection = sqlite3.connect(":memory:")
+    with shop.app.transaction(connection):
+        shop.app.options(transactional=True).defer(shop.keep, 1)
+    connection.close()
+    tasks.assert_deferred(shop.keep, 1)
+
+
+def test_one_that_is_closed_before_its_commit_was_seen_is_an_error(tasks):
+    connection = sqlite3.connect(":memory:")
+    connection.execute("BEGIN")
+    with shop.app.transaction(connection):
+        shop.app.options(transactional=True).defer(shop.keep, 1)
+    connection.commit()
+    connection.close()
+    with pytest.raises(BadTransactionStateError, match="close a connection to a database in memory after"):
+        tasks.run_due()
+
+
+def test_a_task_that_defers_with_a_transaction_of_its_own(tasks):
+    shop.app.defer(shop.pay_with_transaction, 3)
+    assert [ran.callable for ran in tasks.run_due()] == [
+        "tests.testing.shop:pay_with_transaction", "tests.testing.shop:keep",
+    ]  # fmt: skip
+    assert shop.DONE == [3]
+
+
+async def test_it_does_so_inside_a_loop_too(tasks):
+    await shop.app.defer_async(shop.pay_with_transaction, 3)
+    assert len(await tasks.run_due_async()) == 2
 
 
 def test_a_transaction_of_a_file(tasks, tmp_path):
