@@ -134,7 +134,7 @@ class App(Producer):
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
         self._queue: PullQueue | str = queue
-        self._storage, self._clock = _storage(storage, file), clock
+        self._storage, self._clock, self._by_value = _storage(storage, file), clock, by_value_pickles_run_code
         self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
         self.delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes,
@@ -158,11 +158,10 @@ class App(Producer):
         sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observer)
         super().__init__(sender=sender, builder=builder, routes=routes, outbox=outbox)
         self._build_handling(keyring, limits, allow_pickle=allow_pickle)
-        self._limits, self._inline_limit, self._by_value = limits, inline_limit, by_value_pickles_run_code
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
-        self.keyring, self.allow_pickle = keyring, allow_pickle
+        self.keyring, self.allow_pickle, self._limits = keyring, allow_pickle, limits
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,
@@ -208,7 +207,7 @@ class App(Producer):
             "around": options.around,
             "concurrency": options.concurrency,
             "lease_seconds": options.lease_seconds,
-            "inline_limit": self._inline_limit,
+            "inline_limit": self._builder.inline_limit,
             "unverified_bytes": options.unverified_bytes,
             "limits": self._limits,
         }

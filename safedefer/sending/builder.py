@@ -61,7 +61,7 @@ class Builder:
         self._key = key
         self._codecs = codecs
         self._routes = routes
-        self._inline_limit = inline_limit
+        self.inline_limit = inline_limit
         self._clock = clock
         self.in_test = False
         """Whether its tasks go to the queue of a ``TestApp``."""
@@ -133,7 +133,7 @@ class Builder:
         payload = token = self._signer.sign(claims)
         digest = sha256(token)
         blob = None
-        if len(token) > self._inline_limit:
+        if len(token) > self.inline_limit:
             blob = Blob(new_blob_id(), token)
             pointer = {"id": blob.id, "sha256": digest.hexdigest(), "length": len(token)}
             shared = {**shared_claims(claims), "iat": claims["iat"], "blob": pointer}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,35 +14,28 @@ from safedefer import deferred
 from safedefer.app import App
 from safedefer.claims import split_audience
 from safedefer.delivery.handler import Delivery
-from safedefer.dispatcher.attempt import AttemptRunner
-from safedefer.dispatcher.reports import Reports
-from safedefer.dispatcher.transport import Unreachable
 from safedefer.errors import ConfigurationError
-from safedefer.events import Event, LogObserver, Observer, TaskHandled, notify
+from safedefer.events import LogObserver, Observer, TaskHandled
 from safedefer.execution.context import current_task
 from safedefer.execution.prepare import prepare
 from safedefer.headers import Response
-from safedefer.keys import MIN_SECRET_BYTES, Key, Keyring
-from safedefer.options import Options, Task
 from safedefer.policy import Policy
-from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView
-from safedefer.queues.rules import give_back
+from safedefer.queues.base import QueuedTask, TaskState, TaskView
 from safedefer.sending.builder import stored_retry_options
 from safedefer.sending.routes import ANY_URL
-from safedefer.sending.sender import CallTuple, Sender
 from safedefer.sending.test_mode import TEST_MODE
 from safedefer.task import VerifiedTask
 from safedefer.testing.caller import CallThreads, run_here, run_on_loop
 from safedefer.testing.clock import Clock
 from safedefer.testing.outbox import OwnOutbox
+from safedefer.testing.parts import KitObserver, KitSender, KitTransport, Raises, arguments_of, deliver_due, nothing
 from safedefer.testing.recorded import Anything, DeferredTask, RecordingQueue, Wanted
 from safedefer.testing.reports import Ran, check
 from safedefer.wrappers import unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine
+    from collections.abc import Coroutine
 
-_OWNER: Final = "testing"
 #: What an App has made since it was: not of ``__init__``.
 _MADE_LATER: Final = {"_delivery": None, "_wsgi": None, "_closed": False}
 #: The Apps that a TestApp has made those of ``safedefer.deferred``, the innermost last.
@@ -74,10 +65,10 @@ class TestApp(App):
     def __init__(
         self, *what: App | str | Policy, clock: Clock | None = None, inline: bool = False, **settings: Any
     ) -> None:
-        app, given = _given(what)
+        app, given = arguments_of(what)
         clock = clock or Clock()
         inner: Observer = settings.pop("observer", None) or (LogObserver() if app is None else app.observer)
-        observer = _Observer(inner)
+        observer = KitObserver(inner)
         super().__init__(
             **{
                 "environment": "testing",
@@ -90,8 +81,8 @@ class TestApp(App):
         )
         self._builder.in_test = True
         self.outbox = OwnOutbox(self._get_queue, environment=self.environment, queues=self.queues, clock=clock)
-        after = self._run_inline if inline else _nothing
-        self._sender = _Sender(
+        after = self._run_inline if inline else nothing
+        self._sender = KitSender(
             after, builder=self._builder, queue=self._get_queue, outbox=self.outbox, observer=self.observer
         )
         self._parts = dict(vars(self))
@@ -102,7 +93,7 @@ class TestApp(App):
         self._observer = observer
         self._faults: list[tuple[str, BaseException | type[BaseException]]] = []
         self._threads = CallThreads(self.delivery_options.concurrency)
-        self._transport = _Transport(self._handle_delivery)
+        self._transport = KitTransport(self._handle_delivery)
         self._running = Lock()
         self._kept: dict[str, Any] | None = None
         self._before: App | None = None
@@ -354,31 +345,17 @@ class TestApp(App):
             self.run_due()
 
     async def _deliver_due(self, attempted: set[str]) -> None:
-        """Deliver every due task once, by the dispatcher's own judgement."""
-        queue, file = self.queue, self.queue_file
-        queue.configure(() if file is None else file.limits, now=self.clock())
-        reports = Reports(self.observer, clock=self.clock)
-        attempts = AttemptRunner(
-            queue,
+        seconds = self.delivery_options.lease_seconds
+        await deliver_due(
+            self.queue,
             self._transport,
             self._threads,
+            attempted,
             clock=self.clock,
-            rng=_NoJitter(),
-            slots=1,
-            retry_options={} if file is None else {each.name: each.retry_parameters.given() for each in file.queue},
-            reports=reports,
+            observer=self.observer,
+            file=self.queue_file,
+            seconds=seconds,
         )
-        again: list[Lease] = []
-        seconds = self.delivery_options.lease_seconds
-        while leases := queue.lease(owner=_OWNER, limit=1, seconds=seconds, now=self.clock()):
-            for lease in leases:
-                if lease.task.id in attempted:  # to be retried at once
-                    again.append(lease)
-                    continue
-                attempted.add(lease.task.id)
-                settlements = [(lease, await attempts.run(lease))]
-                reports.settled(settlements, queue.settle_many(settlements, now=self.clock()))
-        queue.settle_many([(lease, give_back(lease, now=self.clock())) for lease in again], now=self.clock())
 
     async def _handle_delivery(self, headers: Mapping[str, str], body: bytes, *, path: str) -> Response:
         return await self.handle(headers, body, path=path)
@@ -413,7 +390,7 @@ class TestApp(App):
         for fault in self._faults:
             if view is not None and fault[0] == view.callable_name:
                 self._faults.remove(fault)
-                return _Raises(fault[1])
+                return Raises(fault[1])
         return nullcontext()
 
     def _name_of(self, obj: Callable[..., object]) -> str:
@@ -461,114 +438,3 @@ class TestApp(App):
             headers=queued.headers,
             retry_options=stored_retry_options(queued.retry_options),
         )
-
-
-class _Observer(LogObserver):
-    """Keeps the answers of a run, and hands every event on."""
-
-    def __init__(self, inner: Observer) -> None:
-        super().__init__()
-        self._inner = inner
-        self.handled: list[TaskHandled] = []
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, TaskHandled):
-            self.handled.append(event)
-        notify(self._inner, event)
-
-
-class _Sender(Sender):
-    """Calls ``after`` when tasks were enqueued."""
-
-    def __init__(self, after: Callable[[], None], **parts: Any) -> None:
-        super().__init__(**parts)
-        self._after = after
-
-    def send(
-        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Task:
-        """Defer one call."""
-        task = super().send(options, obj, args, kwargs)  # send_async calls it in a thread
-        if not options.transactional:
-            self._after()
-        return task
-
-    def send_many(self, options: Options, calls: Iterable[CallTuple], *, atomic: bool = True) -> list[Task]:
-        """Defer several calls."""
-        tasks = super().send_many(options, calls, atomic=atomic)
-        if not options.transactional:
-            self._after()
-        return tasks
-
-
-class _Transport:
-    """Delivers to a handler in this process, unless it is down."""
-
-    several = False
-
-    def __init__(self, handle: Callable[..., Awaitable[Response]]) -> None:
-        self._handle = handle
-        self.down = False
-
-    def __call__(self, task: QueuedTask, headers: Mapping[str, str]) -> Awaitable[Response]:
-        """Hand one task to the handler."""
-        if self.down:
-            raise Unreachable("handler_down")
-        return self._handle(headers, task.token, path=task.url)
-
-    def address(self, task: QueuedTask, /) -> str:  # noqa: ARG002  # one handler takes all
-        """Return the empty text."""
-        return ""
-
-
-class _Raises:
-    """A context manager that raises when it is entered."""
-
-    def __init__(self, error: BaseException | type[BaseException]) -> None:
-        self._error = error
-
-    def __enter__(self) -> None:
-        raise self._error
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: it is never left."""
-
-
-class _NoJitter(random.Random):
-    """Takes nothing off the intervals of retries: a test knows when a task is due again."""
-
-    def random(self) -> float:
-        return 0.0
-
-
-def _nothing() -> None:
-    """Do nothing after a task was enqueued."""
-
-
-def _given(what: Sequence[App | str | Policy]) -> tuple[App | None, dict[str, Any]]:
-    """Return the App, if there is one, and the arguments of an App in test mode."""
-    apps = [item for item in what if isinstance(item, App)]
-    if apps:
-        if len(what) > 1:
-            raise ConfigurationError("give TestApp one App, or patterns; use a TestApp for each App")
-        arguments = apps[0]._arguments()  # noqa: SLF001  # of the App, for this
-        # The limits of its keys, and secrets of this test: its tokens are worth nothing elsewhere.
-        arguments["keyring"] = Keyring(_with_new_secret(key) for key in arguments["keyring"].keys)
-        return apps[0], arguments
-    key = Key("testing", secrets.token_bytes(MIN_SECRET_BYTES), pickle=True)
-    return None, {"keyring": Keyring(key), "policy": _policy(cast("Sequence[str | Policy]", what))}
-
-
-def _with_new_secret(key: Key) -> Key:
-    secret = secrets.token_bytes(MIN_SECRET_BYTES)
-    return Key(key.kid, secret, key.state, queues=key.queues, patterns=key.patterns, pickle=key.pickle)
-
-
-def _policy(given: Sequence[str | Policy]) -> Policy:
-    patterns = [item for item in given if isinstance(item, str)]
-    if len(patterns) == len(given):
-        return Policy(*patterns)
-    if len(given) > 1:
-        raise ConfigurationError("give TestApp either patterns or one Policy")
-    (policy,) = (item for item in given if isinstance(item, Policy))
-    return policy
