@@ -5,7 +5,7 @@ A task that a test defers by an App that is not in test mode would go to a real 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NoReturn
 
 from safedefer.errors import ConfigurationError
 
@@ -22,7 +22,7 @@ class TestMode:
 TEST_MODE: Final = TestMode()
 
 
-def refuse() -> None:
+def refuse() -> NoReturn:
     """Refuse an App that is not in test mode.
 
     Raises:

@@ -23,7 +23,7 @@ from safedefer.policy import Policy
 from safedefer.queues.base import QueuedTask, TaskState, TaskView
 from safedefer.sending.builder import stored_retry_options
 from safedefer.sending.routes import ANY_URL
-from safedefer.sending.test_mode import TEST_MODE
+from safedefer.sending.test_mode import TEST_MODE, refuse
 from safedefer.task import VerifiedTask
 from safedefer.testing.caller import CallThreads, run_here, run_on_loop
 from safedefer.testing.clock import Clock
@@ -96,6 +96,7 @@ class TestApp(App):
         self._transport = KitTransport(self._handle_delivery)
         self._running = Lock()
         self._kept: dict[str, Any] | None = None
+        self._real_queue = self.app.outbox.queue
         self._before: App | None = None
 
     # --- Test mode ---
@@ -112,7 +113,10 @@ class TestApp(App):
         self._kept = {}
         if self.app is not self:
             parts, own = {**self._parts, **_MADE_LATER}, vars(self.app)
+            self._real_queue = self.app.outbox.queue
             self._kept = {name: own[name] for name in parts if name in own}
+            # What the relay of the App still has to move waits: by the App it would find the queue of the test.
+            self.app.outbox.queue = refuse
             own.update(parts)
         self._before = deferred.configured_app()
         if self.app is self or self._before is None or any(self._before is each for each in (self.app, *_placed)):
@@ -137,6 +141,7 @@ class TestApp(App):
                 for name in (*self._parts, *_MADE_LATER):
                     own.pop(name, None)
                 own.update(self._kept)
+                self.app.outbox.queue = self._real_queue
             self._kept = None
             self.close()
             self._threads.close(wait=False)

@@ -221,6 +221,27 @@ def test_a_test_mode_inside_another_has_its_own_tasks(tasks):
     assert [task.args for task in tasks.deferred_tasks] == [(1,), (3,)]
 
 
+def test_what_its_relay_has_to_move_waits_until_the_test_is_over(tmp_path):
+    """The relay asks the App for its queue: it must not put a real task into the queue of a test."""
+    real = make_app()
+    connection = sqlite3.connect(tmp_path / "shop.db")
+    connection.execute("BEGIN")
+    with real.transaction(connection):
+        real.options(transactional=True).defer(len, [])
+    outbox = real.outbox
+    with TestApp(real) as tasks:
+        connection.commit()
+        assert outbox.sweep() == 0
+        assert tasks.deferred_tasks == []
+        with TestApp(real):
+            assert outbox.sweep() == 0
+        assert outbox.sweep() == 0
+    outbox.sweep()
+    assert [view.callable_name for view in real.queue.tasks()] == ["builtins:len"]
+    connection.close()
+    real.close()
+
+
 def test_an_app_that_closes_itself_can_be_looked_at(tasks):
     shop.pay(1)
     shop.app.close()
