@@ -5,12 +5,14 @@ import contextvars
 import operator
 import sqlite3
 import threading
+import time
 
 import pytest
 import sqlalchemy
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from safedefer import App, Key, Keyring, PermanentTaskFailure, Policy, TaskRetryOptions, deferred
+from safedefer.dispatcher.loop import Dispatcher, InProcessDelivery
 from safedefer.errors import (
     BadTransactionStateError,
     ConfigurationError,
@@ -175,16 +177,21 @@ def test_an_app_that_enqueues_for_real_is_refused(way, mode):
         enqueuing_ways(real)[way]()
 
 
-def test_an_app_with_an_open_queue_is_refused_too_and_serves_again_afterwards():
-    real = make_app()
-    dead = real.options(retry_options=TaskRetryOptions(task_retry_limit=0)).defer(len, [])
+@pytest.mark.parametrize("way", sorted({*enqueuing_ways(None), "retry"} - {"none"}))
+def test_an_app_with_an_open_queue_is_refused_too_and_serves_again_afterwards(way):
+    real = make_app(policy=Policy("tests.testing.shop", "builtins:len"))
+    dead = real.options(retry_options=TaskRetryOptions(task_retry_limit=0)).defer(shop.fails, "x")
+    KEPT[:] = [real.options(countdown=1)]
+    ways = {**enqueuing_ways(real), "retry": lambda: real.retry(dead.id)}
+    asyncio.run(Dispatcher(real.queue, InProcessDelivery(real.handle), clock=time.time).run_until_empty())
     with TestApp(shop.app) as tasks:
         with pytest.raises(ConfigurationError, match="not in test mode"):
-            real.defer(len, [])
+            ways[way]()
         assert tasks.deferred_tasks == []
-    real.defer(len, [])
-    assert [view.state for view in real.queue.tasks()] == ["waiting", "waiting"]
-    assert real.cancel(dead.id)
+        assert [view.state for view in real.queue.tasks()] == ["dead"]
+    ways[way]()
+    real.outbox.sweep()
+    assert [view.state for view in real.queue.tasks()].count("waiting") == 1
     real.close()
 
 
