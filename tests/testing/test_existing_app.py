@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import io
 import operator
 import sqlite3
 import threading
@@ -642,9 +643,21 @@ def test_settings_of_the_test_count_before_the_apps():
 
 
 def test_the_wsgi_application_of_a_test_ends_with_it():
-    loops = threading.active_count()
-    with TestApp(shop.app):
-        environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/_ah/queue/deferred", "SCRIPT_NAME": ""}
-        shop.app.wsgi(environ, lambda *_: None)
-    assert threading.active_count() <= loops + 8
+    def loops():
+        return {thread for thread in threading.enumerate() if thread.name == "safedefer-wsgi"}
+
+    before = loops()
+    with TestApp(shop.app) as tasks:
+        wsgi = shop.app.wsgi
+        body = shop.pay(1).payload
+        environ = {
+            "REQUEST_METHOD": "POST", "PATH_INFO": "/_ah/queue/deferred", "SCRIPT_NAME": "", "CONTENT_LENGTH": str(len(body)),
+            "CONTENT_TYPE": "application/jose", "wsgi.input": io.BytesIO(body),
+        }  # fmt: skip
+        answers = []
+        assert b"".join(wsgi(environ, lambda status, headers: answers.append(status))) == b"succeeded\n"
+        assert answers == ["200 OK"]
+        assert len(loops() - before) == 1
+        assert [ran.outcome for ran in tasks.run_due()] == ["duplicate"]
+    assert loops() == before
     assert vars(shop.app).get("_wsgi") is None
