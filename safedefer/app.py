@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safedefer.claims import Claims
 from safedefer.codecs.protocol import Codec
@@ -39,6 +39,7 @@ from safedefer.sending.dead_letters import DeadLetters
 from safedefer.sending.producer import Producer
 from safedefer.sending.routes import ANY_URL, Routes
 from safedefer.sending.sender import CallTuple, Deferral, Sender
+from safedefer.sending.test_mode import TEST_MODE, refuse
 from safedefer.signing import Signer, Verifier
 from safedefer.task import VerifiedPointer, VerifiedTask
 from safedefer.transactions.outbox import Outbox
@@ -133,7 +134,7 @@ class App(Producer):
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
         self._queue: PullQueue | str = queue
-        self._storage, self._clock = _storage(storage, file), clock
+        self._storage, self._clock, self._by_value = _storage(storage, file), clock, by_value_pickles_run_code
         self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
         self.delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes,
@@ -160,7 +161,7 @@ class App(Producer):
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
-        self.keyring, self.allow_pickle = keyring, allow_pickle
+        self.keyring, self.allow_pickle, self._limits = keyring, allow_pickle, limits
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,
@@ -187,6 +188,29 @@ class App(Producer):
             load_policy=self._direct.load_policy,
             clock=clock,
         )
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return the arguments of an App like this one, but for its queue, outboxes, observer and clock: for test mode."""
+        options = self.delivery_options
+        return {
+            "keyring": self.keyring,
+            "policy": self.policy,
+            "environment": self.environment if self.environment_given else None,
+            "url": self.url,
+            "prefix": self.prefix,
+            "queues": self.queues,
+            "queue_yaml": self.queue_file,
+            "targets": self.targets,
+            "allow_pickle": self.allow_pickle,
+            "by_value_pickles_run_code": self._by_value,
+            "validate": options.validate,
+            "around": options.around,
+            "concurrency": options.concurrency,
+            "lease_seconds": options.lease_seconds,
+            "inline_limit": self._builder.inline_limit,
+            "unverified_bytes": options.unverified_bytes,
+            "limits": self._limits,
+        }
 
     @classmethod
     def from_settings(cls, settings: Settings | None = None) -> App:
@@ -354,6 +378,8 @@ class App(Producer):
             if self._closed:
                 raise QueueUnavailable("the App is closed; make another one")
             if isinstance(self._queue, str):
+                if TEST_MODE.active and not self._builder.in_test:
+                    refuse()
                 self._queue = open_queue(self._queue, self._storage)
             return self._queue
 

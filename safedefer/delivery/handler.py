@@ -103,6 +103,7 @@ class Delivery:
         clock: Returns seconds since the epoch.
         observer: Gets an event for every answer.
         options: Limits, and how tasks are run.
+        threads: Run plain callables; ``options.concurrency`` threads by default.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Delivery:
         clock: Callable[[], float],
         observer: Observer,
         options: DeliveryOptions,
+        threads: Threads | None = None,
     ) -> None:
         self._verifier = verifier
         self._codecs = codecs
@@ -126,7 +128,7 @@ class Delivery:
         """Bytes for all bodies that are being read. A reader takes from it before each chunk."""
         self._requests = RequestCount()
         self._draining = False
-        self._threads = Threads(options.concurrency, "safedefer-task")
+        self._threads = Threads(options.concurrency, "safedefer-task") if threads is None else threads
         self._runs = Runs(self._threads, limit=stuck_limit(options.concurrency))
         # Storage has threads of its own: a task that blocks must not delay the ledger entries of others.
         self._storage = Threads(_STORAGE_THREADS, "safedefer-ledger")

@@ -15,9 +15,10 @@ from safedefer.execution.binding import check_binds, named_arguments
 from safedefer.keys import Key
 from safedefer.options import DEFAULT_OPTIONS, Options, Task, TaskRetryOptions
 from safedefer.queues.base import UNTIL_START, QueuedTask, TaskView
-from safedefer.refs import UNBOUND, bound_object
+from safedefer.refs import UNBOUND, CallableRef, bound_object
 from safedefer.sending.ids import new_blob_id, new_task_id
 from safedefer.sending.routes import Routes
+from safedefer.sending.test_mode import TEST_MODE, refuse
 from safedefer.signing import Signer, shared_claims
 from safedefer.wrappers import unwrapped
 
@@ -60,8 +61,10 @@ class Builder:
         self._key = key
         self._codecs = codecs
         self._routes = routes
-        self._inline_limit = inline_limit
+        self.inline_limit = inline_limit
         self._clock = clock
+        self.in_test = False
+        """Whether its tasks go to the queue of a ``TestApp``."""
 
     def build(
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -111,16 +114,27 @@ class Builder:
         same: dict[str, object] = {**claims, "call": call, "args": {"names": names}, "kwargs": named}
         return _unique_key(same)
 
+    def callable_ref(self, obj: Callable[..., object]) -> CallableRef:
+        """Name the callable of a call. Raises ``NotDeferrable``."""
+        return self._signer.gate.callable_ref(unwrapped(obj))
+
     def serialize(self, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
         """Return the signed token of a call without options."""
         return self._signer.sign(self._claims(DEFAULT_OPTIONS, obj, args, kwargs, self._clock()))
 
     def package(self, claims: Claims, options: Options, now: float) -> tuple[Task, QueuedTask]:
-        """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize."""
+        """Sign claims, and wrap the token for the queue: as a blob with a pointer where it is oversize.
+
+        Raises:
+            ConfigurationError: A ``TestApp`` is active, and this application is not in test mode.
+            DeferError: The claims cannot be signed.
+        """
+        if TEST_MODE.active and not self.in_test:
+            refuse()
         payload = token = self._signer.sign(claims)
         digest = sha256(token)
         blob = None
-        if len(token) > self._inline_limit:
+        if len(token) > self.inline_limit:
             blob = Blob(new_blob_id(), token)
             pointer = {"id": blob.id, "sha256": digest.hexdigest(), "length": len(token)}
             shared = {**shared_claims(claims), "iat": claims["iat"], "blob": pointer}

@@ -100,7 +100,7 @@ class Producer:
         """
         if "url" in given:
             given["target"], given["url"] = self._routes.destination(given.get("target"), given["url"])
-        return Deferral(self._sender, Options(**given))
+        return Deferral(lambda: self._sender, Options(**given))
 
     def defer_with(
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]

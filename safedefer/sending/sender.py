@@ -224,8 +224,8 @@ def _check_many(options: Options, count: int) -> None:
 class Deferral:
     """``defer`` with options: what ``app.options(...)`` returns. Reusable."""
 
-    def __init__(self, sender: Sender, options: Options) -> None:
-        self._sender = sender
+    def __init__(self, sender: Callable[[], Sender], options: Options) -> None:
+        self._sender = sender  # asked at every call: one that a module keeps must obey the test mode of its App
         self._options = options
 
     def defer(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
@@ -237,11 +237,11 @@ class Deferral:
             UnknownQueueError: There is no such queue.
             DeferError: As ``App.defer``.
         """
-        return self._sender.send(self._options, obj, args, kwargs)
+        return self._sender().send(self._options, obj, args, kwargs)
 
     async def defer_async(self, obj: Callable[_P, object], /, *args: _P.args, **kwargs: _P.kwargs) -> Task:
         """Do what ``defer`` does, without blocking the event loop."""
-        return await self._sender.send_async(self._options, obj, args, kwargs)
+        return await self._sender().send_async(self._options, obj, args, kwargs)
 
     def defer_many(self, calls: Iterable[CallTuple], /, *, atomic: bool = True) -> list[Task]:
         """Defer several calls with these options, in one transaction: all are stored, or none.
@@ -254,4 +254,4 @@ class Deferral:
             InvalidTaskError: The engine cannot store all or none, and ``atomic`` is True.
             DeferError: As ``App.defer``.
         """
-        return self._sender.send_many(self._options, calls, atomic=atomic)
+        return self._sender().send_many(self._options, calls, atomic=atomic)

@@ -89,6 +89,11 @@ class BlockOwner(Protocol):
         """Returns the queue."""
         ...
 
+    @property
+    def reads_own(self) -> bool:
+        """Whether tasks are read by the connection that has written them: then nobody else needs to know the database."""
+        ...
+
     def check_source(self, source: Source) -> None:
         """Check that a connection may be used beside the queue. Raises ``BadTransactionStateError``."""
         ...
@@ -228,7 +233,8 @@ class TransactionBlock(Block[None]):
         self._later, self._count, self._table, self._unique = [], 0, None, {}
         self.way = await self._outbox.way(source)
         self._again = source.identity, source.reopen()  # now: a connection that is closed does not say
-        if self.way is Way.OUTBOX and None in self._again and (source.is_async or not self._began):
+        unknown = self.way is Way.OUTBOX and None in self._again and not self._outbox.reads_own
+        if unknown and (source.is_async or not self._began):
             raise BadTransactionStateError(
                 "nobody else can read a database in memory after your commit; let app.transaction() open the transaction"
                 if source.dialect == "sqlite" and not source.is_async

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from safedefer import App, Deferral, Task, TaskContext, TaskRetryOptions, current_task, deferrable, deferred
 from safedefer.delivery.handler import Response
-from safedefer.testing import Ran, TestApp
+from safedefer.testing import DeferredTask, Ran, TestApp
 
 
 def send(order: int, *, copy: bool = False) -> str:
@@ -143,4 +143,10 @@ def the_test_app_is_an_app() -> None:
     with TestApp("shop.tasks") as app:
         assert_type(app, TestApp)
         assert_type(app.run_due(), list[Ran])
+        assert_type(app.assert_deferred(send, 1, queue="mail", countdown=None), DeferredTask)
+        assert_type(app.deferred_tasks, list[DeferredTask])
+        app.refute_deferred(send, eta=datetime.now(UTC), kwargs={"queue": "mail"})
+        app.fail_next(send, ValueError("no"), times=2)
+        app.fail_next(send, ValueError)
+        app.assert_deferred(send, countdown="soon")  # type: ignore[arg-type]
         app.defer(send, "1")  # type: ignore[arg-type]

@@ -64,7 +64,14 @@ class DjangoSource:
         return source
 
     def in_transaction(self) -> bool:
-        """Whether a transaction is open: in ``atomic``, or as long as autocommit is off."""
+        """Whether a transaction is open: in ``atomic``, or as long as autocommit is off.
+
+        The transaction that Django's ``TestCase`` puts around a test does not count, as for ``atomic(durable=True)``: what
+        the test calls is outside a transaction in production.
+        """
+        blocks = getattr(self._connection, "atomic_blocks", None)
+        if blocks:
+            return not getattr(blocks[-1], "_from_testcase", False)
         return bool(self._connection.in_atomic_block or not self._connection.autocommit)
 
     async def begin(self) -> None:
