@@ -3,6 +3,8 @@
 The aiohttp handler, in-process delivery by the dispatcher, and ``App.handle`` for other frameworks all call
 ``Delivery.handle``. It runs only tasks that it has verified in the same call.
 
+Over 450 lines, since it is the whole way of a request, from its bytes to its answer, and is reviewed as one.
+
 The answers are those of App Engine's push queues, made exact (status, ``Safedefer-Outcome``):
 
 ======================================================  ======  ===============
@@ -86,8 +88,6 @@ RETRY_NOT_DUE: Final = "retry-not-due"
 UNSETTLED: Final = "unsettled"
 _REFUSED_BODY: Final = b"refused\n"
 _STORAGE_THREADS: Final = 4
-#: The most tasks whose code has ended and whose end is still to be stored, as a multiple of the places.
-_STORING_PLACES: Final = 4
 #: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
 _LARGE: Final = 65_536
 
@@ -237,13 +237,15 @@ class Delivery:
         Returns:
             The answer. Only the cancellation of the caller is raised.
         """
-        hints = headers.hints if type(headers) is AttemptHeaders else read_hints(headers)
+        own = headers if type(headers) is AttemptHeaders else None
+        hints = read_hints(headers) if own is None else own.hints
         early = self._check(method, hints, len(body))
         if early is not None:
             return early
         attempt = hints.attempt or hints.retries + 1
-        request = HandlerRequest(self._clock(), hints.retries, attempt, pushed=hints.pushed)
-        request.ran = headers.ran if type(headers) is AttemptHeaders else None
+        request = HandlerRequest(
+            self._clock(), hints.retries, attempt, pushed=hints.pushed, ran=None if own is None else own.ran
+        )
         if not self._requests.begin(self._options.concurrency):  # other event loops may have taken the last place since
             return self.busy()
         abandoned = False
@@ -260,8 +262,8 @@ class Delivery:
             abandoned = True
             raise
         finally:
-            if type(headers) is AttemptHeaders:
-                headers.retry = request.retry
+            if own is not None:
+                own.retry = request.retry
             self._requests.end(abandoned=abandoned, storing=request.is_storing)
 
     async def _handle(self, request: HandlerRequest, hints: Hints, body: bytes, url: str | Container[str]) -> Response:
@@ -345,7 +347,7 @@ class Delivery:
             status, outcome_name = _STATUS[outcome.result]
             if outcome.reason == SingularTaskFailure.slug:
                 status = 408
-            request.give_place_away(self._requests, most=_STORING_PLACES * self._options.concurrency)
+            request.give_place_away(self._requests, places=self._options.concurrency)
             await self._finish(request, execution, outcome, status)
         except CoroutineCancelled:
             # The coroutine has ended with the process: the task may run again at once. (A thread goes on after a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Final, cast
 
 from safedefer.claims import Claims, split_audience
 from safedefer.delivery.redaction import exception_type, redacted_traceback
@@ -14,6 +14,9 @@ from safedefer.events import TaskHandled
 from safedefer.execution.context import TaskContext
 from safedefer.ledger import AttemptRecord, Execution
 from safedefer.task import VerifiedPointer, VerifiedTask
+
+#: The most tasks whose code has ended and whose end is still to be stored, as a multiple of the places.
+_STORING_PLACES: Final = 4
 
 
 def signed_retry(claims: Claims) -> Mapping[str, float] | None:
@@ -59,14 +62,14 @@ class HandlerRequest:
         verified = self.pointer if self.task is None else self.task
         return None if verified is None else signed_retry(verified.claims)
 
-    def give_place_away(self, requests: RequestCount, *, most: int) -> None:
+    def give_place_away(self, requests: RequestCount, *, places: int) -> None:
         """Let another task run while the end of this one is stored, so that the ends of many are stored together.
 
         Args:
             requests: The requests of the process.
-            most: As many hold no place at most: what is not stored yet is bounded.
+            places: The tasks that run at once.
         """
-        self.is_storing = requests.begin_storing(most)
+        self.is_storing = requests.begin_storing(_STORING_PLACES * places)
         if self.is_storing and self.ran is not None:
             self.ran()
 
