@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Final, TypeAlias
@@ -17,6 +17,9 @@ __all__ = [
     "Event",
     "LogObserver",
     "Observer",
+    "Observers",
+    "ProcessStarted",
+    "ProcessStopping",
     "QueueTrouble",
     "RequestRefused",
     "TargetDown",
@@ -145,12 +148,76 @@ class QueueTrouble:
     """Since the first of them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStarted:
+    """A process of ``safedefer run``, ``serve`` or ``dispatch`` takes tasks from now on."""
+
+    command: str
+    pid: int
+    queue: str
+    """Where the queue is: an absolute path, or the address of a database without user and password."""
+    environment: str
+    policy: Sequence[str]
+    """The patterns."""
+    keys: Sequence[str]
+    """The ids of the keys, each with its state."""
+    concurrency: int
+    """Tasks at once in this process."""
+    processes: int
+    """Worker processes of its supervisor; 1 without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStopping:
+    """A process was asked to stop: it takes no more tasks, and waits for those that run."""
+
+    command: str
+    pid: int
+    running: int
+    """Tasks, or deliveries of tasks, that it waits for."""
+    seconds: float
+    """How long it waits at most."""
+
+
 Event: TypeAlias = (
-    TaskEnqueued | TaskHandled | TaskRetried | TaskDead | RequestRefused | TargetDown | TargetUp | QueueTrouble
+    TaskEnqueued
+    | TaskHandled
+    | TaskRetried
+    | TaskDead
+    | RequestRefused
+    | TargetDown
+    | TargetUp
+    | QueueTrouble
+    | ProcessStarted
+    | ProcessStopping
 )
 """Any of the events."""
 Observer: TypeAlias = Callable[[Event], None]
 """What is called with every event."""
+
+
+class Observers:
+    """Several observers as one: each gets every event, whatever another one raises.
+
+    Args:
+        observers: Called in this order.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def __call__(self, event: Event) -> None:
+        """Hand an event to each of them."""
+        for observer in self._observers:
+            notify(observer, event)
+
+    def __iter__(self) -> Iterator[Observer]:
+        """Go through the observers."""
+        return iter(self._observers)
+
+    def add(self, observer: Observer) -> None:
+        """Let one more observer have all events from now on."""
+        self._observers = (*self._observers, observer)
 
 
 @dataclass(slots=True)
@@ -244,10 +311,15 @@ class LogObserver:
 
 
 def _line_of(
-    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble,
+    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble | ProcessStarted | ProcessStopping,
 ) -> tuple[int, str, *tuple[object, ...]]:
-    """Return the level, the format and the values of the log line of a dispatcher's event."""
+    """Return the level, the format and the values of the log line of a dispatcher's or process's event."""
     match event:
+        case ProcessStarted():
+            return logging.INFO, "process %d started: %s", event.pid, banner(event)
+        case ProcessStopping():
+            text = "process %d stops: it waits for %d tasks, %.0f s at most"
+            return logging.INFO, text, event.pid, event.running, event.seconds
         case TaskRetried():
             text = "task %a is due again in %.1f s (%s), attempts: %d"
             return logging.DEBUG, text, event.task_id, event.seconds, event.reason, event.attempts
@@ -269,13 +341,27 @@ def _line_of(
             return logging.ERROR, text, event.doing, event.reason, event.count, event.seconds
 
 
+def banner(event: ProcessStarted) -> str:
+    """Return what a process is, in one line: its queue, environment, policy, keys and tasks at once."""
+    several = "" if event.processes == 1 else f" in each of {event.processes} processes"
+    return (
+        f"safedefer {event.command}: the queue is in {event.queue}; environment {event.environment}; "
+        f"policy {', '.join(event.policy) or 'allows nothing'}; keys {', '.join(event.keys)}; "
+        f"{event.concurrency} tasks at once{several}"
+    )
+
+
 def hears_enqueued(observer: Observer) -> bool:
     """Whether an observer may act on ``TaskEnqueued``: the default log does so at debug level only."""
+    if isinstance(observer, Observers):
+        return any(map(hears_enqueued, observer))
     return type(observer) is not LogObserver or _log.isEnabledFor(logging.DEBUG)
 
 
 def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:
     """Whether an observer may act on ``TaskHandled``: the default log does not if its level is off."""
+    if isinstance(observer, Observers):
+        return any(is_heard(each, outcome, reason) for each in observer)
     if isinstance(observer, LogObserver) and type(observer) is LogObserver:  # a subclass may do more
         return _log.isEnabledFor(observer.level_of(outcome, reason))
     return True

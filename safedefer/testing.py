@@ -203,7 +203,7 @@ class TestApp(App):
         self._told.clear()
         await asyncio.to_thread(self.outbox.sweep)
         await Dispatcher(
-            self.queue, InProcessDelivery(self.handle), clock=self.clock, observer=self.observer
+            self.queue, InProcessDelivery(self.handle), clock=self.clock, observer=self.observers
         ).run_until_empty()
         told, self._told = self._told, []
         return [self._report(event) for event in told]

@@ -86,7 +86,9 @@ def test_the_url_is_printed_when_all_are_ready_and_sigterm_ends_them(project, co
     pids = workers(process)
     assert len(pids) == 2
     status, out, err = project.terminate(process)
-    assert (status, out, err) == (0, "", "")
+    assert (status, out) == (0, "")
+    banner = rf"safedefer {command}: the queue is in .*/tasks\.db; environment test; .* in each of 2 processes\n"
+    assert re.fullmatch(banner, err)
     assert not any(map(alive, pids))
 
 
