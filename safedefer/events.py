@@ -204,12 +204,20 @@ class Observers:
     """
 
     def __init__(self, *observers: Observer) -> None:
+        self._set(observers)
+
+    def _set(self, observers: tuple[Observer, ...]) -> None:
         self._observers = observers
+        self.only_log = all(type(each) is LogObserver for each in observers)
+        """Whether nobody but the default log hears: it does not act on every event."""
 
     def __call__(self, event: Event) -> None:
         """Hand an event to each of them."""
         for observer in self._observers:
-            notify(observer, event)
+            try:
+                observer(event)
+            except Exception:  # noqa: BLE001, PERF203  # as notify, without a call more
+                _log.exception("an observer failed; mend it")
 
     def __iter__(self) -> Iterator[Observer]:
         """Go through the observers."""
@@ -217,7 +225,7 @@ class Observers:
 
     def add(self, observer: Observer) -> None:
         """Let one more observer have all events from now on."""
-        self._observers = (*self._observers, observer)
+        self._set((*self._observers, observer))
 
 
 @dataclass(slots=True)
@@ -254,18 +262,7 @@ class LogObserver:
             case TaskEnqueued():
                 _log.debug("task %s enqueued: %s", event.task_id, event.callable, extra={"safedefer": event})
             case TaskHandled():
-                _log.log(
-                    self.level_of(event.outcome, event.reason),
-                    "task %s %s: %s, attempt %d, %.3f s%s%s",
-                    event.task_id,
-                    event.outcome,
-                    event.callable,
-                    event.attempt,
-                    event.seconds,
-                    f" ({event.reason})" if event.reason else "",
-                    f": {event.error_type}" if event.error_type and event.reason == "exception" else "",
-                    extra={"safedefer": event},
-                )
+                self._handled(event)
             case RequestRefused():
                 self._refused(event)
             case _:
@@ -273,6 +270,23 @@ class LogObserver:
                 _log.log(level, text, *values, extra={"safedefer": event})
         if self._refusals:
             self._log_counts()
+
+    def _handled(self, event: TaskHandled) -> None:
+        level = self.level_of(event.outcome, event.reason)
+        if not _log.isEnabledFor(level):  # before the values of the line are made: another observer wanted the event
+            return
+        _log.log(
+            level,
+            "task %s %s: %s, attempt %d, %.3f s%s%s",
+            event.task_id,
+            event.outcome,
+            event.callable,
+            event.attempt,
+            event.seconds,
+            f" ({event.reason})" if event.reason else "",
+            f": {event.error_type}" if event.error_type and event.reason == "exception" else "",
+            extra={"safedefer": event},
+        )
 
     def _refused(self, event: RequestRefused) -> None:
         with self._lock:
@@ -354,14 +368,14 @@ def banner(event: ProcessStarted) -> str:
 def hears_enqueued(observer: Observer) -> bool:
     """Whether an observer may act on ``TaskEnqueued``: the default log does so at debug level only."""
     if isinstance(observer, Observers):
-        return any(map(hears_enqueued, observer))
+        return not observer.only_log or any(map(hears_enqueued, observer))
     return type(observer) is not LogObserver or _log.isEnabledFor(logging.DEBUG)
 
 
 def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:
     """Whether an observer may act on ``TaskHandled``: the default log does not if its level is off."""
     if isinstance(observer, Observers):
-        return any(is_heard(each, outcome, reason) for each in observer)
+        return not observer.only_log or any(is_heard(each, outcome, reason) for each in observer)
     if isinstance(observer, LogObserver) and type(observer) is LogObserver:  # a subclass may do more
         return _log.isEnabledFor(observer.level_of(outcome, reason))
     return True

@@ -89,8 +89,11 @@ class Sums:
 
     def add(self, series: Series, number: float = 1.0) -> None:
         """Add to a counter."""
-        key = series if series in self.totals else self._admit(series, self.totals)
-        self.totals[key] = self.totals.get(key, 0.0) + number
+        try:
+            self.totals[series] += number
+        except KeyError:
+            key = self._admit(series, self.totals)
+            self.totals[key] = self.totals.get(key, 0.0) + number
 
     def observe(self, series: Series, value: float) -> None:
         """Add a value to a histogram."""
@@ -99,8 +102,10 @@ class Sums:
         cells[-1] += value
 
     def _cells(self, series: Series) -> list[float]:
-        key = series if series in self.histograms else self._admit(series, self.histograms)
-        return self.histograms.setdefault(key, [0.0] * (len(BUCKETS) + 2))
+        cells = self.histograms.get(series)
+        if cells is None:
+            cells = self.histograms.setdefault(self._admit(series, self.histograms), [0.0] * (len(BUCKETS) + 2))
+        return cells
 
     def _admit(self, series: Series, known: Mapping[Series, object]) -> Series:
         name, *labels = series
