@@ -216,7 +216,7 @@ class Observers:
         for observer in self._observers:
             try:
                 observer(event)
-            except Exception:  # noqa: BLE001, PERF203  # as notify, without a call more
+            except Exception:  # noqa: BLE001  # as notify, without a call more
                 _log.exception("an observer failed; mend it")
 
     def __iter__(self) -> Iterator[Observer]:
