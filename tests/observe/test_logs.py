@@ -27,7 +27,9 @@ def lines():
     log = logging.getLogger("shop.lines")
     log.setLevel(logging.INFO)
     log.addHandler(handler)
+    log.propagate = False  # the report of a test is sent between processes, and could not be with half a surrogate pair
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    log.propagate = True
     log.removeHandler(handler)
 
 
