@@ -184,11 +184,11 @@ class Service:
         self._systemd.ready()
 
     def stopping(self, running: int) -> None:
-        """Say that this process takes no more tasks, and how many it waits for."""
+        """Say that this process takes no more tasks, and how many it waits for, unless it is only replaced."""
         seconds = self._options.drain_seconds
         event = ProcessStopping(command=self._options.command, pid=os.getpid(), running=running, seconds=seconds)
         notify(self._app.observers, event)
-        if running:
+        if running and not (self._worker is not None and self._worker.recycles):
             of = "" if self._worker is None else f" in worker process {os.getpid()}"
             say(f"waiting for {running} task{'s' if running > 1 else ''}{of}, {seconds:g} s at most")
         if self._health is not None:

@@ -48,6 +48,8 @@ class Worker:
         self.listener = listener
         self._hang_seconds = hang_seconds
         self._every = min(_LONGEST_BEAT, hang_seconds / _BEATS)
+        self.recycles = False
+        """Whether this process asked to be replaced."""
         self._writing = threading.Lock()
         self._counts: Counts | None = None
         self._health: Health | None = None
@@ -88,11 +90,10 @@ class Worker:
             loop.call_soon_threadsafe(stop.set)
 
         async def turn() -> None:
-            asked = False
             while True:
                 self._turned = time.monotonic()
-                if not asked and recycle():
-                    asked = True
+                if not self.recycles and recycle():
+                    self.recycles = True
                     self._say("recycle")
                     stop.set()
                 await asyncio.sleep(self._every / 2)
