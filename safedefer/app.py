@@ -25,7 +25,7 @@ from safedefer.codecs.typed import TypedCodec
 from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.delivery.options import DeliveryOptions
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
-from safedefer.events import LogObserver, Observer
+from safedefer.events import LogObserver, Observer, Observers
 from safedefer.execution.around import Around
 from safedefer.execution.direct import DirectRunner
 from safedefer.execution.prepare import Validate
@@ -33,6 +33,7 @@ from safedefer.keys import Keyring
 from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, Limits, Options, Serves, Task
 from safedefer.policy import Policy
 from safedefer.queues import load_queue_file, open_queue
+from safedefer.queues.addresses import place
 from safedefer.queues.base import DeadFilter, PullQueue, StorageOptions
 from safedefer.sending.builder import Builder
 from safedefer.sending.dead_letters import DeadLetters
@@ -87,13 +88,15 @@ class App(Producer):
         unverified_bytes: Bytes that the bodies of all requests may take together before they are verified; one more is
             answered ``busy``.
         limits: Bounds of tokens and arguments.
-        observer: Told what happens; logs by default.
+        observer: Told what happens, in place of the log.
+        observers: Told what happens too, besides the log or ``observer``.
         clock: Seconds since the epoch.
 
     Raises:
         ConfigurationError: An argument is wrong.
     """
 
+    _queue: PullQueue | str
     _delivery: Delivery | None = None
     _wsgi: Wsgi | None = None
     _closed = False
@@ -122,14 +125,15 @@ class App(Producer):
         unverified_bytes: int = UNVERIFIED_BYTES,
         limits: Limits | None = None,
         observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         _check_needed(keyring, policy)
-        limits = limits or Limits()
-        self.policy = policy
-        self.observer: Observer = LogObserver() if observer is None else observer
-        self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
+        limits, self.policy = limits or Limits(), policy
         self.environment_given = environment is not None
+        self.observer: Observer = LogObserver() if observer is None else observer
+        self.observers = Observers(self.observer, *observers)
+        self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
         routes = Routes(environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=file)
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
@@ -155,13 +159,14 @@ class App(Producer):
             clock=clock,
         )
         outbox = Outbox(self._get_queue, environment=self.environment, queues=self.queues, urls=outboxes, clock=clock)
-        sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observer)
+        sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observers)
         super().__init__(sender=sender, builder=builder, routes=routes, outbox=outbox)
         self._build_handling(keyring, limits, allow_pickle=allow_pickle)
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
         self.keyring, self.allow_pickle, self._limits = keyring, allow_pickle, limits
+        self.queue_place = _place(self._queue)
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,
@@ -291,7 +296,7 @@ class App(Producer):
                     ledger=lambda: self.queue.ledger,
                     blobs=lambda: self.queue.blobs,
                     clock=self._clock,
-                    observer=self.observer,
+                    observer=self.observers,
                     options=self.delivery_options,
                 )
             return self._delivery
@@ -471,6 +476,10 @@ class App(Producer):
 def _check_needed(keyring: object, policy: object) -> None:
     if not isinstance(keyring, Keyring) or not isinstance(policy, Policy):
         raise ConfigurationError("an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`")
+
+
+def _place(queue: str | PullQueue) -> str:
+    return place(queue) if isinstance(queue, str) else type(queue).__name__
 
 
 def _storage(storage: StorageOptions | None, file: QueueFile | None) -> StorageOptions | None:

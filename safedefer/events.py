@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Final, TypeAlias
@@ -17,6 +17,9 @@ __all__ = [
     "Event",
     "LogObserver",
     "Observer",
+    "Observers",
+    "ProcessStarted",
+    "ProcessStopping",
     "QueueTrouble",
     "RequestRefused",
     "TargetDown",
@@ -145,12 +148,84 @@ class QueueTrouble:
     """Since the first of them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStarted:
+    """A process of ``safedefer run``, ``serve`` or ``dispatch`` takes tasks from now on."""
+
+    command: str
+    pid: int
+    queue: str
+    """Where the queue is: an absolute path, or the address of a database without user and password."""
+    environment: str
+    policy: Sequence[str]
+    """The patterns."""
+    keys: Sequence[str]
+    """The ids of the keys, each with its state."""
+    concurrency: int
+    """Tasks at once in this process."""
+    processes: int
+    """Worker processes of its supervisor; 1 without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStopping:
+    """A process was asked to stop: it takes no more tasks, and waits for those that run."""
+
+    command: str
+    pid: int
+    running: int
+    """Tasks, or deliveries of tasks, that it waits for."""
+    seconds: float
+    """How long it waits at most."""
+
+
 Event: TypeAlias = (
-    TaskEnqueued | TaskHandled | TaskRetried | TaskDead | RequestRefused | TargetDown | TargetUp | QueueTrouble
+    TaskEnqueued
+    | TaskHandled
+    | TaskRetried
+    | TaskDead
+    | RequestRefused
+    | TargetDown
+    | TargetUp
+    | QueueTrouble
+    | ProcessStarted
+    | ProcessStopping
 )
 """Any of the events."""
 Observer: TypeAlias = Callable[[Event], None]
 """What is called with every event."""
+
+
+class Observers:
+    """Several observers as one: each gets every event, whatever another one raises.
+
+    Args:
+        observers: Called in this order.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        self._set(observers)
+
+    def _set(self, observers: tuple[Observer, ...]) -> None:
+        self._observers = observers
+        self.only_log = all(type(each) is LogObserver for each in observers)
+        """Whether nobody but the default log hears: it does not act on every event."""
+
+    def __call__(self, event: Event) -> None:
+        """Hand an event to each of them."""
+        for observer in self._observers:
+            try:
+                observer(event)
+            except Exception:  # noqa: BLE001  # as notify, without a call more
+                _log.exception("an observer failed; mend it")
+
+    def __iter__(self) -> Iterator[Observer]:
+        """Go through the observers."""
+        return iter(self._observers)
+
+    def add(self, observer: Observer) -> None:
+        """Let one more observer have all events from now on."""
+        self._set((*self._observers, observer))
 
 
 @dataclass(slots=True)
@@ -187,18 +262,7 @@ class LogObserver:
             case TaskEnqueued():
                 _log.debug("task %s enqueued: %s", event.task_id, event.callable, extra={"safedefer": event})
             case TaskHandled():
-                _log.log(
-                    self.level_of(event.outcome, event.reason),
-                    "task %s %s: %s, attempt %d, %.3f s%s%s",
-                    event.task_id,
-                    event.outcome,
-                    event.callable,
-                    event.attempt,
-                    event.seconds,
-                    f" ({event.reason})" if event.reason else "",
-                    f": {event.error_type}" if event.error_type and event.reason == "exception" else "",
-                    extra={"safedefer": event},
-                )
+                self._handled(event)
             case RequestRefused():
                 self._refused(event)
             case _:
@@ -206,6 +270,23 @@ class LogObserver:
                 _log.log(level, text, *values, extra={"safedefer": event})
         if self._refusals:
             self._log_counts()
+
+    def _handled(self, event: TaskHandled) -> None:
+        level = self.level_of(event.outcome, event.reason)
+        if not _log.isEnabledFor(level):  # before the values of the line are made: another observer wanted the event
+            return
+        _log.log(
+            level,
+            "task %s %s: %s, attempt %d, %.3f s%s%s",
+            event.task_id,
+            event.outcome,
+            event.callable,
+            event.attempt,
+            event.seconds,
+            f" ({event.reason})" if event.reason else "",
+            f": {event.error_type}" if event.error_type and event.reason == "exception" else "",
+            extra={"safedefer": event},
+        )
 
     def _refused(self, event: RequestRefused) -> None:
         with self._lock:
@@ -244,10 +325,15 @@ class LogObserver:
 
 
 def _line_of(
-    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble,
+    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble | ProcessStarted | ProcessStopping,
 ) -> tuple[int, str, *tuple[object, ...]]:
-    """Return the level, the format and the values of the log line of a dispatcher's event."""
+    """Return the level, the format and the values of the log line of a dispatcher's or process's event."""
     match event:
+        case ProcessStarted():
+            return logging.INFO, "process %d started: %s", event.pid, banner(event)
+        case ProcessStopping():
+            text = "process %d stops: it waits for %d tasks, %.0f s at most"
+            return logging.INFO, text, event.pid, event.running, event.seconds
         case TaskRetried():
             text = "task %a is due again in %.1f s (%s), attempts: %d"
             return logging.DEBUG, text, event.task_id, event.seconds, event.reason, event.attempts
@@ -269,13 +355,27 @@ def _line_of(
             return logging.ERROR, text, event.doing, event.reason, event.count, event.seconds
 
 
+def banner(event: ProcessStarted) -> str:
+    """Return what a process is, in one line: its queue, environment, policy, keys and tasks at once."""
+    several = "" if event.processes == 1 else f" in each of {event.processes} processes"
+    return (
+        f"safedefer {event.command}: the queue is in {event.queue}; environment {event.environment}; "
+        f"policy {', '.join(event.policy) or 'allows nothing'}; keys {', '.join(event.keys)}; "
+        f"{event.concurrency} tasks at once{several}"
+    )
+
+
 def hears_enqueued(observer: Observer) -> bool:
     """Whether an observer may act on ``TaskEnqueued``: the default log does so at debug level only."""
+    if isinstance(observer, Observers):
+        return not observer.only_log or any(map(hears_enqueued, observer))
     return type(observer) is not LogObserver or _log.isEnabledFor(logging.DEBUG)
 
 
 def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:
     """Whether an observer may act on ``TaskHandled``: the default log does not if its level is off."""
+    if isinstance(observer, Observers):
+        return not observer.only_log or any(is_heard(each, outcome, reason) for each in observer)
     if isinstance(observer, LogObserver) and type(observer) is LogObserver:  # a subclass may do more
         return _log.isEnabledFor(observer.level_of(outcome, reason))
     return True

@@ -1,6 +1,7 @@
 """What the tests of the handler and the dispatcher defer. Every run leaves a line in ``RAN``."""
 
 import asyncio
+import logging
 import re
 import threading
 import time
@@ -330,3 +331,13 @@ class Account:
 
     def pay(self, amount, note):
         RAN.append((self.number, amount, note))
+
+
+def say(name, text):
+    """Log a line."""
+    logging.getLogger(name).info(text)
+
+
+async def say_async(name, text):
+    """Log a line."""
+    logging.getLogger(name).info(text)

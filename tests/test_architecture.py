@@ -100,6 +100,7 @@ def test_no_imports_form_a_circle_not_even_those_for_types():
     }),
     ("psycopg", {"transactions/databases/postgres.py", "queues/postgres/producers.py"}),
     ("pgqueuer", {"queues/postgres/pgqueuer.py", "queues/postgres/migrations.py"}),
+    ("prometheus_client", {"observe/metrics.py"}),
     ("click", {name for name in SOURCES if name.startswith(("cli/", "demo/"))}),
 ])  # fmt: skip
 def test_a_package_is_imported_only_where_it_belongs(package, allowed):
@@ -195,7 +196,17 @@ def test_importing_the_package_imports_no_framework():
     loaded = fresh("import sys, safedefer; print(*sys.modules)")
     assert "safedefer.app" in loaded
     heavy = {
-        *("aiohttp", "click", "celery", "google.cloud", "cloudpickle", "ruamel", "ruamel.yaml", "pydantic_settings"),
+        *(
+            "aiohttp",
+            "click",
+            "celery",
+            "google.cloud",
+            "cloudpickle",
+            "prometheus_client",
+            "ruamel",
+            "ruamel.yaml",
+            "pydantic_settings",
+        ),
         *("sqlite3", "_sqlite3", "apsw", "psycopg", "asyncpg", "pgqueuer", "sqlalchemy", "django"),
         *("asyncio", "ssl"),  # a tenth of the time, and of use to those only who have a loop: they have loaded it
     }

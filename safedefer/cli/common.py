@@ -129,12 +129,6 @@ def missing_file(app: App) -> str | None:
     return None if file is None or os.path.exists(file.path) else file.path  # noqa: PTH110  # a text, as in the queue
 
 
-def queue_file_text(app: App) -> str | None:
-    """Return what a process says of its SQLite file at its start; None of another queue, or of an absolute path."""
-    file = app.queue.file
-    return f"the queue is in {plain(file.path)}" if file is not None and getattr(file, "is_relative", False) else None
-
-
 def summary(view: TaskView) -> dict[str, Any]:
     """Return what is printed of a task, as JSON."""
     return {

@@ -18,13 +18,15 @@ from typing import Any, Final, NoReturn
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import NO_ENVIRONMENT, Seconds, load_app, queue_file_text
+from safedefer.cli.common import NO_ENVIRONMENT, Seconds, load_app
+from safedefer.cli.service import FleetShows, Service, ServiceOptions, health_address
 from safedefer.cli.supervisor import SupervisorOptions, supervise
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.dispatcher.signed_route import SignedRoute
 from safedefer.errors import QueueUnavailable
+from safedefer.observe.systemd import Systemd
 from safedefer.sending.addresses import check_address
 from safedefer.settings import take_keys_from_environment
 from safedefer.web.server import serving
@@ -73,6 +75,21 @@ _max_tasks = click.option(
 )
 
 
+def _check_health(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        health_address(value)
+    return value
+
+
+_health = click.option(
+    "--health",
+    default=None,
+    metavar="HOST:PORT",
+    callback=_check_health,
+    help="Serve /healthz, /readyz and /metrics there; a port alone is on the loopback address.",
+)
+
+
 @click.command()
 @_app_argument
 @_host
@@ -82,6 +99,7 @@ _max_tasks = click.option(
 @_hang
 @_max_tasks
 @_drain
+@_health
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -94,21 +112,26 @@ def serve(
     hang_seconds: float,
     max_tasks: int | None,
     drain: float,
+    health: str | None,
 ) -> None:
     """Run the handler: receive tasks by HTTP. Prints its URL when it is ready.
 
     With more than one process, or --max-tasks, a supervisor keeps them.
     """
-    worker = Worker.from_environment()
+    worker, systemd = Worker.from_environment(), Systemd.take_from(os.environ)
+    shown = ServiceOptions(command="serve", processes=processes, drain_seconds=drain, health=health)
     if worker is None and (processes > 1 or max_tasks is not None):
-        _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
+        _supervise(ctx, host, port, hang_seconds=hang_seconds, shows=FleetShows(shown, systemd))
     loaded = _load(app, concurrency)
+    service = Service(loaded, shown, worker, systemd)
 
     async def work() -> None:
         loaded.delivery.stop_renewal_after(hang_seconds)
-        async with _serving(loaded, worker, host, port, max_tasks) as stop:
+        async with _serving(loaded, service, worker, host, port, max_tasks) as stop:
+            service.started()
             await stop.wait()
-            await _drain_handler(loaded, drain)
+            service.stopping(loaded.delivery.running)
+            await _drain_handler(loaded, drain, worker)
 
     _run(loaded, work)
 
@@ -120,6 +143,7 @@ def serve(
 @_concurrency
 @_lease
 @_drain
+@_health
 @click.option(
     "--timeout",
     default=None,
@@ -135,11 +159,14 @@ def dispatch(
     concurrency: int | None,
     lease: float,
     drain: float,
+    health: str | None,
     timeout: float | None,
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
+    systemd = Systemd.take_from(os.environ)
     loaded = _load(app, concurrency)
     check_address("--to", address)
+    service = Service(loaded, ServiceOptions(command="dispatch", drain_seconds=drain, health=health), None, systemd)
 
     async def work() -> None:
         verify = SignedRoute(loaded.authenticate)
@@ -152,14 +179,14 @@ def dispatch(
             concurrency=loaded.delivery_options.concurrency,
             verify=verify,
         )
-        async with _signals() as stop, http as deliver:
+        async with _signals() as stop, http as deliver, service.shown():
             options = _dispatcher_options(loaded, lease, drain, queues)
             await asyncio.to_thread(_check_tables, loaded)
-            _say_queue(loaded)
             _keep_what_is_loaded()
-            await _dispatch(
-                Dispatcher(loaded.queue, deliver, clock=time.time, options=options, observer=loaded.observer), stop
-            )
+            dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options, observer=loaded.observers)
+            service.watch_dispatcher(lambda: dispatcher.leased_at)
+            service.started()
+            await _dispatch(dispatcher, stop, service)
 
     _run(loaded, work)
 
@@ -175,6 +202,7 @@ def dispatch(
 @_hang
 @_max_tasks
 @_drain
+@_health
 @click.pass_context
 def run(
     ctx: click.Context,
@@ -189,36 +217,43 @@ def run(
     hang_seconds: float,
     max_tasks: int | None,
     drain: float,
+    health: str | None,
 ) -> None:
     """Run handler and dispatcher together, in worker processes that a supervisor keeps.
 
     Prints its URL when all are ready. SIGTERM and Ctrl-C let running tasks end; the second one does not wait.
     """
-    worker = Worker.from_environment()
+    worker, systemd = Worker.from_environment(), Systemd.take_from(os.environ)
+    shown = ServiceOptions(command="run", processes=processes, drain_seconds=drain, health=health)
     if worker is None:
-        _supervise(ctx, host, port, processes=processes, hang_seconds=hang_seconds, drain=drain)
+        _supervise(ctx, host, port, hang_seconds=hang_seconds, shows=FleetShows(shown, systemd))
     loaded = _load(app, concurrency)
+    service = Service(loaded, shown, worker, systemd)
 
     async def work() -> None:
         loaded.delivery.stop_renewal_after(hang_seconds)
-        async with _serving(loaded, worker, host, port, max_tasks) as stop:
+        async with _serving(loaded, service, worker, host, port, max_tasks) as stop:
             options = replace(_dispatcher_options(loaded, lease, drain, queues), hang_seconds=hang_seconds)
             if worker is not None:
                 options = replace(options, owner=worker.owner, dead_owners=worker.dead_owners)
             deliver = InProcessDelivery(loaded.handle)
-            dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options, observer=loaded.observer)
-            await _dispatch(dispatcher, stop, loaded.delivery.drain)  # what is posted from now on is answered busy
-            await _drain_handler(loaded, 1.0)
+            dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options, observer=loaded.observers)
+            service.watch_dispatcher(lambda: dispatcher.leased_at)
+            service.started()
+            await _dispatch(
+                dispatcher, stop, service, loaded.delivery.drain
+            )  # what is posted from now on is answered busy
+            await _drain_handler(loaded, 1.0, worker)
 
     _run(loaded, work)
 
 
-def _supervise(
-    ctx: click.Context, host: str, port: int, *, processes: int, hang_seconds: float, drain: float
-) -> NoReturn:
+def _supervise(ctx: click.Context, host: str, port: int, *, hang_seconds: float, shows: FleetShows) -> NoReturn:
     """Be the supervisor of worker processes with this command line, and end with it."""
-    options = SupervisorOptions(processes=processes, hang_seconds=hang_seconds, drain_seconds=drain)
-    sys.exit(supervise(_command_line(ctx), host, port, options))
+    options = SupervisorOptions(
+        processes=shows.options.processes, hang_seconds=hang_seconds, drain_seconds=shows.options.drain_seconds
+    )
+    sys.exit(supervise(_command_line(ctx), host, port, options, shows))
 
 
 def _command_line(ctx: click.Context) -> list[str]:
@@ -239,30 +274,23 @@ def _command_line(ctx: click.Context) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def _serving(
-    app: App, worker: Worker | None, host: str, port: int, max_tasks: int | None
+    app: App, service: Service, worker: Worker | None, host: str, port: int, max_tasks: int | None
 ) -> AsyncIterator[asyncio.Event]:
     """Serve the handler, by itself or as a worker of a supervisor; give the event that says when to stop."""
     async with contextlib.AsyncExitStack() as stack:
         stop = await stack.enter_async_context(_signals())
         await stack.enter_async_context(app.on_loop())
         await asyncio.to_thread(_check_tables, app)
+        await stack.enter_async_context(service.shown())
         if worker is None:
-            _say_queue(app)
             print(await stack.enter_async_context(serving(app, host, port)), flush=True)
         else:
-            worker.say_queue(queue_file_text(app))
             enough = partial(_is_used_up, app, max_tasks)
             await stack.enter_async_context(worker.watched(stop, recycle=enough))
             await stack.enter_async_context(serving(app, listener=worker.listener))
             worker.ready()
         _keep_what_is_loaded()
         yield stop
-
-
-def _say_queue(app: App) -> None:
-    text = queue_file_text(app)
-    if text is not None:
-        click.echo(text, err=True)
 
 
 def _check_tables(app: App) -> None:
@@ -328,23 +356,28 @@ async def _signals() -> AsyncIterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-async def _dispatch(dispatcher: Dispatcher, stop: asyncio.Event, then: Callable[[], None] = lambda: None) -> None:
+async def _dispatch(
+    dispatcher: Dispatcher, stop: asyncio.Event, service: Service, then: Callable[[], None] = lambda: None
+) -> None:
     running = asyncio.create_task(dispatcher.run())
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     dispatcher.stop()
+    service.stopping(dispatcher.delivering)
     then()
     await running
 
 
-async def _drain_handler(app: App, seconds: float) -> None:
+async def _drain_handler(app: App, seconds: float, worker: Worker | None) -> None:
     app.delivery.drain()
     if not await app.delivery.drained(seconds):
         # Threads cannot be stopped, and Python would wait for them. Their runs stay in the ledger
         # until the lease is over, and are then tried again.
         click.echo(f"{app.delivery.running} tasks were still running; they will be tried again", err=True)
         sys.stdout.flush()
+        if worker is not None:
+            worker.say_counts()
         os._exit(0)
 
 

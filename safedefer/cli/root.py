@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import select
 import sys
@@ -22,6 +21,7 @@ from safedefer.cli.processes import dispatch, run, serve
 from safedefer.cli.queues import queues
 from safedefer.cli.tasks import tasks
 from safedefer.errors import Error, PermanentTaskFailure, RejectedTask
+from safedefer.observe.logs import configure_log
 from safedefer.queues import migrate_queue
 from safedefer.task import VerifiedPointer
 
@@ -55,11 +55,13 @@ def _output_is_closed() -> bool:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="safedefer")
 @click.option("--verbose", "-v", is_flag=True, help="Log every task.")
-def main(*, verbose: bool) -> None:
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+    help="The log on standard error: lines for people, or one JSON object a line.",
+)  # fmt: skip
+def main(*, verbose: bool, log_format: str) -> None:
     """Call Python functions later: signed tasks, a queue, and a handler."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_log(verbose=verbose, as_json=log_format == "json")
 
 
 for _command in (keys, serve, dispatch, run, tasks, queues, dead, doctor):

@@ -3,12 +3,14 @@
 It loads no application. Workers are exec'ed with the command line of the supervisor, and inherit the listening
 socket and one end of a pair of sockets each, over which they say (``cli.worker`` writes, this reads):
 
-===========  ===================================================================
-``ready``    the worker serves
-``beat s``   it lives, and its event loop last turned ``s`` seconds ago
-``queue t``  where the queue is, as a text
-``recycle``  it drains now, and asks to be replaced
-===========  ===================================================================
+============  ==================================================================
+``ready``     the worker serves
+``beat s``    it lives, and its event loop last turned ``s`` seconds ago
+``banner t``  what it is, as a text
+``recycle``   it drains now, and asks to be replaced
+============  ==================================================================
+
+Two more, and what this writes to a worker, are in ``cli.fleet``.
 
 A worker whose loop stands for ``hang_seconds`` is killed. One whose interpreter is held for so long, by a loop of C, ends
 itself, by a timer that needs no interpreter; if it cannot, it is killed too. The end of the pair that closes tells a
@@ -26,8 +28,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 #: The environment variable that tells a worker the descriptors of its pair and of the listening socket, ``hang_seconds``,
 #: the owner of its leases, and the owners of leases whose workers are dead.
@@ -62,6 +65,38 @@ class SupervisorOptions:
     """Seconds that a worker's running tasks get when it stops."""
 
 
+class Shows(Protocol):
+    """Shows what a supervisor and its workers do: to people, to systemd, and on pages of health."""
+
+    def say(self, text: str) -> None:
+        """Tell people what the processes are."""
+        ...
+
+    def all_ready(self) -> None:
+        """Note that all workers serve."""
+        ...
+
+    def stopping(self) -> None:
+        """Note that they were asked to stop."""
+        ...
+
+    def joined(self, worker: object, line: socket.socket) -> None:
+        """Note that a worker serves."""
+        ...
+
+    def left(self, worker: object) -> None:
+        """Note that a worker has ended."""
+        ...
+
+    def heard(self, worker: object, word: bytes, argument: bytes) -> bool:
+        """Take a line of a worker's; False if it is for the supervisor."""
+        ...
+
+    def shown(self) -> AbstractAsyncContextManager[None]:
+        """Show all that while the context lasts."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class _Worker:
     number: int
@@ -90,19 +125,28 @@ class Supervisor:
         listener: The listening socket that they share.
         url: Its URL, printed when all of them are ready.
         options: How they are kept.
+        shows: What is shown of them.
     """
 
-    def __init__(self, arguments: Sequence[str], listener: socket.socket, url: str, options: SupervisorOptions) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        listener: socket.socket,
+        url: str,
+        options: SupervisorOptions,
+        shows: Shows,
+    ) -> None:
         self._command = [sys.executable, "-m", "safedefer", *arguments]
         self._listener = listener
         self._url = url
         self._options = options
+        self._shows = shows
         self._workers: set[_Worker] = set()
         self._stopping = asyncio.Event()
         self._signals = 0
         self._status = 0
         self._said_url = False
-        self._said_queue = False
+        self._said_banner = False
 
     async def run(self) -> int:
         """Keep the workers until a signal asks to stop; return the exit status."""
@@ -124,6 +168,7 @@ class Supervisor:
             self._kill_all()
             os._exit(128 + number)
         self._stopping.set()
+        self._shows.stopping()
         for worker in self._workers:
             _send(worker, signal.SIGTERM)
 
@@ -207,39 +252,52 @@ class Supervisor:
         finally:
             stopping.cancel()
             asyncio.get_running_loop().remove_reader(worker.pair)
+            self._hear_the_rest(worker)
             worker.pair.close()
             self._workers.discard(worker)
+            self._shows.left(worker)
         return status if status >= 0 else _SIGNALLED - status
 
     # --- Beats ---
 
-    def _hear(self, worker: _Worker) -> None:
+    def _hear_the_rest(self, worker: _Worker) -> None:
+        """Read what a worker wrote before it ended."""
+        while self._hear(worker):
+            pass
+
+    def _hear(self, worker: _Worker) -> bool:
+        """Read what a worker wrote; False if there is nothing."""
         try:
             data = worker.pair.recv(65_536)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if not data:
             asyncio.get_running_loop().remove_reader(worker.pair)
-            return
+            return False
         *lines, worker.rest = (worker.rest + data).split(b"\n")
         for line in lines:
             self._say(worker, line)
+        return True
 
     def _say(self, worker: _Worker, line: bytes) -> None:
         word, _, argument = line.partition(b" ")
         now = worker.spoke = asyncio.get_running_loop().time()
         if word == b"ready":
             worker.ready.set()
+            self._shows.joined(worker, worker.pair)
             ready = sum(each.ready.is_set() for each in self._workers)
             if not self._said_url and ready == self._options.processes:
                 self._said_url = True
                 print(self._url, flush=True)
-        elif word == b"queue":
-            if not self._said_queue:
-                self._said_queue = True
-                print(argument.decode(errors="replace"), file=sys.stderr, flush=True)
+                self._shows.all_ready()
+        elif word == b"banner":
+            if not self._said_banner:
+                self._said_banner = True
+                self._shows.say(argument.decode(errors="replace"))
+        elif self._shows.heard(worker, word, argument):
+            return  # no sign of life: only beats are
         elif word == b"recycle":
             worker.recycles = True
         elif word == b"beat" and float(argument) >= self._options.hang_seconds:
@@ -319,7 +377,7 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     return listener, f"http://{shown}:{number}"
 
 
-def supervise(arguments: Sequence[str], host: str, port: int, options: SupervisorOptions) -> int:
+def supervise(arguments: Sequence[str], host: str, port: int, options: SupervisorOptions, shows: Shows) -> int:
     """Run worker processes until a signal asks to stop; return the exit status.
 
     Args:
@@ -327,6 +385,7 @@ def supervise(arguments: Sequence[str], host: str, port: int, options: Superviso
         host: The address that the workers listen on.
         port: The port; 0 takes a free one.
         options: How they are kept.
+        shows: What is shown of them.
 
     Raises:
         OSError: The address cannot be bound.
@@ -334,7 +393,8 @@ def supervise(arguments: Sequence[str], host: str, port: int, options: Superviso
     listener, url = listen(host, port)
 
     async def work() -> int:
-        return await Supervisor(arguments, listener, url, options).run()
+        async with shows.shown():
+            return await Supervisor(arguments, listener, url, options, shows).run()
 
     with listener:
         return asyncio.run(work())

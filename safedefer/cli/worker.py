@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import json
 import logging
 import os
 import socket
@@ -13,9 +14,12 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
+from safedefer.cli.fleet import READY
 from safedefer.cli.supervisor import WORKER_VARIABLE
+from safedefer.observe.counts import Counts, dump_gauges
+from safedefer.observe.health import Health
 
 _log: Final = logging.getLogger("safedefer")
 
@@ -44,6 +48,13 @@ class Worker:
         self.listener = listener
         self._hang_seconds = hang_seconds
         self._every = min(_LONGEST_BEAT, hang_seconds / _BEATS)
+        self.recycles = False
+        """Whether this process asked to be replaced."""
+        self._writing = threading.Lock()
+        self._counts: Counts | None = None
+        self._health: Health | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._answers: set[asyncio.Task[None]] = set()
         self._turned: float | None = None
         """When the loop last turned; None while there is none."""
         self._loop_thread = 0
@@ -72,18 +83,17 @@ class Worker:
             stop: Set when this process is to drain: its supervisor died, or ``recycle`` said so.
             recycle: Asked at every turn whether this process asks to be replaced.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
 
         def orphaned() -> None:
             loop.call_soon_threadsafe(stop.set)
 
         async def turn() -> None:
-            asked = False
             while True:
                 self._turned = time.monotonic()
-                if not asked and recycle():
-                    asked = True
+                if not self.recycles and recycle():
+                    self.recycles = True
                     self._say("recycle")
                     stop.set()
                 await asyncio.sleep(self._every / 2)
@@ -94,19 +104,29 @@ class Worker:
             yield
         finally:
             turning.cancel()
-            self._turned = None
+            self._turned = self._loop = None
+            self.say_counts()
+
+    def count(self, counts: Counts, health: Health) -> None:
+        """Send the supervisor what is counted, with each beat, and answer what it asks of this process's health."""
+        self._counts, self._health = counts, health
+
+    def say_counts(self) -> None:
+        """Send what was counted since the last time."""
+        if self._counts is not None:
+            document = {**self._counts.take().dump(), "gauges": dump_gauges(self._counts.gauges())}
+            self._say(f"counts {json.dumps(document)}")
 
     def ready(self) -> None:
         """Tell the supervisor that this process serves."""
         self._say("ready")
 
-    def say_queue(self, text: str | None) -> None:
-        """Tell the supervisor where the queue is: it says so once for all workers."""
-        if text is not None:
-            self._say(f"queue {text}")
+    def say_banner(self, text: str) -> None:
+        """Tell the supervisor what this process is: it says so once for all workers."""
+        self._say(f"banner {text}")
 
     def _say(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # the supervisor has died: `_listen` hears of it
+        with contextlib.suppress(OSError), self._writing:  # the supervisor has died: `_listen` hears of it
             self._line.sendall(f"{line}\n".encode())
 
     def _beat(self) -> None:
@@ -118,6 +138,7 @@ class Worker:
             turned = self._turned
             stands = 0.0 if turned is None else max(0.0, time.monotonic() - turned)
             self._say(f"beat {stands:.3f}")
+            self.say_counts()
             if stands > self._hang_seconds / 2 and not told:
                 told = True
                 _log.error("the event loop stands for %.1f s, in %s", stands, self._where())
@@ -132,10 +153,36 @@ class Worker:
         return " > ".join(f"{entry.name} ({os.path.basename(entry.filename)}:{entry.lineno})" for entry in stack)  # noqa: PTH119
 
     def _listen(self) -> None:
+        rest = b""
         with contextlib.suppress(OSError):
-            while self._line.recv(1):
-                pass
+            while data := self._line.recv(4_096):
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    _, number, what = line.decode().split()
+                    self._pass_on(int(number), what)
         self._orphaned()
+
+    def _pass_on(self, number: int, what: str) -> None:
+        """Let the event loop answer: while it stands, nothing answers."""
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it was closed meanwhile
+                loop.call_soon_threadsafe(self._begin_answer, number, what)
+
+    def _begin_answer(self, number: int, what: str) -> None:
+        if self._health is not None:
+            task = asyncio.get_running_loop().create_task(self._answer(self._health, number, what))
+            self._answers.add(task)
+            task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, health: Health, number: int, what: str) -> None:
+        said: Any
+        if what == READY:
+            said = await health.reasons()
+        else:
+            reading = await health.reading()
+            said = None if reading is None else reading.dump()
+        self._say(f"answer {number} {json.dumps(said)}")
 
 
 def _inherited(descriptor: int) -> socket.socket:

@@ -99,6 +99,7 @@ class HandlerRequest:
             trace=claims.get("trace"),
             retry_of=claims.get("retry_of"),
             root=claims["root"]["id"] if "root" in claims else None,
+            callable=task.identity.callable_name,
         )
 
     def record(

@@ -162,6 +162,8 @@ class Dispatcher:
         self._random = rng or random.Random()  # noqa: S311  # jitter; a secret source costs a system call
         self._owner = self._options.owner or secrets.token_hex(8)
         self._state = self._begin()
+        self.leased_at: float | None = None
+        """When the queue answered last, or needed no question, in seconds of the monotonic clock."""
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._threads: Threads | None = None
@@ -191,6 +193,11 @@ class Dispatcher:
         )
         return _RunState(leases, attempts, Prefetch(options.concurrency))
 
+    @property
+    def delivering(self) -> int:
+        """The number of deliveries under way."""
+        return len(self._state.deliveries)
+
     def stop(self) -> None:
         """Lease no more tasks, finish the deliveries under way, then return from ``run``."""
         self._stopping.set()
@@ -214,7 +221,9 @@ class Dispatcher:
             while not self._stopping.is_set():
                 try:
                     await self._configure()
-                    if not await self._turn():
+                    more = await self._turn()
+                    self.leased_at = time.monotonic()
+                    if not more:
                         await self._rest()
                 except ConfigurationError:  # tables are missing, or of another version: no later turn can succeed
                     await self._drain()

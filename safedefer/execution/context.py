@@ -27,6 +27,8 @@ class TaskContext:
     """The dead letter that this task re-runs."""
     root: str | None = None
     """The id of the first task of the chain of re-runs that this one is of."""
+    callable: str = ""
+    """What is called, as the token names it: ``shop.tasks:send_receipt``."""
     control: RunControl = field(default_factory=RunControl, repr=False, compare=False)
     """Shared with the handler, which stops the run by it."""
 

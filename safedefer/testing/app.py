@@ -67,7 +67,7 @@ class TestApp(App):
     ) -> None:
         app, given = arguments_of(what)
         clock = clock or Clock()
-        inner: Observer = settings.pop("observer", None) or (LogObserver() if app is None else app.observer)
+        inner: Observer = settings.pop("observer", None) or (LogObserver() if app is None else app.observers)
         observer = KitObserver(inner)
         super().__init__(
             **{
@@ -83,7 +83,7 @@ class TestApp(App):
         self.outbox = OwnOutbox(self._get_queue, environment=self.environment, queues=self.queues, clock=clock)
         after = self._run_inline if inline else nothing
         self._sender = KitSender(
-            after, builder=self._builder, queue=self._get_queue, outbox=self.outbox, observer=self.observer
+            after, builder=self._builder, queue=self._get_queue, outbox=self.outbox, observer=self.observers
         )
         self._parts = dict(vars(self))
         self.app: App = self if app is None else app
@@ -168,7 +168,7 @@ class TestApp(App):
                     ledger=lambda: self.queue.ledger,
                     blobs=lambda: self.queue.blobs,
                     clock=self.clock,
-                    observer=self.observer,
+                    observer=self.observers,
                     options=replace(options, around=(*options.around, self._fault)),
                     threads=self._threads,
                 )
@@ -357,7 +357,7 @@ class TestApp(App):
             self._threads,
             attempted,
             clock=self.clock,
-            observer=self.observer,
+            observer=self.observers,
             file=self.queue_file,
             seconds=seconds,
         )

@@ -182,6 +182,10 @@ class Outbox:
         """Return why each outbox that is swept cannot be used; None if it can, or does not exist yet."""
         return self._relay.look()
 
+    def count(self) -> int | None:
+        """Return how many rows wait in the outboxes that are swept; None if one cannot be read now."""
+        return self._relay.count()
+
     def start(self) -> None:
         """Start to sweep every few seconds: for processes that dispatch."""
         self._relay.tireless = True

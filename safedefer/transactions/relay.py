@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from safedefer.concurrency.forks import register_fork
@@ -28,6 +29,8 @@ _IDLE_SECONDS: Final = 30.0
 _IDLE_AFTER: Final = 600.0
 #: Seconds between the first looks for what a transaction of the user's may have committed meanwhile.
 _FIRST_LOOK: Final = 0.01
+#: Seconds that a count waits for a sweep under way.
+_COUNT_SECONDS: Final = 2.0
 #: Seconds between two looks while transactions are open: a connection may begin another one at once.
 _PACE: Final = 0.1
 
@@ -161,6 +164,23 @@ class Relay:
     def databases(self) -> list[tuple[str, str | None]]:
         """Return every database and schema."""
         return [(identity, schema) for identity in self._openers for schema in self._schemas[identity]]
+
+    def count(self) -> int | None:
+        """Return how many rows wait in all outboxes; None if one cannot be read now."""
+        counted = 0
+        for identity in list(self._openers):
+            if not self._sweeping.acquire(timeout=_COUNT_SECONDS):
+                return None
+            try:
+                schemas = self._schemas[identity]
+                counted += self._openers[identity].use(partial(self._transfer.count, schemas=schemas))
+            except FileNotFoundError:  # nobody has made the database yet
+                continue
+            except Exception:  # noqa: BLE001  # the user's database, by whatever library; a sweep logs what is wrong
+                return None
+            finally:
+                self._sweeping.release()
+        return counted
 
     def look(self) -> list[tuple[str, str | None]]:
         """Return why the outbox of each database and schema cannot be used; None if it can, or is not made yet."""

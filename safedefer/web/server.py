@@ -50,8 +50,9 @@ class _Discreet(logging.Filter):
         return True
 
 
-_log: Final = logging.getLogger("safedefer.web")
-_log.addFilter(_Discreet())
+server_log: Final = logging.getLogger("safedefer.web")
+"""The log of aiohttp's servers."""
+server_log.addFilter(_Discreet())
 
 
 @asynccontextmanager
@@ -79,7 +80,7 @@ async def serving(
         web_app,
         auto_decompress=False,
         access_log=None,
-        logger=_log,
+        logger=server_log,
         keepalive_timeout=_KEEPALIVE,
         lingering_time=_LINGERING,
         shutdown_timeout=1.0,

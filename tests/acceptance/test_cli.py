@@ -355,4 +355,9 @@ def test_a_process_says_once_where_its_file_is(project, command):
         return
     status, _, err = project.terminate(process)
     assert status == 0
-    assert err.splitlines() == [f"the queue is in {os.path.realpath(project.folder)}/own.db"]
+    several = " in each of 2 processes" if "2" in command else ""
+    expected = (
+        f"safedefer {command[0]}: the queue is in {os.path.realpath(project.folder)}/own.db; environment test; "
+        f"policy shop_tasks; keys k1 (active); 16 tasks at once{several}"
+    )
+    assert err.splitlines() == [expected]

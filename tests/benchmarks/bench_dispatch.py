@@ -14,6 +14,7 @@ counts. CPU time is that of the process, its threads included. The parts are mea
     dispatcher  everything, with a handler that answers at once
     handler     the handler alone, called by the peer
     async, def  everything, of ``async def`` and ``def``
+    counted     as async, with metrics
 """
 
 import argparse
@@ -28,6 +29,7 @@ import safedefer
 from safedefer.delivery.handler import Response
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.observe.counts import Counts
 from safedefer.queues import open_queue
 from safedefer.queues.base import Settlement, Verdict
 from safedefer.queues.capabilities import FULL
@@ -253,9 +255,11 @@ def measure_handler(kind, concurrency, count, folder):
     return clock
 
 
-def whole(function):
+def whole(function, *observers):
     def measure(kind, concurrency, count, folder):
         app = make_app(kind, concurrency, folder)
+        for observer in observers:
+            app.observers.add(observer())
         fill(app, function, count)
         clock = dispatch(app, InProcessDelivery(app.handle), concurrency, count)
         assert sum(stats.waiting + stats.running for stats in app.queue.stats(now=time.time())) == 0
@@ -273,6 +277,7 @@ PARTS = {
     "handler": measure_handler,
     "async": whole(noop),
     "def": whole(plain),
+    "counted": whole(noop, Counts),
 }
 
 

@@ -290,6 +290,38 @@ def test_a_queue_that_takes_nothing_now_gets_it_later(outbox, queue, tmp_path):
         assert waiting(queue) == {first.id, second.id}
 
 
+def test_the_rows_of_all_outboxes_are_counted_and_those_of_other_environments_are_not(
+    outbox, queue, tmp_path, monkeypatch
+):
+    def unavailable(tasks) -> None:
+        raise QueueUnavailable("locked; wait")
+
+    assert outbox.count() == 0
+    monkeypatch.setattr(queue, "enqueue_many", unavailable)
+    monkeypatch.setattr(outbox._relay, "expect", lambda *given: None)
+    for name in ("shop.db", "other.db"):
+        with closing(sqlite3.connect(tmp_path / name)) as connection:
+            with outbox.transaction(connection):
+                outbox.put(make_task())
+                outbox.put(make_task())
+            with connection:
+                connection.execute(
+                    "INSERT INTO safedefer_outbox (id, created, task, environment) VALUES ('x', 0, '{}', 'elsewhere')"
+                )
+    assert outbox.count() == 4
+    (tmp_path / "other.db").write_bytes(b"no database, and nothing that a count could be made of" * 100)
+    assert outbox.count() is None
+
+
+def test_a_count_does_not_wait_for_a_long_sweep(outbox, queue, tmp_path, monkeypatch):
+    monkeypatch.setattr("safedefer.transactions.relay._COUNT_SECONDS", 0.01)
+    with closing(sqlite3.connect(tmp_path / "shop.db")) as connection, outbox.transaction(connection):
+        outbox.put(make_task())
+    with outbox._relay._sweeping:
+        assert outbox.count() is None
+    assert outbox.count() == 0
+
+
 def test_an_outbox_that_cannot_be_read_right_after_the_commit_is_relayed_later(outbox, queue, tmp_path, monkeypatch):
     # Another process has the user's database to itself just after the commit; shorter patience makes a shorter test.
     monkeypatch.setattr("safedefer.transactions.databases.sqlite._PATIENCE", 0.05)

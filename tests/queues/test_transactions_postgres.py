@@ -939,7 +939,9 @@ async def test_a_sweep_within_a_running_loop_opens_what_is_awaited_in_a_thread(d
     async with outbox.transaction(connection):
         await outbox.put_async(task)
     await connection.close()
+    assert outbox.count() == 1
     assert (outbox.sweep(), waiting(queue)) == (1, {task.id})
+    assert outbox.count() == 0
 
 
 async def test_registries_of_sessions_give_the_session_of_this_context(database, outbox, queue):

@@ -5,7 +5,17 @@ import threading
 
 import pytest
 
-from safedefer.events import LogObserver, RequestRefused, TaskHandled
+from safedefer.events import (
+    LogObserver,
+    Observers,
+    ProcessStarted,
+    ProcessStopping,
+    RequestRefused,
+    TaskHandled,
+    banner,
+    hears_enqueued,
+    is_heard,
+)
 
 HANDLED = TaskHandled(
     task_id="i", queue="default", callable="m:f", kid="k", outcome="succeeded", status=200, reason=None, attempt=1, seconds=0.1
@@ -110,3 +120,56 @@ def test_the_lines_hold_the_event_and_nothing_else_of_the_request(log):
     log(HANDLED)
     events = [record.safedefer for record in log.caplog.records if "refused" in record.getMessage()]
     assert events == [refused()] * 2
+
+
+# --- Several observers ---
+
+
+def test_each_observer_gets_every_event_whatever_another_one_raises(caplog):
+    first, last = [], []
+
+    def broken(event):
+        raise RuntimeError("broken")
+
+    several = Observers(first.append, broken)
+    several(HANDLED)
+    several.add(last.append)
+    several(HANDLED)
+    assert (first, last) == ([HANDLED, HANDLED], [HANDLED])
+    assert caplog.text.count("an observer failed") == 2
+
+
+def test_an_event_is_made_if_any_of_several_observers_may_act_on_it():
+    log = LogObserver()
+    assert not hears_enqueued(Observers(log))
+    assert hears_enqueued(Observers(log, print))
+    logging.getLogger("safedefer").setLevel(logging.ERROR)
+    try:
+        assert not is_heard(Observers(log), "succeeded", None)
+        assert is_heard(Observers(log, print), "succeeded", None)
+    finally:
+        logging.getLogger("safedefer").setLevel(logging.NOTSET)
+
+
+# --- Processes ---
+
+STARTED = ProcessStarted(
+    command="run", pid=7, queue="/srv/tasks.db", environment="prod", policy=["shop.*"], keys=["k1 (active)"], concurrency=16, processes=2
+)  # fmt: skip
+
+
+def test_a_banner_says_what_a_process_is():
+    assert banner(STARTED) == (
+        "safedefer run: the queue is in /srv/tasks.db; environment prod; policy shop.*; keys k1 (active); 16 tasks at once "
+        "in each of 2 processes"
+    )
+
+
+def test_start_and_stop_of_a_process_are_logged(caplog):
+    caplog.set_level(logging.INFO)
+    observer = LogObserver()
+    observer(STARTED)
+    observer(ProcessStopping(command="run", pid=7, running=2, seconds=30.0))
+    assert caplog.messages == [
+        f"process 7 started: {banner(STARTED)}", "process 7 stops: it waits for 2 tasks, 30 s at most",
+    ]  # fmt: skip
