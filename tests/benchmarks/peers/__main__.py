@@ -26,12 +26,14 @@ import time
 from pathlib import Path
 
 from tests.benchmarks.peers import drawing
-from tests.benchmarks.peers.adapters import STAMP, SYSTEMS
+from tests.benchmarks.peers.adapters import STAMP, SYSTEMS, System
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "explanation" / "benchmarks.md"
 BEGIN, END = "<!-- peers -->", "<!-- /peers -->"
 DEADLINE_SECONDS = 240.0
+#: Between the end of the drain and the measurement of latency: the worker stores its last ends and is idle then.
+IDLE_SECONDS = 1.0
 
 
 def make_environment(folder: Path, name: str) -> str:
@@ -151,13 +153,14 @@ class Runner:
         for kind in system.kinds:
             self._stamps.write_bytes(b"")
             with self.place(system.place_in) as place:
-                self.ask(system, "prepare", place, kind, 0)
+                if system.prepare is not System.prepare:
+                    self.ask(system, "prepare", place, kind, 0)
                 figures |= self.ask(system, "fill", place, kind, tasks)
                 with self._working(system, place) as worker:
                     begun = [began for _, began in self._stamped(tasks, worker)]
                     figures[kind] = (len(begun) - 1) / (max(begun) - min(begun))
                     if kind == system.kinds[-1]:
-                        time.sleep(1.0)  # the ends of the last tasks are stored, and the worker is idle
+                        time.sleep(IDLE_SECONDS)
                         self._stamps.write_bytes(b"")
                         self.ask(system, "pace", place, kind, paced)
                         spans = sorted(began - sent for sent, began in self._stamped(paced, worker))
@@ -189,8 +192,8 @@ def valkey(folder: Path):
             server.terminate()
 
 
-def compare(runner: Runner, systems: list, *, rounds: int, tasks: int, paced: int) -> dict:
-    """Run the rounds, and return the report."""
+def compare(runner: Runner, systems: list, *, rounds: int, tasks: int, paced: int, save=lambda report: None) -> dict:
+    """Run the rounds, and return the report; ``save`` gets it after each round."""
     report = {
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "load before": os.getloadavg()[0]},
         "options": {"rounds": rounds, "tasks": tasks, "paced": paced},
@@ -200,7 +203,7 @@ def compare(runner: Runner, systems: list, *, rounds: int, tasks: int, paced: in
     }
     for system in systems:
         try:
-            found = runner.ask(system, "versions")
+            found = runner.ask(system, "versions", *system.packages)
         except Exception as error:
             found = {"missing": [str(error)]}
         if found["missing"]:
@@ -221,7 +224,8 @@ def compare(runner: Runner, systems: list, *, rounds: int, tasks: int, paced: in
                 del report["systems"][system.name]
             print(figures.get(system.name) or report["left out"][system.name], flush=True)
         report["rounds"].append(figures)
-    report["machine"]["load after"] = os.getloadavg()[0]
+        report["machine"]["load after"] = os.getloadavg()[0]
+        save(report)
     return report
 
 
@@ -263,10 +267,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         runner = Runner(pythons, Path(folder))
         try:
-            report = compare(runner, systems, rounds=options.rounds, tasks=options.tasks, paced=options.paced)
+            report = compare(
+                runner, systems, rounds=options.rounds, tasks=options.tasks, paced=options.paced,
+                save=lambda report: write(report, options.out),
+            )  # fmt: skip
         finally:
             runner.close()
-    write(report, options.out)
     if options.docs:
         write_docs(report, PAGE)
     print(drawing.table(report))

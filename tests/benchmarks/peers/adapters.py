@@ -15,7 +15,7 @@ import struct
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 #: What a task appends to the file ``PEERS_STAMPS``: when it was sent (0: not said) and when it began, on one clock.
@@ -500,11 +500,14 @@ def caller():
 
 
 def main() -> None:
-    """Do one part in a process of its own: ``ACTION NAME [PLACE KIND TASKS]``; prints JSON."""
+    """Do one part in a process of its own: ``versions NAME PACKAGE...`` or ``ACTION NAME PLACE KIND TASKS``; prints JSON."""
     action, name, *rest = sys.argv[1:]
     if action == "versions":
-        missing = [package for package in SYSTEMS[name].packages if find_spec(package.replace("-", "_")) is None]
-        found = {} if missing else {package: version(package) for package in SYSTEMS[name].packages}
+        missing = [package for package in rest if find_spec(package.replace("-", "_")) is None]
+        found = {}
+        for package in rest:
+            with contextlib.suppress(PackageNotFoundError):  # this project, run from a checkout
+                found[package] = version(package)
         print(json.dumps({"missing": missing, "versions": found}))
         return
     place, kind, tasks = rest

@@ -48,9 +48,9 @@ def _rows(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 def table(report: dict) -> str:
     """Return the medians, the ratios to each base with their range, and what each system guarantees."""
-    machine, options, systems = report["machine"], report["options"], report["systems"]
+    machine, systems = report["machine"], report["systems"]
     load = f"load average {machine['load before']:.1f} before and {machine['load after']:.1f} after"
-    rounds = f"{options['rounds']} interleaved rounds of {options['tasks']:,} tasks"
+    rounds = f"{len(report['rounds'])} interleaved rounds of {report['options']['tasks']:,} tasks"
     lines = [f"{rounds}, medians; {machine['cores']} cores, Python {machine['python']}, {load}.", ""]
     rows = []
     for system in systems:
