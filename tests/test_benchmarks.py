@@ -48,8 +48,8 @@ REPORT = {
     "machine": {"cores": 2, "python": "3.11.7", "load before": 1.0, "load after": 2.0},
     "options": {"rounds": 3, "tasks": 1000, "paced": 100},
     "systems": {
-        "safedefer, SQLite": {"versions": {"safedefer": "1"}, "guarantees": ["signed"], "at once": "16"},
-        "Celery": {"versions": {"celery": "5"}, "guarantees": ["acks late"], "at once": "1"},
+        "safedefer, SQLite": {"versions": {"safedefer": "1"}, "guarantees": ["signed"], "at once": "16", "tasks": 1000},
+        "Celery": {"versions": {"celery": "5"}, "guarantees": ["acks late"], "at once": "1", "tasks": 250},
     },
     "left out": {"RQ": "not installed: rq"},
     "rounds": [
@@ -69,7 +69,7 @@ def test_the_table_gives_medians_and_the_ratios_of_each_round_with_their_range()
         "| safedefer, SQLite | 5.00 (3.00 to 9.00) |  | 0.50 (0.50 to 0.50) | 4.00 (4.00 to 4.00)"
         " | 2.00 (2.00 to 2.00) | 2.00 (2.00 to 2.00) |" in lines
     )
-    assert "| safedefer, SQLite | safedefer 1 | 16 | signed |" in lines
+    assert "| safedefer, SQLite | safedefer 1 | 1,000 | 16 | signed |" in lines
 
 
 def test_the_drawing_has_a_bar_for_each_system_as_long_as_its_figure():

@@ -149,7 +149,7 @@ class Runner:
     def measure(self, system, *, tasks: int, paced: int) -> dict[str, float]:
         """Return the figures of one system in one round."""
         figures: dict[str, float] = {}
-        tasks = max(tasks // system.slow, 20)
+        tasks = system.tasks_of(tasks)
         for kind in system.kinds:
             self._stamps.write_bytes(b"")
             with self.place(system.place_in) as place:
@@ -209,8 +209,12 @@ def compare(runner: Runner, systems: list, *, rounds: int, tasks: int, paced: in
         if found["missing"]:
             report["left out"][system.name] = f"not installed: {', '.join(found['missing'])}"
             continue
-        facts = {"versions": found["versions"], "guarantees": list(system.guarantees), "at once": system.at_once}
-        report["systems"][system.name] = facts
+        report["systems"][system.name] = {
+            "versions": found["versions"],
+            "guarantees": list(system.guarantees),
+            "at once": system.at_once,
+            "tasks": system.tasks_of(tasks),
+        }
     for number in range(rounds):
         figures: dict[str, dict[str, float]] = {}
         present = [system for system in systems if system.name in report["systems"]]

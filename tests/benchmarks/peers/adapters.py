@@ -64,6 +64,11 @@ class System:
     def __init__(self, place: str) -> None:
         self.place = place
 
+    @classmethod
+    def tasks_of(cls, tasks: int) -> int:
+        """Return how many no-op tasks of a round it gets."""
+        return max(tasks // cls.slow, 20)
+
     def prepare(self) -> None:
         """Make the schema, where there is one."""
 
@@ -157,7 +162,7 @@ class Rq(System):
     guarantees = ("at most once: a task whose worker died is failed, not run again", AOF)
     at_once = "1, a new process for each task"
     place_in = "redis"
-    slow = 20
+    slow = 40
 
     def connect(self) -> None:
         import redis
@@ -181,6 +186,7 @@ class Celery(System):
     name = "Celery"
     packages = ("celery", "kombu")
     guarantees = (AT_LEAST_ONCE + " (`task_acks_late`, `task_reject_on_worker_lost`; not the default)", AOF)
+    slow = 4
     at_once = "1 (prefork, `-c 1`; the default is one process for each core)"
     place_in = "redis"
     kinds = ("def",)
@@ -203,6 +209,7 @@ class Dramatiq(System):
     name = "Dramatiq"
     packages = ("dramatiq",)
     guarantees = (AT_LEAST_ONCE, AOF)
+    slow = 2
     at_once = "8 threads"
     place_in = "redis"
 
@@ -231,6 +238,7 @@ class Huey(System):
     name = "Huey, SQLite with fsync"
     packages = ("huey",)
     guarantees = (AT_MOST_ONCE, FSYNC)
+    slow = 4
     at_once = "1 thread"
     place_in = "sqlite"
     kinds = ("def",)
@@ -254,6 +262,7 @@ class Huey(System):
 class HueyNoSync(Huey):
     name = "Huey, SQLite without fsync"
     guarantees = (AT_MOST_ONCE, "a power cut may lose tasks or break the file (`synchronous=0`)")
+    slow = 1
 
     def make(self):
         import huey
@@ -265,6 +274,7 @@ class HueyRedis(Huey):
     name = "Huey, Redis"
     packages = ("huey", "redis")
     guarantees = (AT_MOST_ONCE, AOF)
+    slow = 2
     place_in = "redis"
 
     def make(self):
@@ -281,7 +291,7 @@ class Arq(System):
     place_in = "redis"
     environment = "arq"
     kinds = ("async",)
-    slow = 4
+    slow = 8
 
     async def one(self, kind: str, sent: float) -> None:
         import arq
@@ -305,6 +315,7 @@ class Saq(System):
     name = "SAQ"
     packages = ("saq",)
     guarantees = ("at least once for a task with `retries`; else failed when its worker died", AOF)
+    slow = 4
     at_once = "10"
     place_in = "redis"
 
@@ -335,6 +346,7 @@ class Taskiq(System):
     name = "taskiq"
     packages = ("taskiq", "taskiq-redis")
     guarantees = (AT_LEAST_ONCE + " (`RedisStreamBroker`)", AOF)
+    slow = 4
     at_once = "100"
     place_in = "redis"
     environment = "taskiq"
@@ -365,7 +377,7 @@ class Procrastinate(System):
     guarantees = ("a task whose worker died is found as stalled, and run again by a task of your own", FSYNC)
     at_once = "1"
     place_in = "postgres"
-    slow = 4
+    slow = 8
 
     def prepare(self) -> None:
         import procrastinate

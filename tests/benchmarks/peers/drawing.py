@@ -50,7 +50,7 @@ def table(report: dict) -> str:
     """Return the medians, the ratios to each base with their range, and what each system guarantees."""
     machine, systems = report["machine"], report["systems"]
     load = f"load average {machine['load before']:.1f} before and {machine['load after']:.1f} after"
-    rounds = f"{len(report['rounds'])} interleaved rounds of {report['options']['tasks']:,} tasks"
+    rounds = f"{len(report['rounds'])} interleaved rounds of up to {report['options']['tasks']:,} tasks"
     lines = [f"{rounds}, medians; {machine['cores']} cores, Python {machine['python']}, {load}.", ""]
     rows = []
     for system in systems:
@@ -68,8 +68,8 @@ def table(report: dict) -> str:
     rows = []
     for system, facts in systems.items():
         versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-        rows.append([system, versions, facts["at once"], "; ".join(facts["guarantees"])])
-    lines += _rows(["", "versions", "tasks at once in the worker process", "guarantees as measured"], rows)
+        rows.append([system, versions, f"{facts['tasks']:,}", facts["at once"], "; ".join(facts["guarantees"])])
+    lines += _rows(["", "versions", "tasks", "at once in the worker process", "guarantees as measured"], rows)
     for system, reason in report["left out"].items():
         lines += [f"Left out: {system}, {' '.join(reason.split())[:300]}.", ""]
     return "\n".join(lines)
