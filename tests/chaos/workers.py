@@ -19,6 +19,8 @@ _LOOK = 0.02
 _MORE = 500
 #: A supervisor replaces a worker that stands for so long, in seconds.
 _HANG = 2.0
+#: A worker that a busy machine lets stand is ended before what it ran is leased again, and so explains the second run.
+_LEASE = 2 * _HANG
 
 
 def workers_of(supervisor: Any) -> list[int]:
@@ -73,7 +75,7 @@ def kills(
     rng = random.Random(seed)
     every = ("--overrun-every", "100", "--outlast-every", "500")
     options = ("--processes", "2", "--hang-seconds", str(_HANG))
-    with Cast(lease=2.0, store=store) as cast, Watch(cast) as watch:
+    with Cast(lease=_LEASE, store=store) as cast, Watch(cast) as watch:
         watch.supervisor = cast.supervised(*options)
         cast.until(lambda: workers_of(watch.supervisor), 30, "no worker starts")
         producer = cast.producer(0, tasks, per_second, *every)
