@@ -130,15 +130,14 @@ class App(Producer):
     ) -> None:
         _check_needed(keyring, policy)
         limits, self.policy = limits or Limits(), policy
-        self.environment_given = environment is not None
+        self.environment_given, self._by_value = environment is not None, by_value_pickles_run_code
         self.observer: Observer = LogObserver() if observer is None else observer
         self.observers = Observers(self.observer, *observers)
         self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
         routes = Routes(environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=file)
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
-        self._queue: PullQueue | str = queue
-        self._storage, self._clock, self._by_value = _storage(storage, file), clock, by_value_pickles_run_code
+        self._queue, self._storage, self._clock = queue, _storage(storage, file), clock
         self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
         self.delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes,

@@ -9,6 +9,8 @@ ended deliveries are settled in batches.
 A task that may have ended processes (``rules.must_be_alone``) is a *suspect*. It waits until all that was leased with it
 has ended, runs alone, and nothing else is leased or begun meanwhile: else its neighbours would be lost with it, time
 after time.
+
+Over 450 lines, since the three activities share the state of one run.
 """
 
 from __future__ import annotations
