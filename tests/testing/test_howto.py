@@ -4,13 +4,14 @@ import base64
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import safedefer_pytest
+from safedefer import pytest_plugin
 from tests.snippets import FENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,7 @@ def is_there(module):
 
 def run(folder, *command):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "SAFEDEFER_"))}
-    path = [str(folder), str(ROOT), str(Path(safedefer_pytest.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
     more = {"PYTHONPATH": os.pathsep.join(path), "SAFEDEFER_KEYS": KEY, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -83,6 +84,7 @@ def folder(tmp_path):
         if not any(name.endswith(f"_{each}.py") for each in left_out):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
+    shutil.copy(pytest_plugin.__file__, tmp_path / "safedefer_pytest.py")  # as the wheel installs it
     yield tmp_path
     assert not list(tmp_path.glob("tasks.db*"))
 

@@ -1,6 +1,7 @@
 """The pytest plugin, in a pytest of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -8,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import safedefer_pytest
-from safedefer import deferred
+from safedefer import deferred, pytest_plugin
 from safedefer.testing import TestApp
 from tests.testing import shop
 
-ROOT = Path(safedefer_pytest.__file__).parent
+ROOT = Path(pytest_plugin.__file__).parents[1]
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 SHOP = """
@@ -65,6 +65,7 @@ def test_nothing_of_ours_is_imported():
 def run_pytest(folder, *arguments, autoload=False):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "SAFEDEFER_", "COV"))}
     more = {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
+    shutil.copy(pytest_plugin.__file__, folder / "safedefer_pytest.py")  # as the wheel installs it
     if not autoload:
         more["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     done = subprocess.run(
@@ -78,6 +79,8 @@ def test_the_entry_point_makes_pytest_load_it_and_import_nothing_else(tmp_path):
     """By the metadata of a distribution as it is installed; other plugins are not loaded by it."""
     points = tomllib.loads(PROJECT.read_text())["project"]["entry-points"]["pytest11"]
     assert points == {"safedefer": "safedefer_pytest"}
+    wheel = tomllib.loads(PROJECT.read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"] == {"safedefer/pytest_plugin.py": "safedefer_pytest.py"}
     info = tmp_path / "safedefer_plugin_test-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: safedefer-plugin-test\nVersion: 1\n")
@@ -98,21 +101,21 @@ def test_its_fixture_is_the_app_of_the_ini_file(tmp_path):
 
 def test_without_settings_it_says_which():
     with pytest.raises(pytest.UsageError, match="safedefer_app = module:app"):
-        safedefer_pytest.app_by("", [])
+        pytest_plugin.app_by("", [])
 
 
 @pytest.mark.parametrize("name", ["tests.testing.shop:nothing", "tests.testing.shop:DONE", "no_such_module:app", "a b"])
 def test_an_app_that_is_none_is_a_usage_error(name):
     with pytest.raises(pytest.UsageError, match=r"App.*write module:app; set safedefer_app"):
-        safedefer_pytest.app_by(name, [])
+        pytest_plugin.app_by(name, [])
 
 
 def test_patterns_are_enough_for_the_functions_of_deferred():
     shop.DONE.clear()
-    with safedefer_pytest.app_by("", ["tests.testing.shop", "operator:add"]) as tasks:
+    with pytest_plugin.app_by("", ["tests.testing.shop", "operator:add"]) as tasks:
         deferred.defer(shop.keep, 1)
         tasks.run_due()
     assert shop.DONE == [1]
-    with safedefer_pytest.app_by("tests.testing.shop:app", ["ignored"]) as tasks:
+    with pytest_plugin.app_by("tests.testing.shop:app", ["ignored"]) as tasks:
         assert isinstance(tasks, TestApp)
         assert tasks.app is shop.app

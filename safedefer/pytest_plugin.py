@@ -1,6 +1,7 @@
 """The pytest plugin of safedefer.
 
-It stands beside the package: pytest loads it at every start, and nothing of safedefer is imported before a fixture is used.
+It is installed beside the package, as ``safedefer_pytest``: pytest loads it at every start, and nothing of safedefer is imported
+before a fixture is used.
 
 The fixture ``safedefer_app`` is a ``TestApp``, in test mode while the test runs. ``pytest.ini`` says of what::
 
