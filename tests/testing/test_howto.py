@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from safedefer import pytest_plugin
 from tests.snippets import FENCE
+from tests.testing.plugin import FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/how-to/test-your-tasks.md"
@@ -84,7 +84,7 @@ def folder(tmp_path):
         if not any(name.endswith(f"_{each}.py") for each in left_out):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
-    shutil.copy(pytest_plugin.__file__, tmp_path / "safedefer_pytest.py")  # as the wheel installs it
+    shutil.copy(FILE, tmp_path / "safedefer_pytest.py")  # as the wheel installs it
     yield tmp_path
     assert not list(tmp_path.glob("tasks.db*"))
 

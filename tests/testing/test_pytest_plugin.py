@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from safedefer import deferred, pytest_plugin
+from safedefer import deferred
 from safedefer.testing import TestApp
 from tests.testing import shop
+from tests.testing.plugin import FILE, ROOT, plugin
 
-ROOT = Path(pytest_plugin.__file__).parents[1]
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 SHOP = """
@@ -65,7 +65,7 @@ def test_nothing_of_ours_is_imported():
 def run_pytest(folder, *arguments, autoload=False):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "SAFEDEFER_", "COV"))}
     more = {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
-    shutil.copy(pytest_plugin.__file__, folder / "safedefer_pytest.py")  # as the wheel installs it
+    shutil.copy(FILE, folder / "safedefer_pytest.py")  # as the wheel installs it
     if not autoload:
         more["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     done = subprocess.run(
@@ -101,21 +101,21 @@ def test_its_fixture_is_the_app_of_the_ini_file(tmp_path):
 
 def test_without_settings_it_says_which():
     with pytest.raises(pytest.UsageError, match="safedefer_app = module:app"):
-        pytest_plugin.app_by("", [])
+        plugin.app_by("", [])
 
 
 @pytest.mark.parametrize("name", ["tests.testing.shop:nothing", "tests.testing.shop:DONE", "no_such_module:app", "a b"])
 def test_an_app_that_is_none_is_a_usage_error(name):
     with pytest.raises(pytest.UsageError, match=r"App.*write module:app; set safedefer_app"):
-        pytest_plugin.app_by(name, [])
+        plugin.app_by(name, [])
 
 
 def test_patterns_are_enough_for_the_functions_of_deferred():
     shop.DONE.clear()
-    with pytest_plugin.app_by("", ["tests.testing.shop", "operator:add"]) as tasks:
+    with plugin.app_by("", ["tests.testing.shop", "operator:add"]) as tasks:
         deferred.defer(shop.keep, 1)
         tasks.run_due()
     assert shop.DONE == [1]
-    with pytest_plugin.app_by("tests.testing.shop:app", ["ignored"]) as tasks:
+    with plugin.app_by("tests.testing.shop:app", ["ignored"]) as tasks:
         assert isinstance(tasks, TestApp)
         assert tasks.app is shop.app
