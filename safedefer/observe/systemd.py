@@ -14,6 +14,8 @@ _WATCHDOG: Final = "WATCHDOG_USEC"
 _WATCHDOG_PID: Final = "WATCHDOG_PID"
 #: Messages in the time after which systemd takes the service for hung.
 _BEATS: Final = 3
+#: Seconds until a state that systemd's full socket did not take is sent again.
+_AGAIN_SECONDS: Final = 0.2
 
 
 class Systemd:
@@ -27,6 +29,7 @@ class Systemd:
     def __init__(self, address: str | None = None, watchdog_seconds: float | None = None) -> None:
         self.address = address
         self.watchdog_seconds = watchdog_seconds
+        self._unsent: tuple[str, ...] = ()
 
     @classmethod
     def take_from(cls, environment: MutableMapping[str, str]) -> Self:
@@ -55,23 +58,42 @@ class Systemd:
 
     @contextlib.asynccontextmanager
     async def service(self) -> AsyncIterator[None]:
-        """Feed the watchdog while the context lasts and the running event loop turns."""
-        feeding = None if self.watchdog_seconds is None else asyncio.create_task(self._feed(self.watchdog_seconds))
+        """Feed the watchdog, and send again what its socket did not take, while the context lasts and the event loop turns."""
+        beats = (
+            [] if self.watchdog_seconds is None else [asyncio.create_task(self._feed(self.watchdog_seconds / _BEATS))]
+        )
+        if self.address is not None:
+            beats.append(asyncio.create_task(self._send_again()))
         try:
             yield
         finally:
-            if feeding is not None:
-                feeding.cancel()
+            for beat in beats:
+                beat.cancel()
+            self._send_unsent()
 
     async def _feed(self, seconds: float) -> None:
         while True:
             self.send("WATCHDOG=1")
-            await asyncio.sleep(seconds / _BEATS)
+            await asyncio.sleep(seconds)
+
+    async def _send_again(self) -> None:
+        while True:
+            await asyncio.sleep(_AGAIN_SECONDS)
+            self._send_unsent()
+
+    def _send_unsent(self) -> None:
+        if self._unsent and self.send(*self._unsent):
+            self._unsent = ()
+
+    def _say(self, *fields: str) -> None:
+        """Send a state, which stays until the next one, where a beat that is lost is followed by another."""
+        self._unsent = fields
+        self._send_unsent()
 
     def ready(self) -> None:
         """Say that the service takes tasks."""
-        self.send("READY=1", "STATUS=takes tasks")
+        self._say("READY=1", "STATUS=takes tasks")
 
     def stopping(self) -> None:
         """Say that the service stops."""
-        self.send("STOPPING=1", "STATUS=stops, and waits for running tasks")
+        self._say("STOPPING=1", "STATUS=stops, and waits for running tasks")

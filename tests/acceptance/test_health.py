@@ -2,9 +2,11 @@
 
 import json
 import os
+import queue
 import re
 import signal
 import socket
+import threading
 import urllib.error
 import urllib.request
 
@@ -43,11 +45,26 @@ def health_url(process):
 
 @pytest.fixture
 def systemd(project, tmp_path):
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+    """Return what reads the first line of the next message, from a socket that is read all the time, as systemd's is."""
+    said = queue.SimpleQueue()
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as closer,
+    ):
         server.bind(str(tmp_path / "notify"))
-        server.settimeout(60)
+
+        def read():
+            while message := server.recv(4096):
+                said.put(message.decode().split("\n")[0])
+
+        reader = threading.Thread(target=read)
+        reader.start()
         project.environment |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}
-        yield lambda: server.recv(4096).decode().split("\n")[0]
+        try:
+            yield lambda: said.get(timeout=120)
+        finally:
+            closer.sendto(b"", str(tmp_path / "notify"))
+            reader.join()
 
 
 def test_a_supervisor_serves_the_health_of_all_workers_and_tells_systemd(project, systemd):

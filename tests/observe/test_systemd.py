@@ -97,3 +97,34 @@ def test_a_systemd_that_does_not_read_hurts_nothing(listener):
     systemd = Systemd(listener[1])
     sent = [systemd.send("WATCHDOG=1") for _ in range(2_000)]
     assert (sent[0], sent[-1]) == (True, False)
+
+
+async def test_a_state_that_the_full_socket_did_not_take_is_sent_again(listener):
+    """A service whose READY=1 is lost is ended at its start, though it runs; beats may be lost, a state may not."""
+    server, name = listener
+    systemd = Systemd.take_from({"NOTIFY_SOCKET": name})
+    while systemd.send("WATCHDOG=1"):
+        pass
+    async with systemd.service():
+        systemd.ready()
+        systemd.stopping()
+        async with asyncio.timeout(30):
+            while (said := await asyncio.to_thread(server.recv, 4096)) == b"WATCHDOG=1":
+                pass
+        assert said.split(b"\n")[0] == b"STOPPING=1"
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.recv(4096)
+
+
+async def test_a_state_is_tried_a_last_time_at_the_end(listener):
+    server, name = listener
+    systemd = Systemd.take_from({"NOTIFY_SOCKET": name})
+    while systemd.send("WATCHDOG=1"):
+        pass
+    async with systemd.service():
+        systemd.stopping()
+        assert server.recv(4096) == b"WATCHDOG=1"
+    while (said := server.recv(4096)) == b"WATCHDOG=1":
+        pass
+    assert said.split(b"\n")[0] == b"STOPPING=1"
