@@ -10,11 +10,12 @@ socket and one end of a pair of sockets each, over which they say (``cli.worker`
 ``recycle``   it drains now, and asks to be replaced
 ============  ==================================================================
 
-Two more, and what this writes to a worker, are in ``cli.fleet``.
+Two more, and what this writes to a worker, are in ``cli.fleet``; besides that it writes ``stop``: a task may have made its
+process deaf to signals.
 
 A worker whose loop stands for ``hang_seconds`` is killed. One whose interpreter is held for so long, by a loop of C, ends
-itself, by a timer that needs no interpreter; if it cannot, it is killed too. The end of the pair that closes tells a
-worker that the supervisor has died.
+itself, by a timer that needs no interpreter; if it cannot, it is killed too. What it leaves in its process group ends
+with it. The end of the pair that closes tells a worker that the supervisor has died.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ _START_SECONDS: Final = 60.0
 #: Seconds beyond ``hang_seconds`` that a worker's own timer gets.
 _TIMER_SECONDS: Final = 2.0
 _BACKLOG: Final = 1_024
+#: Bytes of the longest line of a worker's: its counts.
+_LINE_BYTES: Final = 4 * 2**20
 #: The dead workers of one place whose leases its next worker releases: one may die before it did so.
 _DEAD_KEPT: Final = 8
 #: The exit status of a worker that a signal ended is the signal's number above this, as shells say it.
@@ -167,10 +170,9 @@ class Supervisor:
         if self._signals > 1:
             self._kill_all()
             os._exit(128 + number)
-        self._stopping.set()
+        self._stopping.set()  # before it is shown
         self._shows.stopping()
-        for worker in self._workers:
-            _send(worker, signal.SIGTERM)
+        self._stop_others()
 
     # --- One worker after the other ---
 
@@ -180,7 +182,15 @@ class Supervisor:
         dead: list[str] = []
         loop = asyncio.get_running_loop()
         while not self._stopping.is_set():
-            worker = await self._start(number, dead)
+            try:
+                worker = await self._start(number, dead)
+            except OSError as error:  # no process or descriptor is left: perhaps a task has used them up
+                if not self._said_url:
+                    raise
+                _log.error("worker process %d cannot be started (%s); tried again soon", number, type(error).__name__)
+                crashes += 1
+                await self._pause(crashes)
+                continue
             status = await self._ended(worker)
             dead = [*dead, worker.owner][-_DEAD_KEPT:]
             if self._stopping.is_set():
@@ -190,25 +200,28 @@ class Supervisor:
             if worker.recycles and status == 0:
                 crashes = 0
                 continue
-            if not self._said_url and not worker.hangs and status < _SIGNALLED:
+            never_began = not (self._said_url or worker.ready.is_set())
+            if never_began and not worker.hangs and status < _SIGNALLED:
                 # It never began: what is wrong, it has said, and another one would say it again.
                 self._status = status or 1
                 self._stop_others()
                 return
             crashes = 0 if loop.time() - worker.started > _STEADY_SECONDS else crashes + 1
-            wait = min(_BACKOFF[0] * 2 ** min(crashes, 16), _BACKOFF[1])
             if not worker.hangs:
                 _log.error(
                     "worker process %d (pid %d) ended with status %d; another one starts in %.1f s",
-                    number, worker.process.pid, status, wait,
+                    number, worker.process.pid, status, _wait(crashes),
                 )  # fmt: skip
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), wait)
+            await self._pause(crashes)
+
+    async def _pause(self, crashes: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), _wait(crashes))
 
     def _stop_others(self) -> None:
         self._stopping.set()
         for worker in self._workers:
-            _send(worker, signal.SIGTERM)
+            _stop(worker)
 
     async def _start(self, number: int, dead: Sequence[str]) -> _Worker:
         ours, theirs = socket.socketpair()
@@ -230,7 +243,7 @@ class Supervisor:
         self._workers.add(worker)
         asyncio.get_running_loop().add_reader(ours, self._hear, worker)
         if self._stopping.is_set():  # asked meanwhile
-            _send(worker, signal.SIGTERM)
+            _stop(worker)
         return worker
 
     async def _ended(self, worker: _Worker) -> int:
@@ -254,6 +267,7 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(worker.pair)
             self._hear_the_rest(worker)
             worker.pair.close()
+            _kill_group(worker)
             self._workers.discard(worker)
             self._shows.left(worker)
         return status if status >= 0 else _SIGNALLED - status
@@ -277,6 +291,8 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(worker.pair)
             return False
         *lines, worker.rest = (worker.rest + data).split(b"\n")
+        if len(worker.rest) > _LINE_BYTES:  # a task has found the line: none of ours is so long
+            worker.rest = b""
         for line in lines:
             self._say(worker, line)
         return True
@@ -300,8 +316,8 @@ class Supervisor:
             return  # no sign of life: only beats are
         elif word == b"recycle":
             worker.recycles = True
-        elif word == b"beat" and float(argument) >= self._options.hang_seconds:
-            return  # it says itself that its loop stands: that is no sign of life
+        elif word != b"beat" or not _stands_below(self._options.hang_seconds, argument):
+            return  # it says itself that its loop stands, or it is no line of ours: that is no sign of life
         worker.heard, worker.began = now, True
 
     async def _watch(self) -> None:
@@ -310,6 +326,9 @@ class Supervisor:
         while True:
             await asyncio.sleep(min(1.0, seconds / 4))
             now = asyncio.get_running_loop().time()
+            if not self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                _log.error("a task has shut the listening socket down, which all workers share; it listens again")
+                self._listener.listen(_BACKLOG)
             for worker in list(self._workers):
                 # A beat says how long the loop stands already: what is left is the time that no beat came.
                 # Where no beat comes at all, the worker's own timer is given the first word: it says where it hangs.
@@ -329,11 +348,38 @@ class Supervisor:
     def _kill_all(self) -> None:
         for worker in self._workers:
             _send(worker, signal.SIGKILL)
+            _kill_group(worker)
 
 
 def _send(worker: _Worker, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         worker.process.send_signal(number)
+
+
+def _stop(worker: _Worker) -> None:
+    """Ask a worker to drain, in two ways: a task may have had it ignore or block the signal."""
+    _send(worker, signal.SIGTERM)
+    with contextlib.suppress(OSError):
+        worker.pair.send(b"stop\n")
+
+
+def _kill_group(worker: _Worker) -> None:
+    """End what a worker has left: it was the first of its process group. The group of a session of its own is another."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.process.pid, signal.SIGKILL)
+
+
+def _wait(crashes: int) -> float:
+    """Return the seconds before the next restart."""
+    return min(_BACKOFF[0] * 2.0 ** min(crashes, 16), _BACKOFF[1])
+
+
+def _stands_below(seconds: float, argument: bytes) -> bool:
+    """Whether a beat says that the loop turned within so many seconds."""
+    try:
+        return float(argument) < seconds
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import faulthandler
 import json
 import logging
 import os
+import select
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from safedefer.cli.fleet import READY
 from safedefer.cli.supervisor import WORKER_VARIABLE
+from safedefer.concurrency.forks import register_fork
 from safedefer.observe.counts import Counts, dump_gauges
 from safedefer.observe.health import Health
 
@@ -26,6 +28,8 @@ _log: Final = logging.getLogger("safedefer")
 #: Beats in the time after which a worker without one is killed.
 _BEATS: Final = 8
 _LONGEST_BEAT: Final = 1.0
+#: Seconds that a process may take to end when its loop has, before that counts as hanging; ``hang_seconds`` if they are fewer.
+_LEAVE_SECONDS: Final = 10.0
 
 
 class Worker:
@@ -58,7 +62,11 @@ class Worker:
         self._turned: float | None = None
         """When the loop last turned; None while there is none."""
         self._loop_thread = 0
-        self._orphaned: Callable[[], None] = lambda: os._exit(1)
+        self._stop: Callable[[], None] = lambda: os._exit(1)
+        self._alone = False
+        """Whether the supervisor has died."""
+        self._errors = _standard_error()
+        register_fork(self)
         threading.Thread(target=self._beat, name="safedefer-beat", daemon=True).start()
         threading.Thread(target=self._listen, name="safedefer-supervisor", daemon=True).start()
 
@@ -86,8 +94,9 @@ class Worker:
         loop = self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
 
-        def orphaned() -> None:
-            loop.call_soon_threadsafe(stop.set)
+        def stop_soon() -> None:
+            with contextlib.suppress(RuntimeError):  # it was closed meanwhile
+                loop.call_soon_threadsafe(stop.set)
 
         async def turn() -> None:
             while True:
@@ -98,13 +107,15 @@ class Worker:
                     stop.set()
                 await asyncio.sleep(self._every / 2)
 
-        self._orphaned = orphaned
+        self._stop = stop_soon
         turning = loop.create_task(turn())
         try:
             yield
         finally:
             turning.cancel()
-            self._turned = self._loop = None
+            self._loop = None
+            # A thread that a task has started, or what it had called at the exit, may keep the process from ending.
+            self._turned = time.monotonic() + min(_LEAVE_SECONDS, self._hang_seconds)
             self.say_counts()
 
     def count(self, counts: Counts, health: Health) -> None:
@@ -134,17 +145,30 @@ class Worker:
         while True:
             # Its clock is a thread of C, which needs no interpreter: if this thread gets none for so long, that one names
             # the functions at fault and ends the process, also where there is no supervisor any more.
-            faulthandler.dump_traceback_later(self._hang_seconds, exit=True)
+            # To a descriptor of our own: a task may put something else in the place of sys.stderr.
+            faulthandler.dump_traceback_later(self._hang_seconds, exit=True, file=self._errors)
             turned = self._turned
             stands = 0.0 if turned is None else max(0.0, time.monotonic() - turned)
-            self._say(f"beat {stands:.3f}")
-            self.say_counts()
+            if self._alone and stands > self._hang_seconds:  # nobody else ends it
+                os._exit(1)
+            if self._has_room():
+                self._say(f"beat {stands:.3f}")
+                self.say_counts()
             if stands > self._hang_seconds / 2 and not told:
                 told = True
                 _log.error("the event loop stands for %.1f s, in %s", stands, self._where())
             elif stands < self._hang_seconds / 2:
                 told = False
             time.sleep(self._every)
+
+    def _has_room(self) -> bool:
+        """Whether the line takes a beat at once: a supervisor that stands still reads none, and must not take this with it."""
+        try:
+            poll = select.poll()
+            poll.register(self._line, select.POLLOUT)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):  # a task has closed it
+            return False
 
     def _where(self) -> str:
         """Name the functions that the loop's thread is in, innermost last; no value of theirs."""
@@ -158,9 +182,33 @@ class Worker:
             while data := self._line.recv(4_096):
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
+                    if line == b"stop":
+                        self._stop()
+                        continue
                     _, number, what = line.decode().split()
                     self._pass_on(int(number), what)
-        self._orphaned()
+        self._alone = True
+        self._stop()
+
+    # --- Forks ---
+
+    def before_fork(self) -> None:
+        """Nothing need rest: the child closes its copies."""
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """Be no worker: keep neither the port nor the line, and end where the coroutine of a task lets the loop go on.
+
+        The loop of a child would lease and run tasks beside its parent, as the same owner.
+        """
+        self._line.close()
+        self.listener.close()
+        if self._loop is not None and threading.get_ident() == self._loop_thread:
+            self._loop.call_soon(os._exit, 1)
+
+    # --- Questions ---
 
     def _pass_on(self, number: int, what: str) -> None:
         """Let the event loop answer: while it stands, nothing answers."""
@@ -183,6 +231,14 @@ class Worker:
             reading = await health.reading()
             said = None if reading is None else reading.dump()
         self._say(f"answer {number} {json.dumps(said)}")
+
+
+def _standard_error() -> int:
+    """Return a copy of the descriptor of standard error, which tasks do not know; of nothing where there is none."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 def _inherited(descriptor: int) -> socket.socket:

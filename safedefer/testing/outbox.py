@@ -47,7 +47,7 @@ class OwnOutbox(Outbox):
 
     async def _move(self, source: Source, schema: str | None) -> int:
         try:
-            return await self._transfer.move(source, self.queue(), (schema,))
+            return await self._transfer.move(source, self.queue(), (schema,)) or 0  # all: no time was given
         except Exception as error:
             raise BadTransactionStateError(
                 "tasks of a transaction cannot be read by its connection any more; close a connection to a database in memory "

@@ -1,4 +1,8 @@
-"""A thread that empties the outboxes in users' databases, once their transactions are committed (``transfer``)."""
+"""A thread that empties the outboxes in users' databases, once their transactions are committed (``transfer``).
+
+Each database is swept by itself: one that somebody keeps locked, or whose server does not answer, keeps neither the other
+databases waiting nor a producer, a fork or the end of the process.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,12 @@ _IDLE_AFTER: Final = 600.0
 _FIRST_LOOK: Final = 0.01
 #: Seconds that a count waits for a sweep under way.
 _COUNT_SECONDS: Final = 2.0
+#: Seconds that the block of a producer gives to a sweep, and that the databases that answer wait for those that do not.
+_BLOCK_SECONDS: Final = 1.0
+_APART_SECONDS: Final = 2.0
+#: Seconds that a fork waits for sweeps under way, of all databases together, and that the end of the process waits for each.
+_FORK_SECONDS: Final = 2.0
+_END_SECONDS: Final = 10.0
 #: Seconds between two looks while transactions are open: a connection may begin another one at once.
 _PACE: Final = 0.1
 
@@ -58,7 +68,10 @@ class Relay:
 
     def _begin(self) -> None:
         self._changed = threading.Condition()
-        self._sweeping = threading.Lock()
+        self._sweeping = {name: threading.Lock() for name in self._openers}
+        self._held: list[threading.Lock] = []
+        """What the fork under way has waited for."""
+        self._apart: dict[str, threading.Thread] = {}
         self._thread: threading.Thread | None = None
         self._expected = False
         self._closed = False
@@ -72,6 +85,7 @@ class Relay:
     def add(self, identity: str, opener: Opener, schema: str | None = None) -> None:
         """Add a database, and the schema of its outbox, to those that are swept."""
         with self._changed:
+            self._sweeping.setdefault(identity, threading.Lock())
             self._openers.setdefault(identity, opener)
             self._schemas[identity] = tuple(dict.fromkeys((*self._schemas.get(identity, ()), schema)))
 
@@ -138,27 +152,55 @@ class Relay:
             self._swept = wanted
         return moved
 
-    def sweep_one(self, identity: str) -> bool:
-        """Relay one outbox; whether it is empty now."""
-        return self._sweep(identity) is not None
+    def sweep_apart(self) -> None:
+        """Relay every known outbox; where there are several, each in a thread of its own, and the slow ones go on meanwhile."""
+        wanted, still_open, names = self._wanted, bool(self._open), list(self._openers)
+        if len(names) <= 1:
+            self.sweep()
+            return
+        for name in names:
+            if name not in self._apart or not self._apart[name].is_alive():
+                self._apart[name] = threading.Thread(
+                    target=self._sweep, args=(name,), name="safedefer-outbox-one", daemon=True
+                )
+                self._apart[name].start()
+        until = time.monotonic() + _APART_SECONDS
+        for thread in self._apart.values():
+            thread.join(max(0.0, until - time.monotonic()))
+        if not still_open and not any(thread.is_alive() for thread in self._apart.values()):
+            self._swept = wanted
 
-    def _sweep(self, identity: str) -> int | None:
+    def sweep_one(self, identity: str) -> bool:
+        """Relay one outbox, for a moment; whether it is empty now."""
+        return self._sweep(identity, _BLOCK_SECONDS, until=time.monotonic() + _BLOCK_SECONDS) is not None
+
+    def _sweep(self, identity: str, patience: float = -1.0, *, until: float | None = None) -> int | None:
+        lock = self._sweeping[identity]
+        if not lock.acquire(timeout=patience):
+            return None
+        try:
+            return self._sweep_locked(identity, until)
+        finally:
+            lock.release()
+
+    def _sweep_locked(self, identity: str, until: float | None) -> int | None:
         # Open only while it is used: a connection must not be carried across a fork.
-        with self._sweeping:
-            schemas = self._schemas[identity]
-            try:
-                moved = self._openers[identity].use(lambda source: self._transfer.move(source, self._queue(), schemas))
-            except FileNotFoundError:  # nobody has made the database yet
-                return 0
-            except QueueError as error:
-                if self._is_new(identity, error):
-                    _log.warning("the queue takes nothing from the outbox now (%s); trying again", slug(error))
-            except Exception as error:  # noqa: BLE001  # the user's database, by whatever library
-                if self._is_new(identity, error):
-                    _log.warning("the outbox in %a cannot be read now (%s); trying again", identity, slug(error))
-            else:
-                self._problems.pop(identity, None)
-                return moved
+        schemas = self._schemas[identity]
+        try:
+            moved = self._openers[identity].use(
+                lambda source: self._transfer.move(source, self._queue(), schemas, until=until)
+            )
+        except FileNotFoundError:  # nobody has made the database yet
+            return 0
+        except QueueError as error:
+            if self._is_new(identity, error):
+                _log.warning("the queue takes nothing from the outbox now (%s); trying again", slug(error))
+        except Exception as error:  # noqa: BLE001  # the user's database, by whatever library
+            if self._is_new(identity, error):
+                _log.warning("the outbox in %a cannot be read now (%s); trying again", identity, slug(error))
+        else:
+            self._problems.pop(identity, None)
+            return moved
         return None
 
     def databases(self) -> list[tuple[str, str | None]]:
@@ -169,7 +211,8 @@ class Relay:
         """Return how many rows wait in all outboxes; None if one cannot be read now."""
         counted = 0
         for identity in list(self._openers):
-            if not self._sweeping.acquire(timeout=_COUNT_SECONDS):
+            lock = self._sweeping[identity]
+            if not lock.acquire(timeout=_COUNT_SECONDS):
                 return None
             try:
                 schemas = self._schemas[identity]
@@ -179,7 +222,7 @@ class Relay:
             except Exception:  # noqa: BLE001  # the user's database, by whatever library; a sweep logs what is wrong
                 return None
             finally:
-                self._sweeping.release()
+                lock.release()
         return counted
 
     def look(self) -> list[tuple[str, str | None]]:
@@ -187,7 +230,7 @@ class Relay:
         return [(identity, self._trouble(identity, schema)) for identity, schema in self.databases()]
 
     def _trouble(self, identity: str, schema: str | None) -> str | None:
-        with self._sweeping:
+        with self._sweeping[identity]:
             try:
                 tables = self._openers[identity].use(lambda source: look(source, OUTBOX, schema))
             except FileNotFoundError:  # nobody has made the database yet
@@ -208,22 +251,27 @@ class Relay:
             self._changed.notify()
             thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
-            thread.join(10.0)
+            thread.join(_END_SECONDS)
         self.finish()
 
     def finish(self) -> None:
         """Look once more if something is expected."""
         if self._swept != self._wanted:
-            self.sweep()
+            for identity in list(self._openers):
+                self._sweep(identity, _END_SECONDS)
             self._swept = self._wanted
 
     def before_fork(self) -> None:
-        """Let a sweep end first."""
-        self._sweeping.acquire()
+        """Let sweeps end first. One that does not in time goes on in the parent: the child never uses its connection."""
+        until = time.monotonic() + _FORK_SECONDS
+        for lock in list(self._sweeping.values()):
+            if lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                self._held.append(lock)
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._sweeping.release()
+        while self._held:
+            self._held.pop().release()
 
     def after_fork_in_child(self) -> None:
         """Begin anew: the thread is the parent's."""
@@ -261,6 +309,6 @@ def _sweep_loop(reference: weakref.ref[Relay]) -> None:
     pause = _FIRST_LOOK
     while (this := reference()) is not None and not this.closed:
         if not this.too_early():
-            this.sweep()
+            this.sweep_apart()
             pause = _FIRST_LOOK if this.rest(pause) else min(pause * 2, this.longest_pause)
         del this

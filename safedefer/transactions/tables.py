@@ -106,11 +106,15 @@ _LOOK: Final = f"""
         ),
         pg_catalog.has_schema_privilege(n.oid, 'USAGE'::pg_catalog.text)
         AND pg_catalog.has_table_privilege(c.oid, 'SELECT'::pg_catalog.text)
+        AND pg_catalog.has_table_privilege(c.oid, 'UPDATE'::pg_catalog.text)
         AND pg_catalog.has_table_privilege(c.oid, 'DELETE'::pg_catalog.text),
         pg_catalog.has_table_privilege(c.oid, 'INSERT'::pg_catalog.text),
         (
             SELECT pg_catalog.string_agg(
-                pg_catalog.concat(a.attname, ' ', a.atttypid::pg_catalog.int8, ' ', a.attgenerated), ','::pg_catalog.text
+                pg_catalog.concat(
+                    CASE WHEN a.attname OPERATOR(pg_catalog.~) '^[a-z]+$' THEN a.attname ELSE '?' END,
+                    ' ', a.atttypid::pg_catalog.int8, ' ', a.attgenerated
+                ), ','::pg_catalog.text
             )
             FROM pg_catalog.pg_attribute AS a
             WHERE a.attrelid OPERATOR(pg_catalog.=) c.oid AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped
@@ -134,6 +138,9 @@ _LOOK_SQLITE: Final = """
         SELECT count(*) FROM (
             SELECT type, tbl_name FROM main.sqlite_master UNION ALL SELECT type, tbl_name FROM temp.sqlite_master
         ) WHERE type = 'trigger' AND lower(tbl_name) = '{table}'
+    ), lower(sql) LIKE '%check%' OR EXISTS (
+        SELECT 1 FROM pragma_index_list('{table}', 'main') AS i, pragma_index_xinfo(i.name, 'main') AS part
+        WHERE i.partial OR part.cid < -1
     ) FROM main.sqlite_master WHERE lower(name) = '{table}' AND type IN ('table', 'view')
 """
 _COLUMNS_SQLITE: Final = "PRAGMA main.table_xinfo({table})"
@@ -240,13 +247,15 @@ async def _look_sqlite(source: Source, form: Form) -> list[Table]:
     found = await source.rows(_LOOK_SQLITE.format(table=form.name))
     if not found:
         return []
-    kind, page, triggers = found[0]
+    kind, page, triggers, expressions = found[0]
     columns = await source.rows(_COLUMNS_SQLITE.format(table=form.name))
     names, flaw = frozenset(str(column[1]) for column in columns), None
     if kind != "table" or not page:
         flaw = f"{form.name} is no ordinary table; drop it"
     elif triggers:
         flaw = f"{form.name} has a trigger; drop it"
+    elif expressions:  # calculated for each row: one of them may take a gigabyte
+        flaw = f"{form.name} has a CHECK, or an index of an expression or with a condition; drop it"
     elif names | form.added != set(form.columns) or any(column[6] for column in columns):
         flaw = f"{form.name} has other columns than ours; rename it, or create it as docs/how-to/transactions.md has it"
     return [Table(f"main.{form.name}", "main", 0, True, True, "", "", True, True, names, True, True, flaw)]

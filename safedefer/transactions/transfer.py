@@ -11,8 +11,10 @@ The outbox carries opaque bytes, like the queue: nothing here can decode, import
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from safedefer.errors import Error, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
@@ -28,6 +30,8 @@ _log: Final = logging.getLogger("safedefer.outbox")
 #: Rows, and bytes of tasks, that are read at once.
 _BATCH: Final = 100
 _BATCH_BYTES: Final = 32 * 2**20
+#: Rows whose ids and sizes are read at once: no index has the order in which they came, so each time all rows are gone through.
+_WINDOW: Final = 10_000
 #: A longer row is no task: tokens are limited to 1 MiB, unless a limit was raised.
 _ROW_BYTES: Final = 64 * 2**20
 #: A longer row is larger than most tasks can be: its size is read first, and its text by itself. What is no task is put aside.
@@ -36,47 +40,37 @@ _LARGE_BYTES: Final = 4 * 2**20
 _ASIDE: Final = 1_000
 #: Milliseconds that a lock is waited for: another role may hold one.
 _LOCK_MILLISECONDS: Final = 2_000
+#: The same for the lock that keeps producers waiting while it is waited for.
+_ALTER_MILLISECONDS: Final = 50
 #: Characters of the longest id that is read, and of a name that is logged. An id of ours has 32.
 _ID_LENGTH: Final = 64
-#: Complaints that are remembered, so that each is logged once.
+#: Complaints of each kind that are remembered, so that each is logged once.
 _COMPLAINTS: Final = 1_000
 
-# A page of rows, cut where its bytes exceed a limit: the first row is always in it. Ids and tasks are bytes: a text that
-# is not in the connection's encoding, or in none, must not fail the rows beside it.
-_PAGE: Final = {
+# Ids and tasks are bytes: a text that is not in the connection's encoding, or in none, must not fail the rows beside it.
+_KEYS: Final = {
     "postgresql": """
-        SELECT id, created, CASE
-            WHEN size OPERATOR(pg_catalog.<=) :longest THEN pg_catalog.convert_to(task, 'UTF8'::pg_catalog.name) END, size
-        FROM (
-            SELECT id, created, task, size,
-                pg_catalog.sum(size) OVER (ORDER BY created, id ROWS UNBOUNDED PRECEDING) AS total
-            FROM (
-                SELECT pg_catalog.convert_to(id, 'UTF8'::pg_catalog.name) AS id, created, task,
-                    pg_catalog.octet_length(task) AS size
-                FROM ONLY {table} WHERE task IS NOT NULL AND created IS NOT NULL
-                AND pg_catalog.length(id) OPERATOR(pg_catalog.<=) :id_length AND {mine} AND {after} ORDER BY 2, 1 LIMIT :limit
-            ) AS page
-        ) AS page
-        WHERE total OPERATOR(pg_catalog.-) size OPERATOR(pg_catalog.<) :bytes ORDER BY created, id
+        SELECT pg_catalog.convert_to(id, 'UTF8'::pg_catalog.name), created, pg_catalog.octet_length(task)
+        FROM ONLY {table} WHERE task IS NOT NULL AND created IS NOT NULL
+        AND pg_catalog.length(id) OPERATOR(pg_catalog.<=) :id_length AND {mine} AND {after} ORDER BY 2, 1 LIMIT :limit
     """,
     "sqlite": """
-        SELECT id, created, CASE WHEN size <= :longest THEN CAST(task AS BLOB) END, size FROM (
-            SELECT id, created, task, size, sum(size) OVER (ORDER BY created, id ROWS UNBOUNDED PRECEDING) AS total FROM (
-                SELECT CAST(id AS BLOB) AS id, CAST(created AS REAL) AS created, task, length(task) AS size
-                FROM {table} WHERE task IS NOT NULL AND created IS NOT NULL
-                AND length(id) <= :id_length AND {mine} AND {after} ORDER BY 2, 1 LIMIT :limit
-            ) AS page
-        ) AS page
-        WHERE total - size < :bytes ORDER BY created, id
+        SELECT CAST(id AS BLOB), CAST(created AS REAL), length(task) FROM {table}
+        WHERE task IS NOT NULL AND created IS NOT NULL
+        AND length(id) <= :id_length AND {mine} AND {after} ORDER BY 2, 1 LIMIT :limit
     """,
 }
-_TEXT: Final = {
+_TEXTS: Final = {
     "postgresql": """
-        SELECT pg_catalog.convert_to(task, 'UTF8'::pg_catalog.name) FROM ONLY {table}
-        WHERE id OPERATOR(pg_catalog.=) CAST(:id AS pg_catalog.text) AND pg_catalog.octet_length(task) OPERATOR(pg_catalog.<=) :longest
+        SELECT pg_catalog.convert_to(id, 'UTF8'::pg_catalog.name), pg_catalog.convert_to(task, 'UTF8'::pg_catalog.name)
+        FROM ONLY {table} WHERE id OPERATOR(pg_catalog.=) ANY (ARRAY[{ids}])
+        AND pg_catalog.octet_length(task) OPERATOR(pg_catalog.<=) :longest
     """,
-    "sqlite": "SELECT CAST(task AS BLOB) FROM {table} WHERE id = :id AND length(task) <= :longest",
+    "sqlite": """
+        SELECT CAST(id AS BLOB), CAST(task AS BLOB) FROM {table} WHERE id IN ({ids}) AND length(task) <= :longest
+    """,
 }
+_ID: Final = {"postgresql": "CAST(:i{number} AS pg_catalog.text)", "sqlite": ":i{number}"}
 _AFTER: Final = {
     "postgresql": """
         (created OPERATOR(pg_catalog.>) CAST(:created AS pg_catalog.float8)
@@ -96,7 +90,13 @@ _COUNT: Final = {
     "sqlite": "SELECT count(*) FROM {table} WHERE {mine}",
 }
 _DELETE: Final = {
-    "postgresql": "DELETE FROM ONLY {table} WHERE id OPERATOR(pg_catalog.=) CAST(:id AS pg_catalog.text)",
+    # A row that somebody keeps locked stays, and keeps no other: it is not enqueued twice.
+    "postgresql": """
+        DELETE FROM ONLY {table} WHERE ctid OPERATOR(pg_catalog.=) ANY (ARRAY(
+            SELECT ctid FROM ONLY {table} WHERE id OPERATOR(pg_catalog.=) CAST(:id AS pg_catalog.text)
+            FOR UPDATE SKIP LOCKED
+        ))
+    """,
     "sqlite": "DELETE FROM {table} WHERE id = :id",
 }
 _LOCK: Final = "LOCK TABLE ONLY {table} IN ROW EXCLUSIVE MODE"
@@ -128,6 +128,14 @@ class _OutboxRow(NamedTuple):
     def id(self) -> str:
         return self.raw_id.decode(errors="backslashreplace")
 
+    @property
+    def text_id(self) -> str | None:
+        """The id as a parameter of a statement; None if it is no text."""
+        try:
+            return self.raw_id.decode()
+        except UnicodeDecodeError:
+            return None
+
 
 class _HandedOver(NamedTuple):
     """Which tasks of a page the queue has taken."""
@@ -151,45 +159,51 @@ class Transfer:
     def __init__(self, *, environment: str, queues: Collection[str] | None = None) -> None:
         self.environment = environment
         self._queues = None if queues is None else frozenset(queues)
-        self._said: set[object] = set()
+        self._said: dict[object, set[object]] = {}
         self._aside: set[tuple[str, bytes, int]] = set()
         """Large rows that are no tasks of this application: the table, the id, the size."""
 
-    def says_first(self, *complaint: object) -> bool:
-        """Whether a complaint is to be logged: once, and none any more after so many."""
+    def says_first(self, kind: str, *complaint: object) -> bool:
+        """Whether a complaint is to be logged: once, and none of its kind any more after so many."""
         # Without a lock: the worst that two threads do is to log one twice.
-        if complaint in self._said or len(self._said) >= _COMPLAINTS:
+        said = self._said.setdefault(kind, set())
+        if complaint in said or len(said) >= _COMPLAINTS:
             return False
-        self._said.add(complaint)
+        said.add(complaint)
         return True
 
-    async def move(self, source: Source, queue: RelayedTo, schemas: Iterable[str | None]) -> int:
-        """Move the committed tasks to the queue; returns how many.
+    async def move(
+        self, source: Source, queue: RelayedTo, schemas: Iterable[str | None], *, until: float | None = None
+    ) -> int | None:
+        """Move the committed tasks to the queue; returns how many, or None if the time was over before the last one.
 
         Args:
             source: A connection without an open transaction.
             queue: Where the tasks go.
             schemas: Where the outboxes are; None is the first on the connection's search path that its role owns.
+            until: The time of the monotonic clock after which no other page of rows is read.
 
         Raises:
             QueueUnavailable: The queue did not store a task, or any; what is left stays in the outbox.
             Exception: A table could not be read; the others were.
         """
         moved, failure, done = 0, None, set()
+        is_over = False
         for schema in schemas:
             try:
                 table = await self._find(source, schema)
                 if table is None or table.schema in done:
                     continue
                 done.add(table.schema)
-                moved += await self._empty(source, queue, table)
+                emptied = await self._empty(source, queue, table, until)
+                moved, is_over = moved + (emptied or 0), is_over or emptied is None
             except Exception as error:  # noqa: BLE001  # the user's database, by whatever library
                 failure = error
                 if isinstance(error, QueueUnavailable) and _is_away(queue):
                     break
         if failure is not None:
             raise failure
-        return moved
+        return None if is_over else moved
 
     async def count(self, source: Source, schemas: Iterable[str | None]) -> int:
         """Return how many committed rows ``move`` would read.
@@ -211,8 +225,7 @@ class Transfer:
             table=table.name, mine=_MINE[source.dialect] if has_environment else "true"
         )
         values = {"environment": self.environment} if has_environment else {}
-        reading = self._locked(source, table) if source.dialect == "postgresql" else _reading(source)
-        async with reading:
+        async with self._reading(source, table):
             return int(str((await source.rows(statement, values))[0][0]))
 
     # --- Which table ---
@@ -242,7 +255,7 @@ class Transfer:
                 f"{table.owner} (SAFEDEFER_OUTBOXES), or ALTER TABLE ... OWNER TO {table.role}"
             )
         elif problem is None and not table.may_empty:
-            problem = f"{table.role} may not read and delete its rows; GRANT SELECT and DELETE to it"
+            problem = f"{table.role} may not read and delete its rows; GRANT SELECT, UPDATE and DELETE to it"
         if problem is None:
             return True
         if self.says_first("unused", table.name, problem):
@@ -250,14 +263,16 @@ class Transfer:
         return False
 
     @asynccontextmanager
-    async def _locked(self, source: Source, table: Table) -> AsyncIterator[Table]:
+    async def _locked(
+        self, source: Source, table: Table, milliseconds: int = _LOCK_MILLISECONDS
+    ) -> AsyncIterator[Table]:
         """A transaction in which the table is as it was judged: nobody can alter it or put a trigger on it."""
         await source.begin()
         try:
             if source.dialect == "postgresql":
                 # Before the first snapshot: an older one would not see a trigger that the lock has waited for.
                 await source.execute("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-                await source.execute(f"SET LOCAL lock_timeout = {_LOCK_MILLISECONDS}")
+                await source.execute(f"SET LOCAL lock_timeout = {milliseconds}")
                 await source.execute(_LOCK.format(table=table.name))
             found = [each for each in await look(source, OUTBOX, table.schema) if each.schema == table.schema]
             if [each.oid for each in found] != [table.oid] or not found[0].is_own or not self._may_use(found[0]):
@@ -270,27 +285,31 @@ class Transfer:
 
     # --- What is in it ---
 
-    async def _empty(self, source: Source, queue: RelayedTo, table: Table) -> int:
-        moved, position, failure = 0, None, None
+    async def _empty(self, source: Source, queue: RelayedTo, table: Table, until: float | None) -> int | None:
+        moved, position, failure, is_over = 0, None, None, False
         table = await self._brought_up_to_date(source, table)
-        while rows := await self._read(source, table, position):
-            done = self._hand_over(queue, table, rows)
+        pending: deque[_OutboxRow] = deque()
+        while pending or (keys := await self._keys(source, table, position)):
+            if not pending:
+                pending.extend(keys)
+                position = keys[-1]
+            done = self._hand_over(queue, table, await self._read(source, table, _page(pending)))
             if done.ids:
                 moved += await self._delete(source, table, done.ids)
             failure = done.failure or failure
-            if done.is_away:
+            is_over = until is not None and time.monotonic() > until
+            if done.is_away or is_over:
                 break
-            position = rows[-1]
         if failure is not None:
             raise failure
-        return moved
+        return None if is_over else moved
 
     async def _brought_up_to_date(self, source: Source, table: Table) -> Table:
         """Add the column that an earlier release did not make. Not in a user's transaction: it locks the table."""
         if "environment" in table.columns:
             return table
         try:
-            async with self._locked(source, table) as locked:
+            async with self._locked(source, table, _ALTER_MILLISECONDS) as locked:
                 if "environment" not in locked.columns:
                     await source.execute(_ADD_COLUMN.format(table=table.name))
         except Exception as error:  # noqa: BLE001  # somebody else holds a lock: the next time, then
@@ -298,38 +317,52 @@ class Transfer:
             return table
         return table._replace(columns=table.columns | {"environment"})
 
-    async def _read(self, source: Source, table: Table, after: _OutboxRow | None) -> list[_OutboxRow]:
-        statement = _PAGE[source.dialect].format(
+    async def _keys(self, source: Source, table: Table, after: _OutboxRow | None) -> list[_OutboxRow]:
+        """Return the next rows, in the order in which they came, without their texts."""
+        has_environment = "environment" in table.columns
+        statement = _KEYS[source.dialect].format(
             table=table.name,
-            mine=_MINE[source.dialect] if "environment" in table.columns else "true",
+            mine=_MINE[source.dialect] if has_environment else "true",
             after="true" if after is None else _AFTER[source.dialect],
         )
-        values: dict[str, object] = {
-            "limit": _BATCH,
-            "bytes": _BATCH_BYTES,
-            "longest": min(_LARGE_BYTES, _ROW_BYTES),
-            "id_length": _ID_LENGTH,
-        }
-        if "environment" in table.columns:
+        values: dict[str, object] = {"limit": _WINDOW, "id_length": _ID_LENGTH}
+        if has_environment:
             values["environment"] = self.environment
         if after is not None:
             values |= {"created": after.created, "id": after.raw_id}
-        if source.dialect == "postgresql":
-            async with self._locked(source, table):
-                return await self._rows(source, table, statement, values)
-        else:
-            # Without the write lock, which would keep others from the file: reading runs no trigger.
-            async with _reading(source):
-                return await self._rows(source, table, statement, values)
+        async with self._reading(source, table):
+            found = await source.rows(statement, values)
+        return [_OutboxRow(bytes(raw_id), float(created), None, int(size)) for raw_id, created, size in found]
 
-    async def _rows(
-        self, source: Source, table: Table, statement: str, values: Mapping[str, object]
-    ) -> list[_OutboxRow]:
+    async def _read(self, source: Source, table: Table, page: Sequence[_OutboxRow]) -> list[_OutboxRow]:
+        """Return rows with their texts, but those that somebody has deleted meanwhile."""
+        longest = min(_LARGE_BYTES, _ROW_BYTES)
+        ids = [task_id for row in page if row.size <= longest and (task_id := row.text_id) is not None]
         rows = []
-        for raw_id, created, text, size in await source.rows(statement, values):
-            row = _OutboxRow(bytes(raw_id), float(created), None if text is None else bytes(text), int(size))
-            rows.append(row if row.text is not None else await self._with_text(source, table, row))
+        async with self._reading(source, table):
+            texts = await self._texts(source, table, ids, longest)
+            for row in page:
+                if row.text_id is None:
+                    rows.append(row)
+                elif row.size > longest:
+                    rows.append(await self._with_text(source, table, row))
+                elif row.raw_id in texts:
+                    rows.append(row._replace(text=texts[row.raw_id]))
         return rows
+
+    async def _texts(self, source: Source, table: Table, ids: Sequence[str], longest: int) -> Mapping[bytes, bytes]:
+        if not ids:
+            return {}
+        # Always as many parameters: a statement of another text would be planned anew.
+        padded = [*ids, *[ids[-1]] * (_BATCH - len(ids))]
+        names = ", ".join(_ID[source.dialect].format(number=number) for number in range(len(padded)))
+        values = {"longest": longest, **{f"i{number}": task_id for number, task_id in enumerate(padded)}}
+        found = await source.rows(_TEXTS[source.dialect].format(table=table.name, ids=names), values)
+        return {bytes(raw_id): bytes(text) for raw_id, text in found}
+
+    def _reading(self, source: Source, table: Table) -> AbstractAsyncContextManager[object]:
+        # SQLite without the write lock, which would keep others from the file: reading runs no trigger.
+        return self._locked(source, table) if source.dialect == "postgresql" else _reading(source)
 
     async def _with_text(self, source: Source, table: Table, row: _OutboxRow) -> _OutboxRow:
         """Return a large row with its text, unless it is too large, or was read before and is no task."""
@@ -344,12 +377,8 @@ class Transfer:
                     table.name, _ASIDE,
                 )  # fmt: skip
             return row
-        try:
-            values = {"id": row.raw_id.decode(), "longest": _ROW_BYTES}
-        except UnicodeDecodeError:
-            return row
-        found = await source.rows(_TEXT[source.dialect].format(table=table.name), values)
-        return row._replace(text=bytes(found[0][0])) if found else row
+        texts = await self._texts(source, table, [row.raw_id.decode()], _ROW_BYTES)
+        return row._replace(text=texts.get(row.raw_id))
 
     async def _delete(self, source: Source, table: Table, task_ids: Sequence[str]) -> int:
         statement = _DELETE[source.dialect].format(table=table.name)
@@ -421,6 +450,16 @@ class Transfer:
             else:
                 arrived.append(task.id)
         return _HandedOver(arrived, failure)
+
+
+def _page(pending: deque[_OutboxRow]) -> list[_OutboxRow]:
+    """Take the next rows that are read at once; one of any size."""
+    page: list[_OutboxRow] = []
+    size = 0
+    while pending and len(page) < _BATCH and (not page or size < _BATCH_BYTES):
+        page.append(pending.popleft())
+        size += page[-1].size
+    return page
 
 
 @asynccontextmanager

@@ -4,8 +4,11 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
+import socket
 import subprocess
+import threading
 import time
 
 import pytest
@@ -299,3 +302,128 @@ def test_a_frozen_worker_is_ended_and_replaced_and_its_task_has_one_effect(proje
     assert sorted(set(begun)) == [str(n) for n in range(8)]
     for n in range(8):
         assert len((project.folder / f"effect-{n}").read_text().split()) == 1, "its effect was had twice"
+
+
+# --- Tasks that harm their own process ------------------------------------------------------------
+
+HARM = """
+import contextlib, signal, subprocess, threading
+
+async def deafen(number):
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    write(number)
+
+def leave(number):
+    (FOLDER / "left").write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+    if os.fork() == 0:
+        (FOLDER / "left-too").write_text(str(os.getpid()))
+        time.sleep(1000)
+    while not (FOLDER / "left-too").exists():
+        time.sleep(0.01)
+    write(number)
+
+async def fork_in_loop(number):
+    os.fork()
+    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)
+    with open(FOLDER / "forked", "a") as file:
+        file.write(f"{os.getpid()} ")
+    write(number)
+
+def silence(number):
+    sys.stderr = None
+    time.sleep(1.2)  # some beats
+    write(number if "safedefer-beat" in {thread.name for thread in threading.enumerate()} else -number)
+
+def linger(number):
+    threading.Thread(target=time.sleep, args=(10**6,)).start()
+    write(number)
+
+def quit_once(number):
+    if not (FOLDER / "quit").exists():
+        (FOLDER / "quit").touch()
+        os._exit(3)
+    write(number)
+"""
+
+
+@pytest.fixture
+def harmed(project):
+    path = project.folder / "shop_tasks.py"
+    path.write_text(path.read_text() + HARM)
+    return project
+
+
+def test_tasks_that_harm_their_process_leave_nothing_behind(harmed):
+    """Deaf to signals, without standard error, forked and with children: all is over soon after one SIGTERM."""
+    project = harmed
+    process, url = project.start("run", "--port", "0", "--processes", "2", "--drain", "250", "--hang-seconds", "4")
+    pids = workers(process)
+    defer(project, "t.silence, 1", "t.leave, 2", "t.fork_in_loop, 3", "t.deafen, 4", "t.deafen, 5", "t.work, 6")
+    project.until(lambda: len(project.results()) >= 6)
+    assert project.results() == [1, 2, 3, 4, 5, 6], "a silent one has no beat, or a forked one went on"
+    assert len((project.folder / "forked").read_text().split()) == 1
+    assert set(workers(process)) == set(pids), "none of it needs another worker"
+    assert project.terminate(process)[0] == 0  # not after the 260 s in which a deaf worker would be killed
+    left = [int((project.folder / name).read_text()) for name in ("left", "left-too")]
+    project.until(lambda: not any(map(alive, [*pids, *left])))
+    with socket.socket() as again:  # nobody has the port any more
+        again.bind(("127.0.0.1", int(url.rpartition(":")[2])))
+
+
+def test_a_worker_that_does_not_end_after_its_last_task_is_replaced(harmed):
+    process, _ = harmed.start("run", "--port", "0", "--max-tasks", "1", "--hang-seconds", "2")
+    (first,) = workers(process)
+    defer(harmed, "t.linger, 1")
+    harmed.until(lambda: not alive(first) and workers(process))
+    defer(harmed, "t.work, 2")
+    harmed.until(lambda: harmed.results() == [1, 2])
+    process.kill()
+
+
+def test_a_worker_whose_loop_stands_ends_without_a_supervisor_too(project):
+    process, _ = project.start("run", "--port", "0", "--hang-seconds", "2")
+    pids = workers(process)
+    defer(project, "t.block, 1, 600")
+    project.until(lambda: (project.folder / "blocked-1").exists())
+    process.kill()
+    project.until(lambda: not any(map(alive, pids)))
+
+
+def test_a_task_that_ends_its_process_before_the_others_are_ready_ends_no_other(harmed):
+    defer(harmed, "t.quit_once, 1")
+    path = harmed.folder / "shop_tasks.py"
+    path.write_text(
+        path.read_text()
+        + "\ntry:\n    (FOLDER / 'first').touch(exist_ok=False)\nexcept FileExistsError:\n"
+        + "    while not (FOLDER / 'quit').exists():\n        time.sleep(0.02)\n"
+    )
+    harmed.environment["SAFEDEFER_LEASE_SECONDS"] = "1"
+    process, url = harmed.start("run", "--port", "0", "--processes", "2", "--lease", "1")
+    assert url.startswith("http://")
+    harmed.until(lambda: harmed.results() == [1])
+    status, _, err = harmed.terminate(process)
+    assert status == 0
+    assert err.count("ended with status 3") == 1
+
+
+def test_a_worker_that_cannot_be_started_now_is_started_later(project):
+    """Tasks may have used up all processes; here it is the descriptors that the supervisor may have."""
+    process, _ = project.start("run", "--port", "0", "--processes", "2")
+    said = []
+    reader = threading.Thread(target=lambda: said.extend(process.stderr))
+    reader.start()
+    before = workers(process)
+    limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    os.kill(before[0], signal.SIGKILL)
+    project.until(lambda: process.poll() is not None or any("cannot be started (OSError)" in line for line in said))
+    assert process.poll() is None
+    assert alive(before[1])
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+    project.until(lambda: len(workers(process)) == 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+    reader.join(60)

@@ -330,6 +330,47 @@ def test_functions_and_operators_of_another_role_are_not_called(world, driver, p
     assert world.count("safedefer_outbox") == 0
 
 
+def test_a_column_of_any_name_in_a_table_of_another_role_stops_no_task(world, app):
+    """The names of columns were joined by commas, and parted again."""
+    world.as_(world.mallory, 'CREATE TABLE public.safedefer_outbox ("a,b" int)')
+    world.as_(world.shop, f"CREATE SCHEMA AUTHORIZATION {world.shop}")
+    with psycopg.connect(world.url(world.shop)) as connection:
+        task = defer(app, connection)
+    until(lambda: waiting(app) == {task.id})
+
+
+def test_a_row_that_another_role_keeps_locked_keeps_no_other(world, app, monkeypatch):
+    """Its batch was enqueued and not deleted, sweep for sweep, and what stands behind the batch was never read."""
+    monkeypatch.setattr("safedefer.transactions.transfer._BATCH", 3)
+    app.outbox._relay.expect = lambda *_: None  # no thread: the sweep is below
+    with psycopg.connect(world.url(world.shop)) as connection:
+        given = [defer(app, connection) for _ in range(9)]
+    world.as_(world.shop, f"GRANT SELECT, UPDATE ON safedefer_outbox TO {world.mallory}")
+    with psycopg.connect(world.url(world.mallory)) as held:
+        held.execute("SELECT FROM safedefer_outbox WHERE id = %s FOR UPDATE", [given[1].id])
+        assert app.outbox.sweep() == 8
+        assert waiting(app) == {task.id for task in given}
+        assert app.outbox.sweep() == 0
+        assert world.count("safedefer_outbox") == 1
+    app.outbox.sweep()
+    assert world.count("safedefer_outbox") == 0
+    assert len(waiting(app)) == 9
+
+
+def test_a_reader_of_a_table_without_the_new_column_does_not_make_producers_wait(world, app, monkeypatch):
+    """Who waits to alter a table keeps all who come after: two seconds of each sweep."""
+    world.as_(world.shop, f"CREATE TABLE safedefer_outbox ({OLD_COLUMNS})")
+    world.as_(world.shop, f"GRANT SELECT ON safedefer_outbox TO {world.mallory}")
+    monkeypatch.setattr("safedefer.transactions.transfer._LOCK_MILLISECONDS", 3_600_000)
+    moved = []
+    with psycopg.connect(world.url(world.mallory)) as held:
+        held.execute("SELECT FROM safedefer_outbox")
+        sweep = threading.Thread(target=lambda: moved.append(app.outbox.sweep()))
+        sweep.start()
+        sweep.join(60.0)
+        assert moved == [0]
+
+
 # --- What a producer finds -----------------------------------------------------------------------
 
 

@@ -92,6 +92,11 @@ DEFENCES = [
     ("delivery/runs.py", "            self.abandoned += abandoned", "            self.abandoned += abandoned\n            self.runs += 1", OPERATORS),
     ("queues/sqlite/trust.py", "if connection.execute(_SHARED_PAGES).get is not None:", "if False:", "test_queue_file"),
     ("queues/sqlite/trust.py", "if trouble is None and suffix and status.st_nlink > 1:", "if False:", "test_queue_file"),
+    ("transactions/transfer.py", "            FOR UPDATE SKIP LOCKED\n", "", "test_outbox_neighbours"),
+    ("transactions/tables.py", "CASE WHEN a.attname OPERATOR(pg_catalog.~) '^[a-z]+$' THEN a.attname ELSE '?' END", "a.attname", "test_outbox_neighbours"),
+    ("transactions/tables.py", "elif expressions:", "elif False:", "test_outbox_rows"),
+    ("cli/worker.py", ", file=self._errors", "", "../acceptance/test_supervisor"),
+    ("cli/supervisor.py", "os.killpg(worker.process.pid, signal.SIGKILL)", "pass", "../acceptance/test_supervisor"),
 ]  # fmt: skip
 
 

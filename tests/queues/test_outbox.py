@@ -317,7 +317,7 @@ def test_a_count_does_not_wait_for_a_long_sweep(outbox, queue, tmp_path, monkeyp
     monkeypatch.setattr("safedefer.transactions.relay._COUNT_SECONDS", 0.01)
     with closing(sqlite3.connect(tmp_path / "shop.db")) as connection, outbox.transaction(connection):
         outbox.put(make_task())
-    with outbox._relay._sweeping:
+    with outbox._relay._sweeping[str(tmp_path / "shop.db")]:
         assert outbox.count() is None
     assert outbox.count() == 0
 
@@ -340,6 +340,50 @@ def test_an_outbox_that_cannot_be_read_right_after_the_commit_is_relayed_later(o
         assert queue.tasks() == []
         greedy.execute("ROLLBACK")
         until(lambda: waiting(queue) == {task.id})
+
+
+def test_a_database_that_somebody_keeps_locked_keeps_no_other_waiting(queue, tmp_path, monkeypatch):
+    """Nor a producer, a fork or the end: a sweep of it held one lock for all, for half a minute each time."""
+    monkeypatch.setattr("safedefer.transactions.databases.sqlite._PATIENCE", 3600.0)
+    monkeypatch.setattr("safedefer.transactions.relay._FORK_SECONDS", 0.05)
+    monkeypatch.setattr("safedefer.transactions.relay._APART_SECONDS", 0.05)
+    monkeypatch.setattr("safedefer.transactions.relay._END_SECONDS", 0.05)
+    paths = [tmp_path / "shop.db", tmp_path / "other.db"]
+    outbox = Outbox(lambda: queue, environment="test", urls=[f"sqlite:///{path}" for path in paths], clock=time.time)
+    first, second = make_task(), make_task()
+    greedy = sqlite3.connect(paths[0], isolation_level=None, check_same_thread=False)
+    with closing(greedy), closing(sqlite3.connect(paths[1])) as connection:
+        greedy.execute("BEGIN EXCLUSIVE")
+        outbox.start()
+        until(lambda: outbox._relay._sweeping[str(paths[0])].locked())
+        with outbox.transaction(connection):
+            outbox.put(first)
+        until(lambda: waiting(queue) == {first.id})
+        connection.execute(
+            "INSERT INTO safedefer_outbox VALUES (?, ?, ?, 'test')", (second.id, second.created, to_text(second))
+        )
+        connection.commit()
+        until(lambda: waiting(queue) == {first.id, second.id})
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        outbox.close()
+        assert outbox._relay._sweeping[str(paths[0])].locked()
+        greedy.execute("ROLLBACK")
+        until(lambda: not outbox._relay._sweeping[str(paths[0])].locked())
+
+
+def test_a_block_does_not_wait_for_what_others_have_left(outbox, queue, tmp_path, monkeypatch):
+    monkeypatch.setattr("safedefer.transactions.relay._BLOCK_SECONDS", 0.0)
+    expected = []
+    monkeypatch.setattr(outbox._relay, "expect", lambda *given: expected.append(given))
+    tasks = [make_task(created=1.0) for _ in range(250)]
+    with closing(sqlite3.connect(tmp_path / "shop.db")) as connection, outbox.transaction(connection):
+        outbox.put(*tasks)
+    assert len(waiting(queue)) == 100
+    assert expected == [()]
+    assert outbox.sweep() == 150
 
 
 def test_what_was_enqueued_and_not_deleted_from_the_outbox_is_not_enqueued_again(outbox, queue, tmp_path):

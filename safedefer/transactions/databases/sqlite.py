@@ -21,8 +21,8 @@ from safedefer.transactions.databases.base import Opener, Source
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-#: Seconds that a connection of our own waits for a lock.
-_PATIENCE: Final = 30.0
+#: Seconds that a connection of our own waits for a lock. The next sweep tries again.
+_PATIENCE: Final = 5.0
 #: On connections of our own: what the file's views and triggers say calls no function that could do harm.
 DISTRUST_SCHEMA: Final = "PRAGMA trusted_schema = OFF"
 
