@@ -21,7 +21,8 @@ from typing import Final, Literal, TypeAlias
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, missing_file, plain
+from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, missing_file
+from safedefer.cli.text import plain
 from safedefer.errors import Error
 from safedefer.execution.deadline import DEFAULT_DEADLINE
 from safedefer.keys import KeyState
