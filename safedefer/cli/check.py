@@ -23,7 +23,7 @@ from safedefer.cli.common import app_option, json_text, load_app_to_look
 from safedefer.cli.options import TEXT, Patterns, dead_pages, json_option, living
 from safedefer.cli.references import prove
 from safedefer.cli.terminal import Column, progress, show_table
-from safedefer.cli.text import plain
+from safedefer.cli.text import many, plain
 from safedefer.errors import (
     CapabilityExceeded,
     ConfigurationError,
@@ -150,8 +150,9 @@ class Checking:
 
     def summary(self) -> str:
         """Return the line at the end."""
-        failed = f"{len(self._problems)} of them do not resolve" if self._problems else "all that verify resolve"
-        text = f"{self.declared} patterns and {self.tasks} tasks: {failed}"
+        count = len(self._problems)
+        failed = f"{many(count, 'name')} that cannot be found or may not run" if count else "all resolve here"
+        text = f"{many(self.declared, 'pattern')} and {many(self.tasks, 'task')}: {failed}"
         if self.unverified:
             reasons = ", ".join(f"{count} {slug}" for slug, count in self.unverified.most_common())
             text += f"; not looked at, since their tokens do not verify here: {reasons}"

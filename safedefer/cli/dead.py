@@ -26,7 +26,7 @@ from safedefer.cli.options import (
 )
 from safedefer.cli.show import document, lines, wants_text
 from safedefer.cli.terminal import Column, progress, show_table
-from safedefer.cli.text import plain, relative, time_text
+from safedefer.cli.text import many, plain, relative, time_text
 from safedefer.errors import Error
 from safedefer.queues.base import DeadFilter, TaskState
 
@@ -34,10 +34,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _COLUMNS: Final = (
     Column("ID", whole=True),
-    Column("QUEUE"),
     Column("DIED", whole=True),
-    Column("TRIES", right=True),
-    Column("REASON"),
+    Column("QUEUE", whole=True),
+    Column("TRIES", right=True, whole=True),
     Column("CALLABLE"),
 )
 
@@ -91,11 +90,11 @@ def dead_list(*, app: str | None, limit: int, as_json: bool, **given: Any) -> No
     # Of each only what is shown is kept: it may have megabytes.
     views = [replace(view, token=b"", records=(), headers={}, retry_options={}) for view in found]
     now, reasons = time.time(), Counter(view.reason or "" for view in views)
-    totals = f"{len(views)} dead letters: {', '.join(f'{count} {reason}' for reason, count in reasons.most_common(5))}"
+    totals = f"{many(len(views), 'dead letter')}: {', '.join(f'{count} {reason}' for reason, count in reasons.most_common(5))}"
     if len(views) == limit:
         totals += "; the oldest, --limit shows more"
     rows = [
-        (view.id, view.queue, relative(view.ended, now), view.attempts, view.reason or "", view.callable_name)
+        (view.id, relative(view.ended, now), view.queue, view.attempts, f"{view.callable_name}  {view.reason or ''}")
         for view in views
     ]
     if views and show_table(_COLUMNS, rows, totals):

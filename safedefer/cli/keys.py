@@ -12,6 +12,7 @@ import click
 from safedefer.cli.common import app_option, load_app
 from safedefer.cli.options import json_option
 from safedefer.cli.terminal import Column, show_table
+from safedefer.cli.text import many
 from safedefer.errors import ConfigurationError
 from safedefer.keys import MIN_SECRET_BYTES, Key
 from safedefer.token import encode_segment
@@ -55,7 +56,7 @@ def keys_list(*, app: str | None, as_json: bool) -> None:
             click.echo(json.dumps(each))
         return
     rows = [tuple(_words(value) for value in each.values()) for each in found]
-    if not show_table(_COLUMNS, rows, f"{len(found)} keys"):
+    if not show_table(_COLUMNS, rows, many(len(found), "key")):
         for row in rows:
             click.echo("  ".join(row))
 

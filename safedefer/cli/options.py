@@ -105,5 +105,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not is_terminal(sys.stdin):
-        raise click.ClickException(f"{question} Nobody can be asked here, so nothing was changed; say --yes if so")
+        raise click.ClickException(
+            f"{question} Nobody can answer here, so nothing was changed; add --yes to the command"
+        )
     click.confirm(question, abort=True, err=True)

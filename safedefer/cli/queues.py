@@ -13,7 +13,7 @@ from safedefer.app import App
 from safedefer.cli.common import app_option, json_text, load_app, load_app_to_look
 from safedefer.cli.options import TEXT, confirm, json_option, yes_option
 from safedefer.cli.terminal import Column, show_table
-from safedefer.cli.text import plain, relative, span, time_text
+from safedefer.cli.text import many, plain, relative, span, time_text
 from safedefer.queues.rates import QueueControl
 
 _queue_argument: Final = click.argument("queue", type=TEXT)
@@ -112,7 +112,7 @@ def queues_list(*, app: str | None, as_json: bool) -> None:
         for each in found:
             click.echo(json_text(each.document()))
         return
-    totals = f"{len(found)} queues, {sum(each.is_paused for each in found)} paused"
+    totals = f"{many(len(found), 'queue')}, {sum(each.is_paused for each in found)} paused"
     if not show_table(_LISTED, [each.row() for each in found], totals):
         for each in found:
             click.echo(each.line())
@@ -133,7 +133,7 @@ def queues_stats(*, app: str | None, as_json: bool) -> None:
     rows = [(one.queue, one.waiting, one.running, one.dead, span(late[one.queue])) for one in found]
     totals = (
         f"{sum(one.waiting for one in found)} waiting, {sum(one.running for one in found)} running, "
-        f"{sum(one.dead for one in found)} dead in {len(found)} queues"
+        f"{sum(one.dead for one in found)} dead in {many(len(found), 'queue')}"
     )
     if found and show_table(_COUNTED, rows, totals):
         return

@@ -24,17 +24,15 @@ from safedefer.cli.options import (
 )
 from safedefer.cli.show import document, lines, wants_text
 from safedefer.cli.terminal import Column, progress, show_table
-from safedefer.cli.text import plain, relative, time_text
-from safedefer.queues.base import DeadFilter, TaskState
+from safedefer.cli.text import many, plain, relative, time_text
+from safedefer.queues.base import DeadFilter, TaskState, TaskView
 
 _COLUMNS: Final = (
     Column("ID", whole=True),
     Column("STATE", whole=True),
-    Column("QUEUE"),
-    Column("NEXT TRY", whole=True),
-    Column("TRIES", right=True),
+    Column("QUEUE", whole=True),
+    Column("TRIES", right=True, whole=True),
     Column("CALLABLE"),
-    Column("REASON"),
 )
 
 
@@ -60,19 +58,11 @@ def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, lim
         return
     now = time.time()
     rows = [
-        (
-            view.id,
-            view.state,
-            view.queue,
-            relative(view.due, now) if view.state is TaskState.WAITING else "",
-            view.attempts,
-            view.callable_name,
-            view.reason or "",
-        )
+        (view.id, _state(view, now), view.queue, view.attempts, f"{view.callable_name}  {view.reason or ''}".rstrip())
         for view in found
     ]
     counted = Counter(str(view.state) for view in found)
-    totals = f"{len(found)} tasks: {', '.join(f'{count} {state}' for state, count in counted.items())}"
+    totals = f"{many(len(found), 'task')}: {', '.join(f'{count} {state}' for state, count in counted.items())}"
     if len(found) == limit:
         totals += "; the newest, --limit shows more"
     if found and show_table(_COLUMNS, rows, totals):
@@ -89,6 +79,12 @@ def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, lim
         click.echo("  ".join(plain(column) for column in (*columns, view.reason or "")).rstrip())
     if not found:
         click.echo("no tasks")
+
+
+def _state(view: TaskView, now: float) -> str:
+    if view.state is TaskState.WAITING and view.due is not None:
+        return f"due {relative(view.due, now)}"
+    return str(view.state) if view.ended is None else f"{view.state} {relative(view.ended, now)}"
 
 
 @tasks.command("show")

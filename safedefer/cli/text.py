@@ -40,3 +40,8 @@ def relative(seconds: float | None, now: float) -> str:
     if -1.0 < ahead < 1.0:
         return "now"
     return f"in {span(ahead)}" if ahead > 0 else f"{span(-ahead)} ago"
+
+
+def many(count: int, noun: str) -> str:
+    """Return a number of things: ``1 task``, ``2 tasks``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
