@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -196,15 +195,15 @@ def check(*, app: str | None, queues: Sequence[str], modules: Sequence[str], as_
 
     For a deployment, with the new code, before the old one stops. Looks at waiting, running and dead tasks.
     """
-    with closing(load_app_to_look(app)) as loaded:
-        for module in modules:
-            _import(module)
-        checking = Checking(loaded)
-        checking.declarations()
-        with progress("checking tasks", None) as advance:
-            for view in _all(loaded.queue, queues):
-                checking.task(view)
-                advance()
+    loaded = load_app_to_look(app)
+    for module in modules:
+        _import(module)
+    checking = Checking(loaded)
+    checking.declarations()
+    with progress("checking tasks", None) as advance:
+        for view in _all(loaded.queue, queues):
+            checking.task(view)
+            advance()
     problems = checking.problems
     if as_json:
         for problem in problems:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -92,14 +91,14 @@ class Looks:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line and queue, once.")
 def top(*, app: str | None, every: float, once: bool, as_json: bool) -> None:
     """Show what each queue does now: waiting, running, dead, lag, and tasks a second. Ctrl-C ends it."""
-    with closing(load_app_to_look(app)) as loaded:
-        looks = Looks(loaded.queue)
-        if not once and not as_json and for_people():
-            _live(loaded, looks, every)
-            return
-        looks.look(time.time())
-        time.sleep(every)
-        found = looks.look(time.time())
+    loaded = load_app_to_look(app)
+    looks = Looks(loaded.queue)
+    if not once and not as_json and for_people():
+        _live(loaded, looks, every)
+        return
+    looks.look(time.time())
+    time.sleep(every)
+    found = looks.look(time.time())
     for each in found:
         click.echo(json_text(asdict(each)) if as_json else _line(each))
     if not found and not as_json:
