@@ -17,6 +17,7 @@ from safedefer.cli.common import missing_file
 from safedefer.cli.findings import Finding
 from safedefer.errors import RejectedTask
 from safedefer.headers import CONTENT_TYPE, OUTCOME_HEADER
+from safedefer.queues.addresses import place
 from safedefer.sending.addresses import check_address
 
 #: Tasks whose environments are looked at.
@@ -84,23 +85,24 @@ def check_target(app: App, address: str) -> Iterable[Finding]:
         ConfigurationError: It is no address.
     """
     check_address("--to", address)
+    shown = place(address)  # without user and password
     try:
         status, outcome = _answer(address, app.url)
     except (OSError, HTTPException) as error:
         yield Finding(
             "target",
             "error",
-            f"{address} does not answer ({type(error).__name__}: {error}); start the handler, or correct --to",
+            f"{shown} does not answer ({type(error).__name__}: {error}); start the handler, or correct --to",
         )
         return
     if outcome is None:
         yield Finding(
-            "target", "error", f"{address}{app.url} answers {status} without {OUTCOME_HEADER}, so it is no handler of ours, or a "
+            "target", "error", f"{shown.rstrip('/')}{app.url} answers {status} without {OUTCOME_HEADER}, so it is no handler of ours, or a "
             "proxy takes the header away; correct --to, the mount or SAFEDEFER_PREFIX",
         )  # fmt: skip
     else:
         yield Finding(
-            "target", "ok", f"{address}{app.url} answers as a handler: {status} {outcome} to what is no token"
+            "target", "ok", f"{shown.rstrip('/')}{app.url} answers as a handler: {status} {outcome} to what is no token"
         )
 
 

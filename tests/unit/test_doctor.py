@@ -334,9 +334,10 @@ async def test_a_handler_is_asked_whether_it_is_one_of_ours(ours, status, said):
 
 
 @pytest.mark.parametrize(("address", "said"), [
-    ("http://127.0.0.1:1", "does not answer (ConnectionRefusedError"), ("nonsense", "--to must begin with http"),
+    ("http://u:cAnArY@127.0.0.1:1", "http://127.0.0.1:1 does not answer (ConnectionRefusedError"), ("nonsense", "--to must begin with http"),
 ])  # fmt: skip
 def test_a_handler_that_is_not_there_is_said(monkeypatch, address, said):
     (found,) = [each for each in examine(app_of(monkeypatch), [address]) if each.name == "target"]
     assert found.status == "error"
     assert said in found.text
+    assert "cAnArY" not in found.text
