@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, Final, NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 from safedefer import __version__
 from safedefer.cli.text import plain
@@ -65,6 +66,12 @@ class _Group(click.Group):
             rows.append((name, text))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        helps = {name: lazy.help for name, lazy in COMMANDS.items()}
+        found = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        options = click.Command.shell_complete(self, ctx, incomplete)  # the group's own would import every command
+        return [*(CompletionItem(name, help=helps.get(name)) for name in found), *options]
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -45,7 +45,7 @@ def lines(app: App, view: TaskView) -> Iterator[str]:
     now = time.time()
     state = str(view.state)
     if view.state is TaskState.WAITING and view.due is not None:
-        state += f", next try {_when(view.due, now)}"
+        state += f", due {_when(view.due, now)}"
     yield f"id        {plain(view.id)}"
     yield f"state     {state}"
     if view.reason:

@@ -101,6 +101,22 @@ def test_the_help_says_of_each_command_what_the_command_says_itself(name):
     )
 
 
+def test_the_shell_completes_commands_options_and_states():
+    def completed(*words):
+        environment = {
+            "_SAFEDEFER_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(("safedefer", *words)),
+            "COMP_CWORD": str(len(words)),
+        }
+        done = CliRunner().invoke(main, [], prog_name="safedefer", env=environment)
+        return [line.partition(",")[2] for line in done.output.splitlines()]
+
+    assert completed("de") == ["dead", "demo"]
+    assert completed("do") == ["doctor"]
+    assert "--json" in completed("tasks", "list", "--j")
+    assert completed("tasks", "list", "--state", "w") == ["waiting"]
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in {"demo", "migrate"}])
 def test_what_lists_or_shows_has_json(name):
     command = main.get_command(click.Context(main), name)
@@ -200,7 +216,7 @@ def test_what_a_program_reads_of_a_task_is_json_unless_it_asks_for_text(app):
         json.loads(run("tasks", "show", task.id))["due"] == json.loads(run("tasks", "show", task.id, "--json"))["eta"]
     )
     text = run("tasks", "show", task.id, "--text")
-    assert "state     waiting, next try in 59 min" in text
+    assert "state     waiting, due in 59 min" in text
     assert "name      receipt" in text
     assert "header    X-A: b" in text
 
