@@ -116,8 +116,8 @@ _HOMES: Final = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "deferred":
-        return import_module("safedefer.deferred")
+    if name in {"deferred", "events"}:  # public modules, which `import safedefer` alone has always given
+        return import_module(f"safedefer.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f"safedefer.{_HOMES[name]}"), name)
