@@ -20,34 +20,36 @@ if os.name != "posix":  # os.register_at_fork, signal handlers of a loop: an Att
         "and its queue file needs POSIX locks; on Windows, run it in WSL 2 or in a Linux container"
     )
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
-from safedefer import deferred, errors
-from safedefer.app import App, Deferral
-from safedefer.codecs.registry import register_type
-from safedefer.deferred import (
-    configure,
-    defer,
-    defer_async,
-    invoke_member,
-    run,
-    run_async,
-    run_from_datastore,
-    serialize,
-    set_log_level,
-)
+from safedefer import errors
 from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
-from safedefer.execution.context import TaskContext, current_task
-from safedefer.keys import Key, Keyring, KeyState
-from safedefer.options import DEFAULT_URL, Limits, Options, Serves, Task, TaskRetryOptions
-from safedefer.policy import Policy, deferrable
-from safedefer.refs import CallableRef
-from safedefer.signing import Signer, Verifier
-from safedefer.task import VerifiedPointer, VerifiedTask
-from safedefer.wrappers import register_wrapper
 
 if TYPE_CHECKING:
-    from safedefer.deferred import TaskHandler
+    from safedefer import deferred
+    from safedefer.app import App, Deferral
+    from safedefer.codecs.registry import register_type
+    from safedefer.deferred import (
+        TaskHandler,
+        configure,
+        defer,
+        defer_async,
+        invoke_member,
+        run,
+        run_async,
+        run_from_datastore,
+        serialize,
+        set_log_level,
+    )
+    from safedefer.execution.context import TaskContext, current_task
+    from safedefer.keys import Key, Keyring, KeyState
+    from safedefer.options import DEFAULT_URL, Limits, Options, Serves, Task, TaskRetryOptions
+    from safedefer.policy import Policy, deferrable
+    from safedefer.refs import CallableRef
+    from safedefer.signing import Signer, Verifier
+    from safedefer.task import VerifiedPointer, VerifiedTask
+    from safedefer.wrappers import register_wrapper
 
 __version__ = "0.1.0"
 
@@ -90,7 +92,38 @@ __all__ = [
 __all__ += errors.__all__
 
 
+#: Where each name is. Its module is imported when the name is first used: `safedefer --help` needs none of them, and a
+#: module that only marks its functions needs the policy alone.
+_HOMES: Final = {
+    **dict.fromkeys(("App", "Deferral"), "app"),
+    "register_type": "codecs.registry",
+    **dict.fromkeys(
+        (
+            "TaskHandler", "configure", "defer", "defer_async", "invoke_member", "run", "run_async", "run_from_datastore",
+            "serialize", "set_log_level",
+        ),
+        "deferred",
+    ),
+    **dict.fromkeys(("TaskContext", "current_task"), "execution.context"),
+    **dict.fromkeys(("Key", "KeyState", "Keyring"), "keys"),
+    **dict.fromkeys(("DEFAULT_URL", "Limits", "Options", "Serves", "Task", "TaskRetryOptions"), "options"),
+    **dict.fromkeys(("Policy", "deferrable"), "policy"),
+    "CallableRef": "refs",
+    **dict.fromkeys(("Signer", "Verifier"), "signing"),
+    **dict.fromkeys(("VerifiedPointer", "VerifiedTask"), "task"),
+    "register_wrapper": "wrappers",
+}  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
-    if name == "TaskHandler":  # imports aiohttp, so only when asked for
-        return deferred.TaskHandler
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in {"deferred", "events"}:  # public modules, which `import safedefer` alone has always given
+        return import_module(f"safedefer.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"safedefer.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

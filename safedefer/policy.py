@@ -189,7 +189,11 @@ class Policy(Immutable):
 
     def restricted(self, patterns: Iterable[str]) -> Gate:
         """Return the gate that admits what both this policy and the ``patterns`` of a key admit."""
-        return _Restricted(self, Policy(*patterns, moved=self._moved, metaclasses=self._named_metaclasses))
+        return _Restricted(self, self.only(*patterns))
+
+    def only(self, *patterns: str) -> Policy:
+        """Return a policy of some patterns alone, with the same moves and metaclasses, in which no mark counts."""
+        return Policy(*patterns, moved=self._moved, metaclasses=self._named_metaclasses)
 
     def resolve(self) -> tuple[Mapping[str, object], frozenset[type]]:
         """Return what the exact patterns and the metaclasses name: looked up once, at the first use or ``load``.

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import sys
-from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any, Final
 
 import click
 
 from safedefer.app import App
+from safedefer.cli.options import TEXT
+from safedefer.cli.text import plain, time_text
 from safedefer.errors import ConfigurationError
 from safedefer.queues import open_queue
 from safedefer.queues.base import TaskView
@@ -47,7 +48,7 @@ class Seconds(click.FloatRange):
         return found
 
 
-app_option: Final = click.option("--app", default=None, metavar="MODULE:APP", help=_APP_HELP)
+app_option: Final = click.option("--app", default=None, type=TEXT, metavar="MODULE:APP", help=_APP_HELP)
 
 
 def load_app(spec: str | None) -> App:
@@ -59,7 +60,11 @@ def load_app(spec: str | None) -> App:
     sys.path.insert(0, os.getcwd())  # noqa: PTH109  # as `python -m` does
     _set_django_up()
     if spec is None:
-        return App.from_settings()
+        app = App.from_settings()
+        context = click.get_current_context(silent=True)
+        if context is not None:  # nobody else has it
+            context.call_on_close(app.close)
+        return app
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
         raise ConfigurationError(f"{spec!a} is not module:name; write for example shop.tasks:app")
@@ -140,6 +145,7 @@ def summary(view: TaskView) -> dict[str, Any]:
         "url": view.url,
         "target": view.target,
         "eta": time_text(view.eta),
+        "due": None if view.due is None else time_text(view.due),
         "created": time_text(view.created),
         "ended": None if view.ended is None else time_text(view.ended),
         "attempt_count": view.attempts,
@@ -165,16 +171,3 @@ def _shown(value: Any, levels: int) -> Any:
     if isinstance(value, list):
         return [_shown(each, levels - 1) for each in value] if levels else None
     return value
-
-
-def time_text(seconds: float) -> str:
-    """Return a time in ISO 8601, in UTC."""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-    except (ValueError, OverflowError, OSError):  # a hint in the storage, which nobody signed
-        return "impossible"
-
-
-def plain(text: object) -> str:
-    """Keep what storage or a user says from writing to the terminal."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import chain, islice
 from typing import Any, Final, TypeVar
 
 import click
 
-from safedefer.app import App
-from safedefer.cli.common import (
-    MOST_LISTED,
-    Seconds,
-    app_option,
-    json_text,
-    load_app_to_look,
-    plain,
-    summary,
-    time_text,
+from safedefer.cli import retrying
+from safedefer.cli.common import MOST_LISTED, Seconds, app_option, json_text, load_app_to_look, summary
+from safedefer.cli.options import (
+    TEXT,
+    Patterns,
+    confirm,
+    dead_pages,
+    dry_run_option,
+    json_option,
+    pattern_options,
+    yes_option,
 )
-from safedefer.errors import DeferError, Error, RejectedTask
-from safedefer.queues.base import BlobsFull, DeadFilter, TaskState, TaskView
+from safedefer.cli.show import document, lines, wants_text
+from safedefer.cli.terminal import Column, progress, show_table
+from safedefer.cli.text import many, plain, relative, time_text
+from safedefer.errors import Error
+from safedefer.queues.base import DeadFilter, TaskState
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_PURGED_AT_ONCE: Final = 50
+_COLUMNS: Final = (
+    Column("ID", whole=True),
+    Column("DIED", whole=True),
+    Column("QUEUE", whole=True),
+    Column("TRIES", right=True, whole=True),
+    Column("CALLABLE"),
+)
 
 
 @click.group()
@@ -35,9 +48,9 @@ def dead() -> None:
 
 def _filters(command: _F) -> _F:
     options = (
-        click.option("--queue", default=None, help="Only of this queue."),
-        click.option("--reason", default=None, help="Only those that died of this, such as retry-limit."),
-        click.option("--callable", "callable_name", default=None, help="Only of this callable, module:name."),
+        click.option("--queue", default=None, type=TEXT, help="Only of this queue."),
+        click.option("--reason", default=None, type=TEXT, help="Only those that died of this, such as retry-limit."),
+        pattern_options,
         click.option("--days", default=None, type=Seconds(), help="Only older than this many days."),
         click.option("--archived", is_flag=True, help="The archived ones instead."),
     )
@@ -47,51 +60,79 @@ def _filters(command: _F) -> _F:
 
 
 def _where(
-    *, queue: str | None, reason: str | None, callable_name: str | None, days: float | None, archived: bool
-) -> DeadFilter:
+    *,
+    queue: str | None,
+    reason: str | None,
+    name: str | None,
+    callable_name: str | None,
+    days: float | None,
+    archived: bool,
+) -> tuple[DeadFilter, Patterns]:
+    patterns = Patterns(name, callable_name)
     before = None if days is None else time.time() - days * 86_400
-    return DeadFilter(queue=queue, reason=reason, callable_name=callable_name, before=before, archived=archived)
-
-
-def _all(app: App, where: DeadFilter) -> Iterator[TaskView]:
-    after: tuple[float, str] | None = None
-    while page := app.queue.dead_letters(where, after=after):
-        yield from page
-        after = (page[-1].ended or 0.0, page[-1].id)
+    exact = patterns.exact_callable
+    return DeadFilter(queue=queue, reason=reason, callable_name=exact, before=before, archived=archived), patterns
 
 
 @dead.command("list")
 @app_option
 @_filters
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(1, MOST_LISTED), help="How many at most.")
-def dead_list(*, app: str | None, limit: int, **given: Any) -> None:
+@json_option
+def dead_list(*, app: str | None, limit: int, as_json: bool, **given: Any) -> None:
     """List dead letters, oldest first."""
-    found = load_app_to_look(app).queue.dead_letters(_where(**given), limit=limit)
-    for view in found:
+    pages = dead_pages(load_app_to_look(app).queue, *_where(**given))
+    found = islice(chain.from_iterable(pages), limit)
+    if as_json:
+        for view in found:
+            click.echo(json_text(summary(view)))
+        return
+    # Of each only what is shown is kept: it may have megabytes.
+    views = [replace(view, token=b"", records=(), headers={}, retry_options={}) for view in found]
+    now, reasons = time.time(), Counter(view.reason or "" for view in views)
+    totals = f"{many(len(views), 'dead letter')}: {', '.join(f'{count} {reason}' for reason, count in reasons.most_common(5))}"
+    if len(views) == limit:
+        totals += "; the oldest, --limit shows more"
+    rows = [
+        (view.id, relative(view.ended, now), view.queue, view.attempts, f"{view.callable_name}  {view.reason or ''}")
+        for view in views
+    ]
+    if views and show_table(_COLUMNS, rows, totals):
+        return
+    for view in views:
         columns = (view.id, view.queue, time_text(view.ended or 0.0), f"{view.attempts} attempts", view.callable_name)
         click.echo("  ".join(plain(column) for column in (*columns, view.reason or "")).rstrip())
-    if not found:
+    if not views:
         click.echo("no dead letters")
 
 
 @dead.command("show")
 @app_option
-@click.argument("task_id")
-def dead_show(*, app: str | None, task_id: str) -> None:
-    """Show one dead letter: its reason, its attempts with their tracebacks, its token."""
-    view = load_app_to_look(app).queue.find(task_id)
+@click.argument("task_id", type=TEXT)
+@click.option("--json", "as_json", is_flag=True, help="As JSON; so it is shown where the output is no terminal.")
+@click.option("--text", "as_text", is_flag=True, help="As text; so it is shown on a terminal.")
+def dead_show(*, app: str | None, task_id: str, as_json: bool, as_text: bool) -> None:
+    """Show one dead letter: its reason, its arguments, its attempts with their tracebacks."""
+    loaded = load_app_to_look(app)
+    view = loaded.queue.find(task_id)
     if view is None or view.state is not TaskState.DEAD:
         raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer dead list`")
-    click.echo(json_text(_document(view), indent=2))
+    if wants_text(as_json=as_json, as_text=as_text):
+        for line in lines(loaded, view):
+            click.echo(line)
+    else:
+        click.echo(json_text(document(view, dead=True), indent=2))
 
 
 @dead.command("retry")
 @app_option
-@click.argument("task_ids", nargs=-1)
+@click.argument("task_ids", nargs=-1, type=TEXT)
 @_filters
 @click.option("--all", "every", is_flag=True, help="All that the filters mean, instead of ids.")
-@click.option("--to-queue", default=None, help="Run them in this queue.")
+@click.option("--to-queue", default=None, type=TEXT, help="Run them in this queue.")
 @click.option("--in", "seconds", default=None, type=Seconds(), help="Run it so many seconds from now.")
+@dry_run_option
+@yes_option
 def dead_retry(
     *,
     app: str | None,
@@ -99,47 +140,56 @@ def dead_retry(
     every: bool,
     to_queue: str | None,
     seconds: float | None,
+    dry_run: bool,
+    yes: bool,
     **given: Any,
 ) -> None:
     """Run dead letters again, as new tasks that are signed anew."""
-    loaded = load_app_to_look(app)
-    if every == bool(task_ids) or (every and seconds is not None):
+    where, patterns = _where(**given)
+    every = every or (bool(patterns) and not task_ids)
+    if every == bool(task_ids) or (every and seconds is not None) or (task_ids and dry_run):
         raise click.UsageError("name tasks, with --in if you like, or say --all, with filters if you like")
-    refused: dict[str, Error] = {}
+    loaded = load_app_to_look(app)
     if every:
-        tasks, refused = loaded.retry_all(_where(**given), queue=to_queue)
-        click.echo(f"{len(tasks)} run again")
+        retrying.retry_matching(loaded, where, patterns, to_queue=to_queue, dry_run=dry_run, yes=yes)
+        return
+    refused: dict[str, Error] = {}
     for task_id in task_ids:
         eta = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
         try:
             task = loaded.retry(task_id, queue=to_queue, eta=eta)
-        except (RejectedTask, DeferError, BlobsFull) as error:
+        except retrying.REFUSALS as error:
             refused[task_id] = error
             continue
         if task is None:
             raise click.ClickException(f"there is no dead letter {plain(task_id)}; see `safedefer dead list`")
         click.echo(f"{plain(task_id)} runs again as {task.id}")
-    for task_id, rejection in refused.items():
-        click.echo(f"{plain(task_id)} stays: {rejection.slug}: {plain(rejection)}", err=True)
-    if refused:
-        raise click.ClickException(
-            f"{len(refused)} may not run again now; correct keys or policy, or defer the tasks anew and purge them"
-        )
+    retrying.say_refused(refused)
 
 
 @dead.command("purge")
 @app_option
 @_filters
-@click.confirmation_option(prompt="Delete these dead letters for good?")
-def dead_purge(*, app: str | None, **given: Any) -> None:
+@dry_run_option
+@yes_option
+def dead_purge(*, app: str | None, dry_run: bool, yes: bool, **given: Any) -> None:
     """Delete dead letters for good; export them first."""
     loaded = load_app_to_look(app)
-    where, dropped = _where(**given), 0
-    after: tuple[float, str] | None = None
-    # A page is a transaction. Each may have 2 MiB and its records; one that somebody else wrote may be shown, and not go.
-    while page := loaded.queue.dead_letters(where, after=after, limit=_PURGED_AT_ONCE):
-        dropped += loaded.queue.drop_dead([view.id for view in page])
-        after = (page[-1].ended or 0.0, page[-1].id)
+    where, patterns = _where(**given)
+    count = None
+    if dry_run or not yes:
+        count = sum(len(page) for page in dead_pages(loaded.queue, where, patterns))
+        if dry_run:
+            click.echo(f"{count} dead letters would be deleted")
+            return
+        confirm(f"Delete {count} dead letters for good?", yes=yes)
+    dropped = 0
+    with progress("deleting", count) as advance:
+        # A page is a transaction. Each may have 2 MiB and its records; one that somebody else wrote may be shown, and not go.
+        for page in dead_pages(loaded.queue, where, patterns):
+            dropped += loaded.queue.drop_dead([view.id for view in page])
+            for _ in page:
+                advance()
     click.echo(f"deleted {dropped} dead letters")
 
 
@@ -148,14 +198,8 @@ def dead_purge(*, app: str | None, **given: Any) -> None:
 @_filters
 def dead_export(*, app: str | None, **given: Any) -> None:
     """Print dead letters as JSON, one a line, with attempts and tokens: whoever has them can read the arguments."""
-    for view in _all(load_app_to_look(app), _where(**given)):
-        click.echo(json_text(_document(view)))
-
-
-def _document(view: TaskView) -> dict[str, Any]:
-    return {
-        **summary(view),
-        "headers": dict(view.headers),
-        "retry_options": dict(view.retry_options),
-        "attempts": [record._asdict() for record in view.records],
-    }
+    pages = dead_pages(load_app_to_look(app).queue, *_where(**given))
+    with progress("exporting", None) as advance:
+        for view in chain.from_iterable(pages):
+            click.echo(json_text(document(view, dead=True)))
+            advance()

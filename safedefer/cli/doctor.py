@@ -12,16 +12,22 @@ import sqlite3
 import stat
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, missing_file, plain
+from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, missing_file
+from safedefer.cli.findings import Check, Finding
+from safedefer.cli.options import TEXT
+from safedefer.cli.surroundings import check_pgqueuer, check_target, check_users
+from safedefer.cli.terminal import Column, show_table
+from safedefer.cli.text import many, plain
 from safedefer.errors import Error
 from safedefer.execution.deadline import DEFAULT_DEADLINE
 from safedefer.keys import KeyState
@@ -35,37 +41,40 @@ _BODIES: Final = 4
 #: A reset of the write-ahead log could lose commits from 3.7.0 on, until this release.
 _FIXED_SQLITE: Final = (3, 51, 3)
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a check says."""
-
-    name: str
-    status: Literal["ok", "warn", "error"]
-    text: str
-    """What was found and, unless it is ok, what to do."""
-
-
-Check: TypeAlias = Callable[[App], Iterable[Finding]]
+_COLUMNS: Final = Column("STATUS", whole=True), Column("CHECK", whole=True), Column("FOUND, AND WHAT TO DO")
 
 
 @click.command()
 @app_option
+@click.option(
+    "--to",
+    "addresses",
+    multiple=True,
+    type=TEXT,
+    metavar="URL",
+    help="Ask the handler at this address too; repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def doctor(*, app: str | None, as_json: bool) -> None:
+def doctor(*, app: str | None, addresses: Sequence[str], as_json: bool) -> None:
     """Check keys, policy, queue, clock, environment and limits. Exit status 1 if something is wrong."""
-    findings = [*examine(app)]
-    for finding in findings:
-        if as_json:
-            click.echo(json.dumps(asdict(finding)))
-        else:
-            click.echo(f"{finding.status:5}  {plain(finding.name)}: {plain(finding.text)}")
-    if any(finding.status == "error" for finding in findings):
+    findings = [*examine(app, addresses)]
+    counted = Counter(finding.status for finding in findings)
+    totals = (
+        f"{many(len(findings), 'check')}: {counted['ok']} ok, {counted['warn']} to look at, {counted['error']} wrong"
+    )
+    rows = [(finding.status, finding.name, finding.text) for finding in findings]
+    if as_json or not show_table(_COLUMNS, rows, totals):
+        for finding in findings:
+            if as_json:
+                click.echo(json.dumps(asdict(finding)))
+            else:
+                click.echo(f"{finding.status:5}  {plain(finding.name)}: {plain(finding.text)}")
+    if counted["error"]:
         sys.exit(1)
 
 
-def examine(spec: str | None) -> Iterator[Finding]:
-    """Make the App and run every check; without an App, say why there is none."""
+def examine(spec: str | None, addresses: Sequence[str] = ()) -> Iterator[Finding]:
+    """Make the App and run every check; without an App, say why there is none. ``addresses`` are those of handlers."""
     loaded: list[App] = []
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = []
     if spec is None:
@@ -89,6 +98,8 @@ def examine(spec: str | None) -> Iterator[Finding]:
         try:
             for each in CHECKS:
                 yield from _guarded(each.__name__.removeprefix("check_"), partial(each, app))
+            for address in addresses:
+                yield from _guarded("target", partial(check_target, app, address))
         finally:
             app.close()
 
@@ -306,9 +317,11 @@ CHECKS: Final[Sequence[Check]] = (
     check_keys,
     check_policy,
     check_queue,
+    check_users,
     check_clock,
     check_environment,
     check_sqlite,
+    check_pgqueuer,
     check_outboxes,
     check_deadlines,
     check_pickle,

@@ -19,6 +19,7 @@ import click
 
 from safedefer.app import App
 from safedefer.cli.common import NO_ENVIRONMENT, Seconds, load_app
+from safedefer.cli.options import TEXT
 from safedefer.cli.service import FleetShows, Service, ServiceOptions, health_address
 from safedefer.cli.supervisor import SupervisorOptions, supervise
 from safedefer.cli.worker import Worker
@@ -33,7 +34,7 @@ from safedefer.web.server import serving
 
 _log: Final = logging.getLogger("safedefer")
 
-_app_argument = click.argument("app", required=False, default=None, metavar="[MODULE:APP]")
+_app_argument = click.argument("app", required=False, default=None, type=TEXT, metavar="[MODULE:APP]")
 _host = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 _port = click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
 _drain = click.option(
@@ -50,7 +51,7 @@ _concurrency = click.option(
     type=click.IntRange(1, 10_000),
     help="Tasks at once: the handler's slots and the dispatcher's deliveries.",
 )
-_queues = click.option("--queue", "queues", multiple=True, help="Only this queue; repeatable.")
+_queues = click.option("--queue", "queues", multiple=True, type=TEXT, help="Only this queue; repeatable.")
 _lease = click.option(
     "--lease",
     default=60.0,

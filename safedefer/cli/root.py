@@ -1,33 +1,77 @@
-"""The command line: the ``safedefer`` group, its version and log, and its small commands."""
+"""The command line: the ``safedefer`` group, its version and its log. A command's module is imported when it is named.
+
+``COMMANDS`` has the first sentence of each command's help, so that ``safedefer --help`` imports none of them.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import select
 import sys
-import time
-from typing import Any
+from importlib import import_module
+from typing import Any, Final, NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 from safedefer import __version__
-from safedefer.cli.common import app_option, load_app, missing_file, plain, time_text
-from safedefer.cli.dead import dead
-from safedefer.cli.doctor import doctor
-from safedefer.cli.keys import keys
-from safedefer.cli.processes import dispatch, run, serve
-from safedefer.cli.queues import queues
-from safedefer.cli.tasks import tasks
-from safedefer.errors import Error, PermanentTaskFailure, RejectedTask
-from safedefer.observe.logs import configure_log
-from safedefer.queues import migrate_queue
-from safedefer.task import VerifiedPointer
+from safedefer.cli.text import plain
+from safedefer.errors import Error
+
+
+class Lazy(NamedTuple):
+    """Where a command is."""
+
+    module: str
+    """In ``safedefer.cli``. The command has the name that it has on the command line."""
+    help: str
+
+
+COMMANDS: Final = {
+    "check": Lazy("check", "Check that every reference of the queue and the policy resolves here."),
+    "dead": Lazy("dead", "Look at dead letters, run them again, export and delete them."),
+    "demo": Lazy("more", "Defer one task for every file of Python's standard library, and attack the handler."),
+    "dispatch": Lazy("processes", "Run the dispatcher: lease due tasks and POST them to a handler."),
+    "doctor": Lazy("doctor", "Check keys, policy, queue, clock, environment and limits."),
+    "explain": Lazy("explain", "Say whether NAME, a module:name, may be deferred, and why not."),
+    "inspect": Lazy("more", "Verify TOKEN (- reads it from standard input) and print what it would do."),
+    "keys": Lazy("keys", "Make and list keys."),
+    "migrate": Lazy("more", "Make the tables of a queue's database, or bring them up to date."),
+    "queues": Lazy("queues", "Look at queues, pause, resume and purge them."),
+    "run": Lazy("processes", "Run handler and dispatcher together, in worker processes that a supervisor keeps."),
+    "serve": Lazy("processes", "Run the handler: receive tasks by HTTP."),
+    "tasks": Lazy("tasks", "Look at tasks, cancel them, re-run dead letters."),
+    "top": Lazy("top", "Show what each queue does now: waiting, running, dead, lag, and tasks a second."),
+}
+"""The commands, by name."""
 
 
 class _Group(click.Group):
-    """Shows our errors as one line: the message says what to do."""
+    """Imports commands when they are named, and shows our errors as one line: the message says what to do."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *COMMANDS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name)
+        if found is None and cmd_name in COMMANDS:
+            found = getattr(import_module(f"safedefer.cli.{COMMANDS[cmd_name].module}"), cmd_name)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = formatter.width - 6 - max(map(len, self.list_commands(ctx)))
+        rows = []
+        for name in self.list_commands(ctx):
+            known = super().get_command(ctx, name)
+            text = COMMANDS[name].help if known is None else known.get_short_help_str(width)
+            rows.append((name, text))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        helps = {name: lazy.help for name, lazy in COMMANDS.items()}
+        found = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        options = click.Command.shell_complete(self, ctx, incomplete)  # the group's own would import every command
+        return [*(CompletionItem(name, help=helps.get(name)) for name in found), *options]
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -61,70 +105,7 @@ def _output_is_closed() -> bool:
 )  # fmt: skip
 def main(*, verbose: bool, log_format: str) -> None:
     """Call Python functions later: signed tasks, a queue, and a handler."""
+    # Here and not at the top: `--help` needs no log.
+    from safedefer.observe.logs import configure_log  # noqa: PLC0415
+
     configure_log(verbose=verbose, as_json=log_format == "json")
-
-
-for _command in (keys, serve, dispatch, run, tasks, queues, dead, doctor):
-    main.add_command(_command)
-
-
-@main.command()
-@click.option(
-    "--queue", "url", envvar="SAFEDEFER_QUEUE", default="sqlite:///safedefer.db", show_default=True,
-    help="The queue's URL; without it, SAFEDEFER_QUEUE.",
-)  # fmt: skip
-def migrate(*, url: str) -> None:
-    """Make the tables of a queue's database, or bring them up to date.
-
-    Needed once before a PostgreSQL queue is used, and after an upgrade of safedefer or pgqueuer that asks for it.
-    """
-    done = migrate_queue(url)
-    for step in done or ["nothing to do"]:
-        click.echo(step)
-
-
-@main.command()
-@app_option
-@click.argument("token")
-def inspect(*, app: str | None, token: str) -> None:
-    """Verify TOKEN (- reads it from standard input) and print what it would do. Runs nothing.
-
-    Exit status 1 if it would not run: the callable is not here, or takes other arguments.
-    """
-    from_stdin = token == "-"  # noqa: S105  # the usual sign, not a password
-    data = sys.stdin.buffer.read().strip() if from_stdin else os.fsencode(token)
-    loaded = load_app(app)
-    try:
-        verified = loaded.verify(data, expired=True)
-        pointer = verified.blob if isinstance(verified, VerifiedPointer) else None
-        if pointer is not None and missing_file(loaded) is None:
-            with contextlib.suppress(PermanentTaskFailure):
-                verified = loaded.follow(verified, expired=True)
-    except RejectedTask as error:
-        raise click.ClickException(f"{error.slug}: {error}") from error
-    claims = verified.claims
-    document: dict[str, Any] = dict(claims)
-    if pointer is not None:
-        document["blob"] = {**pointer, "found": not isinstance(verified, VerifiedPointer)}
-    document["signed_by"] = verified.identity.kid
-    document["calls"] = verified.identity.callable_name or None
-    document.update({name: time_text(document[name]) for name in ("iat", "nbf", "exp")})
-    document["expired"] = claims["exp"] < time.time()
-    click.echo(json.dumps(document, indent=2))
-    if not isinstance(verified, VerifiedPointer):
-        try:
-            loaded.check_call(verified)
-        except RejectedTask as error:
-            raise click.ClickException(f"{error.slug}: {error}") from error
-
-
-@main.command()
-@click.option("--tasks", "limit", default=None, type=click.IntRange(min=1), help="At most this many files.")
-@click.option("--keep", is_flag=True, help="Keep the temporary folder.")
-@click.option("--kill", is_flag=True, help="Kill both processes in the middle of the work.")
-def demo(*, limit: int | None, keep: bool, kill: bool) -> None:
-    """Defer one task for every file of Python's standard library, and attack the handler."""
-    # Here: nobody else needs the demonstration's modules.
-    from safedefer.demo.show import run_demo  # noqa: PLC0415
-
-    sys.exit(run_demo(limit=limit, keep=keep, kill=kill))

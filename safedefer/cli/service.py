@@ -14,9 +14,9 @@ from typing import Final
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import plain
 from safedefer.cli.fleet import Fleet
 from safedefer.cli.supervisor import listen
+from safedefer.cli.text import plain
 from safedefer.cli.worker import Worker
 from safedefer.errors import ConfigurationError
 from safedefer.events import ProcessStarted, ProcessStopping, banner, notify

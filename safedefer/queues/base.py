@@ -205,6 +205,8 @@ class TaskView:
     retry_options: Mapping[str, float] = field(default_factory=dict)
     records: Sequence[AttemptRecord] = ()
     """Oldest first."""
+    due: float | None = None
+    """When one that waits may be delivered: its eta, or the time of its retry. When the lease of one that runs ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,6 +449,20 @@ class Store(Protocol):
 
         Running means leased, here and in ``find``: neither knows the time.
         """
+        ...
+
+    def live_tasks(
+        self, *, queue: str | None = None, after: int = 0, limit: int = 100
+    ) -> Sequence[tuple[int, TaskView]]:
+        """List waiting and running tasks, each with its place, in the order of their places, without records.
+
+        ``after`` is the place of the last one seen. A task keeps its place; one that is enqueued later has a later one, but
+        for transactions that end in another order.
+        """
+        ...
+
+    def ended_since(self, since: float) -> Mapping[str, int]:
+        """Count what succeeded or was cancelled at ``since`` or later, by queue, as far as the history goes back."""
         ...
 
     def dead_letters(

@@ -20,8 +20,10 @@ import orjson
 import pytest
 from aiohttp import web
 
+import safedefer.claims
 import safedefer.keys
 import safedefer.refs
+import safedefer.signing
 import safedefer.web.handler
 from fuzz.audit import nothing_happens
 from safedefer.codecs.typed import TypedCodec

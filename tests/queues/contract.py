@@ -810,6 +810,49 @@ class QueueContract:
         assert listed(states=list(TaskState)) == [5, 4, 3, 2, 1, 0]
         assert queue.find("0" * 31 + "x") is None
 
+    def test_living_tasks_are_listed_in_pages_by_their_places(self, queue):
+        tasks = [make_task(queue="mail" if n % 2 else "default") for n in range(6)]
+        queue.enqueue_many(tasks)
+        first, second = take(queue, limit=2)
+        settle(queue, first, DEAD, now=102.0)
+        settle(queue, second, RETRY_NOW, now=102.0)
+
+        def paged(**filters: object) -> list[str]:
+            found, after = [], 0
+            while page := queue.live_tasks(after=after, limit=2, **filters):
+                assert len(page) <= 2
+                places = [place for place, _ in page]
+                assert places == sorted(places)
+                assert places[0] > after
+                found += [view.id for _, view in page]
+                after = places[-1]
+            return found
+
+        ids = [task.id for task in tasks if task.id != first.task.id]
+        assert paged() == ids
+        assert paged(queue="mail") == [task.id for task in tasks if task.queue == "mail" and task.id in ids]
+        assert paged(queue="none") == []
+
+    def test_what_ended_lately_is_counted_by_queue(self, queue):
+        tasks = [make_task(queue="mail" if n % 2 else "default") for n in range(5)]
+        queue.enqueue_many(tasks)
+        for held, now in zip(take(queue, limit=3), (101.0, 150.0, 151.0), strict=True):
+            settle(queue, held, DONE, now=now)
+        assert queue.cancel(tasks[3].id, now=152.0)
+        settle(queue, take_one(queue), DEAD, now=153.0)
+        assert dict(queue.ended_since(100.0)) == {"default": 2, "mail": 2}
+        assert dict(queue.ended_since(150.0)) == {"default": 1, "mail": 2}
+        assert dict(queue.ended_since(153.0)) == {}
+
+    def test_a_waiting_task_says_when_it_is_due(self, queue):
+        task = make_task()
+        queue.enqueue_many([task])
+        assert queue.find(task.id).due == pytest.approx(100.0)
+        settlement = Settlement(verdict=Verdict.RETRY, at=1_700.0, status=500, reason="retry")
+        settle(queue, take(queue)[0], settlement, now=101.0)
+        ((_, view),) = queue.live_tasks()
+        assert (view.eta, view.due) == (100.0, pytest.approx(1_700.0))
+
     def test_only_the_newest_hundred_records_of_a_task_are_kept(self, queue):
         task = make_task()
         queue.enqueue_many([task])

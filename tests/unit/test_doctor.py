@@ -1,18 +1,23 @@
 """``safedefer doctor``: every check passes, and fails, on a real App."""
 
+import asyncio
+import contextlib
 import json
 import secrets
 import sqlite3
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from aiohttp import web
 
 from safedefer import Key, Keyring, KeyState, Policy
 from safedefer.cli import doctor as doctors
 from safedefer.cli.doctor import CHECKS, examine
 from safedefer.cli.root import main
+from safedefer.cli.surroundings import check_pgqueuer, check_target
 from safedefer.queues.config import QueueFile
 from tests.unit.apps import make_app
 
@@ -47,9 +52,9 @@ def test_a_healthy_app_has_no_complaint(monkeypatch, tmp_path):
     findings = [*examine(spec)]
     assert {finding.status for finding in findings} == {"ok"}
     assert {finding.name for finding in findings} == {
-        "keys", "policy", "queue", "clock", "environment", "sqlite", "deadlines", "pickle", "unverified_bytes",
+        "keys", "policy", "queue", "users", "clock", "environment", "sqlite", "deadlines", "pickle", "unverified_bytes",
     }  # fmt: skip
-    assert len(CHECKS) == 10
+    assert len(CHECKS) == 12
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -263,3 +268,76 @@ def test_what_a_check_raises_is_its_finding_and_the_others_go_on(monkeypatch):
     assert (findings[0].name, findings[0].status) == ("broken", "error")
     assert "cAnArY" not in findings[0].text
     assert len(findings) > 5
+
+
+# --- What is around an App --------------------------------------------------------------------------------------------
+
+
+def test_a_queue_says_where_it_is_and_which_other_processes_have_it_open(monkeypatch, tmp_path):
+    spec = app_of(monkeypatch, queue=f"sqlite:///{tmp_path}/q.db", environment="prod")
+    assert one(spec, "users") == ("ok", f"the queue is {tmp_path}/q.db")
+    spec = app_of(monkeypatch, queue=f"sqlite:///{tmp_path}/q.db", environment="prod")
+    if not Path("/proc").is_dir():
+        return
+    with subprocess.Popen(["/bin/sh", "-c", f"exec 3<'{tmp_path}/q.db'; echo; read x"], stdin=-1, stdout=-1) as other:
+        other.stdout.readline()  # it has opened it
+        status, text = one(spec, "users")
+        other.stdin.close()
+    assert status == "ok"
+    assert f"open in the processes {other.pid} (sh)" in text
+
+
+def test_tasks_of_another_environment_in_the_queue_are_said(monkeypatch, tmp_path):
+    ring = keyring()
+    url = f"sqlite:///{tmp_path}/q.db"
+    staging = make_app(keyring=ring, queue=url, environment="staging")
+    staging.defer(len, [])
+    staging.close()
+    status, text = one(app_of(monkeypatch, keyring=ring, queue=url, environment="prod"), "users")
+    assert status == "warn"
+    assert "tasks of the environment staging are in it, which do not run in prod" in text
+
+
+def test_the_version_of_pgqueuer_is_said_for_a_postgresql_queue(monkeypatch):
+    app = SimpleNamespace(queue=SimpleNamespace(statements=object()))
+    assert [each.status for each in check_pgqueuer(app)] == ["ok"]
+    monkeypatch.setattr("safedefer.cli.surroundings.version", lambda _: "9.9")
+    ((name, status, text),) = [(each.name, each.status, each.text) for each in check_pgqueuer(app)]
+    assert (name, status) == ("pgqueuer", "warn")
+    assert "pgqueuer 9.9 is newer" in text
+
+
+@contextlib.asynccontextmanager
+async def handler(app):
+    """Serve the handler of an App; give its address."""
+    web_app = web.Application()
+    web_app.add_routes([] if app is None else app.routes())
+    runner = web.AppRunner(web_app, auto_decompress=False)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield "http://127.0.0.1:{}".format(runner.addresses[0][1])
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(("ours", "status", "said"), [
+    (True, "ok", "answers as a handler: 403 refused"), (False, "error", "no handler of ours"),
+])  # fmt: skip
+async def test_a_handler_is_asked_whether_it_is_one_of_ours(ours, status, said):
+    app = make_app()
+    async with handler(app if ours else None) as address:
+        (found,) = await asyncio.to_thread(lambda: [*check_target(app, address)])
+    assert (found.name, found.status) == ("target", status)
+    assert said in found.text
+    await asyncio.to_thread(app.close)
+
+
+@pytest.mark.parametrize(("address", "said"), [
+    ("http://u:cAnArY@127.0.0.1:1", "http://127.0.0.1:1 does not answer (ConnectionRefusedError"), ("nonsense", "--to must begin with http"),
+])  # fmt: skip
+def test_a_handler_that_is_not_there_is_said(monkeypatch, address, said):
+    (found,) = [each for each in examine(app_of(monkeypatch), [address]) if each.name == "target"]
+    assert found.status == "error"
+    assert said in found.text
+    assert "cAnArY" not in found.text

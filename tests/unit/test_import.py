@@ -12,6 +12,7 @@ import os, sys
 os.name = {name!r}
 try:
     import safedefer
+    safedefer.App
 except ImportError as error:
     print(error)
 print(sorted(name for name in sys.modules if name.startswith(("safedefer.", "aiohttp", "apsw", "pydantic"))))

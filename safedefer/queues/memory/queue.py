@@ -10,7 +10,7 @@ import itertools
 import secrets
 import threading
 import time
-from collections import ChainMap
+from collections import ChainMap, Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -39,7 +39,7 @@ from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.rules import Counters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
 _PRUNE_EVERY: Final = 60.0
@@ -572,6 +572,21 @@ class MemoryQueue:
         found = [view for view in views if view.state in wanted and queue in (None, view.queue)]
         return sorted(found, key=lambda view: view.created, reverse=True)[:limit]
 
+    def live_tasks(
+        self, *, queue: str | None = None, after: int = 0, limit: int = 100
+    ) -> Sequence[tuple[int, TaskView]]:
+        """List waiting and running tasks with their places."""
+        with self._changed:
+            rows = [row for row in self._state.rows.values() if row.seq > after and queue in (None, row.task.queue)]
+            rows.sort(key=lambda row: row.seq)
+            return [(row.seq, self._view(row)) for row in rows[:limit]]
+
+    def ended_since(self, since: float) -> Mapping[str, int]:
+        """Count what succeeded or was cancelled lately, by queue."""
+        with self._changed:
+            ended = [view for view in self._state.ended.values() if view.state is not TaskState.DEAD]
+        return Counter(view.queue for view in ended if view.ended is not None and view.ended >= since)
+
     def dead_letters(
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
     ) -> Sequence[TaskView]:
@@ -614,6 +629,7 @@ class MemoryQueue:
             token=task.token if stored is None else stored,
             reason=row.counters.retry_reason,
             retry_options=task.retry_options,
+            due=row.due,
         )
 
     # --- Shared -----------------------------------------------------------------------------------

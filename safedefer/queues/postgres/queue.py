@@ -312,6 +312,16 @@ class PostgresQueue:
         """List tasks, newest first, without records; without ``states``: waiting, running and dead."""
         return self._store.run(partial(views.tasks, states=states, queue=queue, limit=limit))
 
+    def live_tasks(
+        self, *, queue: str | None = None, after: int = 0, limit: int = 100
+    ) -> Sequence[tuple[int, TaskView]]:
+        """List waiting and running tasks with their places."""
+        return self._store.run(partial(views.live_tasks, queue=queue, after=after, limit=limit))
+
+    def ended_since(self, since: float) -> Mapping[str, int]:
+        """Count what succeeded or was cancelled lately, by queue."""
+        return self._store.run(partial(views.ended_since, since=since), idempotent=True)
+
     def find(self, task_id: str) -> TaskView | None:
         """Return one task in whatever state, with the records of its attempts; an ended one without its token."""
         return self._store.run(partial(views.find, task_id=task_id), idempotent=True)

@@ -564,11 +564,15 @@ GROUP BY 1;
 -- name: stats_dead
 SELECT queue, count(*) AS dead FROM safedefer.dead WHERE archived IS NULL GROUP BY queue;
 
+-- name: ended_since
+SELECT left(queue, 1000) AS queue, count(*) AS ended FROM safedefer.ended WHERE ended >= $1 GROUP BY 1;
+
 -- name: view_jobs
 SELECT job.id, job.dedupe_key, job.entrypoint, job.status::text AS status,
     CASE WHEN pg_column_size(job.headers) <= 2097152 AND octet_length(job.headers::text) <= 2097152 THEN job.headers END AS headers,
     CASE WHEN octet_length(job.payload) <= 2097152 THEN job.payload END AS payload,
-    least(greatest(coalesce(progress.attempts, 0), 0), 2147483647) AS attempts, left(progress.retry_reason, 1000) AS retry_reason
+    least(greatest(coalesce(progress.attempts, 0), 0), 2147483647) AS attempts, left(progress.retry_reason, 1000) AS retry_reason,
+    extract(epoch FROM job.execute_after)::float8 AS due
 FROM safedefer.pgqueuer AS job LEFT JOIN safedefer.progress ON progress.job_id = job.id
 
 -- name: view_dead

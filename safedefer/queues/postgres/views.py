@@ -72,6 +72,22 @@ async def _of_state(connection: Connection, state: TaskState, queue: str | None,
     return [_ended_view(row) for row in rows]
 
 
+async def ended_since(connection: Connection, *, since: float) -> dict[str, int]:
+    """Count what succeeded or was cancelled at ``since`` or later, by queue."""
+    return {row["queue"]: row["ended"] for row in await connection.fetch(SQL["ended_since"], since)}
+
+
+async def live_tasks(
+    connection: Connection, *, queue: str | None, after: int, limit: int
+) -> list[tuple[int, TaskView]]:
+    """Return waiting and running tasks with the ids of their jobs, from the one behind ``after`` on."""
+    condition = "WHERE job.status IN ('queued', 'picked') AND job.id > $1"
+    of_queue = "AND ($2::text IS NULL OR job.entrypoint IN ($2, $2 || '@later'))"
+    statement = f"{SQL['view_jobs']} {condition} {of_queue} ORDER BY job.id LIMIT $3"
+    jobs = await connection.fetch(statement, after, queue, limit)
+    return [(job["id"], view) for job, view in zip(jobs, await _job_views(connection, jobs), strict=True)]
+
+
 async def dead_letters(
     connection: Connection, *, where: DeadFilter, after: tuple[float, str] | None, limit: int
 ) -> list[TaskView]:
@@ -152,6 +168,7 @@ def _job_view(job: Mapping[str, Any], blob: bytes | None, records: Sequence[Atte
         reason=job["retry_reason"] if task.token else UNREADABLE,
         retry_options=task.retry_options,
         records=records,
+        due=moment(job["due"]),
     )
 
 

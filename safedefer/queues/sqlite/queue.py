@@ -10,7 +10,7 @@ import contextlib
 import os
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from safedefer.concurrency.forks import register_fork
 from safedefer.errors import ConfigurationError, QueueUnavailable
@@ -36,7 +36,7 @@ from safedefer.queues.sqlite.watch import FileWatch
 from safedefer.queues.sqlite.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     import apsw
@@ -377,6 +377,27 @@ class SQLiteQueue:
         found = self._read(look)
         found.sort(key=lambda task: task.created, reverse=True)
         return found[:limit]
+
+    def live_tasks(
+        self, *, queue: str | None = None, after: int = 0, limit: int = 100
+    ) -> Sequence[tuple[int, TaskView]]:
+        """List waiting and running tasks with their places."""
+        of_queue = "" if queue is None else " AND queue = :queue"
+        statement = f"{SQL['view_tasks']} WHERE seq > :after{of_queue} ORDER BY seq LIMIT :limit"
+
+        def look(connection: apsw.Connection) -> list[tuple[int, TaskView]]:
+            rows = connection.execute(statement, {"queue": queue, "after": after, "limit": limit}).fetchall()
+            return [(cast("int", row[-1]), task_view(row)) for row in rows]
+
+        return self._read(look)
+
+    def ended_since(self, since: float) -> Mapping[str, int]:
+        """Count what succeeded or was cancelled lately, by queue."""
+
+        def look(connection: apsw.Connection) -> dict[str, int]:
+            return {str(queue): count for queue, count in connection.execute(SQL["ended_since"], {"since": since})}
+
+        return self._read(look)
 
     def dead_letters(
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100

@@ -118,6 +118,8 @@ _VIEW: Final = (
     TEXT, TEXT, TEXT, _TEXT_OR_NONE, TEXT, TEXT, TEXT, TEXT, TEXT, TEXT, NUMBER, NUMBER, WHOLE, WHOLE, _TEXT_OR_NONE,
     _NUMBER_OR_NONE, BYTES,
 )  # fmt: skip
+#: Of ``view_tasks``: when it is due, and its place.
+_LIVE: Final = *_VIEW, NUMBER, WHOLE
 _RECORD: Final = (
     TEXT, TEXT, NUMBER, NUMBER, TEXT, WHOLE | OR_NONE, _TEXT_OR_NONE, _TEXT_OR_NONE, _TEXT_OR_NONE,
 )  # fmt: skip
@@ -174,8 +176,9 @@ def leased_task(row: TaskRow, *, owner: str, until: float, losses: int) -> Lease
 
 def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> TaskView:
     """Return what a row of ``view_tasks``, ``view_dead`` or ``view_ended`` shows."""
-    (task_id, queue, state, name, callable_name, url, target, audience) = checked(row, _VIEW)[:8]
-    (headers, retry_options, eta, created, expires, attempts, reason, ended, token) = row[8:]
+    is_live = len(row) > len(_VIEW)
+    (task_id, queue, state, name, callable_name, url, target, audience) = checked(row, _LIVE if is_live else _VIEW)[:8]
+    (headers, retry_options, eta, created, expires, attempts, reason, ended, token) = row[8 : len(_VIEW)]
     return TaskView(
         id=task_id,
         queue=queue,
@@ -195,6 +198,7 @@ def task_view(row: tuple[Any, ...], records: Sequence[AttemptRecord] = ()) -> Ta
         ended=ended,
         retry_options=stored_mapping(retry_options),
         records=records,
+        due=row[len(_VIEW)] if is_live else None,
     )
 
 

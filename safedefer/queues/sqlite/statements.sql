@@ -243,6 +243,9 @@ SELECT queue, count(*) FROM safedefer_dead WHERE archived IS NULL GROUP BY queue
 -- name: stats_oldest
 SELECT min(eta) FROM safedefer_tasks WHERE queue = :queue AND (owner IS NULL OR due <= :now);
 
+-- name: ended_since
+SELECT iif(octet_length(queue) > 5000, '', queue), count(*) FROM safedefer_ended WHERE ended >= :since GROUP BY 1;
+
 -- name: view_tasks
 SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue),
     iif(owner IS NULL, 'waiting', 'running'), iif(octet_length(name) > 5000, '', name),
@@ -252,7 +255,7 @@ SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '',
     iif(octet_length(retry_options) > 2097152, '', retry_options), eta, created, expires, attempts,
     iif(octet_length(retry_reason) > 5000, '', retry_reason), NULL,
     coalesce((SELECT data FROM safedefer_blobs WHERE task = safedefer_tasks.seq AND octet_length(data) <= 2097152),
-        iif(octet_length(token) > 2097152, x'', token))
+        iif(octet_length(token) > 2097152, x'', token)), due, seq
 FROM safedefer_tasks
 
 -- name: view_dead

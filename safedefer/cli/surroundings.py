@@ -1,0 +1,119 @@
+"""Checks of ``safedefer doctor`` on what is around an App: who else uses its queue, its libraries, and its handlers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from safedefer.app import App
+from safedefer.claims import split_audience
+from safedefer.cli.common import missing_file
+from safedefer.cli.findings import Finding
+from safedefer.errors import RejectedTask
+from safedefer.headers import CONTENT_TYPE, OUTCOME_HEADER
+from safedefer.queues.addresses import place
+from safedefer.sending.addresses import check_address
+
+#: Tasks whose environments are looked at.
+_TASKS: Final = 100
+#: Processes that are named.
+_PROCESSES: Final = 10
+#: Seconds to wait for a handler.
+_TIMEOUT: Final = 5.0
+#: No token, so that nothing can run.
+_BODY: Final = b"safedefer-doctor"
+
+
+def check_users(app: App) -> Iterable[Finding]:
+    """The queue is where it is meant to be, and is not shared with another environment."""
+    if missing_file(app) is not None:
+        return
+    where = app.queue_place if app.queue.file is None else app.queue.file.path
+    using = [] if app.queue.file is None else [*_processes_with(app.queue.file.path)]
+    named = ", ".join(f"{pid} ({name})" for pid, name in using[:_PROCESSES])
+    more = f" and {len(using) - _PROCESSES} more" if len(using) > _PROCESSES else ""
+    text = f"the queue is {where}" + (f"; open in the processes {named}{more}" if using else "")
+    others = sorted({*_environments(app)} - {app.environment})
+    if others:
+        yield Finding(
+            "users", "warn", f"{text}; tasks of the environment {', '.join(others)} are in it, which do not run in "
+            f"{app.environment}; give each environment a queue of its own, or correct SAFEDEFER_ENVIRONMENT",
+        )  # fmt: skip
+    else:
+        yield Finding("users", "ok", text)
+
+
+def _environments(app: App) -> Iterator[str]:
+    """Give the environments that the newest tasks were signed for."""
+    for view in app.queue.tasks(limit=_TASKS):
+        with contextlib.suppress(RejectedTask):
+            yield split_audience(app.authenticate(view.token)["aud"])[0]
+
+
+def _processes_with(path: str) -> Iterator[tuple[int, str]]:
+    """Give the other processes of this user that have a file open, with their names, where the system has ``/proc``."""
+    with contextlib.suppress(OSError):
+        wanted = os.stat(path)  # noqa: PTH116  # a text, as in the queue
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdecimal() and int(folder.name) != os.getpid():
+                with contextlib.suppress(OSError):  # it has ended, or is another user's
+                    if any(os.path.samestat(each.stat(), wanted) for each in (folder / "fd").iterdir()):
+                        yield int(folder.name), (folder / "comm").read_text(errors="replace").strip()
+
+
+def check_pgqueuer(app: App) -> Iterable[Finding]:
+    """The pgqueuer of a PostgreSQL queue is one that this release was tested with."""
+    if app.queue.statements is None:
+        return
+    from safedefer.queues.postgres.pgqueuer import untested  # noqa: PLC0415  # only where it is the queue's
+
+    found = version("pgqueuer")
+    warning = untested(found)
+    yield Finding("pgqueuer", "ok", f"pgqueuer {found}") if warning is None else Finding("pgqueuer", "warn", warning)
+
+
+def check_target(app: App, address: str) -> Iterable[Finding]:
+    """A handler is reached at an address, and answers as one of ours. It is sent what is no token.
+
+    Raises:
+        ConfigurationError: It is no address.
+    """
+    check_address("--to", address)
+    shown = place(address)  # without user and password
+    try:
+        status, outcome = _answer(address, app.url)
+    except (OSError, HTTPException) as error:
+        yield Finding(
+            "target",
+            "error",
+            f"{shown} does not answer ({type(error).__name__}: {error}); start the handler, or correct --to",
+        )
+        return
+    if outcome is None:
+        yield Finding(
+            "target", "error", f"{shown.rstrip('/')}{app.url} answers {status} without {OUTCOME_HEADER}, so it is no handler of ours, or a "
+            "proxy takes the header away; correct --to, the mount or SAFEDEFER_PREFIX",
+        )  # fmt: skip
+    else:
+        yield Finding(
+            "target", "ok", f"{shown.rstrip('/')}{app.url} answers as a handler: {status} {outcome} to what is no token"
+        )
+
+
+def _answer(address: str, path: str) -> tuple[int, str | None]:
+    """Return status and outcome of a POST. Follows no redirect, and uses no proxy."""
+    parts = urlsplit(address)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=_TIMEOUT)
+    try:
+        connection.request("POST", parts.path.rstrip("/") + path, _BODY, {"Content-Type": CONTENT_TYPE})
+        response: HTTPResponse = connection.getresponse()
+        return response.status, response.getheader(OUTCOME_HEADER)
+    finally:
+        connection.close()
