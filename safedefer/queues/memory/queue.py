@@ -8,9 +8,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import secrets
+import sys
 import threading
 import time
-from collections import ChainMap
+from collections import ChainMap, Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -21,10 +22,14 @@ from safedefer.queues.base import (
     AlreadyWaiting,
     BlobsFull,
     DeadFilter,
+    EndCount,
     Lease,
+    ListedTask,
+    Position,
     QueuedTask,
     QueueStats,
     Settlement,
+    TaskPage,
     TaskState,
     TaskView,
     Verdict,
@@ -572,6 +577,26 @@ class MemoryQueue:
         found = [view for view in views if view.state in wanted and queue in (None, view.queue)]
         return sorted(found, key=lambda view: view.created, reverse=True)[:limit]
 
+    def page(
+        self, state: TaskState, *, queue: str | None = None, after: Position | None = None, look: int = 100
+    ) -> TaskPage:
+        """List tasks of one state, newest first, from the one behind ``after`` on."""
+        views = self.tasks(states=(state,), queue=queue, limit=sys.maxsize)
+        listed = sorted((ListedTask((view.created, view.id), view) for view in views), key=_position, reverse=True)
+        found = listed if after is None else [task for task in listed if task.position < after]
+        return TaskPage(found[:look], found[look - 1].position if len(found) > look else None)
+
+    def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
+        """Count what ended since a time, in steps of ``step`` seconds."""
+        with self._changed:
+            archived = self._state.archived
+            ended = [
+                (view.ended, view) for view in self._state.ended.values() if view.ended and view.id not in archived
+            ]
+        newest = sorted(((at, view.queue, view.state) for at, view in ended if at >= since), reverse=True)[:most]
+        counts = Counter((queue, state, int((at - since) // step)) for at, queue, state in newest)
+        return [EndCount(queue, state, number, count) for (queue, state, number), count in counts.items()]
+
     def dead_letters(
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
     ) -> Sequence[TaskView]:
@@ -639,6 +664,10 @@ class MemoryQueue:
     def _held(self, lease: Lease) -> _Row | None:
         row = self._state.rows.get(lease.task.id)
         return row if row is not None and row.owner == lease.owner else None
+
+
+def _position(task: ListedTask) -> Position:
+    return task.position
 
 
 def _dead_order(view: TaskView) -> tuple[float, str]:
