@@ -14,6 +14,7 @@ import click
 
 from safedefer import __version__
 from safedefer.cli.common import app_option, load_app, missing_file, plain, time_text
+from safedefer.cli.dashboard import dashboard
 from safedefer.cli.dead import dead
 from safedefer.cli.doctor import doctor
 from safedefer.cli.keys import keys
@@ -64,7 +65,7 @@ def main(*, verbose: bool, log_format: str) -> None:
     configure_log(verbose=verbose, as_json=log_format == "json")
 
 
-for _command in (keys, serve, dispatch, run, tasks, queues, dead, doctor):
+for _command in (keys, serve, dispatch, run, tasks, queues, dead, doctor, dashboard):
     main.add_command(_command)
 
 

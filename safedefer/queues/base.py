@@ -251,7 +251,7 @@ class EndCount(NamedTuple):
     state: TaskState
     step: int
     """Counted from ``since``."""
-    count: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -870,8 +870,8 @@ class QueueContract:
             ("default", TaskState.SUCCEEDED, 1, 2),
             ("mail", TaskState.CANCELLED, 0, 1),
         ]
-        assert sum(each.count for each in queue.ends(since=0.0, step=60.0)) == 6
-        assert sum(each.count for each in queue.ends(since=0.0, step=1e6, most=1)) in {1, 2}
+        assert sum(each.number for each in queue.ends(since=0.0, step=60.0)) == 6
+        assert sum(each.number for each in queue.ends(since=0.0, step=1e6, most=1)) in {1, 2}
         assert queue.ends(since=1e6, step=60.0) == []
 
     def test_only_the_newest_hundred_records_of_a_task_are_kept(self, queue):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.queues.base import EndCount, ListedTask, Position, TaskPage, TaskState
 from safedefer.queues.sqlite.connection import SQL
@@ -32,7 +32,7 @@ def page(
     before = MOST_SEQ + 1 if after is None else int(min(max(after[0], 0), MOST_SEQ + 1))
     values = {"after": before, "look": look, "queue": queue, "state": str(state)}
     statement = f"SELECT seq, {SQL[view].removeprefix('SELECT ')} {SQL[condition]}"
-    rows = connection.execute(statement, values).fetchall()
+    rows: list[tuple[Any, ...]] = connection.execute(statement, values).fetchall()
     listed = [ListedTask((row[0], str(row[1])), task_view(row[1:])) for row in rows]
     found = [task for task in listed if queue in {None, task.view.queue}]
     return TaskPage(found, listed[-1].position if len(listed) == look else None)
@@ -40,5 +40,6 @@ def page(
 
 def ends(connection: apsw.Connection, *, since: float, step: float, most: int) -> list[EndCount]:
     """Count what ended since a time, in steps of ``step`` seconds."""
-    rows = connection.execute(SQL["ends"], {"since": since, "step": step, "most": most}).fetchall()
+    values = {"since": since, "step": step, "most": most}
+    rows: list[tuple[Any, ...]] = connection.execute(SQL["ends"], values).fetchall()
     return [EndCount(str(queue), TaskState(state), number, count) for queue, state, number, count in rows]
