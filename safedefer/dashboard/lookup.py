@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -107,7 +108,7 @@ def find_tasks(
         page = app.queue.page(query.state, queue=query.queue or None, after=position, look=look)
         for task in page.tasks:
             view, found.after = task.view, task.position
-            if access.may_read(view.queue) and query.matches(view, lambda: _search_text(app, view, access)):  # noqa: B023  # called at once
+            if access.may_read(view.queue) and query.matches(view, partial(_search_text, app, view, access)):
                 found.tasks.append(view)
             found.looked_at += 1
             if len(found.tasks) == ROWS or monotonic() > end:
@@ -178,7 +179,7 @@ def dead_values(where: DeadFilter) -> dict[str, str]:
 def read_time(text: str) -> float | None:
     """Return the time of a field: ``2026-11-29T08:30`` in UTC, or seconds since the epoch; None if it is none."""
     try:
-        seconds = float(text) if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", text) else _of_iso(text)
+        seconds = float(text) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text) else _of_iso(text)
     except ValueError:
         return None
     return seconds if 0 <= seconds <= _LAST_SECOND else None
@@ -200,7 +201,7 @@ def time_field(seconds: float | None) -> str:
 def read_position(text: str) -> Position | None:
     """Return the position that a URL says; None if it says none."""
     number, dot, task_id = text[:120].partition("~")
-    if not dot or re.fullmatch(r"\d{1,20}(\.\d{1,20})?(e\+?\d{1,2})?", number) is None:
+    if not dot or re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?(e\+?[0-9]{1,2})?", number) is None:
         return None
     return (int(number) if number.isdigit() else float(number)), task_id
 

@@ -14,6 +14,8 @@ from safedefer.queues.rates import QueueControl
 
 #: Seconds for which a due task may wait without a word about it.
 _LATE: Final = 30.0
+#: Characters of an error's last line.
+_MOST_TEXT: Final = 300
 
 _DEATHS: Final = {
     "retry-limit": "It failed as often as its retry limit allows.",
@@ -70,8 +72,11 @@ def obstacles(
     if view.state in {TaskState.SUCCEEDED, TaskState.CANCELLED}:
         return []
     found = []
+    error = last_error(view)
     if view.state is TaskState.DEAD:
         found.append(Obstacle("bad", f"Dead: {_DEATHS.get(view.reason or '', 'it will not be tried again.')}"))
+    if error:
+        found.append(Obstacle("bad" if view.state is TaskState.DEAD else "warn", f"Its last error: {error}"))
     found += _of_the_token(app, view, claims)
     if view.state is not TaskState.DEAD:
         ends = view.expires if claims is None else claims["exp"]
@@ -110,7 +115,10 @@ def _of_the_queue(view: TaskView, control: QueueControl | None, now: float) -> l
         found.append(Obstacle("bad", f"Its queue {view.queue} is paused; resume it under Queues."))
     elif control.held_until > now:
         found.append(
-            Obstacle("warn", f"Its queue is held for {control.held_until - now:.0f} s more: a handler asked for that.")
+            Obstacle(
+                "warn",
+                f"Its queue {view.queue} is held for {control.held_until - now:.0f} s more: a handler asked for that.",
+            )
         )
     elif control.limits.max_concurrent is not None or control.limits.rate is not None:
         found.append(Obstacle("info", f"Its queue has limits: {limits_text(control)}."))
@@ -126,6 +134,15 @@ def _of_the_time(view: TaskView, found: list[Obstacle], now: float) -> list[Obst
     if now - view.eta > _LATE and not any(each.level == "bad" for each in found):
         return [Obstacle("warn", "It is due, and nobody has taken it: look whether a dispatcher runs for this queue.")]
     return []
+
+
+def last_error(view: TaskView) -> str:
+    """Return the last line of the newest traceback, as it was redacted when it was recorded; empty if there is none."""
+    record = view.records[-1] if view.records else None
+    if record is None or record.outcome == "succeeded":
+        return ""
+    lines = (record.traceback or "").strip().splitlines() or [record.exception_type or ""]
+    return lines[-1] if len(lines[-1]) <= _MOST_TEXT else f"{lines[-1][:_MOST_TEXT]}…"
 
 
 def limits_text(control: QueueControl) -> str:

@@ -197,10 +197,15 @@ def _bars(ends: Sequence[EndCount]) -> tuple[list[Bar], int]:
 
 
 def _alarms(rows: Sequence[QueueRow], outbox: int | None, down: Sequence[DownTarget]) -> list[Alarm]:
-    found = [Alarm(f"The target {each.address} does not answer ({each.reason}).", "system") for each in down]
+    found = [Alarm(f"The target {each.name} does not answer ({each.reason}).", "system") for each in down]
     for row in rows:
         if row.paused and row.waiting:
-            found.append(Alarm(f"The queue {row.name} is paused, and {row.waiting} wait in it.", "queues"))
+            found.append(
+                Alarm(
+                    f"The queue {row.name} is paused: {row.waiting} wait, the oldest since {duration(row.lag)}.",
+                    "queues",
+                )
+            )
         elif row.is_late:
             text = f"The queue {row.name} is {duration(row.lag)} behind: {row.waiting} wait, {row.running} run."
             found.append(Alarm(text, "tasks", row.name))
@@ -216,9 +221,9 @@ def _alarms(rows: Sequence[QueueRow], outbox: int | None, down: Sequence[DownTar
 
 def duration(seconds: float) -> str:
     """Return a length of time for people: its two largest units."""
-    whole = max(int(min(seconds, 1e11)), 0)
-    if whole < 1:
+    if not seconds >= 1:  # NaN too: a hint in the storage, which nobody signed
         return "0 s"
+    whole = int(min(seconds, 1e11))
     parts = []
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
         number, whole = divmod(whole, size)

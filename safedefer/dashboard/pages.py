@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final, TypeAlias
@@ -23,6 +24,7 @@ Values: TypeAlias = Mapping[str, str]
 Made: TypeAlias = tuple[str, dict[str, Any]]
 """The name of a template, and its values."""
 
+_NUMBER: Final = re.compile(r"[0-9]{1,8}")
 #: What a page says after an action, by the code in its URL: no text of a page comes from a URL.
 _DONE: Final = {
     "retried": "Runs again: {n}.",
@@ -38,7 +40,7 @@ _DONE: Final = {
 def done_text(values: Values) -> str:
     """Return what was done, as the URL says it by a code and a number."""
     number = values.get("n", "")
-    return _DONE.get(values.get("done", ""), "").format(n=number if number.isdecimal() and len(number) < 8 else "some")  # noqa: PLR2004
+    return _DONE.get(values.get("done", ""), "").format(n=number if _NUMBER.fullmatch(number) else "some")
 
 
 class DashboardPages:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 from safedefer.dashboard.lookup import time_field, write_position
+from safedefer.dashboard.obstacles import last_error
 from safedefer.dashboard.overview import duration
 from safedefer.errors import MissingExtra
 
@@ -77,7 +78,13 @@ class Renderer:
         )
         self._environment.globals["link"] = link
         self._environment.filters.update(
-            iso=_iso, duration=duration, number=_number, when=_when, field=time_field, position=write_position
+            position=write_position,
+            last_error=last_error,
+            iso=_iso,
+            duration=duration,
+            number=_number,
+            when=_when,
+            field=time_field,
         )
 
     def __call__(self, template: str, **values: Any) -> str:

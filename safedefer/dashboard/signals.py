@@ -21,6 +21,11 @@ class DownTarget(NamedTuple):
     since: float
     """Seconds since the epoch."""
 
+    @property
+    def name(self) -> str:
+        """The address, or a word where the handler is in the dispatcher's own process."""
+        return self.address or "in this process"
+
 
 class Signals:
     """An observer that remembers what the dashboard shows of this process.

@@ -34,7 +34,7 @@ from safedefer.errors import Error, QueueUnavailable
 
 _log: Final = logging.getLogger("safedefer")
 _STATIC: Final = Path(__file__).with_name("static")
-_FILES: Final = {"style.css": "text/css", "htmx.min.js": "text/javascript"}
+_FILES: Final = {"style.css": "text/css", "htmx.min.js": "text/javascript", "icon.svg": "image/svg+xml"}
 #: Calls of the queue at a time.
 _THREADS: Final = 4
 _STORE_TROUBLE: Final = "The queue's store does not answer. `safedefer doctor` says what is wrong with it."
