@@ -47,7 +47,9 @@ from safedefer.transactions.outbox import Outbox
 
 if TYPE_CHECKING:
     from aiohttp.web import AbstractRouteDef
+    from aiohttp.web import Application as WebApplication
 
+    from safedefer.dashboard.guard import Authorize
     from safedefer.delivery.handler import Delivery
     from safedefer.headers import Response
     from safedefer.queues.config import QueueFile
@@ -306,6 +308,17 @@ class App(Producer):
         from safedefer.web.handler import routes  # noqa: PLC0415
 
         return routes(self)
+
+    def dashboard(self, *, authorize: Authorize | None = None) -> WebApplication:
+        """Return the dashboard: ``web_app.add_subapp("/tasks/", app.dashboard())``. Needs the extra ``dashboard``.
+
+        Args:
+            authorize: Called with every request, or awaited; returns an ``Access``, or None. Without it people log in by links
+                that ``safedefer dashboard --link`` prints.
+        """
+        from safedefer.dashboard.site import Site  # noqa: PLC0415 - as routes
+
+        return Site(self, authorize, self._clock).application()
 
     @property
     def asgi(self) -> Asgi:

@@ -28,6 +28,7 @@ class Lazy(NamedTuple):
 
 COMMANDS: Final = {
     "check": Lazy("check", "Check that every reference of the queue and the policy resolves here."),
+    "dashboard": Lazy("dashboard", "Show the dashboard in a browser."),
     "dead": Lazy("dead", "Look at dead letters, run them again, export and delete them."),
     "demo": Lazy("more", "Defer one task for every file of Python's standard library, and attack the handler."),
     "dispatch": Lazy("processes", "Run the dispatcher: lease due tasks and POST them to a handler."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -15,7 +16,7 @@ from safedefer.cli.common import Seconds, app_option, json_text, load_app_to_loo
 from safedefer.cli.terminal import Column, for_people, keep_showing
 from safedefer.cli.text import plain, span
 from safedefer.errors import QueueUnavailable
-from safedefer.queues.base import PullQueue, QueueStats
+from safedefer.queues.base import PullQueue, QueueStats, TaskState
 
 _COLUMNS: Final = (
     Column("QUEUE"),
@@ -61,8 +62,12 @@ class Looks:
     def look(self, now: float) -> list[Activity]:
         """Return what each queue does, the busiest first. The first look knows no rates, and says 0."""
         stats = {each.queue: each for each in self._queue.stats(now=now)}
-        ended = {} if self._at is None else self._queue.ended_since(self._at)
         seconds = max(now - (now if self._at is None else self._at), 0.001)
+        ended = Counter[str]()
+        if self._at is not None:
+            for count in self._queue.ends(since=self._at, step=seconds + 1.0):
+                if count.state is not TaskState.DEAD:
+                    ended[count.queue] += count.number
         found = []
         for name in {*stats, *ended}:
             one = stats.get(name, QueueStats(queue=name, waiting=0, running=0, dead=0, oldest=None))

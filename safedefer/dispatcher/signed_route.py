@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from safedefer.claims import Claims, split_audience
-from safedefer.queues.base import QueuedTask
+from safedefer.queues.base import QueuedTask, TaskView
 
 #: Tokens of more bytes are verified in a thread: one of a megabyte takes up to a second.
 _LARGE: Final = 65_536
@@ -58,7 +58,7 @@ def signed_headers(claims: Claims) -> Mapping[str, str]:
     return headers if trace is None else {**headers, _TRACE_HEADER: trace}
 
 
-def difference(task: QueuedTask, claims: Claims) -> str | None:
+def difference(task: QueuedTask | TaskView, claims: Claims) -> str | None:
     """Return which part of a stored task is not what was signed; None if all that a request is made of agrees."""
     _, queue, target, url = split_audience(claims["aud"])
     stored = (task.url, task.queue, task.target, task.id, task.name, task.headers)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError
 
@@ -224,6 +224,36 @@ class DeadFilter:
     """Dead before this time."""
     archived: bool = False
     """The archived ones, instead of the others."""
+
+
+Position: TypeAlias = tuple[float, str]
+"""Where a task stands in the list of its state: a number that falls from task to task, and the id."""
+
+
+class ListedTask(NamedTuple):
+    """A task of a page."""
+
+    position: Position
+    view: TaskView
+
+
+class TaskPage(NamedTuple):
+    """A part of the list of the tasks of one state."""
+
+    tasks: Sequence[ListedTask]
+    """Without records."""
+    after: Position | None
+    """The position of the last row that was looked at; None: there are no more."""
+
+
+class EndCount(NamedTuple):
+    """How many tasks of a queue ended so within a step of time."""
+
+    queue: str
+    state: TaskState
+    step: int
+    """Counted from ``since``."""
+    number: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -461,8 +491,21 @@ class Store(Protocol):
         """
         ...
 
-    def ended_since(self, since: float) -> Mapping[str, int]:
-        """Count what succeeded or was cancelled at ``since`` or later, by queue, as far as the history goes back."""
+    def page(
+        self, state: TaskState, *, queue: str | None = None, after: Position | None = None, look: int = 100
+    ) -> TaskPage:
+        """List tasks of one state, newest first, from the one behind ``after`` on: at most ``look`` rows are looked at.
+
+        An engine may look at rows of other queues, and of what ended in another way: a page may be empty and not the last.
+        Newest means enqueued last, or ended last. Archived dead letters are left out.
+        """
+        ...
+
+    def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
+        """Count what succeeded, was cancelled and died since a time, in steps of so many seconds: of each the newest ``most``.
+
+        Archived dead letters are left out.
+        """
         ...
 
     def dead_letters(

@@ -75,6 +75,15 @@ async def serving(
     """
     web_app = web.Application(client_max_size=app.delivery.max_bytes)
     web_app.add_routes(routes(app))
+    async with serving_application(web_app, host, port, listener=listener) as url:
+        yield url
+
+
+@asynccontextmanager
+async def serving_application(
+    web_app: web.Application, host: str, port: int, *, listener: socket.socket | None = None
+) -> AsyncIterator[str]:
+    """Serve an application while the context lasts: as ``serving``."""
     # auto_decompress: the handler refuses a body with an encoding unread, and nothing may inflate it before that.
     runner = web.AppRunner(
         web_app,

@@ -833,17 +833,6 @@ class QueueContract:
         assert paged(queue="mail") == [task.id for task in tasks if task.queue == "mail" and task.id in ids]
         assert paged(queue="none") == []
 
-    def test_what_ended_lately_is_counted_by_queue(self, queue):
-        tasks = [make_task(queue="mail" if n % 2 else "default") for n in range(5)]
-        queue.enqueue_many(tasks)
-        for held, now in zip(take(queue, limit=3), (101.0, 150.0, 151.0), strict=True):
-            settle(queue, held, DONE, now=now)
-        assert queue.cancel(tasks[3].id, now=152.0)
-        settle(queue, take_one(queue), DEAD, now=153.0)
-        assert dict(queue.ended_since(100.0)) == {"default": 2, "mail": 2}
-        assert dict(queue.ended_since(150.0)) == {"default": 1, "mail": 2}
-        assert dict(queue.ended_since(153.0)) == {}
-
     def test_a_waiting_task_says_when_it_is_due(self, queue):
         task = make_task()
         queue.enqueue_many([task])
@@ -852,6 +841,70 @@ class QueueContract:
         settle(queue, take(queue)[0], settlement, now=101.0)
         ((_, view),) = queue.live_tasks()
         assert (view.eta, view.due) == (100.0, pytest.approx(1_700.0))
+
+    def pages(self, of, state, /, **options):
+        """Return the created times of all pages of a state, and how many pages there were."""
+        found, after, count = [], None, 0
+        while count < 50:
+            page = of.page(state, after=after, **options)
+            found += [int(task.view.created) for task in page.tasks]
+            count, after = count + 1, page.after
+            assert {task.view.state for task in page.tasks} <= {state}
+            if after is None:
+                return found, count
+        raise AssertionError("the pages have no end")
+
+    def test_every_state_is_listed_in_pages_newest_first(self, queue):
+        tasks = [make_task(created=float(n), eta=float(n), queue="mail" if n % 2 else "default") for n in range(18)]
+        queue.enqueue_many(tasks)
+        leases = take(queue, limit=14)
+        for number, end in enumerate((DONE,) * 4 + (DEAD,) * 5):
+            settle(queue, leases[number], end, now=101.0 + number)
+        queue.cancel(tasks[17].id, now=200.0)
+        for look in (1, 2, 100):
+            assert self.pages(queue, TaskState.WAITING, look=look)[0] == [16, 15, 14]
+            assert self.pages(queue, TaskState.RUNNING, look=look)[0] == [13, 12, 11, 10, 9]
+            assert self.pages(queue, TaskState.DEAD, look=look)[0] == [8, 7, 6, 5, 4]
+            assert self.pages(queue, TaskState.SUCCEEDED, look=look)[0] == [3, 2, 1, 0]
+            assert self.pages(queue, TaskState.CANCELLED, look=look)[0] == [17]
+            for state, expected in (
+                (TaskState.WAITING, [15]), (TaskState.RUNNING, [13, 11, 9]), (TaskState.DEAD, [7, 5]),
+                (TaskState.SUCCEEDED, [3, 1]), (TaskState.CANCELLED, [17]),
+            ):  # fmt: skip
+                assert self.pages(queue, state, queue="mail", look=look)[0] == expected
+        assert self.pages(queue, TaskState.WAITING, look=1)[1] >= 3
+        assert queue.page(TaskState.DEAD, queue="none").tasks == []
+
+    def test_a_page_shows_the_token_and_no_records(self, queue):
+        task = make_task(name="n")
+        queue.enqueue_many([task])
+        ((position, view),) = queue.page(TaskState.WAITING).tasks
+        assert (position[1], view.id, view.token, view.name) == (task.id, task.id, task.token, "n")
+        assert not view.records
+
+    @pytest.mark.parametrize(
+        "after", [(1e300, ""), (-1e300, "x"), (0.0, "\0"), (2.0**63, "\uffff"), (float("inf"), "")]
+    )
+    @pytest.mark.parametrize("state", list(TaskState))
+    def test_a_position_that_somebody_made_up_is_some_position(self, queue, state, after):
+        assert queue.page(state, after=after).tasks == []
+
+    def test_what_ended_is_counted_by_queue_state_and_time(self, queue):
+        tasks = [make_task(eta=float(n), queue="mail" if n == 5 else "default") for n in range(6)]
+        queue.enqueue_many(tasks)
+        ends = ((DONE, 120.0), (DONE, 150.0), (DONE, 190.0), (DEAD, 170.0), (DONE, 241.0))
+        for lease, (end, now) in zip(take(queue, queues=["default"]), ends, strict=True):
+            settle(queue, lease, end, now=now)
+        queue.cancel(tasks[5].id, now=131.0)
+        assert sorted(queue.ends(since=130.0, step=60.0)) == [
+            ("default", TaskState.DEAD, 0, 1),
+            ("default", TaskState.SUCCEEDED, 0, 1),
+            ("default", TaskState.SUCCEEDED, 1, 2),
+            ("mail", TaskState.CANCELLED, 0, 1),
+        ]
+        assert sum(each.number for each in queue.ends(since=0.0, step=60.0)) == 6
+        assert sum(each.number for each in queue.ends(since=0.0, step=1e6, most=1)) in {1, 2}
+        assert queue.ends(since=1e6, step=60.0) == []
 
     def test_only_the_newest_hundred_records_of_a_task_are_kept(self, queue):
         task = make_task()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import secrets
+import sys
 import threading
 import time
 from collections import ChainMap, Counter
@@ -21,10 +22,14 @@ from safedefer.queues.base import (
     AlreadyWaiting,
     BlobsFull,
     DeadFilter,
+    EndCount,
     Lease,
+    ListedTask,
+    Position,
     QueuedTask,
     QueueStats,
     Settlement,
+    TaskPage,
     TaskState,
     TaskView,
     Verdict,
@@ -39,7 +44,7 @@ from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.rules import Counters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
 
 _PRUNE_EVERY: Final = 60.0
@@ -581,11 +586,25 @@ class MemoryQueue:
             rows.sort(key=lambda row: row.seq)
             return [(row.seq, self._view(row)) for row in rows[:limit]]
 
-    def ended_since(self, since: float) -> Mapping[str, int]:
-        """Count what succeeded or was cancelled lately, by queue."""
+    def page(
+        self, state: TaskState, *, queue: str | None = None, after: Position | None = None, look: int = 100
+    ) -> TaskPage:
+        """List tasks of one state, newest first, from the one behind ``after`` on."""
+        views = self.tasks(states=(state,), queue=queue, limit=sys.maxsize)
+        listed = sorted((ListedTask((view.created, view.id), view) for view in views), key=_position, reverse=True)
+        found = listed if after is None else [task for task in listed if task.position < after]
+        return TaskPage(found[:look], found[look - 1].position if len(found) > look else None)
+
+    def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
+        """Count what ended since a time, in steps of ``step`` seconds."""
         with self._changed:
-            ended = [view for view in self._state.ended.values() if view.state is not TaskState.DEAD]
-        return Counter(view.queue for view in ended if view.ended is not None and view.ended >= since)
+            archived = self._state.archived
+            ended = [
+                (view.ended, view) for view in self._state.ended.values() if view.ended and view.id not in archived
+            ]
+        newest = sorted(((at, view.queue, view.state) for at, view in ended if at >= since), reverse=True)[:most]
+        counts = Counter((queue, state, int((at - since) // step)) for at, queue, state in newest)
+        return [EndCount(queue, state, number, count) for (queue, state, number), count in counts.items()]
 
     def dead_letters(
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
@@ -655,6 +674,10 @@ class MemoryQueue:
     def _held(self, lease: Lease) -> _Row | None:
         row = self._state.rows.get(lease.task.id)
         return row if row is not None and row.owner == lease.owner else None
+
+
+def _position(task: ListedTask) -> Position:
+    return task.position
 
 
 def _dead_order(view: TaskView) -> tuple[float, str]:

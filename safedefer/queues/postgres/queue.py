@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from safedefer.queues.addresses import check_url, place
 from safedefer.queues.base import (
     DeadFilter,
+    EndCount,
     Lease,
+    Position,
     QueuedTask,
     QueueStats,
     Settlement,
     StorageOptions,
+    TaskPage,
     TaskState,
     TaskView,
 )
@@ -318,9 +321,15 @@ class PostgresQueue:
         """List waiting and running tasks with their places."""
         return self._store.run(partial(views.live_tasks, queue=queue, after=after, limit=limit))
 
-    def ended_since(self, since: float) -> Mapping[str, int]:
-        """Count what succeeded or was cancelled lately, by queue."""
-        return self._store.run(partial(views.ended_since, since=since), idempotent=True)
+    def page(
+        self, state: TaskState, *, queue: str | None = None, after: Position | None = None, look: int = 100
+    ) -> TaskPage:
+        """List tasks of one state, newest first, from the one behind ``after`` on."""
+        return self._store.run(partial(views.page, state=state, queue=queue, after=after, look=look))
+
+    def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
+        """Count what ended since a time, in steps of ``step`` seconds."""
+        return self._store.run(partial(views.ends, since=since, step=step, most=most))
 
     def find(self, task_id: str) -> TaskView | None:
         """Return one task in whatever state, with the records of its attempts; an ended one without its token."""

@@ -564,9 +564,6 @@ GROUP BY 1;
 -- name: stats_dead
 SELECT queue, count(*) AS dead FROM safedefer.dead WHERE archived IS NULL GROUP BY queue;
 
--- name: ended_since
-SELECT left(queue, 1000) AS queue, count(*) AS ended FROM safedefer.ended WHERE ended >= $1 GROUP BY 1;
-
 -- name: view_jobs
 SELECT job.id, job.dedupe_key, job.entrypoint, job.status::text AS status,
     CASE WHEN pg_column_size(job.headers) <= 2097152 AND octet_length(job.headers::text) <= 2097152 THEN job.headers END AS headers,
@@ -589,6 +586,29 @@ SELECT id, left(queue, 1000) AS queue, state,
     CASE WHEN pg_column_size(headers) <= 2097152 AND octet_length(headers::text) <= 2097152 THEN headers END AS headers,
     least(greatest(attempts, 0), 2147483647) AS attempts, left(reason, 1000) AS reason, ended
 FROM safedefer.ended
+
+-- name: page_jobs
+AND job.id < $1 AND ($2::text IS NULL OR job.entrypoint IN ($2, $2 || '@later'))
+ORDER BY job.id DESC LIMIT $3;
+
+-- name: page_dead
+WHERE archived IS NULL AND (ended, id COLLATE "C") < ($1, $2)
+ORDER BY ended DESC, id COLLATE "C" DESC LIMIT $3;
+
+-- name: page_ended
+WHERE ended <= $1 AND (ended, id COLLATE "C") < ($1, $2)
+ORDER BY ended DESC, id COLLATE "C" DESC LIMIT $3;
+
+-- name: ends
+SELECT left(queue, 1000) AS queue, state, floor((ended - $1) / $2)::bigint AS number, count(*) AS count FROM (
+    (
+        SELECT queue, state, ended FROM safedefer.ended
+        WHERE ended >= $1 AND ended < 1e15 ORDER BY ended DESC LIMIT $3
+    ) UNION ALL (
+        SELECT queue, 'dead', ended FROM safedefer.dead
+        WHERE archived IS NULL AND ended >= $1 AND ended < 1e15 ORDER BY ended DESC LIMIT $3
+    )
+) AS newest GROUP BY 1, 2, 3;
 
 -- name: blobs_of
 SELECT id, task_id, data FROM safedefer.blobs WHERE id = ANY ($1::text[]) AND octet_length(data) <= 2097152;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from safedefer.queues.base import QueueStats, TaskState, TaskView
+from safedefer.queues.base import EndCount, ListedTask, QueueStats, TaskPage, TaskState, TaskView
 from safedefer.queues.postgres.records import recorded_success, records_of
 from safedefer.queues.postgres.rows import read_task
 from safedefer.queues.postgres.statements import SQL, interval, moment
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from safedefer.ledger import AttemptRecord
-    from safedefer.queues.base import DeadFilter
+    from safedefer.queues.base import DeadFilter, Position
     from safedefer.queues.postgres.connection import Connection
 
 _EARLIEST: Final = float("-inf")
+#: Behind every job and every time.
+_LAST: Final = 2**63 - 1
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 
 
@@ -72,11 +74,6 @@ async def _of_state(connection: Connection, state: TaskState, queue: str | None,
     return [_ended_view(row) for row in rows]
 
 
-async def ended_since(connection: Connection, *, since: float) -> dict[str, int]:
-    """Count what succeeded or was cancelled at ``since`` or later, by queue."""
-    return {row["queue"]: row["ended"] for row in await connection.fetch(SQL["ended_since"], since)}
-
-
 async def live_tasks(
     connection: Connection, *, queue: str | None, after: int, limit: int
 ) -> list[tuple[int, TaskView]]:
@@ -86,6 +83,39 @@ async def live_tasks(
     statement = f"{SQL['view_jobs']} {condition} {of_queue} ORDER BY job.id LIMIT $3"
     jobs = await connection.fetch(statement, after, queue, limit)
     return [(job["id"], view) for job, view in zip(jobs, await _job_views(connection, jobs), strict=True)]
+
+
+async def page(
+    connection: Connection, *, state: TaskState, queue: str | None, after: Position | None, look: int
+) -> TaskPage:
+    """Return tasks of one state, newest first, from the one behind ``after`` on; ``look`` rows are looked at."""
+    number, task_id = after or (_LAST, "")
+    if state in {TaskState.WAITING, TaskState.RUNNING}:
+        status = "queued" if state is TaskState.WAITING else "picked"
+        before = int(min(max(number, 0), _LAST))
+        statement = f"{SQL['view_jobs']} WHERE job.status = '{status}' {SQL['page_jobs']}"
+        jobs = await connection.fetch(statement, before, queue, look)
+        waiting = await _job_views(connection, jobs)
+        listed = [ListedTask((job["id"], view.id), view) for job, view in zip(jobs, waiting, strict=True)]
+    else:
+        name, view = ("dead", _dead_view) if state is TaskState.DEAD else ("ended", _ended_view)
+        statement = f"{SQL[f'view_{name}']} {SQL[f'page_{name}']}"
+        rows = await connection.fetch(statement, float(number), task_id.replace("\0", ""), look)
+        listed = [ListedTask((row["ended"], row["id"]), view(row)) for row in rows]
+    found = [task for task in listed if task.view.state is state and queue in {None, task.view.queue}]
+    return TaskPage(found, listed[-1].position if len(listed) == look else None)
+
+
+async def ends(connection: Connection, *, since: float, step: float, most: int) -> list[EndCount]:
+    """Count what ended since a time, in steps of ``step`` seconds."""
+    states = {str(state): state for state in TaskState}
+    rows = await connection.fetch(SQL["ends"], since, step, most)
+    # Of another state than ours is a row that somebody else wrote.
+    return [
+        EndCount(row["queue"], states[row["state"]], row["number"], row["count"])
+        for row in rows
+        if row["state"] in states
+    ]
 
 
 async def dead_letters(

@@ -16,16 +16,19 @@ from safedefer.concurrency.forks import register_fork
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.queues.base import (
     DeadFilter,
+    EndCount,
     Lease,
     LeaseCalls,
+    Position,
     QueuedTask,
     QueueStats,
     Settlement,
+    TaskPage,
     TaskState,
     TaskView,
 )
 from safedefer.queues.capabilities import FULL, Capabilities
-from safedefer.queues.sqlite import controls, operations
+from safedefer.queues.sqlite import controls, operations, views
 from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
@@ -36,7 +39,7 @@ from safedefer.queues.sqlite.watch import FileWatch
 from safedefer.queues.sqlite.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractAsyncContextManager
 
     import apsw
@@ -391,13 +394,15 @@ class SQLiteQueue:
 
         return self._read(look)
 
-    def ended_since(self, since: float) -> Mapping[str, int]:
-        """Count what succeeded or was cancelled lately, by queue."""
+    def page(
+        self, state: TaskState, *, queue: str | None = None, after: Position | None = None, look: int = 100
+    ) -> TaskPage:
+        """List tasks of one state, newest first, from the one behind ``after`` on."""
+        return self._read(lambda connection: views.page(connection, state, queue=queue, after=after, look=look))
 
-        def look(connection: apsw.Connection) -> dict[str, int]:
-            return {str(queue): count for queue, count in connection.execute(SQL["ended_since"], {"since": since})}
-
-        return self._read(look)
+    def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
+        """Count what ended since a time, in steps of ``step`` seconds."""
+        return self._read(lambda connection: views.ends(connection, since=since, step=step, most=most))
 
     def dead_letters(
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100

@@ -243,9 +243,6 @@ SELECT queue, count(*) FROM safedefer_dead WHERE archived IS NULL GROUP BY queue
 -- name: stats_oldest
 SELECT min(eta) FROM safedefer_tasks WHERE queue = :queue AND (owner IS NULL OR due <= :now);
 
--- name: ended_since
-SELECT iif(octet_length(queue) > 5000, '', queue), count(*) FROM safedefer_ended WHERE ended >= :since GROUP BY 1;
-
 -- name: view_tasks
 SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue),
     iif(owner IS NULL, 'waiting', 'running'), iif(octet_length(name) > 5000, '', name),
@@ -274,6 +271,32 @@ SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '',
     iif(octet_length(audience) > 5000, '', audience), '{}', '{}', eta, created, expires, attempts,
     iif(octet_length(reason) > 5000, '', reason), ended, x''
 FROM safedefer_ended
+
+-- name: page_waiting
+WHERE owner IS NULL AND seq < :after ORDER BY seq DESC LIMIT :look
+
+-- name: page_waiting_of_queue
+INDEXED BY safedefer_tasks_of_queue WHERE queue = :queue AND owner IS NULL AND seq < :after ORDER BY seq DESC LIMIT :look
+
+-- name: page_running
+-- Few tasks run at a time; without the hint SQLite looks for them among all that wait.
+INDEXED BY safedefer_tasks_leased WHERE owner IS NOT NULL AND seq < :after ORDER BY seq DESC LIMIT :look
+
+-- name: page_dead
+WHERE archived IS NULL AND seq < :after ORDER BY seq DESC LIMIT :look
+
+-- name: page_ended
+INDEXED BY safedefer_ended_state WHERE state = :state AND seq < :after ORDER BY seq DESC LIMIT :look
+
+-- name: ends
+SELECT iif(octet_length(queue) > 5000, '', queue), state, CAST((ended - :since) / :step AS INTEGER) AS number, count(*) FROM (
+    SELECT queue, state, ended FROM (
+        SELECT queue, state, ended FROM safedefer_ended WHERE ended >= :since AND ended < 1e15 ORDER BY ended DESC LIMIT :most
+    ) UNION ALL SELECT queue, 'dead', ended FROM (
+        SELECT queue, ended FROM safedefer_dead
+        WHERE archived IS NULL AND ended >= :since AND ended < 1e15 ORDER BY ended DESC LIMIT :most
+    )
+) GROUP BY 1, 2, 3;
 
 -- name: dead_letters
 SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue), 'dead',
