@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
@@ -207,6 +208,9 @@ class Worker:
         self.listener.close()
         if self._loop is not None and threading.get_ident() == self._loop_thread:
             self._loop.call_soon(os._exit, 1)
+            ready = getattr(self._loop, "_ready", None)
+            if isinstance(ready, deque):  # to the front: what is ready are steps of other tasks, which the parent runs
+                ready.rotate(1)
 
     # --- Questions ---
 

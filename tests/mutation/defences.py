@@ -95,8 +95,8 @@ DEFENCES = [
     ("transactions/transfer.py", "            FOR UPDATE SKIP LOCKED\n", "", "test_outbox_neighbours"),
     ("transactions/tables.py", "CASE WHEN a.attname OPERATOR(pg_catalog.~) '^[a-z]+$' THEN a.attname ELSE '?' END", "a.attname", "test_outbox_neighbours"),
     ("transactions/tables.py", "elif expressions:", "elif False:", "test_outbox_rows"),
-    ("cli/worker.py", ", file=self._errors", "", "../acceptance/test_supervisor"),
-    ("cli/supervisor.py", "os.killpg(worker.process.pid, signal.SIGKILL)", "pass", "../acceptance/test_supervisor"),
+    ("cli/worker.py", ", file=self._errors", "", "../acceptance/test_harmful_tasks"),
+    ("cli/supervisor.py", "os.killpg(worker.process.pid, signal.SIGKILL)", "pass", "../acceptance/test_harmful_tasks"),
 ]  # fmt: skip
 
 
