@@ -28,7 +28,7 @@ class Lazy(NamedTuple):
 
 COMMANDS: Final = {
     "check": Lazy("check", "Check that every reference of the queue and the policy resolves here."),
-    "dashboard": Lazy("dashboard", "Show the dashboard in a browser."),
+    "dashboard": Lazy("dashboard", "Show queues, tasks and dead letters in a browser, and act on them."),
     "dead": Lazy("dead", "Look at dead letters, run them again, export and delete them."),
     "demo": Lazy("more", "Defer one task for every file of Python's standard library, and attack the handler."),
     "dispatch": Lazy("processes", "Run the dispatcher: lease due tasks and POST them to a handler."),
