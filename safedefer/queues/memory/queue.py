@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import secrets
-import sys
 import threading
 import time
 from collections import ChainMap, Counter
@@ -590,10 +589,27 @@ class MemoryQueue:
         self, state: TaskState, *, queue: str | None = None, after: Position | None = None, look: int = 100
     ) -> TaskPage:
         """List tasks of one state, newest first, from the one behind ``after`` on."""
-        views = self.tasks(states=(state,), queue=queue, limit=sys.maxsize)
-        listed = sorted((ListedTask((view.created, view.id), view) for view in views), key=_position, reverse=True)
-        found = listed if after is None else [task for task in listed if task.position < after]
-        return TaskPage(found[:look], found[look - 1].position if len(found) > look else None)
+        before = (float("inf"), "") if after is None else after
+        with self._changed:
+            places = [place for place, in_queue in self._places(state) if place < before and queue in {None, in_queue}]
+            places = heapq.nlargest(look + 1, places)
+            found = [ListedTask(place, self._look(place[1])) for place in places[:look]]
+        return TaskPage(found, found[-1].position if len(places) > look else None)
+
+    def _places(self, state: TaskState) -> Iterator[tuple[Position, str]]:
+        """Yield the positions of the tasks of a state, and their queues."""
+        if state in {TaskState.WAITING, TaskState.RUNNING}:
+            for row in self._state.rows.values():
+                if (row.owner is None) is (state is TaskState.WAITING):
+                    yield (row.task.created, row.task.id), row.task.queue
+            return
+        for view in self._state.ended.values():
+            if view.state is state and view.id not in self._state.archived:
+                yield (view.created, view.id), view.queue
+
+    def _look(self, task_id: str) -> TaskView:
+        row = self._state.rows.get(task_id)
+        return self._state.ended[task_id] if row is None else self._view(row)
 
     def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
         """Count what ended since a time, in steps of ``step`` seconds."""
@@ -674,10 +690,6 @@ class MemoryQueue:
     def _held(self, lease: Lease) -> _Row | None:
         row = self._state.rows.get(lease.task.id)
         return row if row is not None and row.owner == lease.owner else None
-
-
-def _position(task: ListedTask) -> Position:
-    return task.position
 
 
 def _dead_order(view: TaskView) -> tuple[float, str]:
