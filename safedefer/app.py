@@ -24,6 +24,7 @@ from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.delivery.options import DeliveryOptions
+from safedefer.delivery.redaction import redacted_traceback
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 from safedefer.events import LogObserver, Observer, Observers
 from safedefer.execution.around import Around
@@ -91,7 +92,8 @@ class App(Producer):
             answered ``busy``.
         limits: Bounds of tokens and arguments.
         observer: Told what happens, in place of the log.
-        observers: Told what happens too, besides the log or ``observer``.
+        observers: Told what happens too, besides the log or ``observer``; plain callables or async ones.
+        log_tracebacks: Whether the log shows the traceback of a task's exception, with its text, and not its type only.
         clock: Seconds since the epoch.
 
     Raises:
@@ -128,12 +130,12 @@ class App(Producer):
         limits: Limits | None = None,
         observer: Observer | None = None,
         observers: Sequence[Observer] = (),
+        log_tracebacks: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        _check_needed(keyring, policy)
-        limits, self.policy = limits or Limits(), policy
+        limits, self.policy = limits or Limits(), _checked(keyring, policy)
         self.environment_given, self._by_value = environment is not None, by_value_pickles_run_code
-        self.observer: Observer = LogObserver() if observer is None else observer
+        self.observer: Observer = _log(tracebacks=log_tracebacks) if observer is None else observer
         self.observers = Observers(self.observer, *observers)
         self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
         routes = Routes(environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=file)
@@ -150,7 +152,7 @@ class App(Producer):
             around=tuple(around),
             deadlines={} if file is None else file.deadlines,
         )
-        self._codecs = _codecs(limits, allow_pickle=allow_pickle, by_value_runs_code=by_value_pickles_run_code)
+        self._codecs = _codecs(limits, allow_pickle=allow_pickle, by_value_runs_code=self._by_value)
         builder = Builder(
             signer=Signer(keyring, policy, limits=limits),
             key=keyring.active,
@@ -247,6 +249,7 @@ class App(Producer):
             lease_seconds=settings.lease_seconds,
             inline_limit=settings.inline_limit,
             unverified_bytes=settings.unverified_bytes,
+            log_tracebacks=settings.log_tracebacks,
         )
 
     # --- Handling ---
@@ -407,8 +410,14 @@ class App(Producer):
         With them a handler in a server of your own calls a PostgreSQL queue without threads, and answers sooner. Other
         queues have none, and nothing changes.
         """
-        async with self.queue.on_loop():
-            yield
+        try:
+            async with self.queue.on_loop():
+                yield
+        finally:
+            if self.observers.has_async:
+                import asyncio  # noqa: PLC0415 - a process without a loop needs none
+
+                await asyncio.to_thread(self.observers.flush)
 
     def check_queue(self, name: str) -> None:
         """Check that a queue may exist.
@@ -483,11 +492,17 @@ class App(Producer):
             self._closed = True
             if not isinstance(self._queue, str):
                 self._queue.close()
+        self.observers.close()
 
 
-def _check_needed(keyring: object, policy: object) -> None:
+def _checked(keyring: object, policy: object) -> Policy:
     if not isinstance(keyring, Keyring) or not isinstance(policy, Policy):
         raise ConfigurationError("an App needs keyring=Keyring(...) and policy=Policy(...); see `safedefer keys new`")
+    return policy
+
+
+def _log(*, tracebacks: bool) -> LogObserver:
+    return LogObserver(traceback_of=redacted_traceback if tracebacks else None)
 
 
 def _place(queue: str | PullQueue) -> str:

@@ -1,17 +1,23 @@
 """Events: frozen records for logs and metrics. They identify tasks and never quote them.
 
-An observer is any callable that takes an event. It runs in the thread of the event and must be quick. An exception
-that it raises is logged and changes nothing.
+An observer is any callable that takes an event. A plain one runs in the thread of the event and must be quick; an async
+one is awaited in a thread of its own, one event after the other. An exception that it raises is logged and changes nothing.
+
+Over 450 lines, since each event is here with the documentation of its fields, and the log's line of each is beside it.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+if TYPE_CHECKING:
+    from safedefer.concurrency.aside import Aside
 
 __all__ = [
     "Event",
@@ -34,6 +40,8 @@ _log: Final = logging.getLogger("safedefer")
 
 #: Seconds between two log lines about refusals of one reason.
 REFUSALS_EVERY: Final = 60.0
+#: Seconds that async observers have at the end for the events that wait.
+FLUSH_SECONDS: Final = 2.0
 #: The most reasons that are told apart; refusals for others are counted together.
 _REASONS: Final = 100
 _OTHERS: Final = "others"
@@ -192,30 +200,40 @@ Event: TypeAlias = (
     | ProcessStopping
 )
 """Any of the events."""
-Observer: TypeAlias = Callable[[Event], None]
-"""What is called with every event."""
+Observer: TypeAlias = Callable[[Event], Awaitable[object] | None]
+"""What is called with every event, and awaited if it is async."""
 
 
 class Observers:
     """Several observers as one: each gets every event, whatever another one raises.
+
+    An async observer (``async def``, or one whose call returns an awaitable) has a thread with an event loop of its own, and
+    a queue of 1,000 events; more are dropped, counted and logged. So it cannot hold up a task or another observer. A
+    future is left to the loop that it belongs to.
 
     Args:
         observers: Called in this order.
     """
 
     def __init__(self, *observers: Observer) -> None:
+        self._asides: dict[int, Aside[Any]] = {}
+        """Of async observers, by their place."""
         self._set(observers)
 
     def _set(self, observers: tuple[Observer, ...]) -> None:
-        self._observers = observers
         self.only_log = all(type(each) is LogObserver for each in observers)
         """Whether nobody but the default log hears: it does not act on every event."""
+        self._observers = observers
+        self._calls = tuple(
+            self._aside(place, each).put if _is_async(each) else each for place, each in enumerate(observers)
+        )
 
     def __call__(self, event: Event) -> None:
         """Hand an event to each of them."""
-        for observer in self._observers:
+        for place, observer in enumerate(self._calls):
             try:
-                observer(event)
+                if (result := observer(event)) is not None:
+                    self._await(place, result)
             except Exception:  # noqa: BLE001  # as notify, without a call more
                 _log.exception("an observer failed; mend it")
 
@@ -226,6 +244,44 @@ class Observers:
     def add(self, observer: Observer) -> None:
         """Let one more observer have all events from now on."""
         self._set((*self._observers, observer))
+
+    @property
+    def has_async(self) -> bool:
+        """Whether events may wait for an observer."""
+        return bool(self._asides)
+
+    def flush(self, seconds: float = FLUSH_SECONDS) -> bool:
+        """Wait until the async observers had all events, for ``seconds`` at most; return whether they had."""
+        end = time.monotonic() + seconds
+        return min((each.flush(end - time.monotonic()) for each in [*self._asides.values()]), default=True)
+
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
+        """Flush for ``seconds`` at most and end the threads of async observers, which get no more events."""
+        end = time.monotonic() + seconds
+        for aside in [*self._asides.values()]:
+            aside.close(end - time.monotonic())
+
+    def _await(self, place: int, result: object) -> None:
+        import asyncio  # noqa: PLC0415 - as below
+
+        if inspect.isawaitable(result) and not asyncio.isfuture(result):
+            self._aside(place, None).put(result)
+
+    def _aside(self, place: int, observer: Observer | None) -> Aside[Any]:
+        """Return what awaits for the observer at a place: its calls, or without it what they returned."""
+        # Here and not at the top: without an async observer there is no event loop to load.
+        from safedefer.concurrency.aside import Aside, of_awaitables  # noqa: PLC0415
+
+        if (aside := self._asides.get(place)) is None:
+            aside = of_awaitables() if observer is None else Aside(observer)  # type: ignore[arg-type]
+            aside = self._asides.setdefault(place, aside)  # no lock, which a forked child could find taken
+        return aside
+
+
+def _is_async(observer: Observer) -> bool:
+    """Whether a call returns a coroutine, as far as can be seen before it."""
+    call = inspect.getattr_static(type(observer), "__call__", None)
+    return inspect.iscoroutinefunction(observer) or inspect.iscoroutinefunction(call)
 
 
 @dataclass(slots=True)
@@ -246,9 +302,16 @@ class LogObserver:
 
     Args:
         clock: Returns seconds that only grow.
+        traceback_of: Returns the text of an exception that is logged with the line of its task; None logs its type only.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        traceback_of: Callable[[BaseException], str] | None = None,
+    ) -> None:
+        self._traceback_of = traceback_of
         self.level = logging.INFO
         """The level of a task that succeeded (App Engine ``set_log_level``)."""
         self._clock = clock
@@ -277,16 +340,23 @@ class LogObserver:
             return
         _log.log(
             level,
-            "task %s %s: %s, attempt %d, %.3f s%s%s",
+            "task %s %s: %s, attempt %d, %.3f s%s%s%s",
             event.task_id,
             event.outcome,
             event.callable,
             event.attempt,
             event.seconds,
             f" ({event.reason})" if event.reason else "",
-            f": {event.error_type}" if event.error_type and event.reason == "exception" else "",
+            f": {event.error_type}" if event.error_type else "",
+            self._traceback(event.error),
             extra={"safedefer": event},
         )
+
+    def _traceback(self, error: BaseException | None) -> str:
+        """Return an exception's text as lines that are indented: none of them can look like the line of another event."""
+        if error is None or self._traceback_of is None:
+            return ""
+        return "".join(f"\n    {line}" for line in self._traceback_of(error).splitlines())
 
     def _refused(self, event: RequestRefused) -> None:
         with self._lock:

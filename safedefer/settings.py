@@ -120,6 +120,10 @@ class Settings(BaseSettings):
         default=UNVERIFIED_BYTES, ge=1024, description="Bytes of all request bodies together that are not verified yet."
     )
 
+    log_tracebacks: bool = Field(
+        default=False, description="Whether the log shows tracebacks of tasks' exceptions, not their types only."
+    )
+
     tombstone_seconds: float = Field(
         default=9 * 86_400.0, ge=0, description="How long an ended task's name is not free."
     )

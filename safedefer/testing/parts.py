@@ -13,7 +13,7 @@ from safedefer.dispatcher.attempt import AttemptRunner
 from safedefer.dispatcher.reports import Reports
 from safedefer.dispatcher.transport import Unreachable
 from safedefer.errors import ConfigurationError
-from safedefer.events import Event, LogObserver, Observer, TaskHandled, notify
+from safedefer.events import Event, LogObserver, Observer, Observers, TaskHandled, notify
 from safedefer.headers import Response
 from safedefer.keys import MIN_SECRET_BYTES, Key, Keyring
 from safedefer.options import Options, Task
@@ -80,7 +80,7 @@ class KitObserver(LogObserver):
 
     def __init__(self, inner: Observer) -> None:
         super().__init__()
-        self._inner = inner
+        self._inner = inner if isinstance(inner, Observers) else Observers(inner)  # which awaits async ones
         self.handled: list[TaskHandled] = []
 
     def __call__(self, event: Event) -> None:
