@@ -341,3 +341,7 @@ def say(name, text):
 async def say_async(name, text):
     """Log a line."""
     logging.getLogger(name).info(text)
+
+
+def raises_without_saying_what(given):
+    raise LookupError("no such order")
