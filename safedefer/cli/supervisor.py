@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -114,6 +115,8 @@ class _Worker:
     recycles: bool = False
     hangs: bool = False
     """It was killed because it hung."""
+    malformed: bool = False
+    """It has written a malformed beat, and that was logged."""
     rest: bytes = b""
 
 
@@ -300,8 +303,13 @@ class Supervisor:
             return  # no sign of life: only beats are
         elif word == b"recycle":
             worker.recycles = True
-        elif word == b"beat" and float(argument) >= self._options.hang_seconds:
-            return  # it says itself that its loop stands: that is no sign of life
+        elif word == b"beat":
+            seconds = _seconds(argument)
+            if seconds is None:
+                self._note_malformed(worker)
+                return
+            if seconds >= self._options.hang_seconds:
+                return  # it says itself that its loop stands: that is no sign of life
         worker.heard, worker.began = now, True
 
     async def _watch(self) -> None:
@@ -326,9 +334,27 @@ class Supervisor:
             worker.number, worker.process.pid, seconds,
         )  # fmt: skip
 
+    def _note_malformed(self, worker: _Worker) -> None:
+        """Log the first malformed beat of a worker, without its text."""
+        if not worker.malformed:
+            worker.malformed = True
+            _log.warning(
+                "worker process %d (pid %d) wrote a malformed beat; such lines are ignored",
+                worker.number, worker.process.pid,
+            )  # fmt: skip
+
     def _kill_all(self) -> None:
         for worker in self._workers:
             _send(worker, signal.SIGKILL)
+
+
+def _seconds(argument: bytes) -> float | None:
+    """Return the seconds of a beat; None if they are not a finite number, or negative."""
+    try:
+        seconds = float(argument)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < math.inf else None
 
 
 def _send(worker: _Worker, number: signal.Signals) -> None:
