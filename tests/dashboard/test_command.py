@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from safedefer.cli.root import main
+from safedefer.token import encode_segment
 from tests.dashboard.served import serving_dashboard
 from tests.snippets import ROOT
-from tests.unit.apps import make_app
+from tests.unit.apps import SECRET, make_app
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_link_is_for_the_url_of_a_dashboard(app, url):
 
 
 def test_the_command_serves_the_dashboard_until_it_is_stopped():
-    key = "k1:" + "Bw" + "gJCgsMDQ4PEBESExQVFhcYGRobHB0eHyAhIiMkJSY"
+    key = f"k1:{encode_segment(SECRET).decode()}"
     settings = {
         "SAFEDEFER_KEYS": key, "SAFEDEFER_POLICY": "tests.sample_tasks", "SAFEDEFER_QUEUE": "memory://", "SAFEDEFER_ENVIRONMENT": "test",
     }  # fmt: skip
