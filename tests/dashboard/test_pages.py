@@ -325,6 +325,55 @@ async def test_a_store_that_does_not_answer_is_said(browser, monkeypatch):
         assert "secret" not in page.text
 
 
+async def test_what_is_polled_says_so_in_its_place_and_goes_on_polling(browser, monkeypatch):
+    def fail(**_):
+        raise QueueUnavailable("down; start it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(browser.app.queue, "stats", fail)
+        browser.site._numbers.forget()
+        page = await browser.get("live", headers={"HX-Request": "true"})
+        assert page.status == 503
+        assert "store does not answer" in page.words
+    browser.client.cookie_jar.clear()
+    gone = await browser.get("live", headers={"HX-Request": "true"})
+    assert gone.status == 401
+    for part in (page, gone):
+        assert part.text.startswith('<div id="live" hx-get="live" hx-trigger="every 5s"')
+        assert "<html" not in part.text
+
+
+async def test_the_pages_are_the_same_of_a_queue_in_a_file(tmp_path):
+    app, failed, done = filled_app(queue=f"sqlite:///{tmp_path}/tasks.db")
+    large = app.defer(sample_tasks.keywords, large="x" * 20_000, needle="aardvark")
+    async with serving_dashboard(app) as browser:
+        await browser.log_in()
+        assert "1 died in the queue mail" in (await browser.get()).words
+        assert "ValueError: the printer is on fire" in (await browser.get("dead")).words
+        assert done.id in (await browser.get("tasks?state=succeeded")).text
+        assert large.id in (await browser.get("tasks?q=aardvark")).text
+        assert "needle str aardvark" in (await browser.get(f"task?id={large.id}")).words
+        assert "Runs again: 1." in (await browser.submit(await browser.get(f"task?id={failed.id}"), "retry")).words
+        assert "Nobody" not in (await browser.get("system")).words
+    app.close()
+
+
+async def test_pickles_are_not_read():
+    from safedefer import Key, Keyring, Policy
+
+    app = make_app(
+        keyring=Keyring(Key("k", secrets.token_bytes(32), pickle=True)),
+        allow_pickle=True,
+        policy=Policy("tests.sample_tasks"),
+    )
+    task = app.options(pickle=True).defer(sample_tasks.keywords, needle="aardvark")
+    async with serving_dashboard(app) as browser:
+        await browser.log_in()
+        page = await browser.get(f"task?id={task.id}")
+        assert "pickles are not read here" in page.words
+        assert "aardvark" not in page.text
+
+
 async def test_the_system_page_shows_keys_without_secrets(browser):
     page = await browser.get("system")
     assert "k1" in page.words
