@@ -16,6 +16,8 @@ process deaf to signals.
 A worker whose loop stands for ``hang_seconds`` is killed. One whose interpreter is held for so long, by a loop of C, ends
 itself, by a timer that needs no interpreter; if it cannot, it is killed too. What it leaves in its process group ends
 with it. The end of the pair that closes tells a worker that the supervisor has died.
+
+Over 450 lines, since the start, the signs of life and the end of a worker are one account.
 """
 
 from __future__ import annotations
