@@ -388,7 +388,7 @@ def test_times_of_fields(text, seconds):
     assert read_time(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "x", "1", "nan~x", "-1~x", "inf~x", "1e999~x", "٣~x", "~"])
+@pytest.mark.parametrize("text", ["", "x", "1", "nan~x", "--1~x", "inf~x", "1e999~x", "٣~x", "~"])
 def test_a_position_that_cannot_be_read_is_none(text):
     assert read_position(text) is None
 
