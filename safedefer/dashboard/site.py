@@ -37,7 +37,7 @@ _STATIC: Final = Path(__file__).with_name("static")
 _FILES: Final = {"style.css": "text/css", "htmx.min.js": "text/javascript", "icon.svg": "image/svg+xml"}
 #: Calls of the queue at a time.
 _THREADS: Final = 4
-_STORE_TROUBLE: Final = "The queue's store does not answer. `safedefer doctor` says what is wrong with it."
+_STORE_TROUBLE: Final = "The queue's store does not answer; the command safedefer doctor says what is wrong with it."
 
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -388,7 +388,7 @@ def test_times_of_fields(text, seconds):
     assert read_time(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "x", "1", "nan~x", "-1~x", "inf~x", "1e999~x", "٣~x", "~"])
+@pytest.mark.parametrize("text", ["", "x", "1", "nan~x", "--1~x", "inf~x", "1e999~x", "٣~x", "~"])
 def test_a_position_that_cannot_be_read_is_none(text):
     assert read_position(text) is None
 
@@ -397,3 +397,23 @@ def test_a_position_that_cannot_be_read_is_none(text):
 async def test_every_state_has_a_page(browser, state):
     browser.app.queue.lease(owner="x", limit=1, seconds=100.0, now=time.time())
     assert (await browser.get(f"tasks?state={state}")).status == 200
+
+
+async def test_a_running_an_expired_and_an_unreadable_task_say_so(browser):
+    app = browser.app
+    running = app.options(queue="run").defer(sample_tasks.add, 1)
+    app.queue.lease(owner="w", limit=100, seconds=600.0, now=time.time(), queues=["run"])
+    assert "it runs, or is on its way" in (await browser.get(f"task?id={running.id}")).words
+    unreadable = app.options(queue="u").defer(sample_tasks.add, 1)
+    row = app.queue._state.rows[unreadable.id]
+    row.task = row.task._replace(token=b"", expires=5)
+    words = (await browser.get(f"task?id={unreadable.id}")).words
+    assert "its token is no longer stored" in words
+    assert "Expired: its time is over" in words
+    other = app.options(queue="u").defer(sample_tasks.add, 2)
+    row.task = row.task._replace(token=app.queue._state.rows[other.id].task.token)
+    assert "the token is that of another task" in (await browser.get(f"task?id={unreadable.id}")).words
+    foreign = make_app(keyring=app.keyring, environment="staging")
+    sent = foreign.defer(sample_tasks.add, 1)
+    app.queue.enqueue_many([foreign.queue._state.rows[sent.id].task])
+    assert "wrong-audience" in (await browser.get(f"task?id={sent.id}")).words
