@@ -54,7 +54,7 @@ async def test_nothing_wrong_is_said_too():
 
 async def test_a_queue_that_is_behind_is_shown():
     app = make_app()
-    app.queue.enqueue_many([replaced_eta(app, time.time() - 4_000)])
+    app.queue.enqueue_many([replaced_eta(app, time.time() - 3_961)])
     async with serving_dashboard(app) as browser:
         await browser.log_in()
         assert "The queue default is 1 h 6 min behind: 1 wait, 0 run." in (await browser.get()).words
@@ -115,7 +115,7 @@ def test_a_search_in_many_tasks_is_bounded_and_goes_on():
         assert after == page.after
     assert len(seen) == 3 * ROWS
     # It ends by the clock too, and says where to go on.
-    times = iter([0.0, *[9.0] * 10])
+    times = iter([0.0, *[900.0] * 10])
     assert find_tasks(app, query, ADMIN, monotonic=lambda: next(times)).looked_at == 1
 
 
