@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import signal
 import time
 from urllib.parse import quote, urlsplit
 
@@ -59,4 +60,7 @@ async def _serve(app: App, host: str, port: int, access: Access) -> None:
     async with serving_application(site.application(), host, port) as url:
         click.echo(f"the dashboard is at {url}/; log in within {LOGIN_SECONDS // 60} minutes, once, by")
         click.echo(_link(url, site.sessions.new_login(access)))
-        await asyncio.Event().wait()
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await stop.wait()

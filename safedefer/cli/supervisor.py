@@ -16,6 +16,8 @@ process deaf to signals.
 A worker whose loop stands for ``hang_seconds`` is killed. One whose interpreter is held for so long, by a loop of C, ends
 itself, by a timer that needs no interpreter; if it cannot, it is killed too. What it leaves in its process group ends
 with it. The end of the pair that closes tells a worker that the supervisor has died.
+
+Over 450 lines, since the start, the signs of life and the end of a worker are one account.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -117,6 +120,8 @@ class _Worker:
     recycles: bool = False
     hangs: bool = False
     """It was killed because it hung."""
+    malformed: bool = False
+    """It has written a malformed beat, and that was logged."""
     rest: bytes = b""
 
 
@@ -316,8 +321,15 @@ class Supervisor:
             return  # no sign of life: only beats are
         elif word == b"recycle":
             worker.recycles = True
-        elif word != b"beat" or not _stands_below(self._options.hang_seconds, argument):
-            return  # it says itself that its loop stands, or it is no line of ours: that is no sign of life
+        elif word == b"beat":
+            seconds = _seconds(argument)
+            if seconds is None:
+                self._note_malformed(worker)
+                return
+            if seconds >= self._options.hang_seconds:
+                return  # it says itself that its loop stands: that is no sign of life
+        else:
+            return  # no line of ours
         worker.heard, worker.began = now, True
 
     async def _watch(self) -> None:
@@ -345,10 +357,28 @@ class Supervisor:
             worker.number, worker.process.pid, seconds,
         )  # fmt: skip
 
+    def _note_malformed(self, worker: _Worker) -> None:
+        """Log the first malformed beat of a worker, without its text."""
+        if not worker.malformed:
+            worker.malformed = True
+            _log.warning(
+                "worker process %d (pid %d) wrote a malformed beat; such lines are ignored",
+                worker.number, worker.process.pid,
+            )  # fmt: skip
+
     def _kill_all(self) -> None:
         for worker in self._workers:
             _send(worker, signal.SIGKILL)
             _kill_group(worker)
+
+
+def _seconds(argument: bytes) -> float | None:
+    """Return the seconds of a beat; None if they are not a finite number, or negative."""
+    try:
+        seconds = float(argument)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < math.inf else None
 
 
 def _send(worker: _Worker, number: signal.Signals) -> None:
@@ -372,14 +402,6 @@ def _kill_group(worker: _Worker) -> None:
 def _wait(crashes: int) -> float:
     """Return the seconds before the next restart."""
     return min(_BACKOFF[0] * 2.0 ** min(crashes, 16), _BACKOFF[1])
-
-
-def _stands_below(seconds: float, argument: bytes) -> bool:
-    """Whether a beat says that the loop turned within so many seconds."""
-    try:
-        return float(argument) < seconds
-    except ValueError:
-        return False
 
 
 @contextlib.contextmanager

@@ -89,9 +89,13 @@ class Sessions:
         keyring: The keys.
         environment: The App's.
         clock: Seconds since the epoch.
+
+    Raises:
+        ConfigurationError: The active key is limited to queues or patterns.
     """
 
     def __init__(self, keyring: Keyring, *, environment: str, clock: Callable[[], float]) -> None:
+        seal(keyring, _FORM, b"")  # now, and not at the first login
         self._keyring = keyring
         self._environment = environment
         self._clock = clock

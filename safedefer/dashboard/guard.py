@@ -78,7 +78,7 @@ class Guard:
         if self._authorize is None:
             access = None if session is None else session.access
             if session is None or access is None or not access.reads_something:
-                raise PageRefusal(401, "Log in first: `safedefer dashboard` prints a login link.")
+                raise PageRefusal(401, "Log in first: the command safedefer dashboard prints a login link.")
             return Visitor(access, session, is_new=False)
         answer = self._authorize(request)
         allowed = await answer if inspect.isawaitable(answer) else answer

@@ -201,9 +201,9 @@ def time_field(seconds: float | None) -> str:
 def read_position(text: str) -> Position | None:
     """Return the position that a URL says; None if it says none."""
     number, dot, task_id = text[:120].partition("~")
-    if not dot or re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?(e\+?[0-9]{1,2})?", number) is None:
+    if not dot or re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?(e\+?[0-9]{1,2})?", number) is None:
         return None
-    return (int(number) if number.isdigit() else float(number)), task_id
+    return (float(number) if set(number) & set(".e") else int(number)), task_id
 
 
 def write_position(position: Position) -> str:

@@ -209,7 +209,7 @@ def _alarms(rows: Sequence[QueueRow], outbox: int | None, down: Sequence[DownTar
         if row.paused and row.waiting:
             found.append(
                 Alarm(
-                    f"The queue {row.name} is paused: {row.waiting} wait, the oldest since {duration(row.lag)}.",
+                    f"The queue {row.name} is paused: {row.waiting} wait, the oldest for {duration(row.lag)}.",
                     "queues",
                 )
             )

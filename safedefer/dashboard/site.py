@@ -37,7 +37,7 @@ _STATIC: Final = Path(__file__).with_name("static")
 _FILES: Final = {"style.css": "text/css", "htmx.min.js": "text/javascript", "icon.svg": "image/svg+xml"}
 #: Calls of the queue at a time.
 _THREADS: Final = 4
-_STORE_TROUBLE: Final = "The queue's store does not answer. `safedefer doctor` says what is wrong with it."
+_STORE_TROUBLE: Final = "The queue's store does not answer; the command safedefer doctor says what is wrong with it."
 
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -104,21 +104,23 @@ class Site:
                 check_same_origin(request)
             response = await handler(request)
         except PageRefusal as refusal:
-            response = self._message(refusal.status, refusal.text)
+            response = self._message(request, refusal.status, refusal.text)
         except web.HTTPException as error:
-            response = self._message(error.status, error.reason)
+            response = self._message(request, error.status, error.reason)
         except QueueUnavailable:
-            response = self._message(503, _STORE_TROUBLE)
+            response = self._message(request, 503, _STORE_TROUBLE)
         except Error as error:
-            response = self._message(409, f"{error.slug}: {error}")
+            response = self._message(request, 409, f"{error.slug}: {error}")
         except Exception as error:  # noqa: BLE001  # its text may quote what is in the storage
             _log.error("the dashboard could not answer a request (%s)", type(error).__name__)
-            response = self._message(500, "This page could not be made; the log says why.")
+            response = self._message(request, 500, "This page could not be made; the log says why.")
         response.headers.update({name: value for name, value in HEADERS.items() if name not in response.headers})
         return response
 
-    def _message(self, status: int, text: str) -> web.Response:
-        page = self._render("message", **self._frame(None), status=status, text=text, has_login=self._has_login)
+    def _message(self, request: web.Request, status: int, text: str) -> web.Response:
+        # What is polled is put into the page, and must go on polling.
+        template = "live_message" if "HX-Request" in request.headers else "message"
+        page = self._render(template, **self._frame(None), status=status, text=text, has_login=self._has_login)
         return web.Response(status=status, text=page, content_type="text/html")
 
     def _frame(self, visitor: Visitor | None) -> dict[str, Any]:
@@ -170,7 +172,7 @@ class Site:
         self._guard.check_form(visitor, await read_form(request))
         self._sessions.end(visitor.session)
         self.audit.add(visitor.access.user, "log out")
-        response = self._message(200, "You are logged out.")
+        response = self._message(request, 200, "You are logged out.")
         response.del_cookie(COOKIE, path="")
         return response
 

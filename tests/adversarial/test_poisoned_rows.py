@@ -284,6 +284,20 @@ class World:
             after = (0.0 if page[-1].ended is None else page[-1].ended, page[-1].id)
             assert len(letters) < 100, "the pages have no end"
         views += letters
+        listed = set()
+        for state in TaskState:
+            position, pages = None, 0
+            while True:
+                part = self.queue.page(state, after=position, look=3)
+                listed |= {each.view.id for each in part.tasks}
+                position, pages = part.after, pages + 1
+                assert pages < 100, "the pages of a state have no end"
+                if position is None:
+                    break
+        # What is listed at once, and is no archived letter, is on a page too.
+        letter_ids = {view.id for view in letters}
+        assert {view.id for view in views} - letter_ids <= listed, "a page hides what the list shows"
+        self.queue.ends(since=time.time() - 900.0, step=60.0)
         for view in views:
             json.dumps(summary(view))
         self.queue.stats(now=time.time())

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,7 +41,7 @@ async def test_what_is_no_line_of_a_worker_is_no_sign_of_life_and_harms_nothing(
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        worker = _Worker(1, "owner", None, ours, 0.0, 0.0, 0.0)
+        worker = _Worker(1, "owner", SimpleNamespace(pid=1), ours, 0.0, 0.0, 0.0)
         theirs.sendall(line + b"\n")
         assert supervisor(listener)._hear(worker)
         assert (worker.heard, worker.began) == (0.0, False)
@@ -54,7 +55,7 @@ async def test_a_line_without_an_end_does_not_fill_the_memory(listener, monkeypa
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        worker = _Worker(1, "owner", None, ours, 0.0, 0.0, 0.0)
+        worker = _Worker(1, "owner", SimpleNamespace(pid=1), ours, 0.0, 0.0, 0.0)
         for _ in range(10):
             theirs.sendall(b"x" * 600)
             supervisor(listener)._hear(worker)

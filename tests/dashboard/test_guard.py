@@ -7,6 +7,7 @@ import pytest
 
 from safedefer.dashboard.access import Access
 from safedefer.dashboard.guard import HEADERS
+from safedefer.errors import ConfigurationError
 from safedefer.keys import Key, Keyring
 from tests import sample_tasks
 from tests.dashboard.served import ADMIN, SAME, bury, filled_app, serving_dashboard
@@ -282,6 +283,12 @@ async def test_a_row_that_says_another_queue_than_its_token_opens_neither():
         found = await browser.get("tasks?state=dead&q=hunter2")
         assert task.id not in found.text.replace("q=hunter2", "")
     assert app.queue.find(task.id) is not None
+
+
+def test_an_application_whose_key_has_limits_has_no_dashboard():
+    app = make_app(keyring=Keyring(Key("k1", bytes(range(60, 92)), queues=["mail"])))
+    with pytest.raises(ConfigurationError, match="limited"):
+        app.dashboard()
 
 
 async def test_a_key_with_limits_opens_nothing():

@@ -54,7 +54,7 @@ async def test_nothing_wrong_is_said_too():
 
 async def test_a_queue_that_is_behind_is_shown():
     app = make_app()
-    app.queue.enqueue_many([replaced_eta(app, time.time() - 4_000)])
+    app.queue.enqueue_many([replaced_eta(app, time.time() - 3_961)])
     async with serving_dashboard(app) as browser:
         await browser.log_in()
         assert "The queue default is 1 h 6 min behind: 1 wait, 0 run." in (await browser.get()).words
@@ -115,7 +115,7 @@ def test_a_search_in_many_tasks_is_bounded_and_goes_on():
         assert after == page.after
     assert len(seen) == 3 * ROWS
     # It ends by the clock too, and says where to go on.
-    times = iter([0.0, *[9.0] * 10])
+    times = iter([0.0, *[900.0] * 10])
     assert find_tasks(app, query, ADMIN, monotonic=lambda: next(times)).looked_at == 1
 
 
@@ -325,6 +325,55 @@ async def test_a_store_that_does_not_answer_is_said(browser, monkeypatch):
         assert "secret" not in page.text
 
 
+async def test_what_is_polled_says_so_in_its_place_and_goes_on_polling(browser, monkeypatch):
+    def fail(**_):
+        raise QueueUnavailable("down; start it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(browser.app.queue, "stats", fail)
+        browser.site._numbers.forget()
+        page = await browser.get("live", headers={"HX-Request": "true"})
+        assert page.status == 503
+        assert "store does not answer" in page.words
+    browser.client.cookie_jar.clear()
+    gone = await browser.get("live", headers={"HX-Request": "true"})
+    assert gone.status == 401
+    for part in (page, gone):
+        assert part.text.startswith('<div id="live" hx-get="live" hx-trigger="every 5s"')
+        assert "<html" not in part.text
+
+
+async def test_the_pages_are_the_same_of_a_queue_in_a_file(tmp_path):
+    app, failed, done = filled_app(queue=f"sqlite:///{tmp_path}/tasks.db")
+    large = app.defer(sample_tasks.keywords, large="x" * 20_000, needle="aardvark")
+    async with serving_dashboard(app) as browser:
+        await browser.log_in()
+        assert "1 died in the queue mail" in (await browser.get()).words
+        assert "ValueError: the printer is on fire" in (await browser.get("dead")).words
+        assert done.id in (await browser.get("tasks?state=succeeded")).text
+        assert large.id in (await browser.get("tasks?q=aardvark")).text
+        assert "needle str aardvark" in (await browser.get(f"task?id={large.id}")).words
+        assert "Runs again: 1." in (await browser.submit(await browser.get(f"task?id={failed.id}"), "retry")).words
+        assert "Nobody" not in (await browser.get("system")).words
+    app.close()
+
+
+async def test_pickles_are_not_read():
+    from safedefer import Key, Keyring, Policy
+
+    app = make_app(
+        keyring=Keyring(Key("k", secrets.token_bytes(32), pickle=True)),
+        allow_pickle=True,
+        policy=Policy("tests.sample_tasks"),
+    )
+    task = app.options(pickle=True).defer(sample_tasks.keywords, needle="aardvark")
+    async with serving_dashboard(app) as browser:
+        await browser.log_in()
+        page = await browser.get(f"task?id={task.id}")
+        assert "pickles are not read here" in page.words
+        assert "aardvark" not in page.text
+
+
 async def test_the_system_page_shows_keys_without_secrets(browser):
     page = await browser.get("system")
     assert "k1" in page.words
@@ -339,7 +388,7 @@ def test_times_of_fields(text, seconds):
     assert read_time(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "x", "1", "nan~x", "-1~x", "inf~x", "1e999~x", "٣~x", "~"])
+@pytest.mark.parametrize("text", ["", "x", "1", "nan~x", "--1~x", "inf~x", "1e999~x", "٣~x", "~"])
 def test_a_position_that_cannot_be_read_is_none(text):
     assert read_position(text) is None
 
@@ -348,3 +397,23 @@ def test_a_position_that_cannot_be_read_is_none(text):
 async def test_every_state_has_a_page(browser, state):
     browser.app.queue.lease(owner="x", limit=1, seconds=100.0, now=time.time())
     assert (await browser.get(f"tasks?state={state}")).status == 200
+
+
+async def test_a_running_an_expired_and_an_unreadable_task_say_so(browser):
+    app = browser.app
+    running = app.options(queue="run").defer(sample_tasks.add, 1)
+    app.queue.lease(owner="w", limit=100, seconds=600.0, now=time.time(), queues=["run"])
+    assert "it runs, or is on its way" in (await browser.get(f"task?id={running.id}")).words
+    unreadable = app.options(queue="u").defer(sample_tasks.add, 1)
+    row = app.queue._state.rows[unreadable.id]
+    row.task = row.task._replace(token=b"", expires=5)
+    words = (await browser.get(f"task?id={unreadable.id}")).words
+    assert "its token is no longer stored" in words
+    assert "Expired: its time is over" in words
+    other = app.options(queue="u").defer(sample_tasks.add, 2)
+    row.task = row.task._replace(token=app.queue._state.rows[other.id].task.token)
+    assert "the token is that of another task" in (await browser.get(f"task?id={unreadable.id}")).words
+    foreign = make_app(keyring=app.keyring, environment="staging")
+    sent = foreign.defer(sample_tasks.add, 1)
+    app.queue.enqueue_many([foreign.queue._state.rows[sent.id].task])
+    assert "wrong-audience" in (await browser.get(f"task?id={sent.id}")).words

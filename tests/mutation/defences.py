@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HANDLER, STORAGE, KEYS = "test_handler_attacks", "test_storage_writer", "test_capabilities"
 OPERATORS = "test_operators_commands"
+DASHBOARD = "../dashboard/test_guard"
 
 DEFENCES = [
     ("keys.py", "if key is None or not matches:", "if key is None:", "test_handler_attacks"),
@@ -97,6 +98,21 @@ DEFENCES = [
     ("transactions/tables.py", "elif expressions:", "elif False:", "test_outbox_rows"),
     ("cli/worker.py", ", file=self._errors", "", "../acceptance/test_harmful_tasks"),
     ("cli/supervisor.py", "os.killpg(worker.process.pid, signal.SIGKILL)", "pass", "../acceptance/test_harmful_tasks"),
+    ("dashboard/seals.py", "key.state is KeyState.REVOKED or _is_limited(key)", "key.state is KeyState.REVOKED", "../dashboard/test_seals"),
+    ("dashboard/seals.py", "if not secrets.compare_digest(", "if False and not secrets.compare_digest(", "../dashboard/test_seals"),
+    ("dashboard/access.py", "expires < self._clock() or session_id in self._used", "expires < self._clock()", "../dashboard/test_access"),
+    ("dashboard/access.py", "environment != self._environment or ", "", "../dashboard/test_access"),
+    ("dashboard/guard.py", 'if sites == ["same-origin"]:', "if True:", DASHBOARD),
+    ("dashboard/guard.py", "urlsplit(origins[0]).netloc == request.host and request.host", "True", DASHBOARD),
+    ("dashboard/guard.py", "if not self.sessions.is_form_field(", "if False and not self.sessions.is_form_field(", DASHBOARD),
+    ("dashboard/guard.py", "if not isinstance(allowed, Access) or not allowed.reads_something:", "if allowed is None:", DASHBOARD),
+    ("dashboard/site.py", 'if request.method not in {"GET", "HEAD"}:', "if False:", DASHBOARD),
+    ("dashboard/actions.py", "        if not access.may_act(queue):", "        if False:", DASHBOARD),
+    ("dashboard/actions.py", "            self._check_signed_queue(access, view)\n            task", "            task", DASHBOARD),
+    ("dashboard/pages.py", "if claims is not None and not access.may_read(", "if False and not access.may_read(", DASHBOARD),
+    ("dashboard/lookup.py", "return search_text(claims) if access.may_read(", "return search_text(claims) if True or access.may_read(", DASHBOARD),
+    ("dashboard/render.py", "autoescape=True", "autoescape=False", "../dashboard/test_pages"),
+    ("dashboard/actions.py", 'if str(len(ids)) != values.get("count"):', "if False:", "../dashboard/test_actions"),
 ]  # fmt: skip
 
 

@@ -253,7 +253,7 @@ async def worker_of(fleet, health, counts):
     stop = asyncio.Event()
     try:
         async with worker.watched(stop, recycle=lambda: False):
-            worker._orphaned = orphaned.set
+            worker._stop = orphaned.set
             yield worker
     finally:
         loop.remove_reader(ours)

@@ -276,10 +276,16 @@ def test_an_applications_own_tables_may_live_in_the_file(queue, path):
     connection.close()
 
 
+PAGED = {"waiting": "view_tasks", "running": "view_tasks", "dead": "view_dead", "ended": "view_ended"}
+
+
 def test_every_statement_is_one_that_sqlite_understands(queue, path):
     queue.enqueue_many([make_task()])
     connection = apsw.Connection(str(path))
-    for name, statement in SQL.items():
+    for name, text in SQL.items():
+        statement = text
+        if name.startswith("page_"):  # the end of a statement
+            statement = f"{SQL[PAGED[name.split('_')[1]]]} {text}"
         if not name.startswith(("migration", "schema_table")):
             connection.execute(f"EXPLAIN {statement}", dict.fromkeys(_parameters(connection, statement))).fetchall()
     connection.close()

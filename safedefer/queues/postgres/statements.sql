@@ -587,18 +587,6 @@ SELECT id, left(queue, 1000) AS queue, state,
     least(greatest(attempts, 0), 2147483647) AS attempts, left(reason, 1000) AS reason, ended
 FROM safedefer.ended
 
--- name: page_jobs
-AND job.id < $1 AND ($2::text IS NULL OR job.entrypoint IN ($2, $2 || '@later'))
-ORDER BY job.id DESC LIMIT $3;
-
--- name: page_dead
-WHERE archived IS NULL AND (ended, id COLLATE "C") < ($1, $2)
-ORDER BY ended DESC, id COLLATE "C" DESC LIMIT $3;
-
--- name: page_ended
-WHERE ended <= $1 AND (ended, id COLLATE "C") < ($1, $2)
-ORDER BY ended DESC, id COLLATE "C" DESC LIMIT $3;
-
 -- name: ends
 SELECT left(queue, 1000) AS queue, state, floor((ended - $1) / $2)::bigint AS number, count(*) AS count FROM (
     (

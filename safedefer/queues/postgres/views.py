@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from safedefer.queues.postgres.connection import Connection
 
 _EARLIEST: Final = float("-inf")
-#: Behind every job and every time.
+#: The largest number of a job.
 _LAST: Final = 2**63 - 1
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 
@@ -89,17 +89,24 @@ async def page(
     connection: Connection, *, state: TaskState, queue: str | None, after: Position | None, look: int
 ) -> TaskPage:
     """Return tasks of one state, newest first, from the one behind ``after`` on; ``look`` rows are looked at."""
-    number, task_id = after or (_LAST, "")
+    number, task_id = after or (0.0, "")
     if state in {TaskState.WAITING, TaskState.RUNNING}:
+        # Somebody may have written any number into a link, and any into a row.
+        last = _LAST if after is None else int(min(max(number, 1 - _LAST), _LAST)) - 1
         status = "queued" if state is TaskState.WAITING else "picked"
-        before = int(min(max(number, 0), _LAST))
-        statement = f"{SQL['view_jobs']} WHERE job.status = '{status}' {SQL['page_jobs']}"
-        jobs = await connection.fetch(statement, before, queue, look)
+        condition = "AND job.id <= $1 AND ($2::text IS NULL OR job.entrypoint IN ($2, $2 || '@later'))"
+        statement = f"{SQL['view_jobs']} WHERE job.status = '{status}' {condition} ORDER BY job.id DESC LIMIT $3"
+        jobs = await connection.fetch(statement, last, queue, look)
         waiting = await _job_views(connection, jobs)
         listed = [ListedTask((job["id"], view.id), view) for job, view in zip(jobs, waiting, strict=True)]
     else:
         name, view = ("dead", _dead_view) if state is TaskState.DEAD else ("ended", _ended_view)
-        statement = f"{SQL[f'view_{name}']} {SQL[f'page_{name}']}"
+        current = "archived IS NULL" if state is TaskState.DEAD else "true"
+        # A text of its own for each: an OR would keep the index from being used. The parameters are in it both times.
+        behind = 'ended <= $1 AND (ended, id COLLATE "C") < ($1, $2)'
+        first = "$1::double precision IS NOT NULL AND $2::text IS NOT NULL"
+        condition = f"{current} AND {first if after is None else behind}"
+        statement = f'{SQL[f"view_{name}"]} WHERE {condition} ORDER BY ended DESC, id COLLATE "C" DESC LIMIT $3'
         rows = await connection.fetch(statement, float(number), task_id.replace("\0", ""), look)
         listed = [ListedTask((row["ended"], row["id"]), view(row)) for row in rows]
     found = [task for task in listed if task.view.state is state and queue in {None, task.view.queue}]

@@ -272,22 +272,6 @@ SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '',
     iif(octet_length(reason) > 5000, '', reason), ended, x''
 FROM safedefer_ended
 
--- name: page_waiting
-WHERE owner IS NULL AND seq < :after ORDER BY seq DESC LIMIT :look
-
--- name: page_waiting_of_queue
-INDEXED BY safedefer_tasks_of_queue WHERE queue = :queue AND owner IS NULL AND seq < :after ORDER BY seq DESC LIMIT :look
-
--- name: page_running
--- Few tasks run at a time; without the hint SQLite looks for them among all that wait.
-INDEXED BY safedefer_tasks_leased WHERE owner IS NOT NULL AND seq < :after ORDER BY seq DESC LIMIT :look
-
--- name: page_dead
-WHERE archived IS NULL AND seq < :after ORDER BY seq DESC LIMIT :look
-
--- name: page_ended
-INDEXED BY safedefer_ended_state WHERE state = :state AND seq < :after ORDER BY seq DESC LIMIT :look
-
 -- name: ends
 SELECT iif(octet_length(queue) > 5000, '', queue), state, CAST((ended - :since) / :step AS INTEGER) AS number, count(*) FROM (
     SELECT queue, state, ended FROM (

@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.queues.base import EndCount, ListedTask, Position, TaskPage, TaskState
 from safedefer.queues.sqlite.connection import SQL
-from safedefer.queues.sqlite.repair import MOST_SEQ
 from safedefer.queues.sqlite.rows import task_view
 
 if TYPE_CHECKING:
     import apsw
 
+#: The largest number of a row.
+_LAST: Final = 2**63 - 1
 _CONDITIONS: Final = {
-    TaskState.WAITING: ("view_tasks", "page_waiting"),
-    TaskState.RUNNING: ("view_tasks", "page_running"),
-    TaskState.DEAD: ("view_dead", "page_dead"),
-    TaskState.SUCCEEDED: ("view_ended", "page_ended"),
-    TaskState.CANCELLED: ("view_ended", "page_ended"),
+    TaskState.WAITING: ("view_tasks", "WHERE owner IS NULL"),
+    # Few tasks run at a time; without the hint SQLite looks for them among all that wait.
+    TaskState.RUNNING: ("view_tasks", "INDEXED BY safedefer_tasks_leased WHERE owner IS NOT NULL"),
+    TaskState.DEAD: ("view_dead", "WHERE archived IS NULL"),
+    TaskState.SUCCEEDED: ("view_ended", "INDEXED BY safedefer_ended_state WHERE state = 'succeeded'"),
+    TaskState.CANCELLED: ("view_ended", "INDEXED BY safedefer_ended_state WHERE state = 'cancelled'"),
 }
+_WAITING_IN_QUEUE: Final = "INDEXED BY safedefer_tasks_of_queue WHERE owner IS NULL AND queue = :queue"
 
 
 def page(
@@ -27,11 +30,13 @@ def page(
     """Return tasks of one state by the numbers of their rows, which fall, from the one behind ``after`` on."""
     view, condition = _CONDITIONS[state]
     if state is TaskState.WAITING and queue is not None:
-        condition = "page_waiting_of_queue"
-    # Somebody may have written any number into a link. Where none is given, none is too large.
-    before = MOST_SEQ + 1 if after is None else int(min(max(after[0], 0), MOST_SEQ + 1))
-    values = {"after": before, "look": look, "queue": queue, "state": str(state)}
-    statement = f"SELECT seq, {SQL[view].removeprefix('SELECT ')} {SQL[condition]}"
+        condition = _WAITING_IN_QUEUE
+    # Somebody may have written any number into a link, and any into a row.
+    last = _LAST if after is None else int(min(max(after[0], 1 - _LAST), _LAST)) - 1
+    statement = (
+        f"SELECT seq, {SQL[view].removeprefix('SELECT ')} {condition} AND seq <= :last ORDER BY seq DESC LIMIT :look"
+    )
+    values = {"last": last, "look": look, "queue": queue}
     rows: list[tuple[Any, ...]] = connection.execute(statement, values).fetchall()
     listed = [ListedTask((row[0], str(row[1])), task_view(row[1:])) for row in rows]
     found = [task for task in listed if queue in {None, task.view.queue}]
