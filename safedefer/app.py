@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from safedefer.dashboard.guard import Authorize
     from safedefer.delivery.handler import Delivery
+    from safedefer.execution.tracing import TaskTracing
     from safedefer.headers import Response
     from safedefer.queues.config import QueueFile
     from safedefer.settings import Settings
@@ -94,6 +95,7 @@ class App(Producer):
         observer: Told what happens, in place of the log.
         observers: Told what happens too, besides the log or ``observer``; plain callables or async ones.
         log_tracebacks: Whether the log shows the traceback of a task's exception, with its text, and not its type only.
+        tracing: ``safedefer.observe.tracing.Tracing()`` makes OpenTelemetry spans (extra ``otel``); None makes none.
         clock: Seconds since the epoch.
 
     Raises:
@@ -131,6 +133,7 @@ class App(Producer):
         observer: Observer | None = None,
         observers: Sequence[Observer] = (),
         log_tracebacks: bool = False,
+        tracing: TaskTracing | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         limits, self.policy = limits or Limits(), _checked(keyring, policy)
@@ -139,10 +142,8 @@ class App(Producer):
         self.observers = Observers(self.observer, *observers)
         self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
         routes = Routes(environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=file)
-        self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
-        self.queues, self.targets = routes.queues, routes.targets
-        self._queue, self._storage, self._clock = queue, _storage(storage, file), clock
-        self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
+        self.environment, self.queues, self._clock = routes.environment, routes.queues, clock
+        self._queue, self._storage = queue, _storage(storage, file)
         self.delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes,
             concurrency=concurrency,
@@ -151,6 +152,7 @@ class App(Producer):
             validate=validate,
             around=tuple(around),
             deadlines={} if file is None else file.deadlines,
+            tracing=tracing,
         )
         self._codecs = _codecs(limits, allow_pickle=allow_pickle, by_value_runs_code=self._by_value)
         builder = Builder(
@@ -160,14 +162,17 @@ class App(Producer):
             routes=routes,
             inline_limit=inline_limit,
             clock=clock,
+            trace=None if tracing is None else tracing.traceparent,
         )
         outbox = Outbox(self._get_queue, environment=self.environment, queues=self.queues, urls=outboxes, clock=clock)
-        sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observers)
+        sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observers, tracing=tracing)
         super().__init__(sender=sender, builder=builder, routes=routes, outbox=outbox)
         self._build_handling(keyring, limits, allow_pickle=allow_pickle)
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
+        self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
+        self.url, self.prefix, self.targets = routes.url, routes.prefix, routes.targets
         self.keyring, self.allow_pickle, self._limits = keyring, allow_pickle, limits
         self.queue_place = _place(self._queue)
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
@@ -217,6 +222,7 @@ class App(Producer):
             "lease_seconds": options.lease_seconds,
             "inline_limit": self._builder.inline_limit,
             "unverified_bytes": options.unverified_bytes,
+            "tracing": options.tracing,
             "limits": self._limits,
         }
 

@@ -55,6 +55,7 @@ from safedefer.errors import (
 from safedefer.events import Observer, RequestRefused, is_heard, notify
 from safedefer.execution.deadline import DEADLINE_EXCEEDED, deadline_of, stuck_limit
 from safedefer.execution.run import CoroutineCancelled, Outcome, Result, execute
+from safedefer.execution.tracing import traced
 from safedefer.headers import (
     CONTENT_TYPE,
     CONTENT_TYPES,
@@ -337,6 +338,8 @@ class Delivery:
             run = execute(
                 task, self._codecs, context, in_thread=threads, validate=options.validate, around=options.around
             )
+            if options.tracing is not None:
+                run = traced(options.tracing, context, run, attempt=request.attempt)
             late = LateEnd(self._ledger_client, self._end_of, request, execution)
             outcome = await self._runs.run(run, context.control, execution, seconds=seconds, late=late)
             if outcome is None:

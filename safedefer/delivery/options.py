@@ -10,6 +10,7 @@ from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
 from safedefer.execution.around import Around, check_around
 from safedefer.execution.deadline import DEFAULT_DEADLINE, MAX_DEADLINE
+from safedefer.execution.tracing import TaskTracing
 
 if TYPE_CHECKING:
     from safedefer.execution.prepare import Validate
@@ -41,6 +42,8 @@ class DeliveryOptions:
     """Seconds that an attempt may take where neither the task nor its queue says so; 0 is no deadline."""
     deadlines: Mapping[str, float] = field(default_factory=dict)
     """The ``attempt_deadline`` of queues, in seconds; 0 is no deadline."""
+    tracing: TaskTracing | None = None
+    """Makes a span of every run."""
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -56,5 +59,7 @@ class DeliveryOptions:
             if type(seconds) not in {int, float} or not 0 <= seconds <= MAX_DEADLINE:
                 raise ConfigurationError("a deadline is a number of seconds, at most a day; 0 is none")
         check_around(self.around)
+        if self.tracing is not None and (isinstance(self.tracing, type) or not hasattr(self.tracing, "running")):
+            raise ConfigurationError("tracing is safedefer.observe.tracing.Tracing(), or None")
         if self.validate not in {None, "annotations"}:
             raise ConfigurationError('validate is None or "annotations"')

@@ -40,6 +40,7 @@ class Builder:
         routes: Where tasks may go.
         inline_limit: Tokens above this many bytes become blobs.
         clock: Seconds since the epoch.
+        trace: Returns the W3C ``traceparent`` that a task is signed with, or None.
 
     Raises:
         ConfigurationError: ``inline_limit`` is not a whole number, 1 or more.
@@ -54,6 +55,7 @@ class Builder:
         routes: Routes,
         inline_limit: int,
         clock: Callable[[], float],
+        trace: Callable[[], str | None] | None = None,
     ) -> None:
         if type(inline_limit) is not int or inline_limit < 1:
             raise ConfigurationError("inline_limit is a whole number, 1 or more")
@@ -63,6 +65,7 @@ class Builder:
         self._routes = routes
         self.inline_limit = inline_limit
         self._clock = clock
+        self._trace = trace
         self.in_test = False
         """Whether its tasks go to the queue of a ``TestApp``."""
 
@@ -78,6 +81,8 @@ class Builder:
         self._routes.check(options)
         now = self._clock()
         claims = self._claims(options, obj, args, kwargs, now)
+        if self._trace is not None and (trace := self._trace()) is not None:
+            claims["trace"] = trace
         task, queued = self.package(claims, options, now)
         if options.unique:
             if isinstance(options.unique, bool):

@@ -8,6 +8,7 @@ from typing import Any, Final, ParamSpec, TypeAlias
 
 from safedefer.errors import InvalidTaskError, QueueUnavailable
 from safedefer.events import Observer, TaskEnqueued, hears_enqueued, notify
+from safedefer.execution.tracing import TaskTracing
 from safedefer.options import Options, Task
 from safedefer.queues.base import AlreadyWaiting, PullQueue, QueuedTask, TaskState
 from safedefer.queues.capabilities import FULL, Capabilities, refuse_gaps
@@ -31,13 +32,23 @@ class Sender:
         queue: Returns the queue; called for every call.
         outbox: Where transactional tasks go.
         observer: Told of every task that was enqueued.
+        tracing: Makes a span of every call.
     """
 
-    def __init__(self, *, builder: Builder, queue: Callable[[], PullQueue], outbox: Outbox, observer: Observer) -> None:
+    def __init__(
+        self,
+        *,
+        builder: Builder,
+        queue: Callable[[], PullQueue],
+        outbox: Outbox,
+        observer: Observer,
+        tracing: TaskTracing | None = None,
+    ) -> None:
         self._builder = builder
         self._queue = queue
         self._outbox = outbox
         self._observer = observer
+        self._tracing = tracing
 
     def send(
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -48,6 +59,16 @@ class Sender:
             DeferError: One of its subclasses says what is wrong with the call or its options.
             QueueUnavailable: The task was not stored.
         """
+        if self._tracing is None:
+            return self._send(options, obj, args, kwargs)
+        with self._tracing.sending(options.queue) as span:
+            task = self._send(options, obj, args, kwargs)
+            span.sent((task.id,))
+            return task
+
+    def _send(
+        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Task:
         if options.transactional:
             return self._send_with_transaction(options, obj, args, kwargs)
         task, queued = self._builder.build(options, obj, args, kwargs)
@@ -69,6 +90,18 @@ class Sender:
         if not options.transactional:
             return await asyncio.to_thread(self.send, options, obj, args, kwargs)
         # On the loop: a transaction belongs to its thread, and to its task.
+        if self._tracing is None:
+            return await self._await_with_transaction(options, obj, args, kwargs)
+        with self._tracing.sending(options.queue) as span:
+            task = await self._await_with_transaction(options, obj, args, kwargs)
+            span.sent((task.id,))
+            return task
+
+    async def _await_with_transaction(
+        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Task:
+        import asyncio  # noqa: PLC0415  # as above
+
         task, queued = self._build_for_transaction(options, obj, args, kwargs, awaits=True)
         try:
             await self._outbox.put_async(queued)
@@ -91,6 +124,14 @@ class Sender:
             InvalidTaskError: The engine stores no batch as a whole, or the options fit one task only.
             DeferError: As ``send``.
         """
+        if self._tracing is None:
+            return self._send_many(options, calls, atomic=atomic)
+        with self._tracing.sending(options.queue, batch=True) as span:
+            tasks = self._send_many(options, calls, atomic=atomic)
+            span.sent([task.id for task in tasks])
+            return tasks
+
+    def _send_many(self, options: Options, calls: Iterable[CallTuple], *, atomic: bool) -> list[Task]:
         if options.transactional:
             return self._send_many_with_transaction(options, calls)
         queue = self._queue()

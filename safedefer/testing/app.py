@@ -83,7 +83,12 @@ class TestApp(App):
         self.outbox = OwnOutbox(self._get_queue, environment=self.environment, queues=self.queues, clock=clock)
         after = self._run_inline if inline else nothing
         self._sender = KitSender(
-            after, builder=self._builder, queue=self._get_queue, outbox=self.outbox, observer=self.observers
+            after,
+            builder=self._builder,
+            queue=self._get_queue,
+            outbox=self.outbox,
+            observer=self.observers,
+            tracing=self.delivery_options.tracing,
         )
         self._parts = dict(vars(self))
         self.app: App = self if app is None else app
