@@ -142,8 +142,7 @@ class App(Producer):
         self.observers = Observers(self.observer, *observers)
         self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
         routes = Routes(environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=file)
-        self.environment, self.queues, self._clock = routes.environment, routes.queues, clock
-        self._queue, self._storage = queue, _storage(storage, file)
+        self._queue, self._storage, self._clock = queue, _storage(storage, file), clock
         self.delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes,
             concurrency=concurrency,
@@ -164,15 +163,16 @@ class App(Producer):
             clock=clock,
             trace=None if tracing is None else tracing.traceparent,
         )
-        outbox = Outbox(self._get_queue, environment=self.environment, queues=self.queues, urls=outboxes, clock=clock)
-        sender = Sender(builder=builder, queue=self._get_queue, outbox=outbox, observer=self.observers, tracing=tracing)
-        super().__init__(sender=sender, builder=builder, routes=routes, outbox=outbox)
+        box = Outbox(self._get_queue, environment=routes.environment, queues=routes.queues, urls=outboxes, clock=clock)
+        sender = Sender(builder=builder, queue=self._get_queue, outbox=box, observer=self.observers, tracing=tracing)
+        super().__init__(sender=sender, builder=builder, routes=routes, outbox=box)
         self._build_handling(keyring, limits, allow_pickle=allow_pickle)
 
     def _build_handling(self, keyring: Keyring, limits: Limits, *, allow_pickle: bool) -> None:
         routes, codecs, clock = self._routes, self._codecs, self._clock
         self._lock = RLock()  # reentrant: loading the policy imports modules, and one of them may defer something
-        self.url, self.prefix, self.targets = routes.url, routes.prefix, routes.targets
+        self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
+        self.queues, self.targets = routes.queues, routes.targets
         self.keyring, self.allow_pickle, self._limits = keyring, allow_pickle, limits
         self.queue_place = _place(self._queue)
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
