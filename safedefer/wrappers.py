@@ -52,7 +52,8 @@ def unwrapped(obj: object) -> object:
     """Return the function that a task object of a known library wraps; else the object itself. Imports nothing."""
     kind = type(obj)
     if kind is FunctionType:
-        return _coroutine_function(cast("FunctionType", obj))
+        function: Any = obj
+        return _coroutine_function(function) if "__wrapped__" in function.__dict__ else obj
     if issubclass(kind, type):
         return obj
     inner = _celery_function(obj, kind)
@@ -64,8 +65,8 @@ def unwrapped(obj: object) -> object:
 
 def _coroutine_function(function: FunctionType) -> FunctionType:
     """Return the coroutine function that dramatiq keeps behind one which needs a loop of dramatiq's worker."""
-    if "__wrapped__" in function.__dict__ and function.__globals__.get("__name__") == "dramatiq.asyncio":
-        inner = function.__dict__["__wrapped__"]
+    if function.__globals__.get("__name__") == "dramatiq.asyncio":
+        inner = function.__dict__.get("__wrapped__")
         return inner if type(inner) is FunctionType else function
     return function
 

@@ -137,7 +137,11 @@ class Encoder:
         number = self._numbers.get(id(value), _STATE)
         if number != _STATE and number not in self._unfolded:
             self._unfolded[number] = self._items - items, self._deepest - depth, self._reached
-        self._deepest, self._reached = max(deepest, self._deepest), min(reached, self._reached)
+        # Not with max() and min(): a call costs more than the test, and most values are no cycles.
+        if deepest > self._deepest:  # noqa: PLR1730
+            self._deepest = deepest
+        if reached is not _NOTHING_OPEN and reached < self._reached:
+            self._reached = reached
         return tree
 
     def sequence(self, values: Sequence[Any], depth: int) -> list[Json]:

@@ -49,7 +49,10 @@ def type_name(cls: type) -> str:
 
 def derives(cls: type, base: type) -> bool:
     """Whether ``base`` is in the MRO of ``cls``. No ``__subclasscheck__`` runs."""
-    return any(each is base for each in mro(cls))
+    for each in _MRO(cls):  # noqa: SIM110 - any() makes a generator, and this is asked for each object of a call
+        if each is base:
+            return True
+    return False
 
 
 def lookup(cls: type, name: str) -> tuple[type, Any] | None:

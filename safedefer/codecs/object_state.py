@@ -55,6 +55,7 @@ def planned(enc: Encoder, cls: type) -> Plan:
     enc.name(generic_origin(cls))
     # Only after the gate: the classes that a policy admits are found by name, which bounds the number of plans.
     enc.registry.plans[id(cls)] = plan
+    enc.registry.keep_unpacked(cls)
     return plan
 
 
@@ -112,8 +113,10 @@ def attributes(enc: Encoder, value: object, plan: Plan) -> _Pairs:
         own, held = _halves(enc, hook_state(enc, value, plan), plan)
     else:
         own, held = _own_dict(enc, value, plan), _slots(value, plan)
-        check_complete(plan.defaults, own.keys() | held.keys() if plan.defaults else ())
-    _check_apart(own, held)
+        if plan.defaults:
+            check_complete(plan.defaults, own.keys() | held.keys())
+    if held:
+        _check_apart(own, held)
     check_names(own, plan)
     return chain(own.items(), held.items())
 
@@ -142,6 +145,8 @@ def hook_state(enc: Encoder, value: object, plan: Plan) -> Any:
 
 
 def _slots(value: object, plan: Plan) -> dict[str, Any]:
+    if not plan.slots and not plan.shadowed:
+        return {}
     if any(slot_value(slot, value) is not inspect_safely.MISSING for slot in plan.shadowed):
         raise Refusal(f"a base class has a slot of the same name; {REMEDY}")
     held = ((name, slot_value(slot, value)) for name, slot in plan.slots.items())
@@ -159,7 +164,7 @@ def _own_dict(enc: Encoder, value: object, plan: Plan) -> dict[Any, Any]:
 
 
 def _check_apart(own: dict[Any, Any], held: dict[str, Any]) -> None:
-    if held and any(type(name) is str and name in held for name in own):
+    if any(type(name) is str and name in held for name in own):
         raise Refusal(f"its __dict__ and its slots share a name; {REMEDY}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from threading import RLock
@@ -107,6 +107,8 @@ class TypeRegistry:
         self.generics: dict[Any, type] = {}
         #: Plans of classes that a policy admitted, by id of the class (``class_layout.Plan``).
         self.plans: dict[int, Any] = {}
+        #: Classes that a policy admitted and no pack carries, by id.
+        self._unpacked: dict[int, type] = {}
         if discover:
             attrs_types.register(self)
 
@@ -132,6 +134,7 @@ class TypeRegistry:
             if id(cls) in self._types:
                 raise ConfigurationError(f"{cls!r} is registered as {self._types[id(cls)].tag}; register it once")
             self._types[id(cls)] = self._tags[tag] = entry
+            self._unpacked = {}
 
     def register_family(self, family: ClassFamily) -> None:
         """Carry the objects of the classes of a family.
@@ -155,18 +158,29 @@ class TypeRegistry:
         """Keep a generic model with arguments, and forget the oldest above ``most``. What has objects lives on without us."""
         with self._lock:
             while len(self.generics) >= most:
-                self.plans.pop(id(self.generics.pop(next(iter(self.generics)))), None)
+                oldest = id(self.generics.pop(next(iter(self.generics))))
+                self.plans.pop(oldest, None)
+                self._unpacked.pop(oldest, None)
             self.generics[key] = cls
 
     def by_class(self, cls: type) -> RegisteredType | PackedType | None:
         """Return the entry of exactly this class. What the user registered comes before the packs."""
         self.discover()
         entry = self._types.get(id(cls))
-        return (
-            entry
-            if entry is not None
-            else next((each for each in self._packs() if each.carries(cls) and not self._is_users(each.tag)), None)
-        )
+        if entry is not None:
+            return entry
+        packs = self._packs()
+        return None if id(cls) in self._unpacked else self._pack_of(cls, packs)
+
+    def _pack_of(self, cls: type, packs: Iterable[PackedType]) -> PackedType | None:
+        return next((each for each in packs if each.carries(cls) and not self._is_users(each.tag)), None)
+
+    def keep_unpacked(self, cls: type) -> None:
+        """Remember that no pack carries a class, until one more is known. The class is one that a policy admitted."""
+        if id(cls) not in self._unpacked:
+            with self._lock:  # a pack that another thread has just unpacked is asked too
+                if self._pack_of(cls, self._packed) is None:
+                    self._unpacked[id(cls)] = cls
 
     def by_tag(self, tag: str) -> RegisteredType | PackedType | ClassFamily | None:
         """Return the entry of a tag. A token chooses the tag, so nothing is discovered or imported for it."""
@@ -189,6 +203,7 @@ class TypeRegistry:
                 return
             try:
                 self._packed += tuple(pack.types())
+                self._unpacked = {}
             except (AttributeError, KeyError):  # the library is being imported; or is an older one, without the types
                 return
             self._pending = tuple(each for each in self._pending if each is not pack)

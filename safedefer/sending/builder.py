@@ -189,10 +189,10 @@ class Builder:
         now: float,
     ) -> Claims:
         gate = self._signer.gate
-        obj = cast("Callable[..., object]", unwrapped(obj))
-        ref = gate.callable_ref(obj)
+        target: Any = unwrapped(obj)
+        ref = gate.callable_ref(target)
         try:
-            check_binds(obj, args, kwargs)
+            check_binds(target, args, kwargs)
         except TypeError as error:
             raise TypeError(
                 f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
@@ -200,7 +200,7 @@ class Builder:
         codec = self._pickled() if options.pickle else self._codecs["typed"]
         # What makes a call unique is compared as trees, whose members can be sorted.
         encode = codec.encode if options.unique else codec.write
-        bound, positional, named = encode((bound_object(obj), tuple(args), dict(kwargs)), gate)
+        bound, positional, named = encode((bound_object(target), tuple(args), dict(kwargs)), gate)
         made = due = int(now)
         audience, lifetime = self._routes.default
         if options is not DEFAULT_OPTIONS:
