@@ -102,6 +102,16 @@ class App(Producer):
         ConfigurationError: An argument is wrong.
     """
 
+    policy: Policy
+    keyring: Keyring
+    queue_file: QueueFile | None
+    environment: str
+    environment_given: bool
+    url: str
+    prefix: str
+    queues: frozenset[str] | None
+    targets: dict[str, str] | None
+    allow_pickle: bool
     _queue: PullQueue | str
     _delivery: Delivery | None = None
     _wsgi: Wsgi | None = None
@@ -139,11 +149,11 @@ class App(Producer):
         limits, self.policy = limits or Limits(), _checked(keyring, policy)
         self.environment_given, self._by_value = environment is not None, by_value_pickles_run_code
         self.observer: Observer = _log(tracebacks=log_tracebacks) if observer is None else observer
-        self.observers = Observers(self.observer, *observers)
+        self.observers: Observers = Observers(self.observer, *observers)
         self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
         routes = Routes(environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=file)
         self._queue, self._storage, self._clock = queue, _storage(storage, file), clock
-        self.delivery_options = DeliveryOptions(
+        self.delivery_options: DeliveryOptions = DeliveryOptions(
             max_bytes=limits.token_bytes,
             concurrency=concurrency,
             lease_seconds=lease_seconds,
@@ -174,7 +184,7 @@ class App(Producer):
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
         self.keyring, self.allow_pickle, self._limits = keyring, allow_pickle, limits
-        self.queue_place = _place(self._queue)
+        self.queue_place: str = _place(self._queue)
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,

@@ -206,7 +206,7 @@ class InvalidArguments(_AuthenticRejection):
     def __init__(self, message: str, *, path: str = "$", skew: bool = False) -> None:
         super().__init__(message)
         self.path = path
-        self.is_final = not skew
+        self.is_final: bool = not skew
 
 
 # --- To the operator ------------------------------------------------------------------------------

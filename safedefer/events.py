@@ -221,7 +221,7 @@ class Observers:
         self._set(observers)
 
     def _set(self, observers: tuple[Observer, ...]) -> None:
-        self.only_log = all(type(each) is LogObserver for each in observers)
+        self.only_log: bool = all(type(each) is LogObserver for each in observers)
         """Whether nobody but the default log hears: it does not act on every event."""
         self._observers = observers
         self._calls = tuple(

@@ -50,7 +50,7 @@ class AttemptHeaders(Mapping[str, str]):
     __slots__ = ("_made", "_make", "hints", "ran", "retry")
 
     def __init__(self, hints: Hints, make: Callable[[], dict[str, str]]) -> None:
-        self.hints = hints
+        self.hints: Hints = hints
         self.retry: Mapping[str, float] | None = None
         """The retry options that were signed with the task, noted by what verified the token; None: none were."""
         self.ran: Callable[[], None] | None = None

@@ -35,7 +35,7 @@ from types import (
     ModuleType,
     NoneType,
 )
-from typing import Annotated, Any, Final, Literal, NoReturn, Protocol, TypeAlias, cast
+from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Protocol, TypeAlias, cast
 
 import typing_extensions
 from pydantic import BaseModel, ConfigDict, Field
@@ -107,7 +107,9 @@ class CallableRef(BaseModel):
     The object of a method or instance is not part of the name: it travels as a typed value.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, defer_build=True
+    )
 
     kind: KindName
     module: ModuleName

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -81,7 +81,7 @@ def _read_key_file(path: Path) -> bytes:
 class Settings(BaseSettings):
     """What ``App.from_settings`` needs. Lists are separated by commas or spaces."""
 
-    model_config = SettingsConfigDict(
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
         env_prefix=_PREFIX, env_ignore_empty=True, extra="ignore", hide_input_in_errors=True, frozen=True
     )
 

@@ -82,8 +82,8 @@ class Checking:
         self._verdicts: dict[tuple[int, Any], Error | None] = {}
         self.unverified: Counter[str] = Counter()
         """Tasks of which nothing is known, since their tokens do not verify here, by the reason."""
-        self.tasks = 0
-        self.declared = 0
+        self.tasks: int = 0
+        self.declared: int = 0
 
     @property
     def problems(self) -> Sequence[Problem]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import signal
 import time
 from urllib.parse import quote, urlsplit
 
 import click
 
-from safedefer.app import App
 from safedefer.cli.common import app_option, load_app_to_look
-from safedefer.dashboard.access import LOGIN_SECONDS, Access, Sessions
+from safedefer.dashboard.access import Access, Sessions
 
 
 @click.command()
@@ -35,9 +33,12 @@ def dashboard(*, app: str | None, host: str, port: int, url: str | None, user: s
         if parts.scheme not in {"http", "https"} or not parts.netloc:
             raise click.UsageError("--link is the URL of the dashboard, such as https://shop.example/tasks/")
         sessions = Sessions(loaded.keyring, environment=loaded.environment, clock=time.time)
-        click.echo(_link(url, sessions.new_login(access)))
+        click.echo(f"{url.rstrip('/')}/login?token={quote(sessions.new_login(access))}")
         return
-    asyncio.run(_serve(loaded, host, port, access))
+    # Here: whoever only prints a link, or runs another command, needs neither aiohttp nor jinja2.
+    from safedefer.dashboard.standalone import serve_dashboard  # noqa: PLC0415
+
+    asyncio.run(serve_dashboard(loaded, host, port, access, click.echo))
 
 
 def _account() -> str:
@@ -45,22 +46,3 @@ def _account() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # an account without a name
         return "operator"
-
-
-def _link(url: str, token: str) -> str:
-    return f"{url.rstrip('/')}/login?token={quote(token)}"
-
-
-async def _serve(app: App, host: str, port: int, access: Access) -> None:
-    # Here: whoever only prints a link, or runs another command, needs neither aiohttp nor jinja2.
-    from safedefer.dashboard.site import Site  # noqa: PLC0415
-    from safedefer.web.server import serving_application  # noqa: PLC0415
-
-    site = Site(app, None, time.time)
-    async with serving_application(site.application(), host, port) as url:
-        click.echo(f"the dashboard is at {url}/; log in within {LOGIN_SECONDS // 60} minutes, once, by")
-        click.echo(_link(url, site.sessions.new_login(access)))
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await stop.wait()

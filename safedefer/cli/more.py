@@ -73,9 +73,13 @@ def inspect(*, app: str | None, token: str, _: bool) -> None:
 @click.option("--tasks", "limit", default=None, type=click.IntRange(min=1), help="At most this many files.")
 @click.option("--keep", is_flag=True, help="Keep the temporary folder.")
 @click.option("--kill", is_flag=True, help="Kill both processes in the middle of the work.")
-def demo(*, limit: int | None, keep: bool, kill: bool) -> None:
+@click.option("--serve", is_flag=True, help="Stay up afterwards, with the dashboard, until Ctrl-C.")
+@click.option(
+    "--port", default=0, type=click.IntRange(0, 65_535), help="The dashboard's, with --serve; 0 takes a free one."
+)
+def demo(*, limit: int | None, keep: bool, kill: bool, serve: bool, port: int) -> None:
     """Defer one task for every file of Python's standard library, and attack the handler."""
     # Here: nobody else needs the demonstration's modules.
     from safedefer.demo.show import run_demo  # noqa: PLC0415
 
-    sys.exit(run_demo(limit=limit, keep=keep, kill=kill))
+    sys.exit(run_demo(limit=limit, keep=keep, kill=kill, port=port if serve else None))

@@ -67,9 +67,9 @@ class Decoder:
         has_refs: bool = True,
     ) -> None:
         self._counts = has_refs
-        self.gate = gate
-        self.limits = limits
-        self.registry = registry
+        self.gate: Gate = gate
+        self.limits: Limits = limits
+        self.registry: TypeRegistry = registry
         self._handlers = handlers
         self._scalars = scalars
         self._fallback = fallback
@@ -85,12 +85,12 @@ class Decoder:
         #: Numbers of unfinished objects with a hash that their class computes.
         self.open: set[int] = set()
         #: How many set members and dict keys enclose the value.
-        self.keyed = 0
-        self.patterns = 0
+        self.keyed: int = 0
+        self.patterns: int = 0
         #: Generic models that were given new arguments.
-        self.generics = 0
+        self.generics: int = 0
         #: Characters in the ranges of patterns.
-        self.folded = 0
+        self.folded: int = 0
         self._admitted: set[int] = set()
         #: Classes whose ``__hash__`` or ``__eq__`` objects outside keys inherit, by id.
         self._hashing: dict[int, type] = {}

@@ -70,9 +70,9 @@ class Encoder:
         fallback: Handler,
         scalars: frozenset[Handler] = frozenset(),
     ) -> None:
-        self.gate = gate
-        self.limits = limits
-        self.registry = registry
+        self.gate: Gate = gate
+        self.limits: Limits = limits
+        self.registry: TypeRegistry = registry
         self._handlers = handlers
         self._scalars = scalars
         self._fallback = fallback
@@ -97,10 +97,10 @@ class Encoder:
         #: Ids of unfinished objects with a hash that their class computes.
         self.open: set[int] = set()
         #: How many set members and dict keys enclose the value.
-        self.keyed = 0
-        self.patterns = 0
+        self.keyed: int = 0
+        self.patterns: int = 0
         #: Characters in the ranges of patterns.
-        self.folded = 0
+        self.folded: int = 0
         # Names of the classes that the gate admitted, by id.
         self._names: dict[int, str] = {}
         #: Classes whose ``__hash__`` or ``__eq__`` objects outside keys inherit, by id.

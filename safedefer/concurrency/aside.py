@@ -56,7 +56,7 @@ class Aside(Generic[_T]):
         self._discard = discard
         self._most = most
         self._clock = clock
-        self.dropped = 0
+        self.dropped: int = 0
         """How many items were dropped so far."""
         self._told: tuple[float, int] | None = None
         """When drops were logged last, and how many there were then."""

@@ -15,8 +15,8 @@ from safedefer.errors import MissingExtra
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
-except ModuleNotFoundError as error:
-    raise MissingExtra("dashboard", "the dashboard") from error
+except ModuleNotFoundError as _error:
+    raise MissingExtra("dashboard", "the dashboard") from _error
 
 _TEMPLATES: Final = Path(__file__).with_name("templates")
 #: Seconds: what is nearer is "now".

@@ -52,11 +52,11 @@ class Site:
     """
 
     def __init__(self, app: Managed, authorize: Authorize | None, clock: Callable[[], float]) -> None:
-        self.sessions = Sessions(app.keyring, environment=app.environment, clock=clock)
+        self.sessions: Sessions = Sessions(app.keyring, environment=app.environment, clock=clock)
         self._sessions, self._clock, self._environment = self.sessions, clock, app.environment
         self._guard = Guard(self.sessions, authorize)
         self._has_login = authorize is None
-        self.audit = AuditLog(clock)
+        self.audit: AuditLog = AuditLog(clock)
         signals = Signals(clock)
         app.observers.add(signals)
         self._numbers = Numbers(app, signals)

@@ -125,7 +125,7 @@ class Delivery:
         self._clock = clock
         self._observer = observer
         self._options = options
-        self.budget = ByteBudget(options.unverified_bytes)
+        self.budget: ByteBudget = ByteBudget(options.unverified_bytes)
         """Bytes for all bodies that are being read. A reader takes from it before each chunk."""
         self._requests = RequestCount()
         self._draining = False

@@ -62,7 +62,7 @@ class LedgerClient:
         """Ask the ledger to admit a run."""
         self.end: Batches[RunEnd, bool] = Batches(self._end_many, orphaned=self._orphaned)
         """Store the end of a run; as ``finish``, but with one try."""
-        self.renewal = RunRenewal(ledger, clock=clock, seconds=seconds, cancel=cancel)
+        self.renewal: RunRenewal = RunRenewal(ledger, clock=clock, seconds=seconds, cancel=cancel)
 
     def owner(self) -> str:
         """Return a new owner, unique among all runs."""
@@ -186,10 +186,10 @@ class RunRenewal:
         self._cancel = cancel
         self._looked_at: set[str] = set()
         """Owners of the runs that the last look found."""
-        self.looks = Beat(
+        self.looks: Beat = Beat(
             self._look, first=_LOOK_SECONDS, name="safedefer-cancels", hang_seconds=hang_seconds, log=False
         )
-        self.beat = Beat(self._tick, first=seconds / _BEATS, name="safedefer-runs", hang_seconds=hang_seconds)
+        self.beat: Beat = Beat(self._tick, first=seconds / _BEATS, name="safedefer-runs", hang_seconds=hang_seconds)
         self._runs: dict[str, _Extended] = {}
         """Runs by owner."""
         self._count = 0

@@ -40,12 +40,12 @@ class RequestCount:
     """Counts the requests under way in all event loops of a process."""
 
     def __init__(self) -> None:
-        self.running = 0
-        self.storing = 0
+        self.running: int = 0
+        self.storing: int = 0
         """Those whose task's code has ended, and that hold no place while its end is stored."""
-        self.runs = 0
+        self.runs: int = 0
         """Runs that have ended. Requests without one are not counted: anybody can send them."""
-        self.abandoned = 0
+        self.abandoned: int = 0
         """Those that were cancelled."""
         self._lock = Lock()
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []

@@ -9,19 +9,29 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from safedefer.app import App
 from safedefer.keys import Key, Keyring
 from safedefer.options import DEFAULT_URL
 from safedefer.policy import Policy
 
+#: Why a handler gives an answer.
+_MEANS: Final = {
+    "refused": "no key of ours signed these bytes",
+    "duplicate": "the ledger knows that the task has run",
+    "rejected": "the policy does not name it",
+}
+
 
 @dataclass(frozen=True)
 class Attack:
     """An attack and its result."""
 
-    name: str
-    answer: str
+    tried: str
+    """What was sent."""
+    came: str
+    """What came of it."""
     held: bool
 
 
@@ -61,14 +71,15 @@ def attack(url: str, keyring: Keyring, genuine: bytes, folder: Path, count: Call
     flipped = b"A" if payload[middle : middle + 1] != b"A" else b"B"
     tampered = b".".join([header, payload[:middle] + flipped + payload[middle + 1 :], mac])
     tries = [
-        ("forged: os.system signed with another key", forger.serialize(os.system, command), (403, "refused")),
-        ("tampered: one character of a genuine token", tampered, (403, "refused")),
-        ("replayed: a genuine token, captured and posted again", genuine, (200, "duplicate")),
-        ("outside the policy: os.system signed with the stolen key", thief.serialize(os.system, command), (500, "rejected")),
+        ("os.system, signed with a key of the attacker's", forger.serialize(os.system, command), (403, "refused")),
+        ("a genuine token with one character changed", tampered, (403, "refused")),
+        ("a genuine token, captured and posted again", genuine, (200, "duplicate")),
+        ("os.system, signed with the stolen key", thief.serialize(os.system, command), (500, "rejected")),
     ]  # fmt: skip
     found = []
-    for name, token, expected in tries:
+    for tried, token, expected in tries:
         answer = post(url, token)
-        held = answer == expected and not mark.exists() and count() == before
-        found.append(Attack(name, f"{answer[0]} {answer[1]}", held))
+        effect = "a command ran" if mark.exists() else "a task ran again" if count() != before else "nothing ran"
+        held = answer == expected and effect == "nothing ran"
+        found.append(Attack(tried, f"{answer[0]} {answer[1]} ({_MEANS.get(answer[1], 'unexpected')}); {effect}", held))
     return found

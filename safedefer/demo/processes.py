@@ -28,7 +28,7 @@ class Processes:
         self._environment = {**os.environ, **settings, "PYTHONWARNINGS": "ignore"}
         self._say = say
         self._port = "0"
-        self.url = ""
+        self.url: str = ""
         self._handler = self._start_handler()
         self._dispatcher = self._start_dispatcher()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import asyncio
+import importlib
 import operator
 import secrets
 import shutil
@@ -38,10 +40,13 @@ POLICY: Final = (
     "safedefer.demo.tasks:by_coroutine",
     "safedefer.demo.tasks:Examiner",
     "safedefer.demo.tasks:ping",
+    "safedefer.demo.tasks:nothing",
     "operator:call",
 )
 _PATIENCE: Final = 120.0
 _PINGS: Final = 30
+#: Tasks that do nothing, by which the queue itself is measured.
+_EMPTY: Final = 500
 
 
 @dataclass
@@ -53,10 +58,11 @@ class _Run:
     """The file of each task, by the task's id."""
     defer_seconds: float = 0.0
     work_seconds: float = 0.0
+    empty_seconds: float = 0.0
+    """What ``_EMPTY`` tasks that do nothing took, from the first ``defer()`` to the last end."""
     latencies: list[float] = field(default_factory=list)
     dead: list[TaskView] = field(default_factory=list)
     attacks: list[Attack] = field(default_factory=list)
-    stopped_well: bool = False
 
 
 def sources() -> list[str]:
@@ -79,11 +85,23 @@ def calls_for(paths: list[str], database: str) -> list[CallTuple]:
     return [forms[number % len(forms)](path) for number, path in enumerate(paths)]
 
 
-def run_demo(*, limit: int | None, keep: bool, kill: bool = False) -> int:
-    """Run the demonstration; return 0 only if everything held."""
+def run_demo(*, limit: int | None, keep: bool, kill: bool = False, port: int | None = None) -> int:
+    """Run the demonstration; return 0 only if everything held.
+
+    Args:
+        limit: At most this many files.
+        keep: Whether the temporary folder stays.
+        kill: Whether both processes are killed in the middle of the work.
+        port: Serve the dashboard there when the work is done, until Ctrl-C; 0 takes a free one, None serves none.
+
+    Raises:
+        MissingExtra: The dashboard is not installed.
+    """
+    if port is not None:
+        importlib.import_module("safedefer.dashboard.standalone")  # says now, and not after the work, what is missing
     folder = Path(tempfile.mkdtemp(prefix="safedefer-demo-"))
     try:
-        return _demo(folder, limit, kill)
+        return _demo(folder, limit, kill, port)
     finally:
         if keep:
             click.echo(f"kept: {folder}")
@@ -91,7 +109,7 @@ def run_demo(*, limit: int | None, keep: bool, kill: bool = False) -> int:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _demo(folder: Path, limit: int | None, kill: bool) -> int:
+def _demo(folder: Path, limit: int | None, kill: bool, port: int | None) -> int:
     database = str(folder / "results.db")
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -119,11 +137,25 @@ def _demo(folder: Path, limit: int | None, kill: bool) -> int:
         run = _work(app, processes, database, limit, kill)
         genuine = run.deferred[0].payload
         run.attacks = attack(processes.url, keyring, genuine, folder, lambda: _count(database))
+        held = _report(run, database)
+        if port is not None:
+            _serve(app, port)
     finally:
         stopped_well = processes.stop()
         app.close()
-    run.stopped_well = stopped_well
-    return _report(run, database, processes)
+    if not stopped_well:
+        click.echo(f"a process did not end well:\n{processes.log('handler')}{processes.log('dispatcher')}")
+    click.echo("everything held" if held and stopped_well else "NOT everything held")
+    return 0 if held and stopped_well else 1
+
+
+def _serve(app: App, port: int) -> None:
+    """Keep handler, dispatcher and dashboard up until Ctrl-C."""
+    from safedefer.dashboard.access import Access  # noqa: PLC0415  # of the extra `dashboard`
+    from safedefer.dashboard.standalone import serve_dashboard  # noqa: PLC0415
+
+    click.echo("\nup until Ctrl-C: handler, dispatcher, and the queue as it is now in a browser")
+    asyncio.run(serve_dashboard(app, "127.0.0.1", port, Access(user="demo", read=True, act=True), click.echo))
 
 
 def _work(app: App, processes: Processes, database: str, limit: int | None, kill: bool) -> _Run:
@@ -138,8 +170,14 @@ def _work(app: App, processes: Processes, database: str, limit: int | None, kill
             processes.tend()
     run.defer_seconds = time.perf_counter() - started
     click.echo(f"deferred    {len(paths)} tasks, one for each file of the standard library")
+    if limit is None:
+        click.echo("            (a few files of Python's own tests are wrong on purpose: their tasks are to fail)")
     _watch(app, processes, len(paths), kill)
     run.work_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    app.defer_many([(tasks.nothing, (), {})] * _EMPTY)
+    _watch(app, processes, _EMPTY, kill=False, label="the queue")
+    run.empty_seconds = time.perf_counter() - started
     for number in range(_PINGS):
         run.latencies.append(_ping(app, database, f"ping {number}"))
     dead = app.queue.tasks(states=[TaskState.DEAD], limit=len(paths))
@@ -147,10 +185,10 @@ def _work(app: App, processes: Processes, database: str, limit: int | None, kill
     return run
 
 
-def _watch(app: App, processes: Processes, total: int, kill: bool) -> None:
+def _watch(app: App, processes: Processes, total: int, kill: bool, label: str = "working") -> None:
     """Show progress until no task waits or runs."""
     shown, moved = 0, time.monotonic()
-    with click.progressbar(length=total, label="working    ", show_pos=True, file=sys.stderr) as bar:
+    with click.progressbar(length=total, label=f"{label:<11}", show_pos=True, file=sys.stderr) as bar:
         while True:
             left = sum(stats.waiting + stats.running for stats in app.queue.stats(now=time.time()))
             if total - left > shown:
@@ -192,7 +230,8 @@ def _count(database: str) -> int:
 # --- The summary ----------------------------------------------------------------------------------
 
 
-def _report(run: _Run, database: str, processes: Processes) -> int:
+def _report(run: _Run, database: str) -> bool:
+    """Say what came of the work and of the attacks; return whether it is what should."""
     total = len(run.deferred)
     rows = _query(
         database, "SELECT kind, count(*), sum(lines) FROM findings WHERE kind != 'ping' GROUP BY kind ORDER BY kind"
@@ -203,39 +242,45 @@ def _report(run: _Run, database: str, processes: Processes) -> int:
     done = {str(row[0]) for row in _query(database, "SELECT DISTINCT path FROM findings WHERE kind != 'ping'")}
     failed = {run.paths[view.id]: view for view in run.dead if view.id in run.paths}
     lost = set(run.paths.values()) - done - set(failed)
-    latency = sorted(run.latencies)
     click.echo(f"\ntasks       {total} deferred, {len(done)} succeeded, {len(failed)} failed, {len(lost)} lost")
     again = _count(database) - len(run.latencies) - len(done)
     if again:
         click.echo(f"            {again} ran once more: a process ended before it could say that they had run")
+    surprises = _explain(failed)
+    _say_times(run, database)
+    click.echo("\nattacks on the handler, over HTTP")
+    for each in run.attacks:
+        click.echo(f"  {'refused' if each.held else 'NOT REFUSED'}: {each.tried}\n           -> {each.came}")
+    return not lost and not surprises and all(each.held for each in run.attacks) and bool(done)
+
+
+def _say_times(run: _Run, database: str) -> None:
+    total, latency = len(run.deferred), sorted(run.latencies)
+    parsing = float(str(_query(database, "SELECT coalesce(sum(seconds), 0) FROM findings")[0][0]))
     click.echo(
-        f"            {total / run.work_seconds:.0f} tasks/s in all; defer() took {1e6 * run.defer_seconds / total:.0f} us each"
+        f"time        {run.work_seconds:.1f} s for all, {parsing:.1f} s of it parsing (processor time); "
+        f"defer() took {1e6 * run.defer_seconds / total:.0f} us each"
+    )
+    click.echo(
+        f"queue       {_EMPTY / run.empty_seconds:.0f} tasks/s that do nothing, over HTTP, signed and in a ledger"
     )
     click.echo(
         f"latency     {1e3 * statistics.median(latency):.1f} ms from defer() to run in an idle system, "
         f"{1e3 * latency[int(0.9 * len(latency))]:.1f} ms at the 90th percentile"
     )
-    surprises = _explain(failed)
-    for each in run.attacks:
-        click.echo(f"attack      {'refused' if each.held else 'NOT REFUSED'}: {each.name} -> {each.answer}")
-    if not run.stopped_well:
-        click.echo(f"a process did not end well:\n{processes.log('handler')}{processes.log('dispatcher')}")
-    held = not lost and not surprises and all(each.held for each in run.attacks) and run.stopped_well and bool(done)
-    click.echo("everything held" if held else "NOT everything held")
-    return 0 if held else 1
 
 
 def _explain(failed: dict[str, TaskView]) -> list[str]:
     """Say why tasks failed; return those that should not have: files that do parse."""
     surprises = []
+    if failed:
+        click.echo("            files that this Python cannot parse, and is not meant to:")
     for path, view in sorted(failed.items()):
         record = view.records[-1] if view.records else None
         why = "no record" if record is None or record.traceback is None else _last_line(record.traceback)
         expected = not _parses(path)
         surprises += [] if expected else [path]
-        click.echo(f"failed      {Path(path).name}: {why}{'' if expected else ' (UNEXPECTED)'}")
-    if failed and not surprises:
-        click.echo("            (these files are not meant to parse with this Python)")
+        click.echo(f"            - {Path(path).name}: {why}{'' if expected else ' (UNEXPECTED)'}")
     return surprises
 
 

@@ -68,8 +68,8 @@ class AttemptRunner:
         self._busy: dict[tuple[str, str], int] = {}
         """Queues and addresses, with the number of answers in a row that asked for a pause."""
         self._holds = TargetHolds()
-        self.targets = UnreachableTargets()
-        self.shares = TargetShares(slots)
+        self.targets: UnreachableTargets = UnreachableTargets()
+        self.shares: TargetShares = TargetShares(slots)
 
     async def run(self, lease: Lease, ran: Callable[[], None] | None = None) -> Settlement:
         """Deliver a task and return its settlement. Raises only the cancellation of the caller.

@@ -77,7 +77,7 @@ class HttpDelivery:
         self._verify = verify
         self._address = address.rstrip("/")
         self._targets = {name: url.rstrip("/") for name, url in (targets or {}).items()}
-        self.several = any(target != self._address for target in self._targets.values())
+        self.several: bool = any(target != self._address for target in self._targets.values())
         """Whether tasks go to more than one address."""
         self._fixed = timeout is not None
         self._timeout = _timeout(DEFAULT_DEADLINE + ANSWER_SECONDS if timeout is None else timeout)

@@ -41,11 +41,11 @@ class RunControl:
     __slots__ = ("_returned", "_then", "_unclaimed", "cancelled_with_caller", "in_thread", "spawned", "stop")
 
     def __init__(self) -> None:
-        self.in_thread = False
+        self.in_thread: bool = False
         """Whether a call of the run was handed to a thread that has not returned."""
         self.stop: Stop | None = None
         """Why the run is to stop; None while it may go on."""
-        self.cancelled_with_caller = False
+        self.cancelled_with_caller: bool = False
         """Whether the run ended with the cancellation of its caller, and nothing of it runs any more."""
         self.spawned: set[Task[Any]] = set()
         """The asyncio tasks that the run has made, and those have made, and that have not ended."""

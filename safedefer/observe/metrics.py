@@ -15,8 +15,8 @@ try:
     from prometheus_client import CollectorRegistry, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.registry import Collector
-except ModuleNotFoundError as error:
-    raise MissingExtra("metrics", "metrics for Prometheus") from error
+except ModuleNotFoundError as _error:
+    raise MissingExtra("metrics", "metrics for Prometheus") from _error
 
 if TYPE_CHECKING:
     from safedefer.events import Observers

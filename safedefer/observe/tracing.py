@@ -22,8 +22,8 @@ from safedefer.execution.run import Outcome, Result
 try:
     from opentelemetry import trace as otel
     from opentelemetry.context import attach, detach
-except ModuleNotFoundError as error:
-    raise MissingExtra("otel", "tracing") from error
+except ModuleNotFoundError as _error:
+    raise MissingExtra("otel", "tracing") from _error
 
 __all__ = ["Tracing"]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, TypeAlias
 
 from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError
 
@@ -98,7 +98,7 @@ class BlobsFull(QueueUnavailable):
     """There is no room for the stored token of an oversize task; others are taken."""
 
     # To callers it is what it is to them: a queue that does not take the task now.
-    slug = QueueUnavailable.slug
+    slug: ClassVar[str] = QueueUnavailable.slug
 
     def __init__(self, limit: object) -> None:
         super().__init__(

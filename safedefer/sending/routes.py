@@ -56,13 +56,13 @@ class Routes:
         _check_paths(url, prefix)
         self.environment = environment
         self.url = url
-        self.prefix = prefix.rstrip("/")
-        self.queues = None if names is None else frozenset({*names, DEFAULT_QUEUE})
-        self.targets = None if targets is None else dict(targets)
+        self.prefix: str = prefix.rstrip("/")
+        self.queues: frozenset[str] | None = None if names is None else frozenset({*names, DEFAULT_QUEUE})
+        self.targets: dict[str, str] | None = None if targets is None else dict(targets)
         self.own_urls: Container[str] = OwnUrls(url)
         """The application's URL and those of its queues."""
         self._file = file
-        self.default = self.of(DEFAULT_OPTIONS)
+        self.default: tuple[str, int] = self.of(DEFAULT_OPTIONS)
         """The route of a call without options."""
 
     def of(self, options: Options) -> tuple[str, int]:

@@ -69,18 +69,12 @@ class TestApp(App):
         clock = clock or Clock()
         inner: Observer = settings.pop("observer", None) or (LogObserver() if app is None else app.observers)
         observer = KitObserver(inner)
-        super().__init__(
-            **{
-                "environment": "testing",
-                "queue": RecordingQueue(),
-                "clock": clock,
-                "observer": observer,
-                **given,
-                **settings,
-            }
-        )
+        base = {"environment": "testing", "queue": RecordingQueue(), "clock": clock, "observer": observer}
+        super().__init__(**{**base, **given, **settings})
         self._builder.in_test = True
-        self.outbox = OwnOutbox(self._get_queue, environment=self.environment, queues=self.queues, clock=clock)
+        self.outbox: OwnOutbox = OwnOutbox(
+            self._get_queue, environment=self.environment, queues=self.queues, clock=clock
+        )
         after = self._run_inline if inline else nothing
         self._sender = KitSender(
             after,
@@ -303,9 +297,9 @@ class TestApp(App):
         In an async test of Django's, plain callables run in the thread of ``sync_to_async``.
         """
         with self._one_run() as run:
-            await cast("OwnOutbox", self.outbox).sweep_async()
+            await self.outbox.sweep_async()
             await run_on_loop(self._threads, run)
-            while await cast("OwnOutbox", self.outbox).sweep_async():
+            while await self.outbox.sweep_async():
                 await run_on_loop(self._threads, run)
         return self._reported(raises=raises)
 

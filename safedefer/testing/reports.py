@@ -42,7 +42,7 @@ class TaskFailed(AssertionError):
         super().__init__(
             "\n".join([f"{len(failures)} of {len(ran)} deliveries failed; raises=False reports only", *lines])
         )
-        self.ran = list(ran)
+        self.ran: list[Ran] = list(ran)
 
 
 def check(ran: Sequence[Ran]) -> None:

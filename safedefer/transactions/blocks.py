@@ -217,7 +217,7 @@ class TransactionBlock(Block[None]):
 
     def __init__(self, outbox: BlockOwner, connection: object) -> None:
         super().__init__(outbox, connection)
-        self.way = Way.OUTBOX
+        self.way: Way = Way.OUTBOX
         self.here: tuple[int, object] | None = None
         """The thread and the asyncio task that began it."""
         self._later: list[QueuedTask] = []

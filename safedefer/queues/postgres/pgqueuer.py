@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMA: Final = "safedefer"
 
 #: Every name is given explicitly: pgqueuer's own defaults come from PGQUEUER_* variables, which are the user's.
-NAMES: Final = DBSettings(
+NAMES: Final[DBSettings] = DBSettings(
     prefix="",
     db_schema=SCHEMA,
     channel=Channel("ch_pgqueuer"),
@@ -72,10 +72,10 @@ class Statements:
     def __init__(self) -> None:
         self._builder = QueryQueueBuilder(settings=NAMES)
         counted = "attempts = least(attempts, 2147483646) + 1"
-        self.retry = _with_ours(self._builder.build_retry_job_query(), {_COUNTED: counted})
-        self.log = self._builder.build_log_job_query()
+        self.retry: str = _with_ours(self._builder.build_retry_job_query(), {_COUNTED: counted})
+        self.log: str = self._builder.build_log_job_query()
         # One statement for admission and insertion: one round trip, and atomic without BEGIN.
-        self.enqueue = _with_ours(self._builder.build_enqueue_query(), {_ENTRYPOINTS: SQL["admit"]})
+        self.enqueue: str = _with_ours(self._builder.build_enqueue_query(), {_ENTRYPOINTS: SQL["admit"]})
 
     async def dequeue(
         self, connection: Connection, queues: Mapping[str, int], *, limit: int, seconds: float, manager: UUID

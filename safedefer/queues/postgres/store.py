@@ -57,16 +57,19 @@ class Connections:
         lease_seconds: The length of a lease as the database has it.
     """
 
+    marker: str
+    lease_seconds: float
+
     def __init__(self, dsn: str, producers: int, workers: int, *, watch: Watch) -> None:
         self._dsn = dsn
-        self.pools = Pools(dsn, workers)
-        self.listener = Listener(dsn, watch)
+        self.pools: Pools = Pools(dsn, workers)
+        self.listener: Listener = Listener(dsn, watch)
         self._listening = False
         self._listen_task: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="safedefer-postgres", daemon=True)
         self._thread.start()
-        self.producers = Producers(dsn, producers, STATEMENTS.enqueue, SQL["stored"], SQL["uniques_free"])
+        self.producers: Producers = Producers(dsn, producers, STATEMENTS.enqueue, SQL["stored"], SQL["uniques_free"])
         self._lock = threading.Lock()
         self._closed = False
         try:

@@ -92,7 +92,7 @@ class SQLiteQueue:
         if not text or text == ":memory:" or "\0" in text:
             raise ConfigurationError(f"{text!r} is not the path of a file; for a queue without one use memory://")
         self._path = os.path.realpath(text)
-        self.is_relative = not os.path.isabs(text)  # noqa: PTH117
+        self.is_relative: bool = not os.path.isabs(text)  # noqa: PTH117
         """Whether the path was given as one of the current folder: a process in another folder uses another file."""
         if os.path.islink(text) and not os.path.exists(text):  # noqa: PTH110, PTH114 - a text, as everything here
             # A dangling link would let its owner choose the path of the new file.

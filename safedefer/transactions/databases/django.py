@@ -47,9 +47,9 @@ class DjangoSource:
         self._opened: Any = None
         connection.ensure_connection()
         self.dialect = "sqlite" if connection.vendor == "sqlite" else "postgresql"
-        self.native = self.dialect == "postgresql"
-        self.path = self._below().path
-        self.identity = self._below().identity
+        self.native: bool = self.dialect == "postgresql"
+        self.path: str | None = self._below().path
+        self.identity: str | None = self._below().identity
 
     def _below(self) -> Source:
         """Return what speaks to the driver's connection, which Django changes now and then."""

@@ -86,7 +86,7 @@ class PsycopgSource(_Postgres):
     def __init__(self, psycopg: Any, connection: Any) -> None:
         self._psycopg = psycopg
         self._connection = connection
-        self.is_async = isinstance(connection, psycopg.AsyncConnection)
+        self.is_async: bool = isinstance(connection, psycopg.AsyncConnection)
         self._opened: Any = None
 
     @property

@@ -76,9 +76,9 @@ class SQLAlchemySource:
         self._connection = connection
         self._engine = engine
         self._awaited = awaited
-        self.is_async = awaited is not None
-        self.dialect = str(engine.dialect.name)
-        self.native = engine.dialect.driver in _NATIVE
+        self.is_async: bool = awaited is not None
+        self.dialect: str = str(engine.dialect.name)
+        self.native: bool = engine.dialect.driver in _NATIVE
 
     async def _call(self, work: Callable[[], _T]) -> _T:
         if self._awaited is None:
