@@ -45,6 +45,9 @@ def held(number):
         time.sleep(0.01)
     write(number)
 
+def measure(text):
+    return len(text)
+
 def permanent():
     raise PermanentTaskFailure("never")
 """

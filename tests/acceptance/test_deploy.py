@@ -1,0 +1,99 @@
+"""The files of ``examples/deploy``: read by the programs that they are for, where these are installed."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+
+import click
+import pytest
+from ruamel.yaml import YAML
+
+from safedefer.cli import main
+from tests.acceptance.processes import ROOT
+
+DEPLOY = ROOT / "examples" / "deploy"
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+
+
+def options(command):
+    """Return the options of a ``safedefer`` command, as the command line reads them."""
+    assert command[0].rpartition("/")[2] == "safedefer"
+    context = main.make_context("safedefer", list(command[1:]))
+    name, found, rest = main.resolve_command(context, [*context._protected_args, *context.args])
+    assert isinstance(found, click.Command)
+    return found.make_context(name, rest, parent=context).params
+
+
+def settings_of(names):
+    documented = (ROOT / "docs" / "reference" / "settings.md").read_text()
+    assert {name for name in names if f"| `{name}` |" not in documented} == set()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_unit_is_one_that_systemd_reads(tmp_path):
+    unit = (DEPLOY / "safedefer.service").read_text()
+    file = tmp_path / "safedefer.service"
+    file.write_text(re.sub(r"=/srv/shop/\.venv/bin/safedefer.*", "=/bin/true", unit))
+    done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if "safedefer.service" in line]) == (0, [])
+
+
+def test_the_unit_waits_longer_than_the_drain_and_names_settings_that_there_are():
+    unit = (DEPLOY / "safedefer.service").read_text()
+    run = options(re.search(r"^ExecStart=(.*)", unit, re.MULTILINE)[1].split())
+    assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > run["drain"]
+    settings_of(re.findall(r"^Environment=(\w+)=", unit, re.MULTILINE))
+    assert options(re.search(r"^ExecStartPre=(.*)", unit, re.MULTILINE)[1].split()) is not None
+
+
+def test_the_probes_ask_where_the_pods_answer():
+    deployment, job = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    run = options(container["command"])
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert str(run["health"]) .rpartition(":")[2].strip("')") == str(ports["health"])  # fmt: skip
+    for probe, page in (("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")):
+        assert container[probe]["httpGet"] == {"path": page, "port": "health"}
+    assert pod["terminationGracePeriodSeconds"] > run["drain"]
+    settings_of(variable["name"] for variable in container["env"])
+    (migrate,) = job["spec"]["template"]["spec"]["containers"]
+    assert migrate["command"] == ["safedefer", "migrate"]
+    assert migrate["image"] == container["image"]
+
+
+def test_the_image_starts_a_command_that_there_is():
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    run = options(json.loads(re.search(r"^CMD (.*)", dockerfile, re.MULTILINE)[1]))
+    assert run["processes"] == 2
+    settings_of(re.findall(r"(SAFEDEFER_\w+)=", dockerfile))
+
+
+@pytest.mark.skipif(NGINX is None, reason="needs nginx")
+def test_tasks_of_every_size_pass_nginx(project, tmp_path):
+    project.environment["SAFEDEFER_INLINE_LIMIT"] = "1000000"  # the whole token is in the request
+    _, url = project.start("serve", "--port", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = (DEPLOY / "nginx.conf").read_text()
+    server = re.sub(r"    server 10\.0\.0\.11:8080;\n    server 10\.0\.0\.12:8080;", f"    server {url[7:]};", server)
+    server = server.replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+    server = re.sub(r"    ssl_certificate.*\n", "", server)
+    config = tmp_path / "nginx.conf"
+    folders = "".join(
+        f"{name}_temp_path {tmp_path}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config.write_text(
+        f"daemon off; master_process off; pid {tmp_path}/nginx.pid; error_log stderr; events {{}}\nhttp {{ access_log off; {folders}\n{server}}}\n"
+    )
+    proxy = subprocess.Popen([NGINX, "-p", tmp_path, "-c", config], stderr=subprocess.PIPE, text=True)
+    project.processes.append(proxy)
+    project.start("dispatch", "--to", f"http://127.0.0.1:{port}", wait_for_line=False)
+    small, large = project.defer("t.work, 1"), project.defer("t.work, 2")
+    project.until(lambda: project.results() == [1, 2])
+    big = project.defer(f"t.measure, {'x' * 3!r} * 200_000")
+    states = f"from safedefer.deferred import current_app; q = current_app().queue; print(*[q.find(i).state for i in {[small, large, big]!r}])"
+    project.until(lambda: project.python(states).split() == ["succeeded"] * 3)
