@@ -33,15 +33,15 @@ def settings_of(names):
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 def test_the_unit_is_one_that_systemd_reads(tmp_path):
-    unit = (DEPLOY / "safedefer.service").read_text()
-    file = tmp_path / "safedefer.service"
+    unit = (DEPLOY / "shop-tasks.service").read_text()
+    file = tmp_path / "shop-tasks.service"
     file.write_text(re.sub(r"=/srv/shop/\.venv/bin/safedefer.*", "=/bin/true", unit))
     done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, [line for line in done.stderr.splitlines() if "safedefer.service" in line]) == (0, [])
+    assert (done.returncode, [line for line in done.stderr.splitlines() if "shop-tasks.service" in line]) == (0, [])
 
 
 def test_the_unit_waits_longer_than_the_drain_and_names_settings_that_there_are():
-    unit = (DEPLOY / "safedefer.service").read_text()
+    unit = (DEPLOY / "shop-tasks.service").read_text()
     run = options(re.search(r"^ExecStart=(.*)", unit, re.MULTILINE)[1].split())
     assert int(re.search(r"TimeoutStopSec=(\d+)", unit)[1]) > run["drain"]
     settings_of(re.findall(r"^Environment=(\w+)=", unit, re.MULTILINE))
