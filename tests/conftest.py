@@ -1,4 +1,4 @@
-"""Hypothesis profiles, the nightly tests, and where temporary folders are.
+"""Hypothesis profiles, the nightly tests, where temporary folders are, and what is kept of compiling.
 
 ``HYPOTHESIS_PROFILE=ci`` is derandomized. ``HYPOTHESIS_PROFILE=nightly`` searches long, and runs the tests that are marked
 ``nightly`` too: the long forms of what a shorter test covers every day. ``pytest -m nightly`` runs those alone.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
+from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -32,6 +34,11 @@ if (
 ):
     os.environ["PYTEST_DEBUG_TEMPROOT"] = _MEMORY
 
+# Many tests start an interpreter. One that keeps nothing of what it compiles, as images of containers often ask for,
+# compiles all of safedefer each time, a second of work; and each process of pytest rewrites every module of tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked ``nightly``, unless it is night or it is asked for."""
@@ -43,7 +50,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
-def pytest_collection_finish() -> None:
-    """Take the tests themselves, which are many, out of the sight of the garbage collector: it stops everything."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the tests themselves, which are many and stay, out of the sight of the garbage collector: it stops everything."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()

@@ -13,6 +13,7 @@ import pkgutil
 import re
 import sys
 import zoneinfo
+from functools import cache
 from importlib import import_module, resources
 from typing import Final
 
@@ -23,10 +24,15 @@ _KEY: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}(?:/[A-Za-
 
 def load_zones() -> None:
     """Import the packages of ``tzdata``, if it is installed: called when a handler starts."""
+    _import_packages(_PACKAGE)
+
+
+@cache  # the search of all its folders takes 10 ms, which an App after the first need not spend again
+def _import_packages(name: str) -> None:
     with contextlib.suppress(ImportError):
-        package = import_module(_PACKAGE)
+        package = import_module(name)
         resources.files(package)  # imports what reads a package
-        for found in pkgutil.walk_packages(package.__path__, f"{_PACKAGE}."):
+        for found in pkgutil.walk_packages(package.__path__, f"{name}."):
             if found.ispkg:
                 import_module(found.name)
 

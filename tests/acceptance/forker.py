@@ -8,11 +8,16 @@ after the other, a line of JSON each, and answers with a line of JSON.
 from __future__ import annotations
 
 import base64
+import gc
+import importlib
 import json
 import os
 import sys
 import tempfile
 from typing import Any, NoReturn
+
+#: By an App for its queue, and by click.
+IMPORTED_LATER = ("safedefer.queues.sqlite.queue", "encodings.idna", "click._textwrap")
 
 
 def _become(order: dict[str, Any], streams: list[Any]) -> NoReturn:
@@ -35,10 +40,20 @@ def _become(order: dict[str, Any], streams: list[Any]) -> NoReturn:
     sys.exit(0)
 
 
+def _import_for_the_children() -> None:
+    """Import what commands, an App and its queue import when they are used."""
+    from safedefer.cli.root import COMMANDS
+
+    for name in {f"safedefer.cli.{command.module}" for command in COMMANDS.values()}:
+        importlib.import_module(name)
+    for name in IMPORTED_LATER:
+        importlib.import_module(name)
+
+
 def serve() -> None:
     """Follow orders until there are no more."""
-    import safedefer.cli  # noqa: F401  # for the children
-
+    _import_for_the_children()
+    gc.freeze()  # no child's collector copies the pages
     while line := sys.stdin.readline():
         order = json.loads(line)
         with (

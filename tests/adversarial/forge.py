@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from functools import cache
 
 from safedefer.app import App
 from safedefer.keys import Keyring
@@ -24,6 +25,7 @@ class Clock:
         return self.now
 
 
+@cache  # a keyring does not change, and thousands of tests ask for this one
 def keyring():
     return Keyring.from_jwks(json.dumps(vectors.jwks()))
 

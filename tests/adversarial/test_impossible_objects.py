@@ -288,14 +288,14 @@ class Kept(enum.Flag, boundary=enum.KEEP):
 def test_combinations_of_flags_that_tokens_write_do_not_stay_without_bound():
     made = 0
     for cls, name in ((Bits, "Bits"), (Kept, "Kept")):
-        for n in range(5, 40_000):
+        for n in range(5, 8_000):
             try:
                 decode_one({"$enum": [f"{HOME}:{name}", n]}, policy=POLICY)
             except RejectedTask:
                 continue
             made += 1
         assert len(cls._value2member_map_) < (5_000 if cls is Kept else 300)
-    assert made > 40_000
+    assert made > 8_000
 
 
 def test_combinations_of_flags_arrive():

@@ -16,7 +16,6 @@ from tests.zoo import values as zoo
 from tests.zoo.exactly import CODEC, POLICY, assert_exact, carry, decode_one, parse, text_of
 
 slow = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], deadline=None)
-often = settings(slow, max_examples=150)
 
 
 def canonical(tree):
@@ -31,13 +30,13 @@ def canonical(tree):
     return tree
 
 
-@often
+@slow
 @given(some.values)
 def test_a_value_arrives_equal_of_the_same_type_and_with_the_same_sharing(value):
     assert_exact([value], carry(value).args)
 
 
-@often
+@slow
 @given(some.shared_values())
 def test_shared_and_cyclic_values_arrive_as_they_were_or_are_refused(values):
     try:
@@ -71,7 +70,7 @@ def test_encoding_what_was_decoded_gives_the_same_tree(values):
         assert canonical(again.args) == canonical(first.args)
 
 
-@often
+@slow
 @given(some.tagged_trees)
 @example({"$object": {"class": "tests.zoo.values:Evil"}})
 @example({"$set": [{"$exception": ["builtins:ValueError", [], {}]}]})
@@ -91,7 +90,7 @@ def test_any_json_decodes_or_is_refused_and_what_decodes_is_encoded_again(tree):
         assert refusal.path.startswith("$.args[0]")  # noqa: PT017
 
 
-@often
+@slow
 @given(some.tagged_trees, some.tagged_trees)
 def test_an_untyped_tree_in_any_place_raises_nothing_else(bound, other):
     text = json.dumps({"bound": bound, "args": [other], "kwargs": {"x": other}}).encode()
@@ -101,7 +100,7 @@ def test_an_untyped_tree_in_any_place_raises_nothing_else(bound, other):
         assert str(refusal)  # noqa: PT017
 
 
-@often
+@slow
 @given(some.plain_trees)
 def test_plain_json_is_itself(tree):
     call = carry(tree)
@@ -110,7 +109,7 @@ def test_plain_json_is_itself(tree):
     assert_exact([tree], call.args)
 
 
-@often
+@slow
 @given(some.plain_trees)
 def test_the_fast_path_never_passes_what_the_walk_refuses(tree):
     """Raw JSON, not encoded by us: integers too large, names with $."""
