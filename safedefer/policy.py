@@ -390,7 +390,7 @@ class Policy(Immutable):
         if self._admits(module, qualname) and (definer is cls or is_found(definer, module, qualname)):
             self._check_exact_class(name, definer, PolicyViolation)
         elif not self._has_mark(raw.__func__ if type(raw) is classmethod else raw):
-            _deny(ref, f"it is inherited from {name}, which needs a pattern of its own")
+            _deny(ref, f"it is inherited from {name}, and needs an exact pattern")
 
     # --- Gate: what codecs and the execution ask ---
 

@@ -129,7 +129,7 @@ def check_names(names: Iterable[Any], plan: Plan) -> None:
     """
     for name in names:
         if type(name) is str and name in plan.functions:
-            raise Refusal(f"the attribute {name} hides a function of the class; rename one of the two")
+            raise VersionSkew(f"the attribute {name} hides a function of the class; rename one of the two")
 
 
 def hook_state(enc: Encoder, value: object, plan: Plan) -> Any:

@@ -11,7 +11,6 @@ from types import FunctionType, MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast, get_type_hints
 
 from pydantic import ValidationError
-from pydantic.errors import PydanticUserError
 
 from safedefer.errors import InvalidArguments
 from safedefer.execution.bounded_validation import TooMuchWork, bounded, counting
@@ -120,7 +119,8 @@ def _adapter(hint: Any) -> TypeAdapter[Any] | None:
     if issubclass(type(hint), type):
         kinds.append(lambda: TypeAdapter(cast("Any", InstanceOf)[hint]))
     for make in kinds:
-        with contextlib.suppress(PydanticUserError, NameError):
+        # A protocol that isinstance does not take is a SchemaError; a type's own __get_pydantic_core_schema__ may raise anything.
+        with contextlib.suppress(Exception):
             adapter = make()
             if adapter.pydantic_complete:
                 return adapter

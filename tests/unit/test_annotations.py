@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Protocol, Self, TypeVar, Unpack
 
 import pytest
 from pydantic import Field
@@ -33,6 +33,27 @@ class Box(Generic[T]):
     pass
 
 
+class Runs(Protocol):
+    """A protocol that ``isinstance`` does not take."""
+
+    def run(self) -> int: ...
+
+
+class Schemaless:
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source, handler):
+        raise RuntimeError
+
+
+class Odd(type):
+    def __instancecheck__(cls, value):
+        raise RuntimeError
+
+
+class OddOne(metaclass=Odd):
+    pass
+
+
 def held(holder: Holder, count: int) -> Holder: ...
 def returns(count: int) -> Nowhere: ...  # noqa: F821
 def for_checkers(amount: Decimal, count: int): ...
@@ -44,6 +65,11 @@ def anything(value: Any, count: int): ...
 def limited(value: Annotated[int, Field(gt=0)], count: int): ...
 def choice(value: Literal["a"], count: int): ...
 def many(*holders: Holder, count: int): ...
+def protocol(runs: Runs, count: int): ...
+def protocols(runs: list[Runs], count: int): ...
+def schemaless(value: Schemaless, count: int): ...
+def odd(value: OddOne, count: int): ...
+def unpacked(*values: Unpack[tuple[int, ...]], count: int): ...
 
 
 class Model:
@@ -64,6 +90,11 @@ CALLS = {
     "a generic class": (generic, Box()),
     "a name for type checkers": (for_checkers, 1),
     "an annotation that raises": (broken, 1),
+    "a protocol": (protocol, Plain()),
+    "several protocols": (protocols, [Plain()]),
+    "a class that makes no schema": (schemaless, Schemaless()),
+    "a metaclass that raises": (odd, OddOne()),
+    "what pydantic warns of": (unpacked, 1),
     "Any": (anything, 1),
     "limits": (limited, 1),
     "a literal": (choice, "a"),

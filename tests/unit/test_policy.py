@@ -752,6 +752,14 @@ def test_a_refusal_offers_only_the_patterns_that_would_help(named, module_too):
         assert Policy(named.module).check(named) is named
 
 
+def test_the_module_of_an_inherited_member_is_not_offered_for_it_is_admitted_already():
+    named = f"{ZOO}:Model.model_validate"
+    with pytest.raises(NotDeferrable, match=f"add '{named}' to the policy") as caught:
+        Policy(ZOO).callable_ref(zoo.Model.model_validate)
+    assert "or its module" not in str(caught.value)
+    assert Policy(ZOO, named).callable_ref(zoo.Model.model_validate)
+
+
 @pytest.mark.parametrize(("cls", "module_too"), [(HTTPStatus, False), (zoo.Plain, True)])
 def test_the_refusal_of_a_class_inside_the_arguments_does_so_too(cls, module_too):
     with pytest.raises(NotDeferrable) as caught:

@@ -60,6 +60,27 @@ class Unhashable:
     __hash__ = None
 
 
+class Alike:
+    def __eq__(self, other):
+        return type(other) is Alike
+
+    def __hash__(self):
+        return 1
+
+
+class NowMethod:
+    def a(self):
+        pass
+
+
+class NowOne:
+    def __new__(cls):
+        return ONE
+
+
+ONE = object.__new__(NowOne)
+
+
 class Error(Exception):
     def __init__(self, text):
         super().__init__(text)
@@ -70,7 +91,7 @@ def name(cls):
 
 
 def obj(cls, **state):
-    return {"$object": {"class": name(cls), "state": {"$tuple": [state, None]}}}
+    return {"$object": {"class": name(cls), "state": state}}
 
 
 SKEWS = {
@@ -89,6 +110,9 @@ SKEWS = {
     "an object whose hook wants another state": {"$object": {"class": name(Hooked), "setstate": {"a": 1}}},
     "an object that may not travel here": {"$object": {"class": name(NowFinal), "state": {}}},
     "a set member without a hash here": {"$set": [{"$object": {"class": name(Unhashable), "state": {}}}]},
+    "set members that are equal here": {"$set": [obj(Alike, a=1), obj(Alike, a=2)]},
+    "an attribute that is a method here": obj(NowMethod, a=1),
+    "an object of which there is one here": {"$object": {"class": name(NowOne), "state": {}}},
     "an exception that takes no such attribute": {"$exception": ["builtins:UnicodeDecodeError", [], {}]},
     "a time zone that this machine does not know": {"$zoneinfo": "Mars/Olympus_Mons"},
     "a pattern of a newer Python": {"$pattern": ["(?N)a", 32]},

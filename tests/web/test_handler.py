@@ -18,7 +18,7 @@ from safedefer.delivery.budget import ByteBudget
 from safedefer.queues.base import TaskState
 from safedefer.web import body as web_body
 from safedefer.web import handler as web_handler
-from safedefer.web.handler import handler_for
+from safedefer.web.handler import handler_for, warn_of_taken_body
 from safedefer.web.server import serving
 from tests import sample_tasks as tasks
 from tests.unit.apps import JOSE, SECRET, Recorder, make_app, until
@@ -565,6 +565,37 @@ async def test_a_body_that_a_middleware_has_read_is_taken_from_the_request(tmp_p
         assert response.headers["Safedefer-Outcome"] == "succeeded"
         response = await client.post(URL, data=b"", headers=JOSE)
         assert (response.status, response.headers["Safedefer-Outcome"]) == (403, "refused")
+    await asyncio.to_thread(app.close)
+
+
+@pytest.mark.parametrize("how", ["all at once", "in chunks", "the first bytes"])
+async def test_a_body_that_a_middleware_took_from_the_stream_charges_nothing_and_is_told(tmp_path, how, caplog):
+    """It is gone, and nobody's fault but the middleware's: the tasks wait for its repair, and are not dead after an hour."""
+
+    @web.middleware
+    async def takes(request, handler):
+        if how == "all at once":
+            await request.content.read()
+        elif how == "in chunks":
+            async for _ in request.content.iter_chunked(10):
+                pass
+        else:
+            await request.content.readexactly(5)
+        return await handler(request)
+
+    tasks.reset()
+    warn_of_taken_body.cache_clear()
+    app = make_app(keyring=KEYS, queue=f"sqlite:///{tmp_path}/q.db")
+    web_app = web.Application(middlewares=[takes])
+    web_app.add_routes(app.routes())
+    async with TestClient(TestServer(web_app)) as client:
+        for size in (1, 5_000):
+            token = app.options(url=URL).defer(tasks.keywords, text="x" * size).payload
+            response = await client.post(URL, data=token, headers=JOSE)
+            assert (response.status, response.headers["Safedefer-Outcome"]) == (503, "busy")
+    assert tasks.RAN == []
+    (line,) = [record.getMessage() for record in caplog.records if "middleware" in record.getMessage()]
+    assert "await request.read()" in line
     await asyncio.to_thread(app.close)
 
 

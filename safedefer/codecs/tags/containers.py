@@ -84,6 +84,8 @@ def read_members(dec: Decoder, payload: Json, depth: int) -> list[Any]:
     return out
 
 
+#: Types whose equality no deployment changes.
+_FINAL: Final = frozenset({int, str, float, bool, bytes, complex, type(None)})
 #: The most set members or dict keys with one hash: each is compared with all before it.
 MAX_EQUAL_HASHES: Final = 64
 
@@ -125,9 +127,15 @@ def hashed(make: Any, values: Sequence[Any], keys: Iterable[Any]) -> Any:
     return made
 
 
-def _distinct(size: int, values: Sequence[Any]) -> None:
+def check_distinct(size: int, values: Sequence[Any]) -> None:
+    """Check that a set or dict of ``values`` has that many members.
+
+    Raises:
+        Refusal: Two of them are equal. Those of a class may differ where the code is that the task was made for.
+    """
     if size != len(values):
-        raise Refusal("two set members or dict keys are equal")
+        kind = Refusal if all(type(value) in _FINAL for value in values) else VersionSkew
+        raise kind("two set members or dict keys are equal")
 
 
 def _encode_set(enc: Encoder, value: set[Any], depth: int) -> Json:
@@ -144,7 +152,7 @@ def _decode_set(dec: Decoder, payload: Json, depth: int) -> set[Any]:
 def fill_set(out: set[Any], values: Sequence[Any]) -> None:
     """Add values to a set, or to an object of a subclass."""
     hashed(lambda values: set.update(out, values), values, values)
-    _distinct(set.__len__(out), values)
+    check_distinct(set.__len__(out), values)
 
 
 def _encode_frozenset(enc: Encoder, value: frozenset[Any], depth: int) -> Json:
@@ -154,7 +162,7 @@ def _encode_frozenset(enc: Encoder, value: frozenset[Any], depth: int) -> Json:
 def _decode_frozenset(dec: Decoder, payload: Json, depth: int) -> frozenset[Any]:
     values = read_members(dec, payload, depth + 1)
     made: frozenset[Any] = hashed(frozenset, values, values)
-    _distinct(len(made), values)
+    check_distinct(len(made), values)
     return made
 
 
@@ -228,7 +236,8 @@ def fill_dict(out: dict[Any, Any], pairs: Sequence[tuple[Any, Any]]) -> None:
             insert(out, key, value)
 
     hashed(fill, pairs, (key for key, _ in pairs))
-    _distinct(dict.__len__(out), pairs)
+    if dict.__len__(out) != len(pairs):
+        check_distinct(dict.__len__(out), [key for key, _ in pairs])
 
 
 def _no_attributes(value: object) -> None:

@@ -34,7 +34,15 @@ from safedefer.codecs.object_state import (
 from safedefer.codecs.packs import PackedType
 from safedefer.codecs.registry import RegisteredType
 from safedefer.codecs.shared import Json, Refusal, VersionSkew, is_text
-from safedefer.codecs.tags.containers import fill_dict, fill_set, hashed, members, read_members, set_members
+from safedefer.codecs.tags.containers import (
+    check_distinct,
+    fill_dict,
+    fill_set,
+    hashed,
+    members,
+    read_members,
+    set_members,
+)
 from safedefer.codecs.tags.exceptions import decode_exception, encode_exception
 from safedefer.codecs.tags.models import decode_model, encode_model
 from safedefer.errors import NotDeferrable
@@ -417,8 +425,7 @@ def _make(dec: Decoder, parts: dict[str, Json], plan: Plan, depth: int) -> objec
     if base is frozenset:
         values = read_members(dec, parts["items"], depth + 1)
         made: Any = hashed(lambda values: frozenset.__new__(plan.cls, values), values, values)
-        if frozenset.__len__(made) != len(values):
-            raise Refusal("two set members are equal")
+        check_distinct(frozenset.__len__(made), values)
         return made
     return _new(plan)
 
@@ -441,7 +448,7 @@ def _new(plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = Mappi
         return run(base.__new__, plan.cls, *args, **kwargs)
     made = run(plan.new, plan.cls, *args, **kwargs)
     if run(plan.new, plan.cls, *args, **kwargs) is made:
-        raise Refusal(
+        raise VersionSkew(
             "its __new__ returns one object again and again, which a task must not change; "
             "pass what it is made from, and have the task ask for it"
         )

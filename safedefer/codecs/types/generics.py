@@ -32,7 +32,10 @@ def _parts(alias: Any) -> tuple[Any, tuple[Any, ...]]:
     except Refusal:
         made = None
     if type(made) is not type(alias) or made != alias or repr(made) != repr(alias):
-        raise Refusal("only aliases of generic classes with classes as arguments are carried; pass the class alone")
+        raise Refusal(
+            "only aliases of generic classes with classes as arguments are carried; pass the class alone, or give the alias a "
+            "name: class IntBox(Box[int])"
+        )
     return origin, args
 
 
