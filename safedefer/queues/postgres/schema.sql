@@ -253,6 +253,17 @@ ALTER TABLE safedefer.ledger ADD COLUMN attempts bigint NOT NULL DEFAULT 0;
 ALTER TABLE safedefer.ledger ADD COLUMN losses bigint NOT NULL DEFAULT 0;
 ALTER TABLE safedefer.ledger ADD COLUMN first_loss double precision;
 
+-- name: migration_3
+-- What processes say of themselves, for people who look: a row each, which goes by its age.
+CREATE TABLE safedefer.notices (
+    process text PRIMARY KEY,
+    text text NOT NULL,
+    at double precision NOT NULL
+) WITH (fillfactor = 50);
+CREATE INDEX notices_at ON safedefer.notices (at);
+-- For the newest ones.
+CREATE INDEX attempts_ended ON safedefer.attempts (ended);
+
 -- name: foreign
 -- What is in the schema safedefer, the schema itself first, and belongs to none of these: this role, a superuser, the owner of
 -- the database. The owner of the schema can put other functions and tables in the place of ours. Every operator has its

@@ -184,3 +184,12 @@ ALTER TABLE safedefer_ledger ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
 -- Deliveries in a row whose run began and never ended, and when the first of them was counted.
 ALTER TABLE safedefer_ledger ADD COLUMN losses INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE safedefer_ledger ADD COLUMN first_loss REAL;
+
+-- name: migration_4
+-- What processes say of themselves, for people who look: a row each, which goes by its age.
+CREATE TABLE safedefer_notices (
+    process TEXT NOT NULL PRIMARY KEY,
+    text TEXT NOT NULL,
+    at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX safedefer_notices_at ON safedefer_notices (at);
