@@ -26,6 +26,7 @@ __all__ = [
     "Observers",
     "ProcessStarted",
     "ProcessStopping",
+    "QueueLate",
     "QueueTrouble",
     "RequestRefused",
     "TargetDown",
@@ -157,6 +158,18 @@ class QueueTrouble:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLate:
+    """Tasks are due and nobody takes them: told when the next one has been due for seconds, then once a minute."""
+
+    queue: str
+    """The one that is most behind; empty if that is not known."""
+    seconds: float
+    """For how long the next task has been due; 0: tasks are taken in time again."""
+    waiting: int
+    """Tasks that wait in this queue."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessStarted:
     """A process of ``safedefer run``, ``serve`` or ``dispatch`` takes tasks from now on."""
 
@@ -196,6 +209,7 @@ Event: TypeAlias = (
     | TargetDown
     | TargetUp
     | QueueTrouble
+    | QueueLate
     | ProcessStarted
     | ProcessStopping
 )
@@ -221,7 +235,7 @@ class Observers:
         self._set(observers)
 
     def _set(self, observers: tuple[Observer, ...]) -> None:
-        self.only_log = all(type(each) is LogObserver for each in observers)
+        self.only_log = all(type(each) is LogObserver or hears_only_troubles(each) for each in observers)
         """Whether nobody but the default log hears: it does not act on every event."""
         self._observers = observers
         self._calls = tuple(
@@ -395,10 +409,12 @@ class LogObserver:
 
 
 def _line_of(
-    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble | ProcessStarted | ProcessStopping,
+    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble | QueueLate | ProcessStarted | ProcessStopping,
 ) -> tuple[int, str, *tuple[object, ...]]:
     """Return the level, the format and the values of the log line of a dispatcher's or process's event."""
     match event:
+        case QueueTrouble() | QueueLate():
+            return _line_of_queue(event)
         case ProcessStarted():
             return logging.INFO, "process %d started: %s", event.pid, banner(event)
         case ProcessStopping():
@@ -416,6 +432,11 @@ def _line_of(
         case TargetUp():
             text = "the handler %s takes connections again, after %.1f s; %d deliveries were put off meanwhile"
             return logging.WARNING, text, event.address, event.seconds, event.waited
+
+
+def _line_of_queue(event: QueueTrouble | QueueLate) -> tuple[int, str, *tuple[object, ...]]:
+    """Return the same for an event about a queue."""
+    match event:
         case QueueTrouble(count=0):
             return logging.WARNING, "%s works again, after %.1f s", event.doing, event.seconds
         case QueueTrouble(count=1):
@@ -423,6 +444,11 @@ def _line_of(
         case QueueTrouble():
             text = "%s failed: %s; %d times more, for %.0f s now"
             return logging.ERROR, text, event.doing, event.reason, event.count, event.seconds
+        case QueueLate(seconds=0):
+            return logging.WARNING, "no task is late any more"
+        case QueueLate():
+            text = "tasks are late: in the queue %a %d wait, and the next one has been due for %.1f s; more are deferred than run"
+            return logging.WARNING, text, event.queue, event.waiting, event.seconds
 
 
 def banner(event: ProcessStarted) -> str:
@@ -435,10 +461,17 @@ def banner(event: ProcessStarted) -> str:
     )
 
 
+def hears_only_troubles(observer: Observer) -> bool:
+    """Whether an observer acts on no event of a task that is stored, or runs well."""
+    return getattr(observer, "hears_only_troubles", False) is True
+
+
 def hears_enqueued(observer: Observer) -> bool:
     """Whether an observer may act on ``TaskEnqueued``: the default log does so at debug level only."""
     if isinstance(observer, Observers):
         return not observer.only_log or any(map(hears_enqueued, observer))
+    if hears_only_troubles(observer):
+        return False
     return type(observer) is not LogObserver or _log.isEnabledFor(logging.DEBUG)
 
 
@@ -448,7 +481,7 @@ def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:
         return not observer.only_log or any(is_heard(each, outcome, reason) for each in observer)
     if isinstance(observer, LogObserver) and type(observer) is LogObserver:  # a subclass may do more
         return _log.isEnabledFor(observer.level_of(outcome, reason))
-    return True
+    return outcome == "rejected" or not hears_only_troubles(observer)
 
 
 def notify(observer: Observer, event: Event) -> None:
