@@ -12,13 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from safedefer.concurrency.forks import register_fork
 from safedefer.errors import Error, QueueUnavailable
 from safedefer.events import Observers, QueueLate, notify
-from safedefer.observe.troubles import StoreTrouble, Troubles
+from safedefer.observe.troubles import ProcessReport, StoreTrouble, Troubles
 from safedefer.queues.base import NOTICE_NAME
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class ProcessRole:
     """Those that it takes tasks of; None: all."""
 
 
+_HANDLER: Final = ProcessRole(command="handler")
+_DASHBOARD: Final = ProcessRole(command="dashboard", beats=True)
+
+
 class Notices:
     """Writes the notices of this process.
 
@@ -70,7 +74,7 @@ class Notices:
         self._queue = queue
         self._observers = observers
         self._clock = clock
-        self._role = ProcessRole(command="handler")
+        self._role, self._since = _HANDLER, clock()
         self._closed = False
         self._late_told: float | None = None
         """When a late queue was told of last, in seconds of the monotonic clock; None: none is late."""
@@ -102,8 +106,30 @@ class Notices:
 
     def start(self, role: ProcessRole) -> None:
         """Say from now on what this process is, and what is wrong with it."""
-        self._role = role
+        self._role, self._since = role, self._clock()
         self._wake()
+
+    def look_on(self) -> None:
+        """Say that this process has a dashboard, if it says nothing else: whether it can write the store shows there."""
+        if not self._role.beats and not self._closed:
+            self.start(_DASHBOARD)
+
+    def look_away(self) -> None:
+        """Say nothing any more, if that was all."""
+        if self._role is _DASHBOARD:
+            self._role = _HANDLER
+
+    def report(self) -> ProcessReport:
+        """Return what this process says of itself now."""
+        role = self._role
+        return self.troubles.report(
+            process=self.process,
+            since=self._since,
+            command=role.command,
+            beats=role.beats,
+            takes=role.takes,
+            queues=role.queues,
+        )
 
     def close(self) -> None:
         """Say that this process has ended, or take its notice back, and end the thread."""
@@ -141,15 +167,10 @@ class Notices:
         self._write()
 
     def _text(self) -> str:
-        role = self._role
-        report = self.troubles.report(
-            command=role.command, beats=role.beats, takes=role.takes, queues=role.queues, ended=self._closed
-        )
+        report = self.report()
         if self._closed:  # what was refused is still true; what is down or late is no longer known
-            report = type(report)(
-                command=role.command, ended=True, refused=report.refused, rejected=report.rejected, at=report.at
-            )
-        return "" if report.is_empty and (self._closed or not role.beats) else report.text()
+            report = replace(report, ended=True, beats=False, takes=False, down=(), troubles=(), late=())
+        return "" if report.is_empty and not report.beats else report.text()
 
     def _write(self) -> None:
         text = self._text()
@@ -200,7 +221,7 @@ class Notices:
 
     def after_fork_in_child(self) -> None:
         """Begin anew: the child has no thread, and another name."""
-        self._role = ProcessRole(command="handler")
+        self._role, self._since = _HANDLER, self._clock()
         self._reset()
         self.troubles.forget()
 

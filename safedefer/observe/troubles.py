@@ -85,6 +85,8 @@ class ProcessReport:
     process: str = ""
     at: float = 0.0
     """When it was said."""
+    since: float = 0.0
+    """When the process began to say something."""
     command: str = ""
     takes: bool = False
     """Whether it takes tasks from the queue."""
@@ -111,6 +113,7 @@ class ProcessReport:
         while True:
             document: dict[str, Any] = {
                 "command": self.command,
+                "since": self.since,
                 "takes": self.takes,
                 "beats": self.beats,
                 "ended": self.ended,
@@ -127,6 +130,8 @@ class ProcessReport:
     def read(cls, notice: Notice, *, now: float) -> ProcessReport | None:
         """Return what a notice says; None if it is not one of ours."""
         try:
+            if notice.at > now + _AHEAD:
+                return None
             document = json.loads(notice.text)
             queues = document["queues"]
             values: dict[str, Any] = {
@@ -136,6 +141,7 @@ class ProcessReport:
                 process=_text(notice.process),
                 at=min(_number(notice.at), now),
                 command=_text(document["command"]),
+                since=_number(document["since"]),
                 takes=document["takes"] is True,
                 beats=document["beats"] is True,
                 ended=document["ended"] is True,
