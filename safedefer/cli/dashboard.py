@@ -6,13 +6,45 @@ import asyncio
 import getpass
 import signal
 import time
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlsplit
 
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import app_option, load_app_to_look
+from safedefer.cli.common import app_option, load_app, missing_file
+from safedefer.cli.text import plain
 from safedefer.dashboard.access import LOGIN_SECONDS, Access, Sessions
+from safedefer.errors import QueueUnavailable
+
+if TYPE_CHECKING:
+    from safedefer.dashboard.managed import Managed
+    from safedefer.dashboard.site import Site
+    from safedefer.queues.base import PullQueue
+
+
+class _Looked:
+    """An App whose queue is not made by looking at it: while its SQLite file does not exist, pages say so.
+
+    The file may come later: whoever starts a dashboard before the first task sees that task.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._app, name)
+
+    @property
+    def queue(self) -> PullQueue:
+        """The queue. Raises ``QueueUnavailable`` while its file does not exist."""
+        missing = missing_file(self._app)
+        if missing is not None:
+            raise QueueUnavailable(
+                f"the queue's file {plain(missing)} does not exist: no task was deferred into it yet, or the path is another one; "
+                "run this in the folder of the processes that use it, or set SAFEDEFER_QUEUE to an absolute path"
+            )
+        return self._app.queue
 
 
 @click.command()
@@ -28,7 +60,7 @@ from safedefer.dashboard.access import LOGIN_SECONDS, Access, Sessions
 @click.option("--read-only", is_flag=True, help="The link lets people look, and do nothing.")
 def dashboard(*, app: str | None, host: str, port: int, url: str | None, user: str | None, read_only: bool) -> None:
     """Show queues, tasks and dead letters in a browser, and act on them. Prints a link that logs in once."""
-    loaded = load_app_to_look(app)
+    loaded = load_app(app)
     access = Access(user=user or _account(), read=True, act=not read_only)
     if url is not None:
         parts = urlsplit(url)
@@ -54,9 +86,17 @@ def _link(url: str, token: str) -> str:
 async def _serve(app: App, host: str, port: int, access: Access) -> None:
     # Here: whoever only prints a link, or runs another command, needs neither aiohttp nor jinja2.
     from safedefer.dashboard.site import Site  # noqa: PLC0415
+
+    site = Site(cast("Managed", _Looked(app)), None, time.time)
+    try:
+        await _serve_site(site, host, port, access)
+    finally:
+        await asyncio.to_thread(app.close)
+
+
+async def _serve_site(site: Site, host: str, port: int, access: Access) -> None:
     from safedefer.web.server import serving_application  # noqa: PLC0415
 
-    site = Site(app, None, time.time)
     async with serving_application(site.application(), host, port) as url:
         click.echo(f"the dashboard is at {url}/; log in within {LOGIN_SECONDS // 60} minutes, once, by")
         click.echo(_link(url, site.sessions.new_login(access)))

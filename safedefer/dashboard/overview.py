@@ -61,6 +61,8 @@ class Overview:
     alarms: list[Alarm]
     latency: Latency | None
     """None: no attempt of the last minutes is recorded."""
+    as_of: float
+    """When the store was asked, in seconds since the epoch."""
 
     def total(self, name: str) -> int:
         """Return the sum of a number over all queues."""
@@ -135,15 +137,23 @@ class Numbers:
 
     def overview(self, access: Access, *, now: float) -> Overview:
         """Return what a person may see. Raises ``QueueUnavailable``."""
-        self._app.notices.look_on()
         answer = self._ask(now)
+        self._app.notices.look_on()
         rows = self._rows(answer, access)
         reported = self.reported(now=now) if access.reads_all else Reported(alive=self.reported(now=now).alive)
         outbox = answer.outbox_rows if access.reads_all else 0
         bars, most = _bars([each for each in answer.ends if access.may_read(each.queue)])
         times = sorted(each.seconds for each in answer.times if access.may_read(each.queue))
         found = alarms(rows, outbox, reported, now=now)
-        return Overview(queues=rows, outbox_rows=outbox, bars=bars, most=most, alarms=found, latency=_latency(times))
+        return Overview(
+            queues=rows,
+            outbox_rows=outbox,
+            bars=bars,
+            most=most,
+            alarms=found,
+            latency=_latency(times),
+            as_of=answer.now,
+        )
 
     def _rows(self, answer: _Answer, access: Access) -> list[QueueRow]:
         stats = {each.queue: each for each in answer.stats}

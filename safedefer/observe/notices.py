@@ -28,7 +28,7 @@ _log: Final = logging.getLogger("safedefer")
 
 BEAT_SECONDS: Final = 2.0
 """How often a process says that it lives."""
-LATE_SECONDS: Final = 3.0
+LATE_SECONDS: Final = 2.5
 """A queue whose next task has been due for longer is late."""
 #: It is no longer late below this.
 _IN_TIME_SECONDS: Final = 1.0
