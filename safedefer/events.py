@@ -148,7 +148,7 @@ class QueueTrouble:
     """The queue fails a dispatcher, again and again; the first failure is told at once, the others once a minute."""
 
     doing: str
-    """``leasing``, ``settling`` or ``extending leases``."""
+    """``leasing``, ``settling``, ``extending leases``, or ``writing`` a notice for the dashboard."""
     reason: str
     """The text of an error of ours, which says what to do, or the name of another one."""
     count: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from safedefer.observe.notices import Notices
+from safedefer.observe.notices import WRITING, Notices
 from safedefer.observe.troubles import DownTarget, ProcessReport, Refused, Rejected, StoreTrouble
 from safedefer.queues.base import NOTICE_SECONDS, Notice
 
@@ -62,7 +62,12 @@ def put_together(notices: Sequence[Notice], own: Notices, *, now: float) -> Repo
     current = [each for each in reports if each not in silent]
     return Reported(
         down=[(each, report.process) for report in current for each in report.down][:_SHOWN],
-        troubles=[(each, report.process) for report in current for each in report.troubles][:_SHOWN],
+        troubles=[
+            (each, report.process)
+            for report in current
+            for each in report.troubles
+            if report.process != own.process or each.doing != WRITING  # `writes` says that
+        ][:_SHOWN],
         refused=_refused(reports),
         rejected=_rejected(reports),
         # One that was replaced needs no word.

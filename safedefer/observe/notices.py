@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from safedefer.concurrency.forks import register_fork
-from safedefer.errors import Error, QueueUnavailable
+from safedefer.dispatcher.reports import Reports
+from safedefer.errors import ConfigurationError, Error, QueueError
 from safedefer.events import Observers, QueueLate, notify
 from safedefer.observe.troubles import ProcessReport, StoreTrouble, Troubles
 from safedefer.queues.base import NOTICE_NAME
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger("safedefer")
 
+WRITING: Final = "writing"
+"""What fails where a notice cannot be written."""
 BEAT_SECONDS: Final = 2.0
 """How often a process says that it lives."""
 LATE_SECONDS: Final = 2.5
@@ -75,6 +78,7 @@ class Notices:
         self._observers = observers
         self._clock = clock
         self._role, self._since = _HANDLER, clock()
+        self._reports = Reports(observers, clock=clock)
         self._closed = False
         self._late_told: float | None = None
         """When a late queue was told of last, in seconds of the monotonic clock; None: none is late."""
@@ -101,7 +105,7 @@ class Notices:
         """Why the last write failed, or that one does not end; None: the store takes writes."""
         began, now = self._began, self._clock()
         if self._failure is None and began is not None and now - began > BEAT_SECONDS:
-            return StoreTrouble("writing", "a write does not end: something keeps the store locked", began)
+            return StoreTrouble(WRITING, "a write does not end: something keeps the store locked", began)
         return self._failure
 
     def start(self, role: ProcessRole) -> None:
@@ -182,11 +186,19 @@ class Notices:
             self._queue().put_notice(self.process, text, now=now)
         except Exception as error:  # noqa: BLE001  # of the storage: it is tried again
             since = now if self._failure is None else self._failure.since
-            said = str(error) if isinstance(error, QueueUnavailable) else getattr(error, "slug", type(error).__name__)
-            self._failure = StoreTrouble("writing", said, since)
+            said = (
+                str(error)
+                if isinstance(error, QueueError | ConfigurationError)
+                else getattr(error, "slug", type(error).__name__)
+            )
+            self._failure = StoreTrouble(WRITING, said, since)
+            if isinstance(error, QueueError | ConfigurationError):
+                # A dispatcher that has nothing to do writes nothing else: nobody would hear of a disk that is full.
+                self._reports.failed(WRITING, error)
             _log.debug("a notice was not written (%s)", type(error).__name__)
         else:
             self._failure, self._written = None, text
+            self._reports.worked(WRITING)
         finally:
             self._began = None
 
