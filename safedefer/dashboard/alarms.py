@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from safedefer.dashboard.queue_rows import MINUTES, QueueRow, duration
@@ -23,16 +23,35 @@ class Alarm(NamedTuple):
 
 
 _SYSTEM: Final = ("system", "Show the system page")
-#: What a refusal means, by its reason.
-REFUSALS: Final = {
-    "revoked-key": "Somebody signs tasks with a key that is revoked: a thief of it, or a process that was not given the new one.",
-    "unknown-key": "Somebody signs tasks with a key that is not among the handler's: a foreign one, or a new one that the handler was not given.",
-    "bad-signature": "Somebody changed tasks, or signs them with another secret of the same key id.",
-    "capability-exceeded": "Somebody signs tasks with a key that may not sign this queue or callable: a stolen key, or one with too narrow limits.",
-    "wrong-audience": "Tasks of another environment, queue, target or URL were sent here: a copied token, or a wrong setting.",
-    "replayed-task": "A task id was sent again with another content.",
-    "malformed-token": "Requests came that hold no task: a probe, or a client that is not safedefer's.",
+REFUSALS: Final[Mapping[str, tuple[str, str]]] = {
+    "revoked-key": (
+        "Somebody uses a revoked key.",
+        "A thief of it, or a process that was not given the new one: see where these requests come from.",
+    ),
+    "unknown-key": (
+        "Somebody uses an unknown key.",
+        "A foreign one, or a new one that the handler was not given: see where these requests come from.",
+    ),
+    "bad-signature": (
+        "Somebody sends forged tasks.",
+        "Changed on the way, or signed with another secret of the same key id: see where these requests come from.",
+    ),
+    "capability-exceeded": (
+        "Somebody uses a key beyond its limits.",
+        "The key may not sign this queue or callable: it was stolen, or its limits are too narrow.",
+    ),
+    "wrong-audience": (
+        "Somebody sends tasks of another place.",
+        "Of another environment, queue, target or URL: a copied token, or a wrong setting.",
+    ),
+    "replayed-task": ("Somebody sends another task under a known id.", "See where these requests come from."),
+    "malformed-token": (
+        "Somebody sends what is no task.",
+        "A probe, or a client that is not safedefer's: see where these requests come from.",
+    ),
 }
+"""What refusals mean, by their reason: a title, and what may be behind them."""
+_OTHER_REFUSAL: Final = ("Requests are refused.", "Somebody sends what is no task of ours.")
 #: What a rejection means, by its reason.
 REJECTIONS: Final = {
     "unresolvable-callable": "the code that runs here does not have it: deploy the version that does, or map the name by Policy(moved=...)",
@@ -47,7 +66,7 @@ def alarms(rows: Sequence[QueueRow], outbox: int | None, reported: Reported, *, 
     return [
         *_of_the_store(reported, now),
         *_of_processes(rows, reported, now),
-        *_of_requests(reported),
+        *_of_requests(reported, now),
         *(alarm for row in rows for alarm in _of_a_queue(row, reported)),
         *_of_the_outbox(outbox),
     ]
@@ -56,10 +75,10 @@ def alarms(rows: Sequence[QueueRow], outbox: int | None, reported: Reported, *, 
 def _of_the_store(reported: Reported, now: float) -> list[Alarm]:
     found = []
     if reported.writes is not None:
-        text = f"No task can be stored or ended, for {duration(now - reported.writes.since)}: {reported.writes.text}"
+        text = f"No task can be stored or ended, for {duration(now - reported.writes.since)}: {reported.writes.text}."
         found.append(Alarm("The store takes no writes.", text, *_SYSTEM))
     for trouble, process in reported.troubles:
-        text = f"{trouble.doing} fails in the process {process}, for {duration(now - trouble.since)}: {trouble.text}"
+        text = f"{trouble.doing} fails in the process {process}, for {duration(now - trouble.since)}: {trouble.text}."
         found.append(Alarm("The store refuses a process.", text, *_SYSTEM))
     return found
 
@@ -88,12 +107,15 @@ def _of_processes(rows: Sequence[QueueRow], reported: Reported, now: float) -> l
     return found
 
 
-def _of_requests(reported: Reported) -> list[Alarm]:
+def _of_requests(reported: Reported, now: float) -> list[Alarm]:
     found = []
     for each in reported.refused:
-        meaning = REFUSALS.get(each.reason, "Somebody sends what is no task of ours.")
-        text = f"{_times(each.times, 'request')} in the last {MINUTES} min ({each.reason}). {meaning}"
-        found.append(Alarm("Requests are refused.", text, *_SYSTEM))
+        title, meaning = REFUSALS.get(each.reason, _OTHER_REFUSAL)
+        text = (
+            f"{_times(each.times, 'request')} refused in the last {MINUTES} min ({each.reason}), the last one "
+            f"{duration(now - each.last)} ago. {meaning}"
+        )
+        found.append(Alarm(title, text, *_SYSTEM))
     for rejected in reported.rejected:
         meaning = REJECTIONS.get(rejected.reason, "another version is needed here")
         text = (
@@ -113,7 +135,7 @@ def _of_a_queue(row: QueueRow, reported: Reported) -> list[Alarm]:
     elif row.untaken > UNTAKEN_SECONDS and reported.takes(row.name):
         text = (
             f"The queue {row.name} is {duration(max(row.lag, row.untaken))} behind: {_wait(row)}, {row.running} run. More is "
-            "deferred than run: add processes or --concurrency."
+            "deferred than run: add worker processes, or raise the concurrency."
         )
         found.append(Alarm("A queue falls behind.", text, *show))
     elif row.is_late and row.untaken <= UNTAKEN_SECONDS:

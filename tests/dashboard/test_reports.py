@@ -71,7 +71,7 @@ def test_a_report_is_cut_to_the_size_of_a_notice():
     (ProcessReport(troubles=(StoreTrouble("leasing", "permission denied for table tasks", 1.0),)),
      "The store refuses a process. leasing fails in the process run 7 on web-1"),
     (ProcessReport(refused=(Refused("revoked-key", 12, 1.0),)),
-     "Requests are refused. 12 requests in the last 15 min (revoked-key). Somebody signs tasks with a key that is revoked"),
+     "Somebody uses a revoked key. 12 requests refused in the last 15 min (revoked-key)"),
     (ProcessReport(rejected=(Rejected("unresolvable-callable", "shop.tasks:gone", 1, 1.0),)),
      "Tasks need another version. shop.tasks:gone was turned away 1 time in the last 15 min"),
 ])  # fmt: skip
