@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from safedefer.delivery.handler import Delivery
     from safedefer.execution.tracing import TaskTracing
     from safedefer.headers import Response
+    from safedefer.observe.notices import Notices
     from safedefer.queues.config import QueueFile
     from safedefer.queues.push import PushQueue
     from safedefer.queues.push_engine import PushEngine
@@ -122,6 +123,7 @@ class App(Producer):
     _queue: PullQueue | PushAddress | str
     _delivery: Delivery | None = None
     _wsgi: Wsgi | None = None
+    _notices: Notices | None = None
     _closed = False
 
     def __init__(
@@ -315,6 +317,8 @@ class App(Producer):
         with self._lock:
             if self._delivery is None:
                 self._direct.load_policy()
+                if not self._builder.in_test:
+                    _ = self.notices
                 self._delivery = self._new_delivery()
             return self._delivery
 
@@ -337,6 +341,16 @@ class App(Producer):
 
         self.push_queue.start(self._clock)
         return PushedDelivery(queue=lambda: self.push_queue, retry_options=_retry_options(self.queue_file), **parts)
+
+    @property
+    def notices(self) -> Notices:
+        """What tells dashboards of other processes what is wrong in this one, by notices in the store."""
+        with self._lock:
+            if self._notices is None:
+                from safedefer.observe.notices import Notices  # noqa: PLC0415 - as delivery
+
+                self._notices = Notices(self._get_queue, self.observers, self._clock)
+            return self._notices
 
     def routes(self) -> list[AbstractRouteDef]:
         """Return the aiohttp routes of the handler: ``web_app.add_routes(app.routes())``."""
@@ -530,6 +544,8 @@ class App(Producer):
         """Finish what was accepted, and let go of the queue and the threads."""
         if self._wsgi is not None:
             self._wsgi.close()
+        if self._notices is not None:
+            self._notices.close()
         self.outbox.close()  # before the lock, which its thread may be waiting for
         with self._lock:
             if self._delivery is not None:

@@ -26,6 +26,7 @@ __all__ = [
     "Observers",
     "ProcessStarted",
     "ProcessStopping",
+    "QueueLate",
     "QueueTrouble",
     "RequestRefused",
     "TargetDown",
@@ -147,13 +148,25 @@ class QueueTrouble:
     """The queue fails a dispatcher, again and again; the first failure is told at once, the others once a minute."""
 
     doing: str
-    """``leasing``, ``settling`` or ``extending leases``."""
+    """``leasing``, ``settling``, ``extending leases``, or ``writing`` a notice for the dashboard."""
     reason: str
     """The text of an error of ours, which says what to do, or the name of another one."""
     count: int
     """Failures since the event before; 0: it works again."""
     seconds: float
     """Since the first of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLate:
+    """Tasks are due and nobody takes them: told when the next one has been due for seconds, then once a minute."""
+
+    queue: str
+    """The one that is most behind; empty if that is not known."""
+    seconds: float
+    """For how long the next task has been due; 0: tasks are taken in time again."""
+    waiting: int
+    """Tasks that wait in this queue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +209,7 @@ Event: TypeAlias = (
     | TargetDown
     | TargetUp
     | QueueTrouble
+    | QueueLate
     | ProcessStarted
     | ProcessStopping
 )
@@ -221,7 +235,7 @@ class Observers:
         self._set(observers)
 
     def _set(self, observers: tuple[Observer, ...]) -> None:
-        self.only_log: bool = all(type(each) is LogObserver for each in observers)
+        self.only_log: bool = all(type(each) is LogObserver or hears_only_troubles(each) for each in observers)
         """Whether nobody but the default log hears: it does not act on every event."""
         self._observers = observers
         self._calls = tuple(
@@ -395,10 +409,12 @@ class LogObserver:
 
 
 def _line_of(
-    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble | ProcessStarted | ProcessStopping,
+    event: TaskRetried | TaskDead | TargetDown | TargetUp | QueueTrouble | QueueLate | ProcessStarted | ProcessStopping,
 ) -> tuple[int, str, *tuple[object, ...]]:
     """Return the level, the format and the values of the log line of a dispatcher's or process's event."""
     match event:
+        case QueueTrouble() | QueueLate():
+            return _line_of_queue(event)
         case ProcessStarted():
             return logging.INFO, "process %d started: %s", event.pid, banner(event)
         case ProcessStopping():
@@ -408,14 +424,21 @@ def _line_of(
             text = "task %a is due again in %.1f s (%s), attempts: %d"
             return logging.DEBUG, text, event.task_id, event.seconds, event.reason, event.attempts
         case TaskDead():
-            text = "task %a is dead (%s), attempts: %d; `safedefer dead show` says more, `safedefer dead retry` runs it again"
-            return logging.ERROR, text, event.task_id, event.reason, event.attempts
+            text = (
+                "task %a is dead%s, attempts: %d; `safedefer dead show` says more, `safedefer dead retry` runs it again"
+            )
+            return logging.ERROR, text, event.task_id, f" ({event.reason})" if event.reason else "", event.attempts
         case TargetDown():
             text = "the handler %s takes no connection (%s); its tasks wait, and it is tried again"
             return logging.WARNING, text, event.address, event.reason
         case TargetUp():
             text = "the handler %s takes connections again, after %.1f s; %d deliveries were put off meanwhile"
             return logging.WARNING, text, event.address, event.seconds, event.waited
+
+
+def _line_of_queue(event: QueueTrouble | QueueLate) -> tuple[int, str, *tuple[object, ...]]:
+    """Return the same for an event about a queue."""
+    match event:
         case QueueTrouble(count=0):
             return logging.WARNING, "%s works again, after %.1f s", event.doing, event.seconds
         case QueueTrouble(count=1):
@@ -423,6 +446,11 @@ def _line_of(
         case QueueTrouble():
             text = "%s failed: %s; %d times more, for %.0f s now"
             return logging.ERROR, text, event.doing, event.reason, event.count, event.seconds
+        case QueueLate(seconds=0):
+            return logging.WARNING, "no task is late any more"
+        case QueueLate():
+            text = "tasks are late: in the queue %a %d wait, and the next one has been due for %.1f s; more are deferred than run"
+            return logging.WARNING, text, event.queue, event.waiting, event.seconds
 
 
 def banner(event: ProcessStarted) -> str:
@@ -435,10 +463,17 @@ def banner(event: ProcessStarted) -> str:
     )
 
 
+def hears_only_troubles(observer: Observer) -> bool:
+    """Whether an observer acts on no event of a task that is stored, or runs well."""
+    return getattr(observer, "hears_only_troubles", False) is True
+
+
 def hears_enqueued(observer: Observer) -> bool:
     """Whether an observer may act on ``TaskEnqueued``: the default log does so at debug level only."""
     if isinstance(observer, Observers):
         return not observer.only_log or any(map(hears_enqueued, observer))
+    if hears_only_troubles(observer):
+        return False
     return type(observer) is not LogObserver or _log.isEnabledFor(logging.DEBUG)
 
 
@@ -448,7 +483,7 @@ def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:
         return not observer.only_log or any(is_heard(each, outcome, reason) for each in observer)
     if isinstance(observer, LogObserver) and type(observer) is LogObserver:  # a subclass may do more
         return _log.isEnabledFor(observer.level_of(outcome, reason))
-    return True
+    return outcome == "rejected" or not hears_only_troubles(observer)
 
 
 def notify(observer: Observer, event: Event) -> None:

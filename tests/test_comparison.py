@@ -60,7 +60,9 @@ def celery_round_trip(value):
     app = celery.Celery()
     assert (app.conf.task_serializer, app.conf.accept_content) == ("json", ("json",))
     kind, encoding, data = kombu.serialization.dumps(value, serializer=app.conf.task_serializer)
-    return kombu.serialization.loads(data, kind, encoding, accept=kombu.serialization.prepare_accept_content(app.conf.accept_content))
+    return kombu.serialization.loads(
+        data, kind, encoding, accept=kombu.serialization.prepare_accept_content(app.conf.accept_content)
+    )
 
 
 def dramatiq_round_trip(value):

@@ -185,7 +185,7 @@ def dispatch(
             await asyncio.to_thread(_check_tables, loaded)
             _keep_what_is_loaded()
             dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options, observer=loaded.observers)
-            service.watch_dispatcher(lambda: dispatcher.leased_at)
+            service.watch_dispatcher(lambda: dispatcher.leased_at, options.queues)
             service.started()
             await _dispatch(dispatcher, stop, service)
 
@@ -239,7 +239,7 @@ def run(
                 options = replace(options, owner=worker.owner, dead_owners=worker.dead_owners)
             deliver = InProcessDelivery(loaded.handle)
             dispatcher = Dispatcher(loaded.queue, deliver, clock=time.time, options=options, observer=loaded.observers)
-            service.watch_dispatcher(lambda: dispatcher.leased_at)
+            service.watch_dispatcher(lambda: dispatcher.leased_at, options.queues)
             service.started()
             await _dispatch(
                 dispatcher, stop, service, loaded.delivery.drain

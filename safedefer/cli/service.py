@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +23,7 @@ from safedefer.events import ProcessStarted, ProcessStopping, banner, notify
 from safedefer.observe.counts import Counts
 from safedefer.observe.health import Health, Subject
 from safedefer.observe.logs import is_json
+from safedefer.observe.notices import ProcessRole
 from safedefer.observe.systemd import Systemd
 from safedefer.web.health import serving_pages
 
@@ -135,6 +136,8 @@ class Service:
         self._worker = worker
         self._systemd = systemd if worker is None else Systemd()
         self._health: Health | None = None
+        self._queues: Sequence[str] | None = None
+        self._takes = False
         if options.health is not None:
             counts = Counts()
             app.observers.add(counts)
@@ -155,8 +158,9 @@ class Service:
                 stack.callback(self._health.close)
             yield
 
-    def watch_dispatcher(self, leased_at: Callable[[], float | None]) -> None:
-        """Let readiness depend on when the dispatcher looked at the queue last."""
+    def watch_dispatcher(self, leased_at: Callable[[], float | None], queues: Sequence[str] | None) -> None:
+        """Let readiness depend on when the dispatcher of some queues (None: of all) looked at the queue last."""
+        self._takes, self._queues = True, queues
         if self._health is not None:
             self._health.leased_at = leased_at
 
@@ -175,6 +179,8 @@ class Service:
             processes=options.processes,
         )
         notify(app.observers, event)
+        served = None if self._queues is None else tuple(self._queues)
+        app.notices.start(ProcessRole(command=options.command, beats=True, takes=self._takes, queues=served))
         if self._worker is None:
             say(banner(event))
         else:

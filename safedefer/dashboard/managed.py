@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from safedefer.claims import Claims
-from safedefer.events import Observers
 from safedefer.keys import Keyring
+from safedefer.observe.notices import Notices
 from safedefer.options import Task
 from safedefer.queues.base import PullQueue
 from safedefer.queues.config import QueueFile
@@ -54,8 +54,8 @@ class Managed(Protocol):
         ...
 
     @property
-    def observers(self) -> Observers:
-        """Who is told what happens in this process."""
+    def notices(self) -> Notices:
+        """What this process says of its troubles."""
         ...
 
     def authenticate(self, data: bytes) -> Claims:

@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Final, NamedTuple
 
 from safedefer.dashboard.access import Access
+from safedefer.dashboard.alarms import Alarm, alarms
 from safedefer.dashboard.managed import Managed
-from safedefer.dashboard.signals import DownTarget, Signals
-from safedefer.queues.base import EndCount, QueueStats, TaskState
+from safedefer.dashboard.queue_rows import MINUTES, QueueRow
+from safedefer.dashboard.reports import Reported, put_together
+from safedefer.queues.base import NOTICE_SECONDS, AttemptTime, EndCount, Notice, QueueStats, TaskState
 from safedefer.queues.rates import QueueControl
 
-MINUTES: Final = 15
-"""Minutes that the chart shows."""
 _STEP: Final = 60.0
 #: Seconds for which an answer of the store serves all who ask: pages ask every few seconds. And how many times as long as it
 #: took: counting a million tasks takes a second.
 _KEEP_SECONDS: Final = 1.0
 _KEEP_TIMES: Final = 4.0
-#: Seconds of lag that are shown as wrong.
-LATE_SECONDS: Final = 60.0
+#: Queues that are asked for their next task.
+_ASKED: Final = 50
 #: Queues that are shown; names in a storage may be those that somebody wrote.
 _QUEUES: Final = 200
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueRow:
-    """One queue."""
-
-    name: str
-    waiting: int = 0
-    running: int = 0
-    dead: int = 0
-    lag: float = 0.0
-    """Seconds."""
-    succeeded: int = 0
-    """In the last minutes, as ``died`` and ``cancelled``."""
-    died: int = 0
-    cancelled: int = 0
-    control: QueueControl | None = None
-
-    @property
-    def paused(self) -> bool:
-        """Whether nothing of it is delivered until it is resumed."""
-        return self.control is not None and (self.control.paused or self.control.limits.rate == 0)
-
-    @property
-    def is_late(self) -> bool:
-        """Whether its oldest task waits too long."""
-        return self.lag > LATE_SECONDS
 
 
 class Bar(NamedTuple):
@@ -65,12 +38,14 @@ class Bar(NamedTuple):
     label: str
 
 
-class Alarm(NamedTuple):
-    """Something that is wrong, and the page that says more."""
+class Latency(NamedTuple):
+    """How long attempts took."""
 
-    text: str
-    page: str
-    queue: str = ""
+    median: float
+    slow: float
+    """99 of 100 took no longer."""
+    number: int
+    """How many attempts this is of: the newest ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +59,10 @@ class Overview:
     most: int
     """The number of the highest bar."""
     alarms: list[Alarm]
-    down: list[DownTarget]
+    latency: Latency | None
+    """None: no attempt of the last minutes is recorded."""
+    as_of: float
+    """When the store was asked, in seconds since the epoch."""
 
     def total(self, name: str) -> int:
         """Return the sum of a number over all queues."""
@@ -104,6 +82,9 @@ class _Answer(NamedTuple):
     ends: Sequence[EndCount]
     controls: Sequence[QueueControl]
     outbox_rows: int | None
+    untaken: Mapping[str, float]
+    times: Sequence[AttemptTime]
+    notices: Sequence[Notice]
 
 
 class Numbers:
@@ -111,12 +92,10 @@ class Numbers:
 
     Args:
         app: The application.
-        signals: What this process has seen.
     """
 
-    def __init__(self, app: Managed, signals: Signals) -> None:
+    def __init__(self, app: Managed) -> None:
         self._app = app
-        self._signals = signals
         self._lock = Lock()
         self._answer: _Answer | None = None
 
@@ -130,11 +109,26 @@ class Numbers:
                 ends = queue.ends(since=now - MINUTES * _STEP, step=_STEP)
                 controls = queue.controls(now=now)
                 rows = self._app.outbox.count()
+                untaken = self._untaken(stats, now)
+                times = queue.attempt_times(since=now - MINUTES * _STEP)
+                notices = queue.notices(since=now - NOTICE_SECONDS)
                 ended = time.monotonic()
                 until = ended + max(_KEEP_SECONDS, _KEEP_TIMES * (ended - began))
-                answer = _Answer(until, now, stats, ends, controls, rows)
+                answer = _Answer(until, now, stats, ends, controls, rows, untaken, times, notices)
                 self._answer = answer
             return answer
+
+    def _untaken(self, stats: Sequence[QueueStats], now: float) -> dict[str, float]:
+        """Return for how long the next task of each queue has been due: of a queue that gives none, there is none."""
+        found = {}
+        for each in [each for each in stats if each.waiting][:_ASKED]:
+            due = self._app.queue.next_due(now=now, queues=[each.queue])
+            found[each.queue] = 0.0 if due is None else max(now - due, 0.0)
+        return found
+
+    def reported(self, *, now: float) -> Reported:
+        """Return what all processes say of themselves. Raises ``QueueUnavailable``."""
+        return put_together(self._ask(now).notices, self._app.notices, now=now)
 
     def forget(self) -> None:
         """Ask anew next time: somebody has changed something."""
@@ -144,12 +138,22 @@ class Numbers:
     def overview(self, access: Access, *, now: float) -> Overview:
         """Return what a person may see. Raises ``QueueUnavailable``."""
         answer = self._ask(now)
+        self._app.notices.look_on()
         rows = self._rows(answer, access)
-        down = self._signals.down() if access.reads_all else []
+        reported = self.reported(now=now) if access.reads_all else Reported(alive=self.reported(now=now).alive)
         outbox = answer.outbox_rows if access.reads_all else 0
         bars, most = _bars([each for each in answer.ends if access.may_read(each.queue)])
-        alarms = _alarms(rows, outbox, down)
-        return Overview(queues=rows, outbox_rows=outbox, bars=bars, most=most, alarms=alarms, down=down)
+        times = sorted(each.seconds for each in answer.times if access.may_read(each.queue))
+        found = alarms(rows, outbox, reported, now=now)
+        return Overview(
+            queues=rows,
+            outbox_rows=outbox,
+            bars=bars,
+            most=most,
+            alarms=found,
+            latency=_latency(times),
+            as_of=answer.now,
+        )
 
     def _rows(self, answer: _Answer, access: Access) -> list[QueueRow]:
         stats = {each.queue: each for each in answer.stats}
@@ -179,7 +183,15 @@ def _row(name: str, stats: QueueStats | None, control: QueueControl | None, answ
         died=count(TaskState.DEAD),
         cancelled=count(TaskState.CANCELLED),
         control=control,
+        untaken=answer.untaken.get(name, 0.0),
     )
+
+
+def _latency(times: Sequence[float]) -> Latency | None:
+    """Return the median and the 99th percentile of sorted times."""
+    if not times:
+        return None
+    return Latency(times[(len(times) - 1) // 2], times[(len(times) * 99 - 1) // 100], len(times))
 
 
 #: The drawing: its height, and the width of a minute.
@@ -201,41 +213,3 @@ def _bars(ends: Sequence[EndCount]) -> tuple[list[Bar], int]:
         label = f"{ago} to {ago - 1} min ago: {succeeded} succeeded, {died} died"
         bars.append(Bar(number * _WIDTH, succeeded, died, heights[0], heights[1], label))
     return bars, most
-
-
-def _alarms(rows: Sequence[QueueRow], outbox: int | None, down: Sequence[DownTarget]) -> list[Alarm]:
-    found = [Alarm(f"The target {each.name} does not answer ({each.reason}).", "system") for each in down]
-    for row in rows:
-        if row.paused and row.waiting:
-            found.append(
-                Alarm(
-                    f"The queue {row.name} is paused: {row.waiting} wait, the oldest for {duration(row.lag)}.",
-                    "queues",
-                )
-            )
-        elif row.is_late:
-            text = f"The queue {row.name} is {duration(row.lag)} behind: {row.waiting} wait, {row.running} run."
-            found.append(Alarm(text, "tasks", row.name))
-        if row.died:
-            text = (
-                f"{row.died} died in the queue {row.name} in the last {MINUTES} min ({row.dead} dead letters in all)."
-            )
-            found.append(Alarm(text, "dead", row.name))
-    if outbox is None:
-        found.append(Alarm("An outbox cannot be read: transactional tasks may be waiting in it.", "system"))
-    return found
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time for people: its two largest units."""
-    if not seconds >= 1:  # NaN too: a hint in the storage, which nobody signed
-        return "0 s"
-    whole = int(min(seconds, 1e11))
-    parts = []
-    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        number, whole = divmod(whole, size)
-        if number:
-            parts.append(f"{number} {unit}")
-        elif parts:
-            break
-    return " ".join(parts[:2])

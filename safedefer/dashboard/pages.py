@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from safedefer.claims import split_audience
 from safedefer.dashboard.access import Access
+from safedefer.dashboard.alarms import REFUSALS
 from safedefer.dashboard.arguments import arguments_of
 from safedefer.dashboard.audit import AuditLog
 from safedefer.dashboard.guard import PageRefusal
@@ -16,7 +17,7 @@ from safedefer.dashboard.lookup import BULK, ROWS, TaskQuery, all_dead, bulk_ids
 from safedefer.dashboard.managed import Managed
 from safedefer.dashboard.obstacles import limits_text, obstacles, read_claims_of
 from safedefer.dashboard.overview import Numbers
-from safedefer.dashboard.signals import Signals
+from safedefer.dashboard.reports import Reported
 from safedefer.queues.base import TaskState, TaskView
 
 Values: TypeAlias = Mapping[str, str]
@@ -49,17 +50,13 @@ class DashboardPages:
     Args:
         app: The application.
         numbers: The numbers of the overview.
-        signals: What this process has seen.
         audit: What people did.
         clock: Seconds since the epoch.
     """
 
-    def __init__(
-        self, app: Managed, *, numbers: Numbers, signals: Signals, audit: AuditLog, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, app: Managed, *, numbers: Numbers, audit: AuditLog, clock: Callable[[], float]) -> None:
         self._app = app
         self._numbers = numbers
-        self._signals = signals
         self._audit = audit
         self._clock = clock
 
@@ -145,11 +142,12 @@ class DashboardPages:
             for entry in reversed(self._audit.entries)
             if access.reads_all or (entry.queue is not None and access.may_read(entry.queue))
         ]
+        reported = self._numbers.reported(now=self._clock()) if access.reads_all else Reported()
         return "system", {
+            "reported": reported,
+            "refusals": REFUSALS,
             "keys": self._app.keyring.keys if access.reads_all else (),
             "place": self._app.queue_place if access.reads_all else "",
-            "down": self._signals.down() if access.reads_all else [],
-            "refused": self._signals.refused() if access.reads_all else [],
             "outbox_rows": self._app.outbox.count() if access.reads_all else 0,
             "reads_all": access.reads_all,
             "entries": entries,

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from safedefer.dashboard.lookup import time_field, write_position
 from safedefer.dashboard.obstacles import last_error
-from safedefer.dashboard.overview import duration
+from safedefer.dashboard.queue_rows import duration
 from safedefer.errors import MissingExtra
 
 try:
@@ -21,6 +21,9 @@ except ModuleNotFoundError as _error:
 _TEMPLATES: Final = Path(__file__).with_name("templates")
 #: Seconds: what is nearer is "now".
 _NOW: Final = 1.0
+#: Seconds: what is shorter is shown in milliseconds, and what is longer in minutes.
+_MILLISECONDS: Final = 1.0
+_SECONDS: Final = 60.0
 
 
 def _shown(value: Any) -> Any:
@@ -60,6 +63,13 @@ def _when(seconds: float | None, now: float) -> Markup:
     )
 
 
+def _took(seconds: float) -> str:
+    """Return how long something took, with the unit that fits."""
+    if seconds < _MILLISECONDS:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < _SECONDS else duration(seconds)
+
+
 def _number(value: int) -> str:
     return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
@@ -83,6 +93,7 @@ class Renderer:
             iso=_iso,
             duration=duration,
             number=_number,
+            took=_took,
             when=_when,
             field=time_field,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from hashlib import sha256
@@ -29,8 +30,7 @@ from safedefer.dashboard.managed import Managed
 from safedefer.dashboard.overview import Numbers
 from safedefer.dashboard.pages import DashboardPages, Made, Values, done_text
 from safedefer.dashboard.render import Renderer
-from safedefer.dashboard.signals import Signals
-from safedefer.errors import Error, QueueUnavailable
+from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 
 _log: Final = logging.getLogger("safedefer")
 _STATIC: Final = Path(__file__).with_name("static")
@@ -38,6 +38,9 @@ _FILES: Final = {"style.css": "text/css", "htmx.min.js": "text/javascript", "ico
 #: Calls of the queue at a time.
 _THREADS: Final = 4
 _STORE_TROUBLE: Final = "The queue's store does not answer; the command safedefer doctor says what is wrong with it."
+#: The most characters of what the store says of itself, and what stands before an address and may hold a password.
+_MOST_TEXT: Final = 600
+_PASSWORD: Final = re.compile(r"//[^/\s]*@")
 
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -57,10 +60,9 @@ class Site:
         self._guard = Guard(self.sessions, authorize)
         self._has_login = authorize is None
         self.audit: AuditLog = AuditLog(clock)
-        signals = Signals(clock)
-        app.observers.add(signals)
-        self._numbers = Numbers(app, signals)
-        self._pages = DashboardPages(app, numbers=self._numbers, signals=signals, audit=self.audit, clock=clock)
+        self._notices = app.notices
+        self._numbers = Numbers(app)
+        self._pages = DashboardPages(app, numbers=self._numbers, audit=self.audit, clock=clock)
         self._actions = Actions(app, audit=self.audit, clock=clock)
         self._render = Renderer()
         self._threads = Threads(_THREADS, "safedefer-dashboard")
@@ -92,6 +94,7 @@ class Site:
         return web_app
 
     async def _close(self, _: web.Application) -> None:
+        self._notices.look_away()
         self._threads.close(wait=False, cancel=True)
 
     # --- Every request ----------------------------------------------------------------------------
@@ -181,7 +184,10 @@ class Site:
     def _page(self, page: Callable[[Access, Values], Made]) -> _Handler:
         async def answer(request: web.Request) -> web.Response:
             visitor = await self._guard.visitor(request)
-            name, values = await self._threads(partial(page, visitor.access, _first(request)))
+            try:
+                name, values = await self._threads(partial(page, visitor.access, _first(request)))
+            except (QueueUnavailable, ConfigurationError) as error:
+                raise PageRefusal(503, _store_trouble(error, visitor.access)) from None
             frame = self._frame(visitor) | {"page": name, "done": done_text(_first(request))}
             text = await self._threads(partial(self._render, name, **frame, **values))
             response = web.Response(text=text, content_type="text/html")
@@ -201,6 +207,14 @@ class Site:
             return web.Response(status=303, headers={"Location": location})
 
         return answer
+
+
+def _store_trouble(error: Error, access: Access) -> str:
+    """Return what is said of a store that fails: what it says itself only to those who see everything."""
+    if not access.reads_all:
+        return _STORE_TROUBLE
+    text = _PASSWORD.sub("//", "".join(char if char.isprintable() else " " for char in str(error)[:_MOST_TEXT]))
+    return f"{_STORE_TROUBLE} It says: {text}"
 
 
 def _first(request: web.Request) -> dict[str, str]:

@@ -269,6 +269,37 @@ class EndCount(NamedTuple):
     number: int
 
 
+class AttemptTime(NamedTuple):
+    """How long one attempt took."""
+
+    queue: str
+    seconds: float
+
+
+def queue_of(audience: str) -> str:
+    """Return the queue that an audience names; empty if somebody stored what is none."""
+    parts = audience.split(":", 2)
+    return parts[1] if len(parts) > 1 else ""
+
+
+class Notice(NamedTuple):
+    """What a process says of itself, for people who look: a hint, which nobody signed."""
+
+    process: str
+    text: str
+    at: float
+    """When it was written, by the clock of the process."""
+
+
+#: A notice that is older is deleted when the next one is written.
+NOTICE_SECONDS: Final = 900.0
+#: Characters of a process's name and bytes of a notice's text that are stored and read; a longer text reads as an empty one.
+NOTICE_NAME: Final = 200
+NOTICE_BYTES: Final = 8_192
+#: Notices that are read.
+NOTICES: Final = 100
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueStats:
     """Counts of one queue.
@@ -543,6 +574,24 @@ class Store(Protocol):
 
         Archived dead letters are left out.
         """
+        ...
+
+    def attempt_times(self, *, since: float, most: int = 1_000) -> Sequence[AttemptTime]:
+        """Return how long the newest attempts took that ended since a time: the newest ``most`` of those that are recorded.
+
+        An engine may have ``most`` successes and ``most`` others.
+        """
+        ...
+
+    def put_notice(self, process: str, text: str, *, now: float) -> None:
+        """Store what a process says of itself, in place of what it said before; an empty text deletes that.
+
+        A power cut may undo it. Notices of others that are older than ``NOTICE_SECONDS`` are deleted.
+        """
+        ...
+
+    def notices(self, *, since: float) -> Sequence[Notice]:
+        """Return the newest ``NOTICES`` notices that were written since a time, the newest first."""
         ...
 
     def dead_letters(

@@ -23,11 +23,13 @@ from safedefer.errors import ConfigurationError, Error, QueueError, QueueUnavail
 from safedefer.options import TaskRetryOptions
 from safedefer.queues.base import (
     BLOB_KEY,
+    AttemptTime,
     DeadFilter,
     EndCount,
     Keep,
     Lease,
     NotAllStored,
+    Notice,
     Position,
     PullQueue,
     QueuedTask,
@@ -257,6 +259,18 @@ class PushQueue:
     def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
         """Count what ended and is known to the store."""
         return self.store.ends(since=since, step=step, most=most)
+
+    def attempt_times(self, *, since: float, most: int = 1_000) -> Sequence[AttemptTime]:
+        """Return how long the newest attempts took."""
+        return self.store.attempt_times(since=since, most=most)
+
+    def put_notice(self, process: str, text: str, *, now: float) -> None:
+        """Store what a process says of itself."""
+        self.store.put_notice(process, text, now=now)
+
+    def notices(self, *, since: float) -> Sequence[Notice]:
+        """Return the newest notices."""
+        return self.store.notices(since=since)
 
     def dead_letters(
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100

@@ -12,9 +12,11 @@ import urllib.request
 import pytest
 from click.testing import CliRunner
 
+from safedefer.cli.dashboard import _Looked
 from safedefer.cli.root import main
 from safedefer.token import encode_segment
-from tests.dashboard.served import serving_dashboard
+from tests import sample_tasks
+from tests.dashboard.served import ADMIN, serving_dashboard
 from tests.snippets import ROOT
 from tests.unit.apps import SECRET, make_app
 
@@ -22,7 +24,7 @@ from tests.unit.apps import SECRET, make_app
 @pytest.fixture
 def app(monkeypatch):
     app = make_app()
-    monkeypatch.setattr("safedefer.cli.dashboard.load_app_to_look", lambda _: app)
+    monkeypatch.setattr("safedefer.cli.dashboard.load_app", lambda _: app)
     return app
 
 
@@ -71,3 +73,17 @@ def test_the_command_serves_the_dashboard_until_it_is_stopped():
         reader.join(60)
         process.stdout.close()
         process.stderr.close()
+
+
+async def test_looking_makes_no_file_and_one_that_comes_later_is_shown(tmp_path):
+    app = make_app(queue=f"sqlite:///{tmp_path}/tasks.db")
+    async with serving_dashboard(_Looked(app)) as browser:
+        page = await browser.post("login", {"token": browser.site.sessions.new_login(ADMIN)})
+        assert page.status == 503
+        assert "tasks.db does not exist: no task was deferred into it yet" in page.words
+        assert not list(tmp_path.iterdir())
+        app.defer(sample_tasks.add, 1)
+        page = await browser.get()
+        assert page.status == 200
+        assert "Waiting 1" in page.words
+    app.close()

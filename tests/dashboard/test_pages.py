@@ -13,6 +13,7 @@ from safedefer.dashboard.lookup import LOOKED_AT, ROWS, TaskQuery, find_tasks, r
 from safedefer.errors import QueueUnavailable
 from safedefer.events import RequestRefused, TargetDown, TargetUp
 from safedefer.keys import Key, Keyring
+from safedefer.observe.notices import ProcessRole
 from safedefer.queues.base import TaskState, Verdict
 from safedefer.queues.rates import QueueLimits
 from tests import sample_tasks
@@ -36,8 +37,8 @@ async def test_the_overview_says_what_is_wrong_first(browser):
     browser.app.observers(TargetDown(address="http://10.0.0.7:8080", reason="ConnectionRefusedError"))
     browser.site._numbers.forget()
     words = (await browser.get()).words
-    assert "The target http://10.0.0.7:8080 does not answer (ConnectionRefusedError)." in words
-    assert "The queue default is paused: 1 wait" in words
+    assert "The handler http://10.0.0.7:8080 takes no connection, for" in words
+    assert "The queue default is paused: 1 task waits" in words
     assert "1 died in the queue mail in the last 15 min" in words
     assert words.index("What is wrong") < words.index("Waiting") < words.index("Ended in the last 15 minutes")
     browser.app.observers(TargetUp(address="http://10.0.0.7:8080", seconds=3.0, waited=0))
@@ -57,7 +58,16 @@ async def test_a_queue_that_is_behind_is_shown():
     app.queue.enqueue_many([replaced_eta(app, time.time() - 3_961)])
     async with serving_dashboard(app) as browser:
         await browser.log_in()
-        assert "The queue default is 1 h 6 min behind: 1 wait, 0 run." in (await browser.get()).words
+        words = (await browser.get()).words
+        assert (
+            "Nobody takes tasks. 1 task waits in the queue default, due for 1 h 6 min, and no process takes them"
+            in words
+        )
+        app.notices.start(ProcessRole(command="run", beats=True, takes=True))
+        browser.site._numbers.forget()
+        words = (await browser.get()).words
+        assert "The queue default is 1 h 6 min behind: 1 task waits, 0 run. More is deferred than run" in words
+    app.close()
 
 
 def replaced_eta(app, eta):
@@ -322,6 +332,7 @@ async def test_a_store_that_does_not_answer_is_said(browser, monkeypatch):
         page = await browser.get(path)
         assert page.status == 503, path
         assert "store does not answer" in page.words
+        assert "It says: postgresql://host is down; start it" in page.words
         assert "secret" not in page.text
 
 

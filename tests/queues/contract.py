@@ -23,6 +23,9 @@ from safedefer.errors import ExpiredTask, QueueUnavailable, ReplayedTask, TaskAl
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, VerifiedLetter
 from safedefer.queues import rules
 from safedefer.queues.base import (
+    NOTICE_BYTES,
+    NOTICE_SECONDS,
+    NOTICES,
     AlreadyWaiting,
     DeadFilter,
     Lease,
@@ -905,6 +908,37 @@ class QueueContract:
         assert sum(each.number for each in queue.ends(since=0.0, step=60.0)) == 6
         assert sum(each.number for each in queue.ends(since=0.0, step=1e6, most=1)) in {1, 2}
         assert queue.ends(since=1e6, step=60.0) == []
+
+    def test_how_long_the_newest_attempts_took_is_told(self, queue):
+        queue.enqueue_many([make_task(queue="mail", audience="prod:mail:default:/") for _ in range(3)])
+        state = iter((EndState.SUCCEEDED, EndState.FAILED, EndState.SUCCEEDED))
+        for lease, (started, ended) in zip(take(queue), ((10.0, 12.5), (20.0, 20.25), (30.0, 29.0)), strict=True):
+            run, end = execution_of(lease.task), next(state)
+            assert begin(queue.ledger, run, now=10.0, lease=60.0) is Admission.RUN
+            finish(queue.ledger, run, end, record_of(lease.task, str(end), started=started, ended=ended))
+            settle(queue, lease, DEAD if end is EndState.FAILED else DONE, now=ended)
+        found = sorted(queue.attempt_times(since=0.0))
+        assert found == [("mail", 0.0), ("mail", 0.25), ("mail", 2.5)]  # a clock that was set back took no time
+        assert sorted(queue.attempt_times(since=15.0)) == found[:2]
+        assert len(queue.attempt_times(since=0.0, most=1)) in {1, 2}
+
+    def test_a_notice_replaces_what_the_process_said_before(self, queue):
+        queue.put_notice("run 1", "a", now=100.0)
+        queue.put_notice("run 2", "b", now=101.0)
+        queue.put_notice("run 1", "c", now=102.0)
+        assert queue.notices(since=0.0) == [("run 1", "c", 102.0), ("run 2", "b", 101.0)]
+        assert queue.notices(since=101.5) == [("run 1", "c", 102.0)]
+        queue.put_notice("run 1", "", now=103.0)
+        assert queue.notices(since=0.0) == [("run 2", "b", 101.0)]
+
+    def test_notices_are_bounded_and_go_by_their_age(self, queue):
+        for number in range(NOTICES + 5):
+            queue.put_notice(f"run {number}", "x", now=100.0 + number)
+        queue.put_notice("long", "x" * (NOTICE_BYTES + 1), now=300.0)
+        found = queue.notices(since=0.0)
+        assert (len(found), found[0]) == (NOTICES, ("long", "", 300.0))
+        queue.put_notice("new", "x", now=300.0 + NOTICE_SECONDS + 1.0)
+        assert [each.process for each in queue.notices(since=0.0)] == ["new"]
 
     def test_only_the_newest_hundred_records_of_a_task_are_kept(self, queue):
         task = make_task()

@@ -54,6 +54,11 @@ class MemoryLedger:
         self._entries: dict[tuple[str, str], Entry] = {}
         self._records: dict[str, list[AttemptRecord]] = {}
 
+    def records(self) -> list[AttemptRecord]:
+        """Return all records."""
+        with self._lock:
+            return [record for records in self._records.values() for record in records]
+
     @property
     def here(self) -> None:
         """None: there are no connections."""

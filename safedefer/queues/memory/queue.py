@@ -18,12 +18,17 @@ from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, Tombstone
 from safedefer.ledger import EndState, VerifiedLetter
 from safedefer.queues import rules
 from safedefer.queues.base import (
+    NOTICE_BYTES,
+    NOTICE_SECONDS,
+    NOTICES,
     AlreadyWaiting,
+    AttemptTime,
     BlobsFull,
     DeadFilter,
     EndCount,
     Lease,
     ListedTask,
+    Notice,
     Position,
     QueuedTask,
     QueueStats,
@@ -33,6 +38,7 @@ from safedefer.queues.base import (
     TaskView,
     Verdict,
     is_free_when_leased,
+    queue_of,
     task_digest,
 )
 from safedefer.queues.capabilities import FULL, Capabilities
@@ -85,6 +91,8 @@ class _State:
     archived: set[str] = field(default_factory=set)
     """Ids of archived dead letters."""
     controls: dict[str, QueueControl] = field(default_factory=dict)
+    notices: dict[str, Notice] = field(default_factory=dict)
+    """By process."""
 
 
 class MemoryQueue:
@@ -657,6 +665,28 @@ class MemoryQueue:
         newest = sorted(((at, view.queue, view.state) for at, view in ended if at >= since), reverse=True)[:most]
         counts = Counter((queue, state, int((at - since) // step)) for at, queue, state in newest)
         return [EndCount(queue, state, number, count) for (queue, state, number), count in counts.items()]
+
+    def attempt_times(self, *, since: float, most: int = 1_000) -> Sequence[AttemptTime]:
+        """Return how long the newest ``most`` attempts took that ended since a time."""
+        newest = sorted((each for each in self._ledger.records() if each.ended >= since), key=lambda each: -each.ended)
+        return [AttemptTime(queue_of(each.audience), max(each.ended - each.started, 0.0)) for each in newest[:most]]
+
+    def put_notice(self, process: str, text: str, *, now: float) -> None:
+        """Store what a process says of itself; an empty text deletes that."""
+        with self._changed:
+            known = self._state.notices
+            for each in [each for each in known.values() if each.at < now - NOTICE_SECONDS]:
+                del known[each.process]
+            known.pop(process, None)
+            if text:
+                known[process] = Notice(process, text, now)
+
+    def notices(self, *, since: float) -> Sequence[Notice]:
+        """Return the newest notices that were written since a time."""
+        with self._changed:
+            found = [each for each in self._state.notices.values() if each.at >= since]
+        found.sort(key=lambda each: -each.at)
+        return [each if len(each.text.encode()) <= NOTICE_BYTES else each._replace(text="") for each in found[:NOTICES]]
 
     def dead_letters(
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100

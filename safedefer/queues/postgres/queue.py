@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from safedefer.queues.addresses import check_url, place
 from safedefer.queues.base import (
+    AttemptTime,
     DeadFilter,
     EndCount,
     Lease,
+    Notice,
     Position,
     QueuedTask,
     QueueStats,
@@ -336,6 +338,18 @@ class PostgresQueue:
     def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
         """Count what ended since a time, in steps of ``step`` seconds."""
         return self._store.run(partial(views.ends, since=since, step=step, most=most))
+
+    def attempt_times(self, *, since: float, most: int = 1_000) -> Sequence[AttemptTime]:
+        """Return how long the newest attempts took that ended since a time: ``most`` successes and ``most`` others."""
+        return self._store.run(partial(views.attempt_times, since=since, most=most))
+
+    def put_notice(self, process: str, text: str, *, now: float) -> None:
+        """Store what a process says of itself; an empty text deletes that."""
+        self._store.run(partial(views.put_notice, process=process, text=text, now=now), idempotent=True)
+
+    def notices(self, *, since: float) -> Sequence[Notice]:
+        """Return the newest notices that were written since a time."""
+        return self._store.run(partial(views.notices, since=since), idempotent=True)
 
     def find(self, task_id: str) -> TaskView | None:
         """Return one task in whatever state, with the records of its attempts; an ended one without its token."""

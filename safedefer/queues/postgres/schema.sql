@@ -263,6 +263,17 @@ CREATE TABLE safedefer.kept (
 CREATE INDEX kept_expires ON safedefer.kept (expires);
 ALTER TABLE safedefer.kept ALTER COLUMN value SET STORAGE EXTERNAL;
 
+-- name: migration_4
+-- What processes say of themselves, for people who look: a row each, which goes by its age.
+CREATE TABLE safedefer.notices (
+    process text PRIMARY KEY,
+    text text NOT NULL,
+    at double precision NOT NULL
+) WITH (fillfactor = 50);
+CREATE INDEX notices_at ON safedefer.notices (at);
+-- For the newest ones.
+CREATE INDEX attempts_ended ON safedefer.attempts (ended);
+
 -- name: foreign
 -- What is in the schema safedefer, the schema itself first, and belongs to none of these: this role, a superuser, the owner of
 -- the database. The owner of the schema can put other functions and tables in the place of ours. Every operator has its

@@ -598,6 +598,39 @@ SELECT left(queue, 1000) AS queue, state, floor((ended - $1) / $2)::bigint AS nu
     )
 ) AS newest GROUP BY 1, 2, 3;
 
+-- name: attempt_times
+-- What succeeded has its times in the ledger, whose key begins with the audience, which is in the hints of the job.
+SELECT left(audience, 1000) AS audience, seconds FROM (
+    (
+        SELECT audience, ended - started AS seconds FROM safedefer.attempts
+        WHERE ended >= $1 AND ended < 1e15 AND started BETWEEN 0 AND 1e15 ORDER BY ended DESC LIMIT $2
+    ) UNION ALL (
+        SELECT entry.audience, entry.finished - entry.began FROM (
+            SELECT id, headers FROM safedefer.ended
+            WHERE ended >= $1 AND ended < 1e15 AND pg_column_size(headers) <= 2097152 ORDER BY ended DESC LIMIT $2
+        ) AS newest JOIN safedefer.ledger AS entry
+            ON entry.audience = split_part(newest.headers ->> 'safedefer', ' ', 5) AND entry.task_id = newest.id
+        WHERE entry.began BETWEEN 0 AND 1e15 AND entry.finished BETWEEN 0 AND 1e15
+    )
+) AS times;
+
+-- name: notice_put
+INSERT INTO safedefer.notices AS known (process, text, at) VALUES ($1, $2, $3)
+ON CONFLICT (process) DO UPDATE SET text = excluded.text, at = excluded.at;
+
+-- name: notice_delete
+DELETE FROM safedefer.notices WHERE process = $1;
+
+-- name: notices_prune
+-- One of the future is of a clock that was wrong, or was written by somebody else.
+DELETE FROM safedefer.notices WHERE process IN (
+    SELECT process FROM safedefer.notices WHERE at < $1 OR at > $2 LIMIT 500 FOR UPDATE SKIP LOCKED
+);
+
+-- name: notices
+SELECT left(process, 1000) AS process, CASE WHEN octet_length(text) <= 8192 THEN text ELSE '' END AS text, at
+FROM safedefer.notices WHERE at >= $1 AND at < 1e15 ORDER BY at DESC LIMIT $2;
+
 -- name: blobs_of
 SELECT id, task_id, data FROM safedefer.blobs WHERE id = ANY ($1::text[]) AND octet_length(data) <= 2097152;
 

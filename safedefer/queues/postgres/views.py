@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from safedefer.queues.base import EndCount, ListedTask, QueueStats, TaskPage, TaskState, TaskView
+from safedefer.queues.base import (
+    NOTICE_SECONDS,
+    NOTICES,
+    AttemptTime,
+    EndCount,
+    ListedTask,
+    Notice,
+    QueueStats,
+    TaskPage,
+    TaskState,
+    TaskView,
+    queue_of,
+)
 from safedefer.queues.postgres.records import recorded_success, records_of
 from safedefer.queues.postgres.rows import read_task
 from safedefer.queues.postgres.statements import SQL, interval, moment
@@ -21,6 +33,8 @@ if TYPE_CHECKING:
 _EARLIEST: Final = float("-inf")
 #: The largest number of a job.
 _LAST: Final = 2**63 - 1
+#: Seconds by which the clock of another process may be ahead.
+_AHEAD: Final = 60.0
 _DEFAULT_STATES: Final = (TaskState.WAITING, TaskState.RUNNING, TaskState.DEAD)
 
 
@@ -123,6 +137,26 @@ async def ends(connection: Connection, *, since: float, step: float, most: int) 
         for row in rows
         if row["state"] in states
     ]
+
+
+async def attempt_times(connection: Connection, *, since: float, most: int) -> list[AttemptTime]:
+    """Return how long the newest attempts took."""
+    rows = await connection.fetch(SQL["attempt_times"], since, most)
+    return [AttemptTime(queue_of(row["audience"]), max(row["seconds"], 0.0)) for row in rows]
+
+
+async def put_notice(connection: Connection, *, process: str, text: str, now: float) -> None:
+    """Store what a process says of itself, and delete what is old."""
+    await connection.execute(SQL["notices_prune"], now - NOTICE_SECONDS, now + _AHEAD)
+    if text:
+        await connection.execute(SQL["notice_put"], process, text, now)
+    else:
+        await connection.execute(SQL["notice_delete"], process)
+
+
+async def notices(connection: Connection, *, since: float) -> list[Notice]:
+    """Return the newest notices."""
+    return [Notice(**dict(row)) for row in await connection.fetch(SQL["notices"], since, NOTICES)]
 
 
 async def dead_letters(

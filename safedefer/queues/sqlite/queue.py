@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 from safedefer.concurrency.forks import register_fork
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.queues.base import (
+    AttemptTime,
     DeadFilter,
     EndCount,
     Lease,
     LeaseCalls,
+    Notice,
     Position,
     QueuedTask,
     QueueStats,
@@ -419,6 +421,18 @@ class SQLiteQueue:
     def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
         """Count what ended since a time, in steps of ``step`` seconds."""
         return self._read(lambda connection: views.ends(connection, since=since, step=step, most=most))
+
+    def attempt_times(self, *, since: float, most: int = 1_000) -> Sequence[AttemptTime]:
+        """Return how long the newest ``most`` attempts took, of those that ended since a time."""
+        return self._read(lambda connection: views.attempt_times(connection, since=since, most=most))
+
+    def put_notice(self, process: str, text: str, *, now: float) -> None:
+        """Store what a process says of itself; an empty text deletes that."""
+        self._writer.run(partial(views.put_notice, process=process, text=text, now=now), durable=False)
+
+    def notices(self, *, since: float) -> Sequence[Notice]:
+        """Return the newest notices that were written since a time."""
+        return self._read(partial(views.notices, since=since))
 
     def dead_letters(
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100

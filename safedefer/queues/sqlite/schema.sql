@@ -193,3 +193,12 @@ CREATE TABLE safedefer_kept (
     value BLOB NOT NULL
 ) STRICT;
 CREATE INDEX safedefer_kept_expires ON safedefer_kept (expires);
+
+-- name: migration_5
+-- What processes say of themselves, for people who look: a row each, which goes by its age.
+CREATE TABLE safedefer_notices (
+    process TEXT NOT NULL PRIMARY KEY,
+    text TEXT NOT NULL,
+    at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX safedefer_notices_at ON safedefer_notices (at);

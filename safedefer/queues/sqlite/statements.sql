@@ -282,6 +282,28 @@ SELECT iif(octet_length(queue) > 5000, '', queue), state, CAST((ended - :since) 
     )
 ) GROUP BY 1, 2, 3;
 
+-- name: attempt_times
+SELECT iif(octet_length(audience) > 5000, '', audience), ended - started FROM (
+    SELECT audience, started, ended FROM safedefer_attempts ORDER BY seq DESC LIMIT :most
+) WHERE ended >= :since AND ended < 1e15 AND started < 1e15 AND started >= 0;
+
+-- name: notice_put
+INSERT INTO safedefer_notices (process, text, at) VALUES (:process, :text, :now)
+ON CONFLICT (process) DO UPDATE SET text = excluded.text, at = excluded.at;
+
+-- name: notice_delete
+DELETE FROM safedefer_notices WHERE process = :process;
+
+-- name: notices_prune
+-- One of the future is of a clock that was wrong, or was written by somebody else.
+DELETE FROM safedefer_notices WHERE process IN (
+    SELECT process FROM safedefer_notices WHERE at < :before OR at > :after LIMIT 500
+);
+
+-- name: notices
+SELECT iif(octet_length(process) > 800, '', process), iif(octet_length(text) > 8192, '', text), at
+FROM safedefer_notices WHERE at >= :since ORDER BY at DESC LIMIT :most;
+
 -- name: dead_letters
 SELECT iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000, '', queue), 'dead',
     iif(octet_length(name) > 5000, '', name), iif(octet_length(callable_name) > 5000, '', callable_name),

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from safedefer.queues.base import EndCount, ListedTask, Position, TaskPage, TaskState
+from safedefer.queues.base import (
+    NOTICE_SECONDS,
+    NOTICES,
+    AttemptTime,
+    EndCount,
+    ListedTask,
+    Notice,
+    Position,
+    TaskPage,
+    TaskState,
+    queue_of,
+)
 from safedefer.queues.sqlite.connection import SQL
+from safedefer.queues.sqlite.repair import BadValue
 from safedefer.queues.sqlite.rows import task_view
 
 if TYPE_CHECKING:
@@ -21,6 +33,8 @@ _CONDITIONS: Final = {
     TaskState.SUCCEEDED: ("view_ended", "INDEXED BY safedefer_ended_state WHERE state = 'succeeded'"),
     TaskState.CANCELLED: ("view_ended", "INDEXED BY safedefer_ended_state WHERE state = 'cancelled'"),
 }
+#: Seconds by which the clock of another process may be ahead.
+_AHEAD: Final = 60.0
 _WAITING_IN_QUEUE: Final = "INDEXED BY safedefer_tasks_of_queue WHERE owner IS NULL AND queue = :queue"
 
 
@@ -48,3 +62,27 @@ def ends(connection: apsw.Connection, *, since: float, step: float, most: int) -
     values = {"since": since, "step": step, "most": most}
     rows: list[tuple[Any, ...]] = connection.execute(SQL["ends"], values).fetchall()
     return [EndCount(str(queue), TaskState(state), number, count) for queue, state, number, count in rows]
+
+
+def attempt_times(connection: apsw.Connection, *, since: float, most: int) -> list[AttemptTime]:
+    """Return how long the newest attempts took."""
+    rows: list[tuple[Any, ...]] = connection.execute(SQL["attempt_times"], {"since": since, "most": most}).fetchall()
+    return [AttemptTime(queue_of(str(audience)), max(seconds, 0.0)) for audience, seconds in rows]
+
+
+def put_notice(connection: apsw.Connection, *, process: str, text: str, now: float) -> None:
+    """Store what a process says of itself, and delete what is old, within a transaction."""
+    connection.execute(SQL["notices_prune"], {"before": now - NOTICE_SECONDS, "after": now + _AHEAD})
+    values = {"process": process, "text": text, "now": now}
+    if text:
+        connection.execute(SQL["notice_put"], values)
+    else:
+        connection.execute(SQL["notice_delete"], {"process": process})
+
+
+def notices(connection: apsw.Connection, *, since: float) -> list[Notice]:
+    """Return the newest notices."""
+    rows: list[tuple[Any, ...]] = connection.execute(SQL["notices"], {"since": since, "most": NOTICES}).fetchall()
+    if not all(type(process) is type(text) is str and type(at) is float for process, text, at in rows):
+        raise BadValue
+    return [Notice(*row) for row in rows]

@@ -1,0 +1,165 @@
+"""What is wrong, in sentences for somebody who knows none of the code: what it is, how much, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from safedefer.dashboard.queue_rows import MINUTES, QueueRow, duration
+from safedefer.dashboard.reports import Reported
+from safedefer.observe.notices import LATE_SECONDS as UNTAKEN_SECONDS
+
+
+class Alarm(NamedTuple):
+    """Something that is wrong."""
+
+    title: str
+    text: str
+    page: str
+    """The page that says more; empty: none does."""
+    link: str = ""
+    """What there is on that page."""
+    queue: str = ""
+
+
+_SYSTEM: Final = ("system", "Show the system page")
+REFUSALS: Final[Mapping[str, tuple[str, str]]] = {
+    "revoked-key": (
+        "Somebody uses a revoked key.",
+        "A thief of it, or a process that was not given the new one: see where these requests come from.",
+    ),
+    "unknown-key": (
+        "Somebody uses an unknown key.",
+        "A foreign one, or a new one that the handler was not given: see where these requests come from.",
+    ),
+    "bad-signature": (
+        "Somebody sends forged tasks.",
+        "Changed on the way, or signed with another secret of the same key id: see where these requests come from.",
+    ),
+    "capability-exceeded": (
+        "Somebody uses a key beyond its limits.",
+        "The key may not sign this queue or callable: it was stolen, or its limits are too narrow.",
+    ),
+    "wrong-audience": (
+        "Somebody sends tasks of another place.",
+        "Of another environment, queue, target or URL: a copied token, or a wrong setting.",
+    ),
+    "replayed-task": ("Somebody sends another task under a known id.", "See where these requests come from."),
+    "malformed-token": (
+        "Somebody sends what is no task.",
+        "A probe, or a client that is not safedefer's: see where these requests come from.",
+    ),
+}
+"""What refusals mean, by their reason: a title, and what may be behind them."""
+_OTHER_REFUSAL: Final = ("Requests are refused.", "Somebody sends what is no task of ours.")
+#: What a rejection means, by its reason.
+REJECTIONS: Final = {
+    "unresolvable-callable": "the code that runs here does not have it: deploy the version that does, or map the name by Policy(moved=...)",
+    "policy-violation": "the policy here does not name it: deploy the policy that does",
+    "invalid-arguments": "the code here cannot read its arguments: deploy the version that can",
+    "invalid-claims": "this version of safedefer cannot read it: deploy the version that can",
+}
+
+
+def alarms(rows: Sequence[QueueRow], outbox: int | None, reported: Reported, *, now: float) -> list[Alarm]:
+    """Return what is wrong, the gravest first."""
+    return [
+        *_of_the_store(reported, now),
+        *_of_processes(rows, reported, now),
+        *_of_requests(reported, now),
+        *(alarm for row in rows for alarm in _of_a_queue(row, reported)),
+        *_of_the_outbox(outbox),
+    ]
+
+
+def _of_the_store(reported: Reported, now: float) -> list[Alarm]:
+    found = []
+    if reported.writes is not None:
+        text = f"No task can be stored or ended, for {duration(now - reported.writes.since)}: {reported.writes.text}."
+        found.append(Alarm("The store takes no writes.", text, *_SYSTEM))
+    for trouble, process in reported.troubles:
+        text = f"{trouble.doing} fails in the process {process}, for {duration(now - trouble.since)}: {trouble.text}."
+        found.append(Alarm("The store refuses a process.", text, *_SYSTEM))
+    return found
+
+
+def _of_processes(rows: Sequence[QueueRow], reported: Reported, now: float) -> list[Alarm]:
+    found = []
+    for target, _ in reported.down:
+        text = (
+            f"The handler {target.name} takes no connection, for {duration(now - target.since)} ({target.reason}). Start it; "
+            "its tasks wait, and lose no attempt."
+        )
+        found.append(Alarm("A handler is down.", text, *_SYSTEM))
+    for silent in reported.silent:
+        text = (
+            f"{silent.process} gave no sign of life for {duration(now - silent.at)}: it was killed, hangs, or cannot write "
+            "the store. Look at its log."
+        )
+        found.append(Alarm("A process is silent.", text, *_SYSTEM))
+    for row in rows:
+        if row.untaken > UNTAKEN_SECONDS and not row.paused and not reported.takes(row.name):
+            text = (
+                f"{_wait(row)} in the queue {row.name}, due for {duration(row.untaken)}, and no process takes them. "
+                "Start safedefer run or safedefer dispatch, or look at its log."
+            )
+            found.append(Alarm("Nobody takes tasks.", text, "tasks", "Show waiting tasks", row.name))
+    return found
+
+
+def _of_requests(reported: Reported, now: float) -> list[Alarm]:
+    found = []
+    for each in reported.refused:
+        title, meaning = REFUSALS.get(each.reason, _OTHER_REFUSAL)
+        text = (
+            f"{_times(each.times, 'request')} refused in the last {MINUTES} min ({each.reason}), the last one "
+            f"{duration(now - each.last)} ago. {meaning}"
+        )
+        found.append(Alarm(title, text, *_SYSTEM))
+    for rejected in reported.rejected:
+        meaning = REJECTIONS.get(rejected.reason, "another version is needed here")
+        text = (
+            f"{rejected.callable} was turned away {_times(rejected.times, 'time')} in the last {MINUTES} min "
+            f"({rejected.reason}): {meaning}. It is tried again."
+        )
+        found.append(Alarm("Tasks need another version.", text, "tasks", "Show waiting tasks"))
+    return found
+
+
+def _of_a_queue(row: QueueRow, reported: Reported) -> list[Alarm]:
+    found = []
+    show = ("tasks", "Show waiting tasks", row.name)
+    if row.paused and row.waiting:
+        text = f"The queue {row.name} is paused: {_wait(row)}, the oldest for {duration(row.lag)}. Resume it when it may go on."
+        found.append(Alarm("A queue is paused.", text, "queues", "Show queues"))
+    elif row.untaken > UNTAKEN_SECONDS and reported.takes(row.name):
+        text = (
+            f"The queue {row.name} is {duration(max(row.lag, row.untaken))} behind: {_wait(row)}, {row.running} run. More is "
+            "deferred than run: add worker processes, or raise the concurrency."
+        )
+        found.append(Alarm("A queue falls behind.", text, *show))
+    elif row.is_late and row.untaken <= UNTAKEN_SECONDS:
+        why = "its limits hold it back" if row.is_limited else "its oldest task waits for its next try"
+        text = f"The queue {row.name} is {duration(row.lag)} behind: {_wait(row)}, {row.running} run; {why}."
+        found.append(Alarm("A queue is behind.", text, *show))
+    if row.died:
+        text = (
+            f"{row.died} died in the queue {row.name} in the last {MINUTES} min ({row.dead} dead letters in all). "
+            "They are not tried again by themselves."
+        )
+        found.append(Alarm("Tasks died.", text, "dead", "Show dead letters", row.name))
+    return found
+
+
+def _of_the_outbox(outbox: int | None) -> list[Alarm]:
+    if outbox is not None:
+        return []
+    return [Alarm("An outbox cannot be read.", "Transactional tasks may be waiting in it.", *_SYSTEM)]
+
+
+def _wait(row: QueueRow) -> str:
+    return f"{row.waiting} task{'' if row.waiting == 1 else 's'} wait{'s' if row.waiting == 1 else ''}"
+
+
+def _times(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
