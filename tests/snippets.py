@@ -23,8 +23,13 @@ from pathlib import Path
 from aiohttp import web
 
 ROOT = Path(__file__).absolute().parents[1]
-#: Run with real databases by ``tests/postgres/test_docs.py``, and by pytest and Django in ``tests/testing/test_howto.py``.
-ELSEWHERE = {"docs/how-to/transactions.md", "docs/how-to/test-your-tasks.md"}
+#: Run with real databases by ``tests/postgres/test_docs.py``, by pytest and Django in ``tests/testing/test_howto.py``, and with
+#: real servers in ``tests/frameworks``.
+ELSEWHERE = {
+    "docs/how-to/transactions.md",
+    "docs/how-to/test-your-tasks.md",
+    *(f"docs/how-to/{name}.md" for name in ("aiohttp", "fastapi", "flask")),
+}
 FENCE = re.compile(
     r"^(?P<mark><!-- snippet: not run -->\n+)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
