@@ -47,6 +47,10 @@ class Process:
         assert found is not None, self.output
         return found
 
+    def ends(self):
+        """Wait until it has ended by itself, well."""
+        assert self._process.wait(_SECONDS) == 0, self.output
+
     def __enter__(self):
         return self
 
@@ -76,6 +80,12 @@ def post(url, data=b""):
     """Return status and text of a POST."""
     with urllib.request.urlopen(urllib.request.Request(url, data, method="POST"), timeout=_SECONDS) as answer:
         return answer.status, answer.read().decode()
+
+
+def get(url):
+    """Return the text of a page."""
+    with urllib.request.urlopen(url, timeout=_SECONDS) as answer:
+        return answer.read().decode()
 
 
 def copied(example, folder):
