@@ -65,6 +65,7 @@ __all__ = [
 class _Current:
     def __init__(self) -> None:
         self.app: App | None = None
+        self.make: Callable[[], App] = App.from_settings
         self.lock = RLock()  # building an App imports modules, and one of them may ask for it
 
 
@@ -91,8 +92,22 @@ def current_app() -> App:
     """
     with _current.lock:
         if _current.app is None:
-            _current.app = App.from_settings()
+            _current.app = _current.make()
         return _current.app
+
+
+def make_by(make: Callable[[], App]) -> None:
+    """Set what makes the application where none is configured, in place of ``App.from_settings``: for frameworks."""
+    _current.make = make
+
+
+def made_app() -> App:
+    """Return the application where none is named: what a framework has, or a new one that is built from ``SAFEDEFER_*``.
+
+    Raises:
+        ConfigurationError: Keys or policy are missing, or a setting is wrong.
+    """
+    return _current.make()
 
 
 def defer(

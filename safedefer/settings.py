@@ -6,9 +6,10 @@ import difflib
 import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
@@ -140,8 +141,11 @@ class Settings(BaseSettings):
         return StorageOptions(**{item.name: getattr(self, item.name) for item in fields(StorageOptions)})
 
     @classmethod
-    def load(cls) -> Self:
+    def load(cls, more: Mapping[str, Any] = MappingProxyType({})) -> Self:
         """Read the environment. An empty variable is not set; one that is no setting is warned of.
+
+        Args:
+            more: Settings by name, such as ``queue``, which count before the environment.
 
         Raises:
             ConfigurationError: A variable is wrong; the message names it, not its value.
@@ -150,7 +154,7 @@ class Settings(BaseSettings):
         # Keys that were taken out of the environment, unless it has others since.
         given = {} if any(_is_keys(name) and text for name, text in os.environ.items()) else dict(_taken)
         try:
-            return cls(**given)
+            return cls(**{**given, **more})
         except ValidationError as error:
             found = "; ".join(
                 f"SAFEDEFER_{'_'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors()

@@ -23,8 +23,13 @@ from pathlib import Path
 from aiohttp import web
 
 ROOT = Path(__file__).absolute().parents[1]
-#: Run with real databases by ``tests/postgres/test_docs.py``, and by pytest and Django in ``tests/testing/test_howto.py``.
-ELSEWHERE = {"docs/how-to/transactions.md", "docs/how-to/test-your-tasks.md"}
+#: Run with real databases by ``tests/postgres/test_docs.py``, by pytest and Django in ``tests/testing/test_howto.py``, and with
+#: real servers in ``tests/frameworks``.
+ELSEWHERE = {
+    "docs/how-to/transactions.md",
+    "docs/how-to/test-your-tasks.md",
+    *(f"docs/how-to/{name}.md" for name in ("aiohttp", "fastapi", "flask", "django")),
+}
 FENCE = re.compile(
     r"^(?P<mark><!-- snippet: not run -->\n+)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
@@ -138,10 +143,7 @@ def main():
         pages[page]["web_app"] = web.Application()
         try:
             if text.startswith("# ") and (file := re.match(r"# ([\w/]+)\.py\n", text)):
-                if page != "docs/how-to/django.md":  # the others go on with the module
-                    write(
-                        f"{file[1]}.py", text if "/" not in file[1] else text + SHOP[f"{file[1]}.py"].split("\n\n\n")[1]
-                    )
+                write(f"{file[1]}.py", text if "/" not in file[1] else text + SHOP[f"{file[1]}.py"].split("\n\n\n")[1])
                 run(page, text, dict(pages[page]))
             elif "\n>>> " in f"\n{text}":
                 console(page, text, pages[page])

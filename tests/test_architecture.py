@@ -95,8 +95,12 @@ def test_no_imports_form_a_circle_not_even_those_for_types():
     ("apsw", {name for name in SOURCES if name.startswith(("queues/sqlite/", "transactions/databases/"))}),
     ("aiohttp", {
         name for name in SOURCES
-        if name in {"dispatcher/transport.py", "dashboard/guard.py", "dashboard/site.py"} or name.startswith("web/")
+        if name in {"dispatcher/transport.py", "dashboard/guard.py", "dashboard/site.py", "frameworks/aiohttp.py"} or name.startswith("web/")
     }),
+    ("fastapi", {"frameworks/fastapi.py"}),
+    ("starlette", {"frameworks/fastapi.py"}),
+    ("flask", {"frameworks/flask.py"}),
+    ("django", {name for name in SOURCES if name.startswith("frameworks/django/")}),
     ("asyncpg", {
         "transactions/databases/postgres.py",
         *(f"queues/postgres/{name}.py" for name in ("errors", "listener", "migrations", "pgqueuer", "pools")),
@@ -218,6 +222,7 @@ def test_importing_the_package_imports_no_framework():
             "pydantic_settings",
         ),
         *("sqlite3", "_sqlite3", "apsw", "psycopg", "asyncpg", "pgqueuer", "sqlalchemy", "django"),
+        *("fastapi", "starlette", "flask", "safedefer.frameworks"),
         *("asyncio", "ssl"),  # a tenth of the time, and of use to those only who have a loop: they have loaded it
     }
     assert not heavy & set(loaded)

@@ -19,14 +19,26 @@ DOCUMENTS = [
     *(ROOT / "examples").rglob("*.md"),
     ROOT / "schema/README.md",
 ]
-#: Dotted, and no names of Python: a logger, a file, tables, an entry-point group.
-OTHERS = {"safedefer.audit", "safedefer.db", "safedefer.pgqueuer_log", "safedefer.settings", "safedefer.types"}
+#: Dotted, and no names of Python: a check of Django's, a logger, a file, tables, an entry-point group.
+OTHERS = {
+    "safedefer.W001",
+    "safedefer.audit",
+    "safedefer.db",
+    "safedefer.pgqueuer_log",
+    "safedefer.settings",
+    "safedefer.types",
+}
+
+#: Made when it is asked for, of a Django project's settings.
+MADE = "safedefer.frameworks.django.app"
 
 DOCUMENTED = [name for page in API for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
 
 
 def found(path):
     """Return the object that a dotted path leads to."""
+    if path == MADE:
+        path = f"{path.removesuffix('app')}__getattr__"
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         try:

@@ -14,6 +14,7 @@ import click
 from safedefer.app import App
 from safedefer.cli.options import TEXT
 from safedefer.cli.text import plain, time_text
+from safedefer.deferred import made_app
 from safedefer.errors import ConfigurationError
 from safedefer.queues import open_queue
 from safedefer.queues.base import TaskView
@@ -60,7 +61,7 @@ def load_app(spec: str | None) -> App:
     sys.path.insert(0, os.getcwd())  # noqa: PTH109  # as `python -m` does
     _set_django_up()
     if spec is None:
-        app = App.from_settings()
+        app = made_app()  # of Django's settings, where it is set up
         context = click.get_current_context(silent=True)
         if context is not None:  # nobody else has it
             context.call_on_close(app.close)

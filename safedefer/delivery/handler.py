@@ -174,6 +174,10 @@ class Delivery:
         """Answer ``busy`` from now on. Running tasks go on."""
         self._draining = True
 
+    def resume(self) -> None:
+        """Take tasks again after ``drain``: another server of this process has begun."""
+        self._draining = False
+
     async def drained(self, seconds: float) -> bool:
         """Wait up to ``seconds`` until no task runs. Return whether none does."""
         try:

@@ -11,7 +11,7 @@ from safedefer.options import DEFAULT_OPTIONS, Options, Task
 from safedefer.sending.builder import Builder
 from safedefer.sending.effects import effect_of
 from safedefer.sending.routes import Routes
-from safedefer.sending.sender import CallTuple, Deferral, Sender
+from safedefer.sending.sender import Built, CallTuple, Deferral, Sender
 from safedefer.sending.signatures import method_takes
 from safedefer.transactions.databases import AwaitedConnection
 from safedefer.transactions.outbox import Outbox
@@ -98,15 +98,28 @@ class Producer:
         Raises:
             InvalidTaskError: An option is wrong.
         """
+        return Deferral(lambda: self._sender, self._options_of(given))
+
+    def _options_of(self, given: dict[str, Any]) -> Options:
         if "url" in given:
             given["target"], given["url"] = self._routes.destination(given.get("target"), given["url"])
-        return Deferral(lambda: self._sender, Options(**given))
+        return Options(**given)
 
     def defer_with(
         self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Task:
         """Defer one call with an ``Options`` object."""
         return self._sender.send(options, obj, args, kwargs)
+
+    def _build(
+        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Built:
+        """Sign the task of a call; ``_store`` enqueues it. For frameworks, where the two happen at two times."""
+        return self._sender.build(options, obj, args, kwargs)
+
+    def _store(self, built: Sequence[Built]) -> list[Task]:
+        """Enqueue tasks that were signed before."""
+        return self._sender.store(built)
 
     def serialize(self, obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
         """Return the signed token of a call, for the default queue and URL; enqueues nothing."""

@@ -20,6 +20,9 @@ _P = ParamSpec("_P")
 #: One call of ``defer_many``: the callable, its positional and its keyword arguments.
 CallTuple: TypeAlias = tuple[Callable[..., object], Sequence[object], Mapping[str, object]]
 
+#: A task that was signed, and is not stored yet.
+Built: TypeAlias = tuple[Task, QueuedTask]
+
 #: How often a unique task is offered to the queue, where the task that it is the same as ends meanwhile.
 _UNIQUE_TRIES: Final = 5
 
@@ -176,6 +179,49 @@ class Sender:
             if capabilities is not FULL:
                 refuse_gaps(capabilities, queued)
             yield task, queued
+
+    def build(
+        self, options: Options, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Built:
+        """Sign the task of a call, to be stored by ``store``. What can be wrong with the call is raised here.
+
+        Raises:
+            InvalidTaskError: It is transactional, or the engine lacks what the options ask for.
+            DeferError: As ``send``.
+        """
+        if options.transactional:
+            raise InvalidTaskError("a task that is stored later cannot be transactional; defer it inside the block")
+        built = self._builder.build(options, obj, args, kwargs)
+        if (capabilities := self._queue().capabilities) is not FULL:
+            refuse_gaps(capabilities, built[1])
+        return built
+
+    def store(self, built: Sequence[Built]) -> list[Task]:
+        """Store tasks: all or none where the engine can, then the unique ones, one by one.
+
+        Raises:
+            QueueUnavailable: Those that are not unique were not stored, or some of them where the engine cannot do that;
+                of unique ones, this and those after it.
+            DeferError: As ``send``: a name is taken.
+        """
+        if self._tracing is None or not built:
+            return self._store(built)
+        with self._tracing.sending(built[0][1].queue, batch=len(built) > 1) as span:
+            tasks = self._store(built)
+            span.sent([task.id for task in tasks])
+            return tasks
+
+    def _store(self, built: Sequence[Built]) -> list[Task]:
+        queue = self._queue()
+        plain = [queued for _, queued in built if queued.unique_key is None]
+        for some in [plain] if queue.capabilities.batch_atomic else [[queued] for queued in plain]:
+            if some:
+                queue.enqueue_many(some)
+            for queued in some:
+                self._tell(queued)
+        return [
+            task if queued.unique_key is None else self._enqueue_unique(queue, task, queued) for task, queued in built
+        ]
 
     def _enqueue_unique(self, queue: PullQueue, task: Task, queued: QueuedTask) -> Task:
         blocker = ""

@@ -20,7 +20,7 @@ from safedefer.options import Options, Task
 from safedefer.policy import Policy
 from safedefer.queues.base import Lease, PullQueue, QueuedTask
 from safedefer.queues.rules import give_back
-from safedefer.sending.sender import CallTuple, Sender
+from safedefer.sending.sender import Built, CallTuple, Sender
 
 if TYPE_CHECKING:
     from safedefer.queues.config import QueueFile
@@ -111,6 +111,12 @@ class KitSender(Sender):
         tasks = super().send_many(options, calls, atomic=atomic)
         if not options.transactional:
             self._after()
+        return tasks
+
+    def store(self, built: Sequence[Built]) -> list[Task]:
+        """Store tasks that were signed before."""
+        tasks = super().store(built)
+        self._after()
         return tasks
 
 

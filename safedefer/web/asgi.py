@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from safedefer.headers import Response
 from safedefer.web.body import OverBudgetError, read_body
+from safedefer.web.lifespan import lifespan
 
 if TYPE_CHECKING:
     from safedefer.web.served import Handles
@@ -19,8 +20,6 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
-#: Seconds that the end of the server waits for tasks that run.
-_DRAIN_SECONDS: Final = 30.0
 _QUEUE_PATH: Final = re.compile(r"/_ah/queue/[A-Za-z0-9.-]{1,100}")
 _LENGTH: Final = re.compile("[0-9]{1,19}")
 #: After these the rest of the body is not read, and the connection cannot be used again.
@@ -78,15 +77,12 @@ class Asgi:
         async with contextlib.AsyncExitStack() as stack:
             await receive()  # lifespan.startup
             try:
-                delivery = self._app.delivery
-                await stack.enter_async_context(self._app.on_loop())
+                await stack.enter_async_context(lifespan(self._app))
             except Exception as error:  # noqa: BLE001  # whatever it is, the server must not start
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
                 return
             await send({"type": "lifespan.startup.complete"})
             await receive()  # lifespan.shutdown
-            delivery.drain()
-            await delivery.drained(_DRAIN_SECONDS)
         await send({"type": "lifespan.shutdown.complete"})
 
 

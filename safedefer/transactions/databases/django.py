@@ -36,6 +36,18 @@ def django_source(connection: Any) -> Source | None:
     return DjangoSource(connection)
 
 
+def is_in_transaction(connection: Any) -> bool:
+    """Whether a transaction of a connection of Django's is open: in ``atomic``, or as long as autocommit is off.
+
+    The transaction that Django's ``TestCase`` puts around a test does not count, as for ``atomic(durable=True)``: what
+    the test calls is outside a transaction in production. One that is not connected yet has none.
+    """
+    blocks = getattr(connection, "atomic_blocks", None)
+    if blocks:
+        return not getattr(blocks[-1], "_from_testcase", False)
+    return bool(connection.in_atomic_block or (connection.connection is not None and not connection.autocommit))
+
+
 class DjangoSource:
     """A connection of Django's to SQLite, or to PostgreSQL by psycopg 3."""
 
@@ -64,15 +76,8 @@ class DjangoSource:
         return source
 
     def in_transaction(self) -> bool:
-        """Whether a transaction is open: in ``atomic``, or as long as autocommit is off.
-
-        The transaction that Django's ``TestCase`` puts around a test does not count, as for ``atomic(durable=True)``: what
-        the test calls is outside a transaction in production.
-        """
-        blocks = getattr(self._connection, "atomic_blocks", None)
-        if blocks:
-            return not getattr(blocks[-1], "_from_testcase", False)
-        return bool(self._connection.in_atomic_block or not self._connection.autocommit)
+        """Whether a transaction is open."""
+        return is_in_transaction(self._connection)
 
     async def begin(self) -> None:
         """Enter ``atomic``."""
