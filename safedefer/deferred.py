@@ -28,7 +28,23 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.app import App
-from safedefer.errors import Error, PermanentTaskFailure, SingularTaskFailure
+from safedefer.errors import (
+    BadTransactionStateError,
+    DeferError,
+    Error,
+    InvalidEtaError,
+    InvalidTaskError,
+    InvalidTaskNameError,
+    InvalidTaskRetryOptionsError,
+    InvalidUrlError,
+    PermanentTaskFailure,
+    QueueUnavailable,
+    SingularTaskFailure,
+    TaskAlreadyExistsError,
+    TaskTooLargeError,
+    TombstonedTaskError,
+    UnknownQueueError,
+)
 from safedefer.options import DEFAULT_QUEUE, DEFAULT_URL, Task, TaskRetryOptions
 from safedefer.sending.signatures import takes
 
@@ -44,10 +60,24 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "BadTransactionStateError",
+    "DeferError",
     "Error",
+    "InvalidEtaError",
+    "InvalidTaskError",
+    "InvalidTaskNameError",
+    "InvalidTaskRetryOptionsError",
+    "InvalidUrlError",
     "PermanentTaskFailure",
+    "QueueUnavailable",
     "SingularTaskFailure",
+    "Task",
+    "TaskAlreadyExistsError",
     "TaskHandler",
+    "TaskRetryOptions",
+    "TaskTooLargeError",
+    "TombstonedTaskError",
+    "UnknownQueueError",
     "configure",
     "configured_app",
     "current_app",
@@ -170,13 +200,27 @@ def defer(
     return deferral.defer(obj, *args, **kwargs)
 
 
-_OPTIONS: Final = tuple(sorted(defer.__kwdefaults__ or ()))
+OPTIONS: Final = tuple(sorted(defer.__kwdefaults__ or ()))
+#: What to do in place of options that other versions of ``defer`` have, or that people take it to have.
+OPTION_HINTS: Final = {
+    "_delay": "use _countdown, in seconds",
+    "_instance": "use _target, which names a handler",
+    "_method": "a task is always POSTed; leave it out",
+    "_params": "pass arguments to the callable",
+    "_retries": "use _retry_options=TaskRetryOptions(task_retry_limit=...)",
+    "_retry_limit": "use _retry_options=TaskRetryOptions(task_retry_limit=...)",
+    "_service": "use _target, which names a handler",
+    "_small_task": "every task is stored in its queue's transaction, whatever its size; leave it out",
+    "_using": "a transaction is that of a connection: with app.transaction(connection); leave it out",
+    "_version": "use _target, which names a handler",
+    "_wipe_related_caches": "pass the key of a model, and get it in the task; leave it out",
+}
 
 
 @takes(defer)
 async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> Task:
     """Do what ``defer`` does, with the same options, without blocking the event loop."""
-    given = {name.removeprefix("_"): kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    given = {name.removeprefix("_"): kwargs.pop(name) for name in OPTIONS if name in kwargs}
     _check_unknown(kwargs)
     # To build an App reads files and imports modules.
     app = configured_app()
@@ -273,9 +317,11 @@ def set_log_level(log_level: int) -> None:
 def _check_unknown(kwargs: Mapping[str, Any]) -> None:
     for name in kwargs:
         if name.startswith("_"):
+            if name in OPTION_HINTS:
+                raise TypeError(f"defer() has no option {name!a}: {OPTION_HINTS[name]}")
             import difflib  # noqa: PLC0415  # for this message only
 
-            near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"defer() has no option {name!a}; did you mean {near}? "
                 "A keyword of your own that begins with _ is passed with app.options(...).defer(...)"

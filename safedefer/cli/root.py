@@ -37,6 +37,10 @@ COMMANDS: Final = {
     "inspect": Lazy("more", "Verify TOKEN (- reads it from standard input) and print what it would do."),
     "keys": Lazy("keys", "Make and list keys."),
     "migrate": Lazy("more", "Make the tables of a queue's database, or bring them up to date."),
+    "migrate-code": Lazy(
+        "migrate_code",
+        "Rewrite code that uses App Engine's deferred, RQ or Celery, and say what a person must look at.",
+    ),
     "queues": Lazy("queues", "Look at queues, pause, resume and purge them."),
     "run": Lazy("processes", "Run handler and dispatcher together, in worker processes that a supervisor keeps."),
     "serve": Lazy("processes", "Run the handler: receive tasks by HTTP."),
@@ -55,7 +59,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         found = super().get_command(ctx, cmd_name)
         if found is None and cmd_name in COMMANDS:
-            found = getattr(import_module(f"safedefer.cli.{COMMANDS[cmd_name].module}"), cmd_name)
+            found = getattr(import_module(f"safedefer.cli.{COMMANDS[cmd_name].module}"), cmd_name.replace("-", "_"))
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -1,6 +1,7 @@
 """``safedefer.deferred`` as App Engine documented it, sentence by sentence."""
 
 import inspect
+import re
 import subprocess
 import sys
 import threading
@@ -160,6 +161,20 @@ def test_an_unknown_option_is_a_type_error_that_suggests_the_nearest(app, wrong,
     with pytest.raises(TypeError, match=f"no option '{wrong}'; did you mean {nearest}\\?"):
         deferred.defer(tasks.keywords, **{wrong: 1})
     assert app.queue.tasks() == []
+
+
+@pytest.mark.parametrize("name", deferred.OPTION_HINTS)
+def test_an_option_of_another_version_of_defer_says_what_to_do_in_its_place(app, name):
+    with pytest.raises(TypeError, match=f"no option '{name}': {re.escape(deferred.OPTION_HINTS[name])}"):
+        deferred.defer(tasks.keywords, **{name: 1})
+    assert name not in deferred.OPTIONS
+
+
+def test_the_errors_of_taskqueue_are_names_of_the_module(app):
+    deferred.defer(tasks.add, 1, _name="once", _retry_options=deferred.TaskRetryOptions(task_retry_limit=0))
+    with pytest.raises(deferred.TaskAlreadyExistsError):
+        deferred.defer(tasks.add, 1, _name="once")
+    assert issubclass(deferred.TaskAlreadyExistsError, deferred.DeferError)
 
 
 async def test_defer_async_takes_the_same_options(app):

@@ -1,0 +1,193 @@
+"""Call sites of ``defer()``, those that were rewritten included: what of them is refused, and what behaves otherwise."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from safedefer.deferred import OPTION_HINTS, OPTIONS
+from safedefer.migrate.edits import CallArguments
+from safedefer.migrate.judge import is_naive, judge_argument, judge_callable, swallowed_by, under_main
+from safedefer.migrate.notes import Level
+from safedefer.migrate.project import CodeFile, Project
+
+_QUEUE_CHARACTERS: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-")
+_NAME_CHARACTERS: Final = (_QUEUE_CHARACTERS - {"."}) | {"_"}
+_RESERVED: Final = (
+    "host",
+    "content-type",
+    "content-length",
+    "connection",
+    "x-appengine-",
+    "x-cloudtasks-",
+    "x-google-",
+    "safedefer-",
+)
+#: Options of other libraries, which ``defer()`` hands to the callable.
+FOREIGN: Final = frozenset(
+    {
+        "job_timeout",
+        "result_ttl",
+        "failure_ttl",
+        "job_id",
+        "depends_on",
+        "at_front",
+        "on_success",
+        "on_failure",
+        "retry_options",
+    }
+    | {"apply_async", "countdown", "eta", "queue", "transactional"}
+)
+
+
+def judge_call(
+    project: Project,
+    file: CodeFile,
+    call: ast.Call,
+    func: ast.expr,
+    args: Iterable[ast.expr],
+    kwargs: Mapping[str, ast.expr],
+) -> None:
+    """Note what is refused of the callable and the arguments of a call, and what hides a refusal."""
+    names = file.names
+    for each in judge_callable(names, func):
+        file.note(func, *each)
+    definition = names.definition(func)
+    if definition is None and isinstance(func, ast.Name | ast.Attribute):
+        home, _, last = project.canonical(names.dotted(func)).rpartition(".")
+        other = project.module(home)
+        if other is not None and other is not file:
+            for each in judge_callable(other.names, _top_name(other, last)):
+                file.note(func, *each)
+            definition = other.names.definition(_top_name(other, last))
+    if (
+        definition is not None
+        and isinstance(names.scope(definition), ast.Module)
+        and definition in names.tree.body
+        and under_main(names, call)
+    ):
+        file.note(
+            func, Level.REFUSED, "main-module",
+            f"{ast.unparse(func)} is {'a module-level name of __main__ where'} this file runs as a program, which no other process has; "
+            "move it to a module that both import",
+        )  # fmt: skip
+    for value in [*args, *kwargs.values()]:
+        for each in judge_argument(names, value):
+            file.note(value, *each)
+    _judge_parameters(file, definition, kwargs)
+    handler = swallowed_by(names, call)
+    if handler is not None:
+        file.note(
+            handler, Level.NOTE, "swallowed",
+            f"this except hides that defer() in line {call.lineno} refuses a call: the task would be gone without a word; "
+            "catch safedefer.DeferError apart, or let it through",
+        )  # fmt: skip
+
+
+def _top_name(file: CodeFile, name: str) -> ast.Name:
+    """Return a name as it is read at the top level of a file."""
+    found = ast.Name(name, ast.Load())
+    file.names.parents[found] = file.names.tree
+    return found
+
+
+def _judge_parameters(file: CodeFile, definition: ast.AST | None, kwargs: Mapping[str, ast.expr]) -> None:
+    if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    own = {each.arg for each in (*definition.args.args, *definition.args.kwonlyargs)}
+    for name in sorted((FOREIGN & set(kwargs)) - own):
+        file.note(
+            kwargs[name], Level.REFUSED if definition.args.kwarg is None else Level.NOTE, "foreign-option",
+            f"{name}= is handed to {definition.name}, and is no option of defer(): those begin with _ ({', '.join(OPTIONS)})",
+        )  # fmt: skip
+
+
+def judge_options(file: CodeFile, arguments: CallArguments) -> None:
+    """Note what is refused of the options of ``deferred.defer``, and what they need here."""
+    for name, (_, value) in arguments.keywords.items():
+        if not name.startswith("_"):
+            continue
+        if name not in OPTIONS:
+            hint = OPTION_HINTS.get(
+                name, f"App Engine's defer() handed it to the callable; those that it takes are {', '.join(OPTIONS)}"
+            )
+            file.note(value, Level.REFUSED, "unknown-option", f"defer() has no option {name}: {hint}")
+        elif name == "_eta":
+            judge_eta(file, value)
+        elif name == "_queue":
+            judge_queue(file, value)
+        else:
+            _judge_option(file, name, value)
+    if {"_countdown", "_eta"} <= {
+        name for name, (_, value) in arguments.keywords.items() if ast.unparse(value) != "None"
+    }:
+        file.note(
+            arguments.keywords["_eta"][1], Level.REFUSED, "eta", "_countdown and _eta are given together; leave one out"
+        )
+
+
+def judge_eta(file: CodeFile, value: ast.expr) -> None:
+    """Note a time without a zone."""
+    if is_naive(file.names, value):
+        file.note(
+            value, Level.REFUSED, "naive-eta",
+            f"{ast.unparse(value)} has no time zone, which App Engine took for UTC or local time; write datetime.now(timezone.utc) + "
+            "timedelta(...), or use _countdown",
+        )  # fmt: skip
+
+
+def judge_queue(file: CodeFile, value: ast.expr) -> None:
+    """Note the name of a queue that cannot be one."""
+    if (
+        isinstance(value, ast.Constant)
+        and isinstance(value.value, str)
+        and not (value.value and set(value.value) <= _QUEUE_CHARACTERS)
+    ):
+        file.note(
+            value,
+            Level.REFUSED,
+            "queue-name",
+            f"{value.value!r} is no name of a queue: letters, digits, . and -; rename it",
+        )
+
+
+def _judge_option(file: CodeFile, name: str, value: ast.expr) -> None:
+    constant = value.value if isinstance(value, ast.Constant) else None
+    if name == "_transactional" and constant is not False:
+        file.note(
+            value, Level.NOTE, "transactional",
+            "_transactional goes with the transaction of a connection, not with the datastore's: put the call into "
+            "with app.transaction(connection):, or defer after the commit",
+        )  # fmt: skip
+    elif name == "_target" and isinstance(constant, str):
+        file.note(
+            value,
+            Level.NOTE,
+            "target",
+            f"the dispatcher must know the address of {constant!r}: dispatch --target {constant}=URL",
+        )
+    elif name == "_url" and isinstance(constant, str):
+        if not constant.startswith("/") or "?" in constant or "#" in constant:
+            file.note(
+                value, Level.REFUSED, "url", f"{constant!r} is no path without query; pass what it says as arguments"
+            )
+        else:
+            file.note(
+                value,
+                Level.NOTE,
+                "url",
+                f"the handler must serve {constant}: app.routes() has the queues' URLs and the default alone",
+            )
+    elif name == "_headers" and isinstance(value, ast.Dict):
+        for key in value.keys:
+            text = key.value if isinstance(key, ast.Constant) else ""
+            if isinstance(text, str) and text.lower().startswith(_RESERVED):
+                file.note(
+                    key or value,
+                    Level.REFUSED,
+                    "headers",
+                    f"the header {text} is written by the delivery; leave it out, or use _target",
+                )
+    elif name == "_name" and isinstance(constant, str) and not (constant and set(constant) <= _NAME_CHARACTERS):
+        file.note(value, Level.REFUSED, "task-name", f"{constant!r} is no name of a task: 1 to 500 of A-Z a-z 0-9 _ -")
