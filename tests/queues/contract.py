@@ -408,6 +408,43 @@ class QueueContract:
         assert queue.find(first.task.id).state is TaskState.SUCCEEDED
         assert queue.next_due(now=103.0) == 300.0
 
+    @pytest.mark.parametrize(
+        "odd", ["lost", "named", "retried", "twice", "failed", "no entry", "charged", "with a record"]
+    )
+    def test_what_is_settled_together_ends_as_it_would_alone(self, queue, odd):
+        """Engines end many tasks that succeeded by one statement; one that is not like the others spoils none of them."""
+        tasks = [make_task(name="odd" if odd == "named" else None), make_task(), make_task()]
+        queue.enqueue_many(tasks)
+        leases = take(queue)
+        first = leases[0]
+        if odd == "lost":  # its lease runs out before its run begins
+            assert ids(take(queue, now=170.0, limit=1)) == [first.task.id]
+        for number, lease in enumerate(leases):
+            if number or odd != "no entry":
+                run = execution_of(lease.task)
+                assert begin(queue.ledger, run, now=170.0, lease=30.0) is Admission.RUN
+                if odd == "charged" and not number:  # its lease runs out after that
+                    (leases[0],) = take(queue, now=210.0, limit=1)
+                state = EndState.FAILED if odd == "failed" and not number else EndState.SUCCEEDED
+                finish(queue.ledger, run, state, record_of(lease.task, str(state)))
+        settlements = [(lease, DONE) for lease in leases]
+        if odd == "retried":
+            settlements[0] = (first, Settlement(verdict=Verdict.RETRY, at=900.0, reason="retry"))
+        elif odd == "with a record":
+            settlements[0] = (first, Settlement(verdict=Verdict.DONE, record=record_of(first.task, "no-response")))
+        elif odd == "twice":
+            settlements.append((first, DONE))
+        kept = list(queue.settle_many(settlements, now=211.0))
+        assert kept == [odd != "lost", True, True, *([False] if odd == "twice" else [])]
+        states = {"failed": TaskState.DEAD, "lost": TaskState.RUNNING, "retried": TaskState.WAITING}
+        views = [queue.find(task.id) for task in tasks]
+        assert [view.state for view in views] == [states.get(odd, TaskState.SUCCEEDED), *[TaskState.SUCCEEDED] * 2]
+        assert [view.attempts for view in views] == [int(odd != "lost"), 1, 1]
+        assert len(views[0].records) == {"no entry": 0, "with a record": 2, "charged": 2}.get(odd, 1)
+        if odd == "named":
+            with pytest.raises(TombstonedTaskError):
+                queue.enqueue_many([make_task(name="odd", created=212.0)])
+
     def test_extending_keeps_the_task(self, queue):
         queue.enqueue_many([make_task()])
         lease = take_one(queue)
@@ -1302,6 +1339,48 @@ class QueueContract:
             finish(queue.ledger, run, state, record_of(task))
         other = execution_of(task, "run-2", digest=b"another")
         assert begin(queue.ledger, other, now=9999.0, lease=60.0) is Admission.CONFLICT
+
+    def test_runs_that_ask_together_are_admitted_as_one_by_one(self, queue):
+        new, ended, early, twice = tasks = [make_task() for _ in range(4)]
+        queue.enqueue_many(tasks)
+        for task, state in ((ended, EndState.SUCCEEDED), (early, EndState.RETRY)):
+            begin(queue.ledger, execution_of(task), now=100.0, lease=60.0)
+            finish(queue.ledger, execution_of(task), state, record_of(task, "rejected"))
+        runs = [execution_of(task, f"run-{number}") for number, task in enumerate([twice, new, ended, early, twice])]
+        assert list(queue.ledger.begin_many(runs, now=101.0, lease=60.0)) == [
+            Admission.RUN,
+            Admission.RUN,
+            Admission.DUPLICATE,
+            Admission.RUN,
+            Admission.RUNNING,
+        ]
+        other = [execution_of(task, "other") for task in (twice, new, early)]
+        assert set(queue.ledger.begin_many(other, now=160.0, lease=60.0)) == {Admission.RUNNING}
+        assert set(queue.ledger.extend_many(runs[:2] + runs[3:4], now=101.0, lease=60.0)) == {True}
+
+    def test_runs_that_end_together_end_as_one_by_one(self, queue):
+        one, retried, another, twice = tasks = [make_task() for _ in range(4)]
+        queue.enqueue_many(tasks)
+        runs = [execution_of(task) for task in tasks]
+        queue.ledger.begin_many(runs, now=100.0, lease=60.0)
+        ends = [
+            (runs[0], EndState.SUCCEEDED, record_of(one)),
+            (execution_of(retried, "lapsed"), EndState.RETRY, record_of(retried, "retry")),
+            (execution_of(another, digest=b"another"), EndState.FAILED, record_of(another, "failed")),
+            (runs[3], EndState.FAILED, record_of(twice, "failed")),
+            (execution_of(twice, "lapsed"), EndState.SUCCEEDED, record_of(twice)),
+        ]
+        assert list(queue.ledger.finish_many(ends)) == [True, False, False, True, False]
+        again = [run._replace(owner="again") for run in runs]
+        assert list(queue.ledger.begin_many(again, now=101.0, lease=60.0)) == [
+            Admission.DUPLICATE,
+            Admission.RUNNING,
+            Admission.RUNNING,
+            Admission.DUPLICATE,
+        ]
+        assert [len(queue.find(task.id).records) for task in tasks] == [1, 1, 1, 2]
+        settle(queue, next(lease for lease in take(queue) if lease.task.id == twice.id), DONE, now=102.0)
+        assert queue.find(twice.id).state is TaskState.DEAD
 
     def test_entries_are_per_audience(self, queue):
         task = make_task()

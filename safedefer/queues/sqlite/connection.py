@@ -184,6 +184,8 @@ def _configure(connection: apsw.Connection, path: str) -> None:
     connection.pragma("synchronous", "FULL")
     connection.pragma("foreign_keys", value=True)
     connection.pragma("journal_size_limit", 64 * 2**20)
+    # Copies of pages that a statement may have to restore, which would else be written to a temporary file.
+    connection.pragma("temp_store", "MEMORY")
     # Kibibytes: the inner pages of the indexes of a million tasks. With SQLite's own 2 MB they are read again and again.
     connection.pragma("cache_size", -16 * 2**10)
 

@@ -12,7 +12,7 @@ from safedefer.queues.sqlite import operations
 from safedefer.queues.sqlite.connection import SQL, Handle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     import apsw
 
@@ -89,53 +89,63 @@ class SQLiteLedger:
 def begin_all(
     connection: apsw.Connection, executions: Sequence[Execution], *, now: float, lease: float
 ) -> list[Admission]:
-    """Admit runs, within a transaction."""
-    return [begin(connection, execution, now=now, lease=lease) for execution in executions]
+    """Admit runs, within a transaction: those of tasks that the ledger does not know in one call."""
+    until = now + lease
+    before = connection.total_changes()
+    connection.executemany(SQL["ledger_begin_first"], [(*execution, until) for execution in executions])
+    if connection.total_changes() - before == len(executions):
+        return [Admission.RUN] * len(executions)
+    # An entry that is new has the owner of its run, and admits it.
+    return [_begin(connection, execution, now=now, until=until) for execution in executions]
 
 
-def finish_all(connection: apsw.Connection, ends: Sequence[RunEnd]) -> list[bool]:
-    """Store the ends of runs, within a transaction."""
-    return [finish(connection, *end) for end in ends]
-
-
-def begin(connection: apsw.Connection, execution: Execution, *, now: float, lease: float) -> Admission:
-    """Admit a run, within a transaction."""
-    values: dict[str, str | float | bytes] = {
-        "audience": execution.audience,
-        "task_id": execution.task_id,
-        "digest": execution.digest,
-        "owner": execution.owner,
-        "until": now + lease,
-        "expires": execution.expires,
-    }
-    if _changed(connection, "ledger_begin_first", values):
-        return Admission.RUN
+def _begin(connection: apsw.Connection, execution: Execution, *, now: float, until: float) -> Admission:
+    """Admit a run of a task that the ledger knows."""
     entry = operations.find_ledger(connection, execution.audience, execution.task_id)
     assert entry is not None  # in this transaction nobody else deletes it
     admission = rules.admit(execution, digest=entry.digest, owner=entry.owner, entry=entry.known(now))
     if admission is Admission.RUN:
+        values: dict[str, str | float] = {**_key(execution), "owner": execution.owner, "until": until}
         connection.execute(SQL["ledger_begin"], values)
     return admission
+
+
+def finish_all(connection: apsw.Connection, ends: Sequence[RunEnd]) -> list[bool]:
+    """Store the ends of runs, within a transaction. Every record is stored."""
+    connection.executemany(SQL["attempt_insert"], [record for _, _, record in ends])
+    # Whoever posts a token again and again is settled by nobody: now and then the records are trimmed here.
+    trimmed = [(run.task_id, rules.RECORDS_KEPT) for run, _, _ in ends if not random.getrandbits(4)]  # not a secret
+    connection.executemany(SQL["attempts_trim"], trimmed)
+    values = [_end_values(*end) for end in ends]
+    connection.execute("SAVEPOINT ends")
+    before = connection.total_changes()
+    connection.executemany(SQL["ledger_finish"], values)
+    counted = connection.total_changes() - before == len(ends)
+    if not counted:  # which of them did not is seen one by one
+        connection.execute("ROLLBACK TO ends")
+    connection.execute("RELEASE ends")
+    if counted:
+        return [True] * len(ends)
+    return [_finish(connection, run, each) for (run, _, _), each in zip(ends, values, strict=True)]
+
+
+def _end_values(execution: Execution, state: EndState, record: AttemptRecord) -> tuple[str | int | bytes, ...]:
+    """Return the bindings of ``ledger_finish``."""
+    owed = int(rules.leaves_charge(state, record))
+    return execution.audience, execution.task_id, execution.digest, execution.owner, state.value, owed
+
+
+def _finish(connection: apsw.Connection, execution: Execution, values: tuple[str | int | bytes, ...]) -> bool:
+    """Store the end of one run."""
+    connection.execute(SQL["ledger_finish"], values)
+    return connection.changes() > 0 or _lives(connection, execution)
 
 
 def extend(connection: apsw.Connection, execution: Execution, *, until: float) -> bool:
     """Prolong a run, within a transaction; False if it is no longer ours."""
     values: dict[str, str | float | bytes] = {**_key(execution), "owner": execution.owner, "until": until}
-    return _changed(connection, "ledger_extend", values) or _lives(connection, execution)
-
-
-def finish(connection: apsw.Connection, execution: Execution, state: EndState, record: AttemptRecord) -> bool:
-    """Store the end of a run, within a transaction. The record is stored in either case."""
-    # Whoever posts a token again and again is settled by nobody: now and then the records are trimmed here.
-    operations.add_record(connection, record, trim=not random.getrandbits(4))  # not a secret
-    values: dict[str, str | float | bytes] = {
-        **_key(execution),
-        "owner": execution.owner,
-        "digest": execution.digest,
-        "state": str(state),
-        "owed": int(rules.leaves_charge(state, record)),
-    }
-    return _changed(connection, "ledger_finish", values) or _lives(connection, execution)
+    connection.execute(SQL["ledger_extend"], values)
+    return connection.changes() > 0 or _lives(connection, execution)
 
 
 def _lives(connection: apsw.Connection, execution: Execution) -> bool:
@@ -152,11 +162,6 @@ def prune(connection: apsw.Connection, *, now: float, limit: int) -> int:
 
 def _key(execution: Execution) -> dict[str, str]:
     return {"audience": execution.audience, "task_id": execution.task_id}
-
-
-def _changed(connection: apsw.Connection, name: str, values: Mapping[str, str | float | bytes]) -> bool:
-    connection.execute(SQL[name], values)
-    return connection.changes() > 0
 
 
 class SQLiteBlobs:

@@ -16,7 +16,7 @@ from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, 
 from safedefer.queues.poison import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
-from safedefer.queues.sqlite.repair import MOST_SEQ, BadValue, checked, count_blobs
+from safedefer.queues.sqlite.repair import MOST_SEQ, BadValue, count_blobs
 from safedefer.queues.sqlite.rows import (
     LEDGER,
     STANDING,
@@ -25,7 +25,6 @@ from safedefer.queues.sqlite.rows import (
     TaskRow,
     first_row,
     leased_task,
-    record_values,
     task_values,
 )
 
@@ -385,13 +384,13 @@ def purge(
 def standing(connection: apsw.Connection, task_id: str) -> Standing | None:
     """Return how a task that has not ended stands."""
     row = first_row(connection.execute(SQL["task_standing"], (task_id,)))
-    return None if row is None else Standing._make(checked(row, STANDING))
+    return None if row is None else Standing._make(STANDING.check(row))
 
 
 def find_ledger(connection: apsw.Connection, audience: str, task_id: str) -> LedgerRow | None:
     """Return the ledger's entry of a task."""
     row = first_row(connection.execute(SQL["ledger_find"], {"audience": audience, "task_id": task_id}))
-    return None if row is None else LedgerRow._make(checked(row, LEDGER))
+    return None if row is None else LedgerRow._make(LEDGER.check(row))
 
 
 def known(connection: apsw.Connection, audience: str, task_id: str, *, now: float) -> rules.Known | None:
@@ -405,9 +404,9 @@ def add_record(connection: apsw.Connection, record: AttemptRecord, *, trim: bool
 
     Looking for them takes longer than storing the record, so who knows that there are few does not ask for it.
     """
-    connection.execute(SQL["attempt_insert"], record_values(record))
+    connection.execute(SQL["attempt_insert"], record)
     if trim:
-        connection.execute(SQL["attempts_trim"], {"task_id": record.task_id, "keep": rules.RECORDS_KEPT})
+        connection.execute(SQL["attempts_trim"], (record.task_id, rules.RECORDS_KEPT))
 
 
 def archive(connection: apsw.Connection, *, now: float, dead_seconds: float, dead_limit: int, limit: int) -> int:

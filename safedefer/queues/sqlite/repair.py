@@ -45,15 +45,34 @@ class BadValue(Exception):  # it is not raised to callers
     """A row has a value that its column does not take. ``mend`` converts it."""
 
 
-def checked(row: _Row, kinds: tuple[frozenset[type], ...]) -> _Row:
-    """Return a row whose values have these types.
+class Kinds:
+    """The types that the values of a row may have, by column."""
 
-    Raises:
-        BadValue: One has not.
-    """
-    if not _fits(tuple(map(type, row)), kinds):
-        raise BadValue
-    return row
+    def __init__(self, *kinds: frozenset[type]) -> None:
+        self._kinds = kinds
+        # Nearly all rows have the types of one before; whoever writes the file can make rows of any.
+        self._fit = lru_cache(maxsize=256)(self._fits)
+
+    def __add__(self, other: Kinds) -> Kinds:
+        """Return the types of rows with more columns."""
+        return Kinds(*self._kinds, *other._kinds)
+
+    def __len__(self) -> int:
+        """Return the number of columns."""
+        return len(self._kinds)
+
+    def check(self, row: _Row) -> _Row:
+        """Return a row whose values have these types.
+
+        Raises:
+            BadValue: One has not.
+        """
+        if not self._fit(tuple(map(type, row))):
+            raise BadValue
+        return row
+
+    def _fits(self, types: tuple[type, ...]) -> bool:
+        return all(found in kind for found, kind in zip(types, self._kinds, strict=True))
 
 
 def number(value: object) -> float | None:
@@ -65,11 +84,6 @@ def number(value: object) -> float | None:
     if value is not None and not isinstance(value, int | float):
         raise BadValue
     return value
-
-
-@lru_cache(maxsize=1024)
-def _fits(types: tuple[type, ...], kinds: tuple[frozenset[type], ...]) -> bool:
-    return all(found in kind for found, kind in zip(types, kinds, strict=True))
 
 
 def mend(connection: apsw.Connection) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from safedefer.ledger import EndState
 from safedefer.queues import rules
 from safedefer.queues.base import Verdict
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.operations import add_record, end, retry
-from safedefer.queues.sqlite.repair import checked
 from safedefer.queues.sqlite.rows import LEDGER, STANDING, LedgerRow, Standing
 
 if TYPE_CHECKING:
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     import apsw
 
     from safedefer.queues.base import Lease, Settlement
-
-_SUCCEEDED: Final = rules.Ending(EndState.SUCCEEDED, charged=True)
 
 
 def settle_all(
@@ -33,26 +29,43 @@ def settle_all(
     """Apply what dispatchers say of deliveries; False, and nothing, for each whose task is not its own now.
 
     A statement that moves one row costs SQLite four times what the row costs in a statement that moves many: it is undone
-    alone if it fails. So the tasks that succeeded, by the ledger too, are moved to the history after all others.
+    alone if it fails. So the tasks that succeeded, by the ledger too, are moved to the history together, before all others.
     """
-    stand = _standings(connection, [held.task.id for held, _ in settlements], now=now)
-    results, ended = [], []
+    moved = _move_succeeded(connection, settlements, now=now)
+    if len(moved) == len(settlements):
+        return [True] * len(settlements)
+    stand = _standings(connection, [held.task.id for held, _ in settlements if held.task.id not in moved], now=now)
+    results = []
     for held, settlement in settlements:
         # Whoever settles a task twice has it no more the second time.
         row, entry = stand.pop(held.task.id, (None, None))
         ours = row is not None and row.owner == held.owner
-        results.append(ours)
-        if row is None or not ours:
-            continue
-        if entry is not None and entry.ended and row.name is None and _ends(settlement, entry) == _SUCCEEDED:
-            ended.append(row.seq)
-        else:
+        results.append(ours or held.task.id in moved)
+        if row is not None and ours:
             _settle(connection, held, settlement, row, entry, now=now, tombstone_seconds=tombstone_seconds)
-    if ended:
-        seqs = json.dumps(ended)
-        connection.execute(SQL["tasks_to_ended"], {"seqs": seqs, "now": now})
-        connection.execute(SQL["tasks_delete"], {"seqs": seqs})
     return results
+
+
+def _move_succeeded(
+    connection: apsw.Connection, settlements: Sequence[tuple[Lease, Settlement]], *, now: float
+) -> set[str]:
+    """Move what has no name and succeeded, by the ledger too, with a run still to be charged; return the ids."""
+    owners = {held.task.id: held.owner for held, settlement in settlements if _has_succeeded(settlement)}
+    if not owners or len({held.task.id for held, _ in settlements}) < len(settlements):
+        return set()
+    values: dict[str, str | float] = {"owners": json.dumps(owners), "now": now}
+    moved = {str(task_id) for (task_id,) in connection.execute(SQL["tasks_to_ended"], values)}
+    connection.execute(SQL["tasks_delete"], {"ids": json.dumps(list(moved))})
+    return moved
+
+
+def _has_succeeded(settlement: Settlement) -> bool:
+    """Whether a handler answered that a run succeeded, and there is nothing else to store: as ``rules.end_of`` says.
+
+    Such an end is ``Ending(EndState.SUCCEEDED, charged=True)`` if the ledger knows it too, and that it is uncharged.
+    """
+    done = settlement.verdict is Verdict.DONE and settlement.answered and settlement.charged
+    return done and settlement.reason is None and settlement.record is None
 
 
 def _standings(
@@ -62,16 +75,9 @@ def _standings(
     found = {}
     for task_id, *row in connection.execute(SQL["standings"], {"ids": json.dumps(task_ids)}):
         entry = tuple(row[len(STANDING) :])
-        known = None if entry[0] is None else LedgerRow._make(checked(entry, LEDGER)).known(now)
-        found[str(task_id)] = Standing._make(checked(tuple(row[: len(STANDING)]), STANDING)), known
+        known = None if entry[0] is None else LedgerRow._make(LEDGER.check(entry)).known(now)
+        found[str(task_id)] = Standing._make(STANDING.check(tuple(row[: len(STANDING)]))), known
     return found
-
-
-def _ends(settlement: Settlement, entry: rules.Known) -> rules.Ending | None:
-    """Return how a task ends that its handler answered for, and that leaves no record; None for any other."""
-    if settlement.verdict is not Verdict.DONE or settlement.record is not None or not settlement.answered:
-        return None
-    return rules.end_of(settlement, entry)
 
 
 def _settle(

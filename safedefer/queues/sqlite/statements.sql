@@ -212,15 +212,19 @@ SELECT id, queue, name, callable_name, url, target, audience, eta, created, expi
 FROM safedefer_tasks WHERE seq = :seq;
 
 -- name: tasks_to_ended
--- Those that succeeded, each with its last run charged.
+-- Those that succeeded, by the ledger too, without a name, whose last run is charged now; by id and owner.
 INSERT OR REPLACE INTO safedefer_ended (
     id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, ended
 )
-SELECT id, queue, name, callable_name, url, target, audience, eta, created, expires, min(attempts, 2147483646) + 1, 'succeeded', :now
-FROM safedefer_tasks WHERE seq IN (SELECT value FROM json_each(:seqs));
+SELECT task.id, queue, name, callable_name, url, target, task.audience, eta, created, task.expires,
+    min(task.attempts, 2147483646) + 1, 'succeeded', :now
+FROM json_each(:owners) AS held CROSS JOIN safedefer_tasks AS task ON task.id = held.key AND task.owner = held.value
+CROSS JOIN safedefer_ledger AS entry ON entry.audience = task.audience AND entry.task_id = task.id
+WHERE name IS NULL AND entry.state = 'succeeded' AND entry.uncharged
+RETURNING id;
 
 -- name: tasks_delete
-DELETE FROM safedefer_tasks WHERE seq IN (SELECT value FROM json_each(:seqs));
+DELETE FROM safedefer_tasks WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- name: task_delete
 DELETE FROM safedefer_tasks WHERE seq = :seq;
@@ -333,20 +337,21 @@ UPDATE safedefer_dead SET archived = :now WHERE seq IN (
 DELETE FROM safedefer_dead WHERE id = :id;
 
 -- name: attempt_insert
+-- With the fields of an AttemptRecord.
 INSERT INTO safedefer_attempts (
     task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
 ) VALUES (
-    :task_id, :audience, :started, :ended, :outcome, :status, :reason, :exception_type, :traceback,
+    ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9,
     NOT (
-        EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = :task_id)
-        OR EXISTS (SELECT 1 FROM safedefer_dead WHERE id = :task_id)
-        OR EXISTS (SELECT 1 FROM safedefer_ended WHERE id = :task_id)
+        EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = ?1)
+        OR EXISTS (SELECT 1 FROM safedefer_dead WHERE id = ?1)
+        OR EXISTS (SELECT 1 FROM safedefer_ended WHERE id = ?1)
     )
 );
 
 -- name: attempts_trim
-DELETE FROM safedefer_attempts WHERE task_id = :task_id AND seq <= (
-    SELECT seq FROM safedefer_attempts WHERE task_id = :task_id ORDER BY seq DESC LIMIT 1 OFFSET :keep
+DELETE FROM safedefer_attempts WHERE task_id = ?1 AND seq <= (
+    SELECT seq FROM safedefer_attempts WHERE task_id = ?1 ORDER BY seq DESC LIMIT 1 OFFSET ?2
 );
 
 -- name: attempts_of
@@ -369,8 +374,9 @@ FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id;
 SELECT 1 FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id AND state = 'cancelled';
 
 -- name: ledger_begin_first
-INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, until, expires, uncharged)
-VALUES (:audience, :task_id, :digest, 'running', :owner, :until, :expires, 1)
+-- With the fields of an Execution, and the end of its lease.
+INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, expires, until, uncharged)
+VALUES (?1, ?2, ?3, 'running', ?4, ?5, ?6, 1)
 ON CONFLICT (audience, task_id) DO NOTHING;
 
 -- name: ledger_begin
@@ -383,11 +389,12 @@ WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state =
 
 -- name: ledger_finish
 -- As rules.end_counts says. A retry of a task that has no row is settled by nobody: whoever posts it tries again.
+-- Audience, task, digest, owner, the state that the run ends with, and whether the run is still to be charged.
 UPDATE safedefer_ledger
-SET state = :state, owner = NULL, until = 0, losses = 0, first_loss = NULL,
-    uncharged = min(uncharged, :owed, :state <> 'retry' OR EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = :task_id))
-WHERE audience = :audience AND task_id = :task_id AND digest = :digest AND (
-    (state = 'running' AND owner = :owner) OR (:state <> 'retry' AND state IN ('running', 'retry'))
+SET state = ?5, owner = NULL, until = 0, losses = 0, first_loss = NULL,
+    uncharged = min(uncharged, ?6, ?5 <> 'retry' OR EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = ?2))
+WHERE audience = ?1 AND task_id = ?2 AND digest = ?3 AND (
+    (state = 'running' AND owner = ?4) OR (?5 <> 'retry' AND state IN ('running', 'retry'))
 );
 
 -- name: ledger_lives

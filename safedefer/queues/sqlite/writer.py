@@ -1,7 +1,9 @@
 """The one writer: concurrent operations share a transaction, and so one fsync (group commit).
 
-Each operation runs in a savepoint, so that one which fails does not spoil the others. One that meets an
-unreadable value runs again, once the value is repaired. Success is reported only after COMMIT has returned.
+If one operation of a transaction fails, all are undone and run again, each in a savepoint, so that it does not spoil
+the others: savepoints cost a copy of every page that changes. One that meets an unreadable value runs again, once the
+value is repaired. So an operation may run twice; what it did before is undone. Success is reported only after COMMIT
+has returned.
 
 What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
 again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
@@ -194,13 +196,29 @@ class _Batch:
     def _commit(self, connection: apsw.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
         try:
-            for action, answer, _ in self._operations:
-                self._outcomes.append((answer, *self._attempt(connection, action)))
+            if not self._run_together(connection):
+                connection.execute("ROLLBACK")
+                connection.execute("BEGIN IMMEDIATE")
+                for action, answer, _ in self._operations:
+                    self._outcomes.append((answer, *self._attempt(connection, action)))
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def _run_together(self, connection: apsw.Connection) -> bool:
+        """Run all operations; return False if one failed, and the transaction is to be undone."""
+        outcomes = []
+        try:
+            for action, answer, _ in self._operations:
+                outcomes.append((answer, action(connection), None))
+        except Exception:
+            if not connection.in_transaction:
+                raise  # Some errors (disk full, I/O) end the whole transaction.
+            return False
+        self._outcomes.extend(outcomes)
+        return True
 
     def _attempt(
         self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
