@@ -33,7 +33,7 @@ from safedefer.execution.prepare import Validate
 from safedefer.keys import Keyring
 from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, Limits, Options, Serves, Task
 from safedefer.policy import Policy
-from safedefer.queues import load_queue_file, open_queue
+from safedefer.queues import PushAddress, load_queue_file, open_push, open_queue, queue_or_push
 from safedefer.queues.addresses import place
 from safedefer.queues.base import DeadFilter, PullQueue, StorageOptions
 from safedefer.sending.builder import Builder
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from safedefer.execution.tracing import TaskTracing
     from safedefer.headers import Response
     from safedefer.queues.config import QueueFile
+    from safedefer.queues.push import PushQueue
+    from safedefer.queues.push_engine import PushEngine
     from safedefer.settings import Settings
     from safedefer.web.asgi import Asgi
     from safedefer.web.wsgi import Wsgi
@@ -68,7 +70,8 @@ class App(Producer):
     Args:
         keyring: The keys; the active one signs.
         policy: What may be deferred and run.
-        queue: A queue's URL (``sqlite:///tasks.db``, ``memory://``) or a queue.
+        queue: A queue's URL (``sqlite:///tasks.db``, ``memory://``) or a queue; or those of a push engine, which needs ``store``.
+        store: The ledger, dead letters and stored tokens of a push engine: the URL of a pull engine, or one.
         environment: ``prod``, ``staging``, ...: tasks of one do not run in another. None is ``default``, which every
             deployment that does not say shares; commands that run tasks warn of it.
         url: The path that tasks are posted to by default.
@@ -102,7 +105,7 @@ class App(Producer):
         ConfigurationError: An argument is wrong.
     """
 
-    _queue: PullQueue | str
+    _queue: PullQueue | PushAddress | str
     _delivery: Delivery | None = None
     _wsgi: Wsgi | None = None
     _closed = False
@@ -112,7 +115,8 @@ class App(Producer):
         *,
         keyring: Keyring,
         policy: Policy,
-        queue: str | PullQueue = "sqlite:///safedefer.db",
+        queue: str | PullQueue | PushEngine = "sqlite:///safedefer.db",
+        store: str | PullQueue | None = None,
         environment: str | None = None,
         url: str = DEFAULT_URL,
         prefix: str = "",
@@ -138,11 +142,10 @@ class App(Producer):
     ) -> None:
         limits, self.policy = limits or Limits(), _checked(keyring, policy)
         self.environment_given, self._by_value = environment is not None, by_value_pickles_run_code
-        self.observer: Observer = _log(tracebacks=log_tracebacks) if observer is None else observer
-        self.observers = Observers(self.observer, *observers)
+        self.observer, self.observers = _observers(observer, observers, tracebacks=log_tracebacks)
         self.queue_file = file = load_queue_file(queue_yaml) if isinstance(queue_yaml, str | Path) else queue_yaml
         routes = Routes(environment=environment, url=url, prefix=prefix, queues=queues, targets=targets, file=file)
-        self._queue, self._storage, self._clock = queue, _storage(storage, file), clock
+        self._queue, self._storage, self._clock = queue_or_push(queue, store), _storage(storage, file), clock
         self.delivery_options = DeliveryOptions(
             max_bytes=limits.token_bytes,
             concurrency=concurrency,
@@ -174,7 +177,7 @@ class App(Producer):
         self.environment, self.url, self.prefix = routes.environment, routes.url, routes.prefix
         self.queues, self.targets = routes.queues, routes.targets
         self.keyring, self.allow_pickle, self._limits = keyring, allow_pickle, limits
-        self.queue_place = _place(self._queue)
+        self.queue_place, self.pushes = _place(self._queue), _pushes(self._queue)
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,
@@ -242,6 +245,7 @@ class App(Producer):
             keyring=settings.keyring(),
             policy=settings.load_policy(),
             queue=settings.queue,
+            store=settings.store,
             environment=settings.environment if "environment" in settings.model_fields_set else None,
             url=settings.url,
             prefix=settings.prefix,
@@ -296,20 +300,29 @@ class App(Producer):
         """The handler behind ``handle``; the policy's modules are imported when it is first asked for."""
         with self._lock:
             if self._delivery is None:
-                # Here and not at the top: a process that only defers needs no handler.
-                from safedefer.delivery.handler import Delivery  # noqa: PLC0415
-
                 self._direct.load_policy()
-                self._delivery = Delivery(
-                    verifier=self._verifier,
-                    codecs=self._codecs,
-                    ledger=lambda: self.queue.ledger,
-                    blobs=lambda: self.queue.blobs,
-                    clock=self._clock,
-                    observer=self.observers,
-                    options=self.delivery_options,
-                )
+                self._delivery = self._new_delivery()
             return self._delivery
+
+    def _new_delivery(self) -> Delivery:
+        # Here and not at the top: a process that only defers needs no handler.
+        from safedefer.delivery.handler import Delivery  # noqa: PLC0415
+
+        parts: dict[str, Any] = {
+            "verifier": self._verifier,
+            "codecs": self._codecs,
+            "ledger": lambda: self.queue.ledger,
+            "blobs": lambda: self.queue.blobs,
+            "clock": self._clock,
+            "observer": self.observers,
+            "options": self.delivery_options,
+        }
+        if not self.pushes:
+            return Delivery(**parts)
+        from safedefer.delivery.pushed import PushedDelivery  # noqa: PLC0415 - most Apps pull
+
+        self.push_queue.start(self._clock)
+        return PushedDelivery(queue=lambda: self.push_queue, retry_options=_retry_options(self.queue_file), **parts)
 
     def routes(self) -> list[AbstractRouteDef]:
         """Return the aiohttp routes of the handler: ``web_app.add_routes(app.routes())``."""
@@ -399,14 +412,27 @@ class App(Producer):
         """The queue, opened when it is first used. Raises ``QueueUnavailable`` after ``close``."""
         return self._get_queue()
 
+    @property
+    def push_queue(self) -> PushQueue:
+        """The push engine and its store. Raises ``ConfigurationError`` if the queue is a pull engine."""
+        from safedefer.queues.push import PushQueue  # noqa: PLC0415 - most Apps pull
+
+        queue: object = self.queue
+        if not isinstance(queue, PushQueue):
+            raise ConfigurationError("the queue is no push engine; run a worker: `safedefer run`")
+        return queue
+
     def _get_queue(self) -> PullQueue:
         with self._lock:
             if self._closed:
                 raise QueueUnavailable("the App is closed; make another one")
-            if isinstance(self._queue, str):
+            if isinstance(self._queue, str | PushAddress):
                 if TEST_MODE.active and not self._builder.in_test:
                     refuse()
-                self._queue = open_queue(self._queue, self._storage)
+                queue = self._queue
+                self._queue = (
+                    open_queue(queue, self._storage) if isinstance(queue, str) else open_push(queue, self._storage)
+                )
             return self._queue
 
     @contextlib.asynccontextmanager
@@ -496,7 +522,7 @@ class App(Producer):
                 self._delivery.close()
                 self._delivery = None
             self._closed = True
-            if not isinstance(self._queue, str):
+            if not isinstance(self._queue, str | PushAddress):
                 self._queue.close()
         self.observers.close()
 
@@ -507,12 +533,25 @@ def _checked(keyring: object, policy: object) -> Policy:
     return policy
 
 
-def _log(*, tracebacks: bool) -> LogObserver:
-    return LogObserver(traceback_of=redacted_traceback if tracebacks else None)
+def _observers(
+    observer: Observer | None, others: Sequence[Observer], *, tracebacks: bool
+) -> tuple[Observer, Observers]:
+    first = LogObserver(traceback_of=redacted_traceback if tracebacks else None) if observer is None else observer
+    return first, Observers(first, *others)
 
 
-def _place(queue: str | PullQueue) -> str:
+def _place(queue: str | PullQueue | PushAddress) -> str:
+    if isinstance(queue, PushAddress):
+        return queue.place
     return place(queue) if isinstance(queue, str) else type(queue).__name__
+
+
+def _pushes(queue: object) -> bool:
+    return isinstance(queue, PushAddress)
+
+
+def _retry_options(file: QueueFile | None) -> dict[str, dict[str, float]]:
+    return {} if file is None else {each.name: each.retry_parameters.given() for each in file.queue}
 
 
 def _storage(storage: StorageOptions | None, file: QueueFile | None) -> StorageOptions | None:

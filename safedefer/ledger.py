@@ -126,6 +126,10 @@ class Ledger(Protocol):
         """
         ...
 
+    def lost_many(self, executions: Sequence[Execution], *, now: float) -> Sequence[bool]:
+        """Return for which of these tasks a run began and neither ended nor is extended any more; changes nothing."""
+        ...
+
     def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
         """Return which of these runs belong to tasks that were cancelled; changes nothing."""
         ...

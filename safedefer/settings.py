@@ -95,6 +95,9 @@ class Settings(BaseSettings):
         default=None, description="Further metaclasses that classes may have: mod:name."
     )
     queue: str = Field(default="sqlite:///safedefer.db", repr=False, description="The queue's URL.")
+    store: str | None = Field(
+        default=None, repr=False, description="The store of a push engine: the URL of a pull engine."
+    )
     environment: str = Field(default="default", description="prod, staging, ...: part of every token's audience.")
     url: str = Field(default=DEFAULT_URL, description="The path that tasks are posted to.")
     prefix: str = Field(default="", description="A path prefix in front of the handler, which tokens do not name.")

@@ -26,7 +26,7 @@ from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.dispatcher.signed_route import SignedRoute
-from safedefer.errors import QueueUnavailable
+from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.observe.systemd import Systemd
 from safedefer.sending.addresses import check_address
 from safedefer.settings import take_keys_from_environment
@@ -282,6 +282,8 @@ async def _serving(
         stop = await stack.enter_async_context(_signals())
         await stack.enter_async_context(app.on_loop())
         await asyncio.to_thread(_check_tables, app)
+        if app.pushes:
+            app.outbox.start()  # no dispatcher does
         await stack.enter_async_context(service.shown())
         if worker is None:
             print(await stack.enter_async_context(serving(app, host, port)), flush=True)
@@ -319,6 +321,11 @@ def _is_used_up(app: App, tasks: int | None) -> bool:
 
 
 def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[str]) -> DispatcherOptions:
+    if app.pushes:
+        raise ConfigurationError(
+            f"{app.queue_place} pushes its tasks to the handler: there is nothing to dispatch; run `safedefer serve`, or the "
+            "engine's own workers"
+        )
     for queue in queues:
         app.check_queue(queue)
     file = app.queue_file

@@ -247,6 +247,7 @@ class Delivery:
         request = HandlerRequest(
             self._clock(), hints.retries, attempt, pushed=hints.pushed, ran=None if own is None else own.ran
         )
+        request.headers, request.body = headers, body
         if not self._requests.begin(self._options.concurrency):  # other event loops may have taken the last place since
             return self.busy()
         abandoned = False
@@ -279,9 +280,8 @@ class Delivery:
                 task = verified
             request.task = task
             execution = request.ask(self._ledger_client.owner())
-            admission = await self._ledger_client.begin(execution)
-            if admission is not Admission.RUN:
-                return self._not_admitted(request, admission)
+            if (answer := await self._admit(request, execution)) is not None:
+                return answer
             return await self._run(request, task, execution)
         except RejectedTask as error:
             rejection = error
@@ -304,10 +304,15 @@ class Delivery:
 
     async def _missing_blob(self, request: HandlerRequest) -> Response:
         # A blob is deleted when its task has ended. Then the ledger has the end, and this is a duplicate.
-        admission = await self._ledger_client.begin(request.ask(self._ledger_client.owner()))
-        if admission is not Admission.RUN:
-            return self._not_admitted(request, admission)
+        answer = await self._admit(request, request.ask(self._ledger_client.owner()))
+        if answer is not None:
+            return answer
         return await self._rejected(request, InvalidClaims("the stored token is gone; restore the blobs from a backup"))
+
+    async def _admit(self, request: HandlerRequest, execution: Execution) -> Response | None:
+        """Ask the ledger whether a task may run; return the answer of one that may not."""
+        admission = await self._ledger_client.begin(execution)
+        return None if admission is Admission.RUN else self._not_admitted(request, admission)
 
     def _not_admitted(self, request: HandlerRequest, admission: Admission) -> Response:
         if admission is Admission.DUPLICATE:
@@ -351,7 +356,8 @@ class Delivery:
             if outcome.reason == SingularTaskFailure.slug:
                 status = 408
             request.give_place_away(self._requests, places=self._options.concurrency)
-            await self._finish(request, execution, outcome, status)
+            if (answer := await self._end_run(request, execution, outcome, status)) is not None:
+                return answer
         except CoroutineCancelled:
             # The coroutine has ended with the process: the task may run again at once. (A thread goes on after a
             # cancellation: then the ledger keeps the run until its lease expires.)
@@ -362,9 +368,16 @@ class Delivery:
             # Only after the end is stored: until then no other handler may run the task.
             if not goes_on:
                 self._ledger_client.renewal.remove(execution)
-        if outcome.reason in _UNAUTHENTIC_REASONS:
+        if outcome.reason in UNAUTHENTIC_REASONS:
             return self._refuse(403, outcome.reason)
         return self._answer(request, status, outcome_name, outcome.reason, error=outcome.error)
+
+    async def _end_run(
+        self, request: HandlerRequest, execution: Execution, outcome: Outcome, status: int
+    ) -> Response | None:
+        """Store the end of a run; return None for the answer that says so."""
+        await self._finish(request, execution, outcome, status)
+        return None
 
     async def _answer_for_stuck(self, request: HandlerRequest, task: VerifiedTask, seconds: float | None) -> Response:
         """Answer for a run that goes on past its deadline. Its ledger entry stays ``running``."""
@@ -455,4 +468,4 @@ _END: Final = {
     Result.CANCELLED: EndState.CANCELLED,
 }
 #: Decoding the arguments found it, and it is answered like any token that is not authentic.
-_UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})
+UNAUTHENTIC_REASONS: Final = frozenset({"capability-exceeded"})

@@ -58,7 +58,7 @@ class LedgerClient:
         self._name = secrets.token_hex(8)
         self._numbers = itertools.count()
         self._late: set[asyncio.Task[None]] = set()
-        self.begin: Batches[Execution, Admission] = Batches(self._begin_many, unclaimed=self._give_back)
+        self.begin: Batches[Execution, Admission] = Batches(self._begin_many, unclaimed=self.give_back)
         """Ask the ledger to admit a run."""
         self.end: Batches[RunEnd, bool] = Batches(self._end_many, orphaned=self._orphaned)
         """Store the end of a run; as ``finish``, but with one try."""
@@ -133,7 +133,7 @@ class LedgerClient:
             else:
                 return
 
-    def _give_back(self, execution: Execution, admission: Admission) -> None:
+    def give_back(self, execution: Execution, admission: Admission | None) -> None:
         """End a run that was admitted after its caller was cancelled: else no other may begin until its lease expires."""
         if admission is Admission.RUN:
             now = self._clock()

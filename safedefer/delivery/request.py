@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Final, cast
 
 from safedefer.claims import Claims, split_audience
@@ -13,6 +14,7 @@ from safedefer.errors import TaskIdentity
 from safedefer.events import TaskHandled
 from safedefer.execution.context import TaskContext
 from safedefer.ledger import AttemptRecord, Execution
+from safedefer.queues.progress import NO_PROGRESS, Progress
 from safedefer.task import VerifiedPointer, VerifiedTask
 
 #: The most tasks whose code has ended and whose end is still to be stored, as a multiple of the places.
@@ -47,6 +49,13 @@ class HandlerRequest:
     """Called when the task's code has ended, and its end is still to be stored."""
     is_storing: bool = False
     """Whether it has, and this request holds no place meanwhile."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Those of the request, for a push engine that says more of the delivery than the hints."""
+    body: bytes = b""
+    claims: Claims | None = None
+    """Those of a task that the verifier refused, if a key of ours signed it; under a push engine only."""
+    progress: Progress = NO_PROGRESS
+    """What was counted of a pushed task before this delivery."""
 
     @property
     def identity(self) -> TaskIdentity | None:
@@ -57,10 +66,16 @@ class HandlerRequest:
         return None if verified is None else verified.identity
 
     @property
+    def signed(self) -> Claims | None:
+        """What was signed, by a key of ours; the task's own claims where it is oversize and its stored token is verified."""
+        verified = self.pointer if self.task is None else self.task
+        return self.claims if verified is None else verified.claims
+
+    @property
     def retry(self) -> Mapping[str, float] | None:
         """The retry options that were signed with the task."""
-        verified = self.pointer if self.task is None else self.task
-        return None if verified is None else signed_retry(verified.claims)
+        claims = self.signed
+        return None if claims is None else signed_retry(claims)
 
     def give_place_away(self, requests: RequestCount, *, places: int) -> None:
         """Let another task run while the end of this one is stored, so that the ends of many are stored together.
@@ -77,9 +92,12 @@ class HandlerRequest:
         """Return the run that the ledger is asked to admit, with ``owner`` as its owner."""
         if self.pointer is not None:
             claims, digest = self.pointer.claims, bytes.fromhex(self.pointer.blob["sha256"])
-        else:
-            assert self.task is not None  # a verified task has no pointer
+        elif self.task is not None:
             claims, digest = self.task.claims, self.task.digest
+        else:
+            assert self.claims is not None  # signed, and refused for another reason
+            claims = self.claims
+            digest = bytes.fromhex(claims["blob"]["sha256"]) if "blob" in claims else sha256(self.body).digest()
         self.execution = Execution(
             audience=claims["aud"], task_id=claims["jti"], digest=digest, owner=owner, expires=claims["exp"]
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
 from safedefer.errors import ConfigurationError, MissingExtra
+from safedefer.queues.addresses import is_push_address, place
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,14 +15,80 @@ if TYPE_CHECKING:
 
     from safedefer.queues.base import PullQueue, StorageOptions
     from safedefer.queues.config import QueueFile
+    from safedefer.queues.push import PushQueue
+    from safedefer.queues.push_engine import PushEngine
 
-__all__ = ["load_queue_file", "migrate_queue", "open_queue"]
+__all__ = ["PushAddress", "load_queue_file", "migrate_queue", "open_push", "open_queue"]
 
 _FORMS: Final = "sqlite:///relative.db, sqlite:////absolute.db, postgresql://user@host/database or memory://"
 
 
 #: Both are libpq's.
 _POSTGRES: Final = frozenset({"postgresql", "postgres"})
+
+
+@dataclass(frozen=True, slots=True)
+class PushAddress:
+    """A push engine and its store, neither of which is open yet."""
+
+    engine: str | PushEngine
+    store: str | PullQueue
+
+    def __repr__(self) -> str:
+        """Show neither password nor parameters."""
+        return f"PushAddress({self.place!r})"
+
+    @property
+    def place(self) -> str:
+        """The addresses as they may be shown."""
+        shown = [place(each) if isinstance(each, str) else type(each).__name__ for each in (self.engine, self.store)]
+        return f"{shown[0]} with {shown[1]}"
+
+
+def queue_or_push(queue: str | PullQueue | PushEngine, store: str | PullQueue | None) -> str | PullQueue | PushAddress:
+    """Return what an App's ``queue`` and ``store`` name: a pull engine, or a push engine and its store.
+
+    Raises:
+        ConfigurationError: A push engine has no store, or a pull engine has one.
+    """
+    pushes = is_push_address(queue) if isinstance(queue, str) else hasattr(queue, "attempt")
+    if not pushes:
+        if store is not None:
+            raise ConfigurationError("store is for push engines: this queue is its own store; leave it out")
+        return queue  # type: ignore[return-value]  # pyright: ignore[reportReturnType]  # it is no push engine
+    if store is None:
+        raise ConfigurationError(
+            "a push engine needs a store, which has the ledger and the dead letters: give store=, or SAFEDEFER_STORE, such as "
+            "postgresql://user@host/database"
+        )
+    if isinstance(store, str) and is_push_address(store):
+        raise ConfigurationError(f"the store is a pull engine; use {_FORMS}")
+    return PushAddress(queue, store)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # it is one
+
+
+def open_push(address: PushAddress, storage: StorageOptions | None = None) -> PushQueue:
+    """Open a push engine and its store.
+
+    Raises:
+        ConfigurationError: An address is malformed.
+        MissingExtra: The engine's packages are not installed.
+    """
+    from safedefer.queues.push import PushQueue  # noqa: PLC0415
+
+    store = open_queue(address.store, storage) if isinstance(address.store, str) else address.store
+    if not isinstance(address.engine, str):
+        return PushQueue(address.engine, store)
+    return PushQueue(open_engine(address.engine), store, name=place(address.engine))
+
+
+def open_engine(url: str) -> PushEngine:
+    """Return the push engine that a URL names; its packages are imported now.
+
+    Raises:
+        ConfigurationError: No engine has such URLs, or it is malformed.
+        MissingExtra: The engine's packages are not installed.
+    """
+    raise ConfigurationError(f"no push engine has the URL {place(url)}; see docs/explanation/delivery.md")
 
 
 def open_queue(url: str, storage: StorageOptions | None = None) -> PullQueue:

@@ -20,6 +20,14 @@ _BETWEEN: Final = re.compile(r"[,\s]+(?=[A-Za-z][A-Za-z0-9+.-]*://|$)")
 _PARAMETER: Final = re.compile(r"[A-Za-z_]+=(?:[^%]|%[0-9A-Fa-f]{2})*")
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
+#: How the addresses of push engines begin. Each engine is imported where one is opened (``queues.open_engine``).
+_PUSH: Final = re.compile(r"(?i:cloudtasks|celery(?:\+[a-z]+)?)://")
+
+
+def is_push_address(url: str) -> bool:
+    """Whether a URL names a push engine, which delivers to a handler, and needs a store beside it."""
+    return _PUSH.match(url) is not None
+
 
 def place(url: str) -> str:
     """Return the address in a URL, without user, password and parameters.

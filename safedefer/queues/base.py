@@ -109,6 +109,19 @@ class BlobsFull(QueueUnavailable):
         )
 
 
+class NotAllStored(QueueUnavailable):
+    """An engine that stores no batch as a whole stored a part of one. ``failed`` says by task id what refused the others."""
+
+    slug = QueueUnavailable.slug
+
+    def __init__(self, failed: Mapping[str, Exception]) -> None:
+        super().__init__(
+            f"{len(failed)} tasks of the batch were not stored, and the others were; `failed` has an error for each id: defer "
+            "these again"
+        )
+        self.failed = dict(failed)
+
+
 class AlreadyWaiting(TaskAlreadyExistsError):
     """A task of the same ``unique_key`` waits or runs in the queue: ``task_id``."""
 
@@ -454,6 +467,30 @@ class Throttle(Protocol):
         ...
 
 
+class Keep(Protocol):
+    """Opaque values under keys, each until a time: what a push engine's tasks leave in a store (``queues.pushing``)."""
+
+    def get_many(self, keys: Sequence[str], /) -> Mapping[str, bytes]:
+        """Return the values of those keys that have one, whose time may be over."""
+        ...
+
+    def put(self, key: str, value: bytes, *, expires: int) -> None:
+        """Store a value, in the place of another one; the store deletes it some time after ``expires``.
+
+        Raises:
+            BlobsFull: The key is a blob's (``BLOB_KEY``), and all of these would take more than ``blob_limit`` bytes.
+        """
+        ...
+
+    def delete(self, keys: Sequence[str], /) -> None:
+        """Delete values; nothing happens for keys that have none."""
+        ...
+
+
+#: Begins the keys of stored tokens in a ``Keep``, whose bytes are limited together.
+BLOB_KEY: Final = "blob:"
+
+
 class Store(Protocol):
     """Remembers: what the handler and people need."""
 
@@ -514,6 +551,26 @@ class Store(Protocol):
         self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
     ) -> Sequence[TaskView]:
         """List dead letters with their records, oldest first; ``after`` is ``(ended, id)`` of the last one seen."""
+        ...
+
+    @property
+    def keep(self) -> Keep:
+        """What it keeps of tasks that a push engine delivers."""
+        ...
+
+    def bury(self, task: QueuedTask, *, reason: str | None, attempts: int, now: float, verified: bool) -> bool:
+        """Make a dead letter of a task that the queue does not have, since a push engine delivers it.
+
+        A letter of the same id is replaced by one whose token is ``verified``, and by no other: then False. The ledger is not
+        changed: store the end of the run after that.
+        """
+        ...
+
+    def hand_over(self, leases: Sequence[Lease], *, now: float) -> Sequence[bool]:
+        """Forget tasks that a push engine has taken over, in one transaction; False for a lost lease, and nothing for it.
+
+        Neither history nor ledger says that they ended. A retry that the ledger knows of them is settled.
+        """
         ...
 
     def drop_dead(self, task_ids: Sequence[str]) -> int:

@@ -29,6 +29,8 @@ class Capabilities:
     """``enqueue_many`` takes all or none."""
     streams: bool = False
     """``enqueue_many`` stores tasks while those after them are made: it may be given an iterator."""
+    longest_wait: float | None = None
+    """Seconds that a push engine holds a task back; what is due later waits in the store. None: as long as it takes."""
     due_order: bool = True
     """What fell due first is leased first; without it, what was enqueued first."""
     exact_wake: bool = True

@@ -406,6 +406,11 @@ def admit(execution: Execution, *, digest: bytes, owner: str | None, entry: Know
     return Admission.EARLY if entry.early else Admission.RUN
 
 
+def is_lost(entry: Known) -> bool:
+    """Whether a run began that neither ended nor is extended any more: its process is gone."""
+    return entry.state == RUNNING and entry.uncharged and not entry.alive
+
+
 def end_counts(end: EndState, entry: Known, *, ours: bool) -> bool:
     """Say whether the end of a run changes the ledger's entry, which has the run's digest.
 

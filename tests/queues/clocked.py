@@ -15,7 +15,7 @@ _LOOKS = ("controls", "next_due", "stats")
 
 TABLES = (
     "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
-    "ledger", "attempts",
+    "ledger", "attempts", "kept",
 )  # fmt: skip
 """What tests empty when they are over."""
 

@@ -1724,3 +1724,89 @@ class QueueContract:
             queue.enqueue_many(batch)
         assert take(queue) == []
         queue.enqueue_many(batch[:2])
+
+    # --- As the store of a push engine ---
+
+    def test_values_are_kept_under_their_keys_until_their_time(self, queue):
+        keep = queue.keep
+        keep.put("task:a", b"one", expires=100)
+        keep.put("task:a", b"\0two\xff", expires=EXPIRES)
+        keep.put("task:b", b"", expires=100)
+        assert keep.get_many(["task:a", "task:b", "task:c"]) == {"task:a": b"\0two\xff", "task:b": b""}
+        queue.prune(now=100.0 + rules.LEDGER_LEEWAY + 1)
+        assert keep.get_many(["task:a", "task:b"]) == {"task:a": b"\0two\xff"}
+        keep.delete(["task:a", "task:c"])
+        assert keep.get_many(["task:a"]) == {}
+
+    def test_blobs_that_are_kept_are_bounded_together_and_counters_are_not(self, queue):
+        keep = queue.keep
+        keep.put("blob:1", b"x" * (BLOB_LIMIT - 10), expires=EXPIRES)
+        keep.put("blob:1", b"x" * (BLOB_LIMIT - 10), expires=EXPIRES)
+        keep.put("task:1", b"x" * 100, expires=EXPIRES)
+        with pytest.raises(QueueUnavailable, match="blob_limit"):
+            keep.put("blob:2", b"x" * 11, expires=EXPIRES)
+        keep.put("blob:2", b"x" * 10, expires=EXPIRES)
+
+    def test_a_task_that_is_no_row_is_buried_with_its_records_and_can_be_replaced(self, queue):
+        task = make_task(headers={"X-Own": "1"}, retry_options={"task_retry_limit": 1.0})
+        execution = execution_of(task)
+        begin(queue.ledger, execution, now=100.0, lease=10.0)
+        queue.ledger.record_many([record_of(task, "retry", reason="exception")])
+        assert queue.bury(task, reason="retry-limit", attempts=2, now=101.0, verified=True)
+        finish(queue.ledger, execution, EndState.FAILED, record_of(task, "retry", reason="exception"))
+        (letter,) = queue.dead_letters(DeadFilter())
+        assert (letter.id, letter.reason, letter.attempts, letter.token) == (task.id, "retry-limit", 2, task.token)
+        assert (letter.headers, letter.retry_options, letter.ended) == (
+            {"X-Own": "1"},
+            {"task_retry_limit": 1.0},
+            101.0,
+        )
+        assert len(letter.records) == 2
+        queue.prune(now=101.0 + HISTORY + 1)
+        assert len(queue.find(task.id).records) == 2
+        assert queue.stats(now=102.0)[0].dead == 1
+        again = make_task()
+        assert queue.replace_dead(task.id, again, letter_of(task), now=103.0)
+        assert begin(queue.ledger, execution_of(task, "other"), now=104.0, lease=10.0) is Admission.DUPLICATE
+        assert [view.id for view in queue.tasks()] == [again.id]
+
+    def test_a_letter_whose_token_nobody_verified_takes_no_others_place(self, queue):
+        task = make_task()
+        forged = task._replace(token=b"forged", audience="", queue="", url="", target="")
+        assert queue.bury(forged, reason="bad-signature", attempts=0, now=101.0, verified=False)
+        assert queue.bury(task, reason="retry-limit", attempts=1, now=102.0, verified=True)
+        assert not queue.bury(forged, reason="bad-signature", attempts=0, now=103.0, verified=False)
+        (letter,) = queue.dead_letters(DeadFilter())
+        assert (letter.token, letter.reason, letter.audience) == (task.token, "retry-limit", task.audience)
+        waiting = make_task()
+        queue.enqueue_many((waiting,))
+        assert not queue.bury(waiting._replace(token=b"forged"), reason="x", attempts=0, now=103.0, verified=False)
+
+    def test_what_is_handed_over_leaves_neither_row_nor_history_nor_an_unsettled_retry(self, queue):
+        task, lost, big = make_task(), make_task(), oversize_task()
+        queue.enqueue_many((task, lost, big))
+        leases = {lease.task.id: lease for lease in queue.lease(owner="me", limit=10, seconds=60.0, now=101.0)}
+        execution = execution_of(task)
+        begin(queue.ledger, execution, now=101.0, lease=10.0)
+        finish(queue.ledger, execution, EndState.RETRY, record_of(task, "retry", reason="exception"))
+        assert begin(queue.ledger, execution_of(task, "other"), now=102.0, lease=10.0) is Admission.UNSETTLED
+        gone = leases[lost.id]._replace(owner=leases[task.id].owner + "0")
+        asked = [leases[task.id], gone, leases[big.id]]
+        assert list(queue.hand_over(asked, now=102.0)) == [True, False, True]
+        assert [queue.find(each.id) for each in (task, big)] == [None, None]
+        assert queue.find(lost.id).state is TaskState.RUNNING
+        assert queue.blobs.get(big.blob.id) is None
+        assert begin(queue.ledger, execution_of(task, "other"), now=103.0, lease=10.0) is Admission.RUN
+        queue.enqueue_many((make_task(id=big.id),))
+
+    def test_a_run_that_neither_ended_nor_is_extended_is_lost(self, queue):
+        task, other = make_task(), make_task()
+        ledger, execution = queue.ledger, execution_of(task)
+        assert list(ledger.lost_many([execution, execution_of(other)], now=100.0)) == [False, False]
+        begin(ledger, execution, now=100.0, lease=10.0)
+        assert list(ledger.lost_many([execution], now=105.0)) == [False]
+        begin(ledger, execution_of(other), now=105.0, lease=10.0)
+        assert list(ledger.lost_many([execution, execution_of(other)], now=111.0)) == [True, False]
+        assert list(ledger.lost_many([execution._replace(digest=b"x" * 32)], now=111.0)) == [False]
+        finish(ledger, execution, EndState.RETRY, record_of(task, "retry", reason="exception"))
+        assert list(ledger.lost_many([execution], now=112.0)) == [False]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd, VerifiedLetter
 from safedefer.queues import rules
-from safedefer.queues.base import task_digest
+from safedefer.queues.base import BLOB_KEY, BlobsFull, task_digest
 
 if TYPE_CHECKING:
     import threading
@@ -95,6 +95,12 @@ class MemoryLedger:
                     other.forget_losses()
             return [entry is not None for entry in entries]
 
+    def lost_many(self, executions: Sequence[Execution], *, now: float) -> Sequence[bool]:
+        """Return for which of these tasks a run began and neither ended nor is extended any more."""
+        with self._lock:
+            entries = [self._same(execution) for execution in executions]
+            return [entry is not None and rules.is_lost(entry.known(now)) for entry in entries]
+
     def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
         """Return which of these runs belong to tasks that were cancelled."""
         with self._lock:
@@ -168,6 +174,12 @@ class MemoryLedger:
             uncharged=False,
         )
 
+    def settle_retry(self, task: QueuedTask) -> None:
+        """Note that the retry of a task is settled: its row goes, and a push engine delivers it."""
+        entry = self.entry(task)
+        if entry is not None and entry.state == EndState.RETRY:
+            entry.uncharged = False
+
     def cancel(self, task: QueuedTask) -> None:
         """Mark a leased or running task as cancelled; its run stays uncharged."""
         entry = self.entry(task)
@@ -233,3 +245,39 @@ class MemoryBlobs:
     def delete(self, blob_id: str) -> None:
         """Delete a blob; nothing happens if there is none."""
         self._data.pop(blob_id, None)
+
+
+class MemoryKeep:
+    """A ``Keep`` in memory, under the lock of its queue."""
+
+    def __init__(self, lock: threading.Condition, limit: int) -> None:
+        self._lock = lock
+        self._limit = limit
+        self._values: dict[str, tuple[bytes, int]] = {}
+
+    def get_many(self, keys: Sequence[str], /) -> dict[str, bytes]:
+        """Return the values of those keys that have one."""
+        with self._lock:
+            return {key: self._values[key][0] for key in keys if key in self._values}
+
+    def put(self, key: str, value: bytes, *, expires: int) -> None:
+        """Store a value until a time."""
+        with self._lock:
+            if key.startswith(BLOB_KEY):
+                others = [held for name, (held, _) in self._values.items() if name.startswith(BLOB_KEY) and name != key]
+                if sum(map(len, others)) + len(value) > self._limit:
+                    raise BlobsFull(self._limit)
+            self._values[key] = value, expires
+
+    def delete(self, keys: Sequence[str], /) -> None:
+        """Delete values."""
+        with self._lock:
+            for key in keys:
+                self._values.pop(key, None)
+
+    def prune(self, now: float) -> int:
+        """Delete what is over; returns how many. The queue holds the lock."""
+        old = [key for key, (_, expires) in self._values.items() if expires < now - rules.LEDGER_LEEWAY]
+        for key in old:
+            del self._values[key]
+        return len(old)

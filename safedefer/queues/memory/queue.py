@@ -37,7 +37,7 @@ from safedefer.queues.base import (
 )
 from safedefer.queues.capabilities import FULL, Capabilities
 from safedefer.queues.loop_calls import no_connections
-from safedefer.queues.memory.ledger import MemoryBlobs, MemoryLedger
+from safedefer.queues.memory.ledger import MemoryBlobs, MemoryKeep, MemoryLedger
 from safedefer.queues.poison import log_burial
 from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.rules import Counters
@@ -119,6 +119,7 @@ class MemoryQueue:
         self._next_prune = float("-inf")
         self._ledger = MemoryLedger(self._changed, lambda task_id: task_id in self._state.rows)
         self._blobs = MemoryBlobs()
+        self._keep = MemoryKeep(self._changed, blob_limit)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -144,6 +145,11 @@ class MemoryQueue:
     def blobs(self) -> MemoryBlobs:
         """The blobs of the same process."""
         return self._blobs
+
+    @property
+    def keep(self) -> MemoryKeep:
+        """What the same process keeps of tasks that a push engine delivers."""
+        return self._keep
 
     def close(self) -> None:
         """Refuse later tasks with ``QueueUnavailable``, and end every ``wait``."""
@@ -255,6 +261,36 @@ class MemoryQueue:
             self._forget_dead(task_id)
             self._store((task,))
             return True
+
+    def bury(self, task: QueuedTask, *, reason: str | None, attempts: int, now: float, verified: bool) -> bool:
+        """Make a dead letter of a task that the queue does not have."""
+        with self._changed:
+            if not verified and (task.id in self._state.ended or task.id in self._state.rows):
+                return False
+            view = self._view(_Row(0, task._replace(blob_id=None), task.eta))
+            dead = replace(view, state=TaskState.DEAD, attempts=attempts, reason=reason, ended=now, due=None)
+            self._state.ended[task.id] = dead
+            self._state.archived.discard(task.id)
+            return True
+
+    def hand_over(self, leases: Sequence[Lease], *, now: float) -> Sequence[bool]:  # noqa: ARG002 - no tombstones
+        """Forget tasks that a push engine has taken over; False for each lost lease."""
+        with self._changed:
+            held = [self._held(lease) for lease in leases]
+            for row in held:
+                if row is not None:
+                    self._forget(row)
+            return [row is not None for row in held]
+
+    def _forget(self, row: _Row) -> None:
+        task = row.task
+        if task.name is not None:
+            self._state.names.pop((task.queue, task.name), None)
+        self._free_unique(task)
+        if task.blob_id is not None:
+            self._blobs.delete(task.blob_id)
+        del self._state.rows[task.id]
+        self._ledger.settle_retry(task)
 
     def drop_dead(self, task_ids: Sequence[str]) -> int:
         """Delete dead letters, archived ones too; returns how many there were."""
@@ -529,7 +565,7 @@ class MemoryQueue:
             known = {*self._state.rows, *self._state.ended}
             dead = {view.id for view in self._state.ended.values() if view.state is TaskState.DEAD}
             forgotten = self._ledger.prune(now=now, before=before, known=known, dead=dead)
-            return len(old_names) + len(old) + self._archive(now) + forgotten
+            return len(old_names) + len(old) + self._archive(now) + forgotten + self._keep.prune(now)
 
     def _archive(self, now: float) -> int:
         dead = sorted((view for view in self._current_dead()), key=_dead_order, reverse=True)

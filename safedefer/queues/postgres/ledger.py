@@ -209,6 +209,17 @@ class PostgresLedger:
             self._store.run(partial(note_life, runs=others), purpose="relaxed", idempotent=True)
         return [(run.audience, run.task_id, run.owner) in ours for run in executions]
 
+    def lost_many(self, executions: Sequence[Execution], *, now: float) -> Sequence[bool]:  # noqa: ARG002 - the database's clock
+        """Return for which of these tasks a run began and neither ended nor is extended any more."""
+        keys = to_json(
+            [{"audience": run.audience, "task_id": run.task_id, "digest": run.digest.hex()} for run in executions]
+        )
+        rows = self._store.run(
+            lambda connection: connection.fetch(SQL["ledger_is_lost"], keys), purpose="relaxed", idempotent=True
+        )
+        lost = {(row["audience"], row["task_id"]) for row in rows}
+        return [_name(run) in lost for run in executions]
+
     def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
         """Return which of these runs belong to tasks that were cancelled."""
         names = to_json([{"audience": run.audience, "task_id": run.task_id} for run in executions])

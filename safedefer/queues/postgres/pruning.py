@@ -56,6 +56,7 @@ class Pruning:
             ("dead_archive_old", (now, now - options.dead_seconds, _AT_ONCE)),
             ("dead_archive_excess", (now, options.dead_limit, _AT_ONCE)),
             ("ledger_prune", (now - LEDGER_LEEWAY, _AT_ONCE)),
+            ("kept_prune", (now - LEDGER_LEEWAY, _AT_ONCE)),
         ):
             removed += len(await connection.fetch(SQL[name], *values))
         orphaned = await connection.fetch(SQL["blobs_orphaned"], _some_id(), _AT_ONCE)

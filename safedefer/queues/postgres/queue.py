@@ -27,7 +27,7 @@ from safedefer.queues.base import (
     TaskView,
 )
 from safedefer.queues.capabilities import Capabilities
-from safedefer.queues.postgres import controls, ends, leasing, producers, views
+from safedefer.queues.postgres import controls, ends, leasing, producers, pushed, views
 from safedefer.queues.postgres.blobs import PostgresBlobs
 from safedefer.queues.postgres.calls import PostgresCalls
 from safedefer.queues.postgres.enqueue import enqueue_values
@@ -95,6 +95,7 @@ class PostgresQueue:
         self._pruning = Pruning(self._options)
         self._ledger = PostgresLedger(self._store)
         self._blobs = PostgresBlobs(self._store)
+        self._keep = pushed.PostgresKeep(self._store, blob_limit)
 
     def __repr__(self) -> str:
         """Show the address, without user and password."""
@@ -114,6 +115,11 @@ class PostgresQueue:
     def blobs(self) -> PostgresBlobs:
         """The blobs in the same database."""
         return self._blobs
+
+    @property
+    def keep(self) -> pushed.PostgresKeep:
+        """What the same database keeps of tasks that a push engine delivers."""
+        return self._keep
 
     @property
     def statements(self) -> Self:
@@ -362,6 +368,15 @@ class PostgresQueue:
         replaced = self._store.run(action, transaction=True)
         self._store.watch.changed()
         return replaced
+
+    def bury(self, task: QueuedTask, *, reason: str | None, attempts: int, now: float, verified: bool) -> bool:
+        """Make a dead letter of a task that the queue does not have."""
+        action = partial(pushed.bury, task=task, reason=reason, attempts=attempts, now=now, verified=verified)
+        return self._store.run(action, transaction=True)
+
+    def hand_over(self, leases: Sequence[Lease], *, now: float) -> Sequence[bool]:  # noqa: ARG002 - no tombstones
+        """Forget tasks that a push engine has taken over, in one transaction; False for each lost lease."""
+        return self._store.run(partial(pushed.hand_over, leases=leases), transaction=True)
 
     def drop_dead(self, task_ids: Sequence[str]) -> int:
         """Delete dead letters, archived ones too, in one transaction; returns how many there were."""

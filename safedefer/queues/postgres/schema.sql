@@ -253,6 +253,16 @@ ALTER TABLE safedefer.ledger ADD COLUMN attempts bigint NOT NULL DEFAULT 0;
 ALTER TABLE safedefer.ledger ADD COLUMN losses bigint NOT NULL DEFAULT 0;
 ALTER TABLE safedefer.ledger ADD COLUMN first_loss double precision;
 
+-- name: migration_3
+-- What a push engine's tasks leave here: opaque values, each until a time.
+CREATE TABLE safedefer.kept (
+    key text PRIMARY KEY,
+    expires bigint NOT NULL,
+    value bytea NOT NULL
+);
+CREATE INDEX kept_expires ON safedefer.kept (expires);
+ALTER TABLE safedefer.kept ALTER COLUMN value SET STORAGE EXTERNAL;
+
 -- name: foreign
 -- What is in the schema safedefer, the schema itself first, and belongs to none of these: this role, a superuser, the owner of
 -- the database. The owner of the schema can put other functions and tables in the place of ours. Every operator has its

@@ -661,3 +661,62 @@ DELETE FROM safedefer.ledger WHERE (audience, task_id) IN (
         AND NOT EXISTS (SELECT FROM safedefer.dead WHERE dead.id = ledger.task_id OFFSET 0)
     LIMIT $2 FOR UPDATE SKIP LOCKED
 ) RETURNING 1;
+
+-- name: kept_get
+SELECT key, value FROM safedefer.kept WHERE key = ANY ($1::text[]) AND octet_length(value) <= 2097152;
+
+-- name: kept_put
+INSERT INTO safedefer.kept (key, expires, value) VALUES ($1, $2, $3)
+ON CONFLICT (key) DO UPDATE SET expires = excluded.expires, value = excluded.value;
+
+-- name: kept_blob_bytes
+-- The length of a value is in its row: none of it is read.
+SELECT coalesce(sum(octet_length(value)), 0)::bigint AS bytes FROM safedefer.kept
+WHERE starts_with(key, 'blob:') AND key <> $1;
+
+-- name: kept_delete
+DELETE FROM safedefer.kept WHERE key = ANY ($1::text[]);
+
+-- name: kept_prune
+DELETE FROM safedefer.kept WHERE key IN (
+    SELECT key FROM safedefer.kept WHERE expires < $1::double precision LIMIT $2 FOR UPDATE SKIP LOCKED
+) RETURNING 1;
+
+-- name: dead_bury
+-- A task that is no job, since a push engine delivers it. A letter whose token was verified takes the place of another one.
+INSERT INTO safedefer.dead (
+    id, job_id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created, expires,
+    attempts, reason, ended, token
+)
+SELECT $1::text, 0, $2::text, $3::text, $4::text, $5::text, $6::text, $7::text, $8::text, $9::text,
+    $10::double precision, $11::double precision, $12::bigint, $13::bigint, $14::text, $15::double precision, $16::bytea
+WHERE $17::boolean OR NOT (
+    EXISTS (SELECT FROM safedefer.pgqueuer AS job
+            WHERE job.dedupe_key = $1 AND job.status IN ('queued', 'picked') OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = $1 OFFSET 0)
+    OR EXISTS (SELECT FROM safedefer.dead WHERE dead.id = $1 OFFSET 0)
+)
+ON CONFLICT (id) DO UPDATE SET job_id = 0, queue = excluded.queue, name = excluded.name,
+    callable_name = excluded.callable_name, url = excluded.url, target = excluded.target, audience = excluded.audience,
+    headers = excluded.headers, retry_options = excluded.retry_options, eta = excluded.eta, created = excluded.created,
+    expires = excluded.expires, attempts = excluded.attempts, reason = excluded.reason, ended = excluded.ended,
+    token = excluded.token, archived = NULL;
+
+-- name: attempts_have_letter
+UPDATE safedefer.attempts SET stray = false WHERE task_id = $1 AND stray;
+
+-- name: names_free
+DELETE FROM safedefer.names USING unnest($1::text[], $2::text[]) AS given (queue, name)
+WHERE names.queue = given.queue AND names.name = given.name AND names.until IS NULL;
+
+-- name: ledger_is_lost
+-- As rules.is_lost says.
+SELECT entry.audience, entry.task_id FROM safedefer.ledger AS entry
+JOIN json_to_recordset($1::json) AS given (audience text, task_id text, digest text)
+    ON entry.audience = given.audience AND entry.task_id = given.task_id
+WHERE entry.digest = decode(given.digest, 'hex') AND entry.state = 'running' AND entry.uncharged AND entry.until <= now();
+
+-- name: ledger_settle_retry
+UPDATE safedefer.ledger AS entry SET uncharged = false
+FROM json_to_recordset($1::json) AS given (audience text, task_id text)
+WHERE entry.audience = given.audience AND entry.task_id = given.task_id AND entry.state = 'retry';

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SQL: Final = load_statements(__file__)
 """The statements of ``sqlite.sql`` by name."""
 
-MIGRATIONS: Final = ("migration_1", "migration_2", "migration_3")
+MIGRATIONS: Final = ("migration_1", "migration_2", "migration_3", "migration_4")
 """Step n brings the schema from version n - 1 to n. Steps are added, never changed."""
 
 _REMEDIES: Final[tuple[tuple[type[Exception], str], ...]] = (

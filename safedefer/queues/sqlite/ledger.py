@@ -58,6 +58,15 @@ class SQLiteLedger:
             lambda connection: [extend(connection, execution, until=until) for execution in executions], durable=False
         )
 
+    def lost_many(self, executions: Sequence[Execution], *, now: float) -> Sequence[bool]:
+        """Return for which of these tasks a run began and neither ended nor is extended any more."""
+        with self._reader.use() as connection:
+            return [
+                connection.execute(SQL["ledger_is_lost"], {**_key(run), "digest": run.digest, "now": now}).get
+                is not None
+                for run in executions
+            ]
+
     def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
         """Return which of these runs belong to tasks that were cancelled."""
         with self._reader.use() as connection:

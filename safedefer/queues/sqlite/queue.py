@@ -28,7 +28,7 @@ from safedefer.queues.base import (
     TaskView,
 )
 from safedefer.queues.capabilities import FULL, Capabilities
-from safedefer.queues.sqlite import controls, operations, views
+from safedefer.queues.sqlite import controls, operations, pushed, views
 from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
@@ -112,6 +112,7 @@ class SQLiteQueue:
         self._watch = FileWatch(self._path, busy_timeout=busy_timeout)
         self._ledger = SQLiteLedger(self._writer, self._reader)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
+        self._keep = pushed.SQLiteKeep(self._writer, self._reader, blob_limit)
         self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch, wait=False)
         self._finalizer.atexit = False
         _open.add(self)
@@ -149,6 +150,11 @@ class SQLiteQueue:
     def blobs(self) -> SQLiteBlobs:
         """The blobs in the same file."""
         return self._blobs
+
+    @property
+    def keep(self) -> pushed.SQLiteKeep:
+        """What the same file keeps of tasks that a push engine delivers."""
+        return self._keep
 
     def close(self) -> None:
         """Finish what was accepted and close the file. Later calls raise ``QueueUnavailable``."""
@@ -206,6 +212,15 @@ class SQLiteQueue:
     def drop_dead(self, task_ids: Sequence[str]) -> int:
         """Delete dead letters, archived ones too, in one transaction; returns how many there were."""
         return self._writer.run(lambda connection: operations.drop_dead(connection, task_ids))
+
+    def bury(self, task: QueuedTask, *, reason: str | None, attempts: int, now: float, verified: bool) -> bool:
+        """Make a dead letter of a task that the queue does not have."""
+        action = partial(pushed.bury, task=task, reason=reason, attempts=attempts, now=now, verified=verified)
+        return self._writer.run(action)
+
+    def hand_over(self, leases: Sequence[Lease], *, now: float) -> Sequence[bool]:  # noqa: ARG002 - no tombstones
+        """Forget tasks that a push engine has taken over, in one transaction; False for each lost lease."""
+        return self._writer.run(partial(pushed.hand_over, leases=leases))
 
     # --- Rates, pauses, holds ---------------------------------------------------------------------
 
@@ -339,6 +354,7 @@ class SQLiteQueue:
             connection, now=now, dead_seconds=self._dead_seconds, dead_limit=self._dead_limit, limit=_PRUNED_AT_ONCE
         )
         removed += prune_ledger(connection, now=now, limit=_PRUNED_AT_ONCE)
+        removed += pushed.prune(connection, now=now, limit=_PRUNED_AT_ONCE)
         if removed >= _PRUNED_AT_ONCE:  # there may be more, and more comes all the time
             self._next_prune = min(self._next_prune, now + _PRUNE_AGAIN)
         return removed

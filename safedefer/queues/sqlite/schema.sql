@@ -184,3 +184,12 @@ ALTER TABLE safedefer_ledger ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
 -- Deliveries in a row whose run began and never ended, and when the first of them was counted.
 ALTER TABLE safedefer_ledger ADD COLUMN losses INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE safedefer_ledger ADD COLUMN first_loss REAL;
+
+-- name: migration_4
+-- What a push engine's tasks leave here: opaque values, each until a time.
+CREATE TABLE safedefer_kept (
+    key TEXT NOT NULL PRIMARY KEY,
+    expires INTEGER NOT NULL,
+    value BLOB NOT NULL
+) STRICT;
+CREATE INDEX safedefer_kept_expires ON safedefer_kept (expires);

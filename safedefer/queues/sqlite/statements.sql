@@ -475,3 +475,52 @@ UPDATE safedefer_tasks SET seq = anew.new FROM anew WHERE seq = anew.old;
 
 -- name: numbers_go_on
 UPDATE sqlite_sequence SET seq = :step + (SELECT coalesce(max(seq), 0) FROM safedefer_tasks) WHERE name = 'safedefer_tasks';
+
+-- name: kept_get
+SELECT key, value FROM safedefer_kept
+WHERE key IN (SELECT value FROM json_each(:keys)) AND octet_length(value) <= 2097152;
+
+-- name: kept_put
+INSERT INTO safedefer_kept (key, expires, value) VALUES (:key, :expires, :value)
+ON CONFLICT (key) DO UPDATE SET expires = excluded.expires, value = excluded.value;
+
+-- name: kept_blob_bytes
+-- The length of a value is in its row: none of it is read.
+SELECT coalesce(sum(octet_length(value)), 0) FROM safedefer_kept WHERE key >= 'blob:' AND key < 'blob;' AND key <> :key;
+
+-- name: kept_delete
+DELETE FROM safedefer_kept WHERE key IN (SELECT value FROM json_each(:keys));
+
+-- name: kept_prune
+DELETE FROM safedefer_kept WHERE key IN (SELECT key FROM safedefer_kept WHERE expires < :before LIMIT :limit);
+
+-- name: dead_bury
+-- A task that has no row, since a push engine delivers it. A letter whose token was verified takes the place of another one.
+INSERT INTO safedefer_dead (
+    id, queue, name, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, attempts, reason, ended, token
+)
+SELECT :id, :queue, :name, :callable_name, :url, :target, :audience, :headers, :retry_options,
+    :eta, :created, :expires, :attempts, :reason, :now, :token
+WHERE :verified OR NOT (
+    EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = :id) OR EXISTS (SELECT 1 FROM safedefer_ended WHERE id = :id)
+    OR EXISTS (SELECT 1 FROM safedefer_dead WHERE id = :id)
+)
+ON CONFLICT (id) DO UPDATE SET queue = excluded.queue, name = excluded.name, callable_name = excluded.callable_name,
+    url = excluded.url, target = excluded.target, audience = excluded.audience, headers = excluded.headers,
+    retry_options = excluded.retry_options, eta = excluded.eta, created = excluded.created, expires = excluded.expires,
+    attempts = excluded.attempts, reason = excluded.reason, ended = excluded.ended, token = excluded.token, archived = NULL;
+
+-- name: attempts_have_letter
+UPDATE safedefer_attempts SET stray = 0 WHERE task_id = :id AND stray;
+
+-- name: name_free
+DELETE FROM safedefer_names WHERE queue = :queue AND name = :name AND until IS NULL;
+
+-- name: ledger_settle_retry
+UPDATE safedefer_ledger SET uncharged = 0 WHERE audience = :audience AND task_id = :task_id AND state = 'retry';
+
+-- name: ledger_is_lost
+-- As rules.is_lost says. Reads no value: one that cannot be read must not keep the other tasks from their runs.
+SELECT 1 FROM safedefer_ledger
+WHERE audience = :audience AND task_id = :task_id AND digest = :digest AND state = 'running' AND uncharged AND until <= :now;

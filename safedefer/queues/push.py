@@ -1,0 +1,422 @@
+"""Push engines: an engine delivers, a store remembers, and the handler judges by ``safedefer.queues.rules``.
+
+An engine such as Cloud Tasks or a Celery broker takes tasks and delivers them to the handler. It cannot be asked what it
+has, and what it counts decides nothing. The store is any pull engine: it has the ledger, the stored tokens of oversize tasks,
+the counters of tasks that are tried again, the dead letters, and what waits longer than the engine would hold it. ::
+
+    App(queue="cloudtasks://…", store="postgresql://…")
+
+``PushQueue`` puts the two together, and is the queue of such an App.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from safedefer.errors import ConfigurationError, Error, QueueError, QueueUnavailable
+from safedefer.options import TaskRetryOptions
+from safedefer.queues.base import (
+    BLOB_KEY,
+    DeadFilter,
+    EndCount,
+    Keep,
+    Lease,
+    NotAllStored,
+    Position,
+    PullQueue,
+    QueuedTask,
+    QueueStats,
+    Settlement,
+    TaskPage,
+    TaskState,
+    TaskView,
+    Verdict,
+)
+from safedefer.queues.rules import MAX_PUT_OFF, backoff
+
+if TYPE_CHECKING:
+    from safedefer.blobs import BlobStore
+    from safedefer.ledger import Execution, Ledger, LedgerCalls, VerifiedLetter
+    from safedefer.queues.base import LeaseCalls
+    from safedefer.queues.capabilities import Capabilities
+    from safedefer.queues.push_engine import PushEngine
+    from safedefer.queues.rates import QueueControl, QueueLimits
+
+_log: Final = logging.getLogger("safedefer")
+
+#: How long a mark of a cancelled task is kept: no token lives longer (``claims.MAX_LIFETIME``).
+_MARK_SECONDS: Final = 92 * 86_400
+#: Tasks that are handed over at once, the seconds that this may take, and those between two looks for what is due.
+_AT_ONCE: Final = 100
+_LEASE_SECONDS: Final = 60.0
+_LOOK_SECONDS: Final = 1.0
+_OWNER: Final = "hand-over"
+
+
+def progress_key(audience: str, task_id: str) -> str:
+    """Return the key under which the store keeps what was counted of a task."""
+    return f"task:{audience}:{task_id}"
+
+
+def cancel_key(task_id: str) -> str:
+    """Return the key under which the store keeps that a task was cancelled."""
+    return f"cancel:{task_id}"
+
+
+class PushQueue:
+    """A push engine and its store.
+
+    Args:
+        engine: Delivers.
+        store: A pull engine: remembers. What waits in it is handed over to the engine when it is due; no dispatcher empties it.
+        name: What people call the engine.
+    """
+
+    def __init__(self, engine: PushEngine, store: PullQueue, *, name: str = "") -> None:
+        self.engine = engine
+        self.store = store
+        self.name = name or type(engine).__name__
+        self._ledger = _PushedLedger(store)
+        self._blobs = _PushedBlobs(store)
+        self._handing: _HandingOver | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The engine's; the store keeps the tokens of oversize tasks, and waits for those that the engine would not hold."""
+        return replace(self.engine.capabilities, oversize=True, streams=False, unique=False)
+
+    @property
+    def statements(self) -> None:
+        """None: a transaction of the user's cannot hold the engine's tasks. The outbox does."""
+        return None
+
+    @property
+    def file(self) -> None:
+        """None, as ``statements``."""
+        return None
+
+    @property
+    def ledger(self) -> Ledger:
+        """The store's; what was cancelled by its id alone counts as cancelled too."""
+        return self._ledger
+
+    @property
+    def blobs(self) -> BlobStore:
+        """The stored tokens of oversize tasks, which wait in the store or are with the engine."""
+        return self._blobs
+
+    @property
+    def keep(self) -> Keep:
+        """What the store keeps of pushed tasks."""
+        return self.store.keep
+
+    # --- Producers --------------------------------------------------------------------------------
+
+    def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
+        """Hand tasks to the engine, and what is due later than it would hold them to the store.
+
+        Raises:
+            NotAllStored: Some of several were not stored.
+            DeferError: As ``PushEngine.enqueue_many``.
+        """
+        longest = self.engine.capabilities.longest_wait
+        now: list[QueuedTask] = []
+        later: list[QueuedTask] = []
+        for task in tasks:
+            waits = longest is not None and task.eta - task.created > longest
+            (later if waits else now).append(task)
+        if later:
+            self.store.enqueue_many(later)
+        if not now:
+            return
+        try:
+            self.engine.enqueue_many([self._without_blob(task) for task in now])
+        except NotAllStored:
+            raise
+        except Error as error:
+            if not later:
+                raise
+            raise NotAllStored(dict.fromkeys([task.id for task in now], error)) from error
+
+    def _without_blob(self, task: QueuedTask) -> QueuedTask:
+        if task.blob is None:
+            return task
+        self.keep.put(f"{BLOB_KEY}{task.blob.id}", task.blob.data, expires=task.expires)
+        return task._replace(blob=None, blob_id=task.blob.id)
+
+    def cancel(self, task_id: str, *, now: float) -> bool:
+        """Cancel a task: end one that waits in the store; mark any other, which then does not begin, or is stopped.
+
+        Which tasks the engine has nobody can say: True says that a task of this id does not run from now on. False if it is a
+        dead letter.
+        """
+        found = self.store.find(task_id)
+        if found is not None and found.state is TaskState.DEAD:
+            return False
+        if found is not None and found.state is TaskState.WAITING:
+            self.store.cancel(task_id, now=now)
+        self.keep.put(cancel_key(task_id), b"", expires=int(now) + _MARK_SECONDS)
+        try:
+            self.engine.cancel(task_id, now=now)
+        except QueueError as error:  # the mark counts
+            _log.warning("%s did not take task %a back (%s); it does not run", self.name, task_id, error.slug)
+        return True
+
+    def stats(self, *, now: float) -> Sequence[QueueStats]:
+        """Counts of queues: what the engine says, and what waits or is dead in the store."""
+        found: dict[str, QueueStats] = {}
+        for each in (*self.store.stats(now=now), *self.engine.stats(now=now)):
+            other = found.get(each.queue)
+            found[each.queue] = each if other is None else _sum(other, each)
+        return [found[queue] for queue in sorted(found)]
+
+    def close(self) -> None:
+        """Stop handing over, and let go of the engine and the store."""
+        if self._handing is not None:
+            self._handing.stop()
+            self._handing = None
+        self.engine.close()
+        self.store.close()
+
+    # --- What waits in the store ------------------------------------------------------------------
+
+    def start(self, clock: Callable[[], float] = time.time) -> None:
+        """Hand over in a thread, from now on, what falls due in the store: for processes that handle tasks."""
+        if self._handing is None:
+            self._handing = _HandingOver(self, clock)
+            self._handing.start()
+
+    def hand_over_due(self, *, now: float) -> int:
+        """Hand over to the engine what is due in the store, up to a hundred tasks; returns how many.
+
+        The engine takes a task before the store forgets it: a crash in between hands it over twice, and the ledger lets it run
+        once.
+
+        Raises:
+            QueueUnavailable: The store or the engine does not answer. What is left is tried again.
+        """
+        leases = self.store.lease(owner=_OWNER, limit=_AT_ONCE, seconds=_LEASE_SECONDS, now=now)
+        taken: list[Lease] = []
+        failure: QueueUnavailable | None = None
+        refused: list[tuple[Lease, Settlement]] = []
+        for lease in leases:
+            try:
+                self.engine.enqueue_many((self._with_kept_blob(lease.task),))
+            except QueueUnavailable as error:
+                failure = error
+                refused.append((lease, _later(lease, now)))
+            except Error as error:
+                # Its name is taken, or something of it is refused: by the engine it is there, or will never be.
+                _log.error("%s refuses task %a (%s); it stays in the store", self.name, lease.task.id, error.slug)
+                refused.append((lease, _later(lease, now)))
+            else:
+                taken.append(lease)
+        if taken:
+            self.store.hand_over(taken, now=now)
+        if refused:
+            self.store.settle_many(refused, now=now)
+        if failure is not None:
+            raise failure
+        return len(taken)
+
+    def _with_kept_blob(self, task: QueuedTask) -> QueuedTask:
+        if task.blob_id is not None and (data := self.store.blobs.get(task.blob_id)) is not None:
+            self.keep.put(f"{BLOB_KEY}{task.blob_id}", data, expires=task.expires)
+        return task
+
+    # --- The store --------------------------------------------------------------------------------
+
+    def find(self, task_id: str) -> TaskView | None:
+        """Return what the store knows of a task: one that waits there, or a dead letter."""
+        return self.store.find(task_id)
+
+    def tasks(
+        self, *, states: Sequence[TaskState] = (), queue: str | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List what the store knows."""
+        return self.store.tasks(states=states, queue=queue, limit=limit)
+
+    def live_tasks(
+        self, *, queue: str | None = None, after: int = 0, limit: int = 100
+    ) -> Sequence[tuple[int, TaskView]]:
+        """List what waits in the store."""
+        return self.store.live_tasks(queue=queue, after=after, limit=limit)
+
+    def page(
+        self, state: TaskState, *, queue: str | None = None, after: Position | None = None, look: int = 100
+    ) -> TaskPage:
+        """List tasks of one state that the store knows."""
+        return self.store.page(state, queue=queue, after=after, look=look)
+
+    def ends(self, *, since: float, step: float, most: int = 100_000) -> Sequence[EndCount]:
+        """Count what ended and is known to the store."""
+        return self.store.ends(since=since, step=step, most=most)
+
+    def dead_letters(
+        self, where: DeadFilter, *, after: tuple[float, str] | None = None, limit: int = 100
+    ) -> Sequence[TaskView]:
+        """List dead letters."""
+        return self.store.dead_letters(where, after=after, limit=limit)
+
+    def drop_dead(self, task_ids: Sequence[str]) -> int:
+        """Delete dead letters."""
+        return self.store.drop_dead(task_ids)
+
+    def bury(self, task: QueuedTask, *, reason: str | None, attempts: int, now: float, verified: bool) -> bool:
+        """Make a dead letter of a pushed task."""
+        return self.store.bury(task, reason=reason, attempts=attempts, now=now, verified=verified)
+
+    def replace_dead(self, task_id: str, task: QueuedTask, letter: VerifiedLetter, *, now: float) -> bool:
+        """Store ``task`` for the dead letter, in one transaction, and hand it over, now or when the engine is back."""
+        replaced = self.store.replace_dead(task_id, task, letter, now=now)
+        if replaced:
+            try:
+                self.hand_over_due(now=now)
+            except QueueUnavailable as error:
+                _log.warning("%s does not take the re-run of %a now (%s); it waits", self.name, task_id, error.slug)
+        return replaced
+
+    def next_due(self, *, now: float, queues: Sequence[str] | None = None) -> float | None:
+        """Return when the next task of those that wait in the store is due; None if there is none."""
+        return self.store.next_due(now=now, queues=queues)
+
+    def hand_over(self, leases: Sequence[Lease], *, now: float) -> Sequence[bool]:
+        """Forget tasks of the store that the engine has taken."""
+        return self.store.hand_over(leases, now=now)
+
+    def prune(self, *, now: float) -> int:
+        """Delete what is too old."""
+        return self.store.prune(now=now)
+
+    def on_loop(self) -> AbstractAsyncContextManager[LeaseCalls | None]:
+        """Keep the store's connections of the running loop."""
+        return self.store.on_loop()
+
+    # --- What only a pull engine does -------------------------------------------------------------
+
+    def configure(self, limits: Sequence[QueueLimits], *, now: float) -> None:
+        """Let the engine keep the limits of queues."""
+        self._throttle("configure")(limits, now=now)
+
+    def controls(self, *, now: float) -> Sequence[QueueControl]:
+        """Return what holds the engine's queues back, as far as it can say."""
+        ask = getattr(self.engine, "controls", None)
+        controls: Sequence[QueueControl] = () if ask is None else ask(now=now)
+        return controls
+
+    def pause(self, queue: str, *, paused: bool, now: float) -> None:
+        """Pause a queue of the engine."""
+        self._throttle("pause")(queue, paused=paused, now=now)
+
+    def hold(self, queue: str, *, until: float, now: float) -> None:
+        """Refuse: the engine slows down by the answers that it gets."""
+        self._throttle("hold")(queue, until=until, now=now)
+
+    def purge(self, queue: str, *, now: float) -> int:
+        """Purge a queue of the engine, and what waits for it in the store."""
+        purge = self._throttle("purge")
+        return self.store.purge(queue, now=now) + int(purge(queue, now=now))
+
+    def _throttle(self, what: str) -> Callable[..., Any]:
+        does: Callable[..., Any] | None = getattr(self.engine, what, None)
+        if does is None:
+            raise ConfigurationError(f"{self.name} has no {what} here; use its own tools")
+        return does
+
+    def lease(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: as ``extend_many``, ``release``, ``settle_many``, ``wait`` and ``wake``."""
+        raise ConfigurationError(f"{self.name} pushes its tasks: there is nothing to dispatch; run `safedefer serve`")
+
+    extend_many = release = settle_many = wait = wake = lease
+
+
+class _PushedBlobs:
+    def __init__(self, store: PullQueue) -> None:
+        self._store = store
+
+    def get(self, blob_id: str) -> bytes | None:
+        """Return the bytes, or None if there are none."""
+        key = f"{BLOB_KEY}{blob_id}"
+        data = self._store.keep.get_many((key,)).get(key)
+        return self._store.blobs.get(blob_id) if data is None else data
+
+    def delete(self, blob_id: str) -> None:
+        """Delete a blob of a task that is with the engine."""
+        self._store.keep.delete((f"{BLOB_KEY}{blob_id}",))
+
+
+class _PushedLedger:
+    """The store's ledger. A task is marked as cancelled by its id alone: nobody knows its audience then."""
+
+    def __init__(self, store: PullQueue) -> None:
+        self._store = store
+        inner = store.ledger
+        self.begin_many = inner.begin_many
+        self.extend_many = inner.extend_many
+        self.lost_many = inner.lost_many
+        self.finish_many = inner.finish_many
+        self.record_many = inner.record_many
+
+    @property
+    def here(self) -> LedgerCalls | None:
+        """The calls of the running loop."""
+        return self._store.ledger.here
+
+    def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
+        """Return which of these runs belong to tasks that were cancelled."""
+        marks = self._store.keep.get_many([cancel_key(run.task_id) for run in executions])
+        stored = self._store.ledger.cancelled_many(executions)
+        return [known or cancel_key(run.task_id) in marks for run, known in zip(executions, stored, strict=True)]
+
+
+class _HandingOver(threading.Thread):
+    """Looks every second for what has fallen due in the store."""
+
+    def __init__(self, queue: PushQueue, clock: Callable[[], float]) -> None:
+        super().__init__(name="safedefer-hand-over", daemon=True)
+        self._queue = queue
+        self._clock = clock
+        self._stopped = threading.Event()
+        self._failing = False
+
+    def run(self) -> None:
+        """Look until ``stop``."""
+        while not self._stopped.wait(_LOOK_SECONDS):
+            try:
+                while not self._stopped.is_set() and self._queue.hand_over_due(now=self._clock()) == _AT_ONCE:
+                    pass
+            except Exception as error:  # noqa: BLE001  # after any error the next look tries again
+                if not self._failing:
+                    name = error.slug if isinstance(error, Error) else type(error).__name__
+                    _log.warning("what is due in the store cannot be handed over now (%s); trying again", name)
+                self._failing = True
+            else:
+                self._failing = False
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join(_LOOK_SECONDS * 10)
+
+
+def _later(lease: Lease, now: float) -> Settlement:
+    wait = min(backoff(TaskRetryOptions(), min(lease.retries + 1, 16)), MAX_PUT_OFF)
+    return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, reason="unreachable")
+
+
+def _sum(one: QueueStats, other: QueueStats) -> QueueStats:
+    oldest = min((each for each in (one.oldest, other.oldest) if each is not None), default=None)
+    return QueueStats(
+        queue=one.queue,
+        waiting=one.waiting + other.waiting,
+        running=one.running + other.running,
+        dead=one.dead + other.dead,
+        oldest=oldest,
+    )
