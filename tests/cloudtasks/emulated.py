@@ -13,9 +13,12 @@ from google.cloud import tasks_v2
 from google.cloud.tasks_v2.services.cloud_tasks.transports import CloudTasksRestTransport
 
 from safedefer.queues.cloudtasks.emulator.server import EmulatorOptions, serving_emulator
+from safedefer.queues.cloudtasks.emulator.tokens import TokenSigner
 
 PARENT = "projects/p-1/locations/europe-west1"
 QUEUE = f"{PARENT}/queues/mail"
+#: Made once: it takes a while.
+KEY = TokenSigner().pem()
 T0 = 1_800_000_000.0
 #: Seconds that any wait may take on a slow machine.
 DEADLINE = 60.0
@@ -96,6 +99,7 @@ class Emulated:
         self._stack = contextlib.AsyncExitStack()
         self.target_url = self.loop.call(self._stack.enter_async_context(_serving(self.target)))
         self._listener = socket.create_server(("127.0.0.1", options.pop("port", 0)))
+        options.setdefault("key", KEY)
         setup = EmulatorOptions(clock=self.clock, app_engine=self.target_url, **options)
         self.url = self.loop.call(self._stack.enter_async_context(serving_emulator(self._listener, setup)))
         self.client = new_client(self.url)

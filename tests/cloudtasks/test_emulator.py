@@ -11,8 +11,9 @@ from google.cloud import tasks_v2
 from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
 
 from safedefer.queues.cloudtasks.emulator.resources import RetryConfig
+from safedefer.queues.cloudtasks.emulator.tokens import TokenSigner
 from safedefer.queues.config import QueueFile
-from tests.cloudtasks.emulated import PARENT, QUEUE, T0, Emulated, new_client, wait_for
+from tests.cloudtasks.emulated import KEY, PARENT, QUEUE, T0, Emulated, new_client, wait_for
 
 DAY = 86_400
 
@@ -447,10 +448,11 @@ def test_queues_tasks_names_and_the_key_survive_a_kill(tmp_path):
     kept.write_bytes((tmp_path / "tasks.jsonl").read_bytes() + b'{"task": {"na')
     with urllib.request.urlopen(f"{first.url}/oauth2/v3/certs") as response:
         keys = json.load(response)
+    assert keys["keys"][0]["kid"] in str(TokenSigner(KEY).jwks())
     first.close()
     assert oct((tmp_path / "tasks.jsonl").stat().st_mode & 0o777) == "0o600"
     for _ in range(2):  # what is read is written anew
-        second = Emulated(data=kept)
+        second = Emulated(data=kept, key=None)
         try:
             with urllib.request.urlopen(f"{second.url}/oauth2/v3/certs") as response:
                 assert json.load(response) == keys

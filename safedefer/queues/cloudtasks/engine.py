@@ -10,29 +10,34 @@ try of a call harmless that got no answer.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.errors import (
     ConfigurationError,
-    InvalidTaskError,
-    InvalidTaskNameError,
     QueueUnavailable,
     TaskAlreadyExistsError,
-    TaskTooLargeError,
     TombstonedTaskError,
 )
-from safedefer.headers import CONTENT_TYPE
-from safedefer.options import DEFAULT_TARGET
 from safedefer.queues.base import NotAllStored, QueuedTask, QueueStats
 from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.cloudtasks.address import CloudTasksAddress
+from safedefer.queues.cloudtasks.task_request import (
+    DUE_HEADER,
+    TASK_ID_HEADER,
+    chunks,
+    due_of,
+    hashed,
+    is_queue_name,
+    is_time,
+    queue_name,
+    task_name,
+    task_request,
+)
 from safedefer.queues.push_engine import Attempt
 from safedefer.queues.rates import QueueControl, QueueLimits
 
@@ -42,34 +47,14 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger("safedefer")
 
-#: Headers of ours that say to the handler which task it is, and since when it is due. Hints: the token is signed, they are not.
-TASK_ID_HEADER: Final = "Safedefer-Task-Id"
-DUE_HEADER: Final = "Safedefer-Due"
 _LONGEST_WAIT: Final = 20 * 86_400.0
-#: Bytes of a task: Google's limits, less room for the rest of the request.
-_HTTP_BYTES: Final = 1_048_569
-_APP_ENGINE_BYTES: Final = 102_400
-_ROOM: Final = 8_192
-#: Seconds for an attempt: Google's least and most, and more than the handler takes, which ends it itself.
-_SHORTEST_ATTEMPT: Final = 15
-_LONGEST_ATTEMPT: Final = {True: 1_800, False: 86_415}
-#: What the handler gives an attempt of which neither the task nor its queue says how long it may take.
-_ATTEMPT: Final = 600.0
-_MORE: Final = 30
-_BATCH: Final = 100
-_BATCH_BYTES: Final = 4 * 2**20
 #: Seconds before each further try of a call that got no answer.
 _PAUSES: Final = (0.1, 0.5)
 _MOST_RATE: Final = 500.0
 _MOST_CONCURRENT: Final = 5_000
 _DEFAULT_CONCURRENT: Final = 1_000
 _COUNTED: Final = 10_000
-_QUEUE: Final = re.compile("[A-Za-z0-9-]{1,100}")
-_RESERVED: Final = re.compile(
-    r"(?i)(authorization|host|content-length|user-agent|x-google-.*|x-appengine-.*|x-cloudtasks-.*)"
-)
 _NUMBER: Final = re.compile("[0-9]{1,9}")
-_TIME: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
 _PATHS: Final = (
     "rate_limits.max_dispatches_per_second",
     "rate_limits.max_concurrent_dispatches",
@@ -132,14 +117,16 @@ class CloudTasks:
             DeferError: One was not, or none: the first one's error.
             QueueUnavailable: None was.
         """
-        made = [(task, self._request(task)) for task in tasks]  # what is wrong is found before anything is stored
+        made = [
+            (task, task_request(self.address, task)) for task in tasks
+        ]  # what is wrong is found before anything is stored
         if len(made) == 1:
             task, request = made[0]
             self._create(task, request)
             return
         failed: dict[str, Exception] = {}
-        for queue, chunk in _chunks(made):
-            errors = self._create_many(self._queue(queue), chunk)
+        for queue, chunk in chunks(made):
+            errors = self._create_many(queue_name(self.address, queue), chunk)
             failed |= {task.id: error for (task, _), error in zip(chunk, errors, strict=True) if error is not None}
         if failed and len(failed) == len(made):
             raise next(iter(failed.values()))
@@ -150,7 +137,7 @@ class CloudTasks:
         """Create a task. A try without an answer is repeated where its name is its own; if the name is in use then, it was it."""
         from safedefer.queues.cloudtasks.client import Uncertain  # noqa: PLC0415
 
-        client, queue = self.client, self._queue(task.queue)
+        client, queue = self.client, queue_name(self.address, task.queue)
         pauses = _PAUSES if task.name is None else ()
         for number in range(len(pauses) + 1):
             try:
@@ -199,7 +186,7 @@ class CloudTasks:
 
     def _refusal(self, task: QueuedTask, error: TaskAlreadyExistsError) -> Exception:
         """Return what a name in use means: a task that lives, or a tombstone."""
-        if self.client.exists(self._name(task)):
+        if self.client.exists(task_name(self.address, task)):
             return error
         return TombstonedTaskError(
             f"a task of the name {task.name} ended in queue {task.queue} not long ago; use another name"
@@ -207,71 +194,10 @@ class CloudTasks:
             else "the task has ended; defer a new one"
         )
 
-    def _request(self, task: QueuedTask) -> dict[str, Any]:
-        """Return the task as Google's client takes it.
-
-        Raises:
-            InvalidTaskError: Cloud Tasks cannot have it.
-            TaskTooLargeError: It is larger than Google's limit.
-        """
-        for name in task.headers:
-            if _RESERVED.fullmatch(name) is not None:
-                raise InvalidTaskError(f"Cloud Tasks sets the header {name} itself; leave it out of _headers")
-        address, http = self.address, self.address.address is not None
-        headers = {
-            **task.headers,
-            "Content-Type": CONTENT_TYPE,
-            TASK_ID_HEADER: task.id,
-            DUE_HEADER: f"{max(task.eta, task.created):.6f}",
-        }
-        request: dict[str, Any] = {"http_method": "POST", "headers": headers, "body": task.token}
-        if http:
-            target = address.address_of(task.target, DEFAULT_TARGET)
-            if target is None:
-                raise InvalidTaskError(
-                    f"there is no target {task.target}; give its address in the queue's URL: target.{task.target}=https://…"
-                )
-            audience = address.audience or target
-            request["url"] = f"{target}{task.url}"
-            request["oidc_token"] = {"service_account_email": address.service_accounts[0], "audience": audience}
-        else:
-            request["relative_uri"] = task.url
-            if task.target != DEFAULT_TARGET:
-                request["app_engine_routing"] = {"service": task.target}
-        size, limit = len(task.token) + _ROOM, _HTTP_BYTES if http else _APP_ENGINE_BYTES
-        if size > limit:
-            raise TaskTooLargeError(
-                f"the task is {len(task.token)} bytes signed, and Cloud Tasks takes {limit - _ROOM}; lower inline_limit, and the "
-                "store keeps it",
-                size=len(task.token),
-                limit=limit - _ROOM,
-            )
-        made = {
-            "name": self._name(task),
-            "http_request" if http else "app_engine_http_request": request,
-            "dispatch_deadline": {"seconds": _attempt_seconds(task.deadline, _LONGEST_ATTEMPT[http])},
-            "retry_config": _retry_config(task.retry_options),
-        }
-        if task.eta > task.created:
-            whole = math.floor(task.eta)
-            made["schedule_time"] = {"seconds": whole, "nanos": math.floor((task.eta - whole) * 1e6) * 1_000}
-        return made
-
-    def _queue(self, queue: str) -> str:
-        if _QUEUE.fullmatch(queue) is None:
-            raise InvalidTaskNameError(
-                f"Cloud Tasks has no queue of the name {queue}: letters, numbers and hyphens; rename it in queue.yaml"
-            )
-        return f"{self.address.parent}/queues/{queue}"
-
-    def _name(self, task: QueuedTask) -> str:
-        kind, text = ("id", task.id) if task.name is None else ("name", task.name)
-        return f"{self._queue(task.queue)}/tasks/{_hashed(kind, text)}"
-
     def cancel(self, task_id: str, *, now: float) -> bool:  # noqa: ARG002  # the engine's clock is Google's
         """Delete a task that has no name, in whatever queue it is; False if none has it, or it has a name."""
         return any(
-            self.client.delete(f"{queue.name}/tasks/{_hashed('id', task_id)}")
+            self.client.delete(f"{queue.name}/tasks/{hashed('id', task_id)}")
             for queue in self.client.queues(self.address.parent)
         )
 
@@ -286,7 +212,7 @@ class CloudTasks:
         return Attempt(
             retries=_count(lower.get(f"{family}-taskretrycount")) or 0,
             executions=_count(lower.get(f"{family}-taskexecutioncount")) or 0,
-            since=float(due) if _TIME.fullmatch(due) else None,
+            since=float(due) if is_time(due) else None,
             task_id=lower.get(TASK_ID_HEADER.lower(), ""),
             previous_response=status,
             retry_reason=lower.get(f"{family}-taskretryreason") or None,
@@ -332,7 +258,7 @@ class CloudTasks:
             ConfigurationError: A queue's name or limits are beyond Google's.
         """
         for each in limits:
-            if _QUEUE.fullmatch(each.queue) is None:
+            if not is_queue_name(each.queue):
                 raise ConfigurationError(
                     f"Cloud Tasks has no queue of the name {each.queue}: letters, numbers and hyphens; rename it"
                 )
@@ -343,7 +269,7 @@ class CloudTasks:
                     f"Cloud Tasks dispatches at most 500 tasks a second and 5,000 at once; lower the limits of {each.queue}"
                 )
             queue = {
-                "name": self._queue(each.queue),
+                "name": queue_name(self.address, each.queue),
                 "rate_limits": {
                     "max_dispatches_per_second": rate or _MOST_RATE,
                     "max_concurrent_dispatches": concurrent,
@@ -374,11 +300,11 @@ class CloudTasks:
 
     def pause(self, queue: str, *, paused: bool, now: float) -> None:  # noqa: ARG002  # as cancel
         """Pause or resume a queue."""
-        self.client.pause(self._queue(queue), paused=paused)
+        self.client.pause(queue_name(self.address, queue), paused=paused)
 
     def purge(self, queue: str, *, now: float) -> int:  # noqa: ARG002  # as cancel
         """Delete the tasks of a queue; returns how many there were, up to 10,000. Google takes up to a minute."""
-        name = self._queue(queue)
+        name = queue_name(self.address, queue)
         number = sum(1 for _ in self.client.tasks(name, _COUNTED))
         self.client.purge(name)
         return number
@@ -393,7 +319,7 @@ class CloudTasks:
                 running += is_running
                 waiting += not is_running
                 if not is_running:
-                    moment = _due(task)
+                    moment = due_of(task)
                     oldest = moment if oldest is None else min(oldest, moment)
             if waiting or running:
                 name = queue.name.rpartition("/")[2]
@@ -408,58 +334,5 @@ class CloudTasks:
             self._client = None
 
 
-def _hashed(kind: str, text: str) -> str:
-    return sha256(f"{kind}:{text}".encode()).hexdigest()
-
-
-def _attempt_seconds(deadline: float | None, longest: int) -> int:
-    """Return how long Google waits for an answer. If that is too short, the ledger keeps the run from being run twice."""
-    if deadline == 0:
-        return longest
-    seconds = math.ceil(_ATTEMPT if deadline is None else deadline) + _MORE
-    return min(max(seconds, _SHORTEST_ATTEMPT), longest)
-
-
-def _due(task: Any) -> float:
-    """Return when a listed task was due first, as we noted; of one that is not ours, when it is tried next."""
-    for request in (task.http_request, task.app_engine_http_request):
-        text = dict(request.headers).get(DUE_HEADER, "")
-        if _TIME.fullmatch(text):
-            return float(text)
-    return float(task.schedule_time.timestamp())
-
-
 def _count(text: str | None) -> int | None:
     return int(text) if text is not None and _NUMBER.fullmatch(text) else None
-
-
-def _retry_config(options: Mapping[str, float]) -> dict[str, Any]:
-    """Return when Google tries again. It counts whole seconds; the ledger refuses what comes before our own time."""
-    least = max(math.ceil(options.get("min_backoff_seconds", 0.1)), 1)
-    most = max(math.ceil(options.get("max_backoff_seconds", 3_600.0)), least)
-    return {
-        "max_attempts": -1,
-        "min_backoff": {"seconds": least},
-        "max_backoff": {"seconds": most},
-        "max_doublings": int(options.get("max_doublings", 16)),
-    }
-
-
-def _chunks(
-    made: Sequence[tuple[QueuedTask, dict[str, Any]]],
-) -> Iterable[tuple[str, Sequence[tuple[QueuedTask, dict[str, Any]]]]]:
-    """Yield tasks of one queue each, so many as a batch takes; their order within a queue stays."""
-    queues: dict[str, list[tuple[QueuedTask, dict[str, Any]]]] = {}
-    for each in made:
-        queues.setdefault(each[0].queue, []).append(each)
-    for queue, tasks in queues.items():
-        chunk: list[tuple[QueuedTask, dict[str, Any]]] = []
-        size = 0
-        for each in tasks:
-            length = len(each[0].token) + _ROOM
-            if chunk and (len(chunk) == _BATCH or size + length > _BATCH_BYTES):
-                yield queue, chunk
-                chunk, size = [], 0
-            chunk.append(each)
-            size += length
-        yield queue, chunk

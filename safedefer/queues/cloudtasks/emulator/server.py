@@ -47,6 +47,8 @@ class EmulatorOptions:
     """A queue.yaml: its queues are made at the start, as App Engine makes them."""
     location: str = "projects/local/locations/local"
     """Where the queues of ``queue_file`` are."""
+    key: str | None = None
+    """The private key of OIDC tokens, as PEM, where ``data`` has none; None makes one."""
     clock: Callable[[], float] = time.time
 
 
@@ -64,7 +66,7 @@ async def serving_emulator(listener: socket.socket, options: EmulatorOptions) ->
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     state = State(Journal(options.data), options.clock)
-    signer = TokenSigner(state.key)
+    signer = TokenSigner(state.key or options.key)
     if state.key is None:
         state.keep_key(signer.pem())
     _make_queues(state, options)
