@@ -34,8 +34,8 @@ class Clock:
         return self.moment
 
 
-def wait_for(condition, text="the condition"):
-    end = time.monotonic() + DEADLINE
+def wait_for(condition, text="the condition", seconds=DEADLINE):
+    end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"{text} did not come true"
         time.sleep(0.005)
