@@ -28,6 +28,7 @@ class Lazy(NamedTuple):
 
 COMMANDS: Final = {
     "check": Lazy("check", "Check that every reference of the queue and the policy resolves here."),
+    "cloudtasks-emulator": Lazy("cloudtasks", "Emulate Google Cloud Tasks: the v2 REST API, on this machine."),
     "dashboard": Lazy("dashboard", "Show queues, tasks and dead letters in a browser, and act on them."),
     "dead": Lazy("dead", "Look at dead letters, run them again, export and delete them."),
     "demo": Lazy("more", "Defer one task for every file of Python's standard library, and attack the handler."),

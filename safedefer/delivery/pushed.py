@@ -136,6 +136,7 @@ class PushedDelivery(Delivery):
         request.pushed = True
         found = await self._begin(_Asked(execution, request.headers))
         request.progress = found.progress
+        request.retries, request.attempt = found.progress.counters.retries, found.progress.counters.attempts + 1
         if found.admission is None:
             return self._refuse(403, NOT_FROM_ENGINE)
         if found.admission is Admission.CONFLICT:
