@@ -16,6 +16,7 @@ engine that proved to have sent it, never in the place of another letter, and wi
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import re
@@ -28,7 +29,7 @@ from safedefer.claims import MAX_LIFETIME, callable_name, split_audience
 from safedefer.concurrency.batches import Batches
 from safedefer.delivery.handler import RETRY_NOT_DUE, UNAUTHENTIC_REASONS, Delivery
 from safedefer.delivery.request import HandlerRequest
-from safedefer.errors import NotYetValid, RejectedTask, ReplayedTask
+from safedefer.errors import NotYetValid, RejectedTask, ReplayedTask, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.events import TaskDead, TaskRetried, notify
 from safedefer.execution.run import Outcome, Result
 from safedefer.headers import Response
@@ -218,8 +219,19 @@ class PushedDelivery(Delivery):
         await self._ledger_client.finish((execution, state, record))
         self._tell_retry(lease.task, settlement, progress, now)
         seconds = 0.0 if settlement.at is None else settlement.at - now
+        longest = self._queue().engine.capabilities.longest_wait
+        if longest is not None and seconds > longest:
+            waiting = lease.task._replace(token=request.body, eta=now + seconds, retry_options={})
+            await self._storage(partial(self._put_into_store, waiting))
+            return self._answer(request, 202, outcome, record.reason, error=error)
         wait = {"Retry-After": str(max(1, math.ceil(seconds)))}
         return self._answer(request, status, outcome, record.reason, wait, error=error)
+
+    def _put_into_store(self, task: QueuedTask) -> None:
+        """Let a task wait in the store for its retry: the engine would not hold it for so long, and forgets it now."""
+        # If the store has it already, another message of the same task failed at the same time.
+        with contextlib.suppress(TaskAlreadyExistsError, TombstonedTaskError):
+            self._queue().store.enqueue_many((task,))
 
     def _tell_retry(self, task: QueuedTask, settlement: Settlement, progress: Progress, now: float) -> None:
         seconds = max(0.0, (now if settlement.at is None else settlement.at) - now)

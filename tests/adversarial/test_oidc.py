@@ -159,7 +159,7 @@ def test_a_token_signed_by_a_stranger_is_refused_whatever_key_it_names():
         assert not check().allows(bearer(signed(by=stranger, header=header)))
 
 
-@pytest.mark.parametrize("kid", [None, 1, True, [KID], {KID: 1}, KID[:-1], KID + "\0", "k" * 5000], ids=repr)
+@pytest.mark.parametrize("kid", [None, 1, True, [KID], {KID: 1}, KID[:-1], KID + "\0", "k" * 5000], ids=[*"01234567"])
 def test_a_key_id_that_is_none_of_the_signers_is_refused(kid):
     front = f"{segment({'alg': 'RS256', 'kid': kid})}.{segment(CLAIMS)}"
     assert not check().allows(bearer(f"{front}.{signed().rpartition('.')[2]}"))

@@ -349,7 +349,17 @@ def test_a_forged_token_under_a_tasks_id_takes_neither_its_letter_nor_its_run(ap
 
 
 @pytest.mark.parametrize(
-    "stored", [b"", b"[]", b"{", b'{"attempts": -5, "not_before": "x"}', b'{"attempts": 1e400}', b"\xff", b"[" * 5000]
+    "stored",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"attempts": -5, "not_before": "x"}',
+        b'{"attempts": 1e400}',
+        b'{"not_before": 1' + b"0" * 400 + b"}",
+        b"\xff",
+        b"[" * 5000,
+    ],
 )
 def test_counters_that_somebody_wrote_into_the_store_are_those_of_a_new_task(app, stored):
     task = app.defer(tasks.add, 1)
