@@ -137,6 +137,18 @@ def test_the_signed_limit_makes_a_dead_letter_and_the_service_forgets_the_task(w
     assert again.id != task.id
 
 
+def test_a_task_that_fails_until_google_deletes_it_is_a_dead_letter_before(world):
+    task = world.app.defer(tasks.fail)
+    world.answered(1)
+    world.tick(29.9 * 86_400)
+    world.answered(2)
+    assert world.dead() == []
+    world.tick(0.2 * 86_400)
+    world.emptied()
+    (letter,) = world.dead()
+    assert (letter.id, letter.reason, letter.attempts) == (task.id, "engine-retention", 3)
+
+
 def test_a_permanent_failure_is_a_dead_letter_at_once(world):
     world.app.defer(tasks.permanent)
     world.emptied()

@@ -71,7 +71,7 @@ def test_a_task_is_created_with_all_that_a_handler_needs(emulated, engine):
     assert task.http_request.body == b"a.b.c"
     assert dict(task.http_request.headers) == {
         "X-Mine": "1", "Content-Type": "application/jose", "Safedefer-Task-Id": f"{1:032x}",
-        "Safedefer-Due": f"{T0 + 90.25:.6f}",
+        "Safedefer-Due": f"{T0 + 90.25:.6f}", "Safedefer-Sent": f"{T0:.6f}",
     }  # fmt: skip
     assert task.http_request.oidc_token.service_account_email == ACCOUNT
     assert task.http_request.oidc_token.audience == emulated.target_url
@@ -97,6 +97,17 @@ def test_a_name_that_lives_and_one_that_ended_are_told_apart(emulated, engine):
     with pytest.raises(TombstonedTaskError):
         engine.enqueue_many([new_task(3, name="once")])
     assert stored(emulated) == []
+
+
+def test_a_name_in_use_is_told_to_an_account_that_may_not_look_at_tasks(emulated, engine, monkeypatch):
+    engine.enqueue_many([new_task(1, name="once")])
+
+    def exists(name):
+        raise QueueUnavailable("forbidden")
+
+    monkeypatch.setattr(engine.client, "exists", exists)
+    with pytest.raises(TaskAlreadyExistsError):
+        engine.enqueue_many([new_task(2, name="once")])
 
 
 def test_an_id_is_taken_once(emulated, engine):
@@ -205,7 +216,7 @@ def test_a_delivery_proves_who_sent_it_and_says_how_often(emulated, engine):
     assert engine.authenticate(first)
     attempts = engine.attempt(first), engine.attempt(second)
     assert [(each.retries, each.executions, each.previous_response) for each in attempts] == [(0, 0, None), (1, 1, 404)]
-    assert [(each.task_id, each.since) for each in attempts] == [(f"{1:032x}", T0)] * 2
+    assert [(each.task_id, each.since, each.until) for each in attempts] == [(f"{1:032x}", T0, T0 + 31 * 86_400)] * 2
     assert not engine.authenticate({**first, "Authorization": "Bearer x"})
     emulated.clock.moment += 3_611
     assert not engine.authenticate(first)
