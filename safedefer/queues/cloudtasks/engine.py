@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.errors import (
     ConfigurationError,
     QueueUnavailable,
@@ -81,8 +82,8 @@ class CloudTasks:
         self._clock = clock
         self._lock = threading.Lock()
         self._client: CloudTasksClient | None = None
-        self._pid = 0
         self._sender: SenderCheck | None = None
+        register_fork(self)
         if self.address.any_sender:
             _log.warning(
                 "unsafe_accept_any_sender: the handler does not ask who sends a task; whoever has a copy of one can post it, and "
@@ -103,11 +104,11 @@ class CloudTasks:
             ConfigurationError: There are no credentials.
         """
         with self._lock:
-            if self._client is None or self._pid != os.getpid():
+            if self._client is None:
                 # Here: a handler needs no client, and importing it takes a second.
                 from safedefer.queues.cloudtasks.client import CloudTasksClient  # noqa: PLC0415
 
-                self._client, self._pid = CloudTasksClient(self.address.endpoint), os.getpid()
+                self._client = CloudTasksClient(self.address.endpoint)
             return self._client
 
     # --- Producers --------------------------------------------------------------------------------
@@ -336,9 +337,24 @@ class CloudTasks:
     def close(self) -> None:
         """Close the connections of this process."""
         with self._lock:
-            if self._client is not None and self._pid == os.getpid():
+            if self._client is not None:
                 self._client.close()
             self._client = None
+
+    # --- Forks ------------------------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """Wait for the client or the check that is being made."""
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Leave connections to the parent, and the lock of keys to who fetched them."""
+        self._client = self._sender = None
+        self._lock.release()
 
 
 def _count(text: str | None) -> int | None:
