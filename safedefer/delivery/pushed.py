@@ -43,6 +43,10 @@ from safedefer.task import VerifiedTask
 
 #: The reason of a request whose sender did not prove to be the engine.
 NOT_FROM_ENGINE: Final = "not-from-the-engine"
+#: The reason of a task that the engine would delete before it is tried again.
+RETENTION: Final = "engine-retention"
+#: Seconds before the engine deletes a task in which it is buried: longer than the engine ever waits with a retry.
+_LAST_SECONDS: Final = 86_400.0
 _OUTCOMES: Final = {Result.FAILED: "failed", Result.REJECTED: "rejected", Result.RETRY: "retry"}
 _OK: Final = 200
 #: Seconds after its expiry for which the ledger is sure to know a task, whatever the clocks of those that prune it.
@@ -213,6 +217,10 @@ class PushedDelivery(Delivery):
             reason = record.reason if settlement.reason in _VAGUE else settlement.reason
             attempts = lease.attempts + settlement.charged
             return await self._bury(request, execution, record, reason, attempts, error=error)
+        if self._is_last(request, now if settlement.at is None else settlement.at):
+            return await self._bury(
+                request, execution, record, RETENTION, lease.attempts + settlement.charged, error=error
+            )
         progress = request.progress.after(settlement, started=request.started, now=now)
         # Before the ledger lets another run begin: it must find the time of the retry.
         await self._storage(partial(self._keep_progress, execution, progress))
@@ -232,6 +240,11 @@ class PushedDelivery(Delivery):
         # If the store has it already, another message of the same task failed at the same time.
         with contextlib.suppress(TaskAlreadyExistsError, TombstonedTaskError):
             self._queue().store.enqueue_many((task,))
+
+    def _is_last(self, request: HandlerRequest, at: float) -> bool:
+        """Whether the engine may have deleted a task before a retry at that time is delivered."""
+        until = self._queue().engine.attempt(request.headers).until
+        return until is not None and at + _LAST_SECONDS > until
 
     def _tell_retry(self, task: QueuedTask, settlement: Settlement, progress: Progress, now: float) -> None:
         seconds = max(0.0, (now if settlement.at is None else settlement.at) - now)

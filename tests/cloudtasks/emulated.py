@@ -100,7 +100,7 @@ class Emulated:
         self.target_url = self.loop.call(self._stack.enter_async_context(_serving(self.target)))
         self._listener = socket.create_server(("127.0.0.1", options.pop("port", 0)))
         options.setdefault("key", KEY)
-        setup = EmulatorOptions(clock=self.clock, app_engine=self.target_url, **options)
+        setup = EmulatorOptions(clock=self.clock, **{"app_engine": self.target_url, **options})
         self.url = self.loop.call(self._stack.enter_async_context(serving_emulator(self._listener, setup)))
         self.client = new_client(self.url)
 

@@ -1,6 +1,10 @@
 """The command line of an application whose queue is Cloud Tasks."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +16,7 @@ from safedefer.settings import Settings
 from tests import sample_tasks as tasks
 from tests.cloudtasks.emulated import PARENT, QUEUE, Emulated
 
+ROOT = Path(__file__).resolve().parents[2]
 FILE = """\
 queue:
 - name: mail
@@ -60,10 +65,22 @@ def test_queues_are_made_listed_paused_counted_and_purged(emulated):
     assert emulated.client.get_queue(name=QUEUE).state is tasks_v2.Queue.State.RUNNING
 
 
-def test_a_dispatcher_is_refused_since_there_is_nothing_to_dispatch(emulated):
-    done = CliRunner().invoke(main, ["dispatch", "--to", "http://127.0.0.1:1"])
-    assert done.exit_code != 0
-    assert "safedefer serve" in done.output
+def test_the_tables_are_the_stores(emulated, monkeypatch):
+    assert command("migrate") == "nothing to do\n"
+    monkeypatch.delenv("SAFEDEFER_STORE")
+    done = CliRunner().invoke(main, ["migrate"])
+    assert (done.exit_code, "--store" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize("arguments", [["dispatch", "--to", "http://127.0.0.1:1"], ["run", "--port", "0"]], ids=str)
+def test_what_dispatches_ends_before_it_serves_since_there_is_nothing_to_dispatch(emulated, arguments, tmp_path):
+    command = [sys.executable, "-m", "safedefer", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "safedefer serve" in done.stderr
 
 
 def test_the_emulator_refuses_a_queue_whose_name_is_none():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 
 import pytest
@@ -137,6 +138,18 @@ def test_the_signed_limit_makes_a_dead_letter_and_the_service_forgets_the_task(w
     assert again.id != task.id
 
 
+def test_a_task_that_fails_until_google_deletes_it_is_a_dead_letter_before(world):
+    task = world.app.defer(tasks.fail)
+    world.answered(1)
+    world.tick(29.9 * 86_400)
+    world.answered(2)
+    assert world.dead() == []
+    world.tick(0.2 * 86_400)
+    world.emptied()
+    (letter,) = world.dead()
+    assert (letter.id, letter.reason, letter.attempts) == (task.id, "engine-retention", 3)
+
+
 def test_a_permanent_failure_is_a_dead_letter_at_once(world):
     world.app.defer(tasks.permanent)
     world.emptied()
@@ -264,6 +277,35 @@ def test_a_handler_that_is_full_answers_busy_and_the_task_runs_later(tmp_path):
         assert ("add", 1, 0, 1) in tasks.RAN
     finally:
         world.close()
+
+
+def test_an_app_engine_task_runs_and_is_tried_again(tmp_path):
+    """5xx answers count as executions there, and a request without Google's header runs nothing."""
+    tasks.reset()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        emulated = Emulated(queues=(QUEUE,), app_engine=address)
+        engine = CloudTasks(
+            f"cloudtasks://p-1/europe-west1?endpoint={emulated.url}&app_engine=yes", clock=emulated.clock
+        )
+        app = make_app(queue=engine, store=SQLiteQueue(tmp_path / "store.db"), clock=emulated.clock)
+        stack = contextlib.AsyncExitStack()
+        emulated.loop.call(stack.enter_async_context(serving(app, listener=listener)))
+        try:
+            task = app.options(retry_options=LIMITED).defer(tasks.fail_once)
+            (stored,) = wait_for(
+                lambda: [each for each in emulated.client.list_tasks(parent=QUEUE) if each.response_count], "it"
+            )
+            assert stored.app_engine_http_request.relative_uri == task.url
+            assert asyncio.run(app.handle({"Content-Type": "application/jose"}, task.payload)).status == 403
+            emulated.clock.moment += 10
+            emulated.client.resume_queue(name=QUEUE)
+            wait_for(lambda: not list(emulated.client.list_tasks(parent=QUEUE)), "the queue's end")
+            assert tasks.RAN == ["fail_once", "fail_once"]
+        finally:
+            emulated.loop.call(stack.aclose())
+            app.close()
+            emulated.close()
 
 
 def test_a_purged_queue_runs_nothing(world):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import threading
 
@@ -24,7 +25,7 @@ from safedefer.queues.base import NotAllStored, QueuedTask
 from safedefer.queues.cloudtasks.engine import CloudTasks
 from safedefer.queues.config import QueueFile
 from safedefer.queues.rates import QueueLimits
-from tests.cloudtasks.emulated import PARENT, QUEUE, T0, Emulated, wait_for
+from tests.cloudtasks.emulated import DEADLINE, PARENT, QUEUE, T0, Emulated, wait_for
 
 ACCOUNT = "tasks@p-1.iam.gserviceaccount.com"
 BASE = "cloudtasks://p-1/europe-west1"
@@ -71,7 +72,7 @@ def test_a_task_is_created_with_all_that_a_handler_needs(emulated, engine):
     assert task.http_request.body == b"a.b.c"
     assert dict(task.http_request.headers) == {
         "X-Mine": "1", "Content-Type": "application/jose", "Safedefer-Task-Id": f"{1:032x}",
-        "Safedefer-Due": f"{T0 + 90.25:.6f}",
+        "Safedefer-Due": f"{T0 + 90.25:.6f}", "Safedefer-Sent": f"{T0:.6f}",
     }  # fmt: skip
     assert task.http_request.oidc_token.service_account_email == ACCOUNT
     assert task.http_request.oidc_token.audience == emulated.target_url
@@ -97,6 +98,17 @@ def test_a_name_that_lives_and_one_that_ended_are_told_apart(emulated, engine):
     with pytest.raises(TombstonedTaskError):
         engine.enqueue_many([new_task(3, name="once")])
     assert stored(emulated) == []
+
+
+def test_a_name_in_use_is_told_to_an_account_that_may_not_look_at_tasks(emulated, engine, monkeypatch):
+    engine.enqueue_many([new_task(1, name="once")])
+
+    def exists(name):
+        raise QueueUnavailable("forbidden")
+
+    monkeypatch.setattr(engine.client, "exists", exists)
+    with pytest.raises(TaskAlreadyExistsError):
+        engine.enqueue_many([new_task(2, name="once")])
 
 
 def test_an_id_is_taken_once(emulated, engine):
@@ -205,7 +217,7 @@ def test_a_delivery_proves_who_sent_it_and_says_how_often(emulated, engine):
     assert engine.authenticate(first)
     attempts = engine.attempt(first), engine.attempt(second)
     assert [(each.retries, each.executions, each.previous_response) for each in attempts] == [(0, 0, None), (1, 1, 404)]
-    assert [(each.task_id, each.since) for each in attempts] == [(f"{1:032x}", T0)] * 2
+    assert [(each.task_id, each.since, each.until) for each in attempts] == [(f"{1:032x}", T0, T0 + 31 * 86_400)] * 2
     assert not engine.authenticate({**first, "Authorization": "Bearer x"})
     emulated.clock.moment += 3_611
     assert not engine.authenticate(first)
@@ -353,6 +365,46 @@ def test_a_child_of_a_fork_enqueues_by_connections_of_its_own(emulated, engine):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     engine.enqueue_many([new_task(3)])
     assert len(stored(emulated)) == 3
+
+
+def test_a_fork_while_another_thread_fetches_keys_leaves_the_child_a_check_of_its_own(monkeypatch):
+    started, gate, calls = threading.Event(), threading.Event(), []
+
+    def fetch(url):
+        calls.append(url)
+        if len(calls) == 1:
+            started.set()
+            gate.wait(DEADLINE)
+        return {"keys": []}
+
+    monkeypatch.setattr("safedefer.queues.cloudtasks.oidc.fetch_keys", fetch)
+    engine = CloudTasks(f"{BASE}?address=https://tasks.example.com&service_account={ACCOUNT}")
+    headers = {"Authorization": "Bearer eyJhbGciOiJSUzI1NiIsImtpZCI6ImsifQ.e30.e30"}
+    thread = threading.Thread(target=engine.authenticate, args=(headers,))
+    thread.start()
+    assert started.wait(DEADLINE)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(50)  # a lock that nobody releases
+        os._exit(1 if engine.authenticate(headers) else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    gate.set()
+    thread.join(DEADLINE)
+    assert len(calls) == 1
+    engine.close()
+
+
+def test_a_batch_whose_end_is_not_said_in_time_is_uncertain(emulated, engine, monkeypatch):
+    from google.api_core import operation
+
+    def result(self, **_):
+        raise TimeoutError
+
+    monkeypatch.setattr(operation.Operation, "result", result)
+    # Each try finds the names of the first one in use: they are the tasks' own.
+    with pytest.raises(QueueUnavailable):
+        engine.enqueue_many([new_task(1), new_task(2)])
+    assert len(stored(emulated)) == 2
 
 
 def test_without_the_extra_the_error_says_what_to_install(emulated, engine, monkeypatch):

@@ -207,7 +207,7 @@ def _meaning(queue: str) -> Iterator[None]:
         ) from error
     except (exceptions.BadRequest, exceptions.MethodNotImplemented) as error:
         raise InvalidTaskError(f"Cloud Tasks refuses it ({error.message}); correct it") from error
-    except (exceptions.GoogleAPICallError, exceptions.RetryError, requests.RequestException) as error:
+    except (exceptions.GoogleAPICallError, exceptions.RetryError, requests.RequestException, TimeoutError) as error:
         raise Uncertain(f"Cloud Tasks does not answer ({type(error).__name__}); try again") from error
     except GoogleAuthError as error:
         raise QueueUnavailable(f"Google's credentials cannot be had ({type(error).__name__}); try again") from error

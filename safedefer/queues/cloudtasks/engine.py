@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.errors import (
     ConfigurationError,
     QueueUnavailable,
@@ -28,6 +29,7 @@ from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.cloudtasks.address import CloudTasksAddress
 from safedefer.queues.cloudtasks.task_request import (
     DUE_HEADER,
+    SENT_HEADER,
     TASK_ID_HEADER,
     chunks,
     due_of,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger("safedefer")
 
 _LONGEST_WAIT: Final = 20 * 86_400.0
+#: Seconds after which Google deletes a task.
+_KEPT: Final = 31 * 86_400.0
 #: Seconds before each further try of a call that got no answer.
 _PAUSES: Final = (0.1, 0.5)
 _MOST_RATE: Final = 500.0
@@ -78,8 +82,8 @@ class CloudTasks:
         self._clock = clock
         self._lock = threading.Lock()
         self._client: CloudTasksClient | None = None
-        self._pid = 0
         self._sender: SenderCheck | None = None
+        register_fork(self)
         if self.address.any_sender:
             _log.warning(
                 "unsafe_accept_any_sender: the handler does not ask who sends a task; whoever has a copy of one can post it, and "
@@ -100,11 +104,11 @@ class CloudTasks:
             ConfigurationError: There are no credentials.
         """
         with self._lock:
-            if self._client is None or self._pid != os.getpid():
+            if self._client is None:
                 # Here: a handler needs no client, and importing it takes a second.
                 from safedefer.queues.cloudtasks.client import CloudTasksClient  # noqa: PLC0415
 
-                self._client, self._pid = CloudTasksClient(self.address.endpoint), os.getpid()
+                self._client = CloudTasksClient(self.address.endpoint)
             return self._client
 
     # --- Producers --------------------------------------------------------------------------------
@@ -117,9 +121,9 @@ class CloudTasks:
             DeferError: One was not, or none: the first one's error.
             QueueUnavailable: None was.
         """
-        made = [
-            (task, task_request(self.address, task)) for task in tasks
-        ]  # what is wrong is found before anything is stored
+        now = self._clock()
+        # All of them first: what is wrong with one is found before another is stored.
+        made = [(task, task_request(self.address, task, now=now)) for task in tasks]
         if len(made) == 1:
             task, request = made[0]
             self._create(task, request)
@@ -186,7 +190,10 @@ class CloudTasks:
 
     def _refusal(self, task: QueuedTask, error: TaskAlreadyExistsError) -> Exception:
         """Return what a name in use means: a task that lives, or a tombstone."""
-        if self.client.exists(task_name(self.address, task)):
+        try:
+            if self.client.exists(task_name(self.address, task)):
+                return error
+        except QueueUnavailable:  # who may create tasks need not be one who may look at them
             return error
         return TombstonedTaskError(
             f"a task of the name {task.name} ended in queue {task.queue} not long ago; use another name"
@@ -208,7 +215,7 @@ class CloudTasks:
         lower = {name.lower(): value for name, value in headers.items()}
         family = "x-cloudtasks" if self.address.address is not None else "x-appengine"
         status = _count(lower.get(f"{family}-taskpreviousresponse"))
-        due = lower.get(DUE_HEADER.lower(), "")
+        due, sent = lower.get(DUE_HEADER.lower(), ""), lower.get(SENT_HEADER.lower(), "")
         return Attempt(
             retries=_count(lower.get(f"{family}-taskretrycount")) or 0,
             executions=_count(lower.get(f"{family}-taskexecutioncount")) or 0,
@@ -216,6 +223,7 @@ class CloudTasks:
             task_id=lower.get(TASK_ID_HEADER.lower(), ""),
             previous_response=status,
             retry_reason=lower.get(f"{family}-taskretryreason") or None,
+            until=float(sent) + _KEPT if is_time(sent) else None,
         )
 
     def authenticate(self, headers: Mapping[str, str], /) -> bool:
@@ -329,9 +337,24 @@ class CloudTasks:
     def close(self) -> None:
         """Close the connections of this process."""
         with self._lock:
-            if self._client is not None and self._pid == os.getpid():
+            if self._client is not None:
                 self._client.close()
             self._client = None
+
+    # --- Forks ------------------------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """Wait for the client or the check that is being made."""
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Leave connections to the parent, and the lock of keys to who fetched them."""
+        self._client = self._sender = None
+        self._lock.release()
 
 
 def _count(text: str | None) -> int | None:

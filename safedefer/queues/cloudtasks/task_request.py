@@ -17,6 +17,7 @@ from safedefer.queues.cloudtasks.address import CloudTasksAddress
 #: Headers of ours that say to the handler which task it is, and since when it is due. Hints: the token is signed, they are not.
 TASK_ID_HEADER: Final = "Safedefer-Task-Id"
 DUE_HEADER: Final = "Safedefer-Due"
+SENT_HEADER: Final = "Safedefer-Sent"
 #: Bytes of a task: Google's limits, less room for the rest of the request.
 _HTTP_BYTES: Final = 1_048_569
 _APP_ENGINE_BYTES: Final = 102_400
@@ -27,6 +28,8 @@ _LONGEST_ATTEMPT: Final = {True: 1_800, False: 86_415}
 #: What the handler gives an attempt of which neither the task nor its queue says how long it may take.
 _ATTEMPT: Final = 600.0
 _MORE: Final = 30
+#: So that a task is delivered in its last day, in which the handler buries it.
+_LONGEST_BACKOFF: Final = 43_200
 _BATCH: Final = 100
 _BATCH_BYTES: Final = 4 * 2**20
 _QUEUE: Final = re.compile("[A-Za-z0-9-]{1,100}")
@@ -36,7 +39,7 @@ _RESERVED: Final = re.compile(
 _TIME: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?")
 
 
-def task_request(address: CloudTasksAddress, task: QueuedTask) -> dict[str, Any]:
+def task_request(address: CloudTasksAddress, task: QueuedTask, *, now: float) -> dict[str, Any]:
     """Return the task as Google's client takes it.
 
     Raises:
@@ -52,6 +55,7 @@ def task_request(address: CloudTasksAddress, task: QueuedTask) -> dict[str, Any]
         "Content-Type": CONTENT_TYPE,
         TASK_ID_HEADER: task.id,
         DUE_HEADER: f"{max(task.eta, task.created):.6f}",
+        SENT_HEADER: f"{now:.6f}",
     }
     request: dict[str, Any] = {"http_method": "POST", "headers": headers, "body": task.token}
     if http:
@@ -130,8 +134,8 @@ def due_of(task: Any) -> float:
 
 def _retry_config(options: Mapping[str, float]) -> dict[str, Any]:
     """Return when Google tries again. It counts whole seconds; the ledger refuses what comes before our own time."""
-    least = max(math.ceil(options.get("min_backoff_seconds", 0.1)), 1)
-    most = max(math.ceil(options.get("max_backoff_seconds", 3_600.0)), least)
+    least = min(max(math.ceil(options.get("min_backoff_seconds", 0.1)), 1), _LONGEST_BACKOFF)
+    most = max(min(math.ceil(options.get("max_backoff_seconds", 3_600.0)), _LONGEST_BACKOFF), least)
     return {
         "max_attempts": -1,
         "min_backoff": {"seconds": least},
