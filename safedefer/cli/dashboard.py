@@ -16,6 +16,7 @@ from safedefer.cli.common import app_option, load_app, missing_file
 from safedefer.cli.text import plain
 from safedefer.dashboard.access import LOGIN_SECONDS, Access, Sessions
 from safedefer.errors import QueueUnavailable
+from safedefer.observe.trace_links import check_trace_url
 
 if TYPE_CHECKING:
     from safedefer.dashboard.managed import Managed
@@ -56,9 +57,25 @@ class _Looked:
 @click.option(
     "--link", "url", default=None, metavar="URL", help="Serve nothing: print a login link for the dashboard at URL."
 )
+@click.option(
+    "--trace-url",
+    default=None,
+    metavar="URL",
+    show_default="SAFEDEFER_TRACE_URL",
+    help="Where traces are shown: https://traces.example/trace/{trace_id}.",
+)
 @click.option("--user", default=None, help="The name in the audit log; without it, that of your account.")
 @click.option("--read-only", is_flag=True, help="The link lets people look, and do nothing.")
-def dashboard(*, app: str | None, host: str, port: int, url: str | None, user: str | None, read_only: bool) -> None:
+def dashboard(
+    *,
+    app: str | None,
+    host: str,
+    port: int,
+    url: str | None,
+    trace_url: str | None,
+    user: str | None,
+    read_only: bool,
+) -> None:
     """Show queues, tasks and dead letters in a browser, and act on them. Prints a link that logs in once."""
     loaded = load_app(app)
     access = Access(user=user or _account(), read=True, act=not read_only)
@@ -69,6 +86,8 @@ def dashboard(*, app: str | None, host: str, port: int, url: str | None, user: s
         sessions = Sessions(loaded.keyring, environment=loaded.environment, clock=time.time)
         click.echo(_link(url, sessions.new_login(access)))
         return
+    if trace_url is not None:
+        loaded.trace_url = check_trace_url(trace_url)
     asyncio.run(_serve(loaded, host, port, access))
 
 
@@ -87,7 +106,7 @@ async def _serve(app: App, host: str, port: int, access: Access) -> None:
     # Here: whoever only prints a link, or runs another command, needs neither aiohttp nor jinja2.
     from safedefer.dashboard.site import Site  # noqa: PLC0415
 
-    site = Site(cast("Managed", _Looked(app)), None, time.time)
+    site = Site(cast("Managed", _Looked(app)), None, time.time, trace_url=app.trace_url)
     try:
         await _serve_site(site, host, port, access)
     finally:

@@ -52,7 +52,7 @@ class StoreTrouble(NamedTuple):
     since: float
 
 
-class Late(NamedTuple):
+class LateQueue(NamedTuple):
     """A queue whose next task has been due for too long."""
 
     queue: str
@@ -98,7 +98,7 @@ class ProcessReport:
     """Those that it takes tasks of; None: all."""
     down: tuple[DownTarget, ...] = ()
     troubles: tuple[StoreTrouble, ...] = ()
-    late: tuple[Late, ...] = ()
+    late: tuple[LateQueue, ...] = ()
     refused: tuple[Refused, ...] = ()
     rejected: tuple[Rejected, ...] = ()
 
@@ -152,11 +152,11 @@ class ProcessReport:
             return None
 
 
-_Entry: TypeAlias = DownTarget | StoreTrouble | Late | Refused | Rejected
+_Entry: TypeAlias = DownTarget | StoreTrouble | LateQueue | Refused | Rejected
 _LISTS: Final[Mapping[str, type[_Entry]]] = {
     "down": DownTarget,
     "troubles": StoreTrouble,
-    "late": Late,
+    "late": LateQueue,
     "refused": Refused,
     "rejected": Rejected,
 }
@@ -231,7 +231,7 @@ class Troubles:
         self._lock = Lock()
         self._down: dict[str, DownTarget] = {}
         self._troubles: dict[str, StoreTrouble] = {}
-        self._late: dict[str, Late] = {}
+        self._late: dict[str, LateQueue] = {}
         self._refused: dict[str, _Tally] = {}
         self._rejected: dict[tuple[str, str], _Tally] = {}
 
@@ -259,7 +259,7 @@ class Troubles:
             case QueueLate(seconds=0):
                 self._late.clear()
             case QueueLate():
-                self._late = {event.queue: Late(event.queue, now - event.seconds)}
+                self._late = {event.queue: LateQueue(event.queue, now - event.seconds)}
             case RequestRefused():
                 _tally(self._refused, event.reason, now)
             case TaskHandled():

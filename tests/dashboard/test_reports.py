@@ -10,7 +10,7 @@ from safedefer.dashboard.access import Access
 from safedefer.errors import QueueUnavailable
 from safedefer.observe.troubles import (
     DownTarget,
-    Late,
+    LateQueue,
     ProcessReport,
     Refused,
     Rejected,
@@ -33,7 +33,7 @@ def full_report(now, text="x"):
         queues=(text,),
         down=(DownTarget(text, text, now),),
         troubles=(StoreTrouble(text, text, now),),
-        late=(Late(text, now),),
+        late=(LateQueue(text, now),),
         refused=(Refused(text, 3, now),),
         rejected=(Rejected(text, text, 2, now),),
     )
