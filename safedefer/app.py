@@ -124,6 +124,8 @@ class App(Producer):
     _delivery: Delivery | None = None
     _wsgi: Wsgi | None = None
     _notices: Notices | None = None
+    trace_url: str | None = None
+    """Where traces are shown, as the settings say it."""
     _closed = False
 
     def __init__(
@@ -259,7 +261,7 @@ class App(Producer):
             from safedefer.settings import Settings  # noqa: PLC0415
 
             settings = Settings.load()
-        return cls(
+        app = cls(
             keyring=settings.keyring(),
             policy=settings.load_policy(),
             queue=settings.queue,
@@ -278,7 +280,10 @@ class App(Producer):
             inline_limit=settings.inline_limit,
             unverified_bytes=settings.unverified_bytes,
             log_tracebacks=settings.log_tracebacks,
+            tracing=settings.load_tracing(),
         )
+        app.trace_url = settings.trace_url
+        return app
 
     # --- Handling ---
 
@@ -361,16 +366,21 @@ class App(Producer):
 
         return routes(self)
 
-    def dashboard(self, *, authorize: Authorize | None = None) -> WebApplication:
+    def dashboard(self, *, authorize: Authorize | None = None, trace_url: str | None = None) -> WebApplication:
         """Return the dashboard: ``web_app.add_subapp("/tasks/", app.dashboard())``. Needs the extra ``dashboard``.
 
         Args:
             authorize: Called with every request, or awaited; returns an ``Access``, or None. Without it people log in by links
                 that ``safedefer dashboard --link`` prints.
+            trace_url: Where traces are shown, such as ``https://traces.example/trace/{trace_id}``: a task's page links to its
+                trace. Without it, that of the settings (``SAFEDEFER_TRACE_URL``).
+
+        Raises:
+            ConfigurationError: ``trace_url`` is not of http or https, or has no ``{trace_id}``.
         """
         from safedefer.dashboard.site import Site  # noqa: PLC0415 - as routes
 
-        return Site(self, authorize, self._clock).application()
+        return Site(self, authorize, self._clock, trace_url=trace_url or self.trace_url).application()
 
     @property
     def asgi(self) -> Asgi:

@@ -10,19 +10,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
 from safedefer.keys import Keyring
+from safedefer.observe.trace_links import check_trace_url
 from safedefer.options import DEFAULT_URL
 from safedefer.policy import Policy
 from safedefer.queues.addresses import split_urls
 from safedefer.queues.base import StorageOptions
 from safedefer.queues.file_owner import trouble_with_folders, trouble_with_owner
+
+if TYPE_CHECKING:
+    from safedefer.execution.tracing import TaskTracing
 
 _log: Final = logging.getLogger("safedefer")
 
@@ -53,6 +57,20 @@ def _words(value: object) -> object:
 
 def _urls(value: object) -> object:
     return split_urls(value) if isinstance(value, str) else value
+
+
+def _tracing(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    word = value.lower()
+    return "link" if word in {"1", "true", "yes", "on"} else "off" if word in {"0", "false", "no"} else word
+
+
+def _trace_url(value: str) -> str:
+    try:
+        return check_trace_url(value)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
 
 
 def _pairs(value: object) -> object:
@@ -128,6 +146,14 @@ class Settings(BaseSettings):
         default=False, description="Whether the log shows tracebacks of tasks' exceptions, not their types only."
     )
 
+    tracing: Annotated[Literal["off", "link", "parent"], BeforeValidator(_tracing)] = Field(
+        default="off",
+        description="Whether OpenTelemetry spans are made: off, link (or 1), or parent for one trace from defer to run.",
+    )
+    trace_url: Annotated[str, AfterValidator(_trace_url)] | None = Field(
+        default=None, description="Where traces are shown, for the dashboard: https://traces.example/trace/{trace_id}."
+    )
+
     tombstone_seconds: float = Field(
         default=9 * 86_400.0, ge=0, description="How long an ended task's name is not free."
     )
@@ -178,6 +204,19 @@ class Settings(BaseSettings):
         assert self.keys_file is not None
         # No local variable: tracebacks with them reach logs.
         return Keyring.from_jwks(_read_key_file(self.keys_file))
+
+    def load_tracing(self) -> TaskTracing | None:
+        """Return what makes spans; None if none are made.
+
+        Raises:
+            MissingExtra: OpenTelemetry is not installed.
+        """
+        if self.tracing == "off":
+            return None
+        # Here and not at the top: it imports OpenTelemetry.
+        from safedefer.observe.tracing import Tracing  # noqa: PLC0415
+
+        return Tracing(trace=self.tracing)
 
     def load_policy(self) -> Policy:
         """Build the policy.

@@ -15,6 +15,7 @@ from safedefer.cli.common import app_option, load_app, missing_file
 from safedefer.cli.text import plain
 from safedefer.dashboard.access import Access, Sessions
 from safedefer.errors import QueueUnavailable
+from safedefer.observe.trace_links import check_trace_url
 
 if TYPE_CHECKING:
     from safedefer.dashboard.managed import Managed
@@ -54,9 +55,25 @@ class _Looked:
 @click.option(
     "--link", "url", default=None, metavar="URL", help="Serve nothing: print a login link for the dashboard at URL."
 )
+@click.option(
+    "--trace-url",
+    default=None,
+    metavar="URL",
+    show_default="SAFEDEFER_TRACE_URL",
+    help="Where traces are shown: https://traces.example/trace/{trace_id}.",
+)
 @click.option("--user", default=None, help="The name in the audit log; without it, that of your account.")
 @click.option("--read-only", is_flag=True, help="The link lets people look, and do nothing.")
-def dashboard(*, app: str | None, host: str, port: int, url: str | None, user: str | None, read_only: bool) -> None:
+def dashboard(
+    *,
+    app: str | None,
+    host: str,
+    port: int,
+    url: str | None,
+    trace_url: str | None,
+    user: str | None,
+    read_only: bool,
+) -> None:
     """Show queues, tasks and dead letters in a browser, and act on them. Prints a link that logs in once."""
     loaded = load_app(app)
     access = Access(user=user or _account(), read=True, act=not read_only)
@@ -67,6 +84,8 @@ def dashboard(*, app: str | None, host: str, port: int, url: str | None, user: s
         sessions = Sessions(loaded.keyring, environment=loaded.environment, clock=time.time)
         click.echo(f"{url.rstrip('/')}/login?token={quote(sessions.new_login(access))}")
         return
+    if trace_url is not None:
+        loaded.trace_url = check_trace_url(trace_url)
     asyncio.run(_serve(loaded, host, port, access))
 
 
@@ -82,6 +101,6 @@ async def _serve(app: App, host: str, port: int, access: Access) -> None:
     from safedefer.dashboard.standalone import serve_dashboard  # noqa: PLC0415
 
     try:
-        await serve_dashboard(cast("Managed", _Looked(app)), host, port, access, click.echo)
+        await serve_dashboard(cast("Managed", _Looked(app)), host, port, access, click.echo, trace_url=app.trace_url)
     finally:
         await asyncio.to_thread(app.close)

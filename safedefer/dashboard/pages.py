@@ -18,6 +18,7 @@ from safedefer.dashboard.managed import Managed
 from safedefer.dashboard.obstacles import limits_text, obstacles, read_claims_of
 from safedefer.dashboard.overview import Numbers
 from safedefer.dashboard.reports import Reported
+from safedefer.observe.trace_links import trace_link
 from safedefer.queues.base import TaskState, TaskView
 
 Values: TypeAlias = Mapping[str, str]
@@ -52,9 +53,13 @@ class DashboardPages:
         numbers: The numbers of the overview.
         audit: What people did.
         clock: Seconds since the epoch.
+        trace_url: Where traces are shown; None shows no links.
     """
 
-    def __init__(self, app: Managed, *, numbers: Numbers, audit: AuditLog, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, app: Managed, *, numbers: Numbers, audit: AuditLog, clock: Callable[[], float], trace_url: str | None
+    ) -> None:
+        self._trace_url = trace_url
         self._app = app
         self._numbers = numbers
         self._audit = audit
@@ -88,6 +93,7 @@ class DashboardPages:
             "unread": why,
             "arguments": None if claims is None or "blob" in claims else arguments_of(claims),
             "obstacles": obstacles(self._app, view, claims, control, now=now),
+            "trace_link": trace_link(self._trace_url, None if claims is None else claims.get("trace")),
             "may_act": access.may_act(view.queue),
             "is_dead": view.state is TaskState.DEAD,
             "is_live": view.state in {TaskState.WAITING, TaskState.RUNNING},

@@ -31,6 +31,7 @@ from safedefer.dashboard.overview import Numbers
 from safedefer.dashboard.pages import DashboardPages, Made, Values, done_text
 from safedefer.dashboard.render import Renderer
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
+from safedefer.observe.trace_links import check_trace_url
 
 _log: Final = logging.getLogger("safedefer")
 _STATIC: Final = Path(__file__).with_name("static")
@@ -52,9 +53,21 @@ class Site:
         app: The application.
         authorize: The user's own login, in place of login tokens.
         clock: Seconds since the epoch.
+        trace_url: Where traces are shown: a URL of http or https, with ``{trace_id}``. None shows no links.
+
+    Raises:
+        ConfigurationError: ``trace_url`` is none.
     """
 
-    def __init__(self, app: Managed, authorize: Authorize | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        app: Managed,
+        authorize: Authorize | None,
+        clock: Callable[[], float],
+        *,
+        trace_url: str | None = None,
+    ) -> None:
+        trace_url = None if trace_url is None else check_trace_url(trace_url)
         self.sessions: Sessions = Sessions(app.keyring, environment=app.environment, clock=clock)
         self._sessions, self._clock, self._environment = self.sessions, clock, app.environment
         self._guard = Guard(self.sessions, authorize)
@@ -62,7 +75,7 @@ class Site:
         self.audit: AuditLog = AuditLog(clock)
         self._notices = app.notices
         self._numbers = Numbers(app)
-        self._pages = DashboardPages(app, numbers=self._numbers, audit=self.audit, clock=clock)
+        self._pages = DashboardPages(app, numbers=self._numbers, audit=self.audit, clock=clock, trace_url=trace_url)
         self._actions = Actions(app, audit=self.audit, clock=clock)
         self._render = Renderer()
         self._threads = Threads(_THREADS, "safedefer-dashboard")

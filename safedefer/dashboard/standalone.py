@@ -19,7 +19,9 @@ def login_link(url: str, token: str) -> str:
     return f"{url.rstrip('/')}/login?token={quote(token)}"
 
 
-async def serve_dashboard(app: Managed, host: str, port: int, access: Access, say: Callable[[str], object]) -> None:
+async def serve_dashboard(
+    app: Managed, host: str, port: int, access: Access, say: Callable[[str], object], *, trace_url: str | None = None
+) -> None:
     """Serve the dashboard until SIGINT or SIGTERM.
 
     Args:
@@ -28,11 +30,12 @@ async def serve_dashboard(app: Managed, host: str, port: int, access: Access, sa
         port: 0 takes a free one.
         access: What the person who follows the link may do.
         say: Told the address and the link.
+        trace_url: As ``App(trace_url=...)``: where a trace is shown.
 
     Raises:
         OSError: The address cannot be listened on.
     """
-    site = Site(app, None, time.time)
+    site = Site(app, None, time.time, trace_url=trace_url)
     async with serving_application(site.application(), host, port) as url:
         say(f"the dashboard is at {url}/; log in within {LOGIN_SECONDS // 60} minutes, once, by")
         say(login_link(url, site.sessions.new_login(access)))

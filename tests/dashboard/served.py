@@ -104,9 +104,9 @@ class Browser:
 
 
 @contextlib.asynccontextmanager
-async def serving_dashboard(app, authorize=None, *, prefix="", clock=time.time):
+async def serving_dashboard(app, authorize=None, *, prefix="", clock=time.time, **options):
     """Serve the dashboard of an App below a prefix; yields a browser that has not logged in."""
-    site = Site(app, authorize, clock)
+    site = Site(app, authorize, clock, **options)
     web_app = site.application()
     if prefix:
         outer = web.Application()
