@@ -424,10 +424,9 @@ def _line_of(
             text = "task %a is due again in %.1f s (%s), attempts: %d"
             return logging.DEBUG, text, event.task_id, event.seconds, event.reason, event.attempts
         case TaskDead():
-            text = (
-                "task %a is dead%s, attempts: %d; `safedefer dead show` says more, `safedefer dead retry` runs it again"
-            )
-            return logging.ERROR, text, event.task_id, f" ({event.reason})" if event.reason else "", event.attempts
+            text = "task %a is dead (%s), attempts: %d; `safedefer dead show` says more, `safedefer dead retry` runs it again"
+            # Of a task that its handler gave up, the dispatcher knows only that: the handler logged the reason.
+            return logging.ERROR, text, event.task_id, event.reason or "failed", event.attempts
         case TargetDown():
             text = "the handler %s takes no connection (%s); its tasks wait, and it is tried again"
             return logging.WARNING, text, event.address, event.reason

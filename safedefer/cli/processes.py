@@ -165,7 +165,7 @@ def dispatch(
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
     systemd = Systemd.take_from(os.environ)
-    loaded = _load_to_dispatch(app, concurrency)
+    loaded = _load_to_dispatch(app, concurrency, queues)
     check_address("--to", address)
     service = Service(loaded, ServiceOptions(command="dispatch", drain_seconds=drain, health=health), None, systemd)
 
@@ -228,7 +228,7 @@ def run(
     shown = ServiceOptions(command="run", processes=processes, drain_seconds=drain, health=health)
     if worker is None:
         _supervise(ctx, host, port, hang_seconds=hang_seconds, shows=FleetShows(shown, systemd))
-    loaded = _load_to_dispatch(app, concurrency)
+    loaded = _load_to_dispatch(app, concurrency, queues)
     service = Service(loaded, shown, worker, systemd)
 
     async def work() -> None:
@@ -302,9 +302,20 @@ def _check_tables(app: App) -> None:
         app.queue.next_due(now=time.time())
 
 
-def _load(spec: str | None, concurrency: int | None) -> App:
-    """Load the App of a process that delivers or runs tasks; ``concurrency`` replaces its own, for slots and deliveries."""
+def _load(spec: str | None, concurrency: int | None, queues: Sequence[str] = ()) -> App:
+    """Load the App of a process that delivers or runs tasks.
+
+    Args:
+        spec: ``module:app``; None is the App of the settings.
+        concurrency: Replaces its own, for slots and deliveries.
+        queues: Those that it dispatches.
+
+    Raises:
+        UnknownQueueError: One of ``queues`` is not declared.
+    """
     app = load_app(spec)
+    for queue in queues:
+        app.check_queue(queue)
     if spec is None:
         configure(app)  # the functions of `deferred` use this one, and need not make another
     take_keys_from_environment()
@@ -321,8 +332,6 @@ def _is_used_up(app: App, tasks: int | None) -> bool:
 
 
 def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[str]) -> DispatcherOptions:
-    for queue in queues:
-        app.check_queue(queue)
     file = app.queue_file
     sections = () if file is None else file.queue
     app.outbox.start()
@@ -336,9 +345,9 @@ def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[s
     )
 
 
-def _load_to_dispatch(spec: str | None, concurrency: int | None) -> App:
+def _load_to_dispatch(spec: str | None, concurrency: int | None, queues: Sequence[str]) -> App:
     """Load as ``_load``; raise ``ConfigurationError`` if its queue has nothing to dispatch, before anything is served."""
-    app = _load(spec, concurrency)
+    app = _load(spec, concurrency, queues)
     if app.pushes:
         raise ConfigurationError(
             f"{app.queue_place} pushes its tasks to the handler: there is nothing to dispatch; run `safedefer serve`, or the "

@@ -327,6 +327,15 @@ def test_concurrency_is_one_number_for_slots_and_deliveries(project, label):
     assert len(list(project.folder.glob("started-*"))) == 24
 
 
+@pytest.mark.parametrize(
+    "command", [["run", "--port", "0"], ["dispatch", "--to", "http://127.0.0.1:1"]], ids=lambda c: c[0]
+)
+def test_a_queue_that_is_not_declared_ends_a_process_before_it_says_that_it_is_ready(project, command):
+    done = project.run(*command, "--queue", "mail", "--queue", "maill", check=False, SAFEDEFER_QUEUES="mail")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.splitlines()[-1].startswith(b"Error: there is no queue maill; declare it, or use ")
+
+
 @pytest.mark.parametrize("command", ["run", "serve", "dispatch"])
 def test_a_database_without_tables_ends_a_process_before_it_says_that_it_is_ready(project, command):
     server = shared_server()

@@ -438,17 +438,6 @@ def test_settings_say_how_much_the_queue_keeps(command, monkeypatch):
     app.close()
 
 
-@pytest.mark.parametrize(
-    "declared", [{"queues": ["mail"]}, {"queue_yaml": QueueFile.parse(FILE)}], ids=["list", "file"]
-)
-def test_a_queue_that_is_not_declared_cannot_be_dispatched(declared):
-    app = make_app(**declared)
-    assert processes._dispatcher_options(app, 60.0, 1.0, ["mail", "default"]).queues == ["mail", "default"]
-    with pytest.raises(UnknownQueueError, match="there is no queue maill"):
-        processes._dispatcher_options(app, 60.0, 1.0, ["mail", "maill"])
-    app.close()
-
-
 def test_limits_end_with_the_file_that_declared_them(tmp_path):
     (tmp_path / "queue.yaml").write_text(FILE)
     url = f"sqlite:///{tmp_path}/q.db"

@@ -80,6 +80,18 @@ async def test_a_task_that_is_given_up_is_an_error_in_the_log_with_reason_and_at
     assert "attempts: 2" in line
 
 
+async def test_a_task_that_its_handler_gave_up_is_said_to_have_failed(caplog):
+    queue, told = MemoryQueue(), Told()
+    queue.enqueue_many([task_of(eta=0.0)])
+
+    async def deliver(task, headers):
+        return answer(200, "failed")
+
+    await dispatch(queue, deliver, told).run_until_empty()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert "is dead (failed), attempts: 1" in line
+
+
 async def test_a_queue_that_is_away_is_told_of_with_its_text_and_when_it_is_back(caplog):
     queue, told = Away(), Told()
     queue.away = True
