@@ -11,12 +11,15 @@ from typing import Any
 
 import click
 
+from safedefer.claims import BlobPointer
 from safedefer.cli.common import app_option, load_app, missing_file
+from safedefer.cli.show import token_lines, wants_text
+from safedefer.cli.terminal import progress
 from safedefer.cli.text import plain, time_text
 from safedefer.errors import PermanentTaskFailure, RejectedTask
 from safedefer.queues import migrate_queue
 from safedefer.queues.addresses import is_push_address
-from safedefer.task import VerifiedPointer
+from safedefer.task import VerifiedPointer, VerifiedTask
 
 
 @click.command()
@@ -39,7 +42,8 @@ def migrate(*, url: str, store: str | None) -> None:
                 "a push engine has no tables; give --store, the URL of its store, or SAFEDEFER_STORE"
             )
         url = store
-    done = migrate_queue(url)
+    with progress("migrating", None):
+        done = migrate_queue(url)
     for step in done or ["nothing to do"]:
         click.echo(plain(step))
 
@@ -47,8 +51,9 @@ def migrate(*, url: str, store: str | None) -> None:
 @click.command()
 @app_option
 @click.argument("token")
-@click.option("--json", "_", is_flag=True, help="As JSON; so it is printed in any case.")
-def inspect(*, app: str | None, token: str, _: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="As JSON; so it is printed where this is no terminal.")
+@click.option("--text", "as_text", is_flag=True, help="As text for people; so it is printed on a terminal.")
+def inspect(*, app: str | None, token: str, as_json: bool, as_text: bool) -> None:
     """Verify TOKEN (- reads it from standard input) and print what it would do. Runs nothing.
 
     Exit status 1 if it would not run: the callable is not here, or takes other arguments.
@@ -64,6 +69,20 @@ def inspect(*, app: str | None, token: str, _: bool) -> None:
                 verified = loaded.follow(verified, expired=True)
     except RejectedTask as error:
         raise click.ClickException(f"{error.slug}: {plain(error)}") from error
+    if wants_text(as_json=as_json, as_text=as_text):
+        for line in token_lines(verified):
+            click.echo(line)
+    else:
+        click.echo(json.dumps(_document(verified, pointer), indent=2))
+    if not isinstance(verified, VerifiedPointer):
+        try:
+            loaded.check_call(verified)
+        except RejectedTask as error:
+            raise click.ClickException(f"{error.slug}: {plain(error)}") from error
+
+
+def _document(verified: VerifiedTask | VerifiedPointer, pointer: BlobPointer | None) -> dict[str, Any]:
+    """Return what ``--json`` prints of a token."""
     claims = verified.claims
     document: dict[str, Any] = dict(claims)
     if pointer is not None:
@@ -72,12 +91,7 @@ def inspect(*, app: str | None, token: str, _: bool) -> None:
     document["calls"] = verified.identity.callable_name or None
     document.update({name: time_text(document[name]) for name in ("iat", "nbf", "exp")})
     document["expired"] = claims["exp"] < time.time()
-    click.echo(json.dumps(document, indent=2))
-    if not isinstance(verified, VerifiedPointer):
-        try:
-            loaded.check_call(verified)
-        except RejectedTask as error:
-            raise click.ClickException(f"{error.slug}: {plain(error)}") from error
+    return document
 
 
 @click.command()

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from safedefer.app import App
-from safedefer.claims import callable_name
+from safedefer.claims import Claims, callable_name, split_audience
 from safedefer.cli.common import missing_file, summary
 from safedefer.cli.terminal import is_terminal
 from safedefer.cli.text import plain, relative, span, time_text
 from safedefer.errors import PermanentTaskFailure, RejectedTask
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import TaskState, TaskView
-from safedefer.task import VerifiedPointer
+from safedefer.task import VerifiedPointer, VerifiedTask
 
 #: Characters of a call, and of a traceback, that are shown.
 _CALL: Final = 2_000
@@ -66,6 +66,26 @@ def lines(app: App, view: TaskView) -> Iterator[str]:
         yield from _traceback(record.traceback)
 
 
+def token_lines(verified: VerifiedTask | VerifiedPointer) -> Iterator[str]:
+    """Give the lines that show a verified token."""
+    claims, now = verified.claims, time.time()
+    environment, queue, target, url = split_audience(claims["aud"])
+    yield f"id        {claims['jti']}"
+    if isinstance(verified, VerifiedPointer):
+        yield f"call      in a stored token of {claims['blob']['length']} bytes, which is not there"
+    else:
+        yield f"call      {call_text(claims)}"
+    yield f"signed by {verified.identity.kid}, {_when(claims['iat'], now)}"
+    yield f"for       environment {environment}, queue {queue}, target {target}, URL {url}"
+    if claims.get("name") is not None:
+        yield f"name      {claims['name']}"
+    yield f"due       {_when(claims['nbf'], now)}"
+    yield f"{'expired' if claims['exp'] < now else 'expires'}   {_when(claims['exp'], now)}"
+    for name in ("deadline", "retry", "retry_of", "root", "headers", "trace"):
+        if (value := claims.get(name)) is not None:
+            yield f"{name:9} {plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}"
+
+
 def _when(seconds: float, now: float) -> str:
     return f"{relative(seconds, now)} ({time_text(seconds)})"
 
@@ -99,7 +119,11 @@ def _call(app: App, view: TaskView) -> str:
         return f"{plain(view.callable_name)} by the storage, which nobody signed; the token says nothing: {error.slug}: {plain(error)}"
     if isinstance(verified, VerifiedPointer):
         return f"{plain(view.callable_name)} by the storage; the stored token is gone"
-    claims = verified.claims
+    return call_text(verified.claims)
+
+
+def call_text(claims: Claims) -> str:
+    """Return the call of a verified token, with arguments as the wire has them."""
     name = callable_name(claims["call"])
     if claims["cty"] == "pickle":
         return f"{plain(name)}(...) with pickled arguments, which are not read here"
@@ -109,7 +133,9 @@ def _call(app: App, view: TaskView) -> str:
         name = f"{name} of {_value(claims['call']['bound'])}"
     text = f"{name}({', '.join(words)})"
     more = len(text) - _CALL
-    return plain(text[:_CALL]) + (f" ... {more} more characters; `safedefer inspect` prints them" if more > 0 else "")
+    return plain(text[:_CALL]) + (
+        f" ... {more} more characters; `safedefer inspect --json` prints them" if more > 0 else ""
+    )
 
 
 def _value(tree: Any) -> str:

@@ -25,6 +25,8 @@ _log: Final = logging.getLogger("safedefer")
 MOST_WAITING: Final = 1000
 #: Seconds between two log lines about items that were dropped.
 _DROPS_EVERY: Final = 60.0
+#: Seconds for which a receiver stays awake after its last item.
+_REST_SECONDS: Final = 0.005
 #: Seconds that a cancelled receiver has to end.
 _CANCEL_SECONDS: Final = 0.5
 
@@ -147,6 +149,7 @@ class Aside(Generic[_T]):
 
     async def _work(self) -> None:
         self._task = asyncio.current_task()
+        rested = True
         while True:
             with self._changed:
                 self._busy = bool(self._items)
@@ -155,12 +158,18 @@ class Aside(Generic[_T]):
                     self._changed.notify_all()
                     if self._closed:
                         return
-                    self._woken = False
-                    self._wake.clear()
+                    if rested:
+                        self._woken = False
+                        self._wake.clear()
             if waiting:
+                rested = False
                 await self._hand_over(waiting.pop())
-            else:
+            elif rested:
                 await self._wake.wait()
+            else:
+                # While it is awake nobody needs to wake it, which costs more than handing over.
+                rested = True
+                await asyncio.sleep(_REST_SECONDS)
 
     async def _hand_over(self, item: _T) -> None:
         try:

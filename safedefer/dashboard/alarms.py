@@ -144,7 +144,7 @@ def _of_a_queue(row: QueueRow, reported: Reported) -> list[Alarm]:
         found.append(Alarm("A queue is behind.", text, *show))
     if row.died:
         text = (
-            f"{row.died} died in the queue {row.name} in the last {MINUTES} min ({row.dead} dead letters in all). "
+            f"{row.died} died in the queue {row.name} in the last {MINUTES} min ({_times(row.dead, 'dead letter')} in all). "
             "They are not tried again by themselves."
         )
         found.append(Alarm("Tasks died.", text, "dead", "Show dead letters", row.name))

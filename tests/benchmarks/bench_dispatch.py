@@ -15,6 +15,12 @@ counts. CPU time is that of the process, its threads included. The parts are mea
     handler     the handler alone, called by the peer
     async, def  everything, of ``async def`` and ``def``
     counted     as async, with metrics
+    awaited     as async, with an async observer of all events
+    watched     as async, with metrics and that observer
+    traced      as async, with OpenTelemetry's SDK and its batch processor, which throws the spans away
+    everything  as async, with all of them
+
+The ratio of CPU times to those of ``async`` says what watching costs: the least of the rounds of each.
 """
 
 import argparse
@@ -25,11 +31,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
 import safedefer
 from safedefer.delivery.handler import Response
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.observe.counts import Counts
+from safedefer.observe.tracing import Tracing
 from safedefer.queues import open_queue
 from safedefer.queues.base import Settlement, Verdict
 from safedefer.queues.capabilities import FULL
@@ -98,7 +108,7 @@ def plain(number):
     """What the workers of the second column run."""
 
 
-def make_app(kind, concurrency, folder):
+def make_app(kind, concurrency, folder, **more):
     sqlite = f"sqlite:///{Path(folder, f'{time.monotonic_ns()}.db')}"
     queue = {"none": Nothing, "memory": lambda: "memory://", "sqlite": lambda: sqlite}[kind]()
     return safedefer.App(
@@ -106,7 +116,25 @@ def make_app(kind, concurrency, folder):
         policy=safedefer.Policy("tests.benchmarks.bench_dispatch"),
         queue=queue,
         concurrency=concurrency,
+        **more,
     )
+
+
+async def observe(event):
+    """What an async observer does here."""
+
+
+class NoExporter(SpanExporter):
+    """Takes spans and does nothing with them."""
+
+    def export(self, spans):
+        return SpanExportResult.SUCCESS
+
+
+def tracing():
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(NoExporter()))
+    return Tracing(tracer_provider=provider)
 
 
 def fill(app, function, count):
@@ -255,9 +283,9 @@ def measure_handler(kind, concurrency, count, folder):
     return clock
 
 
-def whole(function, *observers):
+def whole(function, *observers, traced=False):
     def measure(kind, concurrency, count, folder):
-        app = make_app(kind, concurrency, folder)
+        app = make_app(kind, concurrency, folder, tracing=tracing() if traced else None)
         for observer in observers:
             app.observers.add(observer())
         fill(app, function, count)
@@ -278,6 +306,10 @@ PARTS = {
     "async": whole(noop),
     "def": whole(plain),
     "counted": whole(noop, Counts),
+    "awaited": whole(noop, lambda: observe),
+    "watched": whole(noop, Counts, lambda: observe),
+    "traced": whole(noop, traced=True),
+    "everything": whole(noop, Counts, lambda: observe, traced=True),
 }
 
 
@@ -290,7 +322,9 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     logging.getLogger("safedefer").addHandler(logging.NullHandler())
-    print(f"{'queue':8}{'places':>7} {'part':12}{'tasks/s':>9}{'us/task':>9}{'CPU us':>8}{'of peer':>9}")
+    print(
+        f"{'queue':8}{'places':>7} {'part':12}{'tasks/s':>9}{'us/task':>9}{'CPU us':>8}{'of peer':>9}{'CPU to async':>13}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for kind in options.queue:
             for concurrency in options.concurrency:
@@ -302,6 +336,8 @@ def main():
                         best[part] = min(wall, clock.wall), min(cpu, clock.cpu)
                 for part, (wall, cpu) in best.items():
                     ratio = f"{best['peer'][0] / wall:9.3f}" if "peer" in best else ""
+                    if "async" in best:
+                        ratio = f"{ratio:9}{cpu / best['async'][1]:12.3f}"
                     each, used = wall / options.tasks * 1e6, cpu / options.tasks * 1e6
                     print(f"{kind:8}{concurrency:7} {part:12}{1e6 / each:9.0f}{each:9.1f}{used:8.1f}{ratio}")
 

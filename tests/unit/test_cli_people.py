@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from safedefer.cli import terminal
+from safedefer.cli.more import migrate
 from safedefer.cli.root import COMMANDS, main
 from safedefer.cli.terminal import Column, progress
 from safedefer.cli.text import many, relative, span
@@ -394,3 +395,38 @@ def test_a_live_view_draws_hostile_text_as_it_is(monkeypatch):
     assert "[b]totals" in shown
     assert "\x1b]0;x" not in shown
     assert "\x9b" not in shown
+
+
+def test_inspect_is_text_on_a_terminal_and_json_elsewhere(app, at_a_terminal, monkeypatch):
+    task = app.options(queue="mail", deadline=30).defer(sample_tasks.keywords, note=HOSTILE, n=1)
+    said = run("inspect", task.payload.decode())
+    assert said.splitlines()[0] == f"id        {task.id}"
+    assert "call      tests.sample_tasks:keywords(note=" in said
+    assert "queue mail, target default" in said
+    assert "\nsigned by k1, " in said
+    assert "\ndeadline  30" in said
+    assert not {char for char in said if not char.isprintable()} - {"\n"}
+    as_json = run("inspect", "--json", task.payload.decode())
+    assert json.loads(as_json)["kwargs"] == {"note": HOSTILE, "n": 1}
+    monkeypatch.setattr("safedefer.cli.show.is_terminal", lambda _: False)
+    assert run("inspect", task.payload.decode()) == as_json
+    assert run("inspect", "--text", task.payload.decode()).startswith("id        ")
+
+
+def test_inspect_of_a_pointer_whose_token_is_gone_says_so(app, at_a_terminal):
+    task = app.defer(sample_tasks.keywords, note="x" * 20_000)
+    assert "call      tests.sample_tasks:keywords(note=" in run("inspect", task.payload.decode())
+    app.cancel(task.id)
+    assert "bytes, which is not there" in run("inspect", task.payload.decode())
+
+
+def test_migrate_shows_a_bar_on_a_terminal_only(at_a_terminal, monkeypatch, tmp_path):
+    url = f"sqlite:///{tmp_path}/tasks.db"
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    migrate.callback(url=url)
+    assert "migrating" in screen.getvalue()
+    monkeypatch.setattr("safedefer.cli.terminal.is_terminal", lambda _: False)
+    shown = screen.getvalue()
+    migrate.callback(url=url)
+    assert screen.getvalue() == shown
