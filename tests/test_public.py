@@ -19,11 +19,12 @@ DOCUMENTS = [
     *(ROOT / "examples").rglob("*.md"),
     ROOT / "schema/README.md",
 ]
-#: Dotted, and no names of Python: a check of Django's, a logger, a file, tables, an entry-point group.
+#: Dotted, and no names of Python: a check of Django's, a logger, a Celery task, a file, tables, an entry-point group.
 OTHERS = {
     "safedefer.W001",
     "safedefer.audit",
     "safedefer.db",
+    "safedefer.deliver",
     "safedefer.pgqueuer_log",
     "safedefer.settings",
     "safedefer.types",

@@ -73,7 +73,7 @@ class WorkerHeaders(dict[str, str]):
     """The headers of a delivery by a worker of this process. No request from outside has this type: it is the proof."""
 
 
-class ServesTasks(Protocol):
+class WorkerHandler(Protocol):
     """The handler of an App, as a Celery worker uses it."""
 
     def submit(self, headers: Mapping[str, str], token: bytes, url: str, /) -> Future[Response]:
@@ -94,7 +94,7 @@ class CeleryEngine:
 
     def __init__(self, celery: Celery) -> None:
         self.celery = celery
-        self._serves: ServesTasks | None = None
+        self._serves: WorkerHandler | None = None
         self._lock = threading.Lock()
         self._producers: Any = None
         self._pid = 0
@@ -137,7 +137,7 @@ class CeleryEngine:
         celery.conf.update(accept_content=["json"], task_serializer="json", task_ignore_result=True)
         return cls(celery)
 
-    def serve(self, serves: ServesTasks) -> None:
+    def serve(self, serves: WorkerHandler) -> None:
         """Hand what the workers of the Celery application get to a handler."""
         self._serves = serves
 
