@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
+from functools import cache
 from typing import Final
 
 from safedefer.delivery.budget import ByteBudget
+
+_log: Final = logging.getLogger("safedefer")
 
 #: Seconds for a body to arrive. A token has a megabyte at most.
 BODY_TIMEOUT: Final = 30.0
@@ -42,3 +46,12 @@ async def read_body(chunks: AsyncIterator[bytes], limit: int, budget: ByteBudget
         return bytes(body)
     finally:
         budget.give_back(taken)
+
+
+@cache
+def warn_of_taken_body() -> None:
+    """Log, once in a process, that bytes of a body were taken before the handler: no one can get them again."""
+    _log.error(
+        "a middleware takes the bytes of requests before the handler, so that no task can be verified; all wait, uncharged, until "
+        "it leaves them (with aiohttp `await request.read()` keeps the body, request.content does not)"
+    )

@@ -6,19 +6,15 @@ another URL, as App Engine's was. Both give the answer of ``App.handle``.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Generator
-from functools import cache
 from typing import Any, Final
 
 from aiohttp import ClientError, web
 from aiohttp.http import HttpProcessingError
 
 from safedefer.headers import Response
-from safedefer.web.body import OverBudgetError, read_body
+from safedefer.web.body import OverBudgetError, read_body, warn_of_taken_body
 from safedefer.web.served import Handles
-
-_log: Final = logging.getLogger("safedefer")
 
 
 def routes(app: Handles) -> list[web.AbstractRouteDef]:
@@ -78,15 +74,6 @@ async def _handle(app: Handles, request: web.Request, body: bytes) -> Response:
         return app.delivery.busy()
     url = app.accepts(request.rel_url.raw_path, _mount(request))
     return await app.delivery.handle(request.headers, body, url=url, method=request.method)
-
-
-@cache
-def warn_of_taken_body() -> None:
-    """Log, once in a process, that bytes of a body were taken from its stream before the handler: no one can get them again."""
-    _log.error(
-        "a middleware takes bytes from request.content, so that no task can be verified; all wait, uncharged, until it "
-        "calls `await request.read()` instead, which keeps the body"
-    )
 
 
 def _mount(request: web.Request) -> str:

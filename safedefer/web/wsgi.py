@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from safedefer.web.asgi import NOT_FOUND, is_served, length_of, status_line
+from safedefer.web.body import warn_of_taken_body
 
 if TYPE_CHECKING:
     from safedefer.headers import Response
@@ -77,6 +78,9 @@ class Wsgi:
         if len(body) > delivery.max_bytes:
             return delivery.too_large()
         if length is not None and left:
+            if not body:
+                warn_of_taken_body()
+                return delivery.busy()
             return delivery.broken()
         handling = app.handle(headers, bytes(body), path=path, mount=mount, method=method)
         return asyncio.run_coroutine_threadsafe(handling, self._running_loop().loop).result()

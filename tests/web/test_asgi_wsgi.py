@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import io
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 import uvicorn
 
 from safedefer.web.asgi import Asgi
+from safedefer.web.body import warn_of_taken_body
 from tests import sample_tasks as tasks
 from tests.unit.apps import JOSE, make_app
 
@@ -198,3 +200,19 @@ def test_a_wsgi_body_without_a_length_is_read_only_if_the_server_ends_it(app):
     ask(task.payload, CONTENT_LENGTH="2000")
     ask(task.payload, **{"wsgi.input_terminated": True})
     assert answers == ["403 Forbidden", "413 Request Entity Too Large", "400 Bad Request", "200 OK"]
+
+
+def test_a_body_that_a_wsgi_middleware_has_read_charges_nothing_and_is_told(caplog):
+    warn_of_taken_body.cache_clear()
+    app = make_app()
+    task = app.defer(tasks.keywords, text="x")
+    environ = {
+        "REQUEST_METHOD": "POST", "PATH_INFO": URL, "SCRIPT_NAME": "", "CONTENT_TYPE": "application/jose",
+        "CONTENT_LENGTH": str(len(task.payload)), "wsgi.input": io.BytesIO(task.payload),
+    }  # fmt: skip
+    environ["wsgi.input"].read()
+    begun = []
+    app.wsgi(environ, lambda status, headers: begun.append((status, dict(headers)["Safedefer-Outcome"])))
+    app.close()
+    assert begun == [("503 Service Unavailable", "busy")]
+    assert "a middleware takes the bytes" in caplog.text

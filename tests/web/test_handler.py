@@ -18,7 +18,8 @@ from safedefer.delivery.budget import ByteBudget
 from safedefer.queues.base import TaskState
 from safedefer.web import body as web_body
 from safedefer.web import handler as web_handler
-from safedefer.web.handler import handler_for, warn_of_taken_body
+from safedefer.web.body import warn_of_taken_body
+from safedefer.web.handler import handler_for
 from safedefer.web.server import serving
 from tests import sample_tasks as tasks
 from tests.unit.apps import JOSE, SECRET, Recorder, make_app, until
