@@ -95,7 +95,7 @@ def test_no_imports_form_a_circle_not_even_those_for_types():
     ("apsw", {name for name in SOURCES if name.startswith(("queues/sqlite/", "transactions/databases/"))}),
     ("aiohttp", {
         name for name in SOURCES
-        if name in {"dispatcher/transport.py", "dashboard/guard.py", "dashboard/site.py", "frameworks/aiohttp.py"} or name.startswith("web/")
+        if name in {"dispatcher/transport.py", "dashboard/guard.py", "dashboard/site.py", "frameworks/aiohttp.py", "frameworks/django/dashboard.py"} or name.startswith("web/")
     } | {f"queues/cloudtasks/emulator/{name}.py" for name in ("pusher", "server")}),
     ("fastapi", {"frameworks/fastapi.py"}),
     ("starlette", {"frameworks/fastapi.py"}),

@@ -39,7 +39,8 @@ class Order(models.Model):
 """,
     "shop/urls.py": """
 from django.urls import include, path
-urlpatterns = [path("", include("safedefer.frameworks.django.urls")), path("in/", include("safedefer.frameworks.django.urls"))]
+from safedefer.frameworks.django.dashboard import dashboard_urls
+urlpatterns = [path("accounts/tasks/", include(dashboard_urls())), path("", include("safedefer.frameworks.django.urls")), path("in/", include("safedefer.frameworks.django.urls"))]
 """,
     "shop/tasks.py": """
 try:
@@ -76,11 +77,12 @@ def at_once(): ...
 def undecorated(): ...
 """,
     "shop/tests.py": """
-import contextlib, datetime, io, operator
+import contextlib, datetime, io, re
 from unittest.mock import ANY, patch
 
 import django
 from asgiref.sync import sync_to_async
+from django.contrib.auth import get_user_model
 from django.core.management import call_command
 from django.db import connection, transaction
 from django.test import AsyncClient, SimpleTestCase, TestCase, TransactionTestCase, override_settings
@@ -100,6 +102,7 @@ library = __import__("django.tasks" if django.VERSION >= (6,) else "django_tasks
 Invalid, enqueued = backend._InvalidTask, backend._signals.task_enqueued
 JOSE = {"Content-Type": "application/jose"}
 URL = "/_ah/queue/deferred"
+FORM = "application/x-www-form-urlencoded"
 
 class Both(DeferTestMixin):
     safedefer_app = "safedefer.frameworks.django:app"
@@ -228,6 +231,43 @@ class InTestCase(Both, TestCase):
 
 class InTransactionTestCase(Both, TransactionTestCase):
     pass
+
+@override_settings(PASSWORD_HASHERS=["django.contrib.auth.hashers.MD5PasswordHasher"])
+class Dashboard(DeferTestMixin, TransactionTestCase):
+    safedefer_app = "safedefer.frameworks.django:app"
+    SAME = {"Sec-Fetch-Site": "same-origin"}
+
+    def log_in(self, **what):
+        user = get_user_model().objects.create_user("ann", password="x", **what)
+        self.client.force_login(user)
+
+    def field(self, page):
+        return re.search(r'name="csrf" value="([^"]+)"', page.content.decode())[1]
+
+    def test_a_superuser_sees_and_acts(self):
+        self.log_in(is_superuser=True)
+        tasks.ship.enqueue(1)
+        overview = self.client.get("/accounts/tasks/")
+        self.assertEqual(overview.status_code, 200)
+        self.assertIn("default-src 'none'", overview["Content-Security-Policy"])
+        self.assertIn("shop.tasks:ship", self.client.get("/accounts/tasks/tasks?state=waiting").content.decode())
+        self.assertEqual(self.client.get("/accounts/tasks/style.css")["Content-Type"], "text/css; charset=utf-8")
+        queues = self.client.get("/accounts/tasks/queues")
+        urlencoded = f"csrf={self.field(queues)}&queue=default"
+        for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://evil.example"}, {}):
+            self.assertEqual(self.client.post("/accounts/tasks/pause", urlencoded, FORM, headers=headers).status_code, 403)
+        self.assertEqual(self.client.post("/accounts/tasks/pause", "queue=default", FORM, headers=self.SAME).status_code, 403)
+        self.assertFalse(any(each.paused for each in app.queue.controls(now=self.tasks.clock())))
+        self.assertIn(self.client.post("/accounts/tasks/pause", urlencoded, FORM, headers=self.SAME).status_code, (200, 303))
+        self.assertEqual([each.queue for each in app.queue.controls(now=self.tasks.clock()) if each.paused], ["default"])
+
+    def test_in_django_who_asks_is_who_django_says(self):
+        self.assertRedirects(self.client.get("/accounts/tasks/"), "/accounts/login/?next=/accounts/tasks/", fetch_redirect_response=False)
+        self.log_in(is_staff=True)
+        for headers in ({}, {"Safedefer-Asked-By": ""}, {"Safedefer-Asked-By": "x"}):
+            self.assertEqual(self.client.get("/accounts/tasks/", headers=headers).status_code, 403)
+        self.assertEqual(self.client.get("/accounts/tasks/login?token=x").status_code, 403)
+        self.assertEqual(self.client.get("/accounts/tasks/", QUERY_STRING="a b\\x0b%41").status_code, 403)
 
 class WithoutOutbox(TransactionTestCase):
     '''A database whose tables nobody else can read: tasks are enqueued after the commit.'''
