@@ -29,7 +29,7 @@ _NOTED: Final = {
     "max_retries": "task_retry_limit in queue.yaml, or _retry_options",
     "default_retry_delay": "min_backoff_seconds in queue.yaml, or _retry_options",
     "rate_limit": "rate in queue.yaml, which is one for all processes",
-    "expires": "a task waits as long as App(max_age=...) says",
+    "expires": "a task waits for up to 31 days; check the time in the task",
     "throws": "raise PermanentTaskFailure for what is final",
     "priority": "use a queue of its own",
 }
@@ -50,7 +50,7 @@ _CALL_DROPPED: Final = {
     "compression": "large arguments are stored apart",
     "priority": "use a queue of its own",
     "ignore_result": "results are not kept",
-    "expires": "a task waits as long as App(max_age=...) says",
+    "expires": "a task waits for up to 31 days; check the time in the task",
     "shadow": "tasks are listed by callable and name",
     "producer": "the queue is that of the App",
     "connection": "the queue is that of the App",

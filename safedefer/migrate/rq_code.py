@@ -23,7 +23,7 @@ _METHODS: Final = frozenset({"enqueue", "enqueue_call", "enqueue_in", "enqueue_a
 _DROPPED: Final = {
     "result_ttl": "results are not kept: the task stores what is needed",
     "failure_ttl": "a task that failed for good is a dead letter until it is deleted: safedefer dead purge --days",
-    "ttl": "a task waits as long as App(max_age=...) says",
+    "ttl": "a task waits for up to 31 days; check the time in the task",
     "description": "tasks are listed by callable and name",
     "at_front": "the queue is in the order of due times; use a queue of its own",
     "job_class": "there are no classes of tasks",
