@@ -28,6 +28,7 @@ from safedefer.cli.root import main
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDelivery
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.ledger import AttemptRecord, EndState, Execution
+from safedefer.observe.troubles import ProcessReport
 from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict, task_digest
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.postgres.migrations import migrate
@@ -90,6 +91,7 @@ class Postgres:
         "controls": "queue = (SELECT split_part(entrypoint, '@', 1) FROM safedefer.pgqueuer WHERE dedupe_key = %s)",
         **dict.fromkeys(("uniques", "blobs", "ledger", "attempts"), "task_id = %s"),
         **dict.fromkeys(("dead", "ended"), "id = %s"),
+        "notices": "process = %s",
     })  # fmt: skip
     #: No row of them is one task's. The log, the schedules and the statistics are written, and never read.
     others = frozenset({"settings", "blob_totals", "pgqueuer_log", "pgqueuer_schedules", "pgqueuer_statistics"})
@@ -135,6 +137,7 @@ class SQLite:
         "controls": "queue = (SELECT queue FROM safedefer_tasks WHERE id = ?)",
         **dict.fromkeys(("ledger", "attempts"), "task_id = ?"),
         **dict.fromkeys(("tasks", "dead", "ended"), "id = ?"),
+        "notices": "process = ?",
     })  # fmt: skip
     others = frozenset({"schema", "totals"})
     tasks = ("tasks", "headers", "token")
@@ -251,6 +254,9 @@ class World:
             # Every other one is oversize, and has a blob.
             self.tasks.append(options.defer(sample_tasks.add, "x" if number % 2 else "x" * 12_000, str(number)))
 
+        for task in self.tasks:
+            self.queue.put_notice(task.id, ProcessReport(command="run").text(), now=time.time())
+
     @property
     def bad(self):
         return [task.id for task in self.tasks[1:-1]]
@@ -298,6 +304,9 @@ class World:
         letter_ids = {view.id for view in letters}
         assert {view.id for view in views} - letter_ids <= listed, "a page hides what the list shows"
         self.queue.ends(since=time.time() - 900.0, step=60.0)
+        self.queue.attempt_times(since=time.time() - 900.0)
+        for notice in self.queue.notices(since=0.0):
+            ProcessReport.read(notice, now=time.time())
         for view in views:
             json.dumps(summary(view))
         self.queue.stats(now=time.time())
@@ -706,3 +715,23 @@ def test_a_purge_of_dead_letters_goes_in_batches_and_has_an_end_if_some_stay(mon
     assert (done.exit_code, done.output) == (0, "deleted 60 dead letters\n")
     assert queue.batches == (50, 50, 20)
     app.close()
+
+
+def test_a_bad_notice_hides_no_other_and_stops_none(storage, app):
+    for world, where in each_column(storage, app, "notices"):
+        poison(storage, world, *where)
+        now = time.time()
+        read = {each.process: ProcessReport.read(each, now=now) for each in app.queue.notices(since=0.0)}
+        assert all(read[task_id] is not None for task_id in world.good), where
+        app.queue.put_notice("another", "x", now=now)
+        assert "another" in {each.process for each in app.queue.notices(since=0.0)}, where
+        app.queue.put_notice("another", "", now=now)
+
+
+def test_the_times_of_attempts_are_those_of_good_rows(storage, app):
+    for world, where in each_column(storage, app, "attempts", "ledger", "ended", part=by_day(0, 3)):
+        for task, lease in zip(world.tasks, world.lease(), strict=False):
+            assert task is not None
+            world.settle([lease], Verdict.DONE, EndState.SUCCEEDED)
+        poison(storage, world, *where)
+        assert all(0 <= each.seconds < 1e15 for each in app.queue.attempt_times(since=0.0)), where

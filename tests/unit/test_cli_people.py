@@ -233,7 +233,7 @@ def test_a_call_that_nobody_signed_is_not_shown_as_one(app):
 def test_pickled_arguments_and_long_calls_are_not_printed_whole(app):
     long = app.defer(sample_tasks.keywords, text="x" * 5_000)
     text = run("tasks", "show", long.id, "--text")
-    assert "more characters; `safedefer inspect` prints them" in text
+    assert "more characters; `safedefer inspect --json` prints them" in text
     assert max(map(len, text.splitlines())) < 2_200
     large = app.defer(sample_tasks.keywords, text="y" * 20_000)
     assert 'keywords(text="yyy' in run("tasks", "show", large.id, "--text")
