@@ -139,6 +139,7 @@ def test_a_queue_that_is_late_is_told_once_and_when_it_is_over():
     ahead[0] = -100.0
     notices._look_for_late()
     assert told.events[1:] == [QueueLate(queue="", seconds=0.0, waiting=0)]
+    notices.close()
     app.close()
 
 
