@@ -207,6 +207,8 @@ class Handle:
         self.path = path
         self._busy_timeout = busy_timeout
         self._lock = threading.Lock()
+        self._user = 0
+        """The thread that had the connection last."""
         self._connection: apsw.Connection | None = None
         self._pid = 0
         self._closed = False
@@ -217,6 +219,7 @@ class Handle:
         """Give the connection to this thread alone; SQLite's errors become ``QueueUnavailable``."""
         try:
             with self._lock:
+                self._user = threading.get_ident()
                 try:
                     connection = self._current()
                     yield connection
@@ -225,6 +228,21 @@ class Handle:
                     raise unavailable(self.path, error) from error
         finally:
             self._drop_if_closed()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a thread has the connection now."""
+        return self._lock.locked()
+
+    @property
+    def in_use_here(self) -> bool:
+        """Whether this thread has it, further up its stack."""
+        return self._user == threading.get_ident() and self._lock.locked()
+
+    def wait(self) -> None:
+        """Wait until no thread has the connection, once."""
+        with self._lock:
+            pass
 
     def close(self, *, wait: bool = True) -> None:
         """Close the connection; the handle cannot be used again.

@@ -5,6 +5,10 @@ the others: savepoints cost a copy of every page that changes. One that meets an
 value is repaired. So an operation may run twice; what it did before is undone. Success is reported only after COMMIT
 has returned.
 
+A caller that nobody competes with runs its operation itself, which saves two changes of threads. Its thread must not
+come back here before that ends: only this thread could end it. Signal handlers run at any point of the main thread, and
+may defer. So where one is installed, the main thread leaves its operations to the writer's.
+
 What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
 again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
 """
@@ -12,7 +16,11 @@ again, and the ledger of what ended is synced) waits for the next sync: the log 
 from __future__ import annotations
 
 import os
+import signal
 import threading
+
+# As `signal.getsignal`, which takes fifty times as long to make a member of an enum of each answer.
+from _signal import getsignal  # type: ignore[import-not-found]
 from collections import deque
 from concurrent.futures import Future
 from functools import partial
@@ -42,8 +50,13 @@ _OF_VALUES: Final = (apsw.SQLITE_CONSTRAINT_DATATYPE, apsw.SQLITE_CONSTRAINT_NOT
 _Operation = tuple["Callable[[apsw.Connection], Any]", "Callable[[Any, BaseException | None], None]", bool]
 
 
+#: Handlers that run no code of the application.
+_HARMLESS: Final = frozenset({None, signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler})
+_SIGNALS: Final = tuple(map(int, signal.valid_signals()))
+
+
 class Writer:
-    """Runs operations on one connection, in one thread that is started when there is work."""
+    """Runs operations on one connection: in the thread of a lone caller, else in one that is started when there is work."""
 
     def __init__(self, path: str, *, busy_timeout: float) -> None:
         self._handle = Handle(path, busy_timeout=busy_timeout)
@@ -66,7 +79,24 @@ class Writer:
 
         Raises what ``action`` raised, its changes undone, or ``QueueUnavailable``.
         """
-        return self.submit(action, durable=durable).result()
+        answer = _Waiter()
+        operation: _Operation = (action, answer.take, durable)
+        if self._is_free():
+            _Batch(self._handle, [operation]).run_here()
+        else:
+            self._put(operation)
+        result: T = answer.wait()
+        return result
+
+    def _is_free(self) -> bool:
+        """Whether this thread can run an operation itself. Two that ask at once take turns at the connection."""
+        if self._handle.in_use_here:
+            # A finalizer or a log handler, within an operation: it cannot be waited for.
+            raise QueueUnavailable("the queue was called from within one of its own operations; call it later")
+        with self._changed:
+            self._check()
+            free = not (self._pending or self._pausing or self._handle.in_use)
+        return free and not _is_interruptible()
 
     def submit(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> Future[T]:
         """Have ``action`` run, and return at once; the future is completed after the commit."""
@@ -83,14 +113,17 @@ class Writer:
 
     def _put(self, operation: _Operation) -> None:
         with self._changed:
-            if self._closed:
-                raise QueueUnavailable("the queue is closed; open a new one")
+            self._check()
             if self._thread is None:
                 self._start()
-            elif self._pid != os.getpid():
-                raise forked(self._handle.path)
             self._pending.append(operation)
             self._changed.notify()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise QueueUnavailable("the queue is closed; open a new one")
+        if self._thread is not None and self._pid != os.getpid():
+            raise forked(self._handle.path)
 
     def close(self, *, wait: bool = True) -> None:
         """Finish what was submitted, then close the connection. Later operations are refused.
@@ -99,11 +132,14 @@ class Writer:
         """
         with self._changed:
             self._closed = True
+            has_thread = self._thread is not None  # it closes the connection
             if not wait:
                 self._thread = None
                 self._changed.notify()
         if wait:
             self._rest()
+        if not has_thread:
+            self._handle.close(wait=wait and not self._handle.in_use_here)
 
     def _start(self) -> None:
         if not self._pausing:
@@ -123,6 +159,8 @@ class Writer:
         with self._changed:
             while not self._pending and not self._pausing and not self._closed:
                 self._changed.wait()
+        self._handle.wait()  # for a lone caller: operations gather meanwhile
+        with self._changed:
             if self._pausing:
                 return []
             return [self._pending.popleft() for _ in range(min(_BATCH, len(self._pending)))]
@@ -174,6 +212,17 @@ class _Batch:
             for _, answer, _ in self._operations:
                 answer(None, self._failure(error))
             return
+        for answer, result, failure in self._outcomes:
+            answer(result, failure)
+
+    def run_here(self) -> None:
+        """Run, commit, and answer, in the thread of the only caller. ``KeyboardInterrupt`` and the like are raised."""
+        try:
+            with self._handle.use() as connection:
+                self._transact(connection)
+        except Exception as error:  # noqa: BLE001 - as `run`
+            trouble = self._failure(error)
+            raise trouble from trouble.__cause__
         for answer, result, failure in self._outcomes:
             answer(result, failure)
 
@@ -253,8 +302,46 @@ class _Batch:
         return result, None
 
 
+class _Waiter:
+    """What one thread waits for. A signal handler may run meanwhile, and wait for an answer of its own."""
+
+    __slots__ = ("_failure", "_result", "_there")
+
+    def __init__(self) -> None:
+        self._there = threading.Lock()
+        self._there.acquire()
+        self._result: Any = None
+        self._failure: BaseException | None = None
+
+    def take(self, result: object, failure: BaseException | None) -> None:
+        """Let the thread go on."""
+        self._result, self._failure = result, failure
+        self._there.release()
+
+    def wait(self) -> Any:
+        """Wait for the result, and return or raise it."""
+        self._there.acquire()
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return self._result
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback refers to this frame: only the garbage collector would free the two
+
+
 def _complete(future: Future[Any], result: object, failure: BaseException | None) -> None:
     if failure is None:
         future.set_result(result)
     else:
         future.set_exception(failure)
+
+
+def _is_interruptible() -> bool:
+    """Whether a signal handler of the application may run in this thread, between any two of its steps."""
+    if threading.get_ident() != threading.main_thread().ident:
+        return False
+    try:
+        return not _HARMLESS.issuperset(map(getsignal, _SIGNALS))
+    except TypeError:  # a handler without a hash is none of these
+        return True

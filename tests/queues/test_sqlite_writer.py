@@ -1,0 +1,172 @@
+"""The writer of the SQLite engine: a lone caller commits in its own thread, others share transactions."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from safedefer.errors import QueueUnavailable
+from safedefer.ledger import Admission
+from safedefer.queues.sqlite import operations
+from safedefer.queues.sqlite.queue import SQLiteQueue
+from safedefer.queues.sqlite.writer import _Batch
+from tests.queues.contract import execution_of, make_task, take
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture
+def queue(path):
+    queue = SQLiteQueue(path)
+    yield queue
+    queue.close()
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_lone_caller_needs_no_other_thread_and_the_file_is_closed_all_the_same(path):
+    queue = SQLiteQueue(path)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(queue.enqueue_many, [make_task()]).result(60.0)
+    assert queue._writer._thread is None
+    assert path.with_name(f"{path.name}-wal").exists()
+    queue.close()
+    assert not path.with_name(f"{path.name}-wal").exists()
+
+
+def test_callers_that_come_while_a_lone_caller_works_share_the_next_transaction(queue, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    batches, run_batch = [], _Batch.run
+
+    def count(batch) -> None:
+        batches.append(len(batch._operations))
+        run_batch(batch)
+
+    def hold(_connection) -> None:
+        begun.set()
+        go_on.wait(60.0)
+
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(queue._writer.run, hold)
+        assert begun.wait(60.0)
+        others = [pool.submit(queue.enqueue_many, [make_task()]) for _ in range(8)]
+        until(lambda: len(queue._writer._pending) == 8)
+        monkeypatch.setattr(_Batch, "run", count)
+        go_on.set()
+        for run in (first, *others):
+            run.result(60.0)
+    assert batches == [8]
+
+
+@pytest.mark.parametrize("thread", ["its own", "the writer's"])
+def test_an_operation_that_calls_the_queue_is_told_so_and_does_not_wait_for_itself(queue, thread):
+    def action(_connection) -> None:
+        with pytest.raises(QueueUnavailable, match="from within one of its own operations"):
+            queue.enqueue_many([make_task()])
+
+    run = queue._writer.run if thread == "its own" else lambda action: queue._writer.submit(action).result(60.0)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, action).result(60.0)
+    assert take(queue) == []
+
+
+def test_an_interrupted_caller_gets_its_interrupt_and_undoes_what_it_did(queue):
+    def interrupted(connection) -> None:
+        operations.enqueue(connection, make_task(), blob_limit=1)
+        raise KeyboardInterrupt
+
+    def work() -> str:
+        try:
+            queue._writer.run(interrupted)
+        except KeyboardInterrupt:
+            queue.enqueue_many([make_task()])
+            return "interrupted"
+        return "not interrupted"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result(60.0) == "interrupted"
+    assert len(take(queue)) == 1
+
+
+SIGNALS = """
+import signal, sys
+from safedefer.queues.sqlite import operations
+from safedefer.queues.sqlite.queue import SQLiteQueue
+from tests.queues.contract import make_task, take
+queue, stored = SQLiteQueue(sys.argv[1]), []
+def handle(*_):
+    queue.enqueue_many([make_task()])
+    stored.append(True)
+queue.enqueue_many([make_task()])
+signal.signal(signal.SIGUSR1, handle)
+def interrupted(connection):
+    operations.enqueue(connection, make_task(), blob_limit=1)
+    signal.raise_signal(signal.SIGUSR1)  # its handler runs in the main thread, wherever that is
+for _ in range(20):
+    queue._writer.run(interrupted)
+assert len(stored) == 20
+assert len(take(queue)) == 41
+"""
+
+
+def test_a_signal_handler_may_defer_while_its_thread_defers(path):
+    subprocess.run([sys.executable, "-c", SIGNALS, path], timeout=60, check=True)
+
+
+FORK = """
+import os, sys, threading
+from safedefer.queues.sqlite.queue import SQLiteQueue
+from tests.queues.contract import make_task, take
+queue = SQLiteQueue(sys.argv[1])
+begun, go_on = threading.Event(), threading.Event()
+def hold(connection):
+    begun.set()
+    go_on.wait(60)
+caller = threading.Thread(target=queue._writer.run, args=(hold,))
+caller.start()
+begun.wait(60)
+assert queue._writer._thread is None
+threading.Timer(0.05, go_on.set).start()
+child = os.fork()
+queue.enqueue_many([make_task(id=f"{child:032d}")])
+if child == 0:
+    queue.close()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+caller.join()
+assert len(take(queue)) == 2
+"""
+
+
+def test_a_fork_waits_for_a_lone_caller_and_both_sides_go_on(path):
+    subprocess.run([sys.executable, "-c", FORK, path], timeout=60, check=True)
+
+
+def test_a_loop_may_call_for_itself_while_its_other_calls_are_under_way(queue):
+    async def work() -> int:
+        ledger = queue.ledger.here
+        tasks = [make_task() for _ in range(50)]
+        calls = []
+        for task in tasks:
+            calls.append(asyncio.create_task(ledger.begin_many([execution_of(task)], now=100.0, lease=60.0)))
+            await asyncio.sleep(0)
+            queue.enqueue_many([task])
+        return sum([list(found) == [Admission.RUN] for found in await asyncio.gather(*calls)])
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, work()).result(60.0) == 50
+    assert len(take(queue)) == 50
