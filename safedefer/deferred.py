@@ -131,6 +131,11 @@ def make_by(make: Callable[[], App]) -> None:
     _current.make = make
 
 
+def makes_of_settings() -> bool:
+    """Whether that is ``App.from_settings``."""
+    return _current.make == App.from_settings
+
+
 def made_app() -> App:
     """Return the application where none is named: what a framework has, or a new one that is built from ``SAFEDEFER_*``.
 

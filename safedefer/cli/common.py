@@ -14,7 +14,7 @@ import click
 from safedefer.app import App
 from safedefer.cli.options import TEXT
 from safedefer.cli.text import plain, time_text
-from safedefer.deferred import made_app
+from safedefer.deferred import made_app, makes_of_settings
 from safedefer.errors import ConfigurationError
 from safedefer.queues import open_queue
 from safedefer.queues.base import TaskView
@@ -84,6 +84,16 @@ def load_app(spec: str | None) -> App:
     if not isinstance(found, App):
         raise ConfigurationError(f"{spec} is not a safedefer.App; name the object that App(...) made")
     return found
+
+
+def is_of_settings() -> bool:
+    """Whether an App that nobody names is made of ``SAFEDEFER_*``: no framework has one. Sets Django up, as ``load_app``."""
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109  # as load_app
+    try:
+        _set_django_up()
+    except ConfigurationError:  # load_app says it again
+        return False
+    return makes_of_settings()
 
 
 #: What Django raises where a module uses it before ``django.setup()``.

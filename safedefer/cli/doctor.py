@@ -22,7 +22,7 @@ from typing import Final, Literal
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import NO_ENVIRONMENT, app_option, load_app, missing_file
+from safedefer.cli.common import NO_ENVIRONMENT, app_option, is_of_settings, load_app, missing_file
 from safedefer.cli.findings import Check, Finding
 from safedefer.cli.options import TEXT
 from safedefer.cli.surroundings import check_pgqueuer, check_target, check_users
@@ -77,7 +77,7 @@ def examine(spec: str | None, addresses: Sequence[str] = ()) -> Iterator[Finding
     """Make the App and run every check; without an App, say why there is none. ``addresses`` are those of handlers."""
     loaded: list[App] = []
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = []
-    if spec is None:
+    if spec is None and is_of_settings():
         checks += [("keys", _keys_of_settings), ("policy", _policy_of_settings)]
     failed = False
     for name, check in checks:
@@ -91,6 +91,7 @@ def examine(spec: str | None, addresses: Sequence[str] = ()) -> Iterator[Finding
 
     def load() -> Iterable[Finding]:
         loaded.append(load_app(spec))
+        _urls[:] = [url for url in (loaded[0]._queue,) if isinstance(url, str)]  # noqa: SLF001  # it has passwords
         return ()
 
     yield from _guarded("application", load)
@@ -114,8 +115,12 @@ def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]
     return [Finding(each.name, each.status, _without_passwords(each.text)) for each in found]
 
 
+_urls: Final[list[str]] = []
+"""The queue's URL of an App that was not made of the environment."""
+
+
 def _without_passwords(text: str) -> str:
-    urls = [os.environ.get("SAFEDEFER_QUEUE", ""), *split_urls(os.environ.get("SAFEDEFER_OUTBOXES", ""))]
+    urls = [*_urls, os.environ.get("SAFEDEFER_QUEUE", ""), *split_urls(os.environ.get("SAFEDEFER_OUTBOXES", ""))]
     for url in urls:
         text = redacted(text, url)
     return text

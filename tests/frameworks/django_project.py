@@ -90,6 +90,7 @@ from django.utils import timezone
 
 import safedefer
 from safedefer import ConfigurationError, deferred
+from safedefer.cli.common import is_of_settings
 from safedefer.codecs.registry import REGISTRY
 from safedefer.frameworks.django import app, backend
 from safedefer.frameworks.django.apps import check_configuration
@@ -332,6 +333,7 @@ class Settings(SimpleTestCase):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             call_command("safedefer", "explain", "shop.tasks:ship")
         self.assertIn("shop.tasks:ship", out.getvalue())
+        self.assertFalse(is_of_settings(), "doctor does not look for SAFEDEFER_POLICY in the environment")
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaises(SystemExit):
             call_command("safedefer", "explain", "shop.models:Order")
         with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -1,8 +1,10 @@
 """The examples behind the servers of their frameworks: a request defers a task, which comes back by HTTP and runs there."""
 
 import re
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +70,15 @@ def test_the_factory_of_the_how_to_for_flask(monkeypatch):
         kit.assert_deferred(shop.send_receipt, 42)
 
 
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory):
+    folder = copied("django", tmp_path_factory.mktemp("migrated"))
+    with Process(folder, "manage", "migrate") as migrate:
+        migrate.until("Applying shop.0001_initial... OK")
+        migrate.ends()
+    return folder
+
+
 @pytest.mark.parametrize(
     ("command", "listening"),
     [
@@ -77,11 +88,8 @@ def test_the_factory_of_the_how_to_for_flask(monkeypatch):
     ],
     ids=["runserver", "gunicorn", "uvicorn"],
 )
-def test_django_enqueues_with_a_transaction_and_receives_the_task(tmp_path, command, listening):
-    folder = copied("django", tmp_path)
-    with Process(folder, "manage", "migrate") as migrate:
-        migrate.until("Applying shop.0001_initial... OK")
-        migrate.ends()
+def test_django_enqueues_with_a_transaction_and_receives_the_task(tmp_path, migrated, command, listening):
+    folder = Path(shutil.copytree(migrated, tmp_path / "django"))
     with Process(folder, *command) as server:
         url = server.until(listening)[1]
         status, order = post(f"{url}/pay")
