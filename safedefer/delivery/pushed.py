@@ -36,7 +36,7 @@ from safedefer.headers import Response
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues.base import BLOB_KEY, QueuedTask, Settlement, Verdict
 from safedefer.queues.poison import log_burial
-from safedefer.queues.progress import Progress, engine_gives_up, lost_record
+from safedefer.queues.progress import NO_PROGRESS, Progress, engine_gives_up, lost_record
 from safedefer.queues.push import PushQueue, cancel_key, progress_key
 from safedefer.queues.rules import LEDGER_LEEWAY, OUTLASTED, judge_outcome, with_queues_options
 from safedefer.task import VerifiedTask
@@ -63,7 +63,7 @@ class _Found(NamedTuple):
 
     admission: Admission | None
     """None: the sender is not the engine."""
-    progress: Progress = Progress()
+    progress: Progress = NO_PROGRESS
     cancelled: bool = False
     lost: bool = False
     """Whether the run before this one never ended."""
@@ -102,7 +102,12 @@ class PushedDelivery(Delivery):
         queue, now = self._queue(), self._clock()
         genuine = [queue.engine.authenticate(each.headers) for each in asked]
         runs = [each.execution for each in asked]
-        kept = self._kept(queue, runs)
+        # A delivery that the engine calls the first finds nothing that is kept. It is looked at once it is admitted, as any
+        # other, and an engine that is wrong has the ledger admit a run that is given back.
+        later = [number for number, each in enumerate(asked) if queue.engine.attempt(each.headers).retries]
+        kept: list[tuple[Progress, bool]] = [(NO_PROGRESS, False)] * len(runs)
+        for number, found_before in zip(later, self._kept(queue, [runs[n] for n in later]), strict=True):
+            kept[number] = found_before
         lost = queue.ledger.lost_many(runs, now=now)
         due = [sent and found.not_before <= now for sent, (found, _) in zip(genuine, kept, strict=True)]
         begun = iter(
@@ -270,7 +275,7 @@ class PushedDelivery(Delivery):
     async def _forget(self, request: HandlerRequest, execution: Execution) -> None:
         """Delete what the store keeps of a task that has ended. The rest it deletes when the task's time is over."""
         keys = []
-        if request.progress != Progress():
+        if request.progress != NO_PROGRESS:
             keys.append(progress_key(execution.audience, execution.task_id))
         if request.pointer is not None:
             keys.append(f"{BLOB_KEY}{request.pointer.blob['id']}")
