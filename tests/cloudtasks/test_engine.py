@@ -357,6 +357,7 @@ def test_a_child_of_a_fork_enqueues_by_connections_of_its_own(emulated, engine):
     engine.enqueue_many([new_task(1)])
     child = os.fork()
     if child == 0:
+        signal.alarm(100)  # should it wait for what nobody releases
         try:
             engine.enqueue_many([new_task(2)])
             os._exit(0)
