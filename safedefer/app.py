@@ -178,6 +178,8 @@ class App(Producer):
         self.queues, self.targets = routes.queues, routes.targets
         self.keyring, self.allow_pickle, self._limits = keyring, allow_pickle, limits
         self.queue_place, self.pushes = _place(self._queue), _pushes(self._queue)
+        if isinstance(self._queue, PushAddress):
+            self._connect(self._queue.engine)
         served = None if routes.targets is None else frozenset({*routes.targets, DEFAULT_TARGET})
         self._verifier = Verifier(
             keyring,
@@ -412,6 +414,18 @@ class App(Producer):
         """The queue, opened when it is first used. Raises ``QueueUnavailable`` after ``close``."""
         return self._get_queue()
 
+    def _connect(self, engine: object) -> None:
+        """Give the handler to an engine whose workers run in this process."""
+        serve = getattr(engine, "serve", None)
+        if serve is not None:
+            from safedefer.web.pushed import PushService  # noqa: PLC0415 - most Apps pull
+
+            serve(PushService(lambda: self.wsgi, self._start_push))
+
+    def _start_push(self) -> None:
+        self.push_queue.start(self._clock)
+        self.outbox.start()
+
     @property
     def push_queue(self) -> PushQueue:
         """The push engine and its store. Raises ``ConfigurationError`` if the queue is a pull engine."""
@@ -429,10 +443,11 @@ class App(Producer):
             if isinstance(self._queue, str | PushAddress):
                 if TEST_MODE.active and not self._builder.in_test:
                     refuse()
-                queue = self._queue
-                self._queue = (
-                    open_queue(queue, self._storage) if isinstance(queue, str) else open_push(queue, self._storage)
-                )
+                if isinstance(self._queue, str):
+                    self._queue = open_queue(self._queue, self._storage)
+                else:
+                    self._queue = pushes = open_push(self._queue, self._storage)
+                    self._connect(pushes.engine)
             return self._queue
 
     @contextlib.asynccontextmanager
@@ -522,7 +537,7 @@ class App(Producer):
                 self._delivery.close()
                 self._delivery = None
             self._closed = True
-            if not isinstance(self._queue, str | PushAddress):
+            if not isinstance(self._queue, str):
                 self._queue.close()
         self.observers.close()
 

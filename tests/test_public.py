@@ -19,8 +19,15 @@ DOCUMENTS = [
     *(ROOT / "examples").rglob("*.md"),
     ROOT / "schema/README.md",
 ]
-#: Dotted, and no names of Python: a logger, a file, tables, an entry-point group.
-OTHERS = {"safedefer.audit", "safedefer.db", "safedefer.pgqueuer_log", "safedefer.settings", "safedefer.types"}
+#: Dotted, and no names of Python: a logger, a file, tables, an entry-point group, a Celery task.
+OTHERS = {
+    "safedefer.audit",
+    "safedefer.db",
+    "safedefer.deliver",
+    "safedefer.pgqueuer_log",
+    "safedefer.settings",
+    "safedefer.types",
+}
 
 DOCUMENTED = [name for page in API for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
 

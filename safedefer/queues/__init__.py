@@ -44,6 +44,12 @@ class PushAddress:
         shown = [place(each) if isinstance(each, str) else type(each).__name__ for each in (self.engine, self.store)]
         return f"{shown[0]} with {shown[1]}"
 
+    def close(self) -> None:
+        """Close what was given open."""
+        for each in (self.engine, self.store):
+            if not isinstance(each, str):
+                each.close()
+
 
 def queue_or_push(queue: str | PullQueue | PushEngine, store: str | PullQueue | None) -> str | PullQueue | PushAddress:
     """Return what an App's ``queue`` and ``store`` name: a pull engine, or a push engine and its store.
@@ -51,6 +57,8 @@ def queue_or_push(queue: str | PullQueue | PushEngine, store: str | PullQueue | 
     Raises:
         ConfigurationError: A push engine has no store, or a pull engine has one.
     """
+    if _is_celery(queue):
+        queue = _celery().CeleryEngine(queue)
     pushes = is_push_address(queue) if isinstance(queue, str) else hasattr(queue, "attempt")
     if not pushes:
         if store is not None:
@@ -64,6 +72,11 @@ def queue_or_push(queue: str | PullQueue | PushEngine, store: str | PullQueue | 
     if isinstance(store, str) and is_push_address(store):
         raise ConfigurationError(f"the store is a pull engine; use {_FORMS}")
     return PushAddress(queue, store)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # it is one
+
+
+def _is_celery(queue: object) -> bool:
+    # By its name: importing Celery to know that a queue is none of its applications would take longer than all else here.
+    return any((each.__module__, each.__qualname__) == ("celery.app.base", "Celery") for each in type(queue).__mro__)
 
 
 def open_push(address: PushAddress, storage: StorageOptions | None = None) -> PushQueue:
@@ -92,6 +105,8 @@ def open_engine(url: str) -> PushEngine:
         from safedefer.queues.cloudtasks.engine import CloudTasks  # noqa: PLC0415 - as open_queue
 
         return CloudTasks(url)
+    if url.partition(":")[0].partition("+")[0].lower() == "celery":
+        return _celery().CeleryEngine.from_url(url)  # type: ignore[no-any-return]
     raise ConfigurationError(f"no push engine has the URL {place(url)}; see docs/explanation/delivery.md")
 
 
@@ -160,6 +175,15 @@ def load_queue_file(path: str | Path) -> QueueFile:
     from safedefer.queues.config import QueueFile  # noqa: PLC0415
 
     return QueueFile.load(path)
+
+
+def _celery() -> ModuleType:
+    # Here: as below.
+    try:
+        from safedefer.queues.celery import engine  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise MissingExtra("celery", "a queue on a Celery broker") from error
+    return engine
 
 
 def _postgres() -> ModuleType:

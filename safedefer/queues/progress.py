@@ -8,7 +8,6 @@ them, with a token of ours, changes no limit and no time.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -33,6 +32,8 @@ from safedefer.queues.rules import (
 
 #: More bytes than any value of ours has.
 _MOST_BYTES: Final = 4_096
+#: The year 9999.
+_LATEST: Final = 253_402_300_799.0
 _COUNTERS: Final = ("attempts", "retries", "executions", "rejections", "losses")
 _TIMES: Final = ("first_attempt", "first_rejection", "first_loss", "not_before")
 
@@ -138,5 +139,5 @@ def _count(value: object) -> int:
     return min(max(value, 0), MOST_COUNTED) if type(value) is int else 0
 
 
-def _time(value: object) -> float | None:
-    return float(value) if type(value) in {int, float} and math.isfinite(value) else None  # type: ignore[arg-type]
+def _time(value: Any) -> float | None:
+    return float(value) if type(value) in {int, float} and 0 <= value < _LATEST else None

@@ -81,6 +81,10 @@ class Wsgi:
         handling = app.handle(headers, bytes(body), path=path, mount=mount, method=method)
         return asyncio.run_coroutine_threadsafe(handling, self._running_loop().loop).result()
 
+    def submit(self, headers: Mapping[str, str], token: bytes, path: str) -> Future[Response]:
+        """Hand a token to the handler in the event loop of this process: for a push engine's workers."""
+        return asyncio.run_coroutine_threadsafe(self._app.handle(headers, token, path=path), self._running_loop().loop)
+
     def _running_loop(self) -> _Loop:
         with self._lock:
             if self._loop is None or self._loop.pid != os.getpid():  # a server that loads the application and forks

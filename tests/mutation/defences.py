@@ -15,6 +15,7 @@ HANDLER, STORAGE, KEYS = "test_handler_attacks", "test_storage_writer", "test_ca
 OPERATORS = "test_operators_commands"
 DASHBOARD = "../dashboard/test_guard"
 
+PUSH = "../queues/test_push"
 DEFENCES = [
     ("keys.py", "if key is None or not matches:", "if key is None:", "test_handler_attacks"),
     ("keys.py", 'if key.state == "revoked":', "if False:", "test_handler_attacks"),
@@ -56,6 +57,13 @@ DEFENCES = [
     ("queues/rules.py", "if entry.state == EndState.RETRY and entry.uncharged:", "if False:", "test_captured_retries"),
     ("queues/rules.py", "return Admission.EARLY if entry.early else Admission.RUN", "return Admission.RUN", "test_captured_retries"),
     ("queues/rules.py", "return settlement.charged or settlement.rejected", "return True", "test_captured_retries"),
+    ("delivery/pushed.py", "if request.progress.not_before > now:", "if False:", PUSH),
+    ("delivery/pushed.py", "[queue.engine.authenticate(each.headers) for each in asked]", "[True for each in asked]", PUSH),
+    ("delivery/pushed.py", "if self._clock() > execution.expires + _LEDGER_KNOWS:", "if False:", PUSH),
+    ("delivery/pushed.py", "if not queue.engine.authenticate(headers):", "if False:", PUSH),
+    ("delivery/pushed.py", "now=now, verified=False)", "now=now, verified=True)", PUSH),
+    ("queues/progress.py", "if data is None or len(data) > _MOST_BYTES:", "if data is None:", PUSH),
+    ("queues/celery/engine.py", "return isinstance(headers, WorkerHeaders)", "return True", "../queues/test_celery"),
     ("queues/sqlite/statements.sql", "INSERT OR REPLACE INTO safedefer_dead", "INSERT INTO safedefer_dead", STORAGE),
     ("sending/builder.py", "except InvalidTaskRetryOptionsError:", "except ZeroDivisionError:", STORAGE),
     ("queues/sqlite/statements.sql", "deliveries = min(deliveries, 2147483646) + 1", "deliveries = deliveries + 1", STORAGE),

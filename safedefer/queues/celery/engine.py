@@ -1,0 +1,285 @@
+"""The push engine on Celery: one generic task carries the token, and a Celery worker hands it to the handler.
+
+The broker may be Celery's RabbitMQ or Redis. A message says nothing that is believed: the worker hands the token to the same
+handler as any other transport, which verifies it. Of Celery's own ways with tasks only these are used: the message is
+acknowledged after the handler has answered (``acks_late``), it goes back to the queue when its worker process dies
+(``reject_on_worker_lost``) or runs into Celery's hard time limit, and a retry is a new message with a countdown of whole
+seconds, confirmed by the broker before the old one is acknowledged.
+
+What is due in more than a minute is never given to the broker: Redis delivers a message again that nobody has acknowledged
+for its visibility timeout, and RabbitMQ closes the channel of a consumer that holds one too long. It waits in the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import parse_qs, urlsplit
+from weakref import WeakKeyDictionary
+
+from celery import Celery  # type: ignore[import-untyped]
+from celery.exceptions import Reject, SoftTimeLimitExceeded  # type: ignore[import-untyped]
+from celery.signals import worker_ready  # type: ignore[import-untyped]
+from kombu.pools import ProducerPool
+
+from safedefer.errors import ConfigurationError, Error, QueueUnavailable
+from safedefer.headers import CONTENT_TYPE, RETRY_HEADER
+from safedefer.options import DEFAULT_QUEUE
+from safedefer.queues.base import NotAllStored
+from safedefer.queues.capabilities import Capabilities
+from safedefer.queues.push_engine import Attempt
+
+if TYPE_CHECKING:
+    from kombu.messaging import Producer
+
+    from safedefer.headers import Response
+    from safedefer.queues.base import QueuedTask, QueueStats
+
+_log: Final = logging.getLogger("safedefer.celery")
+
+#: The name of the one Celery task.
+TASK_NAME: Final = "safedefer.deliver"
+#: Seconds that the broker holds a message back at most.
+LONGEST_WAIT: Final = 60
+#: Connections of a process through which it enqueues.
+_CONNECTIONS: Final = 8
+#: When a message was enqueued first: of what no key of ours signed, it says for how long it was tried.
+_SINCE: Final = "Safedefer-Since"
+_REFUSED: Final = 403
+#: Seconds that a worker without an App holds a message.
+_NOBODY_SECONDS: Final = 5.0
+#: The year 9999.
+_LATEST: Final = 253_402_300_799.0
+_MOST_RETRIES: Final = 10**9 - 1
+_CAPABILITIES: Final = Capabilities(
+    names=False, unique=False, targets=False, batch_atomic=False, due_order=False, longest_wait=float(LONGEST_WAIT)
+)
+
+
+#: The engine of each Celery application.
+_engines: Final[WeakKeyDictionary[Celery, CeleryEngine]] = WeakKeyDictionary()
+#: Connections of a parent process, never used again.
+_inherited: Final[list[object]] = []
+
+
+class WorkerHeaders(dict[str, str]):
+    """The headers of a delivery by a worker of this process. No request from outside has this type: it is the proof."""
+
+
+class WorkerHandler(Protocol):
+    """The handler of an App, as a Celery worker uses it."""
+
+    def submit(self, headers: Mapping[str, str], token: bytes, url: str, /) -> Future[Response]:
+        """Hand a token to the handler, in the event loop of this process."""
+        ...
+
+    def start(self) -> None:
+        """Hand over what falls due in the store, and sweep outboxes, from now on."""
+        ...
+
+
+class CeleryEngine:
+    """Publishes tasks to a Celery broker, and runs them in the workers of the Celery application.
+
+    Args:
+        celery: The application, whose workers import the module that makes the ``App``.
+    """
+
+    def __init__(self, celery: Celery) -> None:
+        self.celery = celery
+        self._serves: WorkerHandler | None = None
+        self._lock = threading.Lock()
+        self._producers: Any = None
+        self._pid = 0
+        self._closed = False
+        other = _engines.get(celery)
+        if other is not None and not other._closed:  # noqa: SLF001  # of this class
+            raise ConfigurationError("another App uses this Celery application; give each App one of its own")
+        _engines[celery] = self
+        self._task: Any = celery.task(
+            _deliver,
+            name=TASK_NAME,
+            bind=True,
+            acks_late=True,
+            reject_on_worker_lost=True,
+            acks_on_failure_or_timeout=False,  # what runs into Celery's hard time limit goes back to the queue
+            ignore_result=True,
+            max_retries=None,
+            serializer="json",
+        )
+        worker_ready.connect(self._worker_ready, weak=False)
+
+    @classmethod
+    def from_url(cls, url: str) -> CeleryEngine:
+        """Make a Celery application for a broker: ``celery+amqp://user@host/vhost``, ``celery://?broker=redis%3A%2F%2Fhost``.
+
+        Raises:
+            ConfigurationError: The URL names no broker.
+        """
+        scheme, _, rest = url.partition("://")
+        broker = f"{scheme.partition('+')[2]}://{rest}" if "+" in scheme else ""
+        if not broker:
+            given = parse_qs(urlsplit(url).query)
+            broker = given.get("broker", [""])[0]
+        if "://" not in broker:
+            raise ConfigurationError(
+                "a Celery URL names its broker: celery+amqp://user@host/vhost, celery+redis://host/0, or "
+                "celery://?broker=… with the broker's URL escaped"
+            )
+        celery = Celery("safedefer", broker=broker, set_as_current=False)
+        celery.conf.update(accept_content=["json"], task_serializer="json", task_ignore_result=True)
+        return cls(celery)
+
+    def serve(self, serves: WorkerHandler) -> None:
+        """Hand what the workers of the Celery application get to a handler."""
+        self._serves = serves
+
+    def _worker_ready(self, sender: Any = None, **_: Any) -> None:
+        # One worker process hands over for all of its children, as the dispatcher does for a pull queue.
+        if self._serves is not None and getattr(sender, "app", None) is self.celery:
+            self._serves.start()
+
+    # --- Producers --------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """No names, unique tasks, targets or atomic batches; a minute at most."""
+        return _CAPABILITIES
+
+    def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
+        """Publish tasks one by one; the broker has confirmed each of them when this returns."""
+        failed: dict[str, Exception] = {}
+        stored = 0
+        for task in tasks:
+            countdown = math.ceil(max(0.0, task.eta - time.time()))
+            # Named as the queue of Celery's own default, where the workers of an existing deployment listen.
+            route = {} if task.queue == DEFAULT_QUEUE else {"queue": task.queue}
+            try:
+                self._publish(task.id, (task.token.decode("ascii"), task.url, 0, task.created), countdown, route)
+            except QueueUnavailable as error:
+                failed[task.id] = error
+            else:
+                stored += 1
+        if failed and not stored:
+            raise next(iter(failed.values()))
+        if failed:
+            raise NotAllStored(failed)
+
+    def _publish(self, task_id: str, values: Sequence[Any], countdown: int, route: Mapping[str, Any]) -> None:
+        try:
+            with self._producer() as producer:
+                self._task.apply_async(
+                    args=values,
+                    task_id=task_id,
+                    countdown=min(countdown, LONGEST_WAIT) or None,
+                    producer=producer,
+                    **route,
+                )
+        except Exception as error:
+            raise QueueUnavailable(
+                f"the Celery broker did not take the task ({type(error).__name__}); see that it runs, and try again"
+            ) from error
+
+    def _producer(self) -> AbstractContextManager[Producer]:
+        """Return a producer of this process whose messages the broker confirms."""
+        with self._lock:
+            if self._pid != os.getpid():
+                # A connection is not carried across a fork: collecting the parent's here would end it there.
+                _inherited.append(self._producers)
+                connection = self.celery.connection_for_write(transport_options={"confirm_publish": True})
+                self._producers = ProducerPool(connection.Pool(limit=_CONNECTIONS), limit=_CONNECTIONS)  # type: ignore[no-untyped-call]
+                self._pid = os.getpid()
+            acquired: AbstractContextManager[Producer] = self._producers.acquire(block=True)
+            return acquired
+
+    def cancel(self, task_id: str, *, now: float) -> bool:  # noqa: ARG002 - the seam has them
+        """Return False: a broker gives no message back. The mark in the store keeps the task from running."""
+        return False
+
+    def stats(self, *, now: float) -> Sequence[QueueStats]:  # noqa: ARG002 - the seam has it
+        """Return nothing: Celery's own tools count the messages of its queues."""
+        return ()
+
+    def close(self) -> None:
+        """Disconnect."""
+        worker_ready.disconnect(self._worker_ready)
+        self._closed = True
+        with self._lock:
+            if self._pid == os.getpid():
+                self._producers.force_close_all()
+                self._producers.connections.force_close_all()
+            self._producers, self._pid = None, 0
+
+    # --- Workers ----------------------------------------------------------------------------------
+
+    def attempt(self, headers: Mapping[str, str], /) -> Attempt:
+        """Read the headers that a worker has made of a message; those of any other request say nothing."""
+        if not isinstance(headers, WorkerHeaders):
+            return Attempt()
+        return Attempt(retries=int(headers[RETRY_HEADER]), since=float(headers[_SINCE]))
+
+    def authenticate(self, headers: Mapping[str, str], /) -> bool:
+        """Whether a worker of this process made the headers. A request by HTTP, whatever its headers, is not the engine's."""
+        return isinstance(headers, WorkerHeaders)
+
+    def deliver(self, request: Any, token: str, url: str, retries: int, since: float) -> None:
+        """Hand the token of a message to the handler, and publish it again where it is to be tried again."""
+        if not (type(token) is type(url) is str and token.isascii() and _is_count(retries) and _is_time(since)):
+            _log.error("a message of %s is dropped: it is none of ours", TASK_NAME)
+            raise Reject(reason="not ours", requeue=False)
+        if self._serves is None:
+            _log.error("no App uses this Celery application in this process; import the module that makes it")
+            time.sleep(_NOBODY_SECONDS)  # it comes back at once
+            raise Reject(reason="no App uses this Celery application here", requeue=True)
+        count = str(min(retries, _MOST_RETRIES))
+        headers = WorkerHeaders({"Content-Type": CONTENT_TYPE, RETRY_HEADER: count, _SINCE: repr(float(since))})
+        answer = _result(self._serves.submit(headers, token.encode("ascii"), url))
+        if 200 <= answer.status <= 299:  # noqa: PLR2004  # the engine's part is done
+            return
+        countdown = _wait(answer, retries)
+        info = request.request.delivery_info or {}
+        route = {"exchange": info.get("exchange"), "routing_key": info.get("routing_key")}
+        try:
+            self._publish(request.request.id, (token, url, retries + 1, since), countdown, route)
+        except Error as error:
+            # It is not acknowledged: the broker delivers it again.
+            raise Reject(reason=error.slug, requeue=True) from error
+
+
+def _deliver(task: Any, token: str, url: str, retries: int, since: float) -> None:
+    """Run the one Celery task in a worker."""
+    _engines[task.app].deliver(task, token, url, retries, since)
+
+
+def _result(future: Future[Response]) -> Response:
+    """Wait for an answer. Celery's soft time limit does not end the wait: the task has a deadline of its own."""
+    while True:
+        try:
+            return future.result()
+        except SoftTimeLimitExceeded:
+            continue
+
+
+def _wait(answer: Response, retries: int) -> int:
+    """Return the whole seconds until a message is delivered again."""
+    asked = answer.headers.get("Retry-After", "")
+    if asked.isdigit():
+        return min(max(int(asked), 1), LONGEST_WAIT)
+    # The answers that say nothing of a time: a run that goes on elsewhere, and what no key of ours signed.
+    longest = LONGEST_WAIT if answer.status == _REFUSED else LONGEST_WAIT // 6
+    return min(1 << min(retries, 6), longest)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < _LATEST

@@ -1,0 +1,68 @@
+"""The application of the tests of the Celery engine, as workers import it: ``celery -A tests.queues.celery_app:celery worker``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from safedefer import App, Key, Keyring, KeyState, PermanentTaskFailure, Policy
+
+FOLDER = Path(os.environ.get("TEST_FOLDER", "."))
+SECRET = bytes(range(32))
+
+
+def make_app(broker: str, folder: Path, **changes) -> App:
+    return App(
+        keyring=Keyring(Key("k1", SECRET, KeyState.ACTIVE)),
+        policy=Policy("tests.queues.celery_app"),
+        queue=f"celery+{broker}",
+        store=f"sqlite:///{folder}/store.db",
+        environment="test",
+        lease_seconds=3.0,
+        **changes,
+    )
+
+
+def note(text: str) -> None:
+    with (FOLDER / "ran").open("a") as file:
+        file.write(f"{text}\n")
+
+
+def add(number: int) -> None:
+    note(f"add {number}")
+
+
+async def add_later(number: int) -> None:
+    await asyncio.sleep(0)
+    note(f"add_later {number} {os.getpid()} {id(asyncio.get_running_loop())}")
+
+
+def fail_first(times: int) -> None:
+    note("fail_first")
+    if (FOLDER / "ran").read_text().count("fail_first") <= times:
+        raise ValueError("not yet")
+
+
+def fail() -> None:
+    note("fail")
+    raise ValueError("never")
+
+
+def permanent() -> None:
+    raise PermanentTaskFailure("never")
+
+
+def hang_once() -> None:
+    """Say which process runs it, and wait to be killed; the second time, return."""
+    first = not (FOLDER / "hangs").exists()
+    (FOLDER / "hangs").write_text(str(os.getpid()))
+    note(f"hang {os.getpid()}")
+    while first:
+        time.sleep(0.05)
+
+
+if "TEST_BROKER" in os.environ:
+    app = make_app(os.environ["TEST_BROKER"], FOLDER)
+    celery = app.push_queue.engine.celery
