@@ -15,6 +15,7 @@ from safedefer.cli.common import app_option, load_app, missing_file
 from safedefer.cli.text import plain, time_text
 from safedefer.errors import PermanentTaskFailure, RejectedTask
 from safedefer.queues import migrate_queue
+from safedefer.queues.addresses import is_push_address
 from safedefer.task import VerifiedPointer
 
 
@@ -23,11 +24,21 @@ from safedefer.task import VerifiedPointer
     "--queue", "url", envvar="SAFEDEFER_QUEUE", default="sqlite:///safedefer.db", show_default=True,
     help="The queue's URL; without it, SAFEDEFER_QUEUE.",
 )  # fmt: skip
-def migrate(*, url: str) -> None:
+@click.option(
+    "--store", envvar="SAFEDEFER_STORE", default=None,
+    help="The URL of a push engine's store, which has the tables; without it, SAFEDEFER_STORE.",
+)  # fmt: skip
+def migrate(*, url: str, store: str | None) -> None:
     """Make the tables of a queue's database, or bring them up to date.
 
     Needed once before a PostgreSQL queue is used, and after an upgrade of safedefer or pgqueuer that asks for it.
     """
+    if is_push_address(url):
+        if store is None:
+            raise click.UsageError(
+                "a push engine has no tables; give --store, the URL of its store, or SAFEDEFER_STORE"
+            )
+        url = store
     done = migrate_queue(url)
     for step in done or ["nothing to do"]:
         click.echo(plain(step))

@@ -165,7 +165,7 @@ def dispatch(
 ) -> None:
     """Run the dispatcher: lease due tasks and POST them to a handler."""
     systemd = Systemd.take_from(os.environ)
-    loaded = _load(app, concurrency)
+    loaded = _load_to_dispatch(app, concurrency)
     check_address("--to", address)
     service = Service(loaded, ServiceOptions(command="dispatch", drain_seconds=drain, health=health), None, systemd)
 
@@ -228,7 +228,7 @@ def run(
     shown = ServiceOptions(command="run", processes=processes, drain_seconds=drain, health=health)
     if worker is None:
         _supervise(ctx, host, port, hang_seconds=hang_seconds, shows=FleetShows(shown, systemd))
-    loaded = _load(app, concurrency)
+    loaded = _load_to_dispatch(app, concurrency)
     service = Service(loaded, shown, worker, systemd)
 
     async def work() -> None:
@@ -321,11 +321,6 @@ def _is_used_up(app: App, tasks: int | None) -> bool:
 
 
 def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[str]) -> DispatcherOptions:
-    if app.pushes:
-        raise ConfigurationError(
-            f"{app.queue_place} pushes its tasks to the handler: there is nothing to dispatch; run `safedefer serve`, or the "
-            "engine's own workers"
-        )
     for queue in queues:
         app.check_queue(queue)
     file = app.queue_file
@@ -339,6 +334,17 @@ def _dispatcher_options(app: App, lease: float, drain: float, queues: Sequence[s
         limits=() if file is None else file.limits,  # limits that no file declares any more end
         retry_options={section.name: section.retry_parameters.given() for section in sections},
     )
+
+
+def _load_to_dispatch(spec: str | None, concurrency: int | None) -> App:
+    """Load as ``_load``; raise ``ConfigurationError`` if its queue has nothing to dispatch, before anything is served."""
+    app = _load(spec, concurrency)
+    if app.pushes:
+        raise ConfigurationError(
+            f"{app.queue_place} pushes its tasks to the handler: there is nothing to dispatch; run `safedefer serve`, or the "
+            "engine's own workers"
+        )
+    return app
 
 
 @contextlib.asynccontextmanager

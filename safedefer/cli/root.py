@@ -28,6 +28,7 @@ class Lazy(NamedTuple):
 
 COMMANDS: Final = {
     "check": Lazy("check", "Check that every reference of the queue and the policy resolves here."),
+    "cloudtasks-emulator": Lazy("cloudtasks", "Emulate Google Cloud Tasks: the v2 REST API, on this machine."),
     "dashboard": Lazy("dashboard", "Show queues, tasks and dead letters in a browser, and act on them."),
     "dead": Lazy("dead", "Look at dead letters, run them again, export and delete them."),
     "demo": Lazy("more", "Defer one task for every file of Python's standard library, and attack the handler."),
@@ -55,7 +56,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         found = super().get_command(ctx, cmd_name)
         if found is None and cmd_name in COMMANDS:
-            found = getattr(import_module(f"safedefer.cli.{COMMANDS[cmd_name].module}"), cmd_name)
+            found = getattr(import_module(f"safedefer.cli.{COMMANDS[cmd_name].module}"), cmd_name.replace("-", "_"))
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -43,6 +43,10 @@ from safedefer.task import VerifiedTask
 
 #: The reason of a request whose sender did not prove to be the engine.
 NOT_FROM_ENGINE: Final = "not-from-the-engine"
+#: The reason of a task that the engine would delete before it is tried again.
+RETENTION: Final = "engine-retention"
+#: Seconds before the engine deletes a task in which it is buried: longer than the engine ever waits with a retry.
+_LAST_SECONDS: Final = 86_400.0
 _OUTCOMES: Final = {Result.FAILED: "failed", Result.REJECTED: "rejected", Result.RETRY: "retry"}
 _OK: Final = 200
 #: Seconds after its expiry for which the ledger is sure to know a task, whatever the clocks of those that prune it.
@@ -142,6 +146,7 @@ class PushedDelivery(Delivery):
         request.pushed = True
         found = await self._begin(_Asked(execution, request.headers))
         request.progress = found.progress
+        request.retries, request.attempt = found.progress.counters.retries, found.progress.counters.attempts + 1
         if found.admission is None:
             return self._refuse(403, NOT_FROM_ENGINE)
         if found.admission is Admission.CONFLICT:
@@ -217,6 +222,10 @@ class PushedDelivery(Delivery):
             reason = record.reason if settlement.reason in _VAGUE else settlement.reason
             attempts = lease.attempts + settlement.charged
             return await self._bury(request, execution, record, reason, attempts, error=error)
+        if self._is_last(request, lease.task, now if settlement.at is None else settlement.at):
+            return await self._bury(
+                request, execution, record, RETENTION, lease.attempts + settlement.charged, error=error
+            )
         progress = request.progress.after(settlement, started=request.started, now=now)
         # Before the ledger lets another run begin: it must find the time of the retry.
         await self._storage(partial(self._keep_progress, execution, progress))
@@ -230,6 +239,18 @@ class PushedDelivery(Delivery):
             return self._answer(request, 202, outcome, record.reason, error=error)
         wait = {"Retry-After": str(max(1, math.ceil(seconds)))}
         return self._answer(request, status, outcome, record.reason, wait, error=error)
+
+    def _is_last(self, request: HandlerRequest, task: QueuedTask, at: float) -> bool:
+        """Whether the engine may have deleted a task before a retry at that time is delivered.
+
+        The engine had it after it was signed: no header makes that earlier.
+        """
+        engine = self._queue().engine
+        kept = engine.capabilities.kept
+        if kept is None:
+            return False
+        sent = engine.attempt(request.headers).sent
+        return at + _LAST_SECONDS > max(task.created, sent or 0.0) + kept
 
     def _put_into_store(self, task: QueuedTask) -> None:
         """Let a task wait in the store for its retry: the engine would not hold it for so long, and forgets it now."""

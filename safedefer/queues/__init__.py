@@ -101,6 +101,10 @@ def open_engine(url: str) -> PushEngine:
         ConfigurationError: No engine has such URLs, or it is malformed.
         MissingExtra: The engine's packages are not installed.
     """
+    if url.partition(":")[0].lower() == "cloudtasks":
+        from safedefer.queues.cloudtasks.engine import CloudTasks  # noqa: PLC0415 - as open_queue
+
+        return CloudTasks(url)
     if url.partition(":")[0].partition("+")[0].lower() == "celery":
         return _celery().CeleryEngine.from_url(url)  # type: ignore[no-any-return]
     raise ConfigurationError(f"no push engine has the URL {place(url)}; see docs/explanation/delivery.md")

@@ -38,6 +38,8 @@ def place(url: str) -> str:
     scheme, colon, rest = url.partition("://")
     if not colon or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         return _HIDDEN
+    if scheme.lower() == "cloudtasks":  # it has no user; its parameters have an e-mail address
+        rest = rest.partition("?")[0]
     if scheme.startswith("sqlite") or "@" not in rest:
         shown = re.split(r"[?#]", rest, maxsplit=1)[0]
         # What stands where a port should may be a password whose host is missing.

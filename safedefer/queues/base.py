@@ -82,6 +82,8 @@ class QueuedTask(NamedTuple):
     unique_key: str | None = None
     """At most one waiting or running task of the queue has it; see ``AlreadyWaiting``. One that begins with ``start:`` is
     free again when its task is leased."""
+    deadline: float | None = None
+    """Seconds that an attempt may take, for an engine that waits for the answer; 0 is none, None is not known. Not stored."""
 
 
 def is_free_when_leased(unique_key: str | None) -> bool:

@@ -86,6 +86,10 @@ class PushQueue:
         self._blobs = _PushedBlobs(store)
         self._handing: _HandingOver | None = None
 
+    def __repr__(self) -> str:
+        """Show engine and store."""
+        return f"<{self.name} with {self.store!r}>"
+
     @property
     def capabilities(self) -> Capabilities:
         """The engine's; the store keeps the tokens of oversize tasks, and waits for those that the engine would not hold."""

@@ -165,6 +165,7 @@ class Builder:
             blob=blob,
             blob_id=None if blob is None else blob.id,
             callable_name=callable_name(claims["call"]),
+            deadline=self._routes.deadline(queue, claims.get("deadline")),
         )
         task = Task(
             id=queued.id,

@@ -112,6 +112,11 @@ class Routes:
             "set SAFEDEFER_TARGETS, or give a path"
         )
 
+    def deadline(self, queue: str, own: float | None) -> float | None:
+        """Return the seconds that an attempt of a task may take: its own, or those of its queue; None: neither says."""
+        section = None if own is not None or self._file is None else self._file.section(queue)
+        return own if section is None else section.attempt_deadline
+
     def accepts(self, path: str | None, mount: str = "") -> str | Container[str]:
         """Return the paths that a token may name which came on ``path``, the configured prefix removed.
 

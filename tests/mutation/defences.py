@@ -121,6 +121,22 @@ DEFENCES = [
     ("dashboard/lookup.py", "return search_text(claims) if access.may_read(", "return search_text(claims) if True or access.may_read(", DASHBOARD),
     ("dashboard/render.py", "autoescape=True", "autoescape=False", "../dashboard/test_pages"),
     ("dashboard/actions.py", 'if str(len(ids)) != values.get("count"):', "if False:", "../dashboard/test_actions"),
+    ("delivery/pushed.py", "if found.admission is None:", "if False:", "../cloudtasks/test_end_to_end"),
+    ("queues/cloudtasks/engine.py", 'and ("GAE_APPLICATION" in os.environ or address.endpoint is not None)', "", "../cloudtasks/test_engine"),
+    ("queues/cloudtasks/oidc.py", 'if header.get("alg") != _ALGORITHM or not isinstance(kid, str):', "if not isinstance(kid, str):", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", "payload = jwt.PyJWS().decode(token, key, algorithms=[_ALGORITHM])", 'payload = jwt.PyJWS().decode(token, options={"verify_signature": False})', "test_oidc"),
+    ("queues/cloudtasks/oidc.py", "len(given) != 1 or len(given[0]) > _LONGEST", "len(given) != 1", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", "if len(given) != 1 or", "if not given or", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", 'claims.get("email_verified") is not True', 'not claims.get("email_verified")', "test_oidc"),
+    ("queues/cloudtasks/oidc.py", "type(issued) is not int or type(expires) is not int or ", "", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", "if not issued - SKEW <= now < expires + SKEW:", "if False:", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", '("aud", self._audiences), ', "", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", ', ("email", self._emails))', ")", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", '(("iss", self._issuers), ', "(", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", " and now - self._tried >= REFETCH", "", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", " if now - self._fetched <= _STALE else None", "", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", "if key.key.key_size >= _LEAST_BITS:", "if True:", "test_oidc"),
+    ("queues/cloudtasks/oidc.py", "allow_redirects=False", "allow_redirects=True", "test_oidc"),
 ]  # fmt: skip
 
 

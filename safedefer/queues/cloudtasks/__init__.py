@@ -1,0 +1,1 @@
+"""Google Cloud Tasks: a push engine, the check of who pushes, and an emulator of the service for tests."""
