@@ -36,7 +36,7 @@ from safedefer.headers import Response
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues.base import BLOB_KEY, QueuedTask, Settlement, Verdict
 from safedefer.queues.poison import log_burial
-from safedefer.queues.progress import Progress, engine_gives_up, lost_record
+from safedefer.queues.progress import NO_PROGRESS, Progress, engine_gives_up, lost_record
 from safedefer.queues.push import PushQueue, cancel_key, progress_key
 from safedefer.queues.rules import LEDGER_LEEWAY, OUTLASTED, judge_outcome, with_queues_options
 from safedefer.task import VerifiedTask
@@ -67,7 +67,7 @@ class _Found(NamedTuple):
 
     admission: Admission | None
     """None: the sender is not the engine."""
-    progress: Progress = Progress()
+    progress: Progress = NO_PROGRESS
     cancelled: bool = False
     lost: bool = False
     """Whether the run before this one never ended."""
@@ -106,7 +106,12 @@ class PushedDelivery(Delivery):
         queue, now = self._queue(), self._clock()
         genuine = [queue.engine.authenticate(each.headers) for each in asked]
         runs = [each.execution for each in asked]
-        kept = self._kept(queue, runs)
+        # A delivery that the engine calls the first finds nothing that is kept. It is looked at once it is admitted, as any
+        # other, and an engine that is wrong has the ledger admit a run that is given back.
+        later = [number for number, each in enumerate(asked) if queue.engine.attempt(each.headers).retries]
+        kept: list[tuple[Progress, bool]] = [(NO_PROGRESS, False)] * len(runs)
+        for number, found_before in zip(later, self._kept(queue, [runs[n] for n in later]), strict=True):
+            kept[number] = found_before
         lost = queue.ledger.lost_many(runs, now=now)
         due = [sent and found.not_before <= now for sent, (found, _) in zip(genuine, kept, strict=True)]
         begun = iter(
@@ -217,7 +222,7 @@ class PushedDelivery(Delivery):
             reason = record.reason if settlement.reason in _VAGUE else settlement.reason
             attempts = lease.attempts + settlement.charged
             return await self._bury(request, execution, record, reason, attempts, error=error)
-        if self._is_last(request, now if settlement.at is None else settlement.at):
+        if self._is_last(request, lease.task, now if settlement.at is None else settlement.at):
             return await self._bury(
                 request, execution, record, RETENTION, lease.attempts + settlement.charged, error=error
             )
@@ -235,16 +240,23 @@ class PushedDelivery(Delivery):
         wait = {"Retry-After": str(max(1, math.ceil(seconds)))}
         return self._answer(request, status, outcome, record.reason, wait, error=error)
 
+    def _is_last(self, request: HandlerRequest, task: QueuedTask, at: float) -> bool:
+        """Whether the engine may have deleted a task before a retry at that time is delivered.
+
+        The engine had it after it was signed: no header makes that earlier.
+        """
+        engine = self._queue().engine
+        kept = engine.capabilities.kept
+        if kept is None:
+            return False
+        sent = engine.attempt(request.headers).sent
+        return at + _LAST_SECONDS > max(task.created, sent or 0.0) + kept
+
     def _put_into_store(self, task: QueuedTask) -> None:
         """Let a task wait in the store for its retry: the engine would not hold it for so long, and forgets it now."""
         # If the store has it already, another message of the same task failed at the same time.
         with contextlib.suppress(TaskAlreadyExistsError, TombstonedTaskError):
             self._queue().store.enqueue_many((task,))
-
-    def _is_last(self, request: HandlerRequest, at: float) -> bool:
-        """Whether the engine may have deleted a task before a retry at that time is delivered."""
-        until = self._queue().engine.attempt(request.headers).until
-        return until is not None and at + _LAST_SECONDS > until
 
     def _tell_retry(self, task: QueuedTask, settlement: Settlement, progress: Progress, now: float) -> None:
         seconds = max(0.0, (now if settlement.at is None else settlement.at) - now)
@@ -284,7 +296,7 @@ class PushedDelivery(Delivery):
     async def _forget(self, request: HandlerRequest, execution: Execution) -> None:
         """Delete what the store keeps of a task that has ended. The rest it deletes when the task's time is over."""
         keys = []
-        if request.progress != Progress():
+        if request.progress != NO_PROGRESS:
             keys.append(progress_key(execution.audience, execution.task_id))
         if request.pointer is not None:
             keys.append(f"{BLOB_KEY}{request.pointer.blob['id']}")

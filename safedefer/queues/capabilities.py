@@ -31,6 +31,8 @@ class Capabilities:
     """``enqueue_many`` stores tasks while those after them are made: it may be given an iterator."""
     longest_wait: float | None = None
     """Seconds that a push engine holds a task back; what is due later waits in the store. None: as long as it takes."""
+    kept: float | None = None
+    """Seconds after which a push engine deletes a task, whatever came of it. None: it does not."""
     due_order: bool = True
     """What fell due first is leased first; without it, what was enqueued first."""
     exact_wake: bool = True

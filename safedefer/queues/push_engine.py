@@ -27,8 +27,8 @@ class Attempt(NamedTuple):
     """The task's id, where the engine was told it."""
     previous_response: int | None = None
     retry_reason: str | None = None
-    until: float | None = None
-    """When the engine deletes the task, whatever came of it, in seconds since the epoch; None: it does not."""
+    sent: float | None = None
+    """When the engine was given the task, in seconds since the epoch; None: it does not say."""
 
 
 class PushEngine(Protocol):

@@ -93,7 +93,7 @@ class CloudTasks:
     @property
     def capabilities(self) -> Capabilities:
         """What Cloud Tasks can do: no batches as a whole, and no unique tasks."""
-        return Capabilities(unique=False, batch_atomic=False, due_order=False, longest_wait=_LONGEST_WAIT)
+        return Capabilities(unique=False, batch_atomic=False, due_order=False, longest_wait=_LONGEST_WAIT, kept=_KEPT)
 
     @property
     def client(self) -> CloudTasksClient:
@@ -223,7 +223,7 @@ class CloudTasks:
             task_id=lower.get(TASK_ID_HEADER.lower(), ""),
             previous_response=status,
             retry_reason=lower.get(f"{family}-taskretryreason") or None,
-            until=float(sent) + _KEPT if is_time(sent) else None,
+            sent=float(sent) if is_time(sent) else None,
         )
 
     def authenticate(self, headers: Mapping[str, str], /) -> bool:
