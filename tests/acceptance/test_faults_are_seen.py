@@ -108,7 +108,7 @@ async def test_a_role_without_rights_is_in_the_log_in_the_metrics_and_on_the_das
         try:
             weak = re.sub(r"//[^@/]*@", f"//{role}@", dsn)
             project.environment["SAFEDEFER_QUEUE"] = weak
-            process, _ = project.start("run", "--port", "0", "--health", "0", wait_for_line=False)
+            process, _ = project.start("dispatch", "--to", "http://127.0.0.1:1", "--health", "0", wait_for_line=False)
             watched = Watched(process)
             await until(lambda: "leasing failed" in watched.said and "give this role its rights" in watched.said)
             async with asyncio.timeout(120.0):
