@@ -424,9 +424,9 @@ def test_migrate_shows_a_bar_on_a_terminal_only(at_a_terminal, monkeypatch, tmp_
     url = f"sqlite:///{tmp_path}/tasks.db"
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
-    migrate.callback(url=url)
+    migrate.callback(url=url, store=None)
     assert "migrating" in screen.getvalue()
     monkeypatch.setattr("safedefer.cli.terminal.is_terminal", lambda _: False)
     shown = screen.getvalue()
-    migrate.callback(url=url)
+    migrate.callback(url=url, store=None)
     assert screen.getvalue() == shown
