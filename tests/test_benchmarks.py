@@ -1,11 +1,13 @@
 """The benchmarks of the queue's own parts run: what nobody runs stops working."""
 
+import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from tests.benchmarks import bench_dispatch
+from tests.benchmarks import bench_dispatch, counts
 from tests.benchmarks.peers import __main__ as peers
 from tests.benchmarks.peers import drawing
 from tests.benchmarks.peers.adapters import SYSTEMS
@@ -18,6 +20,24 @@ def test_every_part_of_the_dispatch_benchmark_runs_all_of_its_tasks(kind, monkey
     bench_dispatch.main()
     parts = [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]]
     assert parts == list(bench_dispatch.PARTS)
+
+
+def test_a_task_takes_no_more_calls_and_statements_than_are_stored():
+    if counts.stored() is None:
+        pytest.skip(f"nothing is stored for Python {counts.VERSION}: python -m tests.benchmarks.counts --renew")
+    command = [sys.executable, "-m", "tests.benchmarks.counts"]  # other tests leave types and handlers behind
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_takes_a_twentieth_more_calls_is_told():
+    stored = {"same": 100.0, "less": 100.0, "more": 100.0}
+    assert counts.over({"same": 105.0, "less": 1.0, "more": 105.1, "new": 1.0}, stored) == {
+        "more": (105.1, 100.0),
+        "new": (1.0, None),
+    }
 
 
 @pytest.mark.parametrize(
