@@ -30,6 +30,11 @@ __all__ = ["AppEngineBridge", "PickledCall"]
 _MOST_DAYS: Final = 92
 _OWNER_AND_MEMBER: Final = 2
 _MOST_NODES: Final = 1_000
+_MOST_COPIED: Final = 2_000_000
+#: Smaller integers have hashes of their own.
+_MOST_KEY: Final = 2**61 - 1
+_TEXTS: Final = frozenset({str, bytes})
+_SIZED: Final = frozenset({str, bytes, bytearray, RawText, list, tuple, set, frozenset, dict, OrderedDict})
 _DEFERRED: Final = frozenset({"google.appengine.ext.deferred.deferred", "google.appengine.ext.deferred"})
 _RENAMED: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _ATOMS: Final = frozenset({str, bytes, int, float, bool, type(None), date, datetime, clock_time, timedelta, UUID})
@@ -130,7 +135,15 @@ class _TaskMakers:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self._registry = TypeRegistry()
+        self._odd_keys = 0
+        self._spent = 0
         self._states: dict[int, tuple[object, Callable[[str, Any], None]]] = {}
+
+    def _spend(self, *values: Any) -> None:
+        """Bound what is copied: a value of the memo is there many times for two bytes each."""
+        self._spent += sum(len(each) for each in values if type(each) in _SIZED)
+        if self._spent > _MOST_COPIED:
+            raise refuse("it copies over 2,000,000 bytes or items; pass an id in the new code")
 
     def name(self, module: str, name: str) -> _Global:
         """Return a name. Nothing is imported."""
@@ -140,6 +153,7 @@ class _TaskMakers:
         """Make a value of a type that tasks had, or an empty object; by functions that stand here."""
         if type(function) is not _Global:
             raise refuse("it calls what it made; defer the task anew")
+        self._spend(*arguments)
         if function in {_Global("copyreg", "_reconstructor"), _Global("copyreg", "__newobj__")}:
             rest = arguments[1:]
             # Not by a look-up in a set, which would hash what stands there.
@@ -196,6 +210,7 @@ class _TaskMakers:
         halves = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004  # __dict__ and slots
         if store is None or any(each is not None and type(each) is not dict for each in halves):
             raise refuse("a state is no dict, or that of another value")
+        self._spend(*halves)
         for half in halves:
             for name, each in (half or {}).items():
                 if type(name) is not str:
@@ -204,6 +219,11 @@ class _TaskMakers:
 
     def key(self, value: Any) -> Any:
         """Return a value that is hashed by C code alone, in bounded time."""
+        # Their hashes are their own; those of others can be made to collide, or take long.
+        if type(value) not in _TEXTS and not (type(value) is int and -_MOST_KEY < value < _MOST_KEY):
+            self._odd_keys += 1
+            if self._odd_keys > _MOST_NODES:
+                raise refuse("it has over 1,000 keys that are neither texts nor small integers")
         pending, nodes = [value], 0
         while pending:
             each = pending.pop()

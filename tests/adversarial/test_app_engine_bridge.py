@@ -306,6 +306,38 @@ def test_what_unfolds_is_bounded(app, bridge):
         bridge.defer(spelt(b"]" * 50_000 + b"a" * 49_999))
 
 
+TEXT = b"X" + (400_000).to_bytes(4, "little") + b"x" * 400_000 + b"q\x00"
+LIST = b"](" + b"K\x01" * 40_000 + b"eq\x00"
+STATE = b"}(" + b"".join(b"U\x05" + b"%05d" % n + b"N" for n in range(20_000)) + b"uq\x00"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (TEXT + b"0(" + b"c_codecs\nencode\nh\x00U\x06latin1\x86R" * 10_000 + b"t", "copies"),
+        (TEXT + b"0(" + b"c__builtin__\nbytearray\nh\x00\x85R" * 10_000 + b"t", "copies"),
+        (LIST + b"0(" + b"c__builtin__\nset\nh\x00\x85R" * 10_000 + b"t", "copies"),
+        (STATE + b"0(" + (f"c{HOME}\nPlain\n)".encode() + b"\x81h\x00b") * 1_000 + b"t", "copies"),
+        (b"(" + b"".join(f"c{HOME}\nPlain\n)".encode() + b"\x81" for _ in range(2)) + b"t", None),
+        (b"}(" + b"".join(b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N" for n in range(2, 40_000)) + b"u", "keys"),
+        (b"}(" + b"K\x01" + b"N" + b"K\x01K\x02\x86N" * 10_000 + b"u", "keys"),
+        (b"}(" + b"G" + b"\x00" * 8 + b"N" + b"G?\xf0\x00\x00\x00\x00\x00\x00N" * 30_000 + b"u", "keys"),
+    ],
+    ids=["bytes", "bytearrays", "sets", "states", "two objects", "colliding integers", "tuples", "floats"],
+)  # fmt: skip
+def test_what_is_copied_or_hashed_is_bounded(bridge, body, reason):
+    if reason is None:
+        bridge.read(spelt(body))
+    else:
+        with pytest.raises(InvalidArguments, match=reason):
+            bridge.read(spelt(body))
+
+
+def test_many_texts_and_small_integers_are_keys(bridge):
+    many = {**{str(n): n for n in range(20_000)}, **{n: n for n in range(20_000)}}
+    assert bridge.read(serialized(work, many)).args == (many,)
+
+
 def test_a_name_that_the_policy_does_not_admit_imports_nothing(bridge):
     assert "antigravity" not in sys.modules
     for body in (
