@@ -11,7 +11,10 @@ import safedefer
 ROOT = Path(__file__).resolve().parents[1]
 API = sorted((ROOT / "docs/reference/api").glob("*.md"))
 #: Modules that are public as a whole, and what is public of others.
-MODULES = ("safedefer", "safedefer.deferred", "safedefer.errors", "safedefer.events", "safedefer.testing")
+MODULES = (
+    *("safedefer", "safedefer.deferred", "safedefer.errors", "safedefer.events", "safedefer.testing"),
+    "safedefer.migrate.app_engine",
+)
 NAMES = ("safedefer.delivery.Response", "safedefer.queues.base.DeadFilter")
 DOCUMENTS = [
     ROOT / "README.md",
