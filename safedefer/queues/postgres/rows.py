@@ -97,7 +97,7 @@ def read_task(job: Mapping[str, Any]) -> QueuedTask:
     task_id = job["dedupe_key"] or f"job-{job['id']}"
     # The same as QueuedTask(...), in a third of the time.
     values = task_id, queue, token, audience, url, target, due, made, ends, None, _NONE, _NONE, known, None, None
-    task = _tuple(QueuedTask, (*values, callable_name, None))
+    task = _tuple(QueuedTask, (*values, callable_name, None, None))
     more = hints.get("safedefer_more")
     return task if more is None else _completed(task, _object(more))
 
