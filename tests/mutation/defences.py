@@ -62,7 +62,7 @@ DEFENCES = [
     ("delivery/pushed.py", "if self._clock() > execution.expires + _LEDGER_KNOWS:", "if False:", PUSH),
     ("delivery/pushed.py", "if not queue.engine.authenticate(headers):", "if False:", PUSH),
     ("delivery/pushed.py", "now=now, verified=False)", "now=now, verified=True)", PUSH),
-    ("queues/progress.py", "if data is None or len(data) > _MOST_BYTES:", "if data is None:", PUSH),
+    ("queues/progress.py", "in {int, float} and 0 <= value < _LATEST else None", "in {int, float} else None", PUSH),
     ("queues/celery/engine.py", "return isinstance(headers, WorkerHeaders)", "return True", "../queues/test_celery"),
     ("queues/sqlite/statements.sql", "INSERT OR REPLACE INTO safedefer_dead", "INSERT INTO safedefer_dead", STORAGE),
     ("sending/builder.py", "except InvalidTaskRetryOptionsError:", "except ZeroDivisionError:", STORAGE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -22,6 +23,7 @@ from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.queues import celery_app as tasks
 from tests.queues.brokers import RABBITMQ, celery_worker, rabbitmq, valkey, wait_for
+from tests.queues.push_contract import PushContract
 from tests.unit.apps import JOSE
 from tests.unit.apps import make_app as make_plain_app
 
@@ -99,6 +101,7 @@ def test_a_worker_runs_retries_buries_and_survives_the_death_of_its_child(app, e
     assert app.queue.blobs.get(big.id) is None
 
 
+@pytest.mark.parametrize("broker", ["valkey"], indirect=True)
 def test_what_is_due_in_more_than_a_minute_waits_in_the_store_until_a_worker_hands_it_over(
     broker, environment, tmp_path
 ):
@@ -116,13 +119,52 @@ def test_what_is_due_in_more_than_a_minute_waits_in_the_store_until_a_worker_han
     past.close()
 
 
+class TestCelery(PushContract):
+    KNOWS_ITS_TASKS = False
+
+    @pytest.fixture
+    def engine(self, broker):
+        made = CeleryEngine(Celery("contract", broker=broker, set_as_current=False))
+        made.celery.conf.update(task_publish_retry=False)
+        with made.celery.connection() as connection, contextlib.closing(connection.SimpleQueue("mail")) as queue:
+            queue.clear()
+        yield made
+        made.close()
+
+    @pytest.fixture
+    def deliveries(self, engine):
+        def deliver(number):
+            answers = Answers(Response(200, {}, b""))
+            engine.serve(answers)
+            with engine.celery.connection() as connection, contextlib.closing(connection.SimpleQueue("mail")) as queue:
+                for _ in range(number):
+                    message = queue.get(timeout=60)
+                    values, keywords, _ = message.payload
+                    assert keywords == {}
+                    request = FakeRequest()
+                    request.id = message.headers["id"]
+                    engine.deliver(request, *values)
+                    message.ack()
+            return answers.given
+
+        return deliver
+
+    @pytest.fixture
+    def stop(self, engine, broker):
+        def stop():
+            engine.celery.conf.broker_write_url = broker.partition("://")[0] + "://127.0.0.1:1"
+            engine.celery.conf.broker_transport_options = {"max_retries": 0}
+
+        return stop
+
+
 # --- Without a broker, or a worker ----------------------------------------------------------------
 
 
 @pytest.fixture
 def engine():
     engine = CeleryEngine(Celery("test", broker="redis://127.0.0.1:1/0", set_as_current=False))
-    engine.celery.conf.update(task_publish_retry=False)
+    engine.celery.conf.update(task_publish_retry=False, broker_transport_options={"max_retries": 0})
     yield engine
     engine.close()
 
@@ -284,9 +326,11 @@ class Answers:
     def __init__(self, answer):
         self.answer = answer
         self.interrupted = 0
+        self.given = []
 
     def submit(self, headers, token, url, /):
         assert isinstance(headers, WorkerHeaders)
+        self.given.append((headers, token))
         return self
 
     def result(self):

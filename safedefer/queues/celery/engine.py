@@ -52,6 +52,8 @@ LONGEST_WAIT: Final = 60
 _CONNECTIONS: Final = 8
 #: When a message was enqueued first: of what no key of ours signed, it says for how long it was tried.
 _SINCE: Final = "Safedefer-Since"
+#: The id of the message, which is the task's where we published it.
+_TASK: Final = "Safedefer-Task"
 _REFUSED: Final = 403
 #: Seconds that a worker without an App holds a message.
 _NOBODY_SECONDS: Final = 5.0
@@ -223,7 +225,7 @@ class CeleryEngine:
         """Read the headers that a worker has made of a message; those of any other request say nothing."""
         if not isinstance(headers, WorkerHeaders):
             return Attempt()
-        return Attempt(retries=int(headers[RETRY_HEADER]), since=float(headers[_SINCE]))
+        return Attempt(retries=int(headers[RETRY_HEADER]), since=float(headers[_SINCE]), task_id=headers.get(_TASK, ""))
 
     def authenticate(self, headers: Mapping[str, str], /) -> bool:
         """Whether a worker of this process made the headers. A request by HTTP, whatever its headers, is not the engine's."""
@@ -240,6 +242,7 @@ class CeleryEngine:
             raise Reject(reason="no App uses this Celery application here", requeue=True)
         count = str(min(retries, _MOST_RETRIES))
         headers = WorkerHeaders({"Content-Type": CONTENT_TYPE, RETRY_HEADER: count, _SINCE: repr(float(since))})
+        headers[_TASK] = str(request.request.id)
         answer = _result(self._serves.submit(headers, token.encode("ascii"), url))
         if 200 <= answer.status <= 299:  # noqa: PLR2004  # the engine's part is done
             return
