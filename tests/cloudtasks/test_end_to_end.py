@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import socket
-import threading
 
 import pytest
 from google.api_core import exceptions
@@ -148,6 +147,21 @@ def test_a_task_that_fails_until_google_deletes_it_is_a_dead_letter_before(world
     world.emptied()
     (letter,) = world.dead()
     assert (letter.id, letter.reason, letter.attempts) == (task.id, "engine-retention", 3)
+
+
+def test_no_header_makes_the_time_earlier_at_which_a_task_is_given_up(world):
+    """Who may create tasks in Cloud Tasks posts a captured token with headers of their choice."""
+    world.pause()
+    task = world.app.defer(tasks.fail)
+    headers = {"Content-Type": "application/jose", "Safedefer-Sent": "1.0", "Safedefer-Due": "1.0"}
+    oidc = {"service_account_email": ACCOUNT, "audience": world.url}
+    request = {"url": f"{world.url}{task.url}", "headers": headers, "body": task.payload, "oidc_token": oidc}
+    name = f"{QUEUE}/tasks/forged"
+    world.client.create_task(parent=QUEUE, task={"name": name, "http_request": request})
+    world.client.run_task(name=name)
+    world.emulated.settled(name, 1)
+    assert tasks.RAN == ["fail"]
+    assert world.dead() == []
 
 
 def test_a_permanent_failure_is_a_dead_letter_at_once(world):
@@ -317,4 +331,3 @@ def test_a_purged_queue_runs_nothing(world):
     world.tick(0)
     assert world.left() == []
     assert tasks.RAN == []
-    assert threading.active_count() < 60
