@@ -9,9 +9,10 @@ import pytest
 
 from safedefer import TaskRetryOptions
 from safedefer.ledger import Execution
-from safedefer.queues.base import DeadFilter, TaskState
+from safedefer.queues.base import DeadFilter, QueuedTask, TaskState
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
+from safedefer.queues.postgres.rows import read_task
 from tests import sample_tasks as tasks
 from tests.postgres.server import fresh_database, shared_server
 from tests.queues.pushing import PROOF, PROVEN, RETRIES, PushEngineInMemory
@@ -93,3 +94,9 @@ def test_a_lost_run_is_charged(app):
     assert post(app, task.payload) == (200, "failed")
     (letter,) = [each for each in app.queue.dead_letters(DeadFilter()) if each.id == task.id]
     assert (letter.attempts, [record.reason for record in letter.records]) == (2, ["lease-expired", "exception"])
+
+
+def test_a_task_that_is_read_from_a_row_has_all_of_its_fields():
+    job = {"id": 1, "dedupe_key": "a" * 32, "entrypoint": "default", "headers": None, "payload": b"token"}
+    assert read_task(job) == QueuedTask._make(read_task(job))
+    assert len(read_task(job)) == len(QueuedTask._fields)
