@@ -207,7 +207,7 @@ class _TaskMakers:
     def build(self, value: Any, state: Any) -> None:
         """Set the attributes of an object that ``new`` made."""
         _, store = self._states.get(id(value), (None, None))
-        halves = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004  # __dict__ and slots
+        halves: tuple[Any, ...] = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004  # __dict__ and slots
         if store is None or any(each is not None and type(each) is not dict for each in halves):
             raise refuse("a state is no dict, or that of another value")
         self._spend(*halves)
