@@ -279,6 +279,7 @@ class App(Producer):
             lease_seconds=settings.lease_seconds,
             inline_limit=settings.inline_limit,
             unverified_bytes=settings.unverified_bytes,
+            limits=Limits(token_bytes=settings.token_bytes),
             log_tracebacks=settings.log_tracebacks,
             tracing=settings.load_tracing(),
         )

@@ -19,7 +19,7 @@ from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
 from safedefer.keys import Keyring
 from safedefer.observe.trace_links import check_trace_url
-from safedefer.options import DEFAULT_URL
+from safedefer.options import DEFAULT_URL, Limits
 from safedefer.policy import Policy
 from safedefer.queues.addresses import split_urls
 from safedefer.queues.base import StorageOptions
@@ -32,6 +32,8 @@ _log: Final = logging.getLogger("safedefer")
 
 _PREFIX: Final = "SAFEDEFER_"
 _INLINE_LIMIT: Final = 10 * 1024
+#: The bodies of eight requests of this size are as many bytes as may be unverified at once.
+_MOST_TOKEN_BYTES: Final = UNVERIFIED_BYTES // 8
 #: Variables with the prefix that are no settings: a supervisor's for its workers, and those of our own tests.
 _NO_SETTINGS: Final = ("SAFEDEFER_WORKER", "SAFEDEFER_TEST_")
 
@@ -137,6 +139,12 @@ class Settings(BaseSettings):
     allow_pickle: bool = Field(default=False, description="Whether pickled arguments may be sent and run.")
     concurrency: int = Field(default=16, ge=1, le=10_000, description="Tasks that run at once.")
     lease_seconds: float = Field(default=60.0, ge=1, description="How long a silent handler is believed to run a task.")
+    token_bytes: int = Field(
+        default=Limits().token_bytes,
+        ge=1024,
+        le=_MOST_TOKEN_BYTES,
+        description="A task's token at most, signed; bytes.",
+    )
     inline_limit: int = Field(default=_INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")
     unverified_bytes: int = Field(
         default=UNVERIFIED_BYTES, ge=1024, description="Bytes of all request bodies together that are not verified yet."

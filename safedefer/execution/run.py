@@ -306,11 +306,21 @@ def _stopped(stop: Stop, error: BaseException | None) -> Outcome:
 
 def _outcome(error: BaseException, *, started: bool) -> Outcome:
     # A subclass of the user's has another slug, which handlers and logs do not know.
-    if isinstance(error, PermanentTaskFailure):
+    if _is(error, PermanentTaskFailure):
         return Outcome(result=Result.FAILED, reason=PermanentTaskFailure.slug, error=error)
-    if isinstance(error, SingularTaskFailure):
+    if _is(error, SingularTaskFailure):
         return Outcome(result=Result.RETRY, reason=SingularTaskFailure.slug, error=error)
     if started or not isinstance(error, RejectedTask):
         return Outcome(result=Result.RETRY, reason=_RAISED, error=error)
     result = Result.FAILED if error.is_final else Result.REJECTED
     return Outcome(result=result, reason=error.slug, error=error)
+
+
+#: Where App Engine's own ``deferred`` defines the two errors: code that was not ported yet raises those.
+_ORIGINAL: Final = "google.appengine.ext.deferred.deferred"
+
+
+def _is(error: BaseException, cls: type[Exception]) -> bool:
+    return isinstance(error, cls) or any(
+        each.__module__ == _ORIGINAL and each.__name__ == cls.__name__ for each in type(error).__mro__
+    )

@@ -259,3 +259,27 @@ async def test_a_policy_that_changed_since_rejects(app):
 def test_what_is_prepared_shows_none_of_its_arguments():
     shown = repr(Prepared(len, ["4111-card"], {"password": "secret"}))
     assert shown == "<Prepared with 1 and 1 named arguments>"
+
+
+ORIGINAL = {"__module__": "google.appengine.ext.deferred.deferred"}
+TheirError = type("Error", (Exception,), dict(ORIGINAL))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("PermanentTaskFailure", (Result.FAILED, "permanent-task-failure")),
+        ("SingularTaskFailure", (Result.RETRY, "singular-task-failure")),
+        ("AnotherFailure", (Result.RETRY, "exception")),
+    ],
+)
+async def test_errors_of_the_original_that_code_not_ported_yet_raises_count_as_ours(app, monkeypatch, name, expected):
+    theirs = type(name, (TheirError,), dict(ORIGINAL))
+    for raised in (theirs, type("Own", (theirs,), {})):
+
+        def fail():
+            raise raised("never")
+
+        monkeypatch.setattr(Prepared, "__call__", lambda _: fail())
+        outcome = await run(app, tasks.thread_name)
+        assert (outcome.result, outcome.reason) == expected

@@ -33,7 +33,7 @@ def test_everything_can_be_set(monkeypatch):
     settings = load(
         monkeypatch, KEYS=f"a:{GOOD}", POLICY="shop.tasks, shop.jobs.*\n operator:add", QUEUE="memory://",
         ENVIRONMENT="prod", URL="/tasks", PREFIX="/api", QUEUES="mail,images", TARGETS="big=http://10.0.0.2:80",
-        ALLOW_PICKLE="true", CONCURRENCY="3", INLINE_LIMIT="2048", DEFERRABLE="1",
+        ALLOW_PICKLE="true", CONCURRENCY="3", INLINE_LIMIT="2048", DEFERRABLE="1", TOKEN_BYTES="2000000",
     )  # fmt: skip
     assert settings.policy == ["shop.tasks", "shop.jobs.*", "operator:add"]
     assert settings.queues == ["mail", "images"]
@@ -42,6 +42,7 @@ def test_everything_can_be_set(monkeypatch):
     assert (app.environment, app.url, app.prefix) == ("prod", "/tasks", "/api")
     assert app.queues == {"default", "mail", "images"}
     assert app.targets == {"big": "http://10.0.0.2:80"}
+    assert app.delivery.max_bytes == 2_000_000
 
 
 def test_the_first_key_signs_and_the_others_verify(monkeypatch):
@@ -88,6 +89,8 @@ WRONG = [
     ("CONCURRENCY", "0"),
     ("CONCURRENCY", "many"),
     ("INLINE_LIMIT", "10"),
+    ("TOKEN_BYTES", "10"),
+    ("TOKEN_BYTES", "100000000"),
     ("TARGETS", "big"),
     ("TARGETS", "=http://x"),
     ("ALLOW_PICKLE", "perhaps"),
