@@ -99,13 +99,17 @@ class CallArguments:
 
     def __init__(self, call: ast.Call) -> None:
         both: list[ast.expr | ast.keyword] = [*call.args, *call.keywords]
-        self.all = sorted(both, key=lambda each: (each.lineno, each.col_offset))
-        self.positional = [(n, each) for n, each in enumerate(self.all) if isinstance(each, ast.expr)]
-        self.keywords = {
+        self.all: list[ast.expr | ast.keyword] = sorted(both, key=lambda each: (each.lineno, each.col_offset))
+        self.positional: list[tuple[int, ast.expr]] = [
+            (n, each) for n, each in enumerate(self.all) if isinstance(each, ast.expr)
+        ]
+        self.keywords: dict[str, tuple[int, ast.expr]] = {
             each.arg: (n, each.value) for n, each in enumerate(self.all) if isinstance(each, ast.keyword) and each.arg
         }
-        self.stars = [n for n, each in self.positional if isinstance(each, ast.Starred)]
-        self.double = [n for n, each in enumerate(self.all) if isinstance(each, ast.keyword) and each.arg is None]
+        self.stars: list[int] = [n for n, each in self.positional if isinstance(each, ast.Starred)]
+        self.double: list[int] = [
+            n for n, each in enumerate(self.all) if isinstance(each, ast.keyword) and each.arg is None
+        ]
 
     def value(self, keyword: str) -> ast.expr | None:
         """Return the value of a keyword."""

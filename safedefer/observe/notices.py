@@ -81,7 +81,7 @@ class Notices:
         *,
         is_open: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.troubles = Troubles(clock, self._wake)
+        self.troubles: Troubles = Troubles(clock, self._wake)
         self._queue, self._is_open = queue, is_open
         self._host = socket.gethostname()  # now, and not while a request is refused
         self._observers = observers

@@ -112,14 +112,14 @@ class BlobsFull(QueueUnavailable):
 class NotAllStored(QueueUnavailable):
     """An engine that stores no batch as a whole stored a part of one. ``failed`` says by task id what refused the others."""
 
-    slug = QueueUnavailable.slug
+    slug: ClassVar[str] = QueueUnavailable.slug
 
     def __init__(self, failed: Mapping[str, Exception]) -> None:
         super().__init__(
             f"{len(failed)} tasks of the batch were not stored, and the others were; `failed` has an error for each id: defer "
             "these again"
         )
-        self.failed = dict(failed)
+        self.failed: dict[str, Exception] = dict(failed)
 
 
 class AlreadyWaiting(TaskAlreadyExistsError):

@@ -83,7 +83,7 @@ class PushQueue:
     def __init__(self, engine: PushEngine, store: PullQueue, *, name: str = "") -> None:
         self.engine = engine
         self.store = store
-        self.name = name or type(engine).__name__
+        self.name: str = name or type(engine).__name__
         self._ledger = _PushedLedger(store)
         self._blobs = _PushedBlobs(store)
         self._handing: _HandingOver | None = None
@@ -351,7 +351,11 @@ class PushQueue:
         """Refuse: as ``extend_many``, ``release``, ``settle_many``, ``wait`` and ``wake``."""
         raise ConfigurationError(f"{self.name} pushes its tasks: there is nothing to dispatch; run `safedefer serve`")
 
-    extend_many = release = settle_many = wait = wake = lease
+    extend_many: Callable[..., NoReturn] = lease
+    release: Callable[..., NoReturn] = lease
+    settle_many: Callable[..., NoReturn] = lease
+    wait: Callable[..., NoReturn] = lease
+    wake: Callable[..., NoReturn] = lease
 
 
 class _PushedBlobs:

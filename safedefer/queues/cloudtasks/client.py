@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from safedefer.errors import (
     ConfigurationError,
@@ -26,8 +26,8 @@ try:
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
     from google.cloud import tasks_v2
     from google.cloud.tasks_v2.services.cloud_tasks.transports import CloudTasksRestTransport
-except ModuleNotFoundError as error:
-    raise MissingExtra("gcp", "a queue in Cloud Tasks") from error
+except ModuleNotFoundError as _error:
+    raise MissingExtra("gcp", "a queue in Cloud Tasks") from _error
 
 #: Seconds that a call may take.
 _TIMEOUT: Final = 10.0
@@ -40,7 +40,7 @@ _LIST_PAGE: Final = 1_000
 class Uncertain(QueueUnavailable):
     """The call may have had its effect, or not: no answer came."""
 
-    slug = QueueUnavailable.slug
+    slug: ClassVar[str] = QueueUnavailable.slug
 
 
 class CloudTasksClient:

@@ -78,7 +78,7 @@ class CloudTasks:
     """
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
-        self.address = CloudTasksAddress.parse(url)
+        self.address: CloudTasksAddress = CloudTasksAddress.parse(url)
         self._clock = clock
         self._lock = threading.Lock()
         self._client: CloudTasksClient | None = None

@@ -20,8 +20,8 @@ from safedefer.errors import MissingExtra, QueueUnavailable
 try:
     import jwt
     import requests
-except ModuleNotFoundError as error:
-    raise MissingExtra("gcp", "verifying who sent a task from Cloud Tasks") from error
+except ModuleNotFoundError as _error:
+    raise MissingExtra("gcp", "verifying who sent a task from Cloud Tasks") from _error
 
 _log: Final = logging.getLogger("safedefer")
 

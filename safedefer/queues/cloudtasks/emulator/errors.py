@@ -33,7 +33,7 @@ class ApiError(Exception):
     def __init__(self, status: str, message: str) -> None:
         super().__init__(message)
         self.status = status
-        self.code = _CODES[status]
+        self.code: int = _CODES[status]
 
     def document(self) -> dict[str, Any]:
         """Return the body of the answer."""

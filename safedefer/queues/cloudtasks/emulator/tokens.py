@@ -18,8 +18,8 @@ try:
         load_pem_private_key,
     )
     from jwt.algorithms import RSAAlgorithm
-except ModuleNotFoundError as error:
-    raise MissingExtra("gcp", "the Cloud Tasks emulator") from error
+except ModuleNotFoundError as _error:
+    raise MissingExtra("gcp", "the Cloud Tasks emulator") from _error
 
 #: Google's tokens are valid for an hour.
 _SECONDS: Final = 3_600

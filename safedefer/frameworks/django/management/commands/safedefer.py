@@ -14,7 +14,7 @@ class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
     """Passes its arguments to ``safedefer``."""
 
     help = "Run safedefer's command line for this project: manage.py safedefer run, tasks list, doctor, ..."
-    requires_system_checks = ()
+    requires_system_checks: tuple[str, ...] = ()
     requires_migrations_checks = False
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
