@@ -356,7 +356,7 @@ class App(Producer):
             if self._notices is None:
                 from safedefer.observe.notices import Notices  # noqa: PLC0415 - as delivery
 
-                self._notices = Notices(self._get_queue, self.observers, self._clock)
+                self._notices = Notices(self._get_queue, self.observers, self._clock, is_open=self._has_queue)
             return self._notices
 
     def routes(self) -> list[AbstractRouteDef]:
@@ -473,6 +473,9 @@ class App(Producer):
         if not isinstance(queue, PushQueue):
             raise ConfigurationError("the queue is no push engine; run a worker: `safedefer run`")
         return queue
+
+    def _has_queue(self) -> bool:
+        return not isinstance(self._queue, str | PushAddress)
 
     def _get_queue(self) -> PullQueue:
         with self._lock:

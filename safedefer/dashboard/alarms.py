@@ -15,11 +15,14 @@ class Alarm(NamedTuple):
 
     title: str
     text: str
+    """The facts, in sentences. May hold names that others chose."""
     page: str
     """The page that says more; empty: none does."""
     link: str = ""
     """What there is on that page."""
     queue: str = ""
+    remedy: str = ""
+    """What to do, in words of ours alone; commands and options stand between backticks."""
 
 
 _SYSTEM: Final = ("system", "Show the system page")
@@ -87,23 +90,23 @@ def _of_processes(rows: Sequence[QueueRow], reported: Reported, now: float) -> l
     found = []
     for target, _ in reported.down:
         text = (
-            f"The handler {target.name} takes no connection, for {duration(now - target.since)} ({target.reason}). Start it; "
-            "its tasks wait, and lose no attempt."
+            f"The handler {target.name} takes no connection, for {duration(now - target.since)} ({target.reason}). Its "
+            "tasks wait, and lose no attempt."
         )
-        found.append(Alarm("A handler is down.", text, *_SYSTEM))
+        found.append(
+            Alarm("A handler is down.", text, *_SYSTEM, remedy="Start it: `safedefer serve`, or your web server.")
+        )
     for silent in reported.silent:
         text = (
-            f"{silent.process} gave no sign of life for {duration(now - silent.at)}: it was killed, hangs, or cannot write "
-            "the store. Look at its log."
+            f"The process {silent.process} has said nothing for {duration(now - silent.at)}: it was killed, hangs, or cannot write "
+            "the store."
         )
-        found.append(Alarm("A process is silent.", text, *_SYSTEM))
+        found.append(Alarm("A process is silent.", text, *_SYSTEM, remedy="Look at its log, and start it again."))
     for row in rows:
         if row.untaken > UNTAKEN_SECONDS and not row.paused and not reported.takes(row.name):
-            text = (
-                f"{_wait(row)} in the queue {row.name}, due for {duration(row.untaken)}, and no process takes them. "
-                "Start safedefer run or safedefer dispatch, or look at its log."
-            )
-            found.append(Alarm("Nobody takes tasks.", text, "tasks", "Show waiting tasks", row.name))
+            text = f"{_wait(row)} in the queue {row.name}, due for {duration(row.untaken)}, and no process takes them."
+            remedy = "Start `safedefer run` or `safedefer dispatch`; if one runs, look at its log."
+            found.append(Alarm("Nobody takes tasks.", text, "tasks", "Show waiting tasks", row.name, remedy))
     return found
 
 
@@ -130,14 +133,17 @@ def _of_a_queue(row: QueueRow, reported: Reported) -> list[Alarm]:
     found = []
     show = ("tasks", "Show waiting tasks", row.name)
     if row.paused and row.waiting:
-        text = f"The queue {row.name} is paused: {_wait(row)}, the oldest for {duration(row.lag)}. Resume it when it may go on."
-        found.append(Alarm("A queue is paused.", text, "queues", "Show queues"))
+        text = f"The queue {row.name} is paused: {_wait(row)}, the oldest for {duration(row.lag)}."
+        found.append(Alarm("A queue is paused.", text, "queues", "Show queues", remedy="Resume it when it may go on."))
     elif row.untaken > UNTAKEN_SECONDS and reported.takes(row.name):
         text = (
-            f"The queue {row.name} is {duration(max(row.lag, row.untaken))} behind: {_wait(row)}, {row.running} run. More is "
-            "deferred than run: add worker processes, or raise the concurrency."
+            f"The queue {row.name} is {duration(max(row.lag, row.untaken))} behind: {_wait(row)}, {row.running} run. More "
+            "tasks come than are run."
         )
-        found.append(Alarm("A queue falls behind.", text, *show))
+        remedy = "Add worker processes (`--processes`), or raise `--concurrency`."
+        if reported.down:
+            remedy = "Start the handler that is down; if that does not help, add worker processes (`--processes`)."
+        found.append(Alarm("A queue falls behind.", text, *show, remedy))
     elif row.is_late and row.untaken <= UNTAKEN_SECONDS:
         why = "its limits hold it back" if row.is_limited else "its oldest task waits for its next try"
         text = f"The queue {row.name} is {duration(row.lag)} behind: {_wait(row)}, {row.running} run; {why}."
@@ -147,7 +153,8 @@ def _of_a_queue(row: QueueRow, reported: Reported) -> list[Alarm]:
             f"{row.died} died in the queue {row.name} in the last {MINUTES} min ({_times(row.dead, 'dead letter')} in all). "
             "They are not tried again by themselves."
         )
-        found.append(Alarm("Tasks died.", text, "dead", "Show dead letters", row.name))
+        remedy = "Mend what they failed at, and run them again from that page."
+        found.append(Alarm("Tasks died.", text, "dead", "Show dead letters", row.name, remedy))
     return found
 
 

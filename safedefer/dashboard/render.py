@@ -14,7 +14,7 @@ from safedefer.errors import MissingExtra
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 except ModuleNotFoundError as _error:
     raise MissingExtra("dashboard", "the dashboard") from _error
 
@@ -74,6 +74,14 @@ def _number(value: int) -> str:
     return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
+def _commands(text: str) -> Markup:
+    """Return words of ours with what stands between backticks as code."""
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part)
+        for number, part in enumerate(text.split("`"))
+    )
+
+
 class Renderer:
     """Makes pages of the templates of this package."""
 
@@ -96,6 +104,7 @@ class Renderer:
             took=_took,
             when=_when,
             field=time_field,
+            commands=_commands,
         )
 
     def __call__(self, template: str, **values: Any) -> str:

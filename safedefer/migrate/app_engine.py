@@ -23,7 +23,7 @@ from safedefer.errors import ConfigurationError
 from safedefer.migrate.opcodes import Interpreter, RawText, refuse
 from safedefer.options import Task
 from safedefer.policy import Gate
-from safedefer.refs import find, find_member, mro, reference
+from safedefer.refs import find, find_member, reference
 
 __all__ = ["AppEngineBridge", "PickledCall"]
 
@@ -185,8 +185,6 @@ class _TaskMakers:
         hooks = (plan.getstate, plan.setstate, plan.newargs, plan.newargs_ex, plan.new)
         if plan.base is not object or any(hooks) or plan.tag not in _TAGS:
             raise refuse(f"objects of {_shown(cls)} have a state of their own; defer the task anew")
-        if any("__del__" in vars(each) for each in mro(found)):
-            raise refuse(f"objects of {_shown(cls)} run code when they go")
         value: Any = object.__new__(found)
         own = plan.state_of(value) if plan.state_of is not None else None
 
@@ -207,7 +205,7 @@ class _TaskMakers:
     def build(self, value: Any, state: Any) -> None:
         """Set the attributes of an object that ``new`` made."""
         _, store = self._states.get(id(value), (None, None))
-        halves = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004  # __dict__ and slots
+        halves: tuple[Any, ...] = state if type(state) is tuple and len(state) == 2 else (state, None)  # noqa: PLR2004  # __dict__ and slots
         if store is None or any(each is not None and type(each) is not dict for each in halves):
             raise refuse("a state is no dict, or that of another value")
         self._spend(*halves)

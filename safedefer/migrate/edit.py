@@ -63,7 +63,7 @@ class _Editor(cst.CSTTransformer):
         return {*edits.calls, *edits.names, *edits.decorators, *edits.statements} - self._done
 
     def _span(self, node: cst.CSTNode) -> Span:
-        place = self.get_metadata(PositionProvider, node)
+        place: Any = self.get_metadata(PositionProvider, node)
         return Span(place.start.line, place.start.column, place.end.line, place.end.column)
 
     def _meets(self, node: cst.CSTNode, edits: Any) -> Any:

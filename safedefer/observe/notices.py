@@ -68,13 +68,22 @@ class Notices:
 
     Args:
         queue: Returns the queue. May raise ``QueueUnavailable``.
+        is_open: Whether the process has opened its queue. No notice opens one: what a handler refused must cause nothing.
         observers: Told of queues that are late; ``troubles`` is added to them.
         clock: Seconds since the epoch.
     """
 
-    def __init__(self, queue: Callable[[], PullQueue], observers: Observers, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        queue: Callable[[], PullQueue],
+        observers: Observers,
+        clock: Callable[[], float],
+        *,
+        is_open: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.troubles = Troubles(clock, self._wake)
-        self._queue = queue
+        self._queue, self._is_open = queue, is_open
+        self._host = socket.gethostname()  # now, and not while a request is refused
         self._observers = observers
         self._clock = clock
         self._role, self._since = _HANDLER, clock()
@@ -98,7 +107,7 @@ class Notices:
     @property
     def process(self) -> str:
         """The name of this process: its command, its number and its machine."""
-        return f"{self._role.command} {os.getpid()} on {socket.gethostname()}"[:NOTICE_NAME]
+        return f"{self._role.command} {os.getpid()} on {self._host}"[:NOTICE_NAME]
 
     @property
     def failure(self) -> StoreTrouble | None:
@@ -178,7 +187,7 @@ class Notices:
 
     def _write(self) -> None:
         text = self._text()
-        if not text and not self._written:
+        if not (text or self._written) or not self._is_open():
             self._failure = None
             return
         self._began = now = self._clock()

@@ -234,7 +234,9 @@ def test_a_worker_is_replaced_after_so_many_tasks(project):
     assert len(pids) >= 2
     status, _, err = project.terminate(process)
     assert status == 0
-    assert re.fullmatch(r"safedefer run: the queue is in .*\n", err), "a replacement needs no word"
+    said = [line for line in err.splitlines() if "tasks are late" not in line]  # on a busy machine they are
+    assert len(said) == 1, "a replacement needs no word"
+    assert said[0].startswith("safedefer run: the queue is in ")
 
 
 def test_what_is_wrong_with_the_application_is_said_once(project):

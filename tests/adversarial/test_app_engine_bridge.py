@@ -289,6 +289,18 @@ def test_what_somebody_wrote_is_refused_and_runs_nothing(bridge, body, monkeypat
     assert CALLS == []
 
 
+def test_an_object_that_would_run_code_when_it_goes_or_hides_a_method_is_not_made(bridge):
+    with pytest.raises(InvalidArguments, match="defines __del__"):
+        bridge.read(spelt(f"c{HOME}\nDying\n)".encode() + b"\x81"))
+    with pytest.raises(InvalidArguments, match="hides the function send"):
+        bridge.read(spelt(f"c{HOME}\nPlain\n)".encode() + b"\x81}U\x04sendK\x01sb"))
+
+
+def test_a_body_has_100_000_values_at_most(bridge):
+    with pytest.raises(InvalidArguments, match="over 100,000 values"):
+        bridge.read(spelt(b"(" + b"N" * 100_001 + b"t"))
+
+
 def laughs(kind):
     """Return a task of a value that unfolds to 10**30 others."""
     body = b"K\x01" + {"list": b"]q\x00(" + b"K\x01" * 10 + b"e", "tuple": b"(" + b"K\x01" * 10 + b"tq\x00"}[kind]

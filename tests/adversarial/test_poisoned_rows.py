@@ -92,6 +92,7 @@ class Postgres:
         **dict.fromkeys(("uniques", "blobs", "ledger", "attempts"), "task_id = %s"),
         **dict.fromkeys(("dead", "ended"), "id = %s"),
         "notices": "process = %s",
+        "kept": "key = 'k:' || %s",
     })  # fmt: skip
     #: No row of them is one task's. The log, the schedules and the statistics are written, and never read.
     others = frozenset({"settings", "blob_totals", "pgqueuer_log", "pgqueuer_schedules", "pgqueuer_statistics"})
@@ -138,6 +139,7 @@ class SQLite:
         **dict.fromkeys(("ledger", "attempts"), "task_id = ?"),
         **dict.fromkeys(("tasks", "dead", "ended"), "id = ?"),
         "notices": "process = ?",
+        "kept": "key = 'k:' || ?",
     })  # fmt: skip
     others = frozenset({"schema", "totals"})
     tasks = ("tasks", "headers", "token")
@@ -256,6 +258,7 @@ class World:
 
         for task in self.tasks:
             self.queue.put_notice(task.id, ProcessReport(command="run").text(), now=time.time())
+            self.queue.keep.put(f"k:{task.id}", b"kept", expires=int(time.time()) + 60)
 
     @property
     def bad(self):
@@ -307,6 +310,9 @@ class World:
         self.queue.attempt_times(since=time.time() - 900.0)
         for notice in self.queue.notices(since=0.0):
             ProcessReport.read(notice, now=time.time())
+        values = self.queue.keep.get_many([f"k:{task.id}" for task in self.tasks])
+        assert {type(value) for value in values.values()} <= {bytes}
+        assert {values[f"k:{task_id}"] for task_id in self.good} == {b"kept"}
         for view in views:
             json.dumps(summary(view))
         self.queue.stats(now=time.time())

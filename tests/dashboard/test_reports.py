@@ -86,7 +86,7 @@ async def test_what_another_process_says_is_on_the_overview(report, says):
 async def test_a_process_that_fell_silent_is_named_unless_it_ended_or_was_replaced():
     app, now = make_app(), time.time()
     silent = ProcessReport(process="run 7 on web-1", command="run", beats=True, at=now - 60.0, since=now - 90.0)
-    assert "run 7 on web-1 gave no sign of life for 1 min" in (await words_of(app, silent)).words
+    assert "The process run 7 on web-1 has said nothing for 1 min" in (await words_of(app, silent)).words
     other = replace(silent, process="run 8 on web-2", at=now, since=now - 50.0)
     assert "A process is silent" in (await words_of(app, other)).words
     successor = replace(silent, process="run 9 on web-1", at=now, since=now - 50.0)

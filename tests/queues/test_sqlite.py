@@ -120,9 +120,10 @@ def test_a_closed_queue_does_not_open_the_file_again(queue):
 
 
 def test_a_queue_that_nobody_refers_to_is_closed(path):
+    before = set(threading.enumerate())  # another test's may be about to end
     queue = SQLiteQueue(path)
     queue.enqueue_many([make_task()])
-    (writer,) = [thread for thread in threading.enumerate() if thread.name == "safedefer-writer"]
+    (writer,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "safedefer-writer"]
     del queue
     writer.join(30)
     assert not writer.is_alive()
