@@ -117,7 +117,7 @@ class TaskDead:
     callable: str
     """As it is stored: a hint."""
     reason: str | None
-    """A slug."""
+    """A slug, or None where the handler gave the task up: its ``TaskHandled`` has the reason."""
     attempts: int
     """Charged attempts."""
 

@@ -18,6 +18,8 @@ from safedefer.errors import ConfigurationError, MalformedToken, WeakKey
 from safedefer.token import decode_segment, encode_segment
 
 MAKE_ONE: Final = "make one with `safedefer keys new`"
+#: What `safedefer keys new` prints in front of a key.
+_VARIABLE: Final = "SAFEDEFER_KEYS="
 LOOKS_WRONG: Final = re.compile(
     rb"^\s*(-----begin|\{|\[|ssh-|ecdsa-)|change[-_ ]?(me|it|this)|placeholder|example|password|insecure|your[-_ ]?secret|default"
 )
@@ -113,6 +115,10 @@ def read_text(text: str) -> list[KeyFields]:
     Raises:
         ConfigurationError: The text is malformed. Frames of its traceback hold secrets.
     """
+    if text.startswith(_VARIABLE):
+        raise ConfigurationError(
+            f"keys are written without {_VARIABLE} in front; `export $(safedefer keys new)` sets the variable"
+        )
     keys: list[KeyFields] = []
     for item in (part.strip() for part in text.split(",")):
         kid, colon, secret = item.partition(":")

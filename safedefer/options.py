@@ -163,7 +163,7 @@ class Options:
             raise InvalidTaskNameError("a task's name is 1 to 500 characters of A-Z a-z 0-9 _ -")
         for part, value in (("queue", self.queue), ("target", self.target)):
             if value is not None and (type(value) is not str or _PART.fullmatch(value) is None):
-                raise InvalidTaskError(f"the {part} is 1 to 100 characters of A-Z a-z 0-9 . -")
+                raise InvalidTaskError(f"the {part} is 1 to 100 characters of A-Z a-z 0-9 . -, not {value!a:.120}")
         if self.retry_options is not None and not isinstance(self.retry_options, TaskRetryOptions):
             raise InvalidTaskRetryOptionsError("retry_options is a TaskRetryOptions object")
         for flag in ("transactional", "pickle"):

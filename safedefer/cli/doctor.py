@@ -167,7 +167,7 @@ def check_policy(app: App) -> Iterable[Finding]:
             "policy", "warn", "the policy has no pattern: only what is marked @deferrable may run, if that counts"
         )
     elif not missing:
-        yield Finding("policy", "ok", f"{len(app.policy.patterns)} patterns, and each names something")
+        yield Finding("policy", "ok", f"{many(len(app.policy.patterns), 'pattern')}, and each names something")
 
 
 def _leads_somewhere(pattern: str) -> bool:
@@ -194,6 +194,9 @@ def check_queue(app: App) -> Iterable[Finding]:
             "compare the path that `safedefer run` says when it starts",
         )  # fmt: skip
         return
+    reach = getattr(getattr(app.queue, "engine", None), "reach", None)
+    if reach is not None:  # a push engine that the counts do not ask
+        reach()
     counted = app.queue.stats(now=time.time())
     waiting, dead = sum(each.waiting for each in counted), sum(each.dead for each in counted)
     yield Finding("queue", "ok", f"{app.queue!r} opens; {waiting} tasks wait, {dead} are dead letters")

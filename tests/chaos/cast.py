@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from safedefer import App
@@ -163,7 +163,7 @@ class Cast:
             process.wait()
         self.store.close()
         if exception[0] is not None and os.environ.get("CHAOS_KEEP"):
-            print("kept:", subprocess.run(["cp", "-r", self.folder, "/tmp/chaos-kept"], check=False))
+            print("kept:", subprocess.run(["cp", "-r", self.folder, f"{gettempdir()}/chaos-kept"], check=False))
         self._temporary.cleanup()
 
     # --- Processes ---

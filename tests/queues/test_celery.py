@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from celery import Celery
 from celery.exceptions import Reject, SoftTimeLimitExceeded
+from kombu import Connection
 
 from safedefer import TaskRetryOptions
+from safedefer.cli.doctor import check_queue
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.headers import Response
 from safedefer.queues import open_engine
@@ -278,6 +280,25 @@ def test_a_message_that_is_none_of_ours_is_dropped(engine, values):
 def test_a_broker_that_is_away_is_an_error_at_defer(plain, engine):
     with pytest.raises(QueueUnavailable, match="Celery broker"):
         plain.defer(sample_tasks.add, 1)
+
+
+def test_a_transport_that_does_not_import_is_named_with_what_to_install(plain, engine, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("No module named 'redis'")
+
+    monkeypatch.setattr(engine, "_producer", missing)
+    with pytest.raises(QueueUnavailable, match=r"No module named 'redis'.*pip install 'celery\[redis\]'"):
+        plain.defer(sample_tasks.add, 1)
+
+
+def test_the_doctor_asks_the_broker(plain, monkeypatch):
+    def queue():
+        return [(finding.status, finding.text) for finding in check_queue(plain)]
+
+    with pytest.raises(QueueUnavailable, match="the Celery broker does not answer"):
+        queue()
+    monkeypatch.setattr(plain.push_queue.engine.celery, "connection_for_write", lambda: Connection("memory://"))
+    assert [status for status, _ in queue()] == ["ok"]
 
 
 @pytest.mark.parametrize("url", ["celery://", "celery://?broker=", "celery://host", "celery://?broker=host"])

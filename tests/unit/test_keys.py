@@ -156,7 +156,7 @@ def test_a_key_is_neither_pickled_nor_copied(clone):
 
 BROKEN = [
     f"a:{TEXT},b", f"a:{TEXT},b:!!", f"a:{TEXT},b:{OTHER_TEXT}=", f"a:{TEXT},a:{OTHER_TEXT}", f"a:{TEXT},b:{TEXT}", f"a:{TEXT},b:QUJD", f"a b:{TEXT}", TEXT, "",
-    f"a:{TEXT},", f"a:{TEXT},b:{OTHER_TEXT}\udc80", f"a:{TEXT},b:é", f":{TEXT}",
+    f"a:{TEXT},", f"a:{TEXT},b:{OTHER_TEXT}\udc80", f"a:{TEXT},b:é", f":{TEXT}", f"SAFEDEFER_KEYS=a:{TEXT}",
 ]  # fmt: skip
 
 
@@ -312,6 +312,13 @@ def test_keys_are_read_from_text_and_the_first_one_is_active():
     ring = Keyring.from_text(f"a:{TEXT} , b:{OTHER_TEXT}")
     assert [(key.kid, key.state) for key in ring.keys] == [("a", "active"), ("b", "verify_only")]
     assert ring.sign(b"x") == Keyring(Key("a", SECRET)).sign(b"x")
+
+
+def test_the_line_that_keys_new_prints_is_refused_with_the_command_that_sets_the_variable():
+    with pytest.raises(
+        ConfigurationError, match=r"without SAFEDEFER_KEYS= in front; `export \$\(safedefer keys new\)`"
+    ):
+        Keyring.from_text(f"SAFEDEFER_KEYS=a:{TEXT}")
 
 
 def test_keys_are_read_from_a_jwk_set_with_their_limits():

@@ -38,7 +38,7 @@ WRONG = [
     ("name", b"name", InvalidTaskNameError, "1 to 500"),
     ("queue", "", InvalidTaskError, "the queue"),
     ("queue", "a:b", InvalidTaskError, "the queue"),
-    ("queue", "a/b", InvalidTaskError, "the queue"),
+    ("queue", "a/b", InvalidTaskError, "not 'a/b'"),
     ("queue", "a\n", InvalidTaskError, "the queue"),
     ("queue", "q" * 101, InvalidTaskError, "the queue"),
     ("target", "", InvalidTaskError, "the target"),

@@ -185,9 +185,19 @@ class CeleryEngine:
                     **route,
                 )
         except Exception as error:
-            raise QueueUnavailable(
-                f"the Celery broker did not take the task ({type(error).__name__}); see that it runs, and try again"
-            ) from error
+            raise _unavailable("did not take the task", error) from error
+
+    def reach(self) -> None:
+        """Connect to the broker, and disconnect: ``stats`` does not ask it.
+
+        Raises:
+            QueueUnavailable: It does not answer, refuses the user, or its transport does not import.
+        """
+        try:
+            with self.celery.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=1)
+        except Exception as error:
+            raise _unavailable("does not answer", error) from error
 
     def _producer(self) -> AbstractContextManager[Producer]:
         """Return a producer of this process whose messages the broker confirms."""
@@ -254,6 +264,14 @@ class CeleryEngine:
         except Error as error:
             # It is not acknowledged: the broker delivers it again.
             raise Reject(reason=error.slug, requeue=True) from error
+
+
+def _unavailable(what: str, error: Exception) -> QueueUnavailable:
+    """Say what is wrong with the broker, without its URL. A transport that does not import is said as it is."""
+    if isinstance(error, ImportError):
+        remedy = "install what its transport needs: for Redis and Valkey, pip install 'celery[redis]'"
+        return QueueUnavailable(f"the Celery broker {what} ({error}); {remedy}")
+    return QueueUnavailable(f"the Celery broker {what} ({type(error).__name__}); see that it runs, and try again")
 
 
 def _deliver(task: Any, token: str, url: str, retries: int, since: float) -> None:
