@@ -142,7 +142,8 @@ def test_a_loop_of_c_that_holds_the_interpreter_is_ended_with_or_without_a_super
     # A frozen worker hears of nothing, and ends all the same.
     project.until(lambda: not any(map(alive, pids)))
     err = process.communicate()[1]
-    assert "gave no sign of life for 2 s and is ended" in err
+    # The supervisor and the worker's own timer wait equally long: on a busy machine the timer may be first.
+    assert "gave no sign of life for 2 s and is ended" in err or "ended with status" in err
     assert re.search(r'shop_tasks\.py", line \d+ in hold', err), "its own timer says where"
 
 
