@@ -6,6 +6,7 @@ import random
 import statistics
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import apsw
 import pytest
@@ -216,6 +217,33 @@ def test_parent_and_children_enqueue_at_the_same_time(queue):
         thread.join()
     assert codes == [0] * 4
     assert set(ids(take(queue, limit=100_000))) == expected
+
+
+def test_who_used_the_connection_last_waits_for_a_fork_like_any_other(queue):
+    # A lone caller had taken itself for somebody within its own operation, and was refused.
+    queue.enqueue_many([make_task()])
+    handle = queue._writer._handle
+    held, let_go = threading.Event(), threading.Event()
+
+    def fork_for_long() -> None:
+        handle.before_fork()
+        held.set()
+        let_go.wait(60)
+        handle.after_fork_in_parent()
+
+    def enqueue_twice() -> None:
+        queue.enqueue_many([make_task(id="first-of-this-thread")])
+        forking.start()
+        held.wait(60)
+        assert not handle.in_use_here
+        threading.Timer(0.2, let_go.set).start()
+        queue.enqueue_many([make_task(id="second-of-this-thread")])
+
+    forking = threading.Thread(target=fork_for_long)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(enqueue_twice).result(60)
+    forking.join()
+    assert {"first-of-this-thread", "second-of-this-thread"} <= set(ids(take(queue, limit=10)))
 
 
 def test_a_child_keeps_its_tasks_when_its_parent_closes_the_queue(path):

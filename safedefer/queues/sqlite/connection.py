@@ -208,7 +208,7 @@ class Handle:
         self._busy_timeout = busy_timeout
         self._lock = threading.Lock()
         self._user = 0
-        """The thread that had the connection last."""
+        """The thread that has the connection; 0 while none has, though a fork or a close may hold the lock."""
         self._connection: apsw.Connection | None = None
         self._pid = 0
         self._closed = False
@@ -226,6 +226,8 @@ class Handle:
                 except apsw.Error as error:
                     self._discard_after(error)
                     raise unavailable(self.path, error) from error
+                finally:
+                    self._user = 0
         finally:
             self._drop_if_closed()
 
@@ -237,7 +239,7 @@ class Handle:
     @property
     def in_use_here(self) -> bool:
         """Whether this thread has it, further up its stack."""
-        return self._user == threading.get_ident() and self._lock.locked()
+        return self._user == threading.get_ident()
 
     def wait(self) -> None:
         """Wait until no thread has the connection, once."""
