@@ -26,42 +26,62 @@ class Alarm(NamedTuple):
 
 
 _SYSTEM: Final = ("system", "Show the system page")
-REFUSALS: Final[Mapping[str, tuple[str, str]]] = {
-    "revoked-key": (
-        "Somebody uses a revoked key.",
-        "A thief of it, or a process that was not given the new one: see where these requests come from.",
+
+
+class Meaning(NamedTuple):
+    """What a reason stands for."""
+
+    title: str
+    text: str
+    remedy: str
+
+
+_SOURCE: Final = "See where these requests come from."
+REFUSALS: Final[Mapping[str, Meaning]] = {
+    "revoked-key": Meaning(
+        "Somebody uses a revoked key.", "A thief of it, or a process that was not given the new one.", _SOURCE
     ),
-    "unknown-key": (
-        "Somebody uses an unknown key.",
-        "A foreign one, or a new one that the handler was not given: see where these requests come from.",
+    "unknown-key": Meaning(
+        "Somebody uses an unknown key.", "A foreign one, or a new one that the handler was not given.", _SOURCE
     ),
-    "bad-signature": (
-        "Somebody sends forged tasks.",
-        "Changed on the way, or signed with another secret of the same key id: see where these requests come from.",
+    "bad-signature": Meaning(
+        "Somebody sends forged tasks.", "Changed on the way, or signed with another secret of the same key id.", _SOURCE
     ),
-    "capability-exceeded": (
+    "capability-exceeded": Meaning(
         "Somebody uses a key beyond its limits.",
         "The key may not sign this queue or callable: it was stolen, or its limits are too narrow.",
+        _SOURCE,
     ),
-    "wrong-audience": (
+    "wrong-audience": Meaning(
         "Somebody sends tasks of another place.",
         "Of another environment, queue, target or URL: a copied token, or a wrong setting.",
+        _SOURCE,
     ),
-    "replayed-task": ("Somebody sends another task under a known id.", "See where these requests come from."),
-    "malformed-token": (
-        "Somebody sends what is no task.",
-        "A probe, or a client that is not safedefer's: see where these requests come from.",
+    "replayed-task": Meaning("Somebody sends another task under a known id.", "", _SOURCE),
+    "malformed-token": Meaning(
+        "Somebody sends what is no task.", "A probe, or a client that is not safedefer's.", _SOURCE
     ),
 }
-"""What refusals mean, by their reason: a title, and what may be behind them."""
-_OTHER_REFUSAL: Final = ("Requests are refused.", "Somebody sends what is no task of ours.")
-#: What a rejection means, by its reason.
-REJECTIONS: Final = {
-    "unresolvable-callable": "the code that runs here does not have it: deploy the version that does, or map the name by Policy(moved=...)",
-    "policy-violation": "the policy here does not name it: deploy the policy that does",
-    "invalid-arguments": "the code here cannot read its arguments: deploy the version that can",
-    "invalid-claims": "this version of safedefer cannot read it: deploy the version that can",
+"""What refusals mean, by their reason."""
+_OTHER_REFUSAL: Final = Meaning("Requests are refused.", "Somebody sends what is no task of ours.", _SOURCE)
+REJECTIONS: Final[Mapping[str, Meaning]] = {
+    "unresolvable-callable": Meaning(
+        "Code is missing here.",
+        "The code that runs here does not have it.",
+        "Deploy the version that has it, or map the name by `Policy(moved=...)`.",
+    ),
+    "policy-violation": Meaning("A policy does not name a task.", "", "Deploy the policy that names it."),
+    "invalid-arguments": Meaning(
+        "Arguments cannot be read here.",
+        "Another version of the code wrote them.",
+        "Deploy the version that reads them.",
+    ),
+    "invalid-claims": Meaning(
+        "Tasks cannot be read here.", "Another version of safedefer wrote them.", "Deploy the version that reads them."
+    ),
 }
+"""What a rejection means, by its reason."""
+_OTHER_REJECTION: Final = Meaning("Tasks need another version.", "", "Deploy the version that they were made for.")
 
 
 def alarms(rows: Sequence[QueueRow], outbox: int | None, reported: Reported, *, now: float) -> list[Alarm]:
@@ -79,11 +99,16 @@ def _of_the_store(reported: Reported, now: float) -> list[Alarm]:
     found = []
     if reported.writes is not None:
         text = f"No task can be stored or ended, for {duration(now - reported.writes.since)}: {reported.writes.text}."
-        found.append(Alarm("The store takes no writes.", text, *_SYSTEM))
+        found.append(Alarm(_cause(reported.writes.text, "The store takes no writes."), text, *_SYSTEM))
     for trouble, process in reported.troubles:
-        text = f"{trouble.doing} fails in the process {process}, for {duration(now - trouble.since)}: {trouble.text}."
-        found.append(Alarm("The store refuses a process.", text, *_SYSTEM))
+        text = f"{trouble.doing.capitalize()} fails in the process {process}, for {duration(now - trouble.since)}: {trouble.text}."
+        found.append(Alarm(_cause(trouble.text, "The store refuses a process."), text, *_SYSTEM))
     return found
+
+
+def _cause(text: str, title: str) -> str:
+    """Return the cause as the title where it is the commonest one, which needs no reading on."""
+    return "A disk is full." if "disk is full" in text else title
 
 
 def _of_processes(rows: Sequence[QueueRow], reported: Reported, now: float) -> list[Alarm]:
@@ -113,19 +138,19 @@ def _of_processes(rows: Sequence[QueueRow], reported: Reported, now: float) -> l
 def _of_requests(reported: Reported, now: float) -> list[Alarm]:
     found = []
     for each in reported.refused:
-        title, meaning = REFUSALS.get(each.reason, _OTHER_REFUSAL)
+        meaning = REFUSALS.get(each.reason, _OTHER_REFUSAL)
         text = (
             f"{_times(each.times, 'request')} refused in the last {MINUTES} min ({each.reason}), the last one "
-            f"{duration(now - each.last)} ago. {meaning}"
+            f"{duration(now - each.last)} ago. {meaning.text}"
         )
-        found.append(Alarm(title, text, *_SYSTEM))
+        found.append(Alarm(meaning.title, text.rstrip(), *_SYSTEM, remedy=meaning.remedy))
     for rejected in reported.rejected:
-        meaning = REJECTIONS.get(rejected.reason, "another version is needed here")
+        meaning = REJECTIONS.get(rejected.reason, _OTHER_REJECTION)
         text = (
             f"{rejected.callable} was turned away {_times(rejected.times, 'time')} in the last {MINUTES} min "
-            f"({rejected.reason}): {meaning}. It is tried again."
+            f"({rejected.reason}), and is tried again. {meaning.text}"
         )
-        found.append(Alarm("Tasks need another version.", text, "tasks", "Show waiting tasks"))
+        found.append(Alarm(meaning.title, text.rstrip(), "tasks", "Show waiting tasks", remedy=meaning.remedy))
     return found
 
 
@@ -136,11 +161,10 @@ def _of_a_queue(row: QueueRow, reported: Reported) -> list[Alarm]:
         text = f"The queue {row.name} is paused: {_wait(row)}, the oldest for {duration(row.lag)}."
         found.append(Alarm("A queue is paused.", text, "queues", "Show queues", remedy="Resume it when it may go on."))
     elif row.untaken > UNTAKEN_SECONDS and reported.takes(row.name):
-        text = (
-            f"The queue {row.name} is {duration(max(row.lag, row.untaken))} behind: {_wait(row)}, {row.running} run. More "
-            "tasks come than are run."
-        )
-        remedy = "Add worker processes (`--processes`), or raise `--concurrency`."
+        text = f"The queue {row.name} is {duration(max(row.lag, row.untaken))} behind: {_wait(row)}, {row.running} run."
+        remedy = "More tasks come than are run: add worker processes (`--processes`), or raise `--concurrency`."
+        if not row.running:
+            remedy = "Processes are up, and nothing runs: look at their log."
         if reported.down:
             remedy = "Start the handler that is down; if that does not help, add worker processes (`--processes`)."
         found.append(Alarm("A queue falls behind.", text, *show, remedy))

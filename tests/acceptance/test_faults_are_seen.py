@@ -24,7 +24,7 @@ FAULTS = [
     ("dispatch", "takes no connection", 'safedefer_target_down{target="http://127.0.0.1:1"} 1', "A handler is down.",
      "a handler is down"),
     ("run", "is dead", 'safedefer_dead_letters{queue="default"} 1', "Tasks died.", "a task is given up"),
-    ("run", "rejected: shop_tasks:brand_new", 'safedefer_attempts_total{outcome="rejected"', "Tasks need another version.",
+    ("run", "rejected: shop_tasks:brand_new", 'safedefer_attempts_total{outcome="rejected"', "Code is missing here.",
      "version skew"),
     ("run", "request refused: unknown-key", 'safedefer_requests_refused_total{reason="unknown-key"} 1',
      "Somebody uses an unknown key.", "a stolen key"),

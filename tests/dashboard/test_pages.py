@@ -67,7 +67,7 @@ async def test_a_queue_that_is_behind_is_shown():
         browser.site._numbers.forget()
         words = (await browser.get()).words
         assert (
-            "The queue default is 1 h 6 min behind: 1 task waits, 0 run. More tasks come than are run. Add worker processes"
+            "The queue default is 1 h 6 min behind: 1 task waits, 0 run. Processes are up, and nothing runs: look at their log"
             in words
         )
     app.close()
