@@ -45,6 +45,7 @@ def given(monkeypatch):
     del sys.modules["shape"]
 
 
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")  # from Python 3.12 on
 @pytest.mark.parametrize("name", [shape[0] for shape in RUNS if CALLED.get(shape[0], "") is not None])
 def test_what_is_said_to_be_refused_is_and_nothing_else(tmp_path, monkeypatch, given, name):
     before = next(shape[1] for shape in RUNS if shape[0] == name)
