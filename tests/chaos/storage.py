@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import apsw
 
@@ -118,35 +120,39 @@ def cut(*, tasks: int = 3_000, offsets: int = 500, seed: int = 1) -> str:
         cast.until(lambda: len(cast.account().ok) > tasks // 4, 60, "nothing runs")
         database, log = Path(copies, "whole.db"), Path(copies, "whole.db-wal")
         for _ in range(50):
-            for process in processes:
-                process.send_signal(signal.SIGSTOP)
-            time.sleep(0.1)
-            first, last = _log_range(Path(f"{cast.store.path}-shm"))
-            if last - first >= 8 * _FRAME:
+            with _frozen(processes):
+                first, last = _log_range(Path(f"{cast.store.path}-shm"))
+                shutil.copy(cast.store.path, database)
+                shutil.copy(f"{cast.store.path}-wal", log)
+            whole = log.read_bytes()
+            # Its ends tell what lies between: after a checkpoint, or between two commits, that may be nothing.
+            states = {_check_cut(database, whole[:end]) for end in (first, last)}
+            if len(states) > 1:
                 break
-            for process in processes:
-                process.send_signal(signal.SIGCONT)
-            time.sleep(0.1)
+            done = len(cast.account().ok)
+            processes.append(cast.producer(tasks, tasks + 50, 600.0))
+            tasks += 50
+            cast.until(lambda done=done: len(cast.account().ok) > done, 60, "nothing runs")
         else:
             raise Failed("the log never held anything that a checkpoint had not copied")
-        shutil.copy(cast.store.path, database)
-        shutil.copy(f"{cast.store.path}-wal", log)
-        for process in processes:
-            process.send_signal(signal.SIGCONT)
-        whole, states = log.read_bytes(), set()
-        for number in range(offsets):
-            copy = Path(copies, f"copy-{number}.db")
-            shutil.copy(database, copy)
-            Path(f"{copy}-wal").write_bytes(whole[: rng.randint(first, last)])
-            states.add(_check_copy(copy))
-            for path in (copy, Path(f"{copy}-wal"), Path(f"{copy}-shm")):
-                path.unlink(missing_ok=True)
-        if len(states) < 2:  # noqa: PLR2004 - one is what the database says without its log
-            raise Failed("every cut gave the same state: the scenario shows nothing")
+        states |= {_check_cut(database, whole[: rng.randint(first, last)]) for _ in range(offsets)}
         cast.drained()
         account = cast.account()
         account.check()
         return f"offsets={offsets} of {last - first} bytes states_seen={len(states)} impossible=0 {account.line()}"
+
+
+@contextlib.contextmanager
+def _frozen(processes: list[Any]) -> Iterator[None]:
+    """Stop the processes in the middle of what they do, and let them go on at the end."""
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(0.1)
+        yield
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
 
 
 _FRAME = 24 + 4096
@@ -157,6 +163,15 @@ def _log_range(shared: Path) -> tuple[int, int]:
     index = shared.read_bytes()
     newest, attempted = (int.from_bytes(index[place : place + 4], sys.byteorder) for place in (16, 128))
     return 32 + attempted * _FRAME, 32 + newest * _FRAME
+
+
+def _check_cut(database: Path, log: bytes) -> tuple[int, ...]:
+    """Open a copy of the database with this much of its log, and return the state that it is in."""
+    with tempfile.TemporaryDirectory(dir=database.parent) as folder:
+        path = Path(folder, "copy.db")
+        shutil.copy(database, path)
+        Path(f"{path}-wal").write_bytes(log)
+        return _check_copy(path)
 
 
 def _check_copy(path: Path) -> tuple[int, ...]:

@@ -90,11 +90,9 @@ def kills(
         spacing = tasks / per_second / (least + 3)
         while time.monotonic() < deadline:
             time.sleep(rng.uniform(0.3, 1.7) * spacing)
-            if producer.poll() == 0 and count >= least:
+            if producer.poll() == 0 and count >= least and cast.account().over:
                 break
-            if (
-                producer.poll() == 0 and not cast.left()
-            ):  # the machine was busy: more tasks, until there were kills enough
+            if producer.poll() == 0 and not cast.left():  # more tasks, until kills and deadlines were enough
                 first, tasks = tasks, tasks + _MORE
                 producer = cast.producer(first, tasks, per_second, *every)
             if count >= 3 * least:
