@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from importlib.metadata import version
@@ -28,6 +29,8 @@ _PROCESSES: Final = 10
 _TIMEOUT: Final = 5.0
 #: No token, so that nothing can run.
 _BODY: Final = b"safedefer-doctor"
+#: Bytes that are read of an answer that says nothing.
+_MOST: Final = 65_536
 
 
 def check_users(app: App) -> Iterable[Finding]:
@@ -100,20 +103,53 @@ def check_target(app: App, address: str) -> Iterable[Finding]:
             "target", "error", f"{shown.rstrip('/')}{app.url} answers {status} without {OUTCOME_HEADER}, so it is no handler of ours, or a "
             "proxy takes the header away; correct --to, the mount or SAFEDEFER_PREFIX",
         )  # fmt: skip
-    else:
+        return
+    answers = f"{shown.rstrip('/')}{app.url} answers as a handler: {status} {outcome} to what is no token"
+    if _keeps_alive(address, {}) and not _keeps_alive(address, {"Content-Encoding": "gzip"}):
         yield Finding(
-            "target", "ok", f"{shown.rstrip('/')}{app.url} answers as a handler: {status} {outcome} to what is no token"
-        )
+            "target", "warn", f"{answers}, but its server inflates bodies before the handler refuses them, so a stranger's small "
+            "request costs much memory and time; make aiohttp's runner with AppRunner(web_app, auto_decompress=False)",
+        )  # fmt: skip
+    else:
+        yield Finding("target", "ok", answers)
+
+
+def _keeps_alive(address: str, headers: dict[str, str]) -> bool:
+    """Whether a server takes another request after a POST with these headers, to a path where nothing is.
+
+    aiohttp's parser, where it inflates, fails at a body that is not what its encoding says. It answers, since nobody
+    reads the body there, and closes the connection then, which it has not announced. The handler's own path tells
+    nothing: it closes after each request that it refuses.
+    """
+    connection, path = _connect(address)
+    try:
+        for body in (_BODY, None):
+            connection.request("POST", f"{path}/safedefer-doctor-{secrets.token_hex(8)}", body, headers if body else {})
+            connection.auto_open = 0
+            response = connection.getresponse()
+            response.read(_MOST)
+            if response.will_close:
+                break
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+    return True
 
 
 def _answer(address: str, path: str) -> tuple[int, str | None]:
     """Return status and outcome of a POST. Follows no redirect, and uses no proxy."""
-    parts = urlsplit(address)
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=_TIMEOUT)
+    connection, prefix = _connect(address)
     try:
-        connection.request("POST", parts.path.rstrip("/") + path, _BODY, {"Content-Type": CONTENT_TYPE})
+        connection.request("POST", prefix + path, _BODY, {"Content-Type": CONTENT_TYPE})
         response: HTTPResponse = connection.getresponse()
         return response.status, response.getheader(OUTCOME_HEADER)
     finally:
         connection.close()
+
+
+def _connect(address: str) -> tuple[HTTPConnection, str]:
+    """Return a connection to an address, which opens when it is used, and the path that the address begins with."""
+    parts = urlsplit(address)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    return kind(parts.hostname or "", parts.port, timeout=_TIMEOUT), parts.path.rstrip("/")

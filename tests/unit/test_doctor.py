@@ -308,11 +308,11 @@ def test_the_version_of_pgqueuer_is_said_for_a_postgresql_queue(monkeypatch):
 
 
 @contextlib.asynccontextmanager
-async def handler(app):
+async def handler(app, **options):
     """Serve the handler of an App; give its address."""
     web_app = web.Application()
     web_app.add_routes([] if app is None else app.routes())
-    runner = web.AppRunner(web_app, auto_decompress=False)
+    runner = web.AppRunner(web_app, **{"auto_decompress": False, **options})
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
@@ -330,6 +330,16 @@ async def test_a_handler_is_asked_whether_it_is_one_of_ours(ours, status, said):
         (found,) = await asyncio.to_thread(lambda: [*check_target(app, address)])
     assert (found.name, found.status) == ("target", status)
     assert said in found.text
+    await asyncio.to_thread(app.close)
+
+
+@pytest.mark.parametrize(("inflates", "status"), [(True, "warn"), (False, "ok")])
+async def test_a_server_that_inflates_what_the_handler_refuses_is_seen_from_outside(inflates, status):
+    app = make_app()
+    async with handler(app, auto_decompress=inflates) as address:
+        (found,) = await asyncio.to_thread(lambda: [*check_target(app, address)])
+    assert (found.name, found.status) == ("target", status)
+    assert ("AppRunner(web_app, auto_decompress=False)" in found.text) is inflates
     await asyncio.to_thread(app.close)
 
 

@@ -14,6 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import pytest
 import uvicorn
 
+from safedefer.cli.surroundings import check_target
 from safedefer.web.asgi import Asgi
 from safedefer.web.body import warn_of_taken_body
 from tests import sample_tasks as tasks
@@ -216,3 +217,9 @@ def test_a_body_that_a_wsgi_middleware_has_read_charges_nothing_and_is_told(capl
     app.close()
     assert begun == [("503 Service Unavailable", "busy")]
     assert "a middleware takes the bytes" in caplog.text
+
+
+def test_doctor_does_not_say_of_another_server_that_it_inflates(serve, app):
+    with serve(app) as port:
+        (found,) = check_target(app, f"http://127.0.0.1:{port}")
+    assert (found.status, "answers as a handler: 403 refused" in found.text) == ("ok", True)
