@@ -219,7 +219,7 @@ def _say(problems: Sequence[Problem], summary: str) -> None:
     if problems and show_table(_COLUMNS, rows, summary):
         return
     for each in problems:
-        count = f"{each.states.total()} tasks ({_states(each)})" if each.states else each.what
+        count = f"{many(each.states.total(), 'task')} ({_states(each)})" if each.states else each.what
         example = f"  for example {each.example}" if each.example else ""
         click.echo(plain(f"{each.name}  {count}  {each.reason}: {each.text}{example}"))
     click.echo(plain(summary))

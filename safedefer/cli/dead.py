@@ -100,7 +100,13 @@ def dead_list(*, app: str | None, limit: int, as_json: bool, **given: Any) -> No
     if views and show_table(_COLUMNS, rows, totals):
         return
     for view in views:
-        columns = (view.id, view.queue, time_text(view.ended or 0.0), f"{view.attempts} attempts", view.callable_name)
+        columns = (
+            view.id,
+            view.queue,
+            time_text(view.ended or 0.0),
+            many(view.attempts, "attempt"),
+            view.callable_name,
+        )
         click.echo("  ".join(plain(column) for column in (*columns, view.reason or "")).rstrip())
     if not views:
         click.echo("no dead letters")
@@ -180,9 +186,9 @@ def dead_purge(*, app: str | None, dry_run: bool, yes: bool, **given: Any) -> No
     if dry_run or not yes:
         count = sum(len(page) for page in dead_pages(loaded.queue, where, patterns))
         if dry_run:
-            click.echo(f"{count} dead letters would be deleted")
+            click.echo(f"{many(count, 'dead letter')} would be deleted")
             return
-        confirm(f"Delete {count} dead letters for good?", yes=yes)
+        confirm(f"Delete {many(count, 'dead letter')} for good?", yes=yes)
     dropped = 0
     with progress("deleting", count) as advance:
         # A page is a transaction. Each may have 2 MiB and its records; one that somebody else wrote may be shown, and not go.
@@ -190,7 +196,7 @@ def dead_purge(*, app: str | None, dry_run: bool, yes: bool, **given: Any) -> No
             dropped += loaded.queue.drop_dead([view.id for view in page])
             for _ in page:
                 advance()
-    click.echo(f"deleted {dropped} dead letters")
+    click.echo(f"deleted {many(dropped, 'dead letter')}")
 
 
 @dead.command("export")

@@ -199,7 +199,7 @@ def check_queue(app: App) -> Iterable[Finding]:
         reach()
     counted = app.queue.stats(now=time.time())
     waiting, dead = sum(each.waiting for each in counted), sum(each.dead for each in counted)
-    yield Finding("queue", "ok", f"{app.queue!r} opens; {waiting} tasks wait, {dead} are dead letters")
+    yield Finding("queue", "ok", f"{app.queue!r} opens; {many(waiting, 'task')} waiting, {many(dead, 'dead letter')}")
     if app.queue.file is None:
         return
     path = app.queue.file.path

@@ -22,6 +22,7 @@ from safedefer.cli.common import NO_ENVIRONMENT, Seconds, load_app
 from safedefer.cli.options import TEXT
 from safedefer.cli.service import FleetShows, Service, ServiceOptions, health_address
 from safedefer.cli.supervisor import SupervisorOptions, supervise
+from safedefer.cli.text import many
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
@@ -397,7 +398,7 @@ async def _drain_handler(app: App, seconds: float, worker: Worker | None) -> Non
     if not await app.delivery.drained(seconds):
         # Threads cannot be stopped, and Python would wait for them. Their runs stay in the ledger
         # until the lease is over, and are then tried again.
-        click.echo(f"{app.delivery.running} tasks were still running; they will be tried again", err=True)
+        click.echo(f"{many(app.delivery.running, 'task')} still running; tried again later", err=True)
         sys.stdout.flush()
         if worker is not None:
             worker.say_counts()

@@ -181,10 +181,10 @@ def queues_purge(*, app: str | None, queue: str, dry_run: bool, yes: bool) -> No
     if dry_run or not yes:
         count = sum(stats.waiting for stats in loaded.queue.stats(now=time.time()) if stats.queue == queue)
         if dry_run:
-            click.echo(f"{count} tasks of {plain(queue)} would be cancelled")
+            click.echo(f"{many(count, 'task')} of {plain(queue)} would be cancelled")
             return
-        confirm(f"Cancel {count} waiting tasks of {plain(queue)}?", yes=yes)
-    click.echo(f"cancelled {loaded.queue.purge(queue, now=time.time())} tasks of {plain(queue)}")
+        confirm(f"Cancel {many(count, 'waiting task')} of {plain(queue)}?", yes=yes)
+    click.echo(f"cancelled {many(loaded.queue.purge(queue, now=time.time()), 'task')} of {plain(queue)}")
 
 
 @queues.command("update")

@@ -11,7 +11,7 @@ import click
 from safedefer.app import App
 from safedefer.cli.options import Patterns, confirm, dead_pages
 from safedefer.cli.terminal import for_people, progress
-from safedefer.cli.text import plain
+from safedefer.cli.text import many, plain
 from safedefer.errors import DeferError, Error, RejectedTask
 from safedefer.queues.base import BlobsFull, DeadFilter
 
@@ -33,11 +33,11 @@ def retry_matching(
     started = time.time()
     where = replace(where, before=min(started, started if where.before is None else where.before))
     if dry_run:
-        click.echo(f"{_count(app, where, patterns, show=True)} dead letters would run again")
+        click.echo(f"{many(_count(app, where, patterns, show=True), 'dead letter')} would run again")
         return
     count = _count(app, where, patterns, show=False) if for_people() and not yes else None
     if count:
-        confirm(f"Run {count} dead letters again?", yes=yes)
+        confirm(f"Run {many(count, 'dead letter')} again?", yes=yes)
     again, refused = 0, dict[str, Error]()
     with progress("running again", count) as advance:
         for page in dead_pages(app.queue, where, patterns):

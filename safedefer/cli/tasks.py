@@ -73,7 +73,7 @@ def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, lim
             view.state,
             view.queue,
             time_text(view.eta),
-            f"{view.attempts} attempts",
+            many(view.attempts, "attempt"),
             view.callable_name,
         )
         click.echo("  ".join(plain(column) for column in (*columns, view.reason or "")).rstrip())
@@ -142,7 +142,7 @@ def _cancel_matching(app: App, patterns: Patterns, queue: str | None, *, dry_run
         if dry_run:
             click.echo("  ".join(map(plain, (view.id, view.state, view.queue, view.callable_name))).rstrip())
     count = counted.total()
-    said = f"{count} tasks ({counted[TaskState.WAITING]} waiting, {counted[TaskState.RUNNING]} running)"
+    said = f"{many(count, 'task')} ({counted[TaskState.WAITING]} waiting, {counted[TaskState.RUNNING]} running)"
     if dry_run or not count:
         click.echo(f"{said} would be cancelled")
         return
@@ -152,7 +152,7 @@ def _cancel_matching(app: App, patterns: Patterns, queue: str | None, *, dry_run
         for view in living(app.queue, patterns, of_queue=queue):
             cancelled += app.cancel(view.id)
             advance()
-    click.echo(f"cancelled {cancelled} tasks")
+    click.echo(f"cancelled {many(cancelled, 'task')}")
 
 
 @tasks.command("retry")

@@ -12,7 +12,7 @@ from typing import Any, Final
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import Seconds, app_option, json_text, load_app_to_look
+from safedefer.cli.common import Seconds, app_option, json_text, load_app, load_app_to_look, missing_file
 from safedefer.cli.terminal import Column, for_people, keep_showing
 from safedefer.cli.text import plain, span
 from safedefer.errors import QueueUnavailable
@@ -96,11 +96,10 @@ class Looks:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line and queue, once.")
 def top(*, app: str | None, every: float, once: bool, as_json: bool) -> None:
     """Show what each queue does now: waiting, running, dead, lag, and tasks a second. Ctrl-C ends it."""
-    loaded = load_app_to_look(app)
-    looks = Looks(loaded.queue)
     if not once and not as_json and for_people():
-        _live(loaded, looks, every)
+        _live(load_app(app), every)
         return
+    looks = Looks(load_app_to_look(app).queue)
     looks.look(time.time())
     time.sleep(every)
     found = looks.look(time.time())
@@ -110,8 +109,20 @@ def top(*, app: str | None, every: float, once: bool, as_json: bool) -> None:
         click.echo("no tasks")
 
 
-def _live(app: App, looks: Looks, every: float) -> None:
+def _live(app: App, every: float) -> None:
+    looks = Looks(app.queue)
+
     def draw() -> tuple[Sequence[Column], list[tuple[Any, ...]], str]:
+        missing = missing_file(app)
+        if missing is not None:  # it is shown as soon as it is there, and a look would make it
+            return (
+                _COLUMNS,
+                [],
+                (
+                    f"{missing} does not exist yet: no process has used it, or they use another one; compare the path that "
+                    "`safedefer run` says when it starts"
+                ),
+            )
         try:
             found = looks.look(time.time())
         except QueueUnavailable as error:

@@ -60,7 +60,7 @@ def test_queues_are_made_listed_paused_counted_and_purged(emulated):
     app.options(queue="mail").defer(tasks.add, 1)
     app.close()
     assert json.loads(command("queues", "stats", "--json"))["waiting"] == 1
-    assert "cancelled 1 tasks" in command("queues", "purge", "mail", "--yes")
+    assert "cancelled 1 task of" in command("queues", "purge", "mail", "--yes")
     command("queues", "resume", "mail")
     assert emulated.client.get_queue(name=QUEUE).state is tasks_v2.Queue.State.RUNNING
 

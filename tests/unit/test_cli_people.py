@@ -38,7 +38,7 @@ def app(monkeypatch, tmp_path):
         app = make_app(queue=queue)
         for module in MODULES:
             monkeypatch.setattr(f"safedefer.cli.{module}.load_app_to_look", lambda _: app)
-        for module in ("keys", "explain", "more"):
+        for module in ("keys", "explain", "more", "top"):
             monkeypatch.setattr(f"safedefer.cli.{module}.load_app", lambda _: app)
         yield app
 
@@ -273,7 +273,7 @@ def test_tasks_are_cancelled_by_name_or_callable_after_a_count(app):
     assert run("tasks", "cancel", "--callable", "tests.sample_tasks:a*", "--queue", "none", "--yes").startswith(
         "0 tasks"
     )
-    assert run("tasks", "cancel", "--callable", "tests.sample_tasks:a*", "--yes") == "cancelled 1 tasks\n"
+    assert run("tasks", "cancel", "--callable", "tests.sample_tasks:a*", "--yes") == "cancelled 1 task\n"
     assert [view.id for _, view in app.queue.live_tasks()] == [other.id]
     for words in (
         ("tasks", "cancel"),
@@ -306,15 +306,15 @@ def test_what_deletes_says_how_many_and_a_pipe_must_say_yes(app, at_a_terminal, 
     app.defer(sample_tasks.add, 1, 2)
     kill(app, 1)
     app.defer(sample_tasks.add, 3, 4)
-    assert run("dead", "purge", "--dry-run") == "1 dead letters would be deleted\n"
-    assert run("queues", "purge", "default", "--dry-run") == "1 tasks of default would be cancelled\n"
-    assert "Delete 1 dead letters for good? [y/N]" in run("dead", "purge", input="n\n", code=1)
+    assert run("dead", "purge", "--dry-run") == "1 dead letter would be deleted\n"
+    assert run("queues", "purge", "default", "--dry-run") == "1 task of default would be cancelled\n"
+    assert "Delete 1 dead letter for good? [y/N]" in run("dead", "purge", input="n\n", code=1)
     monkeypatch.setattr("safedefer.cli.options.is_terminal", lambda _: False)
     assert "add --yes to the command" in run("dead", "purge", code=1, input="y\n")
-    assert "Cancel 1 waiting tasks of default?" in run("queues", "purge", "default", code=1, input="y\n")
+    assert "Cancel 1 waiting task of default?" in run("queues", "purge", "default", code=1, input="y\n")
     assert len(app.queue.tasks()) == 2
     assert run("dead", "purge", "--name", "other", "--yes").endswith("deleted 0 dead letters\n")
-    assert run("dead", "purge", "--yes").endswith("deleted 1 dead letters\n")
+    assert run("dead", "purge", "--yes").endswith("deleted 1 dead letter\n")
 
 
 def test_lists_have_one_object_a_line(app):
@@ -358,18 +358,21 @@ def test_top_prints_once_where_the_output_is_no_terminal(app):
 
 
 def test_top_draws_again_until_ctrl_c(app, at_a_terminal, monkeypatch):
-    app.defer(sample_tasks.add, 1, 2)
     drawn = []
 
     def show(draw, wait):
-        drawn.extend([draw(), wait(), draw()])
+        drawn.extend([draw(), wait()])
+        if len(drawn) == 2:
+            app.defer(sample_tasks.add, 1, 2)
+        drawn.append(draw())
         raise KeyboardInterrupt
 
     slept = []
     monkeypatch.setattr("safedefer.cli.top.time", SimpleNamespace(time=time.time, sleep=slept.append))
     monkeypatch.setattr("safedefer.cli.top.keep_showing", show)
     assert run("top", "--every", "5") == ""
-    (columns, rows, totals), again, _ = drawn
+    (columns, nothing, absent), again, (_, rows, totals) = drawn
+    assert (nothing, "tasks.db does not exist yet: " in absent) == ([], True)
     assert ([column.title for column in columns][:2], again, slept) == (["QUEUE", "WAITING"], True, [5.0])
     assert rows[0][:4] == ("default", 1, 0, 0)
     assert totals.endswith("1 waiting, 0 running, 0 dead, 0.0 done a second; every 5 s, Ctrl-C ends")

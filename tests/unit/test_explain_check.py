@@ -275,7 +275,7 @@ def test_a_policy_that_admits_less_fails_and_imports_nothing_of_it(use, shop):
     app.defer(shop_code.send, 1)
     shop("raise SystemExit('imported')")
     use(keyring=keys, queue=app.queue)
-    assert "shop_code:send  1 tasks (1 waiting)  policy-violation" in run("check", code=1)
+    assert "shop_code:send  1 task (1 waiting)  policy-violation" in run("check", code=1)
     assert "shop_code" not in sys.modules
 
 
