@@ -398,7 +398,7 @@ async def _drain_handler(app: App, seconds: float, worker: Worker | None) -> Non
     if not await app.delivery.drained(seconds):
         # Threads cannot be stopped, and Python would wait for them. Their runs stay in the ledger
         # until the lease is over, and are then tried again.
-        click.echo(f"{many(app.delivery.running, 'task')} still running; tried again later", err=True)
+        click.echo(f"{many(app.delivery.running, 'task')} still running; will be tried again", err=True)
         sys.stdout.flush()
         if worker is not None:
             worker.say_counts()

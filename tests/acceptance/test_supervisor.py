@@ -170,7 +170,7 @@ def test_a_worker_whose_threads_do_not_return_is_replaced(project):
     status, _, err = project.terminate(process)
     assert status == 0
     assert "4 tasks go on past their deadlines in this process" in err
-    assert "4 tasks still running; tried again later" in err
+    assert "4 tasks still running; will be tried again" in err
     assert err.count("passed its deadline of 0.5 s and goes on, as it cannot be cancelled") >= 4
 
 
