@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 
 import click
@@ -12,6 +11,7 @@ from ruamel.yaml import YAML
 
 from safedefer.cli import main
 from tests.acceptance.processes import ROOT
+from tests.ports import ReservedPort
 
 DEPLOY = ROOT / "examples" / "deploy"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -72,15 +72,14 @@ def test_the_image_starts_a_command_that_there_is():
 
 
 @pytest.mark.skipif(NGINX is None, reason="needs nginx")
-def test_tasks_of_every_size_pass_nginx(project, tmp_path):
+def test_tasks_of_every_size_pass_nginx(project, tmp_path, request):
     project.environment["SAFEDEFER_INLINE_LIMIT"] = "1000000"  # the whole token is in the request
     _, url = project.start("serve", "--port", "0")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    kept = ReservedPort()
+    request.addfinalizer(kept.close)
     server = (DEPLOY / "nginx.conf").read_text()
     server = re.sub(r"    server 10\.0\.0\.11:8080;\n    server 10\.0\.0\.12:8080;", f"    server {url[7:]};", server)
-    server = server.replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+    server = server.replace("listen 443 ssl", f"listen 127.0.0.1:{kept.number}")
     server = re.sub(r"    ssl_certificate.*\n", "", server)
     config = tmp_path / "nginx.conf"
     folders = "".join(
@@ -91,7 +90,7 @@ def test_tasks_of_every_size_pass_nginx(project, tmp_path):
     )
     proxy = subprocess.Popen([NGINX, "-p", tmp_path, "-c", config], stderr=subprocess.PIPE, text=True)
     project.processes.append(proxy)
-    project.start("dispatch", "--to", f"http://127.0.0.1:{port}", wait_for_line=False)
+    project.start("dispatch", "--to", kept.url, wait_for_line=False)
     small, large = project.defer("t.work, 1"), project.defer("t.work, 2")
     project.until(lambda: project.results() == [1, 2])
     big = project.defer(f"t.measure, {'x' * 3!r} * 200_000")

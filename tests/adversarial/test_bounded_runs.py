@@ -1,6 +1,8 @@
 """Tasks whose code turns against the handler that runs it: each attempt ends, is answered, and is charged."""
 
 import asyncio
+import contextvars
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -64,7 +66,9 @@ async def _wait_and_spawn():
 
 async def from_a_thread():
     loop = asyncio.get_running_loop()
-    await asyncio.to_thread(lambda: MADE.append(asyncio.run_coroutine_threadsafe(GATES[-1].wait(), loop)))
+    with ThreadPoolExecutor(1) as pool:  # awaited, the thread might begin after the deadline
+        context = contextvars.copy_context()
+        MADE.append(pool.submit(context.run, asyncio.run_coroutine_threadsafe, GATES[-1].wait(), loop).result(60))
     await asyncio.sleep(60)
 
 

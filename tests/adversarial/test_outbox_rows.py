@@ -368,7 +368,7 @@ def test_what_is_no_outbox_in_a_file_is_refused_and_swallows_nothing(shop, app, 
         app.options(transactional=True).defer(tasks.add, 1)
     for _ in range(2):
         assert app.outbox.sweep() == 0
-    assert time.process_time() < start + 5
+    assert time.process_time() < start + 60
     assert len([record for record in caplog.records if "stay in the outbox" in record.getMessage()]) == 1
 
 

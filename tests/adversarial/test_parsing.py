@@ -132,7 +132,7 @@ def test_a_payload_is_judged_soon_and_by_name(app, name):
         assert not isinstance(outcome, RejectedTask), outcome
     else:
         assert isinstance(outcome, expected) or (isinstance(expected, tuple) and type(None) in expected)
-    assert seconds < 2.0
+    assert seconds < 60.0  # it is 1 at most; what grows with the square takes hours
 
 
 @pytest.mark.parametrize("name", [name for name in BOMBS if "deep" in name or "never" in name or "cause" in name])

@@ -19,6 +19,7 @@ from typing import Any
 
 from safedefer import App
 from tests.chaos.stores import Store, make_store
+from tests.ports import ReservedPort
 
 KEYS = "chaos:" + "Zm9yIHRoZSBjaGFvcyBzY2VuYXJpb3Mgb25seSE" + "hISE"
 ROOT = Path(__file__).absolute().parents[2]
@@ -26,12 +27,6 @@ ROOT = Path(__file__).absolute().parents[2]
 
 class Failed(AssertionError):
     """A scenario found what must not be."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -136,7 +131,8 @@ class Cast:
         self.folder = Path(self._temporary.name)
         self.store = make_store(store, folder or self.folder) if isinstance(store, str) else store
         self.lease = lease
-        self.port = free_port()
+        self._ports: list[ReservedPort] = []
+        self.port = self.new_port()
         self.environment = {
             **os.environ,
             "CHAOS_LOG": str(self.folder / "log"),
@@ -161,12 +157,19 @@ class Cast:
                 process.send_signal(signal.SIGCONT)
                 process.kill()
             process.wait()
+        for port in self._ports:
+            port.close()
         self.store.close()
         if exception[0] is not None and os.environ.get("CHAOS_KEEP"):
             print("kept:", subprocess.run(["cp", "-r", self.folder, f"{gettempdir()}/chaos-kept"], check=False))
         self._temporary.cleanup()
 
     # --- Processes ---
+
+    def new_port(self) -> int:
+        """Return a port for a handler, and for the next one that takes its place: nobody else is given it meanwhile."""
+        self._ports.append(ReservedPort())
+        return self._ports[-1].number
 
     def start(self, *arguments: str, file_limit: int | None = None) -> subprocess.Popen[bytes]:
         def limit() -> None:

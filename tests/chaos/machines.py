@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 
 from safedefer.queues.base import TaskState
-from tests.chaos.cast import Cast, Failed, free_port
+from tests.chaos.cast import Cast, Failed
 from tests.chaos.deaths import defer
 from tests.chaos.stores import PostgresDatabase
 from tests.postgres.server import Server
@@ -33,7 +33,7 @@ class Machines(Cast):
             lease=lease, store=PostgresDatabase(server), SAFEDEFER_LEASE_SECONDS=str(run_lease or max(lease, 1.0))
         )
         self.server = server
-        self.ports = (self.port, free_port())
+        self.ports = (self.port, self.new_port())
         self.roles: dict[str, Any] = {}
 
     def begin(self) -> None:

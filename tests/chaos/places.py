@@ -10,7 +10,7 @@ from collections import Counter
 import aiohttp
 import apsw
 
-from tests.chaos.cast import Cast, Failed, free_port
+from tests.chaos.cast import Cast, Failed
 from tests.chaos.tasks import due, mark, note
 
 #: Seconds by which a handler may find a task too early, and run it (``claims.LEEWAY``).
@@ -60,7 +60,7 @@ def clock(*, shift: float = 3600.0, who: str = "dispatcher", tasks: int = 300, s
 def replay(*, posts: int = 1_000, store: str = "sqlite") -> str:
     """The same token posted many times at once to two handlers runs once."""
     with Cast(lease=30.0, store=store) as cast:
-        ports = [cast.port, free_port()]
+        ports = [cast.port, cast.new_port()]
         for port in ports:
             cast.handler(port=port)
             cast.ready(port)
@@ -110,7 +110,7 @@ def forks(*, children: int = 4, each: int = 250, store: str = "sqlite") -> str:
                     os._exit(code)
             pids.append(pid)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids[:-1]]
-        cast.drained(60)
+        cast.drained()
         os.kill(pids[-1], 15)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(pids[-1], 0)[1]))
         app.close()

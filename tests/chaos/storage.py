@@ -66,10 +66,10 @@ def limited(*, tasks: int = 400, kilobytes: int = 400) -> str:
     """As ``full``, by a limit on the size of files, which needs no rights: for the producer only."""
     with Cast(lease=5.0) as cast:
         producer = cast.producer(0, tasks, file_limit=kilobytes * 1024)
-        cast.until(lambda: "refused" in (cast.folder / "log").read_text(), 60, "the limit was never reached")
+        cast.until(lambda: "refused" in (cast.folder / "log").read_text(), 120, "the limit was never reached")
         time.sleep(0.5)
         resource.prlimit(producer.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        if producer.wait(60):
+        if producer.wait(120):
             raise Failed(f"the producer failed: {cast.output()[-1000:]}")
         cast.handler()
         cast.dispatcher()
@@ -86,7 +86,7 @@ def locked(*, tasks: int = 3_000, seconds: float = 15.0) -> str:
         processes = [cast.handler(), cast.dispatcher()]
         cast.ready()
         producer = cast.producer(0, tasks, 600.0)
-        cast.until(lambda: len(cast.account().ok) > 50, 30, "nothing runs")
+        cast.until(lambda: len(cast.account().ok) > 50, 120, "nothing runs")
         connection = apsw.Connection(str(cast.store.path))
         connection.set_busy_timeout(30_000)
         connection.execute("BEGIN IMMEDIATE")

@@ -26,6 +26,7 @@ from safedefer.queues.cloudtasks.engine import CloudTasks
 from safedefer.queues.config import QueueFile
 from safedefer.queues.rates import QueueLimits
 from tests.cloudtasks.emulated import DEADLINE, PARENT, QUEUE, T0, Emulated, wait_for
+from tests.ports import ReservedPort
 
 ACCOUNT = "tasks@p-1.iam.gserviceaccount.com"
 BASE = "cloudtasks://p-1/europe-west1"
@@ -277,19 +278,17 @@ def test_limits_beyond_googles_are_refused(engine, limits):
 
 
 def test_a_dead_endpoint_is_a_queue_that_is_unavailable():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    url = f"{BASE}?endpoint=http://127.0.0.1:{port}&address=http://127.0.0.1:1&service_account={ACCOUNT}"
-    engine = CloudTasks(url)
-    for call in (
-        lambda: engine.enqueue_many([new_task(1)]), lambda: engine.enqueue_many([new_task(1, name="named")]),
-        lambda: engine.enqueue_many([new_task(1), new_task(2)]), lambda: engine.stats(now=T0),
-        lambda: engine.cancel("1" * 32, now=T0), lambda: engine.pause("mail", paused=True, now=T0),
-        lambda: engine.authenticate({"Authorization": "Bearer eyJhbGciOiJSUzI1NiIsImtpZCI6ImsifQ.e30.e30"}),
-    ):  # fmt: skip
-        with pytest.raises(QueueUnavailable):
-            call()
-    engine.close()
+    with ReservedPort() as nobody:
+        engine = CloudTasks(f"{BASE}?endpoint={nobody.url}&address=http://127.0.0.1:1&service_account={ACCOUNT}")
+        for call in (
+            lambda: engine.enqueue_many([new_task(1)]), lambda: engine.enqueue_many([new_task(1, name="named")]),
+            lambda: engine.enqueue_many([new_task(1), new_task(2)]), lambda: engine.stats(now=T0),
+            lambda: engine.cancel("1" * 32, now=T0), lambda: engine.pause("mail", paused=True, now=T0),
+            lambda: engine.authenticate({"Authorization": "Bearer eyJhbGciOiJSUzI1NiIsImtpZCI6ImsifQ.e30.e30"}),
+        ):  # fmt: skip
+            with pytest.raises(QueueUnavailable):
+                call()
+        engine.close()
 
 
 class _Deaf:

@@ -1,8 +1,6 @@
 """kill -9 of the handler and of the emulator while tasks run: each in a process of its own, on files. Lost: none."""
 
-import contextlib
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -15,18 +13,11 @@ from safedefer.queues.base import DeadFilter
 from safedefer.settings import Settings
 from tests.cloudtasks.emulated import PARENT, new_client, wait_for
 from tests.cloudtasks.killed_tasks import lines, note
+from tests.ports import ReservedPort
 
 ROOT = Path(__file__).resolve().parents[2]
 QUEUE = f"{PARENT}/queues/default"
 TASKS = 8
-
-
-def free_port():
-    """Return a port that no connection of another program takes while its server is down: below the ephemeral ones."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("no port is free")
 
 
 class Place:
@@ -34,8 +25,8 @@ class Place:
 
     def __init__(self, path):
         self.path = path
-        self.ports = {"emulator": free_port(), "handler": free_port()}
-        self.emulator_url, self.handler_url = (f"http://127.0.0.1:{self.ports[each]}" for each in self.ports)
+        self.ports = {"emulator": ReservedPort(), "handler": ReservedPort()}
+        self.emulator_url, self.handler_url = (port.url for port in self.ports.values())
         (path / "queue.yaml").write_text(
             "queue: [{name: default, rate: 500/s, bucket_size: 500, max_concurrent_requests: 4}]"
         )
@@ -52,7 +43,7 @@ class Place:
         self.processes = {}
 
     def start(self, who):
-        port = str(self.ports[who])
+        port = str(self.ports[who].number)
         command = {
             "emulator": [
                 "cloudtasks-emulator", "--port", port, "--data", "tasks.jsonl", "--queue-yaml", "queue.yaml", "--location", PARENT,
@@ -82,6 +73,8 @@ class Place:
     def close(self):
         for who in list(self.processes):
             self.kill(who)
+        for port in self.ports.values():
+            port.close()
 
 
 def test_kill_9_of_handler_and_emulator_in_the_middle_of_tasks_loses_none(tmp_path, monkeypatch):

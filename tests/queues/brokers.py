@@ -14,15 +14,11 @@ import time
 from pathlib import Path
 from typing import Final
 
+from tests.ports import ReservedPort
+
 _START_SECONDS: Final = 180.0
 #: Debian's own wrapper wants to be root, and to become another user.
 RABBITMQ: Final = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition, seconds: float = _START_SECONDS) -> None:
@@ -47,7 +43,8 @@ def valkey():
 def rabbitmq():
     """Give the URL of a RabbitMQ node of its own, with folders, a cookie and an epmd of its own."""
     folder = Path(tempfile.mkdtemp(prefix="safedefer-rabbitmq-"))
-    port, dist, epmd = free_port(), free_port(), free_port()
+    kept = [ReservedPort() for _ in range(3)]
+    port, dist, epmd = (each.number for each in kept)
     (folder / "plugins").write_text("[].\n")
     environment = {
         **os.environ,
@@ -86,6 +83,8 @@ def rabbitmq():
         process.wait(60)
         _end_epmd(epmd)
         shutil.rmtree(folder, ignore_errors=True)
+        for each in kept:
+            each.close()
 
 
 def _end_epmd(port: int) -> None:

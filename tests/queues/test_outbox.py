@@ -668,32 +668,32 @@ def test_effects_are_forgotten_when_no_token_lives_any_more(queue, tmp_path):
     ],
 )  # fmt: skip
 def test_a_row_that_somebody_wrote_keeps_no_other_from_the_queue(outbox, queue, tmp_path, changes, caplog):
-    connection = sqlite3.connect(tmp_path / "shop.db", isolation_level=None)
-    with outbox.transaction(connection):
-        outbox.put(make_task(created=0.0))
     poison = (
         changes if isinstance(changes, str) else json.dumps({**json.loads(to_text(make_task(id="p" * 16))), **changes})
     )
-    connection.execute("INSERT INTO safedefer_outbox (id, created, task) VALUES (?, 1.0, ?)", ("p" * 16, poison))
     tasks = [make_task(created=2.0 + number) for number in range(5)]
-    with outbox.transaction(connection):
-        outbox.put(*tasks)
-    outbox.sweep()
-    assert all(queue.find(task.id) is not None for task in tasks)
-    assert connection.execute("SELECT id FROM safedefer_outbox").fetchall() in ([("p" * 16,)], [])
+    with closing(sqlite3.connect(tmp_path / "shop.db", isolation_level=None)) as connection:
+        with outbox.transaction(connection):
+            outbox.put(make_task(created=0.0))
+        connection.execute("INSERT INTO safedefer_outbox (id, created, task) VALUES (?, 1.0, ?)", ("p" * 16, poison))
+        with outbox.transaction(connection):
+            outbox.put(*tasks)
+        outbox.sweep()
+        assert all(queue.find(task.id) is not None for task in tasks)
+        assert connection.execute("SELECT id FROM safedefer_outbox").fetchall() in ([("p" * 16,)], [])
 
 
 def test_a_task_for_whose_token_there_is_no_room_waits_and_keeps_no_other(tmp_path, caplog):
     queue = SQLiteQueue(tmp_path / "queue.db", blob_limit=1_000)
     outbox = Outbox(lambda: queue, environment="test", clock=time.time)
-    connection = sqlite3.connect(tmp_path / "shop.db", isolation_level=None)
     large, tasks = oversize_task(created=1.0), [make_task(created=2.0 + number) for number in range(5)]
-    for some in ([large], tasks):
-        with outbox.transaction(connection):
-            outbox.put(*some)
-    outbox.sweep()
-    assert all(queue.find(task.id) is not None for task in tasks)
-    assert connection.execute("SELECT id FROM safedefer_outbox").fetchall() == [(large.id,)]
+    with closing(sqlite3.connect(tmp_path / "shop.db", isolation_level=None)) as connection:
+        for some in ([large], tasks):
+            with outbox.transaction(connection):
+                outbox.put(*some)
+        outbox.sweep()
+        assert all(queue.find(task.id) is not None for task in tasks)
+        assert connection.execute("SELECT id FROM safedefer_outbox").fetchall() == [(large.id,)]
     assert f"task {large.id} stays in the outbox" in caplog.text
     outbox.close()
     queue.close()

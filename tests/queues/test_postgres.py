@@ -1001,7 +1001,7 @@ def test_a_task_that_blocks_the_loop_keeps_no_other_dispatcher_from_leasing(queu
                 await asyncio.sleep(0.001)
             elsewhere = threading.Thread(target=lease_elsewhere)
             elsewhere.start()
-            elsewhere.join(15.0)  # the loop is blocked, as by a task that blocks
+            elsewhere.join(60.0)  # the loop is blocked, as by a task that blocks
             leased_meanwhile.append(not elsewhere.is_alive())
             await leasing
             elsewhere.join()

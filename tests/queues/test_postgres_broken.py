@@ -246,7 +246,14 @@ def test_connections_that_end_at_any_moment_are_an_unavailable_queue_and_nothing
             time.sleep(0.01)
         over.set()
     assert errors == []
-    assert begin(queue.ledger, execution_of(task_now()), now=0.0, lease=60.0) is Admission.RUN
+    deadline = time.monotonic() + 60.0
+    while True:  # a connection may still be about to end
+        try:
+            assert begin(queue.ledger, execution_of(task_now()), now=0.0, lease=60.0) is Admission.RUN
+        except QueueUnavailable:
+            assert time.monotonic() < deadline
+        else:
+            break
 
 
 def test_producers_are_back_as_soon_as_the_server_is(server, queue, monkeypatch):
@@ -377,10 +384,10 @@ def test_threads_that_connect_first_at_once_wait_for_one_attempt(monkeypatch):
                 queue.stats(now=0.0)
 
         began = time.monotonic()
-        with ThreadPoolExecutor(20) as pool:
-            for asked in [pool.submit(ask_for) for _ in range(20)]:
-                asked.result(60.0)
-        assert time.monotonic() - began < 15.0  # one after the other they would take 20
+        with ThreadPoolExecutor(60) as pool:
+            for asked in [pool.submit(ask_for) for _ in range(60)]:
+                asked.result(120.0)
+        assert time.monotonic() - began < 45.0  # one after the other they would take 60
         queue.close()
 
 

@@ -153,21 +153,29 @@ def test_two_processes_lease_every_task_once(queue, path):
         queue.stats(now=0.0)
         print("ready", flush=True)
         sys.stdin.readline()
-        while leases := take(queue, limit=3):
+        leases = take(queue, limit=3)
+        print("began", flush=True)
+        sys.stdin.readline()
+        while leases:
             assert all(queue.settle_many([(lease, DONE) for lease in leases], now=101.0))
             for lease in leases: print(lease.task.id)
             time.sleep(0.001)
+            leases = take(queue, limit=3)
     """
     workers = [start(program, path) for _ in range(2)]
     assert [worker.stdout.readline() for worker in workers] == ["ready\n", "ready\n"]
     for worker in workers:
         worker.stdin.write("go\n")
         worker.stdin.flush()
+    assert [worker.stdout.readline() for worker in workers] == ["began\n", "began\n"]
+    for worker in workers:
+        worker.stdin.write("go on\n")
+        worker.stdin.flush()
     answers = [worker.communicate(timeout=60) for worker in workers]
     assert [errors for _, errors in answers] == ["", ""]
     leased = [output.split() for output, _ in answers]
     assert sorted(leased[0] + leased[1]) == sorted(task.id for task in tasks)
-    assert all(leased), "one process had nothing to do: the test shows nothing"
+    assert all(leased), "each has some before either goes on"
 
 
 def test_processes_may_make_the_file_at_the_same_time(path):

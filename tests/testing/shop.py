@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import sqlite3
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 
 import safedefer
@@ -112,8 +113,7 @@ def runs_due():
 
 
 def pay_with_transaction(value):
-    connection = sqlite3.connect(":memory:", check_same_thread=False)
-    with app.transaction(connection):
+    with closing(sqlite3.connect(":memory:", check_same_thread=False)) as connection, app.transaction(connection):
         app.options(transactional=True).defer(keep, value)
 
 

@@ -7,6 +7,7 @@ import operator
 import sqlite3
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import sqlalchemy
@@ -148,7 +149,7 @@ def test_it_catches_the_mutation_of_an_argument_after_the_call(tasks):
 
 def enqueuing_ways(app):
     def with_transaction():
-        with app.transaction(sqlite3.connect(":memory:")):
+        with closing(sqlite3.connect(":memory:")) as connection, app.transaction(connection):
             app.options(transactional=True).defer(len, [])
 
     return {
@@ -519,8 +520,7 @@ async def test_inline_works_inside_a_loop():
 
 
 def test_inline_leaves_the_tasks_of_a_transaction_until_it_is_committed():
-    connection = sqlite3.connect(":memory:")
-    with TestApp(shop.app, inline=True) as tasks:
+    with closing(sqlite3.connect(":memory:")) as connection, TestApp(shop.app, inline=True) as tasks:
         with shop.app.transaction(connection):
             shop.app.options(transactional=True).defer(shop.keep, 1)
             shop.app.options(transactional=True).defer_many([(shop.keep, (2,), {})])

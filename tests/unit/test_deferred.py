@@ -317,7 +317,7 @@ def test_every_option_is_spelled_once_and_the_forms_agree():
     options = {item.name for item in fields(Options)}
     assert [*inspect.signature(App.options).parameters][1:] == [item.name for item in fields(Options)]
     for name in options:
-        assert f"        {name}: " in App.options.__doc__, name
+        assert f"\n    {name}: " in inspect.getdoc(App.options), name
     # App Engine's functions have no unique tasks.
     named = {name for name in inspect.signature(deferred.defer).parameters if name.startswith("_")}
     assert named == {f"_{name}" for name in options - {"unique", "unique_until"}}

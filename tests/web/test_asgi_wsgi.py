@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -200,7 +201,7 @@ def test_a_wsgi_body_without_a_length_is_read_only_if_the_server_ends_it(app):
     ask(b"x" * 2_000_000, **{"wsgi.input_terminated": True})
     ask(task.payload, CONTENT_LENGTH="2000")
     ask(task.payload, **{"wsgi.input_terminated": True})
-    assert answers == ["403 Forbidden", "413 Request Entity Too Large", "400 Bad Request", "200 OK"]
+    assert answers == [f"{status} {HTTPStatus(status).phrase}" for status in (403, 413, 400, 200)]
 
 
 def test_a_body_that_a_wsgi_middleware_has_read_charges_nothing_and_is_told(caplog):

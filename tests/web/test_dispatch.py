@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDeliver
 from safedefer.queues.base import TaskState
 from safedefer.web.server import serving
 from tests import sample_tasks as tasks
+from tests.ports import ReservedPort
 from tests.unit.apps import JOSE, SECRET, make_app, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,16 +228,14 @@ async def test_an_answer_that_is_no_http_is_not_charged_where_nothing_ran(app):
 
 
 async def test_a_handler_that_is_down_charges_nothing(app):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = "http://127.0.0.1:%d" % free.getsockname()[1]
     made = app.defer_many([(tasks.add, (n,), {}) for n in range(5)])
-    async with HttpDelivery(address) as deliver:
-        dispatcher = dispatcher_of(app, deliver)
-        running = asyncio.create_task(dispatcher.run())
-        await asyncio.sleep(0.4)
-        dispatcher.stop()
-        await running
+    with ReservedPort() as nobody:
+        async with HttpDelivery(nobody.url) as deliver:
+            dispatcher = dispatcher_of(app, deliver)
+            running = asyncio.create_task(dispatcher.run())
+            await asyncio.sleep(0.4)
+            dispatcher.stop()
+            await running
     assert {(app.queue.find(task.id).state, app.queue.find(task.id).attempts) for task in made} == {
         (TaskState.WAITING, 0)
     }
@@ -257,14 +255,13 @@ async def test_a_handler_that_takes_too_long_is_charged_and_finds_its_task_in_th
 
 async def test_a_target_that_is_down_stops_no_other(tmp_path):
     tasks.reset()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        down = "http://127.0.0.1:%d" % free.getsockname()[1]
-    app = make_app(queue=f"sqlite:///{tmp_path}/q.db", targets={"big": down}, policy=Policy("tests.sample_tasks"))
-    app.options(target="big").defer_many([(tasks.add, (n,), {}) for n in range(60)])
-    app.defer_many([(tasks.add, (n,), {}) for n in range(60)])
-    async with serving(app, "127.0.0.1", 0) as url, HttpDelivery(url, targets=app.targets) as deliver:
-        await asyncio.wait_for(run_due(app, deliver), 60)
+    with ReservedPort() as nobody:
+        queue = f"sqlite:///{tmp_path}/q.db"
+        app = make_app(queue=queue, targets={"big": nobody.url}, policy=Policy("tests.sample_tasks"))
+        app.options(target="big").defer_many([(tasks.add, (n,), {}) for n in range(60)])
+        app.defer_many([(tasks.add, (n,), {}) for n in range(60)])
+        async with serving(app, "127.0.0.1", 0) as url, HttpDelivery(url, targets=app.targets) as deliver:
+            await asyncio.wait_for(run_due(app, deliver), 60)
     assert len(tasks.RAN) == 60
     waiting = app.queue.tasks(limit=1000)
     assert {(view.target, view.attempts) for view in waiting} == {("big", 0)}
