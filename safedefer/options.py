@@ -36,7 +36,7 @@ class Limits:
     """Bounds that are checked before the work is done, on both ends."""
 
     token_bytes: int = 1_048_576
-    """Length of a token, in bytes."""
+    """Length of a token, in bytes; an App takes at most 2 MiB."""
     depth: int = 64
     """How deep values may nest."""
     items: int = 100_000

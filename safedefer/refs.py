@@ -41,7 +41,7 @@ import typing_extensions
 from pydantic import BaseModel, ConfigDict, Field
 
 from safedefer.errors import NotDeferrable, UnresolvableCallable
-from safedefer.wrappers import unwrapped
+from safedefer.wrappers import is_bound_task, unwrapped
 
 # Identifiers are ASCII: Python folds others by NFKC, so two texts would name one thing.
 _IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"
@@ -419,6 +419,8 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         _refuse("descriptor", f"a raw {qualname} object cannot be called by name", "defer it through its class")
     if cls is MethodWrapperType:
         _refuse("dunder", "special methods are not carried", "defer a function that uses the operator")
+    if is_bound_task(obj):
+        _refuse("unsupported", "the function of this Celery task takes the task (bind=True)", "defer one without self")
     definer = next((c for c in _TYPE_MRO(cls) if "__call__" in _TYPE_DICT(c)), None)
     if definer is None:
         _refuse("not-callable", f"an object of {qualname} is not callable", "pass a function and its arguments")
@@ -460,7 +462,8 @@ def _prove(obj: object, module: str, qualname: str) -> None:
         _refuse(
             "not-found",
             f"looking up {module}:{qualname} gives something else",
-            "defer the object under the name and in the module where it is defined; for a mock, what it stands for",
+            "defer the object under the name and in the module where it is defined; for a mock, what it stands for; for what a "
+            "decorator left there, call safedefer.register_wrapper",
         )
 
 

@@ -24,6 +24,7 @@ from safedefer.policy import Policy
 from safedefer.queues.addresses import split_urls
 from safedefer.queues.base import StorageOptions
 from safedefer.queues.file_owner import trouble_with_folders, trouble_with_owner
+from safedefer.queues.rules import MOST_ROW_BYTES
 
 if TYPE_CHECKING:
     from safedefer.execution.tracing import TaskTracing
@@ -32,8 +33,6 @@ _log: Final = logging.getLogger("safedefer")
 
 _PREFIX: Final = "SAFEDEFER_"
 _INLINE_LIMIT: Final = 10 * 1024
-#: The bodies of eight requests of this size are as many bytes as may be unverified at once.
-_MOST_TOKEN_BYTES: Final = UNVERIFIED_BYTES // 8
 #: Variables with the prefix that are no settings: a supervisor's for its workers, and those of our own tests.
 _NO_SETTINGS: Final = ("SAFEDEFER_WORKER", "SAFEDEFER_TEST_")
 
@@ -142,7 +141,7 @@ class Settings(BaseSettings):
     token_bytes: int = Field(
         default=Limits().token_bytes,
         ge=1024,
-        le=_MOST_TOKEN_BYTES,
+        le=MOST_ROW_BYTES,
         description="A task's token at most, signed; bytes.",
     )
     inline_limit: int = Field(default=_INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")

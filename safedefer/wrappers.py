@@ -104,8 +104,8 @@ def _is_celerys(proxy: object) -> bool:
     return type(home) is str and home.partition(".")[0] == "celery"
 
 
-def _celery_function(obj: object, kind: type) -> object:
-    """Return the function of a celery task, or of the proxy of one; None of a bound task, whose function needs the task."""
+def _celery_task_class(obj: object, kind: type) -> type | None:
+    """Return the class of a celery task, or of that which a proxy stands for; None of everything else."""
     if any(_is(kind, "celery.local", name) for name in _CELERY_PROXIES):
         if not _is_celerys(obj):
             return None
@@ -114,5 +114,17 @@ def _celery_function(obj: object, kind: type) -> object:
         except Exception:  # noqa: BLE001 - whatever making the task raises: it is no task then
             return None
     base = _MODULE_DICT(sys.modules["celery.app.task"]).get("Task") if "celery.app.task" in sys.modules else None
-    raw = _DICT(kind).get("run") if any(each is base for each in _MRO(kind)) else None
+    return kind if any(each is base for each in _MRO(kind)) else None
+
+
+def _celery_function(obj: object, kind: type) -> object:
+    """Return the function of a celery task, or of the proxy of one; None of a bound task, whose function needs the task."""
+    task_class = _celery_task_class(obj, kind)
+    raw = None if task_class is None else _DICT(task_class).get("run")
     return raw.__func__ if type(raw) is staticmethod else None
+
+
+def is_bound_task(obj: object) -> bool:
+    """Whether this is a celery task, or the proxy of one, whose function takes the task (``bind=True``)."""
+    task_class = _celery_task_class(obj, type(obj))
+    return task_class is not None and type(_DICT(task_class).get("run")) is FunctionType

@@ -11,6 +11,7 @@ from safedefer.errors import ConfigurationError
 from safedefer.execution.around import Around, check_around
 from safedefer.execution.deadline import DEFAULT_DEADLINE, MAX_DEADLINE
 from safedefer.execution.tracing import TaskTracing
+from safedefer.queues.rules import MOST_ROW_BYTES
 
 if TYPE_CHECKING:
     from safedefer.execution.prepare import Validate
@@ -27,7 +28,7 @@ class DeliveryOptions:
     """
 
     max_bytes: int = 1_048_576
-    """The largest body, in bytes."""
+    """The largest body, in bytes: that of the largest token, which no queue may be unable to read."""
     concurrency: int = 16
     """The most tasks that run at once; the handler answers ``busy`` to another one."""
     lease_seconds: float = 60.0
@@ -47,6 +48,11 @@ class DeliveryOptions:
 
     def __post_init__(self) -> None:
         """Check every value."""
+        if type(self.max_bytes) is not int or not 0 < self.max_bytes <= MOST_ROW_BYTES:
+            raise ConfigurationError(
+                f"token_bytes is a whole number, at most {MOST_ROW_BYTES:,}: no queue reads a longer token; "
+                "store the data and pass its id"
+            )
         if type(self.concurrency) is not int or self.concurrency < 1:
             raise ConfigurationError("concurrency is a whole number, 1 or more")
         if type(self.lease_seconds) not in {int, float} or not 0 < self.lease_seconds <= _MAX_LEASE:

@@ -55,8 +55,8 @@ NO_RESPONSE: Final = "no-response"
 OUTLASTED: Final = "deadline-exceeded"
 #: What the ledger calls a run that has not ended.
 RUNNING: Final = "running"
-#: A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it (``Limits.token_bytes`` is
-#: 1 MiB). Such a task has an empty token, and is not delivered. The SQL of the engines has the number too.
+#: A token, or what is stored beside it, is not fetched above this many bytes: no queue wrote it, since an App takes no larger
+#: ``Limits.token_bytes``. Such a task has an empty token, and is not delivered. The SQL of the engines has the number too.
 MOST_ROW_BYTES: Final = 2**21
 #: JSON above this many characters is looked at before it is parsed: values take up to fifty times the memory of their text.
 _LOOKED_AT: Final = 10_000

@@ -26,6 +26,7 @@ from safedefer.errors import (
     UnknownQueueError,
 )
 from safedefer.events import LogObserver, TaskEnqueued
+from safedefer.options import Limits
 from safedefer.queues.base import TaskState
 from safedefer.task import VerifiedPointer, VerifiedTask
 from tests import sample_tasks as tasks
@@ -569,4 +570,15 @@ def test_a_mistyped_exact_pattern_stops_the_handler_at_its_start_and_the_first_d
         _ = app.delivery
     with pytest.raises(ConfigurationError, match="tests.sample_tasks:ad names nothing"):
         app.defer(tasks.add, 1, 2)
+    app.close()
+
+
+def test_no_token_is_larger_than_what_a_queue_reads(tmp_path):
+    with pytest.raises(ConfigurationError, match="token_bytes is a whole number, at most 2,097,152"):
+        make_app(limits=Limits(token_bytes=2**21 + 1))
+    app = make_app(queue=f"sqlite:///{tmp_path}/queue.db", limits=Limits(token_bytes=2**21))
+    app.defer(tasks.add, "x" * 1_572_000, "y")
+    (stored,) = app.queue.tasks(limit=2)
+    assert 2**21 - 2_000 < len(stored.token) <= 2**21
+    assert len(app.run(stored.token)) == 1_572_001
     app.close()

@@ -90,7 +90,7 @@ WRONG = [
     ("CONCURRENCY", "many"),
     ("INLINE_LIMIT", "10"),
     ("TOKEN_BYTES", "10"),
-    ("TOKEN_BYTES", "100000000"),
+    ("TOKEN_BYTES", "2097153"),
     ("TARGETS", "big"),
     ("TARGETS", "=http://x"),
     ("ALLOW_PICKLE", "perhaps"),
