@@ -16,13 +16,14 @@ from safedefer.errors import BadTransactionStateError, QueueError, QueueUnavaila
 from safedefer.queues.base import QueuedTask
 from safedefer.transactions.blocks import OnceBlock, TransactionBlock, Way, here, open_blocks
 from safedefer.transactions.databases import Opener, Source, opener_of, run_now, split_schema
+from safedefer.transactions.handover import slug
 from safedefer.transactions.relay import Relay, is_open
 from safedefer.transactions.tables import read_mark
-from safedefer.transactions.transfer import Transfer, slug
+from safedefer.transactions.transfer import TablesOutlet, Transfer
 
 if TYPE_CHECKING:
     from safedefer.queues.base import EnqueueStatements
-    from safedefer.transactions.transfer import RelayedTo
+    from safedefer.transactions.handover import RelayedTo
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -54,12 +55,13 @@ class Outbox:
         self.environment = environment
         self.clock = clock
         self._transfer = Transfer(environment=environment, queues=queues)
-        self._relay = Relay(self._current_queue, self._transfer)
+        self._relay = Relay(self._current_queue)
         self._marked: dict[str, bool] = {}
         """Whether a database is the queue's own, by its identity."""
         for url in urls:
             address, schema = split_schema(url)
-            self._relay.add(*opener_of(address), schema)
+            identity, opener = opener_of(address)
+            self._relay.add(identity, TablesOutlet(opener, self._transfer), schema)
 
     def _current_queue(self) -> RelayedTo:
         return self.queue()  # test mode keeps the relay from the queue
@@ -162,7 +164,7 @@ class Outbox:
             except QueueError as error:  # the tasks are committed: the next block on this connection relays them
                 _log.warning("the queue takes nothing from the outbox now (%s)", slug(error))
             return
-        self._relay.add(identity, opener, schema)
+        self._relay.add(identity, TablesOutlet(opener, self._transfer), schema)
         if is_open(source):
             self._relay.expect(source)
         # Through a connection of its own: reading with a session would open a transaction of the user's. It takes
