@@ -172,9 +172,11 @@ class Store:
     # --- Reads ---
 
     def lookup(self, keys: list[Key], name: bytes | None) -> list[tuple[Key, int, Entity | None]]:
-        """[proto] Lookup: by key; in a transaction, of its snapshot. Firestore in Datastore mode is strongly consistent."""
+        """[proto] Lookup: by complete key; in a transaction, of its snapshot. Firestore in Datastore mode is strongly consistent."""
         if len(keys) > LOOKUP_KEYS:
             raise _invalid("cannot get more than 1000 keys in a single call")
+        if not all(map(_is_complete, keys)):
+            raise _invalid("The key path must be complete.")
         transaction = None if name is None else self.transaction(name)
         entities = self.entities if transaction is None else transaction.snapshot
         found = []
