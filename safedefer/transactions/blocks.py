@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from safedefer.errors import BadTransactionStateError
 from safedefer.queues.base import QueuedTask
+from safedefer.transactions.ambient import running_transaction
 from safedefer.transactions.databases import Opener, Source, run_now, source_of
 from safedefer.transactions.rows import to_text
 from safedefer.transactions.savepoints import Savepoint
@@ -59,6 +60,13 @@ _TAKE_PATH: Final = """
     SELECT path, pg_catalog.set_config('search_path', 'safedefer', true) FROM before
 """
 _SET_PATH: Final = "SELECT pg_catalog.set_config('search_path', CAST(:path AS pg_catalog.text), true)"
+
+
+#: Why a transactional task is refused that has a name.
+NO_NAMES: Final = (
+    "a transactional task has no name and is not unique, except on a connection to the PostgreSQL database of "
+    "the queue itself: elsewhere nobody knows before the commit whether a name is free; leave that out"
+)
 
 
 class Way(Enum):
@@ -212,14 +220,62 @@ class Block(ABC, Generic[_T]):
         """Relay the tasks after the transaction, or after the block where the transaction goes on."""
 
 
-class TransactionBlock(Block[None]):
+class OpenBlock(ABC):
+    """A block that transactional tasks are put into."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner: object = owner
+        """The outbox whose tasks it takes."""
+        self.here: tuple[int, object] | None = None
+        """The thread and the asyncio task that began it; None if it is not open."""
+        self.ndb_transaction: bytes | None = None
+        """The Datastore transaction in which it began: a task in another one goes with that."""
+
+    @abstractmethod
+    def check(self, *, named: bool, awaits: bool) -> None:
+        """Check that a task may be put into it here and now. Raises ``BadTransactionStateError``."""
+
+    @abstractmethod
+    def add(self, tasks: Sequence[QueuedTask]) -> None:
+        """Write tasks."""
+
+    @abstractmethod
+    async def add_async(self, tasks: Sequence[QueuedTask]) -> None:
+        """Write tasks, where a connection is awaited."""
+
+    def written(self, task_id: str) -> QueuedTask | None:  # noqa: ARG002 - of those that may be unique
+        """Return a unique task of the block, which nobody else can see yet."""
+        return None
+
+    def begin_here(self) -> None:
+        """Note that it is open, and is the innermost one."""
+        self.here, self.ndb_transaction = here(), running_transaction()
+        open_blocks.set((*open_blocks.get(), self))
+
+    def end_here(self) -> None:
+        """Note that it is over."""
+        self.here = None
+        # Not reset with a token: a generator of the user's may end the block in another context.
+        open_blocks.set(tuple(block for block in open_blocks.get() if block is not self))
+
+    def check_here(self) -> None:
+        """Check that the code that runs is that of the block. Raises ``BadTransactionStateError``."""
+        thread, task = here()
+        if self.here is not None and self.here[0] != thread:
+            raise BadTransactionStateError("the transaction is another thread's; defer in the thread that began it")
+        if self.here is not None and self.here[1] is not task:
+            raise BadTransactionStateError(
+                "the transaction is another asyncio task's; defer in the task that began it, without gather() or wait_for()"
+            )
+
+
+class TransactionBlock(Block[None], OpenBlock):
     """One ``app.transaction(...)``."""
 
     def __init__(self, outbox: BlockOwner, connection: object) -> None:
         super().__init__(outbox, connection)
+        OpenBlock.__init__(self, outbox)
         self.way: Way = Way.OUTBOX
-        self.here: tuple[int, object] | None = None
-        """The thread and the asyncio task that began it."""
         self._later: list[QueuedTask] = []
         self._count = 0
         self._table: Table | None = None
@@ -240,13 +296,26 @@ class TransactionBlock(Block[None]):
                 if source.dialect == "sqlite" and not source.is_async
                 else "how to connect to this database again is not known, so nobody could move your task to the queue"
             )
-        self.here = here()
-        open_blocks.set((*open_blocks.get(), self))
+        self.begin_here()
 
     def _end(self) -> None:
-        self.here = None
-        # Not reset with a token: a generator of the user's may end the block in another context.
-        open_blocks.set(tuple(block for block in open_blocks.get() if block is not self))
+        self.end_here()
+
+    def check(self, *, named: bool, awaits: bool) -> None:
+        """Check that a task may be put into it here and now.
+
+        Raises:
+            BadTransactionStateError: It may not have a name, another thread or asyncio task runs, or the transaction is over.
+        """
+        if named and self.way is not Way.STATEMENTS:
+            raise BadTransactionStateError(NO_NAMES)
+        if named and self.source.is_async and not awaits:
+            raise BadTransactionStateError(
+                "defer() cannot wait for the database to say whether the name is free; await defer_async()"
+            )
+        self.check_here()
+        if not self.source.in_transaction():
+            raise BadTransactionStateError("the transaction has ended already; defer before the commit")
 
     def add(self, tasks: Sequence[QueuedTask]) -> None:
         """Write tasks; at the block's end where the connection is awaited."""
@@ -326,7 +395,7 @@ class OnceBlock(Block[bool]):
         return first and not earlier
 
 
-open_blocks: Final[ContextVar[tuple[TransactionBlock, ...]]] = ContextVar("safedefer_transactions", default=())
+open_blocks: Final[ContextVar[tuple[OpenBlock, ...]]] = ContextVar("safedefer_transactions", default=())
 
 
 def here() -> tuple[int, object]:

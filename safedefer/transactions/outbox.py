@@ -10,19 +10,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from safedefer.errors import BadTransactionStateError, QueueError, QueueUnavailable
 from safedefer.queues.base import QueuedTask
-from safedefer.transactions.blocks import OnceBlock, TransactionBlock, Way, here, open_blocks
+from safedefer.transactions.ambient import is_ndb, running_transaction
+from safedefer.transactions.blocks import OnceBlock, OpenBlock, TransactionBlock, Way, open_blocks
 from safedefer.transactions.databases import Opener, Source, opener_of, run_now, split_schema
+from safedefer.transactions.datastore import (
+    Address,
+    DatastoreBlock,
+    DatastoreOutlet,
+    import_entities,
+    is_datastore,
+    parse,
+)
+from safedefer.transactions.handover import slug
 from safedefer.transactions.relay import Relay, is_open
 from safedefer.transactions.tables import read_mark
-from safedefer.transactions.transfer import Transfer, slug
+from safedefer.transactions.transfer import TablesOutlet, Transfer
 
 if TYPE_CHECKING:
     from safedefer.queues.base import EnqueueStatements
-    from safedefer.transactions.transfer import RelayedTo
+    from safedefer.transactions.handover import RelayedTo
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -54,17 +65,22 @@ class Outbox:
         self.environment = environment
         self.clock = clock
         self._transfer = Transfer(environment=environment, queues=queues)
-        self._relay = Relay(self._current_queue, self._transfer)
+        self._relay = Relay(self._current_queue)
+        self._datastores: dict[str, DatastoreOutlet] = {}
         self._marked: dict[str, bool] = {}
         """Whether a database is the queue's own, by its identity."""
         for url in urls:
+            if is_datastore(url):
+                self._outlet(parse(url), is_given=True)
+                continue
             address, schema = split_schema(url)
-            self._relay.add(*opener_of(address), schema)
+            identity, opener = opener_of(address)
+            self._relay.add(identity, TablesOutlet(opener, self._transfer), schema)
 
     def _current_queue(self) -> RelayedTo:
         return self.queue()  # test mode keeps the relay from the queue
 
-    def transaction(self, connection: object) -> TransactionBlock:
+    def transaction(self, connection: object) -> TransactionBlock | DatastoreBlock:
         """Make transactional tasks of a block go with the connection's transaction.
 
         If none is open, the block opens one, commits it at its end, and undoes it if the block raises. If one
@@ -73,7 +89,7 @@ class Outbox:
         Entering the block raises ``BadTransactionStateError`` for a connection of no known kind, or one that cannot
         be used for this.
         """
-        return TransactionBlock(self, connection)
+        return DatastoreBlock(self) if is_ndb(connection) else TransactionBlock(self, connection)
 
     def once(self, connection: object, *, effect: str, also: str | None = None) -> OnceBlock:
         """Give True if ``effect`` has not been had in this database, and note it in the same transaction.
@@ -99,29 +115,22 @@ class Outbox:
         """Return a unique task of the innermost block, which nobody else can see yet."""
         return self.check(named=False).written(task_id)
 
-    def check(self, *, named: bool, awaits: bool = False) -> TransactionBlock:
+    def check(self, *, named: bool, awaits: bool = False) -> OpenBlock:
         """Return the block that a task may be put into.
 
         Raises:
             BadTransactionStateError: As ``put``.
         """
-        block = next((block for block in reversed(open_blocks.get()) if block._outbox is self), None)  # noqa: SLF001
-        if block is None or block.here is None:
+        block = next((block for block in reversed(open_blocks.get()) if block.owner is self), None)
+        running = running_transaction()
+        if running is not None and (block is None or block.ndb_transaction != running):
+            block = DatastoreBlock(self)  # in `@ndb.transactional()`, or a transaction that began inside the block
+        elif block is None or block.here is None:
             raise BadTransactionStateError(
                 "a transactional task needs a transaction; defer it inside `with app.transaction(connection):` "
                 "(`async with`, where the connection is awaited)"
             )
-        if named:
-            _check_may_be_named(block, awaits=awaits)
-        thread, task = here()
-        if block.here[0] != thread:
-            raise BadTransactionStateError("the transaction is another thread's; defer in the thread that began it")
-        if block.here[1] is not task:
-            raise BadTransactionStateError(
-                "the transaction is another asyncio task's; defer in the task that began it, without gather() or wait_for()"
-            )
-        if not block.source.in_transaction():
-            raise BadTransactionStateError("the transaction has ended already; defer before the commit")
+        block.check(named=named, awaits=awaits)
         return block
 
     def check_source(self, source: Source) -> None:
@@ -162,7 +171,7 @@ class Outbox:
             except QueueError as error:  # the tasks are committed: the next block on this connection relays them
                 _log.warning("the queue takes nothing from the outbox now (%s)", slug(error))
             return
-        self._relay.add(identity, opener, schema)
+        self._relay.add(identity, TablesOutlet(opener, self._transfer), schema)
         if is_open(source):
             self._relay.expect(source)
         # Through a connection of its own: reading with a session would open a transaction of the user's. It takes
@@ -170,8 +179,32 @@ class Outbox:
         elif source.is_async or opener.is_async or source.dialect != "sqlite" or not self._relay.sweep_one(identity):
             self._relay.expect()
 
+    def write_entities(self, tasks: Sequence[QueuedTask]) -> None:
+        """Write tasks to the Datastore transaction that runs here, and relay them when it has ended.
+
+        Raises:
+            TaskTooLargeError: A task is larger than a transaction may be.
+        """
+        entities = import_entities()
+        client = entities.client_here()
+        outlet = self._outlet(Address(client.project, client.database or ""))
+        outlet.adopt(client)
+        split = [entities.split(task) for task in tasks]
+        for each in split:
+            entities.put(each, self.environment)
+        written = [(task, len(each.pieces)) for task, each in zip(tasks, split, strict=True)]
+        entities.call_at_end(partial(outlet.expect, written), self._relay.expect)
+
+    def _outlet(self, address: Address, *, is_given: bool = False) -> DatastoreOutlet:
+        name = str(address)
+        outlet = self._datastores.setdefault(name, DatastoreOutlet(address, self._transfer, is_given=is_given))
+        self._relay.add(name, outlet)
+        return outlet
+
     def sweep(self) -> int:
         """Relay the tasks of every known outbox; returns how many."""
+        for outlet in list(self._datastores.values()):
+            outlet.look_now()
         return self._relay.sweep()
 
     def databases(self) -> list[tuple[str, str | None]]:
@@ -198,18 +231,6 @@ class Outbox:
 
 def _are_named(tasks: Sequence[QueuedTask]) -> bool:
     return any(task.name is not None or task.unique_key is not None for task in tasks)
-
-
-def _check_may_be_named(block: TransactionBlock, *, awaits: bool) -> None:
-    if block.way is not Way.STATEMENTS:
-        raise BadTransactionStateError(
-            "a transactional task has no name and is not unique, except on a connection to the PostgreSQL database of "
-            "the queue itself: elsewhere nobody knows before the commit whether a name is free; leave that out"
-        )
-    if block.source.is_async and not awaits:
-        raise BadTransactionStateError(
-            "defer() cannot wait for the database to say whether the name is free; await defer_async()"
-        )
 
 
 async def _is_marked(source: Source, queue: EnqueueStatements) -> bool:

@@ -12,17 +12,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from safedefer.concurrency.forks import register_fork
 from safedefer.errors import QueueError
-from safedefer.transactions.databases import Opener, Source
-from safedefer.transactions.tables import OUTBOX, look
-from safedefer.transactions.transfer import Transfer, slug
+from safedefer.transactions.databases import Source
+from safedefer.transactions.handover import slug
 
 if TYPE_CHECKING:
-    from safedefer.transactions.transfer import RelayedTo
+    from collections.abc import Sequence
+
+    from safedefer.transactions.handover import RelayedTo
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -45,18 +45,36 @@ _END_SECONDS: Final = 10.0
 _PACE: Final = 0.1
 
 
+class Outlet(Protocol):
+    """One database with outboxes. It raises what its library raises, and ``FileNotFoundError`` if nobody has made it yet."""
+
+    def move(self, queue: RelayedTo, schemas: Sequence[str | None], until: float | None) -> int | None:
+        """Move the committed tasks to a queue; returns how many, or None if the time was over before the last one.
+
+        Raises:
+            QueueUnavailable: The queue did not store a task, or any; what is left stays in the outbox.
+        """
+        ...
+
+    def count(self, schemas: Sequence[str | None]) -> int:
+        """Return how many committed tasks wait."""
+        ...
+
+    def refusal(self, schema: str | None) -> str | None:
+        """Return why an outbox cannot be used; None if it can, or is not made yet."""
+        ...
+
+
 class Relay:
     """A thread that sweeps outboxes: at once when something is expected, and every few seconds anyway.
 
     Args:
         queue: Where the tasks go; called in any thread.
-        transfer: Moves them.
     """
 
-    def __init__(self, queue: Callable[[], RelayedTo], transfer: Transfer) -> None:
+    def __init__(self, queue: Callable[[], RelayedTo]) -> None:
         self._queue = queue
-        self._transfer = transfer
-        self._openers: dict[str, Opener] = {}
+        self._outlets: dict[str, Outlet] = {}
         self._schemas: dict[str, tuple[str | None, ...]] = {}
         """Where the outboxes of each database are; None is on the search path of our own connection."""
         self._problems: dict[str, str] = {}
@@ -68,7 +86,7 @@ class Relay:
 
     def _begin(self) -> None:
         self._changed = threading.Condition()
-        self._sweeping = {name: threading.Lock() for name in self._openers}
+        self._sweeping = {name: threading.Lock() for name in self._outlets}
         self._held: list[threading.Lock] = []
         """What the fork under way has waited for."""
         self._apart: dict[str, threading.Thread] = {}
@@ -82,11 +100,11 @@ class Relay:
         self._swept = 0
         """The value of ``_wanted`` when the last sweep that has ended began."""
 
-    def add(self, identity: str, opener: Opener, schema: str | None = None) -> None:
+    def add(self, identity: str, outlet: Outlet, schema: str | None = None) -> None:
         """Add a database, and the schema of its outbox, to those that are swept."""
         with self._changed:
             self._sweeping.setdefault(identity, threading.Lock())
-            self._openers.setdefault(identity, opener)
+            self._outlets.setdefault(identity, outlet)
             self._schemas[identity] = tuple(dict.fromkeys((*self._schemas.get(identity, ()), schema)))
 
     def expect(self, source: Source | None = None) -> None:
@@ -147,14 +165,14 @@ class Relay:
     def sweep(self) -> int:
         """Relay every known outbox; returns how many tasks were moved."""
         wanted, still_open = self._wanted, bool(self._open)
-        moved = sum(self._sweep(identity) or 0 for identity in list(self._openers))
+        moved = sum(self._sweep(identity) or 0 for identity in list(self._outlets))
         if not still_open:
             self._swept = wanted
         return moved
 
     def sweep_apart(self) -> None:
         """Relay every known outbox; where there are several, each in a thread of its own, and the slow ones go on meanwhile."""
-        wanted, still_open, names = self._wanted, bool(self._open), list(self._openers)
+        wanted, still_open, names = self._wanted, bool(self._open), list(self._outlets)
         if len(names) <= 1:
             self.sweep()
             return
@@ -184,12 +202,8 @@ class Relay:
             lock.release()
 
     def _sweep_locked(self, identity: str, until: float | None) -> int | None:
-        # Open only while it is used: a connection must not be carried across a fork.
-        schemas = self._schemas[identity]
         try:
-            moved = self._openers[identity].use(
-                lambda source: self._transfer.move(source, self._queue(), schemas, until=until)
-            )
+            moved = self._outlets[identity].move(self._queue(), self._schemas[identity], until)
         except FileNotFoundError:  # nobody has made the database yet
             return 0
         except QueueError as error:
@@ -205,18 +219,17 @@ class Relay:
 
     def databases(self) -> list[tuple[str, str | None]]:
         """Return every database and schema."""
-        return [(identity, schema) for identity in self._openers for schema in self._schemas[identity]]
+        return [(identity, schema) for identity in self._outlets for schema in self._schemas[identity]]
 
     def count(self) -> int | None:
         """Return how many rows wait in all outboxes; None if one cannot be read now."""
         counted = 0
-        for identity in list(self._openers):
+        for identity in list(self._outlets):
             lock = self._sweeping[identity]
             if not lock.acquire(timeout=_COUNT_SECONDS):
                 return None
             try:
-                schemas = self._schemas[identity]
-                counted += self._openers[identity].use(partial(self._transfer.count, schemas=schemas))
+                counted += self._outlets[identity].count(self._schemas[identity])
             except FileNotFoundError:  # nobody has made the database yet
                 continue
             except Exception:  # noqa: BLE001  # the user's database, by whatever library; a sweep logs what is wrong
@@ -232,13 +245,11 @@ class Relay:
     def _trouble(self, identity: str, schema: str | None) -> str | None:
         with self._sweeping[identity]:
             try:
-                tables = self._openers[identity].use(lambda source: look(source, OUTBOX, schema))
+                return self._outlets[identity].refusal(schema)
             except FileNotFoundError:  # nobody has made the database yet
                 return None
             except Exception as error:  # noqa: BLE001  # the user's database, by whatever library
                 return f"it cannot be read ({type(error).__name__}); see that it runs, and that this user may connect"
-        used = [table for table in tables if table.on_path or table.schema == schema]
-        return next((table.refusal for table in used if table.refusal is not None), None)
 
     def _is_new(self, identity: str, error: Exception) -> bool:
         was, self._problems[identity] = self._problems.get(identity), slug(error)
@@ -257,7 +268,7 @@ class Relay:
     def finish(self) -> None:
         """Look once more if something is expected."""
         if self._swept != self._wanted:
-            for identity in list(self._openers):
+            for identity in list(self._outlets):
                 self._sweep(identity, _END_SECONDS)
             self._swept = self._wanted
 

@@ -1,7 +1,5 @@
 """Moves the committed tasks in the outbox of one database to the queue.
 
-Over 450 lines, since a table is judged, locked and read in one way by all that is done with it.
-
 It enqueues first and deletes after: a crash in between repeats the enqueue, which the queue refuses because it
 knows the task's id. So no task is lost or enqueued twice.
 
@@ -15,15 +13,14 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from safedefer.errors import Error, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.queues.base import BlobsFull, Queue, QueuedTask, TaskView
-from safedefer.transactions.rows import environment_of, transactional
+from safedefer.errors import QueueUnavailable
+from safedefer.transactions.handover import ID_LENGTH, HandedOver, Judge, RelayedTo, is_away, slug
 from safedefer.transactions.tables import OUTBOX, Table, look
 
 if TYPE_CHECKING:
-    from safedefer.transactions.databases.base import Source
+    from safedefer.transactions.databases.base import Opener, Source
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -42,10 +39,6 @@ _ASIDE: Final = 1_000
 _LOCK_MILLISECONDS: Final = 2_000
 #: The same for the lock that keeps producers waiting while it is waited for.
 _ALTER_MILLISECONDS: Final = 50
-#: Characters of the longest id that is read, and of a name that is logged. An id of ours has 32.
-_ID_LENGTH: Final = 64
-#: Complaints of each kind that are remembered, so that each is logged once.
-_COMPLAINTS: Final = 1_000
 
 # Ids and tasks are bytes: a text that is not in the connection's encoding, or in none, must not fail the rows beside it.
 _KEYS: Final = {
@@ -103,14 +96,6 @@ _LOCK: Final = "LOCK TABLE ONLY {table} IN ROW EXCLUSIVE MODE"
 _ADD_COLUMN: Final = "ALTER TABLE {table} ADD COLUMN environment VARCHAR(100)"
 
 
-class RelayedTo(Queue, Protocol):
-    """Where the tasks of an outbox go: a queue that can say whether it has a task."""
-
-    def find(self, task_id: str) -> TaskView | None:
-        """Return one task in whatever state; None if it is not known."""
-        ...
-
-
 class OutboxChanged(Exception):
     """The table is not any more what it was when it was chosen."""
 
@@ -125,10 +110,6 @@ class _OutboxRow(NamedTuple):
     size: int
 
     @property
-    def id(self) -> str:
-        return self.raw_id.decode(errors="backslashreplace")
-
-    @property
     def text_id(self) -> str | None:
         """The id as a parameter of a statement; None if it is no text."""
         try:
@@ -137,40 +118,13 @@ class _OutboxRow(NamedTuple):
             return None
 
 
-class _HandedOver(NamedTuple):
-    """Which tasks of a page the queue has taken."""
-
-    ids: Sequence[str]
-    """Those that the queue has now."""
-    failure: QueueUnavailable | None = None
-    """Why it did not store another one."""
-    is_away: bool = False
-    """Whether it stores none."""
-
-
-class Transfer:
-    """Moves tasks of one application.
-
-    Args:
-        environment: Whose rows are taken, and those of before there was the column, if their audience names it.
-        queues: The names of its queues; None is any.
-    """
+class Transfer(Judge):
+    """Moves tasks of one application."""
 
     def __init__(self, *, environment: str, queues: Collection[str] | None = None) -> None:
-        self.environment = environment
-        self._queues = None if queues is None else frozenset(queues)
-        self._said: dict[object, set[object]] = {}
+        super().__init__(environment=environment, queues=queues)
         self._aside: set[tuple[str, bytes, int]] = set()
         """Large rows that are no tasks of this application: the table, the id, the size."""
-
-    def says_first(self, kind: str, *complaint: object) -> bool:
-        """Whether a complaint is to be logged: once, and none of its kind any more after so many."""
-        # Without a lock: the worst that two threads do is to log one twice.
-        said = self._said.setdefault(kind, set())
-        if complaint in said or len(said) >= _COMPLAINTS:
-            return False
-        said.add(complaint)
-        return True
 
     async def move(
         self, source: Source, queue: RelayedTo, schemas: Iterable[str | None], *, until: float | None = None
@@ -199,7 +153,7 @@ class Transfer:
                 moved, is_over = moved + (emptied or 0), is_over or emptied is None
             except Exception as error:  # noqa: BLE001  # the user's database, by whatever library
                 failure = error
-                if isinstance(error, QueueUnavailable) and _is_away(queue):
+                if isinstance(error, QueueUnavailable) and is_away(queue):
                     break
         if failure is not None:
             raise failure
@@ -325,7 +279,7 @@ class Transfer:
             mine=_MINE[source.dialect] if has_environment else "true",
             after="true" if after is None else _AFTER[source.dialect],
         )
-        values: dict[str, object] = {"limit": _WINDOW, "id_length": _ID_LENGTH}
+        values: dict[str, object] = {"limit": _WINDOW, "id_length": ID_LENGTH}
         if has_environment:
             values["environment"] = self.environment
         if after is not None:
@@ -386,70 +340,44 @@ class Transfer:
             deleted = [await source.execute(statement, {"id": task_id}) for task_id in task_ids]
         return sum(deleted)
 
-    def _hand_over(self, queue: RelayedTo, table: Table, rows: Sequence[_OutboxRow]) -> _HandedOver:
+    def _hand_over(self, queue: RelayedTo, table: Table, rows: Sequence[_OutboxRow]) -> HandedOver:
         """Enqueue the tasks of some rows."""
         tasks = []
         for row in rows:
-            task = self._task(table, row)
-            if task is not None:
+            task = self.read(table.name, row.raw_id, row.text)
+            if task is not None and self.is_mine(table.name, task):
                 tasks.append(task)
             elif row.size > _LARGE_BYTES and row.text is not None:
                 self._aside.add((table.name, row.raw_id, row.size))
-        if not tasks:
-            return _HandedOver(())
-        try:
-            queue.enqueue_many(tasks)
-        except QueueUnavailable as error:
-            if _is_away(queue):
-                return _HandedOver((), error, is_away=True)
-        except Exception as error:  # noqa: BLE001  # one is there already, is of a kind that no queue takes, or none is taken
-            _log.debug("the outbox is emptied one by one (%s)", slug(error))
-        else:
-            return _HandedOver([task.id for task in tasks])
-        return self._one_by_one(queue, table, tasks)
+        return self.hand_over(queue, table.name, tasks)
 
-    def _task(self, table: Table, row: _OutboxRow) -> QueuedTask | None:
-        """Return the task of a row; None if it is not one of this application's, or none at all."""
-        try:
-            if row.text is None:
-                raise ValueError("too long")  # noqa: TRY301  # it is as unreadable as the others
-            task = transactional(row.text.decode(), row.raw_id.decode())
-            environment = environment_of(task)
-        except Exception as error:  # noqa: BLE001  # whatever somebody has written there
-            if self.says_first("no task", table.name, row.raw_id):
-                _log.error("the outbox has a row that is no task (%s): %a; look at it", slug(error), row.id)
-            return None
-        if environment != self.environment:  # from before there was the column
-            return None
-        if self._queues is not None and task.queue not in self._queues:
-            if self.says_first("queue", table.name, task.queue):
-                _log.warning(
-                    "the outbox has a task for the queue %a, which this application does not have; it stays there",
-                    task.queue[:_ID_LENGTH],
-                )
-            return None
-        return task
 
-    def _one_by_one(self, queue: RelayedTo, table: Table, tasks: Sequence[QueuedTask]) -> _HandedOver:
-        """Enqueue tasks of which one is refused: it stays where it is, and the others go on."""
-        arrived: list[str] = []
-        failure = None
-        for task in tasks:
-            try:
-                _enqueue(queue, task)
-            except BlobsFull as error:
-                if self.says_first("full", table.name, task.id):
-                    _log.warning("task %s stays in the outbox: %s", task.id, error)
-            except Exception as error:  # noqa: BLE001  # as above
-                if isinstance(error, QueueUnavailable):
-                    failure = error
-                    if _is_away(queue):
-                        return _HandedOver(arrived, failure, is_away=True)
-                if self.says_first("refused", table.name, task.id):
-                    _log.error("the queue does not take task %a of the outbox (%s); look at it", task.id, slug(error))
-            else:
-                arrived.append(task.id)
-        return _HandedOver(arrived, failure)
+class TablesOutlet:
+    """The outboxes in the tables of one database, as the relay empties them.
+
+    Args:
+        opener: Connects to the database.
+        transfer: Moves the tasks.
+    """
+
+    def __init__(self, opener: Opener, transfer: Transfer) -> None:
+        self._opener = opener
+        self._transfer = transfer
+
+    def move(self, queue: RelayedTo, schemas: Sequence[str | None], until: float | None) -> int | None:
+        """Do what ``Transfer.move`` does, with a connection of its own."""
+        # Open only while it is used: a connection must not be carried across a fork.
+        return self._opener.use(lambda source: self._transfer.move(source, queue, schemas, until=until))
+
+    def count(self, schemas: Sequence[str | None]) -> int:
+        """Do what ``Transfer.count`` does, with a connection of its own."""
+        return self._opener.use(lambda source: self._transfer.count(source, schemas))
+
+    def refusal(self, schema: str | None) -> str | None:
+        """Return why the outbox of a schema cannot be used; None if it can, or is not made yet."""
+        tables = self._opener.use(lambda source: look(source, OUTBOX, schema))
+        used = [table for table in tables if table.on_path or table.schema == schema]
+        return next((table.refusal for table in used if table.refusal is not None), None)
 
 
 def _page(pending: deque[_OutboxRow]) -> list[_OutboxRow]:
@@ -470,26 +398,3 @@ async def _reading(source: Source) -> AsyncIterator[None]:
     finally:
         if source.in_transaction():
             await source.rollback()
-
-
-def _is_away(queue: RelayedTo) -> bool:
-    """Whether a queue that took no task is not available at all. Else it is the task that it cannot store."""
-    try:
-        queue.stats(now=0.0)
-    except QueueUnavailable:
-        return True
-    return False
-
-
-def _enqueue(queue: RelayedTo, task: QueuedTask) -> None:
-    """Enqueue a task, unless the queue has it. Raises what refuses it."""
-    try:
-        queue.enqueue_many((task,))
-    except (TaskAlreadyExistsError, TombstonedTaskError):
-        if queue.find(task.id) is None:
-            raise
-
-
-def slug(error: BaseException) -> str:
-    """Return what a log says of an error: no text of a database's."""
-    return error.slug if isinstance(error, Error) else type(error).__name__

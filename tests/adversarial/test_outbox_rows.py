@@ -149,7 +149,7 @@ def test_an_id_forges_no_line_of_the_log_and_no_escape(given, caplog):
 
 
 def test_a_million_odd_rows_do_not_fill_the_log(given, caplog, monkeypatch):
-    monkeypatch.setattr("safedefer.transactions.transfer._COMPLAINTS", 10)
+    monkeypatch.setattr("safedefer.transactions.handover._COMPLAINTS", 10)
     app, connection = given
     for number in range(50):
         connection.execute(INSERT, (f"odd-{number}", 0, "{}"))
@@ -160,7 +160,7 @@ def test_a_million_odd_rows_do_not_fill_the_log(given, caplog, monkeypatch):
 
 def test_a_thousand_odd_rows_hide_no_other_trouble(given, caplog, monkeypatch):
     """After so many complaints none was logged any more, of whatever kind."""
-    monkeypatch.setattr("safedefer.transactions.transfer._COMPLAINTS", 10)
+    monkeypatch.setattr("safedefer.transactions.handover._COMPLAINTS", 10)
     app, connection = given
     for number in range(20):
         connection.execute(INSERT, (f"odd-{number}", 0, "{}"))

@@ -1,0 +1,272 @@
+"""Tasks that go with a Datastore transaction: the block, and how the relay empties the outbox there.
+
+google-cloud-ndb is imported when a task is put there, or an outbox there is swept: ``databases.datastore``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from safedefer.blobs import Blob
+from safedefer.errors import BadTransactionStateError, ConfigurationError
+from safedefer.queues.base import QueuedTask
+from safedefer.transactions.ambient import running_transaction
+from safedefer.transactions.blocks import NO_NAMES, OpenBlock
+from safedefer.transactions.handover import ID_LENGTH, Judge, RelayedTo
+
+if TYPE_CHECKING:
+    from safedefer.transactions.databases.datastore import EntityReader, EntityRow, OwnTransaction
+
+#: Seconds between two queries for what others have left, by the relay's own thread: each one costs a read.
+_LOOK_SECONDS: Final = 2.0
+#: Tasks whose entities are read, and that are handed over, at once.
+_PAGE: Final = 25
+#: Committed tasks that are remembered until the relay takes them; others are found by a query.
+_REMEMBERED: Final = 1_000
+#: Ids of entities that are no tasks, and are not read again.
+_ASIDE: Final = 10_000
+
+_URL: Final = re.compile(r"datastore://([A-Za-z0-9:.-]{1,100})(?:/([A-Za-z0-9-]{1,100}|\(default\)))?/?")
+
+
+def import_entities() -> ModuleType:
+    """Import what speaks to Datastore. Raises ``MissingExtra``."""
+    from safedefer.transactions.databases import datastore  # noqa: PLC0415 - see above
+
+    return datastore
+
+
+class Address(NamedTuple):
+    """A Datastore: ``datastore://PROJECT`` or ``datastore://PROJECT/DATABASE``."""
+
+    project: str
+    database: str = ""
+    """Empty is the default one."""
+
+    def __str__(self) -> str:
+        return f"datastore://{self.project}" + (f"/{self.database}" if self.database else "")
+
+
+def is_datastore(url: str) -> bool:
+    """Whether a URL names a Datastore."""
+    return url.lower().startswith("datastore:")
+
+
+def parse(url: str) -> Address:
+    """Read the URL of a Datastore.
+
+    Raises:
+        ConfigurationError: It is malformed.
+        MissingExtra: google-cloud-ndb is not installed.
+    """
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise ConfigurationError(
+            "an outbox in Datastore is written datastore://PROJECT or datastore://PROJECT/DATABASE"
+        )
+    import_entities()
+    return Address(match[1], "" if match[2] in {None, "(default)"} else match[2])
+
+
+class EntityOwner(Protocol):
+    """The member of an outbox that its blocks in Datastore use."""
+
+    def write_entities(self, tasks: Sequence[QueuedTask]) -> None:
+        """Write tasks to the Datastore transaction that runs here."""
+        ...
+
+
+class DatastoreBlock(OpenBlock, AbstractContextManager[None]):
+    """One ``app.transaction(ndb)``. If no transaction runs, it opens one, and commits it at its end."""
+
+    def __init__(self, outbox: EntityOwner) -> None:
+        super().__init__(outbox)
+        self._outbox = outbox
+        self._own: OwnTransaction | None = None
+
+    def __enter__(self) -> None:
+        if self.here is not None:
+            raise BadTransactionStateError("this block is open already; call app.transaction() again")
+        if running_transaction() is None:
+            entities = import_entities()
+            if not entities.has_context():
+                raise BadTransactionStateError(
+                    "there is no ndb context; write `with client.context():` around the block"
+                )
+            self._own = entities.OwnTransaction()
+            self._own.begin()
+        self.begin_here()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end_here()
+        own, self._own = self._own, None
+        if own is not None:
+            own.end(commit=error is None)
+
+    def check(self, *, named: bool, awaits: bool) -> None:  # noqa: ARG002 - nothing is awaited here
+        """Check that a task may be put into it. Raises ``BadTransactionStateError``."""
+        if named:
+            raise BadTransactionStateError(NO_NAMES)
+        self.check_here()
+        if running_transaction() is None:
+            raise BadTransactionStateError(
+                "no Datastore transaction runs here: it has ended already, or @ndb.non_transactional() has paused it"
+            )
+
+    def add(self, tasks: Sequence[QueuedTask]) -> None:
+        """Write tasks."""
+        self._outbox.write_entities(tasks)
+
+    async def add_async(self, tasks: Sequence[QueuedTask]) -> None:
+        """Write tasks: in a transaction nothing is sent before the commit."""
+        self._outbox.write_entities(tasks)
+
+
+class DatastoreOutlet:
+    """The outbox in one Datastore, as the relay empties it. It enqueues first and deletes after.
+
+    Args:
+        address: The Datastore.
+        judge: Tells which entities are tasks of the application, and hands them over.
+        is_given: Whether it is swept by a process that does not use it itself.
+    """
+
+    def __init__(self, address: Address, judge: Judge, *, is_given: bool) -> None:
+        self._is_given = is_given
+        self._address = address
+        self._judge = judge
+        self._client: tuple[int, Any] | None = None
+        """The client that this process has used here, and the process."""
+        self._expected: deque[tuple[int, QueuedTask, int]] = deque(maxlen=_REMEMBERED)
+        """What was committed here: the process, the task, its entities."""
+        self._aside: set[str] = set()
+        self._next_look = 0.0
+
+    def adopt(self, client: Any) -> None:
+        """Read by this client from now on, in this process."""
+        self._client = os.getpid(), client
+
+    def expect(self, written: Sequence[tuple[QueuedTask, int]]) -> None:
+        """Hand over tasks that were committed, each in so many entities, at the next sweep."""
+        self._expected.extend((os.getpid(), *each) for each in written)
+
+    def look_now(self) -> None:
+        """Query at the next sweep, however short ago the last one was."""
+        self._next_look = 0.0
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[EntityReader | None]:
+        entities = import_entities()
+        # A channel of the parent's hangs in a child of a fork.
+        if self._client is not None and self._client[0] == os.getpid():
+            yield entities.EntityReader(self._client[1], self._judge.environment)
+            return
+        if not self._is_given:
+            yield None
+            return
+        with entities.connected(*self._address) as client:
+            yield entities.EntityReader(client, self._judge.environment)
+
+    def move(self, queue: RelayedTo, _schemas: Sequence[str | None], until: float | None) -> int | None:
+        """Hand over what was committed here, and now and then what others have left.
+
+        Raises:
+            QueueUnavailable: The queue did not store a task, or any.
+            GoogleAPICallError: Datastore did not answer.
+        """
+        expected = self._take_expected()
+        now = time.monotonic()
+        if not expected and now < self._next_look:
+            return 0
+        with self._reader() as reader:
+            if reader is None:
+                return 0
+            moved = sum(self._hand_over(reader, queue, page) for page in _pages(expected, 100))
+            if now < self._next_look:
+                return moved
+            self._next_look = now + _LOOK_SECONDS
+            return self._look(reader, queue, moved, until)
+
+    def _take_expected(self) -> list[tuple[QueuedTask, int]]:
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._expected.popleft())
+        return [(task, pieces) for pid, task, pieces in taken if pid == os.getpid()]
+
+    def _look(self, reader: EntityReader, queue: RelayedTo, moved: int, until: float | None) -> int | None:
+        after: Any = None
+        while keys := reader.keys(after):
+            after = keys[-1]
+            ids = [each for each in map(import_entities().id_of, keys) if 0 < len(each) <= ID_LENGTH]
+            for page in _pages([each for each in ids if each not in self._aside], _PAGE):
+                moved += self._move_page(reader, queue, page)
+                if until is not None and time.monotonic() > until:
+                    return None
+        return moved
+
+    def _move_page(self, reader: EntityReader, queue: RelayedTo, ids: Sequence[str]) -> int:
+        moved = 0
+        together: list[tuple[QueuedTask, int]] = []
+        for task_id, row in reader.rows(ids).items():
+            task = self._task(reader, task_id, row)
+            if task is None or row is None:
+                continue
+            if row.pieces > 1:  # by itself: some of these would be many bytes
+                moved += self._hand_over(reader, queue, [(task, row.pieces)])
+            else:
+                together.append((task, row.pieces))
+        return moved + self._hand_over(reader, queue, together)
+
+    def _task(self, reader: EntityReader, task_id: str, row: EntityRow | None) -> QueuedTask | None:
+        """Return the task of an entity; None if it is not one of this application's, or none at all."""
+        place = str(self._address)
+        payload = None if row is None else reader.payload(row)
+        if payload is None and not reader.rows([task_id]):  # another process has moved it meanwhile
+            return None
+        text = None if row is None or payload is None else payload[: row.text_bytes]
+        task = self._judge.read(place, task_id.encode(), text)
+        if task is None or row is None or payload is None:
+            if len(self._aside) < _ASIDE:
+                self._aside.add(task_id)
+            return None
+        if task.blob is not None:
+            task = task._replace(blob=Blob(task.blob.id, payload[row.text_bytes :]))
+        return task if self._judge.is_mine(place, task) else None
+
+    def _hand_over(self, reader: EntityReader, queue: RelayedTo, written: Sequence[tuple[QueuedTask, int]]) -> int:
+        done = self._judge.hand_over(queue, str(self._address), [task for task, _ in written])
+        if done.ids:
+            pieces = {task.id: pieces for task, pieces in written}
+            reader.delete([(task_id, pieces[task_id]) for task_id in done.ids])
+        if done.failure is not None:
+            self._next_look = 0.0
+            raise done.failure
+        return len(done.ids)
+
+    def count(self, _schemas: Sequence[str | None]) -> int:
+        """Return how many tasks wait. Raises ``GoogleAPICallError``."""
+        with self._reader() as reader:
+            return 0 if reader is None else reader.count()
+
+    def refusal(self, _schema: str | None) -> str | None:
+        """Return None: what can be read can be used. Raises ``GoogleAPICallError``."""
+        with self._reader() as reader:
+            if reader is not None:
+                reader.keys(None)
+        return None
+
+
+def _pages(every: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(every), most):
+        yield every[start : start + most]
