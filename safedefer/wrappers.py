@@ -104,8 +104,21 @@ def _is_celerys(proxy: object) -> bool:
     return type(home) is str and home.partition(".")[0] == "celery"
 
 
+def takes_its_task(obj: object) -> bool:
+    """Whether an object is a celery task whose function takes the task as its first argument: ``bind=True``, or a class."""
+    kind = _celery_task(obj, type(obj))
+    return kind is not None and type(_DICT(kind).get("run")) is FunctionType
+
+
 def _celery_function(obj: object, kind: type) -> object:
     """Return the function of a celery task, or of the proxy of one; None of a bound task, whose function needs the task."""
+    task = _celery_task(obj, kind)
+    raw = None if task is None else _DICT(task).get("run")
+    return raw.__func__ if type(raw) is staticmethod else None
+
+
+def _celery_task(obj: object, kind: type) -> type | None:
+    """Return the class of a celery task, or of the task that a proxy stands for; None of anything else."""
     if any(_is(kind, "celery.local", name) for name in _CELERY_PROXIES):
         if not _is_celerys(obj):
             return None
@@ -114,5 +127,4 @@ def _celery_function(obj: object, kind: type) -> object:
         except Exception:  # noqa: BLE001 - whatever making the task raises: it is no task then
             return None
     base = _MODULE_DICT(sys.modules["celery.app.task"]).get("Task") if "celery.app.task" in sys.modules else None
-    raw = _DICT(kind).get("run") if any(each is base for each in _MRO(kind)) else None
-    return raw.__func__ if type(raw) is staticmethod else None
+    return kind if any(each is base for each in _MRO(kind)) else None

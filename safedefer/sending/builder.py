@@ -20,7 +20,7 @@ from safedefer.sending.ids import new_blob_id, new_task_id
 from safedefer.sending.routes import Routes
 from safedefer.sending.test_mode import TEST_MODE, refuse
 from safedefer.signing import Signer, shared_claims
-from safedefer.wrappers import unwrapped
+from safedefer.wrappers import takes_its_task, unwrapped
 
 #: In the order in which they are written: another one is read more slowly.
 _CLAIMS: Final = tuple(Claims.__annotations__)
@@ -121,7 +121,20 @@ class Builder:
 
     def callable_ref(self, obj: Callable[..., object]) -> CallableRef:
         """Name the callable of a call. Raises ``NotDeferrable``."""
-        return self._signer.gate.callable_ref(unwrapped(obj))
+        return self._named(obj, unwrapped(obj))
+
+    def _named(self, obj: object, target: object) -> CallableRef:
+        """Name ``target``, the function of ``obj`` where that is a task of another library."""
+        try:
+            return self._signer.gate.callable_ref(target)
+        except NotDeferrable as error:
+            if not takes_its_task(obj):
+                raise
+            raise NotDeferrable(
+                "this Celery task takes the task itself as its first argument (bind=True), which no worker of safedefer has; "
+                "take bind=True and the argument away, and ask safedefer.current_task() for what the task said",
+                reason="bound-celery-task",
+            ) from error
 
     def serialize(self, obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
         """Return the signed token of a call without options."""
@@ -191,7 +204,7 @@ class Builder:
     ) -> Claims:
         gate = self._signer.gate
         target: Any = unwrapped(obj)
-        ref = gate.callable_ref(target)
+        ref = self._named(obj, target)
         try:
             check_binds(target, args, kwargs)
         except TypeError as error:

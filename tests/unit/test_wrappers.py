@@ -69,6 +69,18 @@ def test_a_task_whose_function_needs_the_task_object_is_refused(label):
         POLICY.callable_ref(decorated.REFUSED[label])
 
 
+@pytest.mark.parametrize("label", [label for label in decorated.REFUSED if label.startswith("celery")])
+def test_the_refusal_of_a_bound_celery_task_says_what_to_change(label):
+    app = make_app(policy=POLICY)
+    for refused in (app.defer, app.serialize):
+        with pytest.raises(NotDeferrable, match=r"bind=True.*current_task\(\)") as caught:
+            refused(decorated.REFUSED[label], 1)
+        assert caught.value.reason == "bound-celery-task"
+    with pytest.raises(NotDeferrable) as caught:
+        app.defer(lambda: None)
+    assert caught.value.reason != "bound-celery-task"
+
+
 def test_what_is_not_registered_is_no_wrapper():
     for name in ("own", "own_slot"):
         assert unwrapped(getattr(decorated, name)) is getattr(decorated, name)
