@@ -420,7 +420,8 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     if cls is MethodWrapperType:
         _refuse("dunder", "special methods are not carried", "defer a function that uses the operator")
     if is_bound_task(obj):
-        _refuse("unsupported", "the function of this Celery task takes the task (bind=True)", "defer one without self")
+        problem = "the function of this Celery task takes the task (bind=True), which no worker of safedefer has"
+        _refuse("unsupported", problem, "take bind=True and self away; ask safedefer.current_task() for what self said")
     definer = next((c for c in _TYPE_MRO(cls) if "__call__" in _TYPE_DICT(c)), None)
     if definer is None:
         _refuse("not-callable", f"an object of {qualname} is not callable", "pass a function and its arguments")

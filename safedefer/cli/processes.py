@@ -350,9 +350,12 @@ def _load_to_dispatch(spec: str | None, concurrency: int | None, queues: Sequenc
     """Load as ``_load``; raise ``ConfigurationError`` if its queue has nothing to dispatch, before anything is served."""
     app = _load(spec, concurrency, queues)
     if app.pushes:
+        command = getattr(app.push_queue.engine, "worker_command", None)
+        remedy = (
+            "`safedefer serve`" if command is None else f"Celery's workers, `{command((spec or '').partition(':')[0])}`"
+        )
         raise ConfigurationError(
-            f"{app.queue_place} pushes its tasks to the handler: there is nothing to dispatch; run `safedefer serve`, or the "
-            "engine's own workers"
+            f"{app.queue_place} pushes its tasks to the handler: there is nothing to dispatch; run {remedy}"
         )
     return app
 

@@ -13,6 +13,7 @@ from safedefer import App, Key, Keyring, KeyState, Policy
 BROKER = os.environ.get("BENCH_BROKER", "")
 STORE = os.environ.get("BENCH_STORE", "")
 FOLDER = Path(os.environ.get("BENCH_FOLDER", "."))
+SIDE = os.environ.get("BENCH_SIDE", "")
 MILLISECONDS = float(os.environ.get("BENCH_MILLISECONDS", "0"))
 
 alone = Celery("alone", broker=BROKER, set_as_current=False)
@@ -23,7 +24,7 @@ def work(number: int) -> None:
     """Take as long as a task, and leave the time."""
     if MILLISECONDS:
         time.sleep(MILLISECONDS / 1_000)
-    with (FOLDER / f"ran-{os.getpid()}").open("a") as file:
+    with (FOLDER / f"{SIDE}-{os.getpid()}").open("a") as file:
         file.write(f"{time.time()!r}\n")
 
 

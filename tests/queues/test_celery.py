@@ -16,6 +16,7 @@ from kombu import Connection
 
 from safedefer import TaskRetryOptions
 from safedefer.cli.doctor import check_queue
+from safedefer.cli.processes import _load_to_dispatch as load_to_dispatch
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.headers import Response
 from safedefer.queues import open_engine
@@ -247,6 +248,20 @@ def test_a_message_is_not_acknowledged_if_the_next_one_was_not_published(engine)
     assert raised.value.requeue is True
 
 
+@pytest.mark.parametrize("error", [QueueUnavailable("away"), RuntimeError("closed")])
+def test_a_message_goes_back_to_the_broker_where_the_handler_cannot_be_asked(engine, monkeypatch, error):
+    monkeypatch.setattr("safedefer.queues.celery.engine._NOT_HANDLED_SECONDS", 0.0)
+
+    class Broken:
+        def submit(self, *_):
+            raise error
+
+    engine.serve(Broken())
+    with pytest.raises(Reject) as raised:
+        engine.deliver(FakeRequest(), "token", "/url", 0, 1.0)
+    assert raised.value.requeue is True
+
+
 def test_a_soft_time_limit_of_celerys_does_not_end_the_wait_for_an_answer(engine, monkeypatch):
     published = messages(engine, monkeypatch)
     answers = Answers(Response(200, {}, b""))
@@ -299,6 +314,17 @@ def test_the_doctor_asks_the_broker(plain, monkeypatch):
         queue()
     monkeypatch.setattr(plain.push_queue.engine.celery, "connection_for_write", lambda: Connection("memory://"))
     assert [status for status, _ in queue()] == ["ok"]
+
+
+def test_a_command_that_dispatches_names_the_one_that_starts_celerys_workers(monkeypatch):
+    celery = Celery("shop", broker="redis://127.0.0.1:1/0", set_as_current=False)
+    app = make_plain_app(queue=celery, store=MemoryQueue())
+    monkeypatch.setattr(tasks, "celery", celery, raising=False)
+    monkeypatch.setattr(tasks, "app", app, raising=False)
+    with pytest.raises(ConfigurationError, match="`celery -A tests.queues.celery_app:celery worker`"):
+        load_to_dispatch("tests.queues.celery_app:app", None, ())
+    assert app.push_queue.engine.worker_command("tests.sample_tasks") == "celery -A MODULE:CELERY_APPLICATION worker"
+    app.close()
 
 
 @pytest.mark.parametrize("url", ["celery://", "celery://?broker=", "celery://host", "celery://?broker=host"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,8 @@ _TASK: Final = "Safedefer-Task"
 _REFUSED: Final = 403
 #: Seconds that a worker without an App holds a message.
 _NOBODY_SECONDS: Final = 5.0
+#: Seconds that a worker whose handler cannot be asked holds a message.
+_NOT_HANDLED_SECONDS: Final = 1.0
 #: The year 9999.
 _LATEST: Final = 253_402_300_799.0
 _MOST_RETRIES: Final = 10**9 - 1
@@ -138,6 +141,12 @@ class CeleryEngine:
         celery = Celery("safedefer", broker=broker, set_as_current=False)
         celery.conf.update(accept_content=["json"], task_serializer="json", task_ignore_result=True)
         return cls(celery)
+
+    def worker_command(self, module: str = "") -> str:
+        """Return the command that starts a worker; ``module`` is looked at for the Celery application."""
+        names = vars(sys.modules[module]) if module in sys.modules else {}
+        found = next((name for name, value in names.items() if value is self.celery), None)
+        return f"celery -A {module if found else 'MODULE'}:{found or 'CELERY_APPLICATION'} worker"
 
     def serve(self, serves: WorkerHandler) -> None:
         """Hand what the workers of the Celery application get to a handler."""
@@ -253,7 +262,14 @@ class CeleryEngine:
         count = str(min(retries, _MOST_RETRIES))
         headers = WorkerHeaders({"Content-Type": CONTENT_TYPE, RETRY_HEADER: count, _SINCE: repr(float(since))})
         headers[_TASK] = str(request.request.id)
-        answer = _result(self._serves.submit(headers, token.encode("ascii"), url))
+        try:
+            answer = _result(self._serves.submit(headers, token.encode("ascii"), url))
+        except Exception as error:
+            # Whatever another exception says, Celery would drop the message: a store that does not open loses no task.
+            name = error.slug if isinstance(error, Error) else type(error).__name__
+            _log.error("a task is not handled (%s); the broker delivers it again", name)
+            time.sleep(_NOT_HANDLED_SECONDS)
+            raise Reject(reason=name, requeue=True) from error
         if 200 <= answer.status <= 299:  # noqa: PLR2004  # the engine's part is done
             return
         countdown = _wait(answer, retries)
