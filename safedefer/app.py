@@ -126,6 +126,8 @@ class App(Producer):
     _notices: Notices | None = None
     trace_url: str | None = None
     """Where traces are shown, as the settings say it."""
+    of_settings: bool = False
+    """Whether ``SAFEDEFER_*`` made it; ``App(...)`` reads no variable."""
     _closed = False
 
     def __init__(
@@ -283,7 +285,7 @@ class App(Producer):
             log_tracebacks=settings.log_tracebacks,
             tracing=settings.load_tracing(),
         )
-        app.trace_url = settings.trace_url
+        app.trace_url, app.of_settings = settings.trace_url, True
         return app
 
     # --- Handling ---

@@ -236,7 +236,8 @@ class Policy(Immutable):
                 if module in gone and isinstance(error, ModuleNotFoundError):
                     continue
                 raise ConfigurationError(
-                    f"the policy names the module {module}, which cannot be imported: {error}; correct the pattern"
+                    f"the policy names the module {module}, which cannot be imported: {type(error).__name__}: {error}; "
+                    "correct the pattern or the module, or start where it can be imported"
                 ) from error
 
     # --- By name: nothing is imported ---

@@ -36,7 +36,7 @@ FENCE = re.compile(
 SHOP = {
     "shop/__init__.py": "",
     "shop/jobs/__init__.py": "",
-    "shop/tasks.py": "def send_receipt(order_id, *, copy_to=None): ...\n\n\ndef rebuild_index(shop_id): ...\n"
+    "shop/tasks.py": "import safedefer\n\napp = safedefer.App.from_settings()\n\ndef send_receipt(order_id, *, copy_to=None): ...\n\n\ndef rebuild_index(shop_id): ...\n"
     "def do_something_later(key, amount): ...\n",
     "shop/checkout.py": "",
     "shop/models.py": "class Order: ...\n",

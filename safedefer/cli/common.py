@@ -121,6 +121,13 @@ def _set_django_up() -> None:
         ) from error
 
 
+#: How else a command finds the queue's file, by whether no application was named.
+_TO_FIND_IT: Final = {
+    True: "name the application that they use (--app shop.tasks:app), or set SAFEDEFER_QUEUE to an absolute path (sqlite:////...)",
+    False: "or give the application an absolute path (sqlite:////...)",
+}
+
+
 def load_app_to_look(spec: str | None) -> App:
     """Load the App for a command that makes no file: a SQLite file that does not exist is said, and is an empty queue.
 
@@ -132,7 +139,7 @@ def load_app_to_look(spec: str | None) -> App:
     if missing is not None and os.path.isdir(os.path.dirname(missing)):  # noqa: PTH112, PTH120  # else opening it says what is wrong
         click.echo(
             f"the queue's file {plain(missing)} does not exist, so no task was deferred into it; run this in the folder of the "
-            "processes that use it, or set SAFEDEFER_QUEUE to an absolute path (sqlite:////...)",
+            f"processes that use it, {_TO_FIND_IT[spec is None]}",
             err=True,
         )
         app._queue = open_queue("memory://")  # noqa: SLF001  # for this one command

@@ -25,7 +25,7 @@ from safedefer.app import App
 from safedefer.cli.common import NO_ENVIRONMENT, app_option, is_of_settings, load_app, missing_file
 from safedefer.cli.findings import Check, Finding
 from safedefer.cli.options import TEXT
-from safedefer.cli.surroundings import check_pgqueuer, check_target, check_users
+from safedefer.cli.surroundings import check_pgqueuer, check_settings, check_target, check_users
 from safedefer.cli.terminal import Column, show_table
 from safedefer.cli.text import many, plain
 from safedefer.errors import Error
@@ -185,7 +185,7 @@ def check_queue(app: App) -> Iterable[Finding]:
         assert app.queue.file is not None  # of none the line above is false
         yield Finding(
             "queue", "warn", f"its path is relative to the current folder: here it is {app.queue.file.path}, and a process that runs "
-            f"in another folder uses another file; set SAFEDEFER_QUEUE=sqlite:///{app.queue.file.path} for all of them",
+            f"in another folder uses another file; {_to_set(app, 'queue')} to sqlite:///{app.queue.file.path} for all of them",
         )  # fmt: skip
     missing = missing_file(app)
     if missing is not None:
@@ -208,6 +208,11 @@ def check_queue(app: App) -> Iterable[Finding]:
     trouble = trouble_with_folders(path)
     if trouble is not None:
         yield Finding("queue", "warn", trouble)
+
+
+def _to_set(app: App, name: str) -> str:
+    """Return what to set: a variable, which an App that was made in code does not read, or an argument of it."""
+    return f"set SAFEDEFER_{name.upper()}" if app.of_settings else f"set {name}= of App(...)"
 
 
 def check_clock(app: App) -> Iterable[Finding]:
@@ -315,7 +320,7 @@ def check_unverified_bytes(app: App) -> Iterable[Finding]:
         yield Finding(
             "unverified_bytes",
             "warn",
-            f"{text}: a few large ones make all others busy; raise SAFEDEFER_UNVERIFIED_BYTES",
+            f"{text}: a few large ones make all others busy; {_to_set(app, 'unverified_bytes')} higher",
         )
     else:
         yield Finding("unverified_bytes", "ok", text)
@@ -328,6 +333,7 @@ CHECKS: Final[Sequence[Check]] = (
     check_users,
     check_clock,
     check_environment,
+    check_settings,
     check_sqlite,
     check_pgqueuer,
     check_outboxes,

@@ -21,7 +21,7 @@ from safedefer.app import App
 from safedefer.cli.common import NO_ENVIRONMENT, Seconds, load_app
 from safedefer.cli.options import TEXT
 from safedefer.cli.service import FleetShows, Service, ServiceOptions, health_address
-from safedefer.cli.supervisor import SupervisorOptions, supervise
+from safedefer.cli.supervisor import SupervisorOptions, naming_the_address, supervise
 from safedefer.cli.text import many
 from safedefer.cli.worker import Worker
 from safedefer.deferred import configure
@@ -287,7 +287,9 @@ async def _serving(
             app.outbox.start()  # no dispatcher does
         await stack.enter_async_context(service.shown())
         if worker is None:
-            print(await stack.enter_async_context(serving(app, host, port)), flush=True)
+            with naming_the_address(host, port):
+                url = await stack.enter_async_context(serving(app, host, port))
+            print(url, flush=True)
         else:
             enough = partial(_is_used_up, app, max_tasks)
             await stack.enter_async_context(worker.watched(stop, recycle=enough))

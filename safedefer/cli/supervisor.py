@@ -417,6 +417,17 @@ def _handling(handler: Callable[[int], None]) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
+@contextlib.contextmanager
+def naming_the_address(host: str, port: int) -> Iterator[None]:
+    """Let the error of an address that cannot be listened on name it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, socket.gaierror):  # it names none, and has numbers of its own
+            raise
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {os.strerror(error.errno)}") from error
+
+
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
     """Return a listening socket, and the URL of it.
 
@@ -435,8 +446,9 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
+        with naming_the_address(host, port):
+            listener.bind(address)
+            listener.listen(_BACKLOG)
     except BaseException:
         listener.close()
         raise

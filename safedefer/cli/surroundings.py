@@ -52,6 +52,36 @@ def check_users(app: App) -> Iterable[Finding]:
         yield Finding("users", "ok", text)
 
 
+def check_settings(app: App) -> Iterable[Finding]:
+    """An App that was made in code has what the variables say that are set: it reads none of them."""
+    if app.of_settings or not any(name.startswith("SAFEDEFER_") for name in os.environ):
+        return
+    from safedefer.settings import Settings  # noqa: PLC0415  # an App that is made in code needs no settings library
+
+    settings, options = Settings.load(), app.delivery_options
+    has: dict[str, object] = {
+        "environment": app.environment,
+        "url": app.url,
+        "prefix": app.prefix,
+        "allow_pickle": app.allow_pickle,
+        "concurrency": options.concurrency,
+        "lease_seconds": options.lease_seconds,
+        "token_bytes": options.max_bytes,
+        "unverified_bytes": options.unverified_bytes,
+    }
+    other = [name for name, value in has.items() if getattr(settings, name) != value]
+    if "://" in app.queue_place and place(settings.queue) != app.queue_place:
+        other.append("queue")
+    if settings.outboxes and not app.outbox.databases():
+        other.append("outboxes")
+    unread = [f"SAFEDEFER_{name.upper()}" for name in sorted({*other} & settings.model_fields_set)]
+    if unread:
+        yield Finding(
+            "settings", "warn", f"{', '.join(unread)}: set, but this App was made by App(...), which reads no variable, and has another "
+            "value; give it as an argument, or make the App by App.from_settings()",
+        )  # fmt: skip
+
+
 def _environments(app: App) -> Iterator[str]:
     """Give the environments that the newest tasks were signed for."""
     for view in app.queue.tasks(limit=_TASKS):

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from click.testing import CliRunner
 
 from safedefer import App
 from safedefer.cli.root import main
+from safedefer.cli.supervisor import naming_the_address
 from tests import sample_tasks as tasks
+from tests.unit.apps import make_app
 
 
 @click.command()
@@ -89,3 +92,36 @@ def test_doctor_tells_a_producer_and_a_worker_in_different_folders_apart(tmp_pat
         assert "does not exist" not in said[folder]
     monkeypatch.setenv("SAFEDEFER_QUEUE", f"sqlite:///{tmp_path}/web/safedefer.db")
     assert "relative" not in CliRunner().invoke(main, ["doctor"]).output
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAFEDEFER_KEYS", "a:" + base64.urlsafe_b64encode(bytes(range(32))).rstrip(b"=").decode())
+    monkeypatch.setenv("SAFEDEFER_POLICY", "tests.sample_tasks")
+    monkeypatch.setenv("SAFEDEFER_ENVIRONMENT", "test")
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("more", [[], ["--processes", "2"]], ids=["one process", "several"])
+def test_a_port_that_is_taken_is_named(more):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(main, ["run", "--port", str(port), *more])
+    assert done.exit_code == 1
+    assert f"cannot listen on 127.0.0.1:{port}: " in done.output
+    assert "; stop what listens there, or give another port" in done.output
+
+
+def test_a_name_that_does_not_resolve_keeps_its_error():
+    with pytest.raises(socket.gaierror, match="not known"), naming_the_address("nowhere.example", 80):
+        raise socket.gaierror(socket.EAI_NONAME, "not known")
+
+
+@pytest.mark.usefixtures("settings")
+def test_the_file_that_is_missing_may_be_that_of_an_application_which_nobody_named(monkeypatch):
+    done = CliRunner().invoke(main, ["tasks", "list"])
+    assert "name the application that they use (--app shop.tasks:app), or set SAFEDEFER_QUEUE" in done.output
+    monkeypatch.setattr("tests.unit.test_cli.named", make_app(queue="sqlite:///named.db"), raising=False)
+    done = CliRunner().invoke(main, ["tasks", "list", "--app", "tests.unit.test_cli:named"])
+    assert "or give the application an absolute path (sqlite:////...)" in done.output

@@ -54,7 +54,7 @@ def test_a_healthy_app_has_no_complaint(monkeypatch, tmp_path):
     assert {finding.name for finding in findings} == {
         "keys", "policy", "queue", "users", "clock", "environment", "sqlite", "deadlines", "pickle", "unverified_bytes",
     }  # fmt: skip
-    assert len(CHECKS) == 12
+    assert len(CHECKS) == 13
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -351,3 +351,28 @@ def test_a_handler_that_is_not_there_is_said(monkeypatch, address, said):
     assert found.status == "error"
     assert said in found.text
     assert "cAnArY" not in found.text
+
+
+def test_variables_that_an_app_made_in_code_does_not_read_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAFEDEFER_KEYS", KEY)
+    monkeypatch.setenv("SAFEDEFER_POLICY", "tests.sample_tasks")
+    monkeypatch.setenv("SAFEDEFER_ENVIRONMENT", "prod")
+    monkeypatch.setenv("SAFEDEFER_QUEUE", f"sqlite:///{tmp_path}/other.db")
+    monkeypatch.setenv("SAFEDEFER_OUTBOXES", f"sqlite:///{tmp_path}/shop.db")
+    in_code = {"environment": "staging", "queue": f"sqlite:///{tmp_path}/q.db"}
+    status, text = one(app_of(monkeypatch, **in_code), "settings")
+    assert status == "warn"
+    assert text.startswith("SAFEDEFER_ENVIRONMENT, SAFEDEFER_OUTBOXES, SAFEDEFER_QUEUE: set, but")
+    same = {
+        "environment": "prod",
+        "queue": f"sqlite:///{tmp_path}/other.db",
+        "outboxes": [f"sqlite:///{tmp_path}/shop.db"],
+    }
+    assert find(app_of(monkeypatch, **same), "settings") == []
+    assert find(None, "settings") == []
+
+
+def test_an_app_made_in_code_is_told_of_its_argument_and_not_of_a_variable(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = find(app_of(monkeypatch, queue="sqlite:///q.db"), "queue")
+    assert "set queue= of App(...) to sqlite:////" in dict(found)["warn"]

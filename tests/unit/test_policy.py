@@ -765,3 +765,12 @@ def test_the_refusal_of_a_class_inside_the_arguments_does_so_too(cls, module_too
     with pytest.raises(NotDeferrable) as caught:
         Policy().class_name(cls)
     assert ("or its module" in str(caught.value)) == module_too
+
+
+def test_a_module_that_raises_at_its_import_is_named_with_the_type_of_the_error(tmp_path, monkeypatch):
+    (tmp_path / "asks_for_a_setting.py").write_text('{}["SAFEDEFER_KEYS"]')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ConfigurationError, match=r"imported: KeyError: 'SAFEDEFER_KEYS'; correct the pattern or the module"
+    ):
+        Policy("asks_for_a_setting").load()
