@@ -21,6 +21,7 @@ _DEFERS: Final = frozenset(
         "safedefer.defer_async",
     }
 )
+_IMPORTS: Final = frozenset({*_LIBRARIES, *_DEFERS, OURS})
 _TASKQUEUES: Final = (
     "google.appengine.api.taskqueue",
     "google.appengine.api.taskqueue.taskqueue",
@@ -42,6 +43,20 @@ _ERRORS: Final = {
 }  # fmt: skip
 
 
+#: What surrounds ``deferred`` where it was App Engine's, by dotted name, and means something else here: code, and what is said.
+_BESIDE: Final = {
+    **{f"{module}.add": (
+        "taskqueue-add", "taskqueue.add stays as it is and needs App Engine: write the handler of its URL as a function, and defer that",
+    ) for module in _TASKQUEUES},
+    "google.appengine.runtime.DeadlineExceededError": (
+        "deadline", "nothing raises DeadlineExceededError outside of App Engine: stop by the clock, and defer the rest",
+    ),
+    f"{_PACKAGE}.testbed.TASKQUEUE_SERVICE_NAME": (
+        "test-queue", "no task reaches the stub of testbed any more: safedefer.testing.TestApp has run_due() and assert_deferred()",
+    ),
+}  # fmt: skip
+
+
 def visit(project: Project, file: CodeFile) -> None:
     """Decide what becomes of a file."""
     found = False
@@ -55,18 +70,35 @@ def visit(project: Project, file: CodeFile) -> None:
         elif isinstance(node, ast.Call) and is_defer(file, node):
             found = True
             _visit_defer(project, file, node)
+    found = found or any(
+        each.imported in _IMPORTS for scope in file.names.bindings.values() for name in scope.values() for each in name
+    )
     for node in ast.walk(file.names.tree):
         if isinstance(node, ast.Try):
             _visit_try(file, node)
-        elif (
-            found
-            and isinstance(node, ast.Call)
-            and file.names.dotted(node.func) in {f"{module}.add" for module in _TASKQUEUES}
-        ):
+        elif isinstance(node, ast.Call):
+            _visit_wrap(file, node)
+        elif found and isinstance(node, ast.Name | ast.Attribute):
+            _visit_beside(file, node)
+
+
+def _visit_wrap(file: CodeFile, call: ast.Call) -> None:
+    """Note the handler of the bundled services for Python 3."""
+    if not (file.names.dotted(call.func) or "").startswith("google.appengine.api.wrap_wsgi_app"):
+        return
+    for each in call.keywords:
+        if each.arg == "use_deferred" and not (isinstance(each.value, ast.Constant) and not each.value.value):
             file.note(
-                node, Level.NOTE, "taskqueue-add",
-                "taskqueue.add stays as it is and needs App Engine: write the handler of its URL as a function, and defer that",
+                each.value, Level.BY_HAND, "task-handler",
+                "use_deferred has App Engine's handler unpickle requests: take it out once its queues are empty, and receive tasks by "
+                "`safedefer run`, app.wsgi, or safedefer.frameworks.flask",
             )  # fmt: skip
+
+
+def _visit_beside(file: CodeFile, node: ast.Name | ast.Attribute) -> None:
+    said = _BESIDE.get(file.names.dotted(node) or "")
+    if said is not None and isinstance(node.ctx, ast.Load):
+        file.note(node, Level.NOTE, *said)
 
 
 def is_defer(file: CodeFile, call: ast.Call) -> bool:
@@ -114,10 +146,10 @@ def _visit_attribute(file: CodeFile, node: ast.Attribute) -> None:
     module, _, last = name.rpartition(".")
     if module not in _LIBRARIES or name in _LIBRARIES:
         return
-    if last == "TaskHandler":
+    if last in {"TaskHandler", "Handler", "application"}:
         file.note(
             node, Level.BY_HAND, "task-handler",
-            "TaskHandler is an aiohttp view here, and no webapp handler: run `safedefer run`, or mount app.wsgi, app.asgi or app.routes()",
+            f"{last} is no handler of WSGI or webapp here: run `safedefer run`, or mount app.wsgi, app.asgi or app.routes()",
         )  # fmt: skip
     elif last not in deferred.__all__:
         file.note(node, Level.BY_HAND, "private-name", f"{last} of {module} has no counterpart; what is it used for?")
@@ -125,7 +157,7 @@ def _visit_attribute(file: CodeFile, node: ast.Attribute) -> None:
 
 def _visit_defer(project: Project, file: CodeFile, call: ast.Call) -> None:
     arguments = CallArguments(call)
-    judge_options(file, arguments)
+    judge_options(project, file, arguments)
     retry = arguments.value("_retry_options")
     if retry is not None:
         _visit_retry(project, file, retry)

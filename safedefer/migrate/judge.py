@@ -293,17 +293,27 @@ _AWARE_IF: Final = {"datetime.datetime.now": 0, "datetime.datetime.fromtimestamp
 _BEFORE_ZONE: Final = 7
 
 
-def is_naive(names: Names, expr: ast.expr) -> bool:
-    """Whether an expression makes a datetime without a time zone, as far as it shows."""
+def is_naive(names: Names, expr: ast.expr, stored: frozenset[str] = frozenset()) -> bool:
+    """Whether an expression makes a datetime without a time zone, as far as it shows.
+
+    Args:
+        names: Those of its file.
+        expr: The expression.
+        stored: Attributes that count as datetimes without one.
+    """
     expr = names.value(expr)
+    if stored and _is_stored(names, expr, stored):
+        return True
     if isinstance(expr, ast.BinOp) and isinstance(expr.op, ast.Add | ast.Sub):
-        return is_naive(names, expr.left) or (isinstance(expr.op, ast.Add) and is_naive(names, expr.right))
+        return is_naive(names, expr.left, stored) or (
+            isinstance(expr.op, ast.Add) and is_naive(names, expr.right, stored)
+        )
     if isinstance(expr, ast.IfExp):
-        return is_naive(names, expr.body) or is_naive(names, expr.orelse)
+        return is_naive(names, expr.body, stored) or is_naive(names, expr.orelse, stored)
     if not isinstance(expr, ast.Call):
         return False
     if isinstance(expr.func, ast.Attribute) and expr.func.attr == "replace":
-        return not _has(expr, "tzinfo") and is_naive(names, expr.func.value)
+        return not _has(expr, "tzinfo") and is_naive(names, expr.func.value, stored)
     made = names.dotted(expr.func) or ""
     if made in _NAIVE:
         return True
@@ -315,6 +325,23 @@ def is_naive(names: Names, expr: ast.expr) -> bool:
     if made in _AWARE_IF:
         return not _has(expr, "tz", "tzinfo") and len(expr.args) <= _AWARE_IF[made] and not _spread(expr)
     return False
+
+
+def _is_stored(names: Names, expr: ast.expr, stored: frozenset[str]) -> bool:
+    if isinstance(expr, ast.Attribute):
+        return expr.attr in stored
+    # `self.due`, followed to what the class says of it.
+    return isinstance(expr, ast.Call) and is_naive_property(names, expr)
+
+
+def is_naive_property(names: Names, made: ast.Call) -> bool:
+    """Whether a call makes App Engine's property of datetimes without a time zone."""
+    dotted = names.dotted(made.func) or ""
+    return (
+        dotted.startswith("google.")
+        and dotted.endswith(".DateTimeProperty")
+        and not (_has(made, "tzinfo") or _spread(made))
+    )
 
 
 def _has(call: ast.Call, *keywords: str) -> bool:

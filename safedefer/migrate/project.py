@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from safedefer.migrate.edits import Edits, Places
+from safedefer.migrate.judge import is_naive_property
 from safedefer.migrate.names import Binding, Names
 from safedefer.migrate.notes import FileReport, Level
 
@@ -86,6 +87,8 @@ class Project:
         self.kept: Final[set[int]] = set()
         """By id, definitions of tasks whose decorators stay: a use of them is not rewritten."""
         self._modules: Final = {file.names.module: file for file in self.files}
+        self.naive_properties: Final = frozenset(name for file in self.files for name in _naive_properties(file.names))
+        """Attributes that are App Engine's datetimes without a time zone in a class of these files."""
 
     def module(self, name: str) -> CodeFile | None:
         """Return the file of a module; by the end of its name, if that is one file's alone: a root may lie above the PATHs."""
@@ -160,3 +163,14 @@ class Project:
     @staticmethod
     def _top(file: CodeFile, name: str) -> list[Binding]:
         return file.names.bindings.get(file.names.tree, {}).get(name, [])
+
+
+def _naive_properties(names: Names) -> Iterator[str]:
+    for node in ast.walk(names.tree):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(names.scope(node), ast.ClassDef)
+            and isinstance(node.value, ast.Call)
+            and is_naive_property(names, node.value)
+        ):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))

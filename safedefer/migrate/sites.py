@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from safedefer.deferred import OPTION_HINTS, OPTIONS
@@ -55,12 +55,10 @@ def judge_call(
         file.note(func, *each)
     definition = names.definition(func)
     if definition is None and isinstance(func, ast.Name | ast.Attribute):
-        home, _, last = project.canonical(names.dotted(func)).rpartition(".")
-        other = project.module(home)
-        if other is not None and other is not file:
-            for each in judge_callable(other.names, _top_name(other, last)):
+        for other, named in _elsewhere(project, file, func):
+            for each in judge_callable(other.names, named):
                 file.note(func, *each)
-            definition = other.names.definition(_top_name(other, last))
+            definition = other.names.definition(named)
     if (
         definition is not None
         and isinstance(names.scope(definition), ast.Module)
@@ -85,6 +83,20 @@ def judge_call(
         )  # fmt: skip
 
 
+def _elsewhere(project: Project, file: CodeFile, func: ast.expr) -> Iterator[tuple[CodeFile, ast.expr]]:
+    """Give the other file that a name leads to, and the name there: that of a definition, or of a method of a class."""
+    dotted = project.canonical(file.names.dotted(func))
+    home, _, last = dotted.rpartition(".")
+    other = project.module(home)
+    if other is not None and other is not file:
+        yield other, _top_name(other, last)
+        return
+    home, _, cls = project.canonical(home).rpartition(".")
+    other = project.module(home)
+    if other is not None and other is not file:
+        yield other, ast.Attribute(_top_name(other, cls), last, ast.Load())
+
+
 def _top_name(file: CodeFile, name: str) -> ast.Name:
     """Return a name as it is read at the top level of a file."""
     found = ast.Name(name, ast.Load())
@@ -103,7 +115,7 @@ def _judge_parameters(file: CodeFile, definition: ast.AST | None, kwargs: Mappin
         )  # fmt: skip
 
 
-def judge_options(file: CodeFile, arguments: CallArguments) -> None:
+def judge_options(project: Project, file: CodeFile, arguments: CallArguments) -> None:
     """Note what is refused of the options of ``deferred.defer``, and what they need here."""
     for name, (_, value) in arguments.keywords.items():
         if not name.startswith("_"):
@@ -114,7 +126,7 @@ def judge_options(file: CodeFile, arguments: CallArguments) -> None:
             )
             file.note(value, Level.REFUSED, "unknown-option", f"defer() has no option {name}: {hint}")
         elif name == "_eta":
-            judge_eta(file, value)
+            judge_eta(file, value, project.naive_properties)
         elif name == "_queue":
             judge_queue(file, value)
         else:
@@ -127,13 +139,19 @@ def judge_options(file: CodeFile, arguments: CallArguments) -> None:
         )
 
 
-def judge_eta(file: CodeFile, value: ast.expr) -> None:
-    """Note a time without a zone."""
+def judge_eta(file: CodeFile, value: ast.expr, stored: frozenset[str] = frozenset()) -> None:
+    """Note a time without a zone, or one of a stored property that has none."""
     if is_naive(file.names, value):
         file.note(
             value, Level.REFUSED, "naive-eta",
             f"{ast.unparse(value)} has no time zone, which App Engine took for UTC or local time; write datetime.now(timezone.utc) + "
             "timedelta(...), or use _countdown",
+        )  # fmt: skip
+    elif is_naive(file.names, value, stored):
+        file.note(
+            value, Level.NOTE, "naive-eta",
+            f"{ast.unparse(value)} is read from a DateTimeProperty, if that of a model here is meant: UTC without a time zone, which is refused; "
+            "write .replace(tzinfo=timezone.utc) behind the property",
         )  # fmt: skip
 
 

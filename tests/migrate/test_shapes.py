@@ -77,6 +77,14 @@ SHAPES = [
     ("replaced", "import datetime as dt\nfrom safedefer import deferred\ndeferred.defer(f, _eta=dt.datetime.now().replace(hour=3))", None, "naive-eta"),
     ("aware", "from datetime import datetime, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.now(timezone.utc))", None, ""),
     ("made aware", "from datetime import datetime, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime(2030, 1, 1).replace(tzinfo=timezone.utc))", None, ""),
+    ("stored", "from google.appengine.ext import ndb\nfrom safedefer import deferred\nclass Loan(ndb.Model):\n    due = ndb.DateTimeProperty()\n"
+     "def later(loan):\n    deferred.defer(f, _eta=loan.due - DAY)\n", None, "naive-eta"),
+    ("stored, in a name", "from google.cloud.ndb import DateTimeProperty, Model\nfrom safedefer import deferred\nclass Loan(Model):\n    due = DateTimeProperty(indexed=True)\n"
+     "    def later(self):\n        when = self.due\n        deferred.defer(f, _eta=when)\n", None, "naive-eta"),
+    ("stored, made aware", "from google.appengine.ext import ndb\nfrom safedefer import deferred\nclass Loan(ndb.Model):\n    due = ndb.DateTimeProperty()\n"
+     "def later(loan):\n    deferred.defer(f, _eta=loan.due.replace(tzinfo=timezone.utc))\n", None, ""),
+    ("stored with a zone", "from google.cloud import ndb\nfrom safedefer import deferred\nclass Loan(ndb.Model):\n    due = ndb.DateTimeProperty(tzinfo=timezone.utc)\n"
+     "def later(loan):\n    deferred.defer(f, _eta=loan.due)\n", None, ""),
     # --- Callables ---
     ("lambda", "from safedefer import deferred\ndeferred.defer(lambda: f(1))", None, "lambda"),
     ("lambda with a name", "from safedefer import deferred\ng = lambda x: x\ndeferred.defer(g, 1)", None, "lambda"),
@@ -118,6 +126,17 @@ SHAPES = [
     ("raised again", "from safedefer import deferred\ntry:\n    deferred.defer(f)\nexcept Exception:\n    log()\n    raise\n", None, ""),
     ("handler", "from google.appengine.ext import deferred\napp = WSGI([('/_ah/queue/deferred', deferred.TaskHandler)])",
      "from safedefer import deferred\napp = WSGI([('/_ah/queue/deferred', deferred.TaskHandler)])", "task-handler"),
+    ("handler of Python 3", "from google.appengine.api import wrap_wsgi_app\nfrom safedefer import deferred\napp.wsgi_app = wrap_wsgi_app(app.wsgi_app, use_deferred=True)", None, "task-handler"),
+    ("wrapped without deferred", "from google.appengine.api import wrap_wsgi_app\napp.wsgi_app = wrap_wsgi_app(app.wsgi_app)", None, ""),
+    ("the original's application", "from google.appengine.ext import deferred\nmount('/_ah/queue/deferred', deferred.application)",
+     "from safedefer import deferred\nmount('/_ah/queue/deferred', deferred.application)", "task-handler"),
+    ("a deadline that is caught", "from google.appengine.runtime import DeadlineExceededError\nfrom safedefer import deferred\ntry:\n    work()\nexcept DeadlineExceededError:\n    deferred.defer(f)\n",
+     None, "deadline"),
+    ("several deadlines", "from google.appengine import runtime\nfrom google.appengine.runtime import apiproxy_errors\nfrom safedefer import deferred\ntry:\n    work()\nexcept (runtime.DeadlineExceededError, apiproxy_errors.Error):\n    deferred.defer(f)\n",
+     None, "deadline"),
+    ("a test's queue", "from google.appengine.ext import deferred, testbed\nbed.init_taskqueue_stub()\nstub = bed.get_stub(testbed.TASKQUEUE_SERVICE_NAME)\nfor task in stub.get_filtered_tasks():\n    deferred.run(task.payload)\n",
+     "from safedefer import deferred\nfrom google.appengine.ext import testbed\nbed.init_taskqueue_stub()\nstub = bed.get_stub(testbed.TASKQUEUE_SERVICE_NAME)\nfor task in stub.get_filtered_tasks():\n    deferred.run(task.payload)\n",
+     "test-queue"),
     ("RQ's option", "from safedefer import deferred\ndef f(**k): ...\ndeferred.defer(f, job_timeout=3)", None, "foreign-option"),
     # --- RQ ---
     ("enqueue", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, 1, b=2)", "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\ndeferred.defer(f, 1, b=2)", ""),
@@ -215,3 +234,24 @@ def test_a_shape_of_code(tmp_path, before, after, codes):
 def test_there_are_shapes_of_each_library():
     assert len(SHAPES) >= 110
     assert len({shape[0] for shape in SHAPES}) == len(SHAPES)
+
+
+MODELS = """
+class Book:
+    @staticmethod
+    def forget(key): ...
+    def index(self): ...
+    @classmethod
+    def reindex(cls, keys): ...
+def later(): ...
+"""
+
+
+@pytest.mark.parametrize(
+    "given", ["from models import Book\n", "import models\n", "from models import *\nfrom models import Book\n"]
+)
+def test_a_method_of_a_class_in_another_file(tmp_path, given):
+    book = "models.Book" if "import models" in given else "Book"
+    calls = "".join(f"deferred.defer({book}.{name}, 1)\n" for name in ("forget", "reindex", "index"))
+    found = run(tmp_path, models=MODELS, web=f"{given}from safedefer import deferred\n{calls}")
+    assert [note.code for note in found["web"][1]] == ["static-method", "unbound-method"]

@@ -19,7 +19,9 @@ RUNS = [
 ]
 #: Those that do not run by themselves: they are calls in functions that nothing calls, or are about another process.
 CALLED = {"nested": "go()", "generator inside": "", "super": "A().m()", "request": "view(SimpleNamespace())", "handler's method": "H().post()",
-          "main": None, "made aware": None, "main, through a function": None, "flask's request": None, "user": None, "static": "A().go()"}  # fmt: skip
+          "main": None, "made aware": None, "main, through a function": None, "flask's request": None, "user": None, "static": "A().go()",
+          **dict.fromkeys(("stored", "stored, made aware", "stored with a zone", "stored, in a name", "handler of Python 3",
+                           "wrapped without deferred", "a deadline that is caught", "several deadlines"))}  # fmt: skip
 
 
 @pytest.fixture
