@@ -235,6 +235,27 @@ class CeleryEngine:
         except Exception as error:
             raise _unavailable("does not answer", error) from error
 
+    def weaknesses(self) -> list[str]:
+        """Say how the broker may lose messages that it has accepted, and what to do; it is asked. Nothing brings them back.
+
+        Raises:
+            QueueUnavailable: It does not answer.
+        """
+        found = []
+        conf = self.celery.conf
+        if conf.task_default_delivery_mode not in {2, "persistent"} or any(
+            not each.durable for each in conf.task_queues or ()
+        ):
+            found.append("its queues or messages are not durable: it loses them when it ends; declare durable queues, and "
+                         "leave task_default_delivery_mode as it is")  # fmt: skip
+        try:
+            with self.celery.connection_for_write() as connection:
+                if connection.transport.driver_type == "redis":
+                    found += _weaknesses_of_redis(connection.default_channel.client)
+        except Exception as error:
+            raise _unavailable("does not answer", error) from error
+        return found
+
     def _producer(self) -> AbstractContextManager[Producer]:
         """Return a producer of this process whose messages the broker confirms."""
         with self._lock:
@@ -308,6 +329,29 @@ class CeleryEngine:
         except Error as error:
             # It is not acknowledged: the broker delivers it again.
             raise Reject(reason=error.slug, requeue=True) from error
+
+
+def _weaknesses_of_redis(client: Any) -> list[str]:
+    """Ask a server of Redis or Valkey what it keeps on its disk, and what it deletes."""
+    found = []
+    log = client.info("persistence").get("aof_enabled")
+    try:
+        synced = client.config_get("appendfsync").get("appendfsync")
+    except Exception:  # noqa: BLE001  # a hosted server that answers no CONFIG
+        synced = None
+    if not log:
+        found.append("it keeps no log of its writes: when it ends it has forgotten the tasks since its last snapshot, or all; "
+                     "set appendonly yes and appendfsync always")  # fmt: skip
+    elif synced not in {None, "always"}:
+        found.append(
+            f"it does not sync each write (appendfsync {synced}): a power cut loses the last tasks; set appendfsync always"
+        )
+    policy = client.info("memory").get("maxmemory_policy")
+    if policy not in {None, "noeviction"}:
+        found.append(
+            f"it deletes tasks when its memory is full (maxmemory-policy {policy}); set maxmemory-policy noeviction"
+        )
+    return found
 
 
 def acknowledgements_of(celery: Celery) -> Acknowledgements | None:
