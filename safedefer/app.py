@@ -461,7 +461,7 @@ class App(Producer):
         if serve is not None:
             from safedefer.web.pushed import PushService  # noqa: PLC0415 - most Apps pull
 
-            serve(PushService(lambda: self.wsgi, self._start_push))
+            serve(PushService(lambda: self.wsgi, self._start_push, lambda: self.push_queue.store))
 
     def _start_push(self) -> None:
         self.push_queue.start(self._clock)

@@ -9,7 +9,7 @@ Ledgers carry opaque values: nothing here can decode, import or run a task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -101,6 +101,33 @@ class LedgerCalls(Protocol):
 
     async def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Store the ends of runs."""
+        ...
+
+
+class PushedCalls(Protocol):
+    """What a store answers under a push engine in one step, where ``Ledger`` and ``Keep`` take several; awaited.
+
+    With ``synced`` a change survives a crash of the database's server, or machine, when the call returns. Without it a crash
+    of this process cannot undo it, and one of the server can until the next ``sync`` of the store has returned.
+    """
+
+    async def begin_first(
+        self,
+        executions: Sequence[Execution],
+        keys: Sequence[Sequence[str]],
+        *,
+        now: float,
+        lease: float,
+        synced: bool,
+    ) -> Sequence[Mapping[str, bytes] | None]:
+        """Admit those runs whose tasks the ledger does not know; for each of them return what is kept under its keys.
+
+        None stands for one that was not admitted: the ledger knows its task, and is to be asked by ``Ledger.begin_many``.
+        """
+        ...
+
+    async def finish_many(self, ends: Sequence[RunEnd], *, synced: bool) -> Sequence[bool]:
+        """Store the ends of runs, as ``Ledger.finish_many``; also those whose begin a crash has undone."""
         ...
 
 

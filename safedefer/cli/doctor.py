@@ -197,6 +197,8 @@ def check_queue(app: App) -> Iterable[Finding]:
     reach = getattr(getattr(app.queue, "engine", None), "reach", None)
     if reach is not None:  # a push engine that the counts do not ask
         reach()
+        for text in app.push_queue.engine.weaknesses() if hasattr(app.push_queue.engine, "weaknesses") else ():
+            yield Finding("queue", "warn", f"the broker may lose tasks: {text}")
     counted = app.queue.stats(now=time.time())
     waiting, dead = sum(each.waiting for each in counted), sum(each.dead for each in counted)
     yield Finding("queue", "ok", f"{app.queue!r} opens; {many(waiting, 'task')} waiting, {many(dead, 'dead letter')}")

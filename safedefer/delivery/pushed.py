@@ -23,10 +23,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from safedefer.claims import MAX_LIFETIME, callable_name, split_audience
-from safedefer.concurrency.batches import Batches
+from safedefer.delivery.begin import PushedBegin, PushedRun
 from safedefer.delivery.handler import RETRY_NOT_DUE, UNAUTHENTIC_REASONS, Delivery
 from safedefer.delivery.request import HandlerRequest
 from safedefer.errors import NotYetValid, RejectedTask, ReplayedTask, TaskAlreadyExistsError, TombstonedTaskError
@@ -37,7 +37,8 @@ from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues.base import BLOB_KEY, QueuedTask, Settlement, Verdict
 from safedefer.queues.poison import log_burial
 from safedefer.queues.progress import NO_PROGRESS, Progress, engine_gives_up, lost_record
-from safedefer.queues.push import PushQueue, cancel_key, progress_key
+from safedefer.queues.push import PushQueue
+from safedefer.queues.pushed import progress_key
 from safedefer.queues.rules import LEDGER_LEEWAY, OUTLASTED, judge_outcome, with_queues_options
 from safedefer.task import VerifiedTask
 
@@ -55,22 +56,6 @@ _TRACE_HEADER: Final = "traceparent"
 _ID: Final = re.compile("[A-Za-z0-9_-]{16,64}")
 #: The reasons of a burial that say less than the error of the last attempt.
 _VAGUE: Final = frozenset({None, "rejected", "refused"})
-
-
-class _Asked(NamedTuple):
-    execution: Execution
-    headers: Mapping[str, str]
-
-
-class _Found(NamedTuple):
-    """What the store and the engine say of a request whose signature is verified."""
-
-    admission: Admission | None
-    """None: the sender is not the engine."""
-    progress: Progress = NO_PROGRESS
-    cancelled: bool = False
-    lost: bool = False
-    """Whether the run before this one never ended."""
 
 
 class PushedDelivery(Delivery):
@@ -95,56 +80,16 @@ class PushedDelivery(Delivery):
         self._queue = queue
         self._retry_options = retry_options
         self._rng = rng or random.Random()  # noqa: S311  # jitter is no secret
-        self._begin: Batches[_Asked, _Found] = Batches(
-            lambda asked, _gone: self._storage(partial(self._begin_many, asked)), unclaimed=self._give_back
+        client = self._ledger_client
+        self._begin = PushedBegin(
+            queue, self._storage, clock=self._clock, seconds=self._options.lease_seconds, give_back=client.give_back
         )
 
     # --- Before the run ---
 
-    def _begin_many(self, asked: Sequence[_Asked]) -> list[_Found]:
-        """Ask the engine, the store and the ledger, in a thread: what is not due, or not the engine's, begins no run."""
-        queue, now = self._queue(), self._clock()
-        genuine = [queue.engine.authenticate(each.headers) for each in asked]
-        runs = [each.execution for each in asked]
-        # A delivery that the engine calls the first finds nothing that is kept. It is looked at once it is admitted, as any
-        # other, and an engine that is wrong has the ledger admit a run that is given back.
-        later = [number for number, each in enumerate(asked) if queue.engine.attempt(each.headers).retries]
-        kept: list[tuple[Progress, bool]] = [(NO_PROGRESS, False)] * len(runs)
-        for number, found_before in zip(later, self._kept(queue, [runs[n] for n in later]), strict=True):
-            kept[number] = found_before
-        lost = queue.ledger.lost_many(runs, now=now)
-        due = [sent and found.not_before <= now for sent, (found, _) in zip(genuine, kept, strict=True)]
-        begun = iter(
-            queue.ledger.begin_many(
-                [run for run, is_due in zip(runs, due, strict=True) if is_due],
-                now=now,
-                lease=self._options.lease_seconds,
-            )
-        )
-        found = []
-        for sent, is_due, (progress, cancelled), was_lost in zip(genuine, due, kept, lost, strict=True):
-            admission = None if not sent else next(begun) if is_due else Admission.EARLY
-            found.append(_Found(admission, progress, cancelled, was_lost))
-        return self._looked_again(queue, runs, found)
-
-    def _looked_again(self, queue: PushQueue, runs: Sequence[Execution], found: list[_Found]) -> list[_Found]:
-        """Read once more what is kept of the tasks that may run: another run may have ended since, and this one owns it now."""
-        ours = [number for number, each in enumerate(found) if each.admission is Admission.RUN]
-        for number, (progress, cancelled) in zip(ours, self._kept(queue, [runs[n] for n in ours]), strict=True):
-            found[number] = found[number]._replace(progress=progress, cancelled=cancelled)
-        return found
-
-    def _kept(self, queue: PushQueue, runs: Sequence[Execution]) -> list[tuple[Progress, bool]]:
-        names = [(progress_key(run.audience, run.task_id), cancel_key(run.task_id)) for run in runs]
-        values = queue.keep.get_many([name for pair in names for name in pair]) if names else {}
-        return [(Progress.load(values.get(counted)), mark in values) for counted, mark in names]
-
-    def _give_back(self, asked: _Asked, found: _Found) -> None:
-        self._ledger_client.give_back(asked.execution, found.admission)
-
     async def _admit(self, request: HandlerRequest, execution: Execution) -> Response | None:
         request.pushed = True
-        found = await self._begin(_Asked(execution, request.headers))
+        found = await self._begin(PushedRun(execution, request.headers))
         request.progress = found.progress
         request.retries, request.attempt = found.progress.counters.retries, found.progress.counters.attempts + 1
         if found.admission is None:

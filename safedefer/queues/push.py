@@ -40,11 +40,12 @@ from safedefer.queues.base import (
     TaskView,
     Verdict,
 )
+from safedefer.queues.pushed import PushedBlobs, PushedLedger, cancel_key
 from safedefer.queues.rules import MAX_PUT_OFF, backoff
 
 if TYPE_CHECKING:
     from safedefer.blobs import BlobStore
-    from safedefer.ledger import Execution, Ledger, LedgerCalls, VerifiedLetter
+    from safedefer.ledger import Ledger, PushedCalls, VerifiedLetter
     from safedefer.queues.base import LeaseCalls
     from safedefer.queues.capabilities import Capabilities
     from safedefer.queues.push_engine import PushEngine
@@ -61,16 +62,6 @@ _LOOK_SECONDS: Final = 1.0
 _OWNER: Final = "hand-over"
 
 
-def progress_key(audience: str, task_id: str) -> str:
-    """Return the key under which the store keeps what was counted of a task."""
-    return f"task:{audience}:{task_id}"
-
-
-def cancel_key(task_id: str) -> str:
-    """Return the key under which the store keeps that a task was cancelled."""
-    return f"cancel:{task_id}"
-
-
 class PushQueue:
     """A push engine and its store.
 
@@ -84,8 +75,8 @@ class PushQueue:
         self.engine = engine
         self.store = store
         self.name: str = name or type(engine).__name__
-        self._ledger = _PushedLedger(store)
-        self._blobs = _PushedBlobs(store)
+        self._ledger = PushedLedger(engine, store)
+        self._blobs = PushedBlobs(store)
         self._handing: _HandingOver | None = None
 
     def __repr__(self) -> str:
@@ -111,6 +102,16 @@ class PushQueue:
     def ledger(self) -> Ledger:
         """The store's; what was cancelled by its id alone counts as cancelled too."""
         return self._ledger
+
+    @property
+    def pushed_calls(self) -> PushedCalls | None:
+        """What begins and ends runs in fewer steps than the ledger, on the running loop; None: the store has no such calls."""
+        return self._ledger.calls
+
+    @property
+    def synced(self) -> bool:
+        """Whether each change of the ledger is to be synced by the call that makes it."""
+        return self._ledger.synced
 
     @property
     def blobs(self) -> BlobStore:
@@ -356,45 +357,6 @@ class PushQueue:
     settle_many: Callable[..., NoReturn] = lease
     wait: Callable[..., NoReturn] = lease
     wake: Callable[..., NoReturn] = lease
-
-
-class _PushedBlobs:
-    def __init__(self, store: PullQueue) -> None:
-        self._store = store
-
-    def get(self, blob_id: str) -> bytes | None:
-        """Return the bytes, or None if there are none."""
-        key = f"{BLOB_KEY}{blob_id}"
-        data = self._store.keep.get_many((key,)).get(key)
-        return self._store.blobs.get(blob_id) if data is None else data
-
-    def delete(self, blob_id: str) -> None:
-        """Delete a blob of a task that is with the engine."""
-        self._store.keep.delete((f"{BLOB_KEY}{blob_id}",))
-
-
-class _PushedLedger:
-    """The store's ledger. A task is marked as cancelled by its id alone: nobody knows its audience then."""
-
-    def __init__(self, store: PullQueue) -> None:
-        self._store = store
-        inner = store.ledger
-        self.begin_many = inner.begin_many
-        self.extend_many = inner.extend_many
-        self.lost_many = inner.lost_many
-        self.finish_many = inner.finish_many
-        self.record_many = inner.record_many
-
-    @property
-    def here(self) -> LedgerCalls | None:
-        """The calls of the running loop."""
-        return self._store.ledger.here
-
-    def cancelled_many(self, executions: Sequence[Execution]) -> Sequence[bool]:
-        """Return which of these runs belong to tasks that were cancelled."""
-        marks = self._store.keep.get_many([cancel_key(run.task_id) for run in executions])
-        stored = self._store.ledger.cancelled_many(executions)
-        return [known or cancel_key(run.task_id) in marks for run, known in zip(executions, stored, strict=True)]
 
 
 class _HandingOver(threading.Thread):

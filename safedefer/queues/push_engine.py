@@ -32,7 +32,12 @@ class Attempt(NamedTuple):
 
 
 class PushEngine(Protocol):
-    """Takes tasks, and posts each token to the handler until it is answered 2xx. Every method is thread-safe."""
+    """Takes tasks, and posts each token to the handler until it is answered 2xx. Every method is thread-safe.
+
+    Two attributes may be left out. ``in_process``: its workers run in this process, so ``authenticate`` does not wait, and is
+    called in the event loop. ``syncs_before_ack``: of each task that was answered 2xx it has the store sync what the handler
+    changed (``sync``) before it lets go of the task, so the handler's own calls need not.
+    """
 
     @property
     def capabilities(self) -> Capabilities:

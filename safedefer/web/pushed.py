@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from safedefer.headers import Response
+    from safedefer.queues.base import PullQueue
     from safedefer.web.wsgi import Wsgi
 
 
@@ -17,11 +18,13 @@ class PushService:
     Args:
         wsgi: Returns what holds the event loop of this process, one for all of its workers.
         start: Hands over what falls due in the store, and sweeps outboxes, from then on.
+        store: Returns the store of the engine.
     """
 
-    def __init__(self, wsgi: Callable[[], Wsgi], start: Callable[[], None]) -> None:
+    def __init__(self, wsgi: Callable[[], Wsgi], start: Callable[[], None], store: Callable[[], PullQueue]) -> None:
         self._wsgi = wsgi
         self._start = start
+        self._store = store
 
     def submit(self, headers: Mapping[str, str], token: bytes, url: str, /) -> Future[Response]:
         """Hand a token to the handler, in the event loop of this process."""
@@ -30,3 +33,8 @@ class PushService:
     def start(self) -> None:
         """Begin what one process does for all: for the parent of worker processes."""
         self._start()
+
+    def syncs(self) -> Callable[[], None] | None:
+        """Return what has the store sync all that any process has committed to it; None: it syncs each change itself."""
+        found: Callable[[], None] | None = getattr(self._store(), "sync", None)
+        return found

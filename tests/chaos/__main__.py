@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from tests.chaos import deaths, machines, places, storage, workers
+from tests.chaos import brokers, deaths, machines, places, storage, workers
+from tests.queues.brokers import RABBITMQ
 
 
 def long_forms(seeds: int, tasks: int, store: str) -> dict[str, list[Callable[[], str]]]:
     """Return the scenarios by name, as they are run before a release."""
-    return of_any_queue(seeds, tasks, store) | (of_sqlite() if store == "sqlite" else of_postgres(seeds, tasks))
+    if store == "sqlite":
+        return of_any_queue(seeds, tasks, store) | of_sqlite() | of_brokers(seeds, tasks)
+    return of_any_queue(seeds, tasks, store) | of_postgres(seeds, tasks)
 
 
 def of_any_queue(seeds: int, tasks: int, store: str) -> dict[str, list[Callable[[], str]]]:
@@ -45,6 +48,23 @@ def of_sqlite() -> dict[str, list[Callable[[], str]]]:
         ],
         "cut": [storage.cut],
         "million": [storage.million],
+    }
+
+
+def of_brokers(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
+    """Return those of a Celery broker, whose tasks take a hundred times as long as those of a queue of ours to kill around."""
+    kinds = ["valkey", "rabbitmq"] if RABBITMQ.exists() else ["valkey"]
+    return {
+        "brokers": [
+            partial(brokers.kills, kind, seed=seed, tasks=max(tasks // 20, 100))
+            for kind in kinds
+            for seed in range(1, min(seeds, 3) + 1)
+        ],
+        "redelivery": [
+            partial(brokers.redelivery, kind, what)
+            for kind in kinds
+            for what in ("child", "parent", "worker", "broker")
+        ],
     }
 
 

@@ -24,6 +24,7 @@ def produce(
     slow_every: int = 10**9,
     later_every: int = 10**9,
     in_doubt: bool = False,
+    once: bool = False,
     overrun_every: int = 10**9,
     outlast_every: int = 10**9,
 ) -> None:
@@ -31,6 +32,7 @@ def produce(
     every ``later_every``-th falls due some seconds later. Every ``overrun_every``-th is a coroutine that is cancelled at its
     deadline once, every ``outlast_every``-th a function that returns half a second after its own.
 
+    With ``once`` each is tried once: there are no names, and whether a refused task was stored is not known.
     Where a refusal may be wrong (the connection broke, and whether the task was stored is not known), every second
     task has a name, under which it is deferred until it is known to be there; the others are tried once.
     """
@@ -67,7 +69,7 @@ def produce(
                     refused.add(number)
                     note("refused", number)
                     time.sleep(0.1)
-                    if in_doubt and not number % 2:
+                    if once or (in_doubt and not number % 2):
                         break
                     continue
                 except Exception:
@@ -92,6 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--slow-every", type=int, default=10**9)
     parser.add_argument("--later-every", type=int, default=10**9)
     parser.add_argument("--in-doubt", action="store_true")
+    parser.add_argument("--once", action="store_true")
     parser.add_argument("--overrun-every", type=int, default=10**9)
     parser.add_argument("--outlast-every", type=int, default=10**9)
     chosen = parser.parse_args()
@@ -99,6 +102,6 @@ if __name__ == "__main__":
     produce(
         own, chosen.first, chosen.stop,
         per_second=chosen.per_second, slow_every=chosen.slow_every, later_every=chosen.later_every,
-        in_doubt=chosen.in_doubt, overrun_every=chosen.overrun_every, outlast_every=chosen.outlast_every,
+        in_doubt=chosen.in_doubt, once=chosen.once, overrun_every=chosen.overrun_every, outlast_every=chosen.outlast_every,
     )  # fmt: skip
     own.close()

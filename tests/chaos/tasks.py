@@ -30,6 +30,14 @@ def _is_first(number: int) -> bool:
     return first
 
 
+def hang(number: int) -> None:
+    """Take ten minutes in the first attempt, and no time in the next."""
+    note("run", number)
+    if _is_first(number):
+        time.sleep(600.0)
+    note("end", number)
+
+
 async def overrun(number: int) -> None:
     """Pass its deadline in the first attempt, be cancelled, and end at once in the next."""
     note("run", number)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 from celery.exceptions import Reject, SoftTimeLimitExceeded
-from kombu import Connection
+from kombu import Connection, Queue
 
 from safedefer import TaskRetryOptions
 from safedefer.cli.doctor import check_queue
@@ -22,6 +22,7 @@ from safedefer.headers import Response
 from safedefer.queues import open_engine
 from safedefer.queues.base import DeadFilter, TaskState
 from safedefer.queues.celery.engine import LONGEST_WAIT, TASK_NAME, CeleryEngine, WorkerHeaders
+from safedefer.queues.celery.engine import _weaknesses_of_redis as weaknesses_of_redis
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.queues import celery_app as tasks
@@ -325,6 +326,46 @@ def test_a_command_that_dispatches_names_the_one_that_starts_celerys_workers(mon
         load_to_dispatch("tests.queues.celery_app:app", None, ())
     assert app.push_queue.engine.worker_command("tests.sample_tasks") == "celery -A MODULE:CELERY_APPLICATION worker"
     app.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "texts"),
+    [
+        ({"appendonly": "no"}, ["set appendonly yes"]),
+        ({"appendonly": "yes", "appendfsync": "everysec"}, ["set appendfsync always"]),
+        ({"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "allkeys-lru"}, ["maxmemory-policy noeviction"]),
+        ({"appendonly": "yes", "appendfsync": "always"}, []),
+    ],
+)  # fmt: skip
+def test_the_doctor_says_how_a_broker_may_lose_tasks(settings, texts):
+    with valkey(**settings) as url:
+        app = make_plain_app(queue=Celery("weak", broker=url, set_as_current=False), store=MemoryQueue())
+        found = [finding for finding in check_queue(app) if finding.status == "warn"]
+        app.close()
+    assert len(found) == len(texts)
+    assert all(
+        "the broker may lose tasks" in each.text and text in each.text for each, text in zip(found, texts, strict=True)
+    )
+
+
+def test_the_doctor_says_that_queues_are_not_durable(plain, engine, monkeypatch):
+    monkeypatch.setattr(engine.celery, "connection_for_write", lambda: Connection("memory://"))
+    assert engine.weaknesses() == []
+    engine.celery.conf.task_queues = [Queue("mail", durable=False)]
+    assert [text for text in engine.weaknesses() if "not durable" in text]
+    engine.celery.conf.update(task_queues=None, task_default_delivery_mode="transient")
+    assert [text for text in engine.weaknesses() if "not durable" in text]
+
+
+def test_a_server_that_answers_no_config_is_asked_for_nothing_more():
+    class Client:
+        def info(self, section):
+            return {"persistence": {"aof_enabled": 1}, "memory": {}}[section]
+
+        def config_get(self, _):
+            raise ConnectionError("unknown command 'CONFIG'")
+
+    assert weaknesses_of_redis(Client()) == []
 
 
 @pytest.mark.parametrize("url", ["celery://", "celery://?broker=", "celery://host", "celery://?broker=host"])

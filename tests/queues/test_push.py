@@ -17,10 +17,10 @@ from safedefer.errors import (
 )
 from safedefer.events import TaskDead, TaskRetried
 from safedefer.ledger import Execution
-from safedefer.queues.base import DeadFilter, NotAllStored, TaskState
+from safedefer.queues.base import DeadFilter, NotAllStored, Settlement, TaskState, Verdict
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.progress import Progress
-from safedefer.queues.push import cancel_key, progress_key
+from safedefer.queues.pushed import cancel_key, progress_key
 from safedefer.queues.rules import REJECT_LIMIT, Counters
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests import sample_tasks as tasks
@@ -42,8 +42,9 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request, tmp_path):
+@pytest.fixture(params=["memory", "sqlite", "sqlite, in one process with the engine"])
+def store(request, tmp_path, engine):
+    engine.in_process = request.param.startswith("sqlite,")
     return MemoryQueue() if request.param == "memory" else SQLiteQueue(tmp_path / "store.db")
 
 
@@ -251,6 +252,44 @@ def test_a_dead_letter_that_was_stored_before_the_process_died_is_no_second_run_
     assert post(app, task.payload) == (200, "succeeded")
     with pytest.raises(Exception, match="succeeded"):
         app.retry(task.id)
+
+
+def test_a_first_delivery_of_a_task_whose_begin_was_undone_keeps_to_what_was_counted(app, clock, store):
+    """A crash of the database's server may undo a begin, and not what was counted of its run."""
+    task = app.options(retry_options=LIMITED).defer(tasks.fail)
+    counted = Progress.load(None).after(
+        Settlement(verdict=Verdict.RETRY, at=clock.now + 10, status=500, reason="exception"),
+        started=clock.now,
+        now=clock.now,
+    )
+    store.keep.put(progress_key(*execution_of(app, task)[:2]), counted.dump(), expires=int(clock.now) + 86_400)
+    assert post(app, task.payload) == (425, "early")
+    assert tasks.RAN == []
+    clock.now += 10
+    assert [post(app, task.payload), clock.now] == [(500, "retry"), clock.now]
+    clock.now += 10
+    assert post(app, task.payload) == (200, "failed")
+    assert [letter.attempts for letter in dead(app)] == [3]
+
+
+@pytest.mark.parametrize("store", ["sqlite, in one process with the engine"], indirect=True)
+def test_a_run_that_began_is_given_back_where_the_store_fails_for_another_of_the_same_turn(app, store):
+    first, again = app.defer(tasks.add, 1), app.defer(tasks.add, 2)
+    begin = store.ledger.begin_many
+    store.ledger.begin_many([execution_of(app, again)], now=NOW, lease=60.0)
+
+    def down(*_, **__):
+        raise QueueUnavailable("away")
+
+    app.push_queue.ledger.begin_many = down
+
+    async def both():
+        return await asyncio.gather(*(app.handle(FROM_ENGINE, task.payload) for task in (first, again)))
+
+    assert [answer.status for answer in asyncio.run(both())] == [503, 503]
+    app.push_queue.ledger.begin_many = begin
+    assert post(app, first.payload) == (200, "succeeded")
+    assert tasks.RAN == [("add", 1, 0, 1)]
 
 
 # --- Attacks --------------------------------------------------------------------------------------

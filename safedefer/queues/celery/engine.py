@@ -18,16 +18,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakKeyDictionary
 
 from celery import Celery  # type: ignore[import-untyped]
 from celery.exceptions import Reject, SoftTimeLimitExceeded  # type: ignore[import-untyped]
-from celery.signals import worker_ready  # type: ignore[import-untyped]
+from celery.signals import worker_before_create_process, worker_ready  # type: ignore[import-untyped]
 from kombu.pools import ProducerPool
 
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
@@ -35,6 +35,7 @@ from safedefer.headers import CONTENT_TYPE, RETRY_HEADER
 from safedefer.options import DEFAULT_QUEUE
 from safedefer.queues.base import NotAllStored
 from safedefer.queues.capabilities import Capabilities
+from safedefer.queues.celery.acknowledging import Acknowledgements
 from safedefer.queues.push_engine import Attempt
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ class WorkerHandler(Protocol):
         """Hand over what falls due in the store, and sweep outboxes, from now on."""
         ...
 
+    def syncs(self) -> Callable[[], None] | None:
+        """Return what has the store sync all that any process has committed to it; None: it syncs each change itself."""
+        ...
+
 
 class CeleryEngine:
     """Publishes tasks to a Celery broker, and runs them in the workers of the Celery application.
@@ -96,6 +101,9 @@ class CeleryEngine:
     Args:
         celery: The application, whose workers import the module that makes the ``App``.
     """
+
+    in_process: ClassVar[bool] = True
+    """``authenticate`` does not wait."""
 
     def __init__(self, celery: Celery) -> None:
         self.celery = celery
@@ -108,6 +116,9 @@ class CeleryEngine:
         if other is not None and not other._closed:  # noqa: SLF001  # of this class
             raise ConfigurationError("another App uses this Celery application; give each App one of its own")
         _engines[celery] = self
+        self.acknowledgements: Acknowledgements | None = None
+        """Those of this process, if it is the parent of worker processes; inherited by these."""
+        self._parent = 0
         self._task: Any = celery.task(
             _deliver,
             name=TASK_NAME,
@@ -118,7 +129,10 @@ class CeleryEngine:
             ignore_result=True,
             max_retries=None,
             serializer="json",
+            Request="safedefer.queues.celery.worker:SyncedRequest",
         )
+        celery.steps["consumer"].add("safedefer.queues.celery.worker:LastSync")
+        worker_before_create_process.connect(self._before_child, weak=False)
         worker_ready.connect(self._worker_ready, weak=False)
 
     @classmethod
@@ -151,6 +165,19 @@ class CeleryEngine:
     def serve(self, serves: WorkerHandler) -> None:
         """Hand what the workers of the Celery application get to a handler."""
         self._serves = serves
+
+    def _before_child(self, **_: Any) -> None:
+        """Acknowledge in this process, the parent of a prefork pool, what its children have ended."""
+        if self._parent == os.getpid() or self._serves is None:
+            return
+        syncs = self._serves.syncs()
+        if syncs is not None:
+            self.acknowledgements, self._parent = Acknowledgements(syncs), os.getpid()
+
+    @property
+    def syncs_before_ack(self) -> bool:
+        """Whether this process is a child whose parent has the store sync before it acknowledges a message."""
+        return self._parent != 0 and self._parent == os.getppid()
 
     def _worker_ready(self, sender: Any = None, **_: Any) -> None:
         # One worker process hands over for all of its children, as the dispatcher does for a pull queue.
@@ -208,6 +235,27 @@ class CeleryEngine:
         except Exception as error:
             raise _unavailable("does not answer", error) from error
 
+    def weaknesses(self) -> list[str]:
+        """Say how the broker may lose messages that it has accepted, and what to do; it is asked. Nothing brings them back.
+
+        Raises:
+            QueueUnavailable: It does not answer.
+        """
+        found = []
+        conf = self.celery.conf
+        if conf.task_default_delivery_mode not in {2, "persistent"} or any(
+            not each.durable for each in conf.task_queues or ()
+        ):
+            found.append("its queues or messages are not durable: it loses them when it ends; declare durable queues, and "
+                         "leave task_default_delivery_mode as it is")  # fmt: skip
+        try:
+            with self.celery.connection_for_write() as connection:
+                if connection.transport.driver_type == "redis":
+                    found += _weaknesses_of_redis(connection.default_channel.client)
+        except Exception as error:
+            raise _unavailable("does not answer", error) from error
+        return found
+
     def _producer(self) -> AbstractContextManager[Producer]:
         """Return a producer of this process whose messages the broker confirms."""
         with self._lock:
@@ -231,6 +279,7 @@ class CeleryEngine:
     def close(self) -> None:
         """Disconnect."""
         worker_ready.disconnect(self._worker_ready)
+        worker_before_create_process.disconnect(self._before_child)
         self._closed = True
         with self._lock:
             if self._pid == os.getpid():
@@ -280,6 +329,34 @@ class CeleryEngine:
         except Error as error:
             # It is not acknowledged: the broker delivers it again.
             raise Reject(reason=error.slug, requeue=True) from error
+
+
+def _weaknesses_of_redis(client: Any) -> list[str]:
+    """Ask a server of Redis or Valkey what it keeps on its disk, and what it deletes."""
+    found = []
+    log = client.info("persistence").get("aof_enabled")
+    try:
+        synced = client.config_get("appendfsync").get("appendfsync")
+    except Exception:  # noqa: BLE001  # a hosted server that answers no CONFIG
+        synced = None
+    if not log:
+        found.append("it keeps no log of its writes: when it ends it has forgotten the tasks since its last snapshot, or all; "
+                     "set appendonly yes and appendfsync always")  # fmt: skip
+    elif synced not in {None, "always"}:
+        found.append(
+            f"it does not sync each write (appendfsync {synced}): a power cut loses the last tasks; set appendfsync always"
+        )
+    policy = client.info("memory").get("maxmemory_policy")
+    if policy not in {None, "noeviction"}:
+        found.append(
+            f"it deletes tasks when its memory is full (maxmemory-policy {policy}); set maxmemory-policy noeviction"
+        )
+    return found
+
+
+def acknowledgements_of(celery: Celery) -> Acknowledgements | None:
+    """Return those of the engine of a Celery application, in the parent of its worker processes; else None."""
+    return _engines[celery].acknowledgements
 
 
 def _unavailable(what: str, error: Exception) -> QueueUnavailable:

@@ -124,6 +124,16 @@ class PostgresQueue:
         return self._keep
 
     @property
+    def pushed_calls(self) -> pushed.PostgresPushedCalls | None:
+        """What the handler calls under a push engine, on connections of the running loop within ``on_loop``; else None."""
+        pools = self._store.here
+        return None if pools is None else pushed.PostgresPushedCalls(self._store, pools)
+
+    def sync(self) -> None:
+        """Return when what was committed so far survives a crash of the server. Raises ``QueueUnavailable``."""
+        self._store.run(lambda connection: connection.fetch(SQL["written"]), idempotent=True)
+
+    @property
     def statements(self) -> Self:
         """Itself: any connection to the database can enqueue."""
         return self

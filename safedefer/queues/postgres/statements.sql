@@ -380,6 +380,36 @@ WHERE entry.digest = excluded.digest AND (
     )
 );
 
+-- name: ledger_begin_first
+-- Admits runs of tasks that the ledger does not know, each given once, and returns their owners; and what is kept. A
+-- task that has no entry in this snapshot, and gets one here, has none that another run could have written meanwhile.
+WITH begun AS (
+    INSERT INTO safedefer.ledger AS entry (audience, task_id, digest, state, owner, until, expires, uncharged)
+    SELECT coalesce(given.audience, ''), coalesce(given.task_id, ''), decode(coalesce(given.digest, ''), 'hex'), 'running',
+        coalesce(given.owner, ''), now() + $7::interval, given.expires::bigint, true
+    FROM unnest(
+        string_to_array($2, $1), string_to_array($3, $1), string_to_array($4, $1), string_to_array($5, $1),
+        string_to_array($6, $1)
+    ) AS given (audience, task_id, digest, owner, expires)
+    ON CONFLICT (audience, task_id) DO NOTHING
+    RETURNING entry.owner
+)
+SELECT begun.owner, NULL::text AS key, NULL::bytea AS value FROM begun
+UNION ALL
+SELECT NULL, kept.key, kept.value FROM safedefer.kept AS kept
+WHERE kept.key = ANY ($8::text[]) AND octet_length(kept.value) <= 2097152;
+
+-- name: ledger_restore
+-- Enters runs again whose begin a crash of the server has undone, each given once; the command status counts them.
+INSERT INTO safedefer.ledger (audience, task_id, digest, state, owner, until, expires, uncharged)
+SELECT given.audience, given.task_id, decode(given.digest, 'hex'), 'running', given.owner, now(), given.expires, true
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest text, owner text, expires bigint)
+ON CONFLICT (audience, task_id) DO NOTHING;
+
+-- name: written
+-- A commit of its own: its sync is one of all commits before it.
+SELECT pg_catalog.pg_logical_emit_message(true, 'safedefer', '');
+
 -- name: ledger_find
 SELECT entry.audience, entry.task_id, CASE WHEN octet_length(entry.digest) <= 5000 THEN entry.digest ELSE ''::bytea END AS digest,
     entry.state, left(entry.owner, 1000) AS owner, entry.uncharged, entry.until > now() AS alive,

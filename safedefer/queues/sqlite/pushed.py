@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safedefer.queues import rules
 from safedefer.queues.base import BLOB_KEY, BlobsFull, QueuedTask
-from safedefer.queues.sqlite.connection import SQL, Handle
+from safedefer.queues.sqlite.connection import SQL, Handle, unavailable
+from safedefer.queues.sqlite.ledger import finish_all
 from safedefer.queues.sqlite.operations import standing
 from safedefer.queues.sqlite.repair import number
 from safedefer.queues.sqlite.rows import task_values
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import apsw
 
+    from safedefer.ledger import Execution, RunEnd
     from safedefer.queues.base import Lease
     from safedefer.queues.sqlite.writer import Writer
 
@@ -52,6 +58,82 @@ class SQLiteKeep:
         self._writer.run(
             lambda connection: connection.execute(SQL["kept_delete"], {"keys": json.dumps(list(keys))}).close()
         )
+
+
+class SQLitePushedCalls:
+    """``PushedCalls`` that the writer's thread answers."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    async def begin_first(
+        self,
+        executions: Sequence[Execution],
+        keys: Sequence[Sequence[str]],
+        *,
+        now: float,
+        lease: float,
+        synced: bool,  # noqa: ARG002  # the process that runs the task ends with the machine, as its begin
+    ) -> Sequence[Mapping[str, bytes] | None]:
+        """Admit runs of tasks that the ledger does not know."""
+        action = partial(begin_first, executions=executions, keys=keys, until=now + lease)
+        return await self._writer.call(action, durable=False)
+
+    async def finish_many(self, ends: Sequence[RunEnd], *, synced: bool) -> Sequence[bool]:
+        """Store the ends of runs."""
+        return await self._writer.call(partial(finish_all, ends=ends), durable=synced)
+
+
+def begin_first(
+    connection: apsw.Connection, executions: Sequence[Execution], keys: Sequence[Sequence[str]], *, until: float
+) -> list[dict[str, bytes] | None]:
+    """Admit runs of tasks that the ledger does not know, within a transaction."""
+    found: list[dict[str, bytes] | None] = []
+    for execution, names in zip(executions, keys, strict=True):
+        connection.execute(SQL["ledger_begin_first"], (*execution, until))
+        if not connection.changes():
+            found.append(None)
+            continue
+        rows = connection.execute(SQL["kept_get"], {"keys": json.dumps(list(names))})
+        found.append({str(key): value for key, value in rows if isinstance(value, bytes)})
+    return found
+
+
+class LogSync:
+    """Syncs the log of a queue's file: what any process has committed to it without a sync is on the disk then.
+
+    A commit is in the log, or in the file: SQLite syncs the log before it copies it into the file, and the file before it
+    writes over the log. So no lock is needed, and no writer waits. SQLite takes its locks on the file and its ``-shm``:
+    closing this descriptor of the log ends none of them.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._log = Path(f"{path}-wal")
+        self._known: tuple[int, int] | None = None
+
+    def __call__(self) -> None:
+        """Sync the log. Raises ``QueueUnavailable``."""
+        try:
+            # Without a log: the last process that closed the file has copied all of it.
+            with suppress(FileNotFoundError):
+                self._sync()
+        except OSError as error:
+            raise unavailable(str(self._log), error) from error
+
+    def _sync(self) -> None:
+        log = os.open(self._log, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(log)
+            status = os.fstat(log)
+        finally:
+            os.close(log)
+        if self._known != (which := (status.st_dev, status.st_ino)):  # a new file: its name is to be on the disk too
+            folder = os.open(self._log.parent, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+            self._known = which
 
 
 def prune(connection: apsw.Connection, *, now: float, limit: int) -> int:

@@ -115,6 +115,8 @@ class SQLiteQueue:
         self._ledger = SQLiteLedger(self._writer, self._reader)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
         self._keep = pushed.SQLiteKeep(self._writer, self._reader, blob_limit)
+        self._pushed_calls = pushed.SQLitePushedCalls(self._writer)
+        self._sync_log = pushed.LogSync(self._path)
         self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch, wait=False)
         self._finalizer.atexit = False
         _open.add(self)
@@ -132,6 +134,15 @@ class SQLiteQueue:
     def path(self) -> str:
         """The absolute path of the file."""
         return self._path
+
+    @property
+    def pushed_calls(self) -> pushed.SQLitePushedCalls:
+        """What the handler calls under a push engine, on any event loop."""
+        return self._pushed_calls
+
+    def sync(self) -> None:
+        """Return when what any process has committed so far survives a power cut. Raises ``QueueUnavailable``."""
+        self._sync_log()
 
     @property
     def statements(self) -> None:

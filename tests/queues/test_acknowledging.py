@@ -1,0 +1,198 @@
+"""A Celery worker acknowledges a message when the store has synced its end, and not before."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+from celery import Celery
+from celery.worker import state
+from kombu.asynchronous import Hub, get_event_loop, set_event_loop
+
+from safedefer.errors import QueueUnavailable
+from safedefer.queues.celery import acknowledging
+from safedefer.queues.celery.acknowledging import Acknowledgements
+from safedefer.queues.celery.engine import TASK_NAME, CeleryEngine
+from safedefer.queues.celery.worker import LastSync, SyncedRequest
+
+
+class Syncs:
+    """A store's sync, which returns when the test says so, or fails."""
+
+    def __init__(self):
+        self.begun = threading.Semaphore(0)
+        self.go_on = threading.Semaphore(0)
+        self.failures = 0
+        self.number = 0
+
+    def __call__(self):
+        self.begun.release()
+        assert self.go_on.acquire(timeout=60)
+        self.number += 1
+        if self.failures:
+            self.failures -= 1
+            raise QueueUnavailable("away")
+
+
+@pytest.fixture
+def syncs():
+    return Syncs()
+
+
+@pytest.fixture
+def hub():
+    before = get_event_loop()
+    hub = Hub()
+    set_event_loop(hub)
+    yield hub
+    set_event_loop(before)
+    hub.close()
+
+
+def turn(hub, until):
+    """Let the worker's event loop turn until a condition holds."""
+    loop = hub.create_loop()
+    hub.call_repeatedly(0.05, lambda: None)
+    while not until():
+        next(loop)
+
+
+def test_a_message_is_acknowledged_after_a_sync_that_began_when_its_child_had_answered(hub, syncs):
+    done = []
+    acknowledgements = Acknowledgements(syncs)
+    acknowledgements.add(lambda: done.append(1))
+    assert syncs.begun.acquire(timeout=60)
+    # These two come while a sync is under way, which may not hold their ends: both get the next one.
+    acknowledgements.add(lambda: done.append(2))
+    acknowledgements.add(lambda: done.append(3))
+    assert done == []
+    syncs.go_on.release()
+    turn(hub, lambda: done)
+    assert syncs.begun.acquire(timeout=60)
+    assert done == [1]
+    syncs.go_on.release()
+    turn(hub, lambda: len(done) == 3)
+    assert (done, syncs.number) == ([1, 2, 3], 2)
+
+
+def test_nothing_is_acknowledged_while_the_store_does_not_sync(hub, syncs, monkeypatch):
+    monkeypatch.setattr(acknowledging, "_AGAIN_SECONDS", 0.0)
+    done = []
+    syncs.failures = 2
+    acknowledgements = Acknowledgements(syncs)
+    acknowledgements.add(lambda: done.append(1))
+    for _ in range(3):
+        assert syncs.begun.acquire(timeout=60)
+        assert done == []
+        syncs.go_on.release()
+    turn(hub, lambda: done)
+    assert syncs.number == 3
+
+
+def test_a_message_whose_connection_is_gone_keeps_no_other_from_being_acknowledged(hub, syncs):
+    done = []
+
+    def broken():
+        raise ConnectionResetError
+
+    acknowledgements = Acknowledgements(syncs)
+    for acknowledge in (broken, lambda: done.append(2)):
+        syncs.go_on.release()
+        acknowledgements.add(acknowledge)
+    turn(hub, lambda: done)
+
+
+def test_a_worker_that_stops_acknowledges_what_waits_for_a_sync(hub, syncs):
+    done = []
+    acknowledgements = Acknowledgements(syncs)
+    acknowledgements.add(lambda: done.append(1))
+    assert syncs.begun.acquire(timeout=60)
+    syncs.go_on.release(2)
+    acknowledgements.add(lambda: done.append(2), last=True)
+    assert done == [1, 2]
+    acknowledgements.flush()
+    assert done == [1, 2]
+
+
+def test_a_worker_that_stops_leaves_to_the_broker_what_cannot_be_synced(syncs, caplog):
+    done = []
+    syncs.failures = 1
+    syncs.go_on.release(2)
+    acknowledgements = Acknowledgements(syncs)
+    acknowledgements.add(lambda: done.append(1))  # without an event loop: at once
+    assert done == []
+    assert "the broker delivers its tasks again" in caplog.text
+    acknowledgements.add(lambda: done.append(2))
+    assert done == [2]
+
+
+# --- The engine -----------------------------------------------------------------------------------
+
+
+class Handler:
+    def __init__(self, sync):
+        self.sync = sync
+
+    def syncs(self):
+        return self.sync
+
+
+@pytest.fixture
+def engine():
+    engine = CeleryEngine(Celery("test", broker="memory://", set_as_current=False))
+    yield engine
+    engine.close()
+
+
+def test_only_a_child_of_the_worker_that_acknowledges_leaves_the_sync_to_it(engine, monkeypatch):
+    engine._before_child()
+    assert engine.acknowledgements is None, "no App uses it"
+    engine.serve(Handler(None))
+    engine._before_child()
+    assert engine.acknowledgements is None, "its store syncs each change"
+    engine.serve(Handler(lambda: None))
+    assert engine.syncs_before_ack is False
+    engine._before_child()
+    first = engine.acknowledgements
+    engine._before_child()
+    assert engine.acknowledgements is first is not None
+    assert engine.syncs_before_ack is False, "the parent itself"
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert engine.syncs_before_ack is True
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert engine.syncs_before_ack is False, "an orphan, whose parent was killed"
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_celery_itself_acknowledges_through_the_engine(engine, monkeypatch, stops):
+    monkeypatch.setattr(state, "should_stop", 0 if stops else None)
+    task = engine.celery.tasks[TASK_NAME]
+    acknowledged = []
+    request = object.__new__(SyncedRequest)
+    request._task = task
+    request._on_ack = lambda *_: acknowledged.append("message")
+    request._connection_errors = ()
+    assert task.Request.endswith(SyncedRequest.__name__)
+    waiting = []
+    engine.acknowledgements = Acknowledgements(lambda: waiting.append("synced"))
+    request.acknowledge()
+    assert (waiting, acknowledged, request.acknowledged) == (["synced"], ["message"], True)
+    request.acknowledge()
+    assert acknowledged == ["message"]
+
+
+def test_the_last_sync_is_a_step_of_every_worker_of_the_application(engine):
+    assert any(str(step).endswith(LastSync.__name__) for step in engine.celery.steps["consumer"])
+
+    class Consumer:
+        app = engine.celery
+
+    step = LastSync(Consumer())
+    step.start(Consumer())
+    step.stop(Consumer())
+    done = []
+    engine.acknowledgements = Acknowledgements(lambda: done.append("synced"))
+    engine.acknowledgements._waiting.append(lambda: done.append("message"))
+    step.stop(Consumer())
+    assert done == ["synced", "message"]
