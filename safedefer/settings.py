@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     outboxes: Annotated[list[str] | None, NoDecode, BeforeValidator(_urls)] = Field(
         default=None,
         repr=False,
-        description="Databases to sweep for transactional tasks: sqlite:///, postgresql:// or SQLAlchemy's URLs.",
+        description="Databases to sweep for transactional tasks: sqlite:///, postgresql://, datastore:// or SQLAlchemy's URLs.",
     )
     targets: Annotated[dict[str, str] | None, NoDecode, BeforeValidator(_pairs)] = Field(
         default=None, description="name=http://address of other handlers; not given: any name, one handler."

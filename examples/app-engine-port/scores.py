@@ -54,6 +54,22 @@ def give(keys, points):
     ndb.put_multi(players)
 
 
+@ndb.transactional()
+def award(key, points):
+    """Add points, and tell the player: both, or neither."""
+    player = key.get()
+    player.points += points
+    player.put()
+    deferred.defer(tell, key, f"+{points}", _transactional=True)
+    if points > 1_000:
+        raise ValueError("not so many at once")
+
+
+def tell(key, text):
+    """Write a letter."""
+    Letter(text=text, to=key).put()
+
+
 def remove(kind, key):
     """Delete an entity; the first argument is its model class."""
     if key.kind() == kind.__name__:

@@ -147,7 +147,8 @@ class Producer:
         Args:
             connection: A connection of psycopg 3 or asyncpg, a ``sqlite3.Connection``, a SQLAlchemy connection or
                 session (on SQLite or PostgreSQL), Django's connection (as well), or an ``apsw.Connection``. It may be
-                to the queue's own database, by apsw in the case of a file.
+                to the queue's own database, by apsw in the case of a file. The module ``google.cloud.ndb`` is the
+                Datastore transaction of its context; inside ``@ndb.transactional()`` no block is needed.
 
         Raises:
             BadTransactionStateError: On entering: the connection is of no known kind, or cannot be used for this.

@@ -101,8 +101,9 @@ class DatastoreBlock(OpenBlock, AbstractContextManager[None]):
                 raise BadTransactionStateError(
                     "there is no ndb context; write `with client.context():` around the block"
                 )
-            self._own = entities.OwnTransaction()
-            self._own.begin()
+            own: OwnTransaction = entities.OwnTransaction()
+            own.begin()
+            self._own = own
         self.begin_here()
 
     def __exit__(

@@ -50,7 +50,7 @@ class Judge:
 
     def __init__(self, *, environment: str, queues: Collection[str] | None = None) -> None:
         self.environment = environment
-        self.queues = None if queues is None else frozenset(queues)
+        self.queues: frozenset[str] | None = None if queues is None else frozenset(queues)
         self._said: dict[object, set[object]] = {}
 
     def says_first(self, kind: str, *complaint: object) -> bool:

@@ -48,7 +48,7 @@ _PACE: Final = 0.1
 class Outlet(Protocol):
     """One database with outboxes. It raises what its library raises, and ``FileNotFoundError`` if nobody has made it yet."""
 
-    def move(self, queue: RelayedTo, schemas: Sequence[str | None], until: float | None) -> int | None:
+    def move(self, queue: RelayedTo, schemas: Sequence[str | None], until: float | None, /) -> int | None:
         """Move the committed tasks to a queue; returns how many, or None if the time was over before the last one.
 
         Raises:
@@ -56,11 +56,11 @@ class Outlet(Protocol):
         """
         ...
 
-    def count(self, schemas: Sequence[str | None]) -> int:
+    def count(self, schemas: Sequence[str | None], /) -> int:
         """Return how many committed tasks wait."""
         ...
 
-    def refusal(self, schema: str | None) -> str | None:
+    def refusal(self, schema: str | None, /) -> str | None:
         """Return why an outbox cannot be used; None if it can, or is not made yet."""
         ...
 

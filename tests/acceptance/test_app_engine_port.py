@@ -16,16 +16,17 @@ from google.auth.credentials import AnonymousCredentials
 import safedefer
 from safedefer import Key, Keyring, KeyState, deferred
 from safedefer.testing import TestApp
-from tests.acceptance.datastore import serve
+from tests.datastore.server import DatastoreServer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "app-engine-port"
 
 
 @pytest.fixture
 def store(monkeypatch):
-    with serve() as (store, address):
-        monkeypatch.setenv("DATASTORE_EMULATOR_HOST", address)
-        yield store
+    server = DatastoreServer()
+    monkeypatch.setenv("DATASTORE_EMULATOR_HOST", server.host)
+    yield server.store
+    server.close()
 
 
 @pytest.fixture
@@ -66,6 +67,9 @@ def test_the_moved_application_runs_to_its_end(store, example):
             deferred.defer(scores.remove, scores.Player, keys[44])
         assert len(tasks.run_due()) == 2
         with client.context():
+            with pytest.raises(ValueError, match="not so many"):
+                scores.award(keys[0], 5_000)
+            scores.award(keys[0], 500)
             deferred.defer(scores.recompute)
         ran = tasks.run_due()
         while more := tasks.run_due():
@@ -76,9 +80,10 @@ def test_the_moved_application_runs_to_its_end(store, example):
         players = ndb.get_multi(keys[:44])
         letters = scores.Letter.query().fetch()
     assert (report.players, report.points) == (44, sum(player.points for player in players))
-    assert [player.points for player in players[:4]] == [200, 210, 220, 30]
+    assert [player.points for player in players[:4]] == [700, 210, 220, 30]
+    assert [letter.text for letter in letters if letter.text.startswith("+")] == ["+500"]
     assert all(player.level == player.points // 100 for player in players)
-    assert sorted(letter.text for letter in letters) == sorted(
+    assert sorted(letter.text for letter in letters if not letter.text.startswith("+")) == sorted(
         f"{p.name}, level {p.level}!" for p in players if p.level
     )
     assert len(store.kind("Player")) == 44

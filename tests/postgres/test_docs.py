@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import inspect
 import re
 from pathlib import Path
@@ -51,13 +52,29 @@ def run(example, names):
         exec(code, names)
 
 
+@contextlib.contextmanager
+def datastore_for(example):
+    """A Datastore server where one is needed."""
+    if "ndb" not in example:
+        yield
+        return
+    from tests.datastore.server import DatastoreServer
+
+    server = DatastoreServer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATASTORE_EMULATOR_HOST", server.host)
+        patch.setenv("GOOGLE_CLOUD_PROJECT", "p")
+        yield
+    server.close()
+
+
 @pytest.mark.parametrize(("number", "queue"), CASES)
 def test_an_example_does_what_it_says(number, queue, dsn):
     example = EXAMPLES[number]
     app = make_app(queue=MemoryQueue() if queue == "outbox" else PostgresQueue(dsn))
     configure_django(dsn)
     before = len(app.queue.tasks(limit=1000))
-    with psycopg.connect(dsn) as connection:
+    with psycopg.connect(dsn) as connection, datastore_for(example):
         names = {
             "app": app,
             "connection": connection,
@@ -69,8 +86,8 @@ def test_an_example_does_what_it_says(number, queue, dsn):
             "TaskAlreadyExistsError": TaskAlreadyExistsError,
         }
         run(example, names)
+        app.outbox.sweep()
     connections.close_all()
-    app.outbox.sweep()
     expected = 0 if "no number" in example or "once(" in example else 1
     assert len(app.queue.tasks(limit=1000)) - before == expected
     app.close()

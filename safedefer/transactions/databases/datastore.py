@@ -40,7 +40,10 @@ _PIECES: Final = 10
 _TIMEOUT: Final = 10.0
 #: Keys that are read at once.
 _KEYS: Final = 500
-_EMPTY: Final[Any] = None
+_KEYS_ONLY: Final = {
+    "projection": [{"property": {"name": "__key__"}}],
+    "order": [{"property": {"name": "__key__"}}],
+}
 
 
 class OutboxEntity(ndb.Model):  # type: ignore[misc]  # ndb has no types
@@ -162,8 +165,8 @@ class OwnTransaction:
 
     def __init__(self) -> None:
         self._ends: Any = ndb.Future("the block")
-        self._uses: Any = _EMPTY
-        self._outcome: Any = _EMPTY
+        self._uses: Any = None
+        self._outcome: Any = None
 
     def begin(self) -> None:
         """Open it, and be in it from now on. Raises what ndb raises."""
@@ -228,7 +231,7 @@ class EntityReader:
         path = [{"kind": KIND, "name": task_id}, *([{"kind": _PIECE_KIND, "id": piece}] if piece else [])]
         return datastore_v1.Key(partition_id=self._partition, path=path)
 
-    def _query(self, after: datastore_v1.Key | None) -> datastore_v1.Query:
+    def _query(self, after: datastore_v1.Key | None, **more: Any) -> datastore_v1.Query:
         """Return the query for the keys after one. Its filters need no index but those that every property has."""
         operator = datastore_v1.PropertyFilter.Operator
         filters = [_filter("environment", operator.EQUAL, datastore_v1.Value(string_value=self._environment))]
@@ -236,17 +239,11 @@ class EntityReader:
             value = datastore_v1.Value(key_value=after)
             filters.append(_filter("__key__", operator.GREATER_THAN, value))
         every = datastore_v1.CompositeFilter(op=datastore_v1.CompositeFilter.Operator.AND, filters=filters)
-        return datastore_v1.Query(
-            kind=[{"name": KIND}],
-            projection=[{"property": {"name": "__key__"}}],
-            filter=datastore_v1.Filter(composite_filter=every),
-            order=[{"property": {"name": "__key__"}}],
-        )
+        return datastore_v1.Query(kind=[{"name": KIND}], filter=datastore_v1.Filter(composite_filter=every), **more)
 
     def keys(self, after: datastore_v1.Key | None) -> Sequence[datastore_v1.Key]:
         """Return the next keys after one, in their order. Some may be none of ours."""
-        query = self._query(after)
-        query.limit = _KEYS
+        query = self._query(after, limit=_KEYS, **_KEYS_ONLY)
         request = datastore_v1.RunQueryRequest(**self._place, partition_id=self._partition, query=query)
         return [each.entity.key for each in self._call("run_query", request).batch.entity_results]
 
@@ -256,7 +253,6 @@ class EntityReader:
             count=datastore_v1.AggregationQuery.Aggregation.Count(), alias="rows"
         )
         query = self._query(None)
-        query.projection, query.order = [], []
         request = datastore_v1.RunAggregationQueryRequest(
             **self._place,
             partition_id=self._partition,
