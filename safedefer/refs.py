@@ -410,11 +410,17 @@ def _builtin_function(obj: object, home: ModuleType | None, name: str) -> Callab
     return _refuse("not-found", f"the built-in {name} is not found by its name", "defer a function that calls it")
 
 
+_PARTIAL: Final = ("partial", "functools.partial objects are not carried", "pass the arguments to defer() instead")
+#: What a singledispatchmethod gives is a function, refused by its name, and from Python 3.14 on an object of this class.
+_DISPATCHING: Final = type(singledispatchmethod(partial).__get__(None, object))
+_UNBOUND: Final = ("unbound-method", "it is a singledispatchmethod", "defer a plain method of an object: obj.method")
+
+
 def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     cls = type(obj)
     qualname = _TYPE_QUALNAME(cls)
-    if cls is partial:
-        _refuse("partial", "functools.partial objects are not carried", "pass the arguments to defer() instead")
+    if cls is partial or cls is _DISPATCHING:
+        _refuse(*(_PARTIAL if cls is partial else _UNBOUND))
     if cls is staticmethod or cls is classmethod:
         _refuse("descriptor", f"a raw {qualname} object cannot be called by name", "defer it through its class")
     if cls is MethodWrapperType:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Generator
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings, strategies
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(
@@ -50,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
+@settings(max_examples=1, database=None)
+@given(strategies.none())
+def _make_random_numbers(_: None) -> None:
+    """Let Hypothesis make its generator of random numbers. It asks the collector who refers to that, which sees nothing frozen."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Keep the tests themselves, which are many and stay, out of the sight of the garbage collector: it stops everything."""
@@ -57,6 +63,7 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
+        _make_random_numbers()
         gc.collect()
         gc.freeze()
         gc.enable()

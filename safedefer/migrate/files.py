@@ -119,7 +119,7 @@ def read(path: Path) -> tuple[bytes, str]:
 
 def _decoded(data: bytes) -> str:
     try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data.replace(b"\0", b"")).readline)  # a NUL is bad syntax
         return data.decode(encoding)
     except (SyntaxError, UnicodeDecodeError, LookupError) as error:
         raise Unreadable("encoding", f"its encoding is not what it says: {error}; correct the coding line") from error

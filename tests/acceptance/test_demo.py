@@ -30,7 +30,8 @@ def test_it_stays_up_with_the_dashboard_until_ctrl_c():
     ) as run:  # fmt: skip
         try:
             link = next(line for line in run.stdout if "/login?token=" in line).strip()
-            assert urllib.request.urlopen(link, timeout=60).status == 200
+            with urllib.request.urlopen(link, timeout=60) as answer:
+                assert answer.status == 200
             run.send_signal(signal.SIGINT)
             assert run.stdout.read().endswith("everything held\n")
             assert run.wait(60) == 0

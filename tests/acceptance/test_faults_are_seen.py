@@ -68,8 +68,9 @@ def key_of(project):
 def post_with_a_foreign_key(url):
     foreign = make_app(keyring=Keyring(Key("k9", secrets.token_bytes(32), KeyState.ACTIVE)))
     token = foreign.defer(sample_tasks.add, 1).payload
-    with pytest.raises(urllib.error.HTTPError, match="403"):
+    with pytest.raises(urllib.error.HTTPError, match="403") as caught:
         urllib.request.urlopen(urllib.request.Request(url, data=token, headers=JOSE), timeout=60)
+    caught.value.close()
 
 
 async def test_each_fault_is_in_the_log_in_the_metrics_and_on_the_dashboard(project):
