@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import sys
 from importlib import import_module
@@ -88,7 +89,13 @@ class _Group(click.Group):
         except OSError as error:  # the port is taken, the host is not ours, the disk is full
             if isinstance(error, BrokenPipeError) and _output_is_closed():
                 raise  # click ends the process without a word
-            raise click.ClickException(f"{error.strerror or error}; correct that and start again") from error
+            taken = error.errno == errno.EADDRINUSE
+            remedy = (
+                "stop what listens there, or give another --port: 0 takes a free one"
+                if taken
+                else "correct that and start again"
+            )
+            raise click.ClickException(f"{error.strerror or error}; {remedy}") from error
 
 
 def _output_is_closed() -> bool:

@@ -437,9 +437,9 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
-    except BaseException:
+    except OSError as error:
         listener.close()
-        raise
+        raise OSError(error.errno, f"{host}:{port}: {error.strerror}") from error
     bound, number = listener.getsockname()[:2]
     shown = f"[{bound}]" if ":" in bound else bound
     return listener, f"http://{shown}:{number}"
