@@ -23,7 +23,8 @@ _APP_HELP: Final = "module:name of the App; without it, SAFEDEFER_* settings mak
 
 NO_ENVIRONMENT: Final = (
     "no environment was given, so it is 'default', as in every other deployment that gives none: tasks of staging would run in "
-    "production if they share a key; set SAFEDEFER_ENVIRONMENT or App(environment=...), the same for whoever defers and whoever runs"
+    "production if they share a key; give App(environment=...), or set SAFEDEFER_ENVIRONMENT where the App is made of settings; the same for "
+    "whoever defers and whoever runs"
 )
 """What is said where an App has no environment of its own."""
 

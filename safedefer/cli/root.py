@@ -90,7 +90,11 @@ class _Group(click.Group):
             if isinstance(error, BrokenPipeError) and _output_is_closed():
                 raise  # click ends the process without a word
             in_use = error.errno == errno.EADDRINUSE
-            remedy = "stop what listens there, or give another port" if in_use else "correct that and start again"
+            remedy = (
+                "stop what listens there, or give another port: 0 takes a free one"
+                if in_use
+                else "correct that and start again"
+            )
             raise click.ClickException(f"{error.strerror or error}; {remedy}") from error
 
 

@@ -258,14 +258,17 @@ def test_an_error_is_one_helpful_line(project, arguments, environment, text):
     assert text in lines[0]
 
 
-def test_a_port_that_is_taken_is_one_line(project):
+@pytest.mark.parametrize("command", [["serve"], ["dashboard"]])
+def test_a_port_that_is_taken_is_one_line_that_names_it(project, command):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = project.run("serve", "--port", str(taken.getsockname()[1]), check=False)
+        port = str(taken.getsockname()[1])
+        done = project.run(*command, "--port", port, check=False)
     assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert b"Traceback" not in done.stderr
+    (line,) = done.stderr.decode().splitlines()
+    assert port in line
+    assert "give another port: 0 takes a free one" in line
 
 
 @pytest.mark.parametrize(
