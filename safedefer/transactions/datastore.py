@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _LOOK_SECONDS: Final = 2.0
 #: Tasks whose entities are read, and that are handed over, at once.
 _PAGE: Final = 25
-#: Committed tasks that are remembered until the relay takes them; others are found by a query.
-_REMEMBERED: Final = 1_000
+#: Committed tasks of one entity that are remembered until the relay takes them, so that none need be read: 200 MB at most.
+_REMEMBERED: Final = 200
 #: Ids of entities that are no tasks, and are not read again.
 _ASIDE: Final = 10_000
 
@@ -149,7 +149,7 @@ class DatastoreOutlet:
         self._judge = judge
         self._client: tuple[int, Any] | None = None
         """The client that this process has used here, and the process."""
-        self._expected: deque[tuple[int, QueuedTask, int]] = deque(maxlen=_REMEMBERED)
+        self._expected: deque[tuple[int, QueuedTask, int]] = deque()
         """What was committed here: the process, the task, its entities."""
         self._aside: set[str] = set()
         self._next_look = 0.0
@@ -160,7 +160,11 @@ class DatastoreOutlet:
 
     def expect(self, written: Sequence[tuple[QueuedTask, int]]) -> None:
         """Hand over tasks that were committed, each in so many entities, at the next sweep."""
-        self._expected.extend((os.getpid(), *each) for each in written)
+        for task, pieces in written:
+            if pieces == 1 and len(self._expected) < _REMEMBERED:
+                self._expected.append((os.getpid(), task, pieces))
+            else:
+                self._next_look = 0.0
 
     def look_now(self) -> None:
         """Query at the next sweep, however short ago the last one was."""
