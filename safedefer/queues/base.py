@@ -130,6 +130,16 @@ class AlreadyWaiting(TaskAlreadyExistsError):
         self.task_id = task_id
 
 
+class BlobTaken(TaskAlreadyExistsError):
+    """The blob of a task is that of another task: the task itself is not known."""
+
+    # To callers it is what it is to them.
+    slug: ClassVar[str] = TaskAlreadyExistsError.slug
+
+    def __init__(self, blob_id: object) -> None:
+        super().__init__(f"the blob {blob_id} belongs to another task; give every blob its own id")
+
+
 class Lease(NamedTuple):
     """A claim on a task until a time. ``owner`` fences it: only the newest owner can settle."""
 

@@ -20,17 +20,18 @@ from safedefer.errors import BadTransactionStateError, ConfigurationError
 from safedefer.queues.base import QueuedTask
 from safedefer.transactions.ambient import running_transaction
 from safedefer.transactions.blocks import NO_NAMES, OpenBlock
-from safedefer.transactions.handover import ID_LENGTH, Judge, RelayedTo
+from safedefer.transactions.handover import ID_LENGTH, Judge
 
 if TYPE_CHECKING:
+    from safedefer.queues.base import Queue
     from safedefer.transactions.databases.datastore import EntityReader, EntityRow, OwnTransaction
 
 #: Seconds between two queries for what others have left, by the relay's own thread: each one costs a read.
 _LOOK_SECONDS: Final = 2.0
 #: Tasks whose entities are read, and that are handed over, at once.
 _PAGE: Final = 25
-#: Committed tasks that are remembered until the relay takes them; others are found by a query.
-_REMEMBERED: Final = 1_000
+#: Committed tasks of one entity that are remembered until the relay takes them, so that none need be read: 200 MB at most.
+_REMEMBERED: Final = 200
 #: Ids of entities that are no tasks, and are not read again.
 _ASIDE: Final = 10_000
 
@@ -148,7 +149,7 @@ class DatastoreOutlet:
         self._judge = judge
         self._client: tuple[int, Any] | None = None
         """The client that this process has used here, and the process."""
-        self._expected: deque[tuple[int, QueuedTask, int]] = deque(maxlen=_REMEMBERED)
+        self._expected: deque[tuple[int, QueuedTask, int]] = deque()
         """What was committed here: the process, the task, its entities."""
         self._aside: set[str] = set()
         self._next_look = 0.0
@@ -159,7 +160,11 @@ class DatastoreOutlet:
 
     def expect(self, written: Sequence[tuple[QueuedTask, int]]) -> None:
         """Hand over tasks that were committed, each in so many entities, at the next sweep."""
-        self._expected.extend((os.getpid(), *each) for each in written)
+        for task, pieces in written:
+            if pieces == 1 and len(self._expected) < _REMEMBERED:
+                self._expected.append((os.getpid(), task, pieces))
+            else:
+                self._next_look = 0.0
 
     def look_now(self) -> None:
         """Query at the next sweep, however short ago the last one was."""
@@ -178,7 +183,7 @@ class DatastoreOutlet:
         with entities.connected(*self._address) as client:
             yield entities.EntityReader(client, self._judge.environment)
 
-    def move(self, queue: RelayedTo, _schemas: Sequence[str | None], until: float | None) -> int | None:
+    def move(self, queue: Queue, _schemas: Sequence[str | None], until: float | None) -> int | None:
         """Hand over what was committed here, and now and then what others have left.
 
         Raises:
@@ -205,7 +210,7 @@ class DatastoreOutlet:
                 taken.append(self._expected.popleft())
         return [(task, pieces) for pid, task, pieces in taken if pid == os.getpid()]
 
-    def _look(self, reader: EntityReader, queue: RelayedTo, moved: int, until: float | None) -> int | None:
+    def _look(self, reader: EntityReader, queue: Queue, moved: int, until: float | None) -> int | None:
         after: Any = None
         while keys := reader.keys(after):
             after = keys[-1]
@@ -216,7 +221,7 @@ class DatastoreOutlet:
                     return None
         return moved
 
-    def _move_page(self, reader: EntityReader, queue: RelayedTo, ids: Sequence[str]) -> int:
+    def _move_page(self, reader: EntityReader, queue: Queue, ids: Sequence[str]) -> int:
         moved = 0
         together: list[tuple[QueuedTask, int]] = []
         for task_id, row in reader.rows(ids).items():
@@ -245,7 +250,7 @@ class DatastoreOutlet:
             task = task._replace(blob=Blob(task.blob.id, payload[row.text_bytes :]))
         return task if self._judge.is_mine(place, task) else None
 
-    def _hand_over(self, reader: EntityReader, queue: RelayedTo, written: Sequence[tuple[QueuedTask, int]]) -> int:
+    def _hand_over(self, reader: EntityReader, queue: Queue, written: Sequence[tuple[QueuedTask, int]]) -> int:
         done = self._judge.hand_over(queue, str(self._address), [task for task, _ in written])
         if done.ids:
             pieces = {task.id: pieces for task, pieces in written}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from safedefer.errors import Error, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
-from safedefer.queues.base import BlobsFull, Queue, QueuedTask, TaskView
+from safedefer.queues.base import BlobsFull, BlobTaken, Queue, QueuedTask
 from safedefer.transactions.rows import environment_of, transactional
 
 _log: Final = logging.getLogger("safedefer.outbox")
@@ -19,14 +19,6 @@ _log: Final = logging.getLogger("safedefer.outbox")
 ID_LENGTH: Final = 64
 #: Complaints of each kind that are remembered, so that each is logged once.
 _COMPLAINTS: Final = 1_000
-
-
-class RelayedTo(Queue, Protocol):
-    """Where the tasks of an outbox go: a queue that can say whether it has a task."""
-
-    def find(self, task_id: str) -> TaskView | None:
-        """Return one task in whatever state; None if it is not known."""
-        ...
 
 
 class HandedOver(NamedTuple):
@@ -95,7 +87,7 @@ class Judge:
             return None
         return task
 
-    def hand_over(self, queue: RelayedTo, place: str, tasks: Sequence[QueuedTask]) -> HandedOver:
+    def hand_over(self, queue: Queue, place: str, tasks: Sequence[QueuedTask]) -> HandedOver:
         """Enqueue tasks; those that the queue has already count as taken."""
         if not tasks:
             return HandedOver(())
@@ -110,7 +102,7 @@ class Judge:
             return HandedOver([task.id for task in tasks])
         return self._one_by_one(queue, place, tasks)
 
-    def _one_by_one(self, queue: RelayedTo, place: str, tasks: Sequence[QueuedTask]) -> HandedOver:
+    def _one_by_one(self, queue: Queue, place: str, tasks: Sequence[QueuedTask]) -> HandedOver:
         """Enqueue tasks of which one is refused: it stays where it is, and the others go on."""
         arrived: list[str] = []
         failure = None
@@ -132,7 +124,7 @@ class Judge:
         return HandedOver(arrived, failure)
 
 
-def is_away(queue: RelayedTo) -> bool:
+def is_away(queue: Queue) -> bool:
     """Whether a queue that took no task is not available at all. Else it is the task that it cannot store."""
     try:
         queue.stats(now=0.0)
@@ -141,13 +133,14 @@ def is_away(queue: RelayedTo) -> bool:
     return False
 
 
-def _enqueue(queue: RelayedTo, task: QueuedTask) -> None:
-    """Enqueue a task, unless the queue has it. Raises what refuses it."""
+def _enqueue(queue: Queue, task: QueuedTask) -> None:
+    """Enqueue a task, unless the queue has it, or had it. Raises what refuses it."""
     try:
         queue.enqueue_many((task,))
+    except BlobTaken:
+        raise
     except (TaskAlreadyExistsError, TombstonedTaskError):
-        if queue.find(task.id) is None:
-            raise
+        pass  # it has no name: it is its id that is known. A push engine could not be asked where it is.
 
 
 def slug(error: BaseException) -> str:

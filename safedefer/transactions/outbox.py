@@ -32,8 +32,7 @@ from safedefer.transactions.tables import read_mark
 from safedefer.transactions.transfer import TablesOutlet, Transfer
 
 if TYPE_CHECKING:
-    from safedefer.queues.base import EnqueueStatements
-    from safedefer.transactions.handover import RelayedTo
+    from safedefer.queues.base import EnqueueStatements, Queue
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -54,7 +53,7 @@ class Outbox:
 
     def __init__(
         self,
-        queue: Callable[[], RelayedTo],
+        queue: Callable[[], Queue],
         *,
         environment: str,
         queues: Collection[str] | None = None,
@@ -77,7 +76,7 @@ class Outbox:
             identity, opener = opener_of(address)
             self._relay.add(identity, TablesOutlet(opener, self._transfer), schema)
 
-    def _current_queue(self) -> RelayedTo:
+    def _current_queue(self) -> Queue:
         return self.queue()  # test mode keeps the relay from the queue
 
     def transaction(self, connection: object) -> TransactionBlock | DatastoreBlock:

@@ -22,7 +22,7 @@ from safedefer.transactions.handover import slug
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safedefer.transactions.handover import RelayedTo
+    from safedefer.queues.base import Queue
 
 _log: Final = logging.getLogger("safedefer.outbox")
 
@@ -48,7 +48,7 @@ _PACE: Final = 0.1
 class Outlet(Protocol):
     """One database with outboxes. It raises what its library raises, and ``FileNotFoundError`` if nobody has made it yet."""
 
-    def move(self, queue: RelayedTo, schemas: Sequence[str | None], until: float | None, /) -> int | None:
+    def move(self, queue: Queue, schemas: Sequence[str | None], until: float | None, /) -> int | None:
         """Move the committed tasks to a queue; returns how many, or None if the time was over before the last one.
 
         Raises:
@@ -72,7 +72,7 @@ class Relay:
         queue: Where the tasks go; called in any thread.
     """
 
-    def __init__(self, queue: Callable[[], RelayedTo]) -> None:
+    def __init__(self, queue: Callable[[], Queue]) -> None:
         self._queue = queue
         self._outlets: dict[str, Outlet] = {}
         self._schemas: dict[str, tuple[str | None, ...]] = {}

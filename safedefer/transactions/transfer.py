@@ -16,10 +16,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from safedefer.errors import QueueUnavailable
-from safedefer.transactions.handover import ID_LENGTH, HandedOver, Judge, RelayedTo, is_away, slug
+from safedefer.transactions.handover import ID_LENGTH, HandedOver, Judge, is_away, slug
 from safedefer.transactions.tables import OUTBOX, Table, look
 
 if TYPE_CHECKING:
+    from safedefer.queues.base import Queue
     from safedefer.transactions.databases.base import Opener, Source
 
 _log: Final = logging.getLogger("safedefer.outbox")
@@ -127,7 +128,7 @@ class Transfer(Judge):
         """Large rows that are no tasks of this application: the table, the id, the size."""
 
     async def move(
-        self, source: Source, queue: RelayedTo, schemas: Iterable[str | None], *, until: float | None = None
+        self, source: Source, queue: Queue, schemas: Iterable[str | None], *, until: float | None = None
     ) -> int | None:
         """Move the committed tasks to the queue; returns how many, or None if the time was over before the last one.
 
@@ -239,7 +240,7 @@ class Transfer(Judge):
 
     # --- What is in it ---
 
-    async def _empty(self, source: Source, queue: RelayedTo, table: Table, until: float | None) -> int | None:
+    async def _empty(self, source: Source, queue: Queue, table: Table, until: float | None) -> int | None:
         moved, position, failure, is_over = 0, None, None, False
         table = await self._brought_up_to_date(source, table)
         pending: deque[_OutboxRow] = deque()
@@ -340,7 +341,7 @@ class Transfer(Judge):
             deleted = [await source.execute(statement, {"id": task_id}) for task_id in task_ids]
         return sum(deleted)
 
-    def _hand_over(self, queue: RelayedTo, table: Table, rows: Sequence[_OutboxRow]) -> HandedOver:
+    def _hand_over(self, queue: Queue, table: Table, rows: Sequence[_OutboxRow]) -> HandedOver:
         """Enqueue the tasks of some rows."""
         tasks = []
         for row in rows:
@@ -364,7 +365,7 @@ class TablesOutlet:
         self._opener = opener
         self._transfer = transfer
 
-    def move(self, queue: RelayedTo, schemas: Sequence[str | None], until: float | None) -> int | None:
+    def move(self, queue: Queue, schemas: Sequence[str | None], until: float | None) -> int | None:
         """Do what ``Transfer.move`` does, with a connection of its own."""
         # Open only while it is used: a connection must not be carried across a fork.
         return self._opener.use(lambda source: self._transfer.move(source, queue, schemas, until=until))

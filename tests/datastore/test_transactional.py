@@ -21,6 +21,7 @@ from safedefer.errors import (
 )
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.sqlite.queue import SQLiteQueue
+from safedefer.transactions.datastore import Address
 from safedefer.transactions.outbox import Outbox
 from tests import sample_tasks as tasks
 from tests.datastore.store import Refused
@@ -312,6 +313,17 @@ def test_tasks_of_one_transaction_and_of_many_arrive(outbox, queue, server):
             outbox.put(task)
     until(lambda: waiting(queue) == {task.id for task in many})
     until(lambda: rows(server) == 0)
+
+
+def test_more_tasks_than_are_remembered_are_found(outbox, queue, server, monkeypatch):
+    quiet(monkeypatch, outbox)
+    monkeypatch.setattr("safedefer.transactions.datastore._REMEMBERED", 2)
+    outlet = outbox._outlet(Address("p"))
+    outlet._next_look = float("inf")
+    with outbox.transaction(ndb):
+        outbox.put(*(make_task() for _ in range(5)))
+    assert outbox._relay.sweep() == 5
+    assert rows(server) == 0
 
 
 @pytest.mark.parametrize("swept", [False, True])

@@ -24,6 +24,7 @@ from safedefer.queues.base import (
     AlreadyWaiting,
     AttemptTime,
     BlobsFull,
+    BlobTaken,
     DeadFilter,
     EndCount,
     Lease,
@@ -193,9 +194,7 @@ class MemoryQueue:
                 unique[task.queue, task.unique_key] = task.id
             self._check_name(task, names)
             if task.blob is not None and (task.blob.id in blobs or self._blobs.get(task.blob.id) is not None):
-                raise TaskAlreadyExistsError(
-                    f"the blob {task.blob.id} belongs to another task; give every blob its own id"
-                )
+                raise BlobTaken(task.blob.id)
             room -= len(task.blob.data) if task.blob else 0
             if task.blob and room < 0:
                 raise BlobsFull(self._blob_limit)

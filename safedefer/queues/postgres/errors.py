@@ -9,7 +9,7 @@ import asyncpg
 
 from safedefer.errors import ConfigurationError, QueueUnavailable, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.queues.addresses import describe, place
-from safedefer.queues.base import AlreadyWaiting, BlobsFull
+from safedefer.queues.base import AlreadyWaiting, BlobsFull, BlobTaken
 
 REMEDY_MIGRATE: Final = "run `safedefer migrate`"
 
@@ -99,7 +99,7 @@ def refusal(error: BaseException) -> Exception | None:
         case "SD005":
             return AlreadyWaiting(detail)
         case "SD006":
-            return TaskAlreadyExistsError(f"the blob {detail} belongs to another task; give every blob its own id")
+            return BlobTaken(detail)
         case "SD007":
             return BlobsFull(detail)
         case "23505":

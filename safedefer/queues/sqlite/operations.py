@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import AttemptRecord, EndState, VerifiedLetter
 from safedefer.queues import rules
-from safedefer.queues.base import AlreadyWaiting, BlobsFull, Lease, QueuedTask, Settlement, is_free_when_leased
+from safedefer.queues.base import (
+    AlreadyWaiting,
+    BlobsFull,
+    BlobTaken,
+    Lease,
+    QueuedTask,
+    Settlement,
+    is_free_when_leased,
+)
 from safedefer.queues.poison import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
@@ -80,7 +88,7 @@ def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -
     if task.blob is not None:
         seq = connection.last_insert_rowid()
         if connection.execute(SQL["blob_taken"], values).get is not None:
-            raise TaskAlreadyExistsError(f"the blob {task.blob.id} belongs to another task; give every blob its own id")
+            raise BlobTaken(task.blob.id)
         small = {"small": blob_limit // 2}
         stored = connection.execute(SQL["blob_bytes"], small).get
         if type(stored) is not int:  # somebody else wrote it
