@@ -34,6 +34,19 @@ class Brokered:
         self.broker = broker
         self.watch = watch
         self.worker: Any = None
+        self.ended = 0
+        """How often the worker ended by itself."""
+
+    def until(self, condition: Callable[[], bool], complaint: str) -> None:
+        """Wait, and start a worker that has ended, as an init system does: Celery's ends where Redis or Valkey dies."""
+
+        def holds() -> bool:
+            if self.worker.poll() is not None:
+                self.ended += 1
+                self.start_worker()
+            return condition()
+
+        self.cast.until(holds, _SECONDS, complaint)
 
     def start_worker(self) -> None:
         output = self.cast.folder / "output"
@@ -58,7 +71,7 @@ class Brokered:
         elif what == "child":
             self.kill_child(workers_of(self.worker)[:1])
         elif what == "parent":
-            # Its children end when they find that it is gone: what they run ends before, and is acknowledged by nobody.
+            # Its children end with it, by a signal of the kernel where there is one (Linux).
             self.cast.kill(self.worker)
             self.start_worker()
         else:
@@ -99,7 +112,8 @@ def kills(
         killed = []
         spacing = tasks / per_second / (least + 1)
         while len(killed) < least or producer.poll() is None:
-            time.sleep(rng.uniform(0.3, 1.7) * spacing)
+            until = now() + rng.uniform(0.3, 1.7) * spacing
+            made.until(lambda until=until: now() > until, "time stands still")
             if len(killed) == least:
                 continue
             if producer.poll() is not None:  # on a busy machine kills come late: there is more to do
@@ -108,10 +122,10 @@ def kills(
             what = victims[len(killed) % len(victims)]
             killed.append(what)
             made.kill(what, rng)
-        cast.until(lambda: not cast.account().lost, _SECONDS, "tasks are lost")
+        made.until(lambda: not cast.account().lost, "tasks are lost")
         account = cast.account()
         account.check()
-        return f"{kind} seed={seed} kills={len(killed)} refused={account.refused} {account.line()}"
+        return f"{kind} seed={seed} kills={len(killed)} worker_ended={made.ended} refused={account.refused} {account.line()}"
 
 
 def redelivery(kind: str, what: str) -> str:
@@ -120,12 +134,12 @@ def redelivery(kind: str, what: str) -> str:
         cast = made.cast
         with _Deferring(cast) as defer:
             defer(mark, 1)
-            cast.until(lambda: 1 in cast.account().ok, _SECONDS, "nothing runs")
-            if what in {"broker", "parent"}:
+            made.until(lambda: 1 in cast.account().ok, "nothing runs")
+            if what == "broker":
                 defer(mark, 2, 3.0)
             else:
                 defer(hang, 2)
-            cast.until(lambda: 2 in cast.account().runs, _SECONDS, "the task does not begin")
+            made.until(lambda: 2 in cast.account().runs, "the task does not begin")
             killed = now()
             if what == "child":
                 made.kill_child([cast.account().runs[2][0][1]])
@@ -133,12 +147,15 @@ def redelivery(kind: str, what: str) -> str:
                 made.kill(what, random.Random(1))
             back = now()
             defer(mark, 3)
-            cast.until(lambda: {2, 3} <= cast.account().ok, _SECONDS, "a task does not run")
+            made.until(lambda: {2, 3} <= cast.account().ok, "a task does not run")
             account = cast.account()
-            account.check(duplicates=what not in {"broker", "parent"})
+            account.check(duplicates=what != "broker")
             (second, third), times = (account.runs[2], account.ends[3]), len(account.runs[2])
             again = f"runs again {second[-1][0] - killed:.1f} s after the kill" if times > 1 else "runs once"
-            return f"{kind} {what}: the task {again}; the next one {third[0][0] - back:.1f} s after all is there again"
+            return (
+                f"{kind} {what}: the task {again}; the next one ends {third[0][0] - back:.1f} s after all is there again; "
+                f"the worker ended by itself {made.ended} times"
+            )
 
 
 class _Deferring:
