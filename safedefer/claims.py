@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from gc import get_referents
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, Required
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Required
 
 import jiter
 import orjson
@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from safedefer.errors import InvalidClaims
-from safedefer.refs import UNBOUND, KindName, MemberName, ModuleName, Qualname
+from safedefer.refs import KindName, MemberName, ModuleName, Qualname
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -139,16 +139,15 @@ def adapter() -> TypeAdapter[Claims]:
     return TypeAdapter(Claims)
 
 
-_NAMES: Final = frozenset({"kind", "module", "qualname"})
-#: By kind, the members that a call has.
+#: By kind, whether a call has a ``member``, and whether it has a ``bound``.
 _MEMBERS: Final = {
-    "function": _NAMES,
-    "class": _NAMES,
-    "instance": _NAMES | {"bound"},
-    "method": _NAMES | {"member", "bound"},
-    "classmethod": _NAMES | {"member"},
-    "builtin": _NAMES,
-    "builtin_method": _NAMES | {"member", "bound"},
+    "function": (False, False),
+    "class": (False, False),
+    "instance": (False, True),
+    "method": (True, True),
+    "classmethod": (True, False),
+    "builtin": (False, False),
+    "builtin_method": (True, True),
 }
 _TASK: Final = frozenset({"call", "args", "kwargs"})
 
@@ -242,9 +241,16 @@ def _check_shape(claims: Claims) -> None:
     """
     if "call" in claims and "args" in claims and "kwargs" in claims and "blob" not in claims:
         call = claims["call"]
-        if call.keys() != _MEMBERS[call["kind"]]:
-            _refuse_members(call)
-        if call.get("bound", UNBOUND) is None:
+        member, bound = _MEMBERS[call["kind"]]
+        if ("member" in call) is not member:
+            raise InvalidClaims(
+                "call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere"
+            )
+        if ("bound" in call) is not bound:
+            raise InvalidClaims(
+                "call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere"
+            )
+        if bound and call["bound"] is None:
             raise InvalidClaims("the call has a null member; leave absent members out")
     elif "blob" not in claims or not _TASK.isdisjoint(claims):
         raise InvalidClaims("claims need either call, args and kwargs, or blob alone; write one of the two")
@@ -259,14 +265,6 @@ def _check_shape(claims: Claims) -> None:
 def _check_backoffs(retry: Retry) -> None:
     if retry.get("min_backoff_seconds", 0) > retry.get("max_backoff_seconds", MAX_NUMBER):
         raise InvalidClaims("retry.min_backoff_seconds is above max_backoff_seconds; swap them")
-
-
-def _refuse_members(call: Call) -> NoReturn:
-    if ("member" in call) is not ("member" in _MEMBERS[call["kind"]]):
-        raise InvalidClaims(
-            "call.member is for methods, class methods and built-in methods; add it there, drop it elsewhere"
-        )
-    raise InvalidClaims("call.bound is for instances, methods and built-in methods; add it there, drop it elsewhere")
 
 
 @lru_cache(maxsize=256)
