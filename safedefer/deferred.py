@@ -320,17 +320,22 @@ def set_log_level(log_level: int) -> None:
 
 
 def _check_unknown(kwargs: Mapping[str, Any]) -> None:
-    for name in kwargs:
-        if name.startswith("_"):
-            if name in OPTION_HINTS:
-                raise TypeError(f"defer() has no option {name!a}: {OPTION_HINTS[name]}")
-            import difflib  # noqa: PLC0415  # for this message only
+    told = [_said_of(name) for name in kwargs if name.startswith("_")]
+    if told:
+        raise TypeError(f"defer() has {', and '.join(told)}")
 
-            near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.0)[0]
-            raise TypeError(
-                f"defer() has no option {name!a}; did you mean {near}? "
-                "A keyword of your own that begins with _ is passed with app.options(...).defer(...)"
-            )
+
+def _said_of(name: str) -> str:
+    """Return what is said of an option that does not exist: what to do in its place, or the one that was meant."""
+    if name in OPTION_HINTS:
+        return f"no option {name!a}: {OPTION_HINTS[name]}"
+    import difflib  # noqa: PLC0415  # for this message only
+
+    near = difflib.get_close_matches(name.lower(), OPTIONS, n=1)
+    meant = f"did you mean {near[0]}? A" if near else "a"
+    return (
+        f"no option {name!a}; {meant} keyword of your own that begins with _ is passed with app.options(...).defer(...)"
+    )
 
 
 def __getattr__(name: str) -> Any:
