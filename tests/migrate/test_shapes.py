@@ -141,6 +141,7 @@ SHAPES = [
     ("left out", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, result_ttl=0, ttl=5, failure_ttl=6, description='x', at_front=True)",
      "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\ndeferred.defer(f)", "option-left-out " * 5),
     ("depends_on", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, depends_on=job, meta={'a': 1}, on_success=g)", None, "option option option"),
+    ("options of RQ 3", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, unique=True, webhooks=[w], rate_limit=r)", None, "option option option"),
     ("retry", "from rq import Queue, Retry\nq = Queue(connection=c)\nq.enqueue(f, retry=Retry(max=3, interval=[10, 60]))",
      "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\ndeferred.defer(f, _retry_options=deferred.TaskRetryOptions(task_retry_limit=3))", "retry"),
     ("job id and result", "from rq import Queue\nq = Queue(connection=c)\njob = q.enqueue(f, job_id='x')",
