@@ -69,6 +69,7 @@ SHAPES = [
     ("queue with an underscore", "from safedefer import deferred\ndeferred.defer(f, _queue='slow_jobs')", None, "queue-name"),
     ("name with a space", "from safedefer import deferred\ndeferred.defer(f, _name='a b')", None, "task-name"),
     ("method, service", "from safedefer import deferred\ndeferred.defer(f, _method='GET', _service='x')", None, "unknown-option unknown-option"),
+    ("own parameter", "from safedefer import deferred\ndef f(a, _token=None): ...\ndeferred.defer(f, 1, _token=2)", None, ""),
     ("countdown and eta", "from safedefer import deferred\ndeferred.defer(f, _countdown=1, _eta=when)", None, "eta"),
     # --- Times ---
     ("now", "import datetime\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.datetime.now() + datetime.timedelta(1))", None, "naive-eta"),

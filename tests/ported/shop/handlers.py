@@ -644,6 +644,10 @@ def own_keyword_with_an_underscore(order):
     deferred.defer(tasks.work, order.number, _limit=5)
 
 
+def own_parameter_with_an_underscore(order):
+    deferred.defer(tasks.get_batch, order.number, _token="abc", _num=2)
+
+
 def own_keyword_like_an_option(order):
     deferred.current_app().options(countdown=0).defer(tasks.work, order.number, _limit=5, _queue="x")
 

@@ -16,6 +16,10 @@ def refresh():
     note("refreshed")
 
 
+def get_batch(number, _token=None, _num=0):
+    note((number, _token, _num))
+
+
 def run_later(task, *args, **kwargs):
     deferred.defer(task, *args, **kwargs, _retry_options=deferred.TaskRetryOptions(task_retry_limit=5))
 
