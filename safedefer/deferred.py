@@ -24,7 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from inspect import signature
 from threading import RLock
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.app import App
@@ -47,6 +49,7 @@ from safedefer.errors import (
 )
 from safedefer.options import DEFAULT_QUEUE, DEFAULT_URL, Task, TaskRetryOptions
 from safedefer.sending.signatures import takes
+from safedefer.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -188,7 +191,7 @@ def defer(
         TypeError: An unknown ``_option``, or arguments that the callable does not take.
         DeferError: One of its subclasses says what is wrong; see ``App.defer``.
     """
-    _check_unknown(kwargs)
+    _check_unknown(obj, kwargs)
     deferral = current_app().options(
         countdown=_countdown,
         eta=_eta,
@@ -226,7 +229,7 @@ OPTION_HINTS: Final = {
 async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> Task:
     """Do what ``defer`` does, with the same options, without blocking the event loop."""
     given = {name.removeprefix("_"): kwargs.pop(name) for name in OPTIONS if name in kwargs}
-    _check_unknown(kwargs)
+    _check_unknown(obj, kwargs)
     # To build an App reads files and imports modules.
     app = configured_app()
     if app is None:
@@ -319,18 +322,35 @@ def set_log_level(log_level: int) -> None:
     current_app().set_log_level(log_level)
 
 
-def _check_unknown(kwargs: Mapping[str, Any]) -> None:
-    for name in kwargs:
-        if name.startswith("_"):
-            if name in OPTION_HINTS:
-                raise TypeError(f"defer() has no option {name!a}: {OPTION_HINTS[name]}")
-            import difflib  # noqa: PLC0415  # for this message only
+def _check_unknown(obj: object, kwargs: Mapping[str, Any]) -> None:
+    """Refuse options that do not exist. A parameter of the callable that begins with ``_`` is none of them.
 
-            near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.0)[0]
-            raise TypeError(
-                f"defer() has no option {name!a}; did you mean {near}? "
-                "A keyword of your own that begins with _ is passed with app.options(...).defer(...)"
-            )
+    Raises:
+        TypeError: It is neither.
+    """
+    unknown = [name for name in kwargs if name[:1] == "_"]
+    if unknown and (told := [_said_of(name) for name in unknown if name not in _parameters(obj)]):
+        raise TypeError(f"defer() has {', and '.join(told)}")
+
+
+def _parameters(obj: object) -> tuple[str, ...]:
+    """Return the names of the parameters of a function or method, of what ``functools.wraps`` wrapped; ``**kwargs`` has none."""
+    target: Any = unwrapped(obj)
+    function = target.__func__ if type(target) is MethodType else target
+    return tuple(signature(function).parameters) if type(function) is FunctionType else ()
+
+
+def _said_of(name: str) -> str:
+    """Return what is said of an option that does not exist: what to do in its place, or the one that was meant."""
+    if name in OPTION_HINTS:
+        return f"no option {name!a}: {OPTION_HINTS[name]}"
+    import difflib  # noqa: PLC0415  # for this message only
+
+    near = difflib.get_close_matches(name.lower(), OPTIONS, n=1)
+    meant = f"did you mean {near[0]}? A" if near else "a"
+    return (
+        f"no option {name!a}; {meant} keyword of your own that begins with _ is passed with app.options(...).defer(...)"
+    )
 
 
 def __getattr__(name: str) -> Any:

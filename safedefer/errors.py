@@ -49,23 +49,26 @@ class DeferError(Error):
 class NotDeferrable(DeferError, TypeError):
     """The object is not one of the documented kinds of callable, or the policy does not admit it.
 
-    ``reason`` (str) is a stable slug such as ``nested-function``, ``lambda`` or ``policy``.
+    ``reason`` (str) is a stable slug such as ``nested-function``, ``lambda`` or ``policy``. ``missing`` (tuple[str, ...]):
+    the exact patterns that the policy lacks for the whole call, as far as it could be looked at.
     """
 
-    def __init__(self, message: str, *, reason: str = "unsupported") -> None:
+    def __init__(self, message: str, *, reason: str = "unsupported", missing: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.reason = reason
+        self.missing = missing
 
 
 class UnencodableArgument(DeferError, TypeError):
     """An argument cannot arrive equal, of the same type and with the same sharing.
 
-    ``path`` (str) names the value: ``$.args[0].items[3]``.
+    ``path`` (str) names the value: ``$.args[0].items[3]``. ``missing`` (tuple[str, ...]): as of ``NotDeferrable``.
     """
 
     def __init__(self, message: str, *, path: str = "$") -> None:
         super().__init__(message)
         self.path = path
+        self.missing: tuple[str, ...] = ()
 
 
 class InvalidTaskError(DeferError, ValueError):
@@ -190,7 +193,14 @@ class ExpiredTask(_AuthenticRejection):
 
 
 class PolicyViolation(_AuthenticRejection):
-    """The policy does not admit a callable or class that the token names."""
+    """The policy does not admit a callable or class that the token names.
+
+    ``missing`` (tuple[str, ...]): the exact patterns that would admit it.
+    """
+
+    def __init__(self, message: str, *, missing: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class UnresolvableCallable(_AuthenticRejection):

@@ -165,7 +165,10 @@ class Options:
             if value is not None and (type(value) is not str or _PART.fullmatch(value) is None):
                 raise InvalidTaskError(f"the {part} is 1 to 100 characters of A-Z a-z 0-9 . -, not {value!a:.120}")
         if self.retry_options is not None and not isinstance(self.retry_options, TaskRetryOptions):
-            raise InvalidTaskRetryOptionsError("retry_options is a TaskRetryOptions object")
+            raise InvalidTaskRetryOptionsError(
+                f"retry_options is a {type(self.retry_options).__module__}.{type(self.retry_options).__qualname__}; "
+                "use safedefer.TaskRetryOptions, which is deferred.TaskRetryOptions too"
+            )
         for flag in ("transactional", "pickle"):
             if type(getattr(self, flag)) is not bool:
                 raise InvalidTaskError(f"{flag} is True or False")

@@ -1,6 +1,7 @@
 """What the tests of the handler and the dispatcher defer. Every run leaves a line in ``RAN``."""
 
 import asyncio
+import functools
 import logging
 import re
 import threading
@@ -358,3 +359,27 @@ async def note_span_async():
     """Keep the id of the active OpenTelemetry span."""
     await asyncio.sleep(0)
     note_span()
+
+
+def take(*args, **kwargs):
+    RAN.append(("take", args, kwargs))
+
+
+def underscored(_token=None, **others):
+    RAN.append(("underscored", _token, others))
+
+
+@functools.wraps(underscored)
+def underscored_and_wrapped(*args, **kwargs):
+    underscored(*args, **kwargs)
+
+
+underscored_and_wrapped.__qualname__ = underscored_and_wrapped.__name__ = "underscored_and_wrapped"
+
+
+class Underscored:
+    def method(self, _token=None, **others):
+        RAN.append(("method", _token, others))
+
+    def __call__(self, **others):
+        RAN.append(("call", others))

@@ -51,8 +51,20 @@ CONTENTS: Final[dict[type, str]] = {
 MUTABLE: Final[tuple[type, ...]] = (list, set, dict)
 
 REMEDY: Final = "pass an id, register the type (safedefer.register_type), or opt in to pickle"
-#: Classes in C whose values have a plain form of their own.
+#: Classes whose values have a plain form of their own, by the name of one in their MRO.
+_LISTED: Final = "pass a list of its items"
 _PLAIN: Final = {
+    **dict.fromkeys(
+        ("dict_keys", "dict_values", "dict_items", "generator", "map", "filter", "zip", "enumerate"), _LISTED
+    ),
+    "functools.partial": "pass the function and its arguments as arguments",
+    "module": "pass its name",
+    "logging.Logger": "get the logger by its name in the task",
+    "_io.BytesIO": "pass value.getvalue()",
+    "_io.StringIO": "pass value.getvalue()",
+    "_io._IOBase": "pass its path, or what was read from it",
+    "google._upb._message.Message": "pass value.SerializeToString(), which is bytes",
+    "werkzeug.datastructures.structures.MultiDict": "pass value.to_dict(flat=False), which is a dict",
     "numpy.generic": "pass value.item(), which is a value of Python",
     "numpy.ndarray": f"pass value.tolist() if it is small; else {REMEDY}",
 }
@@ -244,7 +256,7 @@ def _refuse_reducers(cls: type, base: type) -> None:
     for name in ("__reduce_ex__", "__reduce__"):
         found = inspect_safely.lookup(cls, name)
         if found is not None and found[0] is not object and not inspect_safely.derives(base, found[0]):
-            raise ValueError(f"{inspect_safely.type_name(found[0])} defines {name}, which is not run; {REMEDY}")
+            raise ValueError(f"{inspect_safely.type_name(found[0])} defines {name}, which is not run; {_instead(cls)}")
     if any(known is cls for known in copyreg.dispatch_table):
         raise ValueError(f"copyreg has a reducer for it, which is not run; {REMEDY}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
 Json: TypeAlias = Any
@@ -28,6 +30,17 @@ class CallData(NamedTuple):
     bound: Any
     args: Any
     kwargs: Any
+
+
+class Obstacles(NamedTuple):
+    """What keeps the values of a call from being encoded."""
+
+    missing: tuple[str, ...] = ()
+    """Exact patterns that the policy lacks."""
+    hooked: tuple[str, ...] = ()
+    """Those of them whose classes have hooks: what their objects hold is looked at once they are admitted."""
+    refusals: Mapping[str, str] = MappingProxyType({})
+    """The other reasons, by path: a sentence each, with the remedy."""
 
 
 class Refusal(Exception):

@@ -24,8 +24,9 @@ from safedefer.codecs.fast_path import (
     may_hold_tags,
     written_plainly,
 )
+from safedefer.codecs.obstacles import find_obstacles, sentence, walk
 from safedefer.codecs.registry import REGISTRY, TypeRegistry
-from safedefer.codecs.shared import CallData, Json, Refusal, Values, VersionSkew
+from safedefer.codecs.shared import CallData, Json, Obstacles, Refusal, Values, VersionSkew
 from safedefer.codecs.tags import containers, exceptions, objects, patterns, scalars, times
 from safedefer.errors import InvalidArguments, UnencodableArgument
 from safedefer.options import Limits
@@ -118,32 +119,37 @@ class TypedCodec:
         return CallData(UNBOUND, orjson.Fragment(texts[0]), orjson.Fragment(texts[1]))
 
     def _walk(self, call: Values, gate: Gate) -> Values:
-        bound, positional, kwargs = call
-        args = list(positional)
         enc = Encoder(gate, self._limits, self._registry, _ENCODERS, objects.encode_other, _SCALAR_ENCODERS)
-        at = ""
+        at = [""]
         try:
-            if bound is not UNBOUND:
-                at = ".bound"
-                bound = enc.value(bound, 1)
-            at = ".args"
-            trees = enc.sequence(args, 1)
-            at = ".kwargs"
-            named = enc.attributes(kwargs.items(), 1)
+            out = walk(enc, call, at)
         except Refusal as refusal:
-            refusal.trail.append(at)
-            raise _unencodable(refusal) from (refusal.__cause__ or refusal)
+            refusal.trail.append(at[0])
+            raise UnencodableArgument(sentence(refusal), path=refusal.path) from (refusal.__cause__ or refusal)
         except (RecursionError, RuntimeError) as error:
             # The caller's stack was nearly full, or another thread changed a value meanwhile.
             raise UnencodableArgument(
-                f"{'$' + at}: the values cannot be read now ({type(error).__name__}); "
+                f"{'$' + at[0]}: the values cannot be read now ({type(error).__name__}); "
                 "defer from a less deep call, and do not change values meanwhile",
-                path="$" + at,
+                path="$" + at[0],
             ) from error
-        out = CallData(bound, trees, named)
         if self._limits.depth * _BRACKETS_PER_VALUE > _MAX_BRACKETS:
-            _check_brackets([bound, trees, named])
+            _check_brackets([*out])
         return out
+
+    def obstacles(self, call: Values, gate: Gate) -> Obstacles:
+        """Return all that keeps the values of a call from being encoded. Runs no hook of a class that the gate refuses.
+
+        Args:
+            call: As for ``encode``.
+            gate: As for ``encode``.
+
+        Returns:
+            The patterns that the policy lacks, and what else is refused, up to a number.
+        """
+        return find_obstacles(
+            call, gate, self._limits, self._registry, (_ENCODERS, objects.encode_other, _SCALAR_ENCODERS)
+        )
 
     def decode(self, call: Values, gate: Gate, text: bytes, canonical: bool = False) -> Values:  # noqa: FBT002
         """Return the values of trees of JSON.
@@ -202,11 +208,6 @@ class TypedCodec:
         except RecursionError as error:
             raise InvalidArguments(f"{'$' + at}: the stack is too deep here", path="$" + at) from error
         return CallData(bound, args, kwargs)
-
-
-def _unencodable(refusal: Refusal) -> UnencodableArgument:
-    kind = f" ({refusal.kind})" if refusal.kind else ""
-    return UnencodableArgument(f"{refusal.path}{kind} cannot be carried: {refusal.why}", path=refusal.path)
 
 
 def _check_brackets(trees: list[Json]) -> None:

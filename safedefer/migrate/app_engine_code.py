@@ -9,7 +9,7 @@ from safedefer import deferred
 from safedefer.migrate.edits import CallArguments, ImportEdit
 from safedefer.migrate.notes import Level
 from safedefer.migrate.project import APP_ENGINE, DJANGAE, OURS, CodeFile, Project
-from safedefer.migrate.sites import judge_call, judge_options
+from safedefer.migrate.sites import judge_call, judge_options, parameters_of
 
 _PACKAGE: Final = "google.appengine.ext"
 _LIBRARIES: Final = (*APP_ENGINE, *DJANGAE)
@@ -157,7 +157,8 @@ def _visit_attribute(file: CodeFile, node: ast.Attribute) -> None:
 
 def _visit_defer(project: Project, file: CodeFile, call: ast.Call) -> None:
     arguments = CallArguments(call)
-    judge_options(project, file, arguments)
+    called = arguments.positional[0][1] if arguments.positional else None
+    judge_options(project, file, arguments, frozenset() if called is None else parameters_of(project, file, called))
     retry = arguments.value("_retry_options")
     if retry is not None:
         _visit_retry(project, file, retry)

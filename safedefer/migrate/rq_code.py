@@ -39,7 +39,10 @@ _BY_HAND: Final = {
     "on_stopped": "observe cancellations: App(observers=[...])",
     "meta": "pass what the task reads as arguments; it stores its own progress",
     "pipeline": "use app.defer_many, or one transaction",
+    "rate_limit": "limit the queue in queue.yaml: rate, max_concurrent_requests",
     "repeat": "let the task defer itself again, with _countdown",
+    "unique": "use app.options(unique=True).defer(...)",
+    "webhooks": "observe the ends of tasks: App(observers=[...])",
 }
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 

@@ -115,12 +115,27 @@ def _judge_parameters(file: CodeFile, definition: ast.AST | None, kwargs: Mappin
         )  # fmt: skip
 
 
-def judge_options(project: Project, file: CodeFile, arguments: CallArguments) -> None:
-    """Note what is refused of the options of ``deferred.defer``, and what they need here."""
+def parameters_of(project: Project, file: CodeFile, func: ast.expr) -> frozenset[str]:
+    """Return the names of the parameters of a function of the program; none where it is not known."""
+    definition = file.names.definition(func)
+    if definition is None and isinstance(func, ast.Name | ast.Attribute):
+        home, _, last = project.canonical(file.names.dotted(func)).rpartition(".")
+        other = project.module(home)
+        if other is not None and other is not file:
+            definition = other.names.definition(_top_name(other, last))
+    if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
+        return frozenset()
+    return frozenset(each.arg for each in (*definition.args.args, *definition.args.kwonlyargs))
+
+
+def judge_options(project: Project, file: CodeFile, arguments: CallArguments, own: frozenset[str]) -> None:
+    """Note what is refused of the options of ``deferred.defer``, and what they need here; ``own`` are the callable's."""
     for name, (_, value) in arguments.keywords.items():
         if not name.startswith("_"):
             continue
         if name not in OPTIONS:
+            if name in own:
+                continue
             hint = OPTION_HINTS.get(
                 name, f"App Engine's defer() handed it to the callable; those that it takes are {', '.join(OPTIONS)}"
             )

@@ -10,7 +10,13 @@ from typing import Any, Final, cast
 from safedefer.blobs import Blob
 from safedefer.claims import VERSION, Call, Claims, Retry, callable_name, split_audience, write_json
 from safedefer.codecs.protocol import Codec
-from safedefer.errors import ConfigurationError, InvalidTaskError, InvalidTaskRetryOptionsError, NotDeferrable
+from safedefer.errors import (
+    ConfigurationError,
+    InvalidTaskError,
+    InvalidTaskRetryOptionsError,
+    NotDeferrable,
+    UnencodableArgument,
+)
 from safedefer.execution.binding import check_binds, named_arguments
 from safedefer.keys import Key
 from safedefer.options import DEFAULT_OPTIONS, Options, Task, TaskRetryOptions
@@ -189,19 +195,12 @@ class Builder:
         kwargs: Mapping[str, Any],
         now: float,
     ) -> Claims:
-        gate = self._signer.gate
         target: Any = unwrapped(obj)
-        ref = gate.callable_ref(target)
         try:
-            check_binds(target, args, kwargs)
-        except TypeError as error:
-            raise TypeError(
-                f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
-            ) from None
-        codec = self._pickled() if options.pickle else self._codecs["typed"]
-        # What makes a call unique is compared as trees, whose members can be sorted.
-        encode = codec.encode if options.unique else codec.write
-        bound, positional, named = encode((bound_object(target), tuple(args), dict(kwargs)), gate)
+            ref, bound, positional, named = self._encoded(options, target, args, kwargs)
+        except TypeError as error:  # NotDeferrable and UnencodableArgument are such errors
+            self._tell_all(error, options, target, args, kwargs)
+            raise
         made = due = int(now)
         audience, lifetime = self._routes.default
         if options is not DEFAULT_OPTIONS:
@@ -234,6 +233,59 @@ class Builder:
         if options.headers:
             claims["headers"] = dict(options.headers)
         return claims
+
+    def _encoded(
+        self, options: Options, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[CallableRef, Any, Any, Any]:
+        """Return the reference of the callable, and its object and arguments as trees.
+
+        Raises:
+            TypeError: The callable does not take these arguments.
+            NotDeferrable: It may not be deferred.
+            UnencodableArgument: An argument cannot be carried.
+        """
+        gate = self._signer.gate
+        ref = gate.callable_ref(target)
+        try:
+            check_binds(target, args, kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
+            ) from None
+        codec = self._pickled() if options.pickle else self._codecs["typed"]
+        # What makes a call unique is compared as trees, whose members can be sorted.
+        encode = codec.encode if options.unique else codec.write
+        return ref, *encode((bound_object(target), tuple(args), dict(kwargs)), gate)
+
+    def _tell_all(
+        self, error: TypeError, options: Options, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Add to a refusal what else keeps the call from being deferred, so that one attempt names all of it."""
+        if options.pickle:
+            return
+        named = not isinstance(error, NotDeferrable) or error.reason == "policy"
+        bound = bound_object(target) if named else UNBOUND  # what is no callable of any kind is told to be that alone
+        try:
+            found = self._codecs["typed"].obstacles((bound, tuple(args), dict(kwargs)), self._signer.gate)
+        except RuntimeError:  # the stack is nearly full, or a value changes meanwhile: what is known is told
+            return
+        told, more = str(error), list[str]()
+        if isinstance(error, UnencodableArgument):
+            # What no pattern helps is told in place of the pattern.
+            told = found.refusals.get(error.path, told)
+        if isinstance(error, NotDeferrable) and named:
+            try:
+                check_binds(target, args, kwargs)
+            except TypeError as other:
+                more.append(f"it does not take these arguments: {other}")
+        if lacking := [f"'{pattern}'" for pattern in found.missing if f"'{pattern}'" not in told]:
+            more.append(f"add {', '.join(lacking)} to the policy")
+        if found.hooked:
+            more.append(f"more may be missing once {', '.join(found.hooked)} may run a hook of its state")
+        more += [refusal for refusal in found.refusals.values() if refusal.rpartition("; ")[0] not in told]
+        error.args = (f"{told}; for the same call, {'; '.join(more)}" if more else told,)
+        if isinstance(error, NotDeferrable | UnencodableArgument):
+            error.missing = tuple(dict.fromkeys((*error.missing, *found.missing)))
 
     def _pickled(self) -> Codec:
         """Return the codec of pickled arguments. Raises ``NotDeferrable`` if they may not be sent."""

@@ -69,6 +69,7 @@ SHAPES = [
     ("queue with an underscore", "from safedefer import deferred\ndeferred.defer(f, _queue='slow_jobs')", None, "queue-name"),
     ("name with a space", "from safedefer import deferred\ndeferred.defer(f, _name='a b')", None, "task-name"),
     ("method, service", "from safedefer import deferred\ndeferred.defer(f, _method='GET', _service='x')", None, "unknown-option unknown-option"),
+    ("own parameter", "from safedefer import deferred\ndef f(a, _token=None): ...\ndeferred.defer(f, 1, _token=2)", None, ""),
     ("countdown and eta", "from safedefer import deferred\ndeferred.defer(f, _countdown=1, _eta=when)", None, "eta"),
     # --- Times ---
     ("now", "import datetime\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.datetime.now() + datetime.timedelta(1))", None, "naive-eta"),
@@ -160,6 +161,7 @@ SHAPES = [
     ("left out", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, result_ttl=0, ttl=5, failure_ttl=6, description='x', at_front=True)",
      "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\ndeferred.defer(f)", "option-left-out " * 5),
     ("depends_on", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, depends_on=job, meta={'a': 1}, on_success=g)", None, "option option option"),
+    ("options of RQ 3", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, unique=True, webhooks=[w], rate_limit=r)", None, "option option option"),
     ("retry", "from rq import Queue, Retry\nq = Queue(connection=c)\nq.enqueue(f, retry=Retry(max=3, interval=[10, 60]))",
      "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\ndeferred.defer(f, _retry_options=deferred.TaskRetryOptions(task_retry_limit=3))", "retry"),
     ("job id and result", "from rq import Queue\nq = Queue(connection=c)\njob = q.enqueue(f, job_id='x')",

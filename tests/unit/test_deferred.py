@@ -170,6 +170,31 @@ def test_an_option_of_another_version_of_defer_says_what_to_do_in_its_place(app,
     assert name not in deferred.OPTIONS
 
 
+def test_all_unknown_options_are_told_at_once_and_what_is_like_no_option_is_not_taken_for_one(app):
+    with pytest.raises(
+        TypeError, match="no option '_small_task': .*leave it out, and no option '_service': use _target"
+    ):
+        deferred.defer(tasks.keywords, _small_task=True, _service="x")
+    with pytest.raises(
+        TypeError, match=r"no option '_limit'; a keyword of your own that begins with _ is passed with app\.options"
+    ):
+        deferred.defer(tasks.keywords, _limit=5)
+
+
+@pytest.mark.parametrize("obj", [tasks.underscored, tasks.Underscored().method, tasks.underscored_and_wrapped])
+def test_a_parameter_of_the_callable_may_begin_with_an_underscore_as_it_could_on_app_engine(app, obj):
+    task = deferred.defer(obj, _token="t", _countdown=0)
+    assert claims_of(app, task)["kwargs"] == {"_token": "t"}
+    with pytest.raises(TypeError, match="did you mean _queue"):
+        deferred.defer(obj, _token="t", _quue="x")
+
+
+def test_no_parameter_is_looked_for_in_what_is_no_function(app):
+    for obj in (tasks.Counter, len, "text", tasks.Underscored()):
+        with pytest.raises(TypeError, match="no option '_token'"):
+            deferred.defer(obj, _token=1)
+
+
 def test_the_errors_of_taskqueue_are_names_of_the_module(app):
     deferred.defer(tasks.add, 1, _name="once", _retry_options=deferred.TaskRetryOptions(task_retry_limit=0))
     with pytest.raises(deferred.TaskAlreadyExistsError):

@@ -14,6 +14,7 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud.datastore.entity import Entity
 from google.cloud.datastore.key import Key as StoredKey
 from google.cloud.ndb import model as ndb_model
+from google.cloud.ndb import query as ndb_query
 
 from safedefer.errors import CapabilityExceeded, InvalidArguments, NotDeferrable, PolicyViolation, UnencodableArgument
 from safedefer.policy import Policy
@@ -83,6 +84,48 @@ VALUES = {
     "Cursor": lambda: ndb.Cursor(b"\x00abc"),
     "websafe cursor": lambda: ndb.Cursor.from_websafe_string(ndb.Cursor(b"\xff\x00").urlsafe()),
 }
+
+
+QUERIES = {
+    "all": lambda: Book.query(),
+    "one filter": lambda: Book.query(Book.copies == 1),
+    "and": lambda: Book.query(Book.copies > 1, Book.author == ndb.Key("Author", 1)),
+    "or": lambda: Book.query(ndb.OR(Book.copies == 1, Book.copies == 2), ancestor=ndb.Key("Shelf", 1)),
+    "nothing": lambda: Book.query(Book.copies.IN([])),
+    "order": lambda: Book.query(namespace="n").order(-Book.copies, Book.author),
+    "projection": lambda: Book.query(projection=["copies"], distinct_on=["copies"]),
+    "no kind": lambda: ndb.Query(keys_only=True),
+}
+
+
+@pytest.mark.parametrize("label", QUERIES)
+def test_a_query_needs_no_pattern_and_arrives_as_it_was(label):
+    query = QUERIES[label]()
+    arrived, again = carry(query, [query], _policy=NOTHING).args
+    assert again[0] is arrived
+    assert type(arrived) is ndb.Query
+    assert state(arrived) == state(query)
+    assert arrived.filters == query.filters
+
+
+def with_function():
+    return Book.query(ndb_query.PostFilterNode(len))
+
+
+def with_parameter():
+    return ndb.gql("SELECT * FROM Book WHERE copies > :1")
+
+
+def with_other_filters():
+    query = Book.query()
+    query.filters = "copies"
+    return query
+
+
+@pytest.mark.parametrize("make", [with_function, with_parameter, with_other_filters])
+def test_a_query_with_code_or_parameters_is_refused(make):
+    with pytest.raises(UnencodableArgument, match="query.Query. cannot be carried"):
+        carry(make(), _policy=Policy(HERE, "google.cloud.ndb.*"))
 
 
 @pytest.mark.parametrize("label", KEYS)
@@ -340,6 +383,12 @@ BAD = {
                  tuples(PATH, "p", None, None, {"$bytes": "eA=="}), tuples(tuples("A", None), "p", None, None, None)],
     "$google_datastore_key": [tuples(PATH, "p"), 1],
     "$google_ndb_cursor": [tuples("x"), tuples(), 1], "$google_ndb_geopt": [tuples("1", 2), tuples(1)], "$google_ndb_user": [tuples(1, "x", None)], "$google_ndb_blobkey": [tuples(5)],
+    "$google_ndb_filter": [tuples(1, "=", 1), tuples("a", "="), 1], "$google_ndb_and": [tuples([]), tuples([1]), tuples(tuples())],
+    "$google_ndb_or": [tuples([CLASS]), tuples(None)], "$google_ndb_false": [1, tuples(1)], "$google_ndb_order": [tuples("a", 1), tuples(1, True)],
+    "$google_ndb_query": [
+        1, tuples(), tuples(None, "A", None, CLASS, *[None] * 9), tuples(None, "A", None, None, [1], *[None] * 8),
+        tuples(CLASS, *[None] * 12), tuples(None, 1, *[None] * 11), tuples(*[None] * 11, tuples(1), None), tuples(None, "A", {"a": 1}, *[None] * 10),
+    ],
     "$google_ndb_compressed": [tuples("x")], "$google_ndb_stored": [tuples(), 1],
     "$google_datastore_entity": [1, tuples(None, [], {"$frozenset": []}, {}), tuples(1, {}, {"$frozenset": []}, {}), tuples(None, {"$dict": [[1, 2]]}, {"$frozenset": []}, {})],
     "$google_ndb_entity": [

@@ -3,6 +3,7 @@
 import datetime
 import enum
 import uuid
+import zoneinfo
 
 import pydantic
 import pytest
@@ -184,6 +185,27 @@ def test_datetimes_of_freezegun_are_no_others_and_others_are_not_its():
     for tag in ("datetime", "date"):
         with pytest.raises(InvalidArguments, match="holds a"):
             decode_one({f"$freezegun_{tag}": 1})
+
+
+GOOGLE = {"proto": "proto.datetime_helpers", "api": "google.api_core.datetime_helpers"}
+
+
+@pytest.mark.parametrize("tag", GOOGLE)
+def test_googles_datetimes_arrive_with_their_nanoseconds(tag):
+    cls = pytest.importorskip(GOOGLE[tag]).DatetimeWithNanoseconds
+    values = (
+        cls(2024, 1, 2, 3, 4, 5, nanosecond=123_456_789, tzinfo=datetime.UTC), cls(2024, 1, 2), cls(1, 1, 1, microsecond=5),
+        cls(2024, 10, 27, 2, 30, fold=1, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")),
+    )  # fmt: skip
+    for value, arrived in zip(values, carry(*values, _policy=NOTHING).args, strict=True):
+        assert type(arrived) is cls
+        assert (arrived, arrived.fold, arrived.tzinfo) == (value, value.fold, value.tzinfo)
+        assert (arrived.nanosecond, arrived._nanosecond) == (value.nanosecond, value._nanosecond)
+    plain = {"$datetime": tree_of(datetime.datetime(2024, 1, 1))["$datetime"]}
+    for wrong in (1, plain, [plain, 1], *({"$tuple": [plain, nanos]} for nanos in (-1, 1000, 10**9, 1.5, None, True)),
+                  {"$tuple": [1, 0]}, {"$tuple": [plain]}):  # fmt: skip
+        with pytest.raises(InvalidArguments, match="nanoseconds"):
+            decode_one({f"$google_{tag}_datetime": wrong})
 
 
 # --- Generic models ---------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from datetime import date, datetime, timedelta, tzinfo
 from functools import partial
 from ipaddress import ip_network
 from operator import attrgetter
-from pathlib import Path
 from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
@@ -225,16 +224,16 @@ REFUSED = {
     "class outside the policy": (NotAdmitted(), "", "policy"),
     "that class itself": (NotAdmitted, "", "policy"),
     "dangerous class": (__import__("subprocess").Popen, "", "policy"),
-    "partial": (partial(zoo.top, 1), "", "register"),
+    "partial": (partial(zoo.top, 1), "", "as arguments"),
     "attrgetter": (attrgetter("x"), "", "register"),
-    "module": (sys, "", "register"),
-    "file": (io.StringIO("x"), "", "register"),
+    "module": (sys, "", "pass its name"),
+    "file": (io.StringIO("x"), "", "value.getvalue()"),
     "lock": (threading.Lock(), "", "register"),
-    "generator": (generator(), "", "register"),
+    "generator": (generator(), "", "a list of its items"),
     "iterator": (iter([1]), "", "register"),
-    "map": (map(str, []), "", "register"),
+    "map": (map(str, []), "", "a list of its items"),
     "memoryview": (memoryview(b"x"), "", "register"),
-    "dict view": ({}.keys(), "", "register"),
+    "dict view": ({}.keys(), "", "a list of its items"),
     "contextvar": (__import__("contextvars").ContextVar("x"), "", "register"),
     "future": (asyncio.Future, "", "policy"),
     "simple namespace": (SimpleNamespace(a=1), "", "register"),
@@ -417,9 +416,7 @@ def test_a_type_is_named_with_its_module_also_if_it_was_made_in_c(cls, name):
     assert type_name(cls) == name
 
 
-@pytest.mark.parametrize(
-    "value", [itertools.count(), memoryview(b""), Path.cwd().iterdir()], ids=lambda v: type_name(type(v))
-)
+@pytest.mark.parametrize("value", [itertools.count(), memoryview(b""), iter([])], ids=lambda v: type_name(type(v)))
 def test_the_first_remedy_is_to_pass_an_id(value):
     with pytest.raises(UnencodableArgument) as caught:
         carry_one(value)

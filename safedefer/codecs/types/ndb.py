@@ -1,4 +1,4 @@
-"""App Engine's values, of ``google-cloud-ndb``: keys, entities, cursors, ``GeoPt``, ``User``, ``BlobKey``.
+"""App Engine's values, of ``google-cloud-ndb``: keys, entities, queries, cursors, ``GeoPt``, ``User``, ``BlobKey``.
 
 An entity travels by its state: its class, key, stored values, projection, and the properties that an ``Expando`` has
 beyond its class. The class is named as a value, so the policy must admit it. Neither ``__init__`` nor a hook nor a property of
@@ -13,6 +13,8 @@ from typing import Any, Final, NoReturn
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.packs import Pack, PackedType
 from safedefer.codecs.shared import Refusal, VersionSkew
+from safedefer.codecs.types.holders import holder, own_state
+from safedefer.codecs.types.ndb_queries import query_types
 
 _MODULE: Final = "google.cloud.ndb"
 _STATE: Final = frozenset({"_entity_key", "_values", "_projection", "_properties"})
@@ -34,14 +36,15 @@ def _types() -> tuple[PackedType, ...]:
     return (
         PackedType("$google_ndb_key", (key,), keys.parts, keys.key),
         PackedType("$google_ndb_entity", (), entities.parts, entities.entity, base=model.Model),
-        PackedType("$google_ndb_cursor", (query.Cursor,), *_holder(query.Cursor, {"cursor": (bytes, type(None))})),
-        PackedType("$google_ndb_geopt", (model.GeoPt,), *_holder(model.GeoPt, {"latitude": (float, int), "longitude": (float, int)})),
-        PackedType("$google_ndb_user", (model.User,), *_holder(model.User, {
+        PackedType("$google_ndb_cursor", (query.Cursor,), *holder(query.Cursor, {"cursor": (bytes, type(None))})),
+        PackedType("$google_ndb_geopt", (model.GeoPt,), *holder(model.GeoPt, {"latitude": (float, int), "longitude": (float, int)})),
+        PackedType("$google_ndb_user", (model.User,), *holder(model.User, {
             "_email": (str,), "_auth_domain": (str,), "_user_id": (str, type(None)),
         })),
-        PackedType("$google_ndb_blobkey", (model.BlobKey,), *_holder(model.BlobKey, {"_blob_key": (bytes, type(None))})),
-        PackedType("$google_ndb_stored", (model._BaseValue,), *_holder(model._BaseValue, {"b_val": None})),
-        PackedType("$google_ndb_compressed", (model._CompressedValue,), *_holder(model._CompressedValue, {"z_val": (bytes,)})),
+        PackedType("$google_ndb_blobkey", (model.BlobKey,), *holder(model.BlobKey, {"_blob_key": (bytes, type(None))})),
+        PackedType("$google_ndb_stored", (model._BaseValue,), *holder(model._BaseValue, {"b_val": None})),
+        PackedType("$google_ndb_compressed", (model._CompressedValue,), *holder(model._CompressedValue, {"z_val": (bytes,)})),
+        *query_types(sys.modules[f"{_MODULE}.query"], key),
         *(PackedType("$google_ndb_live", (), _refuse, _refuse, base=live) for live in _live()),
         PackedType("$google_datastore_key", (stored_key,), keys.stored_parts, keys.stored),
         PackedType("$google_datastore_entity", (stored,), *_stored_entities(stored, stored_key)),
@@ -56,35 +59,6 @@ def _live() -> tuple[type, ...]:
 
 def _refuse(_: object) -> NoReturn:
     raise Refusal("it is a client, a connection or a call under way of this process; pass an id, and have the task ask")
-
-
-def _own(value: object) -> dict[str, Any]:
-    getter = inspect_safely.dict_getter(type(value))
-    return {} if getter is None else getter(value)
-
-
-def _holder(cls: Any, fields: dict[str, tuple[type, ...] | None]) -> tuple[Any, Any]:
-    """Return the functions of a class whose objects are their attributes, of these exact types (None: any)."""
-
-    def fits(values: Any) -> bool:
-        pairs = zip(values, fields.values(), strict=True)
-        return all(kinds is None or any(type(value) is kind for kind in kinds) for value, kinds in pairs)
-
-    def parts(value: Any) -> tuple[Any, ...]:
-        own = _own(value)
-        values = tuple(own[name] for name in fields if name in own)
-        if own.keys() != fields.keys() or not fits(values):
-            raise Refusal("an attribute was added to it, or holds what it should not; pass what it is made from")
-        return values
-
-    def make(values: Any) -> object:
-        if type(values) is not tuple or len(values) != len(fields) or not fits(values):
-            raise Refusal(f"here must be the parts of {inspect_safely.type_name(cls)}")
-        made = object.__new__(cls)
-        _own(made).update(zip(fields, values, strict=True))
-        return made
-
-    return parts, make
 
 
 class _Keys:
@@ -114,7 +88,7 @@ class _Keys:
 
     def parts(self, value: Any) -> tuple[Any, ...]:
         """Return the parts of the datastore's key, and the reference that the key was read from (urlsafe, serialized)."""
-        if not _own(value).keys() <= {"_key", "_reference", "_hash_value"}:
+        if not own_state(value).keys() <= {"_key", "_reference", "_hash_value"}:
             raise Refusal("attributes were added to the key; pass them as arguments of their own")
         read = value._reference
         return *self.stored_parts(value._key), None if read is None else read.SerializeToString(deterministic=True)
@@ -145,7 +119,7 @@ class _Entities:
         """Return class, key, stored values, projection and dynamic properties."""
         cls = type(value)
         self._check_class(cls)
-        own = _own(value)
+        own = own_state(value)
         added = own.keys() - _STATE
         if added:
             raise Refusal(
@@ -171,7 +145,7 @@ class _Entities:
                 "a property beyond the class is one of the class here; deploy the code that the task was made for"
             )
         made = object.__new__(cls)
-        own = _own(made)
+        own = own_state(made)
         own["_values"] = values
         if key is not None:
             own["_entity_key"] = key
@@ -227,11 +201,11 @@ class _Entities:
             if name in declared:
                 continue
             kind = next((label for label, known in self._dynamic.items() if type(each) is known), None)
-            settings = {key: value for key, value in _own(each).items() if key != "_model_class"}
+            settings = {key: value for key, value in own_state(each).items() if key != "_model_class"}
             if kind is None or not _are_settings(settings) or settings.get("_name") != name:
                 raise Refusal("a property of this entity alone is no plain one; pass the key")
             found.append(
-                (name, kind, settings, self._name(each._model_class) if "_model_class" in _own(each) else None)
+                (name, kind, settings, self._name(each._model_class) if "_model_class" in own_state(each) else None)
             )
         return found
 
@@ -249,9 +223,9 @@ class _Entities:
         ):
             raise Refusal("a dynamic property is name, type, settings and model class")
         made = object.__new__(self._dynamic[kind])
-        _own(made).update(settings)
+        own_state(made).update(settings)
         if cls is not None:
-            _own(made)["_model_class"] = self._class(cls)
+            own_state(made)["_model_class"] = self._class(cls)
         return name, made
 
 
@@ -267,7 +241,7 @@ def _stored_entities(cls: Any, key: Any) -> tuple[Any, Any]:
     """Return the functions of the datastore library's entities, which hold the structured values of a read entity."""
 
     def parts(value: Any) -> tuple[Any, ...]:
-        own = _own(value)
+        own = own_state(value)
         if not own.keys() <= {"key", "exclude_from_indexes", "_meanings"} or type(own.get("_meanings")) is not dict:
             raise Refusal("attributes were added to the stored entity; pass them as arguments of their own")
         return own.get("key"), dict(dict.items(value)), frozenset(own["exclude_from_indexes"]), own["_meanings"]

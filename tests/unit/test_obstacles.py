@@ -1,0 +1,210 @@
+"""A refusal names all that keeps a call from being deferred, and to find it out runs nothing of a class that is not admitted."""
+
+import sys
+import threading
+from collections import defaultdict
+
+import pytest
+
+from safedefer import Key, Keyring, KeyState, Policy
+from safedefer.errors import NotDeferrable, UnencodableArgument
+from safedefer.options import Limits
+from safedefer.policy import deferrable
+from tests import sample_tasks as tasks
+from tests.unit.apps import make_app
+from tests.zoo import far
+
+FAR = far.__name__
+
+
+@pytest.fixture
+def app():
+    far.RAN.clear()
+    app = make_app(policy=Policy("tests.sample_tasks"))
+    yield app
+    app.close()
+    assert far.RAN == []
+
+
+def refused(app, obj, *args, **kwargs):
+    with pytest.raises((NotDeferrable, UnencodableArgument)) as caught:
+        app.defer(obj, *args, **kwargs)
+    assert app.queue.tasks() == []
+    return caught.value
+
+
+def names(*qualnames):
+    return tuple(f"{FAR}:{each}" for each in qualnames)
+
+
+def test_one_refusal_names_the_callable_and_every_class_of_the_arguments(app):
+    error = refused(
+        app, far.run, [far.Point(1, far.Colour.RED)], {"pair": far.Pair(1, far.Note(text="x"))}, kind=far.Plain
+    )
+    assert isinstance(error, NotDeferrable)
+    assert error.missing == names("run", "Point", "Colour", "Pair", "Note", "Plain")
+    assert str(error).startswith(f"{FAR}:run may not run: no pattern admits it; add '{FAR}:run' or its module")
+    assert all(f"'{pattern}'" in str(error) for pattern in error.missing)
+    app = make_app(policy=Policy(*error.missing))
+    assert app.defer(far.run, [far.Point(1, far.Colour.RED)], {"pair": far.Pair(1, far.Note(text="x"))}, kind=far.Plain)
+    app.close()
+
+
+def test_the_first_value_is_named_by_its_path_and_the_others_by_theirs(app):
+    error = refused(app, tasks.take, a=[far.Plain()], b=threading.Lock(), c=lambda: 1, d={"x": [iter([])]})
+    assert error.path == "$.kwargs.a[0]"
+    assert error.missing == names("Plain")
+    for path in ("$.kwargs.b (_thread.lock)", "$.kwargs.c (function)", "$.kwargs.d.x[0] (list_iterator)"):
+        assert f"{path} cannot be carried" in str(error)
+    assert str(error).count("Plain") == 3
+
+
+def test_arguments_that_do_not_fit_are_told_beside_the_policy(app):
+    error = refused(app, far.Plain, 1, 2, far.Colour.RED)
+    assert "it does not take these arguments" in str(error)
+    assert error.missing == names("Plain", "Colour")
+    with pytest.raises(TypeError, match=rf"does not take these arguments.*; for the same call, add '{FAR}:Colour'"):
+        app.defer(tasks.add, 1, 2, 3, 4, 5, far.Colour.RED)
+
+
+def test_a_refusal_that_is_alone_is_told_as_before(app):
+    error = refused(app, tasks.take, far.Plain())
+    assert "for the same call" not in str(error)
+    error = refused(app, lambda: far.Plain())
+    assert (error.reason, error.missing) == ("lambda", ())
+    assert "for the same call" not in str(error)
+
+
+def test_what_is_no_callable_is_not_looked_into(app):
+    error = refused(app, "text", 1)
+    assert error.reason == "not-callable"
+    error = refused(app, far.Colour.__str__, far.Colour.RED)
+    assert error.missing == names("Colour")
+
+
+@pytest.mark.parametrize("make", [far.Closed, far.ByState, far.Made, far.WithArgs, far.Inherits])
+def test_no_hook_of_a_class_runs_before_it_is_admitted_and_the_message_says_that_more_may_come(app, make):
+    error = refused(app, tasks.take, [make(), make()], more=far.Colour.RED)
+    assert error.missing == names(make.__name__, "Colour")
+    assert "more may be missing once" in str(error)
+
+
+def test_a_hook_that_an_admitted_class_inherits_does_not_run_either():
+    far.RAN.clear()
+    app = make_app(policy=Policy("tests.sample_tasks", f"{FAR}:Inherits"))
+    error = refused(app, tasks.take, far.Inherits(), far.Colour.RED)
+    assert error.missing == names("ByState", "Colour")
+    assert far.RAN == []
+    app.close()
+
+
+def test_a_registered_type_is_not_encoded_before_its_class_is_admitted(app):
+    assert refused(app, tasks.take, [far.Registered(1)]).missing == names("Registered")
+
+
+def test_a_generic_model_is_not_made_again_before_it_is_admitted(app):
+    assert refused(app, tasks.take, far.Page[int](items=[1]), far.Colour.RED).missing == names("Page", "Colour")
+
+
+def test_no_pattern_is_named_for_what_no_pattern_helps(app):
+    error = refused(app, tasks.take, far.Holder(threading.Lock()), far.Colour.RED)
+    assert error.missing == names("Colour")
+    assert "Holder' or its module" not in str(error)
+    assert "$.args[0] (tests.zoo.far.Holder) cannot be carried: it holds $.args[0].value (_thread.lock), and" in str(
+        error
+    )
+    assert "pass an id, or the values that the task needs" in str(error)
+    nested = refused(app, tasks.take, [far.Holder(far.Holder([threading.Lock()]))])
+    assert nested.missing == ()
+    assert str(nested).count("cannot be carried") == 1
+
+
+def test_a_value_that_is_made_anew_by_each_look_is_left_out_by_what_is_around_it():
+    app = make_app(policy=Policy("tests.sample_tasks", f"{FAR}:Fresh"))
+    error = refused(app, tasks.take, [far.Fresh(), far.Colour.RED])
+    assert error.missing == names("Colour")
+    assert str(error).count("(_thread.lock) cannot be carried") == 1
+    app.close()
+    far.RAN.clear()
+
+
+def test_sets_and_keys_are_looked_into(app):
+    error = refused(app, tasks.take, {far.Frozen(1), far.Frozen(2)}, {far.Colour.RED: far.Note(text="x")})
+    assert sorted(error.missing) == sorted(names("Frozen", "Colour", "Note"))
+
+
+def test_a_factory_and_a_method_among_the_arguments_are_named(app):
+    error = refused(app, tasks.take, defaultdict(far.Plain), far.Point(1, 2).move, far.run)
+    assert error.missing == names("Plain", "Point.move", "Point", "run")
+
+
+def test_callable_and_object_of_a_method_are_named_and_so_are_those_of_its_state(app):
+    error = refused(app, far.Point(far.Colour.RED, None).move, 1)
+    assert error.missing == names("Point.move", "Point", "Colour")
+
+
+def test_so_many_refusals_are_told_and_the_walks_are_bounded(app):
+    error = refused(app, tasks.take, [threading.Lock() for _ in range(100)])
+    assert str(error).count("cannot be carried") <= 9
+    deep = []
+    for _ in range(100):
+        deep = [deep]
+    assert "nest deeper" in str(refused(app, tasks.take, deep, far.Colour.RED))
+    app = make_app(policy=Policy("tests.sample_tasks"), limits=Limits(items=20))
+    assert "holds more than 20" in str(refused(app, tasks.take, [[1] * 15, [2] * 15], x=far.Colour.RED))
+    app.close()
+
+
+def test_a_keyword_that_is_refused_ends_the_look(app):
+    error = refused(app, tasks.take, far.Colour.RED, **{"$x": 1})
+    assert error.missing == names("Colour")
+
+
+def test_what_a_key_may_not_name_is_told_without_a_pattern_of_the_policy():
+    key = Key("k", bytes(range(32)), KeyState.ACTIVE, patterns=["tests.sample_tasks"])
+    app = make_app(policy=Policy("tests.sample_tasks", FAR), keyring=Keyring(key))
+    error = refused(app, tasks.take, far.Colour.RED, [far.Note(text="x")])
+    assert error.missing == ()
+    assert str(error).count("the active key may not name it") == 2
+    app.close()
+
+
+def test_a_metaclass_is_told_with_its_setting(app):
+    error = refused(app, tasks.take, far.Colour.RED, [far.OfMeta, far.OfMeta()])
+    assert f"SAFEDEFER_METACLASSES={FAR}:Meta" in str(error)
+    assert error.missing == names("Colour")
+
+
+def test_a_pickled_call_is_not_looked_into():
+    app = make_app(policy=Policy("tests.sample_tasks"), allow_pickle=True)
+    with pytest.raises(NotDeferrable) as caught:
+        app.options(pickle=True).defer(far.run, far.Colour.RED)
+    assert caught.value.missing == names("run")
+    assert "for the same call" not in str(caught.value)
+    app.close()
+
+
+def test_a_mark_admits_what_it_marked_also_in_the_look(app):
+    app = make_app(policy=Policy("tests.sample_tasks", deferrable=True))
+    deferrable(far.Marked)
+    assert refused(app, tasks.take, [far.Marked(), far.Colour.RED]).missing == names("Colour")
+    app.close()
+
+
+def test_what_is_known_is_told_where_the_stack_is_nearly_full(app):
+    seen = set()
+
+    def descend(levels):
+        if levels:
+            return descend(levels - 1)
+        return app.defer(tasks.take, [far.Plain()], far.Colour.RED)
+
+    for levels in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit()):
+        try:
+            descend(levels)
+        except UnencodableArgument as error:
+            seen.add(error.missing)
+        except RecursionError:
+            break
+    assert seen
+    assert app.queue.tasks() == []
