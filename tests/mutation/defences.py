@@ -59,7 +59,7 @@ DEFENCES = [
     ("queues/rules.py", "return Admission.EARLY if entry.early else Admission.RUN", "return Admission.RUN", "test_captured_retries"),
     ("queues/rules.py", "return settlement.charged or settlement.rejected", "return True", "test_captured_retries"),
     ("delivery/pushed.py", "if request.progress.not_before > now:", "if False:", PUSH),
-    ("delivery/pushed.py", "[queue.engine.authenticate(each.headers) for each in asked]", "[True for each in asked]", PUSH),
+    ("delivery/begin.py", "[queue.engine.authenticate(each.headers) for each in asked]", "[True for each in asked]", PUSH),
     ("delivery/pushed.py", "if self._clock() > execution.expires + _LEDGER_KNOWS:", "if False:", PUSH),
     ("delivery/pushed.py", "if not queue.engine.authenticate(headers):", "if False:", PUSH),
     ("delivery/pushed.py", "now=now, verified=False)", "now=now, verified=True)", PUSH),

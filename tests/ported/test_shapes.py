@@ -7,6 +7,7 @@ arguments of a site, pickle says.
 
 # ruff: noqa: E402 - what is skipped without ndb
 
+import contextlib
 import inspect
 import pickle
 from datetime import UTC, datetime
@@ -23,7 +24,8 @@ from safedefer import Policy, deferred
 from safedefer.errors import DeferError
 from safedefer.refs import UNBOUND, bound_object
 from safedefer.testing import TestApp
-from tests.acceptance.datastore import serve
+from tests.datastore.server import DatastoreServer
+from tests.datastore.store import Store
 from tests.ported.compare import state
 from tests.ported.shop import handlers, legacy, mended, models, tasks
 from tests.ported.shop.models import Order
@@ -86,10 +88,10 @@ TO_WRITE = {
 
 @pytest.fixture(scope="module")
 def client():
-    with serve() as (store, address), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATASTORE_EMULATOR_HOST", address)
+    with contextlib.closing(DatastoreServer()) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATASTORE_EMULATOR_HOST", server.host)
         client = ndb.Client(project="shop", credentials=AnonymousCredentials())
-        client.store = store
+        client.server = server
         yield client
         client.stub.grpc_channel.close()
 
@@ -127,7 +129,7 @@ def spy(monkeypatch):
 
 def run(site, client, spy, policy):
     """Defer as the site does, run all to the end, and compare; return how many tasks ran."""
-    client.store.entities.clear()
+    client.server.store = Store()
     with TestApp(policy, around=[client.context], targets=TARGETS) as app:
         with client.context():
             site(models.order())
