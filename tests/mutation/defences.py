@@ -60,6 +60,7 @@ DEFENCES = [
     ("queues/rules.py", "return settlement.charged or settlement.rejected", "return True", "test_captured_retries"),
     ("delivery/pushed.py", "if request.progress.not_before > now:", "if False:", PUSH),
     ("delivery/begin.py", "[queue.engine.authenticate(each.headers) for each in asked]", "[True for each in asked]", PUSH),
+    ("delivery/begin.py", "if engine.authenticate(each.headers) and not", "if not", PUSH),
     ("delivery/pushed.py", "if self._clock() > execution.expires + _LEDGER_KNOWS:", "if False:", PUSH),
     ("delivery/pushed.py", "if not queue.engine.authenticate(headers):", "if False:", PUSH),
     ("delivery/pushed.py", "now=now, verified=False)", "now=now, verified=True)", PUSH),
