@@ -70,6 +70,7 @@ def given():
     policy = safedefer.Policy("shop.tasks")
     app = safedefer.App(keyring=keyring, policy=policy, queue="memory://", environment="test")
     tasks = importlib.import_module("shop.tasks")
+    safedefer.configure(safedefer.App.from_settings())  # a page may have configured another one
     return {
         "safedefer": safedefer, "App": safedefer.App, "Keyring": safedefer.Keyring, "Policy": safedefer.Policy,
         "deferred": safedefer.deferred, "os": os, "contextlib": contextlib, "zlib": zlib,
