@@ -193,14 +193,7 @@ class ExpiredTask(_AuthenticRejection):
 
 
 class PolicyViolation(_AuthenticRejection):
-    """The policy does not admit a callable or class that the token names.
-
-    ``missing`` (tuple[str, ...]): the exact patterns that would admit it.
-    """
-
-    def __init__(self, message: str, *, missing: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
-        self.missing = missing
+    """The policy does not admit a callable or class that the token names."""
 
 
 class UnresolvableCallable(_AuthenticRejection):

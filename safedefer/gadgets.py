@@ -12,7 +12,6 @@ import builtins
 import sys
 from enum import Enum, Flag, IntEnum, IntFlag, StrEnum
 from typing import Final, Generic, Protocol, cast
-from urllib.parse import ParseResult, ParseResultBytes, SplitResult, SplitResultBytes
 
 from pydantic import BaseModel, RootModel
 
@@ -87,8 +86,6 @@ GADGETS: Final = frozenset(
 HARMLESS_TYPES: Final[frozenset[type]] = frozenset(
     {bool, bytearray, bytes, complex, dict, float, frozenset, int, list, range, set, slice, str, tuple, type(None)}
 )
-#: Named tuples of the standard library that may be values too: the parts of a URL.
-HARMLESS_TUPLES: Final[frozenset[type]] = frozenset({ParseResult, ParseResultBytes, SplitResult, SplitResultBytes})
 
 #: Classes whose ``__init__`` and ``__new__`` an admitted class may inherit: they do nothing, or as much as their arguments
 #: are long. ``list``, ``set``, ``tuple``, ``bytes`` and ``str`` are not here: they go through ``range(10**18)``, make 10**12 bytes, or

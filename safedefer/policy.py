@@ -44,7 +44,7 @@ from safedefer.errors import (
     PolicyViolation,
     UnresolvableCallable,
 )
-from safedefer.gadgets import GADGETS, HARMLESS_BASES, HARMLESS_TUPLES, HARMLESS_TYPES, is_gadget, is_standard_library
+from safedefer.gadgets import GADGETS, HARMLESS_BASES, HARMLESS_TYPES, is_gadget, is_standard_library
 from safedefer.keys import Immutable
 from safedefer.refs import (
     METACLASSES,
@@ -76,7 +76,7 @@ _CONSTRUCTION: Final = ("__new__", "__init__")
 #: Marked objects by identity. The object is kept, so that its id is never another's.
 _MARKED: Final[dict[int, object]] = {}
 
-_HARMLESS_NAMES: Final = {class_path(cls): cls for cls in HARMLESS_TYPES | HARMLESS_TUPLES}
+_HARMLESS_NAMES: Final = {class_path(cls): cls for cls in HARMLESS_TYPES}
 
 
 def deferrable(obj: _T) -> _T:
@@ -345,19 +345,15 @@ class Policy(Immutable):
             module, _, qualname = class_path(base).partition(":")
             if self._is_gadget(module, qualname, None) and base not in _PLAIN_BASES:
                 _deny(ref, "it inherits from a known gadget, which needs an exact pattern")
-        lacking: list[str] = []
         for definer in {id(found): found for found in (find_member(cls, name)[0] for name in _CONSTRUCTION)}.values():
             if definer is cls or any(definer is base for base in HARMLESS_BASES) or self._names_construction(definer):
                 continue
+            name = class_path(definer)
             if not self._defines(definer):
-                lacking.append(class_path(definer))
-        if lacking:
-            names, patterns = " and ".join(lacking), tuple(f"{name}.__init__" for name in lacking)
-            raise PolicyViolation(
-                f"{ref} may not run: its construction is that of {names}, which is not admitted; "
-                f"add {_quoted(patterns)} to the policy if that may run on the arguments of a task",
-                missing=patterns,
-            )
+                raise PolicyViolation(
+                    f"{ref} may not run: its construction is that of {name}, which is not admitted; "
+                    f"add '{name}.__init__' or '{ref}' to the policy if that may run on the arguments of a task"
+                )
 
     def _names_construction(self, definer: type) -> bool:
         """Whether an exact pattern names the ``__init__`` or ``__new__`` of a class."""
@@ -387,8 +383,7 @@ class Policy(Immutable):
         if ref.kind == "builtin_method":
             raise PolicyViolation(
                 f"{ref} may not run: it is a built-in method, which needs an exact pattern; "
-                f"add '{name}.{member}' to the policy if it may run on the arguments of a task",
-                missing=(f"{name}.{member}",),
+                f"add '{name}.{member}' to the policy if it may run on the arguments of a task"
             )
         if self._is_gadget(module, qualname, member):
             _deny(ref, f"it is a known gadget of {name}, which needs an exact pattern")
@@ -467,24 +462,10 @@ class Policy(Immutable):
             if moved.parts == ref.parts:
                 self._check_object(ref)
         except PolicyViolation as error:
-            text = str(error) if self._module_will_do(ref) else str(error).replace(_OR_MODULE, "")
-            lacking = tuple(pattern for pattern in error.missing if pattern not in self.patterns)
-            raise NotDeferrable(text, reason="policy", missing=lacking) from error
+            raise NotDeferrable(str(error), reason="policy", missing=(str(ref),)) from error
         if moved.parts != ref.parts:
             raise NotDeferrable(f"{ref} has moved; defer {moved}", reason="moved")
         return ref
-
-    def _module_will_do(self, ref: CallableRef) -> bool:
-        """Whether the pattern of its module admits all of a proved callable: what other classes define needs more."""
-        if ref.kind in {"function", "builtin"}:
-            return True
-        cls = cast("type", find(ref.module, ref.qualname))
-        names = _CONSTRUCTION if ref.kind == "class" else (ref.member or "__call__",)
-        return all(
-            any(definer is base for base in HARMLESS_BASES) or module == ref.module or self._admits(module, qualname)
-            for definer in (find_member(cls, name)[0] for name in names)
-            for module, _, qualname in [class_path(definer).partition(":")]
-        )
 
     def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
         """Find a callable. See ``Gate.load_callable``."""
@@ -652,22 +633,15 @@ def _metaclass(item: type | str) -> type:
     return found
 
 
-_OR_MODULE: Final = " or its module"
-
-
 def _deny(ref: CallableRef, why: str) -> NoReturn:
-    raise PolicyViolation(f"{ref} may not run: {why}; {_remedy(str(ref), why)} if it should", missing=(str(ref),))
+    raise PolicyViolation(f"{ref} may not run: {why}; {_remedy(str(ref), why)} if it should")
 
 
 def _remedy(name: str, why: str = "") -> str:
     """Say which patterns would help: none of a module admits built-ins, the standard library or a gadget."""
     module, _, qualname = name.partition(":")
     exact = "exact" in why or is_standard_library(module) or is_gadget(module, qualname)
-    return f"add '{name}'{'' if exact else _OR_MODULE} to the policy"
-
-
-def _quoted(patterns: tuple[str, ...]) -> str:
-    return " and ".join(f"'{pattern}'" for pattern in patterns)
+    return f"add '{name}'{'' if exact else ' or its module'} to the policy"
 
 
 def _shown(name: str) -> str:

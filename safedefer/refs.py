@@ -349,11 +349,7 @@ def _function(func: FunctionType) -> CallableRef:
     _check_code(func)
     module, qualname = _text(func.__module__), _text(func.__qualname__)
     if "<locals>" in qualname:
-        _refuse(
-            "nested-function",
-            "a nested function cannot be found by name",
-            "move it to the top level of a module (one that a decorator made: use functools.wraps in the decorator)",
-        )
+        _refuse("nested-function", "a nested function cannot be found by name", "move it to the top level of a module")
     if "." in qualname:
         _refuse_unbound(module, qualname)
     # Such as the ``__getattr__`` of a module, which may import what it is asked for.

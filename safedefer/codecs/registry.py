@@ -18,7 +18,15 @@ from typing import Any, Final, TypeVar
 
 from safedefer.codecs.class_families import ClassFamily
 from safedefer.codecs.packs import Pack, PackedType
-from safedefer.codecs.types import asyncpg_values, freezegun_values, generics, google_datetimes, ndb, pydantic_values
+from safedefer.codecs.types import (
+    asyncpg_values,
+    freezegun_values,
+    generics,
+    google_datetimes,
+    ndb,
+    pydantic_values,
+    url_parts,
+)
 from safedefer.codecs.types import attrs as attrs_types
 from safedefer.errors import ConfigurationError
 
@@ -27,7 +35,7 @@ _T = TypeVar("_T")
 ENTRY_POINT_GROUP: Final = "safedefer.types"
 
 PACKS: Final[tuple[Pack, ...]] = (
-    generics.PACK, pydantic_values.PACK, asyncpg_values.PACK, freezegun_values.PACK, ndb.PACK, *google_datetimes.PACKS,
+    generics.PACK, pydantic_values.PACK, asyncpg_values.PACK, freezegun_values.PACK, ndb.PACK, *google_datetimes.PACKS, url_parts.PACK,
 )  # fmt: skip
 
 #: The tags of the wire format itself.

@@ -15,13 +15,13 @@ from safedefer.errors import (
     InvalidTaskError,
     InvalidTaskRetryOptionsError,
     NotDeferrable,
-    UnencodableArgument,
 )
 from safedefer.execution.binding import check_binds, named_arguments
 from safedefer.keys import Key
 from safedefer.options import DEFAULT_OPTIONS, Options, Task, TaskRetryOptions
 from safedefer.queues.base import UNTIL_START, QueuedTask, TaskView
 from safedefer.refs import UNBOUND, CallableRef, bound_object
+from safedefer.sending.advice import tell_all
 from safedefer.sending.ids import new_blob_id, new_task_id
 from safedefer.sending.routes import Routes
 from safedefer.sending.test_mode import TEST_MODE, refuse
@@ -199,7 +199,8 @@ class Builder:
         try:
             ref, bound, positional, named = self._encoded(options, target, args, kwargs)
         except TypeError as error:  # NotDeferrable and UnencodableArgument are such errors
-            self._tell_all(error, options, target, args, kwargs)
+            if not options.pickle:  # to look at more values would pickle them
+                tell_all(error, self._codecs["typed"], self._signer.gate, target, args, kwargs)
             raise
         made = due = int(now)
         audience, lifetime = self._routes.default
@@ -256,36 +257,6 @@ class Builder:
         # What makes a call unique is compared as trees, whose members can be sorted.
         encode = codec.encode if options.unique else codec.write
         return ref, *encode((bound_object(target), tuple(args), dict(kwargs)), gate)
-
-    def _tell_all(
-        self, error: TypeError, options: Options, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Add to a refusal what else keeps the call from being deferred, so that one attempt names all of it."""
-        if options.pickle:
-            return
-        named = not isinstance(error, NotDeferrable) or error.reason == "policy"
-        bound = bound_object(target) if named else UNBOUND  # what is no callable of any kind is told to be that alone
-        try:
-            found = self._codecs["typed"].obstacles((bound, tuple(args), dict(kwargs)), self._signer.gate)
-        except RuntimeError:  # the stack is nearly full, or a value changes meanwhile: what is known is told
-            return
-        told, more = str(error), list[str]()
-        if isinstance(error, UnencodableArgument):
-            # What no pattern helps is told in place of the pattern.
-            told = found.refusals.get(error.path, told)
-        if isinstance(error, NotDeferrable) and named:
-            try:
-                check_binds(target, args, kwargs)
-            except TypeError as other:
-                more.append(f"it does not take these arguments: {other}")
-        if lacking := [f"'{pattern}'" for pattern in found.missing if f"'{pattern}'" not in told]:
-            more.append(f"add {', '.join(lacking)} to the policy")
-        if found.hooked:
-            more.append(f"more may be missing once {', '.join(found.hooked)} may run a hook of its state")
-        more += [refusal for refusal in found.refusals.values() if refusal.rpartition("; ")[0] not in told]
-        error.args = (f"{told}; for the same call, {'; '.join(more)}" if more else told,)
-        if isinstance(error, NotDeferrable | UnencodableArgument):
-            error.missing = tuple(dict.fromkeys((*error.missing, *found.missing)))
 
     def _pickled(self) -> Codec:
         """Return the codec of pickled arguments. Raises ``NotDeferrable`` if they may not be sent."""

@@ -50,7 +50,7 @@ TO_ADMIT = {
     "put_of_an_entity": ["tests.ported.shop.models:Order._put"],
     "delete_of_a_key": ["google.cloud.ndb.key:Key.delete"],
     "get_by_id_of_a_model": ["tests.ported.shop.models:Order._get_by_id"],
-    "model_class_as_task": ["google.cloud.ndb.model:Model.__init__"],
+    "model_class_as_task": ["tests.ported.shop.models:Order"],
     "put_multi": ["google.cloud.ndb.model:put_multi"],
     "delete_multi": ["google.cloud.ndb.model:delete_multi"],
     "property_object": ["google.cloud.ndb.model:IntegerProperty"],

@@ -12,9 +12,9 @@ from safedefer.options import Limits
 from safedefer.policy import deferrable
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
-from tests.zoo import far
+from tests.zoo import far, near
 
-FAR = far.__name__
+FAR, NEAR = far.__name__, near.__name__
 
 
 @pytest.fixture
@@ -65,6 +65,21 @@ def test_arguments_that_do_not_fit_are_told_beside_the_policy(app):
     assert error.missing == names("Plain", "Colour")
     with pytest.raises(TypeError, match=rf"does not take these arguments.*; for the same call, add '{FAR}:Colour'"):
         app.defer(tasks.add, 1, 2, 3, 4, 5, far.Colour.RED)
+
+
+@pytest.mark.parametrize(("make", "advice"), [
+    (lambda: near.Child, f"add '{NEAR}:Child' to the policy"), (lambda: near.Own, f"add '{NEAR}:Own' or its module to the policy"),
+    (lambda: near.Moved(1, 2).move, f"add '{NEAR}:Moved.move' to the policy"), (lambda: near.Moved(1, 2).own, f"add '{NEAR}:Moved.own' or its module to"),
+    (lambda: near.Moved.make, f"add '{NEAR}:Moved.make' to the policy"), (lambda: near.run, f"add '{NEAR}:run' or its module to the policy"),
+])  # fmt: skip
+def test_a_module_is_advised_only_where_its_pattern_admits_the_callable(app, make, advice):
+    assert advice in str(refused(app, make()))
+
+
+def test_a_function_that_a_decorator_made_is_told_with_what_the_decorator_lacks(app):
+    def inner(): ...
+
+    assert "use functools.wraps in the decorator" in str(refused(app, inner))
 
 
 def test_a_refusal_that_is_alone_is_told_as_before(app):

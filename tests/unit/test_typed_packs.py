@@ -4,6 +4,7 @@ import datetime
 import enum
 import uuid
 import zoneinfo
+from urllib.parse import urlparse, urlsplit
 
 import pydantic
 import pytest
@@ -185,6 +186,45 @@ def test_datetimes_of_freezegun_are_no_others_and_others_are_not_its():
     for tag in ("datetime", "date"):
         with pytest.raises(InvalidArguments, match="holds a"):
             decode_one({f"$freezegun_{tag}": 1})
+
+
+URLS = [urlparse("https://u:p@shop.example:8443/a;b?c=1#d"), urlparse(b"/x"), urlsplit("/x?y=1"), urlsplit(b"http://a")]
+
+
+@pytest.mark.parametrize("parts", URLS)
+def test_the_parts_of_a_url_arrive_as_such_and_need_no_pattern(parts):
+    arrived = carry_one(parts, _policy=NOTHING)
+    assert type(arrived) is type(parts)
+    assert (arrived, arrived.geturl(), arrived.hostname) == (parts, parts.geturl(), parts.hostname)
+    with pytest.raises(NotDeferrable):
+        NOTHING.callable_ref(type(parts))
+    with pytest.raises(NotDeferrable):
+        NOTHING.callable_ref(parts.geturl)
+
+
+class Parts(type(URLS[0])):
+    pass
+
+
+def test_of_the_parts_of_a_url_nothing_else_is_taken_for_them():
+    for wrong in (
+        1,
+        tuple_of(),
+        tuple_of("ParseResult"),
+        tuple_of("SplitResult", *"abcd", 1),
+        tuple_of("object", *"abcde"),
+        tuple_of(1, *"abcde"),
+    ):
+        with pytest.raises(InvalidArguments, match="pass the URL as text"):
+            decode_one({"$url_parts": wrong}, policy=NOTHING)
+    with pytest.raises(UnencodableArgument, match="pass the URL as text"):
+        carry_one(URLS[0]._replace(path=1), _policy=NOTHING)
+    with pytest.raises(UnencodableArgument, match="not admitted"):
+        carry_one(Parts(*"abcdef"), _policy=NOTHING)
+
+
+def tuple_of(*parts):
+    return {"$tuple": list(parts)}
 
 
 GOOGLE = {"proto": "proto.datetime_helpers", "api": "google.api_core.datetime_helpers"}

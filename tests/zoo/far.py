@@ -27,6 +27,9 @@ class Point:
 
     def move(self, by: int) -> None: ...
 
+    @classmethod
+    def make(cls) -> None: ...
+
 
 @dataclass(frozen=True)
 class Frozen:

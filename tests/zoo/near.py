@@ -1,6 +1,6 @@
 """Classes that are constructed by others'."""
 
-from tests.zoo.far import Inits, Makes
+from tests.zoo.far import Inits, Makes, Point
 
 
 class Child(Inits, Makes):
@@ -10,6 +10,10 @@ class Child(Inits, Makes):
 class Own:
     def __init__(self, value: object = None) -> None:
         self.value = value
+
+
+class Moved(Point):
+    def own(self) -> None: ...
 
 
 def run() -> None: ...

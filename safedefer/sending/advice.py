@@ -1,0 +1,81 @@
+"""What a refusal says: all that keeps a call from being deferred, and what to do, so that one attempt is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any, Final
+
+from safedefer.codecs.protocol import Codec
+from safedefer.errors import NotDeferrable, UnencodableArgument
+from safedefer.execution.binding import check_binds
+from safedefer.gadgets import HARMLESS_BASES
+from safedefer.policy import Gate
+from safedefer.refs import UNBOUND, bound_object, class_path, find_member, mro
+
+_OR_MODULE: Final = " or its module"
+_WRAPS: Final = " (one that a decorator made: use functools.wraps in the decorator)"
+
+
+def tell_all(
+    error: TypeError, codec: Codec, gate: Gate, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Add to the refusal of a call what else keeps it from being deferred.
+
+    Args:
+        error: The refusal. Its message is extended; a ``NotDeferrable`` or ``UnencodableArgument`` gets the patterns.
+        codec: Which looks at the values.
+        gate: Which says what may be named.
+        target: The callable.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    named = not isinstance(error, NotDeferrable) or error.reason == "policy"
+    bound = bound_object(target) if named else UNBOUND  # what is no callable of any kind is told to be that alone
+    try:
+        found = codec.obstacles((bound, tuple(args), dict(kwargs)), gate)
+    except RuntimeError:  # the stack is nearly full, or a value changes meanwhile: what is known is told
+        return
+    told, more = str(error), list[str]()
+    if isinstance(error, UnencodableArgument):
+        # What no pattern helps is told in place of the pattern.
+        told = found.refusals.get(error.path, told)
+    if isinstance(error, NotDeferrable):
+        told = _advice(error, told, target)
+        if named:
+            try:
+                check_binds(target, args, kwargs)
+            except TypeError as other:
+                more.append(f"it does not take these arguments: {other}")
+    if lacking := [f"'{pattern}'" for pattern in found.missing if f"'{pattern}'" not in told]:
+        more.append(f"add {', '.join(lacking)} to the policy")
+    if found.hooked:
+        more.append(f"more may be missing once {', '.join(found.hooked)} may run a hook of its state")
+    more += [refusal for refusal in found.refusals.values() if refusal.rpartition("; ")[0] not in told]
+    error.args = (f"{told}; for the same call, {'; '.join(more)}" if more else told,)
+    if isinstance(error, NotDeferrable | UnencodableArgument):
+        error.missing = tuple(dict.fromkeys((*error.missing, *found.missing)))
+
+
+def _advice(error: NotDeferrable, told: str, target: Any) -> str:
+    if error.reason == "nested-function":
+        return told + _WRAPS
+    if error.reason == "policy" and not _module_will_do(target):
+        return told.replace(_OR_MODULE, "")
+    return told
+
+
+def _module_will_do(target: Any) -> bool:
+    """Whether the pattern of its module admits all of a callable: what a class of another module defines needs more."""
+    if type(target) is MethodType:
+        owner: Any = target.__self__
+        cls, names = owner if issubclass(type(owner), type) else type(owner), [target.__func__.__name__]
+    elif issubclass(type(target), type):
+        cls, names = target, ["__init__", "__new__"]
+    else:
+        return True
+    home = class_path(cls).partition(":")[0]
+    definers = [find_member(cls, name)[0] for name in names if any(name in vars(each) for each in mro(cls))]
+    return all(
+        any(each is base for base in HARMLESS_BASES) or class_path(each).partition(":")[0] == home for each in definers
+    )
