@@ -23,7 +23,8 @@ async def deafen(number):
 def leave(number):
     (FOLDER / "left").write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
     if os.fork() == 0:
-        (FOLDER / "left-too").write_text(str(os.getpid()))
+        (FOLDER / "left-too.new").write_text(str(os.getpid()))
+        (FOLDER / "left-too.new").rename(FOLDER / "left-too")
         time.sleep(1000)
     while not (FOLDER / "left-too").exists():
         time.sleep(0.01)

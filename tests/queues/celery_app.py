@@ -57,8 +57,10 @@ def permanent() -> None:
 def hang_once() -> None:
     """Say which process runs it, and wait to be killed; the second time, return."""
     first = not (FOLDER / "hangs").exists()
-    (FOLDER / "hangs").write_text(str(os.getpid()))
     note(f"hang {os.getpid()}")
+    # Whole at once, and last: whoever sees it may kill.
+    (FOLDER / "hangs.new").write_text(str(os.getpid()))
+    (FOLDER / "hangs.new").rename(FOLDER / "hangs")
     while first:
         time.sleep(0.05)
 

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from safedefer import PermanentTaskFailure
+from safedefer.delivery import ledger_client
 from safedefer.errors import ConfigurationError
 from safedefer.queues.config import QueueFile
 from tests import sample_tasks
@@ -222,8 +223,9 @@ async def test_a_coroutine_that_passes_its_deadline_leaves(make, manager):
 
 
 @pytest.mark.parametrize("manager", [sync_manager, async_manager])
-async def test_a_coroutine_that_is_cancelled_leaves(make, manager):
-    app = make(manager, lease_seconds=0.4)
+async def test_a_coroutine_that_is_cancelled_leaves(make, manager, monkeypatch):
+    monkeypatch.setattr(ledger_client, "_LOOK_SECONDS", 0.1)
+    app = make(manager)
     task = app.defer(sleep_long)
     running = asyncio.create_task(app.handle(JOSE, task.payload))
     await until(lambda: "call" in words())

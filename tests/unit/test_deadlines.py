@@ -229,8 +229,8 @@ async def test_a_stuck_thread_is_replaced_and_too_many_are_told_once(make, caplo
 
 
 async def test_other_tasks_have_a_thread_while_one_is_stuck(make):
-    app = make(0.5, concurrency=1)
-    assert await answer(app, app.serialize(tasks.wait_for_gate)) == (500, "retry")
+    app = make(60.0, concurrency=1)
+    assert await answer(app, app.options(deadline=1).defer(tasks.wait_for_gate).payload) == (500, "retry")
     assert await answer(app, app.serialize(tasks.add, 1)) == (200, "succeeded")
 
 
