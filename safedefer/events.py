@@ -357,7 +357,7 @@ class LogObserver:
             "task %s %s: %s, attempt %d, %.3f s%s%s%s",
             event.task_id,
             event.outcome,
-            event.callable,
+            event.callable or "an oversize task whose token was not read",
             event.attempt,
             event.seconds,
             f" ({event.reason})" if event.reason else "",
