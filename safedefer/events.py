@@ -357,7 +357,7 @@ class LogObserver:
             "task %s %s: %s, attempt %d, %.3f s%s%s%s",
             event.task_id,
             event.outcome,
-            event.callable,
+            event.callable or "an oversize task whose token was not read",
             event.attempt,
             event.seconds,
             f" ({event.reason})" if event.reason else "",
@@ -448,7 +448,7 @@ def _line_of_queue(event: QueueTrouble | QueueLate) -> tuple[int, str, *tuple[ob
         case QueueLate(seconds=0):
             return logging.WARNING, "no task is late any more"
         case QueueLate():
-            text = "tasks are late: in the queue %a %d wait, and the next one has been due for %.1f s; more are deferred than run"
+            text = "tasks are late: in the queue %a %d wait, and the next one has been due for %.1f s; more are deferred than run, or nobody ran them"
             return logging.WARNING, text, event.queue, event.waiting, event.seconds
 
 

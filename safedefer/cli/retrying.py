@@ -71,5 +71,5 @@ def say_refused(refused: Mapping[str, Error]) -> None:
         click.echo(f"{plain(task_id)} stays: {rejection.slug}: {plain(rejection)}", err=True)
     if refused:
         raise click.ClickException(
-            f"{len(refused)} may not run again now; correct keys or policy, or defer the tasks anew and purge them"
+            f"{len(refused)} may not run again now; correct keys, policy or environment, or defer the tasks anew and purge them"
         )

@@ -19,7 +19,7 @@ _TEXT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class TaskFilter(logging.Filter):
-    """Adds the running task to log records: ``%(task_id)s`` and ``%(task_callable)s``, empty where no task runs.
+    """Adds the running task to log records, or that of the event of a line: ``%(task_id)s`` and ``%(task_callable)s``, else empty.
 
     Put it on a handler, not on a logger: ``handler.addFilter(TaskFilter())``. It lets every record pass.
     """
@@ -27,9 +27,15 @@ class TaskFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the attributes."""
         task = CURRENT.get()
-        record.task_id = "" if task is None else task.id
-        record.task_callable = "" if task is None else task.callable
+        record.task_id = _text_of_event(record, "task_id") if task is None else task.id
+        record.task_callable = _text_of_event(record, "callable") if task is None else task.callable
         return True
+
+
+def _text_of_event(record: logging.LogRecord, name: str) -> str:
+    """Return a text of the event of a line; nothing where a new line in it, which the storage may hold, would begin another."""
+    value: object = getattr(getattr(record, "safedefer", None), name, "")
+    return value if type(value) is str and value.isprintable() else ""
 
 
 class JsonFormatter(logging.Formatter):

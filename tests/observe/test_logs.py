@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,13 @@ def test_a_line_about_an_event_has_its_fields_and_not_the_exception(lines):
     assert line["event"] == "TaskHandled"
     assert (line["task_id"], line["task_callable"], line["queue"], line["attempt"]) == ("i", "m:f", "mail", 2)
     assert "what the task was given" not in json.dumps(line)
+
+
+@pytest.mark.parametrize(("task_id", "shown"), [("i", "i m:f"), ("i\nERROR forged", " m:f")])
+def test_a_line_about_an_event_names_its_task_in_a_text_too(task_id, shown):
+    record = logging.makeLogRecord({"msg": "it failed", "safedefer": replace(HANDLED, task_id=task_id)})
+    assert TaskFilter().filter(record)
+    assert logging.Formatter("%(task_id)s %(task_callable)s").format(record) == shown
 
 
 def test_no_event_changes_what_a_line_is(lines):

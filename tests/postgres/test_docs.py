@@ -13,9 +13,9 @@ import psycopg
 import pytest
 from django.db import connections
 
-from safedefer.errors import TaskAlreadyExistsError
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.postgres import PostgresQueue, migrate
+from safedefer.queues.postgres.migrations import MIGRATIONS
 from tests.postgres.server import fresh_database, shared_server
 from tests.postgres.users import configure_django
 from tests.sample_tasks import add as send_receipt
@@ -83,7 +83,6 @@ def test_an_example_does_what_it_says(number, queue, dsn):
             "DSN": dsn,
             "SQLALCHEMY_URL": dsn.replace("postgresql:", "postgresql+psycopg:"),
             "SQLALCHEMY_ASYNC_URL": dsn.replace("postgresql:", "postgresql+asyncpg:"),
-            "TaskAlreadyExistsError": TaskAlreadyExistsError,
         }
         run(example, names)
         app.outbox.sweep()
@@ -91,3 +90,18 @@ def test_an_example_does_what_it_says(number, queue, dsn):
     expected = 0 if "no number" in example or "once(" in example else 1
     assert len(app.queue.tasks(limit=1000)) - before == expected
     app.close()
+
+
+def test_the_example_with_a_name_goes_on_when_the_task_has_ended(dsn):
+    (example,) = (each for each in EXAMPLES if "name=" in each)
+    app = make_app(queue=PostgresQueue(dsn))
+    app.cancel(app.options(name="receipt-43").defer(send_receipt, 43).id)
+    run(example, {"app": app, "order_id": 43, "send_receipt": send_receipt, "DSN": dsn})
+    with psycopg.connect(dsn) as connection:
+        assert connection.execute("SELECT count(*) FROM orders WHERE id = 43").fetchone() == (1,)
+    app.close()
+
+
+def test_the_page_about_the_queue_shows_what_migrate_prints():
+    page = (Path(__file__).absolute().parents[2] / "docs" / "how-to" / "postgres.md").read_text()
+    assert tuple(re.findall(r"^safedefer: (\w+)$", page, re.MULTILINE)) == MIGRATIONS

@@ -173,3 +173,13 @@ def test_start_and_stop_of_a_process_are_logged(caplog):
     assert caplog.messages == [
         f"process 7 started: {banner(STARTED)}", "process 7 stops: it waits for 2 tasks, 30 s at most",
     ]  # fmt: skip
+
+
+def test_a_task_whose_stored_token_was_not_read_is_not_named_by_nothing(caplog):
+    LogObserver()(
+        TaskHandled(
+            task_id="i", queue="mail", callable="", kid="k", outcome="rejected", status=500, reason="invalid-claims", attempt=1,
+            seconds=0.1,
+        )
+    )  # fmt: skip
+    assert "task i rejected: an oversize task whose token was not read, attempt 1" in caplog.text
