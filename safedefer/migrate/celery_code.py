@@ -35,7 +35,7 @@ _NOTED: Final = {
 }
 _STAYS: Final = {
     "bind": "bind=True hands the task to it as self: take that parameter out, and raise an exception in place of self.retry(); "
-    "safedefer.current_task() knows the id and the attempt",
+    "safedefer.current_task() has id and retry_count",
     "base": "base= is a class of tasks: use App(around=[...])",
     "pydantic": "pydantic=True: annotate the parameters with models, which defer() carries as they are",
     "after_return": "use App(observers=[...])",

@@ -105,6 +105,9 @@ def _job_option(file: CodeFile, options: dict[str, str], keyword: str, found: tu
     return None
 
 
+_CURRENT: Final = frozenset({"rq.get_current_job", "rq.job.get_current_job"})
+
+
 def visit(project: Project, file: CodeFile) -> None:
     """Decide what becomes of a file."""
     rewritten = 0
@@ -134,6 +137,11 @@ def visit(project: Project, file: CodeFile) -> None:
 
 def _visit_call(project: Project, file: CodeFile, call: ast.Call) -> bool:
     func = call.func
+    if file.names.dotted(func) in _CURRENT:
+        file.note(
+            call, Level.BY_HAND, "current-job", "get_current_job() is None in a task of safedefer; write safedefer.current_task()"
+        )  # fmt: skip
+        return False
     if file.names.dotted(func) in _FUNCTIONS:
         return _visit_enqueue(project, file, call, "enqueue", {})
     if not isinstance(func, ast.Attribute):

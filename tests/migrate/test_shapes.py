@@ -173,6 +173,7 @@ SHAPES = [
     ("a queue of a class", "from rq import Queue\nclass S:\n    def __init__(self):\n        self.q = Queue('s', connection=c)\n    def go(self):\n        self.q.enqueue(f)",
      "from rq import Queue\nfrom safedefer import deferred\nclass S:\n    def __init__(self):\n        self.q = Queue('s', connection=c)\n    def go(self):\n        deferred.defer(f, _queue='s')", ""),
     ("an unknown queue", "from flask import current_app\ncurrent_app.task_queue.enqueue(f)", None, "unknown-queue"),
+    ("the job itself", "from rq import get_current_job\ndef f():\n    get_current_job().meta['x'] = 1\n", None, "current-job"),
     ("not RQ's", "printer.enqueue(page)", None, ""),
     ("enqueue with **", "from rq import Queue\nq = Queue('x', connection=c)\nq.enqueue(f, *a, **k)",
      "from rq import Queue\nfrom safedefer import deferred\nq = Queue('x', connection=c)\ndeferred.defer(f, *a, _queue='x', **k)", "double-star"),

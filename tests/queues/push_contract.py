@@ -25,6 +25,8 @@ class PushContract:
     the engine cannot reach what keeps its tasks.
     """
 
+    BY_HTTP = True
+    """Whether requests come over a network. Where they do not, no headers that somebody else wrote prove anything."""
     KNOWS_ITS_TASKS = True
     """Whether the engine counts what it has, and takes a task back. One that does not says nothing, and cancels nothing."""
 
@@ -64,6 +66,19 @@ class PushContract:
         ):  # fmt: skip
             assert engine.authenticate(headers) is False
             assert isinstance(engine.attempt(headers), Attempt)
+
+    def test_headers_have_names_in_any_case_and_whatever_values(self, engine, deliveries):
+        engine.enqueue_many([pushed_task(1)])
+        ((headers, _),) = deliveries(1)
+        upper = {name.upper(): value for name, value in headers.items()}
+        assert engine.authenticate(upper) is self.BY_HTTP
+        if self.BY_HTTP:
+            assert engine.attempt(upper) == engine.attempt(headers)
+        for name in headers:
+            odd = {**headers, name: "caf\xe9 \udcff"}
+            assert engine.authenticate(odd) in {True, False}
+            assert isinstance(engine.attempt(odd), Attempt)
+        assert engine.authenticate(dict.fromkeys(headers, "\xe9")) is False
 
     def test_a_name_is_taken_once_where_there_are_names(self, engine):
         if engine.capabilities.names:

@@ -67,14 +67,14 @@ class PushEngineInMemory:
         given = {name.lower(): value for name, value in headers.items()}
         since = given.get(SINCE.lower())
         return Attempt(
-            retries=int(given.get(RETRIES.lower(), "0")),
-            since=None if since is None else float(since),
+            retries=_number(given.get(RETRIES.lower(), "0")) or 0,
+            since=None if since is None else _number(since),
             task_id=given.get(TASK.lower(), ""),
         )
 
     def authenticate(self, headers, /):
         given = {name.lower(): value for name, value in headers.items()}
-        return hmac.compare_digest(given.get(PROVEN.lower(), ""), PROOF)
+        return hmac.compare_digest(given.get(PROVEN.lower(), "").encode(errors="replace"), PROOF.encode())
 
     def close(self):
         self.closed = True
@@ -104,3 +104,11 @@ class PushEngineInMemory:
                             self.tasks.pop(task.id, None)
                 await asyncio.sleep(0.01)
         return statuses
+
+
+def _number(text):
+    """Return what a header says, which anybody may have written; None if that is no number."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        return None

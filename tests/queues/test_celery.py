@@ -124,6 +124,7 @@ def test_what_is_due_in_more_than_a_minute_waits_in_the_store_until_a_worker_han
 
 
 class TestCelery(PushContract):
+    BY_HTTP = False
     KNOWS_ITS_TASKS = False
 
     @pytest.fixture
