@@ -256,6 +256,37 @@ def test_a_transaction_that_is_run_again_after_a_conflict_gives_one_task(app, se
     assert (waiting(app.queue), rows(server)) == ({runs[1]}, 0)
 
 
+def test_threads_that_contend_for_an_entity_give_as_many_tasks_as_commits(outbox, queue, server):
+    Order(id="a").put()
+    done = []
+
+    @ndb.transactional(retries=2)
+    def place():
+        order = ndb.Key(Order, "a").get()
+        order.total += 1
+        order.put()
+        outbox.put(make_task())
+
+    def work():
+        with server.client.context():
+            for _ in range(4):
+                try:
+                    place()
+                except api.RetryError:  # it has tried often enough
+                    continue
+                done.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ndb.Key(Order, "a").get(use_cache=False).total == len(done) > 0
+    until(lambda: rows(server) == 0)
+    assert len(queue.tasks()) == len(done)
+    assert server.store.transactions == {}
+
+
 def test_what_was_committed_though_the_answer_was_lost_is_swept(outbox, queue, server, monkeypatch):
     """The commit is done, but its answer says that it failed: ndb raises, and calls no function that waits for a commit."""
     quiet(monkeypatch, outbox)
