@@ -412,6 +412,11 @@ def test_without_a_context_a_block_says_what_is_missing(queue, client):
         pass
 
 
+def test_another_module_of_that_name_is_no_datastore(outbox):
+    with pytest.raises(BadTransactionStateError, match=r"the module google\.cloud\.ndb"), outbox.transaction(sys):
+        pass
+
+
 def test_in_a_paused_transaction_a_task_is_refused(outbox):
     @ndb.non_transactional()
     def paused():
