@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from google.api_core import exceptions as api
+from google.auth.credentials import AnonymousCredentials
 from google.cloud import ndb
 
 from safedefer.errors import (
@@ -344,6 +345,31 @@ def test_tasks_of_one_transaction_and_of_many_arrive(outbox, queue, server):
             outbox.put(task)
     until(lambda: waiting(queue) == {task.id for task in many})
     until(lambda: rows(server) == 0)
+
+
+def test_credentials_are_found_once_and_not_for_an_emulator(queue, server, monkeypatch):
+    real, found, used = ndb.Client, [], []
+
+    def default(**given):
+        found.append(AnonymousCredentials())
+        return found[-1], "p"
+
+    def connect(*, credentials, **given):
+        used.append(credentials)
+        with monkeypatch.context() as patch:
+            patch.setenv("DATASTORE_EMULATOR_HOST", server.host)
+            return real(**given)
+
+    connect.SCOPE = real.SCOPE
+    monkeypatch.setattr("google.auth.default", default)
+    monkeypatch.setattr(ndb, "Client", connect)
+    outbox = Outbox(lambda: queue, environment="test", urls=["datastore://p"], clock=time.time)
+    outbox.sweep()
+    assert (found, used) == ([], [None])
+    monkeypatch.delenv("DATASTORE_EMULATOR_HOST")
+    outbox.sweep()
+    outbox.sweep()
+    assert (len(found), used[1:]) == (1, [found[0]] * 2)
 
 
 def test_more_tasks_than_are_remembered_are_found(outbox, queue, server, monkeypatch):
