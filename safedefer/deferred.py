@@ -178,7 +178,8 @@ def defer(
         _retry_options: When it is tried again.
         _target: Which handler.
         _transactional: Enqueue if, and only if, the current transaction commits, that of the innermost
-            ``app.transaction(connection)``. Where the connection is awaited, the task is written at the block's end.
+            ``app.transaction(connection)``, or of ``@ndb.transactional()``. Where the connection is awaited, the task
+            is written at the block's end.
         _url: The path that the task is posted to, or a URL below the address of a target; None: the queue's own URL.
         _deadline: Seconds that one attempt may take, from 1 to 86,400.
         _pickle: Carry the arguments as a pickle; both ends and the key must allow it.

@@ -190,8 +190,8 @@ def _judge_option(file: CodeFile, name: str, value: ast.expr) -> None:
     if name == "_transactional" and constant is not False:
         file.note(
             value, Level.NOTE, "transactional",
-            "_transactional goes with the transaction of a connection, not with the datastore's: put the call into "
-            "with app.transaction(connection):, or defer after the commit",
+            "_transactional needs a transaction: inside @ndb.transactional() of google-cloud-ndb it stays as it is; with a SQL "
+            "database put the call into with app.transaction(connection):",
         )  # fmt: skip
     elif name == "_target" and isinstance(constant, str):
         file.note(

@@ -87,7 +87,7 @@ class Producer:
             queue: The queue's name, ``default`` by default.
             retry_options: ``TaskRetryOptions``: when it is tried again.
             target: Which handler.
-            transactional: Enqueue if, and only if, the transaction of ``app.transaction(...)`` commits.
+            transactional: Enqueue if, and only if, the transaction of ``app.transaction(...)``, or of ``@ndb.transactional()``, commits.
             unique: Return the task of the same call and destination that waits or runs already, if there is one. Names of
                 parameters, ``("order_id",)``: calls with the same values of these arguments are the same.
             unique_until: ``"start"``: look for it only until its first delivery begins; ``"end"`` by default.

@@ -147,6 +147,8 @@ class DatastoreOutlet:
         self._is_given = is_given
         self._address = address
         self._judge = judge
+        self._credentials: Any = None
+        """Kept, with the access token that they have: a new one costs a request."""
         self._client: tuple[int, Any] | None = None
         """The client that this process has used here, and the process."""
         self._expected: deque[tuple[int, QueuedTask, int]] = deque()
@@ -180,7 +182,9 @@ class DatastoreOutlet:
         if not self._is_given:
             yield None
             return
-        with entities.connected(*self._address) as client:
+        if self._credentials is None:
+            self._credentials = entities.find_credentials()
+        with entities.connected(*self._address, self._credentials) as client:
             yield entities.EntityReader(client, self._judge.environment)
 
     def move(self, queue: Queue, _schemas: Sequence[str | None], until: float | None) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from google.api_core import exceptions as api
+from google.auth.credentials import AnonymousCredentials
 from google.cloud import ndb
 
 from safedefer.errors import (
@@ -256,6 +257,37 @@ def test_a_transaction_that_is_run_again_after_a_conflict_gives_one_task(app, se
     assert (waiting(app.queue), rows(server)) == ({runs[1]}, 0)
 
 
+def test_threads_that_contend_for_an_entity_give_as_many_tasks_as_commits(outbox, queue, server):
+    Order(id="a").put()
+    done = []
+
+    @ndb.transactional(retries=2)
+    def place():
+        order = ndb.Key(Order, "a").get()
+        order.total += 1
+        order.put()
+        outbox.put(make_task())
+
+    def work():
+        with server.client.context():
+            for _ in range(4):
+                try:
+                    place()
+                except api.RetryError:  # it has tried often enough
+                    continue
+                done.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ndb.Key(Order, "a").get(use_cache=False).total == len(done) > 0
+    until(lambda: rows(server) == 0)
+    assert len(queue.tasks()) == len(done)
+    assert server.store.transactions == {}
+
+
 def test_what_was_committed_though_the_answer_was_lost_is_swept(outbox, queue, server, monkeypatch):
     """The commit is done, but its answer says that it failed: ndb raises, and calls no function that waits for a commit."""
     quiet(monkeypatch, outbox)
@@ -313,6 +345,31 @@ def test_tasks_of_one_transaction_and_of_many_arrive(outbox, queue, server):
             outbox.put(task)
     until(lambda: waiting(queue) == {task.id for task in many})
     until(lambda: rows(server) == 0)
+
+
+def test_credentials_are_found_once_and_not_for_an_emulator(queue, server, monkeypatch):
+    real, found, used = ndb.Client, [], []
+
+    def default(**given):
+        found.append(AnonymousCredentials())
+        return found[-1], "p"
+
+    def connect(*, credentials, **given):
+        used.append(credentials)
+        with monkeypatch.context() as patch:
+            patch.setenv("DATASTORE_EMULATOR_HOST", server.host)
+            return real(**given)
+
+    connect.SCOPE = real.SCOPE
+    monkeypatch.setattr("google.auth.default", default)
+    monkeypatch.setattr(ndb, "Client", connect)
+    outbox = Outbox(lambda: queue, environment="test", urls=["datastore://p"], clock=time.time)
+    outbox.sweep()
+    assert (found, used) == ([], [None])
+    monkeypatch.delenv("DATASTORE_EMULATOR_HOST")
+    outbox.sweep()
+    outbox.sweep()
+    assert (len(found), used[1:]) == (1, [found[0]] * 2)
 
 
 def test_more_tasks_than_are_remembered_are_found(outbox, queue, server, monkeypatch):
@@ -378,6 +435,11 @@ def test_outside_of_a_transaction_a_task_is_refused(app):
 def test_without_a_context_a_block_says_what_is_missing(queue, client):
     outbox = Outbox(lambda: queue, environment="test", clock=time.time)
     with pytest.raises(BadTransactionStateError, match="client.context"), outbox.transaction(ndb):
+        pass
+
+
+def test_another_module_of_that_name_is_no_datastore(outbox):
+    with pytest.raises(BadTransactionStateError, match=r"the module google\.cloud\.ndb"), outbox.transaction(sys):
         pass
 
 

@@ -88,7 +88,8 @@ def source_of(connection: object) -> Source:
             return source
     raise BadTransactionStateError(
         f"a {type(connection).__name__} is no connection that is known here; pass one of psycopg 3, asyncpg, sqlite3 or "
-        "apsw, a SQLAlchemy connection or session, or Django's connection (of a pool or an engine, one that it gave)"
+        "apsw, a SQLAlchemy connection or session, Django's connection (of a pool or an engine, one that it gave), or the "
+        "module google.cloud.ndb"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -17,6 +18,7 @@ from safedefer.errors import MissingExtra, TaskTooLargeError
 from safedefer.transactions.rows import to_text
 
 try:
+    import google.auth
     import grpc  # type: ignore[import-untyped]
     from google.api_core import exceptions
     from google.api_core.gapic_v1 import routing_header
@@ -195,10 +197,22 @@ class OwnTransaction:
             self._outcome.check_success()
 
 
+def find_credentials() -> Any:
+    """Return the application's default credentials, which keep their access token; None if there is an emulator.
+
+    Raises:
+        DefaultCredentialsError: There are none.
+    """
+    if os.environ.get("DATASTORE_EMULATOR_HOST"):
+        return None
+    credentials, _ = google.auth.default(scopes=ndb.Client.SCOPE)
+    return credentials
+
+
 @contextlib.contextmanager
-def connected(project: str, database: str) -> Iterator[Any]:
+def connected(project: str, database: str, credentials: Any) -> Iterator[Any]:
     """Open a client for some calls: its channel must not be carried across a fork."""
-    client = ndb.Client(project=project, database=database or None)
+    client = ndb.Client(project=project, database=database or None, credentials=credentials)
     try:
         yield client
     finally:
