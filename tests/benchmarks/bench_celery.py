@@ -3,8 +3,8 @@
     python -m tests.benchmarks.bench_celery [--broker valkey|rabbitmq] [--store sqlite|postgres] [--milliseconds 10]
         [--tasks 100] [--rounds 10]
 
-A worker of each runs all the time. In each round each of the two gets so many tasks while its worker is stopped, and the
-time counts from when it goes on until its last task has ended: in turns, so that what else the machine does falls on both.
+A worker of each runs all the time. In each round each of the two gets so many tasks while its worker is stopped; then it goes
+on, and the time counts from the end of the first to that of the last: in turns, so that what else the machine does falls on both.
 ``--milliseconds`` is how long each task takes: tasks that do nothing compare the two at their worst. A sync of the disk is
 measured beside them, since each end of a run is on the disk before its message is acknowledged.
 """
@@ -93,11 +93,10 @@ class Side:
             self._producer.stdin.flush()
             enqueued = float(self._producer.stdout.readline())
         finally:
-            began = time.time()
             os.killpg(self._worker.pid, signal.SIGCONT)
         wait_for(lambda: len(self._ends()) == before + number, _WAIT_SECONDS)
-        ended = self._ends()[-1]
-        return Measured(enqueued / number, (ended - began) / number, (self._processor() - used) / number)
+        first, *_, last = self._ends()[before:]
+        return Measured(enqueued / number, (last - first) / (number - 1), (self._processor() - used) / number)
 
 
 @contextlib.contextmanager
@@ -120,8 +119,10 @@ def both_sides(environment: dict[str, str], folder: Path):
     module = "tests.benchmarks.celery_tasks"
     with (
         contextlib.redirect_stdout(io.StringIO()),  # the workers' logs
-        celery_worker(f"{module}:alone", {**environment, "BENCH_SIDE": "alone"}, "-Q", "celery") as alone,
-        celery_worker(f"{module}:ours", {**environment, "BENCH_SIDE": "ours"}, "-Q", "ours") as ours,
+        celery_worker(
+            f"{module}:alone", {**environment, "BENCH_SIDE": "alone"}, "-Q", "celery", "-n", "alone@%h"
+        ) as alone,
+        celery_worker(f"{module}:ours", {**environment, "BENCH_SIDE": "ours"}, "-Q", "ours", "-n", "ours@%h") as ours,
         subprocess.Popen(
             [sys.executable, "-c", _PRODUCER],
             env={**os.environ, **environment},
