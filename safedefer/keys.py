@@ -102,7 +102,8 @@ class Key(Immutable):
     def begin_mac(self, start: bytes) -> hmac.HMAC:
         """Return the HMAC-SHA-256 of a message that begins so, to be ended by ``end_mac``."""
         # A copy of an HMAC that has its key takes 2.0 us for 500 bytes, hmac.digest() 2.9 us: it is given the secret
-        # again at every call, so that a key had to hold it.
+        # again at every call, so that a key had to hold it. Written by hand with two states of SHA-256, a MAC takes 6,000
+        # instructions less, of the 103,000 of a small task's verification: no reason to have one of our own.
         begun = self._hmac.copy()
         begun.update(start)
         return begun
