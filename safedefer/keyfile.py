@@ -1,4 +1,4 @@
-"""Key files: what the texts say that keys are configured by. Makes no key and does no IO.
+"""Key files: what the texts say that keys are configured by, and what no random secret looks like. Does no IO.
 
 Two formats: ``kid:base64url[,kid:base64url...]``, and a JWK Set (RFC 7517) of ``oct`` keys with members ``safedefer_*``.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Annotated, Any, Final, Literal, Required, TypedDict
+from typing import Annotated, Any, Final, Literal, Required, TypedDict, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,16 +17,21 @@ from pydantic_core import PydanticCustomError
 from safedefer.errors import ConfigurationError, MalformedToken, WeakKey
 from safedefer.token import decode_segment, encode_segment
 
+_T = TypeVar("_T")
+_K = TypeVar("_K")
+
 MAKE_ONE: Final = "make one with `safedefer keys new`"
 #: What `safedefer keys new` prints in front of a key.
 _VARIABLE: Final = "SAFEDEFER_KEYS="
-LOOKS_WRONG: Final = re.compile(
+_LOOKS_WRONG: Final = re.compile(
     rb"^\s*(-----begin|\{|\[|ssh-|ecdsa-)|change[-_ ]?(me|it|this)|placeholder|example|password|insecure|your[-_ ]?secret|default"
 )
 """Finds what no random secret looks like, in one that is text."""
-TOLD: Final = (
+_TOLD: Final = (
     f"a kid has a part of a secret in it, and every token and log shows it; give the key another kid, and {MAKE_ONE}"
 )
+#: Of 32 random bytes some 30 differ.
+_MIN_DIFFERENT: Final = 8
 #: No kid has so many characters of a secret by chance.
 _TOLD_CHARACTERS: Final = 16
 _State = Literal["active", "verify_only", "revoked"]
@@ -160,7 +165,7 @@ def _untold(keys: Iterable[KeyFields]) -> list[KeyFields]:
     """Return keys of which no kid has a part of any secret in it; one of its own ``keys.Key`` refuses too."""
     found = list(keys)
     if tells_secret((key["kid"] for key in found), (key["secret"] for key in found)):
-        raise WeakKey(TOLD)
+        raise WeakKey(_TOLD)
     return found
 
 
@@ -180,6 +185,19 @@ def _decode_secret(kid: str, text: str) -> bytes:
         ) from None
 
 
+def guessable(kid: str, secret: bytes) -> WeakKey | None:
+    """Return why a secret that is long enough looks like none that was made at random; None if it does not."""
+    if tells_secret((kid,), (secret,)):
+        return WeakKey(_TOLD)
+    periodic = any(secret[period:] == secret[:-period] for period in range(1, len(secret) // 2 + 1))
+    if periodic or len(set(secret)) < _MIN_DIFFERENT:
+        return WeakKey(f"the secret of key {shown_kid(kid)} repeats itself; {MAKE_ONE}")
+    # Looks are judged of text only: one random key in 256 begins with a brace.
+    if secret.isascii() and _LOOKS_WRONG.search(secret.lower()):
+        return WeakKey(f"the secret of key {shown_kid(kid)} looks like a placeholder or a key file; {MAKE_ONE}")
+    return None
+
+
 def tells_secret(kids: Iterable[str], secrets: Iterable[bytes]) -> bool:
     """Whether a kid has a part of a secret in it, as it is or as base64url, base64 or hex spell it."""
     spelled = chain.from_iterable((secret, encode_segment(secret), secret.hex().encode()) for secret in secrets)
@@ -189,3 +207,21 @@ def tells_secret(kids: Iterable[str], secrets: Iterable[bytes]) -> bool:
 
 def _parts(text: bytes) -> Iterator[bytes]:
     return (text[at : at + _TOLD_CHARACTERS] for at in range(len(text) - _TOLD_CHARACTERS + 1))
+
+
+def attempt(read: Callable[[_T], list[KeyFields]], text: _T, make: Callable[..., _K]) -> list[_K] | ConfigurationError:
+    """Return the keys of a text, or why it has none, without the frames that held secrets."""
+    try:
+        return [make(**fields) for fields in read(text)]
+    except ConfigurationError as error:
+        error.__context__ = error.__cause__ = None
+        return error.with_traceback(None)
+    except (TypeError, AttributeError, UnicodeError):  # it is no text, or none that can be written in UTF-8
+        return ConfigurationError(f"keys are read from a text in UTF-8; {MAKE_ONE}")
+
+
+def unwrap(result: list[_K] | ConfigurationError) -> list[_K]:
+    """Return the keys of a text, or raise why it has none."""
+    if isinstance(result, ConfigurationError):
+        raise result
+    return result

@@ -33,10 +33,11 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from importlib import import_module
 from types import ClassMethodDescriptorType, FunctionType, MappingProxyType, MethodDescriptorType
-from typing import Any, Final, NoReturn, Protocol, TypeVar, cast, final
+from typing import Any, Final, NoReturn, TypeVar, cast, final
 
 from pydantic import ValidationError
 
+from safedefer import refusals
 from safedefer.errors import (
     CapabilityExceeded,
     ConfigurationError,
@@ -45,7 +46,8 @@ from safedefer.errors import (
     UnresolvableCallable,
 )
 from safedefer.gadgets import GADGETS, HARMLESS_BASES, HARMLESS_TYPES, is_gadget, is_standard_library
-from safedefer.keys import Immutable
+from safedefer.gate import Gate
+from safedefer.immutable import Immutable
 from safedefer.refs import (
     METACLASSES,
     UNBOUND,
@@ -93,39 +95,6 @@ def deferrable(obj: _T) -> _T:
         )
     _MARKED[id(obj)] = obj
     return obj
-
-
-class Gate(Protocol):
-    """What is asked before a class or a callable is named or loaded. Whoever asks imports nothing itself."""
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether a name that was admitted stays so. Marks come with the modules that are imported."""
-        ...
-
-    def load(self) -> None:
-        """Import and look up what is named exactly, when a handler starts. Raises ``ConfigurationError``."""
-        ...
-
-    def check(self, ref: CallableRef) -> CallableRef:
-        """Admit a reference by its names. Raises ``PolicyViolation`` or ``CapabilityExceeded``."""
-        ...
-
-    def class_name(self, cls: type) -> str:
-        """Name a class as ``module:qualname``, proved and admitted. Raises ``NotDeferrable``."""
-        ...
-
-    def load_class(self, name: str) -> type:
-        """Find an admitted class. Raises a ``RejectedTask``: not admitted, or not that class."""
-        ...
-
-    def callable_ref(self, obj: object) -> CallableRef:
-        """Name a callable, proved and admitted. Raises ``NotDeferrable``."""
-        ...
-
-    def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
-        """Find an admitted callable. Raises a ``RejectedTask``: not admitted, or not that callable."""
-        ...
 
 
 @final
@@ -350,10 +319,7 @@ class Policy(Immutable):
                 continue
             name = class_path(definer)
             if not self._defines(definer):
-                raise PolicyViolation(
-                    f"{ref} may not run: its construction is that of {name}, which is not admitted; "
-                    f"add '{name}.__init__' or '{ref}' to the policy if that may run on the arguments of a task"
-                )
+                raise refusals.foreign_construction(str(ref), name)
 
     def _names_construction(self, definer: type) -> bool:
         """Whether an exact pattern names the ``__init__`` or ``__new__`` of a class."""
@@ -381,10 +347,7 @@ class Policy(Immutable):
         name = class_path(definer)
         module, _, qualname = name.partition(":")
         if ref.kind == "builtin_method":
-            raise PolicyViolation(
-                f"{ref} may not run: it is a built-in method, which needs an exact pattern; "
-                f"add '{name}.{member}' to the policy if it may run on the arguments of a task"
-            )
+            raise refusals.builtin_method(str(ref), f"{name}.{member}")
         if self._is_gadget(module, qualname, member):
             _deny(ref, f"it is a known gadget of {name}, which needs an exact pattern")
         # By name first: the proof that the class is found there may import.
@@ -402,7 +365,7 @@ class Policy(Immutable):
             return name
         module, qualname = check_class(cls, metaclasses=self._metaclasses, nested=True)
         if not self._admits(module, qualname):
-            raise NotDeferrable(f"the class {name} is not admitted; {_remedy(name)}", reason="policy", missing=(name,))
+            raise refusals.class_not_admitted(name)
         if name in self._moved:
             raise NotDeferrable(f"the class {name} has moved; use {self._moved[name]}", reason="moved")
         self._check_exact_class(name, cls, NotDeferrable)
@@ -634,14 +597,7 @@ def _metaclass(item: type | str) -> type:
 
 
 def _deny(ref: CallableRef, why: str) -> NoReturn:
-    raise PolicyViolation(f"{ref} may not run: {why}; {_remedy(str(ref), why)} if it should")
-
-
-def _remedy(name: str, why: str = "") -> str:
-    """Say which patterns would help: none of a module admits built-ins, the standard library or a gadget."""
-    module, _, qualname = name.partition(":")
-    exact = "exact" in why or is_standard_library(module) or is_gadget(module, qualname)
-    return f"add '{name}'{'' if exact else ' or its module'} to the policy"
+    raise refusals.not_admitted(str(ref), why)
 
 
 def _shown(name: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, Final, final
 
-from safedefer.policy import Gate
+from safedefer.gate import Gate
 from safedefer.refs import UNBOUND, CallableRef, class_path, module_dict, reference
 
 _SIZE: Final = 4096

@@ -31,15 +31,15 @@ from types import (
     FunctionType,
     MethodDescriptorType,
     MethodType,
-    MethodWrapperType,
     ModuleType,
     NoneType,
 )
-from typing import Annotated, Any, ClassVar, Final, Literal, NoReturn, Protocol, TypeAlias, cast
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias, cast
 
 import typing_extensions
 from pydantic import BaseModel, ConfigDict, Field
 
+from safedefer import refusals
 from safedefer.errors import NotDeferrable, UnresolvableCallable
 from safedefer.wrappers import is_bound_task, unwrapped
 
@@ -285,19 +285,14 @@ def check_class(cls: type, *, metaclasses: frozenset[type] = METACLASSES, nested
     """
     module, _, qualname = class_path(cls).partition(":")
     if "<locals>" in qualname:
-        _refuse("nested-class", f"{qualname} is defined inside a function", "move it to the top level of a module")
+        raise refusals.local_class(qualname)
     if "." in qualname and not nested:
-        _refuse("nested-class", f"{qualname} is a nested class", "move it to the top level of a module")
+        raise refusals.nested_class(qualname)
     # By identity: a set would ask the metaclass's own metaclass for a hash.
     if type(cls) is not type and not any(type(cls) is known for known in metaclasses):
         name, loud = class_path(type(cls)), loud_hooks(cls)
         for hook in (hook for hook in loud if not nested or hook in _LOUD_FOR_VALUES):
-            remedy = f"name it in Policy(metaclasses=['{name}']) or SAFEDEFER_METACLASSES={name} if that is safe"
-            _refuse(
-                "metaclass",
-                f"{qualname} has the metaclass {name}, which defines {hook}",
-                f"{remedy}, or defer a function",
-            )
+            raise refusals.metaclass(qualname, name, hook)
     _prove(cls, module, qualname)
     return module, qualname
 
@@ -340,7 +335,7 @@ def _classify(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         if issubclass(cast("type", obj), type) or (
             issubclass(kind, EnumType) and not _TYPE_DICT(obj).get("_member_map_")
         ):
-            _refuse("unsupported", f"to call {qualname} makes a class", "defer a function that makes it")
+            raise refusals.makes_class(qualname)
         return reference("class", module, qualname, None)
     return _instance(obj, metaclasses)
 
@@ -349,12 +344,12 @@ def _function(func: FunctionType) -> CallableRef:
     _check_code(func)
     module, qualname = _text(func.__module__), _text(func.__qualname__)
     if "<locals>" in qualname:
-        _refuse("nested-function", "a nested function cannot be found by name", "move it to the top level of a module")
+        raise refusals.nested_function()
     if "." in qualname:
-        _refuse_unbound(module, qualname)
+        raise refusals.unbound_method(qualname, _kind_of_member(module, qualname))
     # Such as the ``__getattr__`` of a module, which may import what it is asked for.
     if qualname.startswith("__") and qualname.endswith("__"):
-        _refuse("dunder", f"{qualname} is a special function, which Python calls itself", "give it another name")
+        raise refusals.special_function(qualname)
     _prove(func, module, qualname)
     return reference("function", module, qualname, None)
 
@@ -363,7 +358,7 @@ def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
     owner: object = method.__self__
     func: object = method.__func__
     if type(func) is not FunctionType:
-        _refuse("unsupported", "the method wraps something that is not a Python function", "defer a plain method")
+        raise refusals.wrapped_method()
     is_class = _is_class(owner)
     cls = cast("type", owner) if is_class else type(owner)
     member = _text(func.__name__)
@@ -374,13 +369,9 @@ def _method(method: MethodType, metaclasses: frozenset[type]) -> CallableRef:
     definer, raw = _static_member(named, member)
     if is_class:
         if type(raw) is not classmethod or raw.__func__ is not func:
-            _refuse(
-                "overridden",
-                f"{qualname}.{member} is not this class method",
-                "defer the class method through the class that it is bound to, not through super() or a metaclass",
-            )
+            raise refusals.overridden_classmethod(qualname, member)
     elif raw is not func:
-        _refuse_member(qualname, member, raw)
+        raise refusals.other_member(qualname, member, raw)
     _check_home(func, definer, member)
     return reference("classmethod" if is_class else "method", module, qualname, member)
 
@@ -396,7 +387,7 @@ def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     module, qualname = check_class(cls, metaclasses=metaclasses)
     _, raw = _static_member(cls, name)
     if type(raw) is staticmethod or not _same_builtin(_bind_raw(raw, owner, cls), obj):
-        _refuse_member(qualname, name, raw)
+        raise refusals.other_member(qualname, name, raw)
     return reference("builtin_method", module, qualname, name)
 
 
@@ -405,39 +396,23 @@ def _builtin_function(obj: object, home: ModuleType | None, name: str) -> Callab
     for module in map(_text, (*modules, cast("Any", obj).__module__)):
         if len(module) <= _MAX_NAME and is_found(obj, module, name):
             return reference("builtin", module, name, None)
-    if "." in cast("Any", obj).__qualname__:  # such as str.maketrans
-        _refuse("static-method", f"the built-in {name} is a static method", "defer a function that calls it")
-    return _refuse("not-found", f"the built-in {name} is not found by its name", "defer a function that calls it")
+    raise refusals.missing_builtin(name, cast("Any", obj).__qualname__)
 
 
-_PARTIAL: Final = ("partial", "functools.partial objects are not carried", "pass the arguments to defer() instead")
 #: What a singledispatchmethod gives is a function, refused by its name, and from Python 3.14 on an object of this class.
 _DISPATCHING: Final = type(singledispatchmethod(partial).__get__(None, object))
-_UNBOUND: Final = ("unbound-method", "it is a singledispatchmethod", "defer a plain method of an object: obj.method")
 
 
 def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     cls = type(obj)
-    qualname = _TYPE_QUALNAME(cls)
-    if cls is partial or cls is _DISPATCHING:
-        _refuse(*(_PARTIAL if cls is partial else _UNBOUND))
-    if cls is staticmethod or cls is classmethod:
-        _refuse("descriptor", f"a raw {qualname} object cannot be called by name", "defer it through its class")
-    if cls is MethodWrapperType:
-        _refuse("dunder", "special methods are not carried", "defer a function that uses the operator")
+    if cls is _DISPATCHING:
+        raise refusals.unbound_method("it", singledispatchmethod)
     if is_bound_task(obj):
-        problem = "the function of this Celery task takes the task (bind=True), which no worker of safedefer has"
-        _refuse("unsupported", problem, "take bind=True and self away; ask safedefer.current_task() for what self said")
+        raise refusals.bound_task()
     definer = next((c for c in _TYPE_MRO(cls) if "__call__" in _TYPE_DICT(c)), None)
-    if definer is None:
-        _refuse("not-callable", f"an object of {qualname} is not callable", "pass a function and its arguments")
-    call = _TYPE_DICT(definer)["__call__"]
-    if type(call) is not FunctionType:
-        _refuse(
-            "unsupported",
-            f"an object of {qualname} is callable, but not through a __call__ written in Python",
-            "defer a function at the top level of a module",
-        )
+    call = _TYPE_DICT(definer)["__call__"] if definer is not None else None
+    if definer is None or type(call) is not FunctionType:
+        raise refusals.not_callable(cls, _TYPE_QUALNAME(cls), has_call=definer is not None)
     _check_code(call)
     module, qualname = check_class(cls, metaclasses=metaclasses)
     # `__call__ = run` in the class itself is one more name for a method of it.
@@ -451,27 +426,13 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
 def _prove(obj: object, module: str, qualname: str) -> None:
     """Refuse unless looking ``module:qualname`` up gives ``obj`` itself."""
     if _DOTTED.fullmatch(module) is None or _DOTTED.fullmatch(qualname) is None:
-        _refuse(
-            "name",
-            f"{qualname!a} in {module!a} is not an ASCII name",
-            "give both ASCII names (class IntPage(Page[int])); a mock has none",
-        )
+        raise refusals.not_ascii(module, qualname)
     if len(module) > _MAX_NAME or len(qualname) > _MAX_NAME:
-        _refuse("name", f"a name is over {_MAX_NAME} characters", "give module and object shorter names")
+        raise refusals.long_name(_MAX_NAME)
     if module in _MAIN_MODULES:
-        home = _main_file()
-        _refuse(
-            "main-module",
-            f"{qualname} lives in {module}, and the process that runs the task has another {module}",
-            f"move it to a module that can be imported{home}",
-        )
+        raise refusals.main_module(module, qualname)
     if not is_found(obj, module, qualname):
-        _refuse(
-            "not-found",
-            f"looking up {module}:{qualname} gives something else",
-            "defer the object under the name and in the module where it is defined; for a mock, what it stands for; for what a "
-            "decorator left there, call safedefer.register_wrapper",
-        )
+        raise refusals.found_otherwise(module, qualname)
 
 
 def is_found(obj: object, module: str, qualname: str) -> bool:
@@ -485,68 +446,47 @@ def is_found(obj: object, module: str, qualname: str) -> bool:
 def _static_member(cls: type, member: str) -> tuple[type, object]:
     try:
         return find_member(cls, member)
-    except UnresolvableCallable:
-        _refuse(
-            "not-found",
-            f"{_TYPE_QUALNAME(cls)} has no member of the method's own name, {member}",
-            "define the method in the class under its own name (decorators need functools.wraps)",
-        )
+    except UnresolvableCallable as error:
+        raise refusals.missing_member(_TYPE_QUALNAME(cls), member) from error
 
 
 def _check_code(func: FunctionType) -> None:
     if func.__code__.co_name == "<lambda>" or func.__name__ == "<lambda>":
-        _refuse("lambda", "a lambda cannot be found by name", "write it as a function at the top level of a module")
+        raise refusals.lambda_function()
     # What functools.wraps wrapped counts too: @contextmanager and the like call it, and run nothing of its body.
     inner: object = func
     for _ in range(_MAX_WRAPPED):
         if type(inner) is not FunctionType:
             break
         if inner.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
-            _refuse("generator", "calling a generator function runs nothing", "defer a function that exhausts it")
+            raise refusals.generator()
         inner = inner.__dict__.get("__wrapped__")
 
 
 def _check_member(member: str) -> None:
     if member.startswith("__") and member.endswith("__"):
-        _refuse("dunder", f"{member} is a special method", "defer the object itself, or a function")
+        raise refusals.special_method(member)
     if _MEMBER.fullmatch(member) is None:
-        _refuse("name", f"{member!a} is name-mangled or not ASCII", "give the method one leading underscore at most")
+        raise refusals.mangled_member(member)
     if len(member) > _MAX_NAME:
-        _refuse("name", f"a name is over {_MAX_NAME} characters", "give the method a shorter name")
+        raise refusals.long_member(_MAX_NAME)
 
 
 def _check_home(func: FunctionType, definer: type, member: str) -> None:
     """Refuse a function that only hangs on the class: it has a name of its own elsewhere."""
     module, qualname = _text(func.__module__), _text(func.__qualname__)
     if f"{module}:{qualname}" != f"{class_path(definer)}.{member}":
-        _refuse(
-            "foreign-member",
-            f"{member} is {qualname!a} of {module!a}, hung on a class",
-            "defer that function, or define the method in the class",
-        )
+        raise refusals.foreign_member(member, module, qualname)
 
 
-def _refuse_unbound(module: str, qualname: str) -> NoReturn:
+def _kind_of_member(module: str, qualname: str) -> type | None:
+    """Return the type of what a class has under the name of a function, for the message that refuses the function."""
     owner, _, name = qualname.rpartition(".")
     try:
         raw = find(module, owner)
-        kind = type(find_member(cast("type", raw), name)[1]) if _is_class(raw) else None
+        return type(find_member(cast("type", raw), name)[1]) if _is_class(raw) else None
     except (UnresolvableCallable, TypeError):
-        kind = None
-    if kind is staticmethod:
-        _refuse("static-method", f"{qualname} is a static method", "make it a function at the top level of a module")
-    what = "a singledispatchmethod" if kind is singledispatchmethod else "a method without its object"
-    _refuse("unbound-method", f"{qualname} is {what}", "defer a plain method of an object: obj.method")
-
-
-def _refuse_member(qualname: str, member: str, raw: object) -> NoReturn:
-    if type(raw) is staticmethod:
-        _refuse("static-method", f"{qualname}.{member} is a static method", "make it a function at the top level")
-    _refuse(
-        "overridden",
-        f"{qualname}.{member} is something else than this method",
-        "defer the method through the object's own class, not through super()",
-    )
+        return None
 
 
 # --- Look-ups of members --------------------------------------------------------------------------
@@ -611,16 +551,6 @@ def _import(module: str) -> object:
         ) from error
 
 
-def _main_file() -> str:
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = getattr(spec, "name", None)
-    return f", such as a new module beside {name}" if name else ", such as tasks.py, and import it from there"
-
-
 def _text(value: object) -> str:
     """Return a name as it is if it is exactly text, else empty: a subclass of ``str`` brings methods of its own."""
     return value if type(value) is str else ""
-
-
-def _refuse(reason: str, problem: str, remedy: str) -> NoReturn:
-    raise NotDeferrable(f"{problem}; {remedy}", reason=reason)

@@ -18,8 +18,8 @@ from safedefer.cli.options import TEXT
 from safedefer.cli.references import prove
 from safedefer.cli.text import plain
 from safedefer.errors import Error, NotDeferrable, PolicyViolation
+from safedefer.gate import Gate
 from safedefer.keys import Key, KeyState
-from safedefer.policy import Gate
 from safedefer.refs import CallableRef, find, find_member, reference
 from safedefer.wrappers import unwrapped
 

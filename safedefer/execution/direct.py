@@ -87,7 +87,8 @@ class DirectRunner:
             if inspect.isawaitable(result):
                 return asyncio.run(await_within(inner, lambda: result))
             return result
-        result = prepared()
+        target, args, kwargs = prepared
+        result = target(*args, **kwargs)
         return asyncio.run(_awaited(result)) if result is not None and inspect.isawaitable(result) else result
 
     async def run_async(self, data: bytes) -> object:
