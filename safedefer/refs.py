@@ -462,8 +462,7 @@ def _prove(obj: object, module: str, qualname: str) -> None:
         _refuse(
             "not-found",
             f"looking up {module}:{qualname} gives something else",
-            "defer the object under the name and in the module where it is defined; for a mock, what it stands for; for what a "
-            "decorator left there, call safedefer.register_wrapper",
+            "defer the object where it is defined; for a mock, what it stands for; for what a decorator left, call register_wrapper",
         )
 
 
