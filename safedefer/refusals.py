@@ -192,10 +192,7 @@ def main_module(module: str, qualname: str) -> NotDeferrable:
 def found_otherwise(module: str, qualname: str) -> NotDeferrable:
     """Refuse what its own name does not lead to."""
     problem = f"looking up {module}:{qualname} gives something else"
-    remedy = (
-        "defer the object under the name and in the module where it is defined; for a mock, what it stands for; for what a "
-        "decorator left there, call safedefer.register_wrapper"
-    )
+    remedy = "defer the object where it is defined; for a mock, what it stands for; for what a decorator left, call register_wrapper"
     return _error("not-found", problem, remedy)
 
 
