@@ -224,7 +224,7 @@ SEEN = {
     "method_of_a_plain_object": 3, "runner_with_a_class": 3, "user": 3, "countdown": 2, "retry_options": 2, "name": 2, "method_of_an_entity": 2,
     "urlsafe_key": 2, "function_in_a_loop": 1, "function_passed_through": 1, "object_of_objects": 1, "entity_and_a_path": 1, "model_class_as_argument": 1,
     "list_of_keys": 1, "values_of_ndb": 1, "keyword_arguments": 1, "pickled_bytes": 1, "parsed_url": 1, "query_object": 1,
-    "transactional_outside": 10, "method_of_a_handler": 2, "own_parameter_with_an_underscore": 1, "lambda_": 1,
+    "transactional_in_ndb": 7, "transactional_with_an_entity_and_retries": 3, "method_of_a_handler": 2, "own_parameter_with_an_underscore": 1, "lambda_": 1,
 }  # fmt: skip
 #: What ``taskqueue`` refused beside the arguments, or what did another thing than was meant: a generator ran nothing.
 NEVER = {

@@ -50,6 +50,20 @@ def book(**more):
     )  # fmt: skip
 
 
+def converted(entity):
+    """Return an entity as ``put`` leaves it: its values in the form of the datastore."""
+    ndb_model._entity_to_ds_entity(entity)
+    for prop in type(entity)._properties.values():
+        if prop._name in entity._values:
+            prop._get_base_value_unwrapped_as_list(entity)
+    assert any(
+        type(each.b_val) is ndb_model._CompressedValue
+        for each in entity._values.values()
+        if type(each) is ndb_model._BaseValue
+    )
+    return entity
+
+
 KEYS = {
     "id": lambda: ndb.Key("A", 1),
     "name": lambda: ndb.Key("A", "ü/1"),
@@ -66,6 +80,7 @@ ENTITIES = {
     "saved": lambda: book(id=5, namespace="n", project="other"),
     "child": lambda: book(id="x", parent=ndb.Key("Shelf", 1)),
     "incomplete key": lambda: book(parent=ndb.Key("Shelf", 1)),
+    "compressed": lambda: converted(book(id=5)),
     "empty": lambda: Book(),
     "expando": lambda: Loose(name="n", size=3, sizes=[1, 2], sub=Loose(x=1), plain={"a": 1}, home=Address(city="c")),
     "plain expando": lambda: ndb.Expando(a=1),
@@ -288,7 +303,8 @@ def cyclic():
     (lambda: with_attribute(ndb.GeoPt(1, 2)), "added"), (lambda: ndb.GeoPt("1", 2), "added"), (lambda: ndb.Cursor("text"), "added"),
     (replaced, "replaces properties"), (computed, "no plain one"), (forged_key, "is a Key"), (cyclic, "contains itself"), (lambda: shelf.Reduced(), "__reduce__"),
     (lambda: shelf.WithState(), "__getstate__"), (lambda: shelf.WithSlots(), "slots"),
-    (lambda: with_attribute(Entity()), "stored entity"),
+    (lambda: with_attribute(Entity()), "stored entity"), (lambda: with_attribute(ndb_model._CompressedValue(b"x")), "compressed value"),
+    (lambda: with_attribute(ndb_model._CompressedValue(b"x"), "z_val"), "compressed value"),
 ])  # fmt: skip
 def test_what_would_be_dropped_is_refused(make, word):
     with pytest.raises(UnencodableArgument, match=word):
@@ -389,7 +405,7 @@ BAD = {
         1, tuples(), tuples(None, "A", None, CLASS, *[None] * 9), tuples(None, "A", None, None, [1], *[None] * 8),
         tuples(CLASS, *[None] * 12), tuples(None, 1, *[None] * 11), tuples(*[None] * 11, tuples(1), None), tuples(None, "A", {"a": 1}, *[None] * 10),
     ],
-    "$google_ndb_compressed": [tuples("x")], "$google_ndb_stored": [tuples(), 1],
+    "$google_ndb_compressed": [tuples("x"), tuples(), 1], "$google_ndb_stored": [tuples(), 1],
     "$google_datastore_entity": [1, tuples(None, [], {"$frozenset": []}, {}), tuples(1, {}, {"$frozenset": []}, {}), tuples(None, {"$dict": [[1, 2]]}, {"$frozenset": []}, {})],
     "$google_ndb_entity": [
         1, tuples(CLASS), tuples(f"{HERE}:Book", None, {}, tuples(), tuples()), tuples({"$class": "builtins:int"}, None, {}, tuples(), tuples()),

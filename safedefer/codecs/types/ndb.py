@@ -43,7 +43,7 @@ def _types() -> tuple[PackedType, ...]:
         })),
         PackedType("$google_ndb_blobkey", (model.BlobKey,), *holder(model.BlobKey, {"_blob_key": (bytes, type(None))})),
         PackedType("$google_ndb_stored", (model._BaseValue,), *holder(model._BaseValue, {"b_val": None})),
-        PackedType("$google_ndb_compressed", (model._CompressedValue,), *holder(model._CompressedValue, {"z_val": (bytes,)})),
+        PackedType("$google_ndb_compressed", (model._CompressedValue,), *_compressed(model._CompressedValue)),
         *query_types(sys.modules[f"{_MODULE}.query"], key),
         *(PackedType("$google_ndb_live", (), _refuse, _refuse, base=live) for live in _live()),
         PackedType("$google_datastore_key", (stored_key,), keys.stored_parts, keys.stored),
@@ -59,6 +59,27 @@ def _live() -> tuple[type, ...]:
 
 def _refuse(_: object) -> NoReturn:
     raise Refusal("it is a client, a connection or a call under way of this process; pass an id, and have the task ask")
+
+
+def _compressed(cls: Any) -> tuple[Any, Any]:
+    """Return the functions of compressed values, which are bytes and hold these bytes as an attribute too."""
+
+    def parts(value: Any) -> tuple[bytes]:
+        own, content = own_state(value), bytes.__getnewargs__(value)[0]
+        if own.keys() != {"z_val"} or type(own["z_val"]) is not bytes or own["z_val"] != content:
+            raise Refusal(
+                "an attribute was added to the compressed value, or it holds what it should not; pass the key"
+            )
+        return (content,)
+
+    def make(values: Any) -> object:
+        if type(values) is not tuple or len(values) != 1 or type(values[0]) is not bytes:
+            raise Refusal("$google_ndb_compressed is a tuple of $bytes")
+        made = bytes.__new__(cls, values[0])
+        own_state(made)["z_val"] = values[0]
+        return made
+
+    return parts, make
 
 
 class _Keys:

@@ -612,6 +612,29 @@ def transactional_if_there_is_one(order):
     deferred.defer(tasks.work, order.number, _transactional=ndb.in_transaction())
 
 
+@ndb.transactional()
+def transactional_in_ndb(order):
+    order.put()
+    deferred.defer(tasks.charge, order.key, 5, _transactional=True)
+
+
+def transactional_with_an_entity_and_retries(order):
+    def change():
+        order.paid = True
+        order.put()
+        options = deferred.TaskRetryOptions(task_age_limit=3600)
+        deferred.defer(tasks.work, order, _transactional=True, _countdown=5, _retry_options=options)
+
+    ndb.transaction(change, xg=True)
+
+
+def in_a_transaction_without_being_part_of_it(order):
+    def change():
+        deferred.defer(tasks.work, order.key)
+
+    ndb.transaction(change)
+
+
 def naive_eta(order):
     deferred.defer(tasks.work, order.number, _eta=datetime(2030, 1, 1))
 
