@@ -221,7 +221,8 @@ class Notices:
             if told is not None and late < _IN_TIME_SECONDS:
                 self._late_told = None
                 notify(self._observers, QueueLate(queue="", seconds=0.0, waiting=0))
-            elif late > LATE_SECONDS and (told is None or ticks - told > _TELL_EVERY):
+            # What waited for this process to start is not late by it.
+            elif min(late, now - self._since) > LATE_SECONDS and (told is None or ticks - told > _TELL_EVERY):
                 name, waiting = _most_late(queue.stats(now=now), queues)
                 self._late_told = ticks
                 notify(self._observers, QueueLate(queue=name, seconds=late, waiting=waiting))

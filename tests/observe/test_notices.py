@@ -19,7 +19,7 @@ from safedefer.events import (
     hears_enqueued,
     is_heard,
 )
-from safedefer.observe.notices import Notices, ProcessRole
+from safedefer.observe.notices import LATE_SECONDS, Notices, ProcessRole
 from safedefer.observe.troubles import ProcessReport, Troubles
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
@@ -128,9 +128,10 @@ def test_a_process_that_takes_tasks_says_so_and_its_end_takes_that_back(queue):
 def test_a_queue_that_is_late_is_told_once_and_when_it_is_over():
     app, told = make_app(), Recorder()
     app.defer(sample_tasks.add, 1)
-    ahead = [10.0]
+    ahead = [0.0]
     notices = Notices(lambda: app.queue, Observers(told), lambda: time.time() + ahead[0])
     notices._role = ProcessRole(command="run", beats=True, takes=True)
+    ahead[0] = 10.0
     for _ in range(2):
         notices._look_for_late()
     (late,) = told.events
@@ -190,3 +191,21 @@ def test_a_forked_child_has_troubles_and_a_thread_of_its_own(queue):
     wait_until(lambda: any(each.refused[0].reason == "unknown-key" for each in read(queue)))
     notices.close()
     wait_until(lambda: "safedefer-notices" not in {each.name for each in threading.enumerate()})
+
+
+def test_a_process_that_has_just_started_does_not_call_late_what_waited_for_it():
+    app, told = make_app(), Recorder()
+    app.defer(sample_tasks.add, 1)
+    started = float(int(time.time()) + 3600)
+    now = [started]
+    notices = Notices(lambda: app.queue, Observers(told), lambda: now[0])
+    notices._role = ProcessRole(command="run", beats=True, takes=True)
+    for now[0] in (started, started + LATE_SECONDS):
+        notices._look_for_late()
+    assert told.events == []
+    now[0] = started + LATE_SECONDS + 0.1  # it had its time, and took nothing
+    notices._look_for_late()
+    (late,) = told.events
+    assert late.seconds > 3000.0
+    notices.close()
+    app.close()
