@@ -8,6 +8,7 @@ try:
 except ImportError:
     collect_ignore_glob = ["test_*.py"]
 else:
+    from tests.datastore.kinds import use_kinds
     from tests.datastore.server import DatastoreServer
     from tests.datastore.store import Store
 
@@ -43,3 +44,8 @@ def client(server):
 def context(client):
     with client.context() as context:
         yield context
+
+
+@pytest.fixture(autouse=True)
+def kinds(request, monkeypatch):
+    use_kinds(monkeypatch, request.module)

@@ -24,6 +24,7 @@ from safedefer import Policy, deferred
 from safedefer.errors import DeferError
 from safedefer.refs import UNBOUND, bound_object
 from safedefer.testing import TestApp
+from tests.datastore.kinds import use_kinds
 from tests.datastore.server import DatastoreServer
 from tests.datastore.store import Store
 from tests.ported.compare import state
@@ -84,6 +85,11 @@ TO_WRITE = {
     "name_with_a_space": "A-Z a-z 0-9 _ -", "misspelt_option": "did you mean _queue?", "djangaes_options": "_small_task; leave it out; _service; use _target",
     "own_keyword_with_an_underscore": "app.options(...).defer(...)",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def kinds(monkeypatch):
+    use_kinds(monkeypatch, models, legacy)
 
 
 @pytest.fixture(scope="module")
