@@ -71,7 +71,7 @@ class PushedBegin:
             return self._storage(partial(self._begin_many, asked))
         return asyncio.ensure_future(self._begin_here(queue, calls, asked))
 
-    async def _begin_here(self, queue: PushQueue, calls: PushedCalls, asked: Sequence[PushedRun]) -> list[FoundRun]:
+    async def _begin_here(self, queue: PushQueue, calls: PushedCalls, asked: Sequence[PushedRun]) -> Sequence[FoundRun]:
         """Begin in one step, without a thread, the runs of tasks that the ledger does not know. The others take the longer way."""
         found: dict[int, FoundRun] = {}
         engine, runs = queue.engine, [each.execution for each in asked]
@@ -102,7 +102,7 @@ class PushedBegin:
             found.update(zip(left, others, strict=True))
         return [found[number] for number in range(len(asked))]
 
-    def _begin_many(self, asked: Sequence[PushedRun]) -> list[FoundRun]:
+    def _begin_many(self, asked: Sequence[PushedRun]) -> Sequence[FoundRun]:
         """Ask the engine, the store and the ledger, in a thread: what is not due, or not the engine's, begins no run."""
         queue, now = self._queue(), self._clock()
         genuine = [queue.engine.authenticate(each.headers) for each in asked]

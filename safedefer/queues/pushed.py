@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from safedefer.queues.base import BLOB_KEY
 
 if TYPE_CHECKING:
-    from safedefer.ledger import Admission, Execution, LedgerCalls, PushedCalls, RunEnd
+    from safedefer.ledger import Admission, AttemptRecord, Execution, LedgerCalls, PushedCalls, RunEnd
     from safedefer.queues.base import PullQueue
     from safedefer.queues.push_engine import PushEngine
 
@@ -46,12 +46,26 @@ class PushedLedger:
     def __init__(self, engine: PushEngine, store: PullQueue) -> None:
         self._engine = engine
         self._store = store
-        inner = store.ledger
-        self.begin_many = inner.begin_many
-        self.extend_many = inner.extend_many
-        self.lost_many = inner.lost_many
-        self.finish_many = inner.finish_many
-        self.record_many = inner.record_many
+
+    def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
+        """Ask to run; ``lease`` is seconds."""
+        return self._store.ledger.begin_many(executions, now=now, lease=lease)
+
+    def extend_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[bool]:
+        """Extend the leases of runs."""
+        return self._store.ledger.extend_many(executions, now=now, lease=lease)
+
+    def lost_many(self, executions: Sequence[Execution], *, now: float) -> Sequence[bool]:
+        """Return for which of these tasks a run began and neither ended nor is extended any more."""
+        return self._store.ledger.lost_many(executions, now=now)
+
+    def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
+        """Store the ends of runs."""
+        return self._store.ledger.finish_many(ends)
+
+    def record_many(self, records: Sequence[AttemptRecord]) -> None:
+        """Store attempts that never came to run."""
+        self._store.ledger.record_many(records)
 
     @property
     def calls(self) -> PushedCalls | None:

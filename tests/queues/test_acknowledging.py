@@ -14,7 +14,8 @@ from safedefer.errors import QueueUnavailable
 from safedefer.queues.celery import acknowledging
 from safedefer.queues.celery.acknowledging import Acknowledgements
 from safedefer.queues.celery.engine import TASK_NAME, CeleryEngine
-from safedefer.queues.celery.worker import LastSync, SyncedRequest
+from safedefer.queues.celery.worker import _LastSync as LastSync
+from safedefer.queues.celery.worker import _SyncedRequest as SyncedRequest
 
 
 class Syncs:

@@ -129,9 +129,10 @@ class CeleryEngine:
             ignore_result=True,
             max_retries=None,
             serializer="json",
-            Request="safedefer.queues.celery.worker:SyncedRequest",
+            Request="safedefer.queues.celery.worker:_SyncedRequest",
         )
-        celery.steps["consumer"].add("safedefer.queues.celery.worker:LastSync")
+        steps: dict[str, set[str]] = celery.steps  # pyright: ignore[reportAssignmentType]
+        steps["consumer"].add("safedefer.queues.celery.worker:_LastSync")
         worker_before_create_process.connect(self._before_child, weak=False)
         worker_ready.connect(self._worker_ready, weak=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import bootsteps  # type: ignore[import-untyped]
 from celery.worker import state  # type: ignore[import-untyped]
@@ -11,7 +11,7 @@ from celery.worker.request import Request  # type: ignore[import-untyped]
 from safedefer.queues.celery.engine import acknowledgements_of
 
 
-class SyncedRequest(Request):  # type: ignore[misc]
+class _SyncedRequest(Request):  # type: ignore[misc]
     """A message of the one Celery task, as the worker's parent holds it until it is acknowledged."""
 
     def acknowledge(self) -> None:
@@ -24,10 +24,10 @@ class SyncedRequest(Request):  # type: ignore[misc]
             acknowledgements.add(super().acknowledge, last=stops)
 
 
-class LastSync(bootsteps.StartStopStep):  # type: ignore[misc]
+class _LastSync(bootsteps.StartStopStep):  # type: ignore[misc]
     """Acknowledges what waits for a sync, before a worker that stops leaves its broker."""
 
-    requires = ("celery.worker.consumer:Tasks",)
+    requires: ClassVar[tuple[str, ...]] = ("celery.worker.consumer:Tasks",)
 
     def start(self, parent: Any) -> None:
         """Do nothing."""
