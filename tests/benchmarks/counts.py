@@ -7,6 +7,8 @@ what makes this code slower nearly always is one more call. Code that loops with
     serialize, run         the halves of ``bench_path``, by workload
     verify, storage        the parts of ``bench_dispatch``; storage in batches of 64, on SQLite
     statements, commits    what storage asks of SQLite; a statement with several rows of values counts for each
+    dispatch to handler    one delivery by HTTP, both ends in one loop and nothing stored: functions that this project
+                           calls, and not those of asyncio, whose turns differ with the load, or of aiohttp, with its version
 
 ``--renew`` stores what was counted, for this version of Python. Do so after a change that is worth its calls.
 """
@@ -14,39 +16,48 @@ what makes this code slower nearly always is one more call. Code that loops with
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import gc
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 import safedefer
-from safedefer.ledger import AttemptRecord, EndState, Execution
+from safedefer.dispatcher.loop import HttpDelivery
+from safedefer.dispatcher.request_headers import delivery_headers
+from safedefer.dispatcher.signed_route import SignedRoute
+from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
+from safedefer.queues.base import Lease
+from safedefer.web.server import serving
 from tests.benchmarks.bench_codec import Customer, workloads
-from tests.benchmarks.bench_dispatch import BATCH, DONE, fill, make_app, noop
+from tests.benchmarks.bench_dispatch import BATCH, DONE, Nothing, fill, make_app, noop
 
 STORED = Path(__file__).with_name("counts.json")
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 #: By how much a count may exceed the stored one.
 SLACK = 1.05
 _TIMES = 2 * BATCH
+_HERE = str(Path(safedefer.__file__).parent) + os.sep
 
 
 def task(*args: object, **kwargs: object) -> None:
     """What every workload calls."""
 
 
-def calls(action: Callable[[], object]) -> int:
-    """Return how many functions an action calls in this thread."""
+def calls(action: Callable[[], object], *, within: str = "") -> int:
+    """Return how many functions an action calls in this thread: those of, and called by, files whose paths begin so."""
     found = 0
 
-    def count(_frame: object, event: str, _argument: object) -> None:
+    def count(frame: FrameType, event: str, _argument: object) -> None:
         nonlocal found
-        found += event in {"call", "c_call"}
+        found += event in {"call", "c_call"} and frame.f_code.co_filename.startswith(within)
 
     before = sys.getprofile()
     gc.collect()
@@ -122,6 +133,49 @@ def _of_verify(found: dict[str, float], folder: str) -> None:
     app.close()
 
 
+class _Here(Nothing):
+    """As ``Nothing``, with a ledger that answers in the loop that asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here = self._Ledger()
+
+    class _Ledger:
+        async def begin_many(self, executions: list[Execution], **_more: object) -> list[Admission]:
+            return [Admission.RUN] * len(executions)
+
+        async def finish_many(self, ends: list[object]) -> list[bool]:
+            return [True] * len(ends)
+
+
+def _of_http(found: dict[str, float]) -> None:
+    app = safedefer.App(
+        keyring=safedefer.Keyring(safedefer.Key("bench", os.urandom(32))),
+        policy=safedefer.Policy("tests.benchmarks.bench_dispatch"),
+        queue=_Here(),
+    )
+    fill(app, noop, 2 * _TIMES)
+    leases = app.queue.lease(owner="bench", limit=2 * _TIMES, seconds=60.0, now=time.time())
+
+    async def begin() -> HttpDelivery:
+        url = await stack.enter_async_context(serving(app))
+        return await stack.enter_async_context(HttpDelivery(url, verify=SignedRoute(app.authenticate)))
+
+    async def deliver(some: Sequence[Lease]) -> None:
+        for lease in some:
+            answer = await delivery(lease.task, delivery_headers(lease))
+            assert answer.headers["Safedefer-Outcome"] == "succeeded"
+
+    with asyncio.Runner() as runner:
+        stack = contextlib.AsyncExitStack()
+        delivery = runner.run(begin())
+        runner.run(deliver(leases[:_TIMES]))
+        number = calls(lambda: runner.run(deliver(leases[_TIMES:])), within=_HERE)
+        runner.run(stack.aclose())
+    found["dispatch to handler"] = number / _TIMES
+    app.close()
+
+
 def count() -> dict[str, float]:
     """Return the calls and statements of one task, by what is done."""
     found: dict[str, float] = {}
@@ -131,6 +185,7 @@ def count() -> dict[str, float]:
             _of_tokens(found)
             _of_verify(found, folder)
             _of_storage(found, folder)
+            _of_http(found)
 
     # In a thread no signal handler runs, and so a lone caller of the queue commits itself.
     with ThreadPoolExecutor(1) as pool:
