@@ -292,7 +292,7 @@ def test_a_fork_leaves_no_connection_open_in_the_child(queue, path):
                 assert (status.st_dev, status.st_ino) not in files
 
     files = {(file.stat().st_dev, file.stat().st_ino) for file in path.parent.iterdir()}
-    assert len(files) == 3
+    assert len(files) >= 3  # with the log, its index, and where there is one the bell
     assert exit_code(in_child(child)) == 0
     assert len(take(queue)) == 1
 

@@ -179,7 +179,7 @@ class SQLiteQueue:
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Store all tasks or none, with their blobs, in one transaction."""
         limit, tasks = self._blob_limit, list(tasks)
-        self._watch.advance(self._writer.run(lambda connection: _enqueue_all(connection, tasks, limit)))
+        self._watch.announce(self._writer.run(lambda connection: _enqueue_all(connection, tasks, limit)))
 
     def enqueue_on(self, connection: apsw.Connection, tasks: Sequence[QueuedTask], /) -> None:
         """Store tasks in the transaction of an apsw connection to the queue's own file.
@@ -219,7 +219,7 @@ class SQLiteQueue:
             return replaced, operations.newest_seq(connection)
 
         replaced, newest = self._writer.run(action)
-        self._watch.advance(newest)
+        self._watch.announce(newest)
         return replaced
 
     def drop_dead(self, task_ids: Sequence[str]) -> int:
