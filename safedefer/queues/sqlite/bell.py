@@ -129,11 +129,13 @@ class _PipeEar:
 class _LockEar:
     """Hears this process alone."""
 
-    is_deaf: Final = True
-
     def __init__(self) -> None:
         self._bell = threading.Lock()
         self._bell.acquire()
+
+    @property
+    def is_deaf(self) -> bool:
+        return True
 
     def wake(self) -> None:
         with contextlib.suppress(RuntimeError):  # it was woken already
