@@ -169,6 +169,17 @@ def test_what_somebody_puts_in_its_place_is_not_written_to_and_tasks_are_found(q
     other.close()
 
 
+def test_without_pipes_a_wait_is_ended_by_this_process_and_by_looks(queue, path, monkeypatch):
+    monkeypatch.setattr(bell.sys, "platform", "another")
+    other = SQLiteQueue(path)
+    for end in (queue.wake, lambda: other.enqueue_many([make_task()])):
+        with Waiting(queue) as waiting:
+            end()
+        assert waiting.heard is True
+    assert not Path(bell.bell_path(path)).exists()
+    other.close()
+
+
 def test_no_link_is_followed(path):
     place = Path(bell.bell_path(path))
     link(place)
