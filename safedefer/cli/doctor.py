@@ -194,10 +194,12 @@ def check_queue(app: App) -> Iterable[Finding]:
             "compare the path that `safedefer run` says when it starts",
         )  # fmt: skip
         return
-    reach = getattr(getattr(app.queue, "engine", None), "reach", None)
+    engine = getattr(app.queue, "engine", None)
+    reach, weaknesses = getattr(engine, "reach", None), getattr(engine, "weaknesses", None)
     if reach is not None:  # a push engine that the counts do not ask
         reach()
-        for text in app.push_queue.engine.weaknesses() if hasattr(app.push_queue.engine, "weaknesses") else ():
+    if weaknesses is not None:
+        for text in weaknesses():
             yield Finding("queue", "warn", f"the broker may lose tasks: {text}")
     counted = app.queue.stats(now=time.time())
     waiting, dead = sum(each.waiting for each in counted), sum(each.dead for each in counted)

@@ -19,7 +19,7 @@ class Codec(Protocol):
         """Return trees of JSON, or JSON text that ``claims.write_json`` copies. Raises ``UnencodableArgument``."""
         ...
 
-    def obstacles(self, call: Values, gate: Gate) -> Obstacles:
+    def obstacles(self, call: Values, gate: Gate, /) -> Obstacles:
         """Return all that keeps the values of a call from being encoded, after ``encode`` has refused one."""
         ...
 
