@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Generator
 
+import apsw
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
@@ -38,6 +39,12 @@ if (
 # compiles all of safedefer each time, a second of work; and each process of pytest rewrites every module of tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+
+#: Milliseconds that a connection of a test waits for another one's lock: that of an App may be writing what is left to write.
+#: The connections of the product say their own.
+_BUSY = 60_000
+apsw.connection_hooks.append(lambda connection: connection.set_busy_timeout(_BUSY))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

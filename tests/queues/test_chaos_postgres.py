@@ -17,5 +17,6 @@ def test_an_outage_of_the_server_charges_nothing_and_all_go_on_by_themselves():
     machines.outage(seconds=5.5, around=1.0, per_second=50.0, lease=15.0)
 
 
+@pytest.mark.nightly  # by day: test_chaos does so on SQLite, and the contract of engines refuses a stale settlement on each
 def test_a_dispatcher_that_was_stopped_settles_nothing_of_what_others_have():
     deaths.stopped(tasks=120, lease=2.0, store="postgres")
