@@ -468,11 +468,11 @@ def test_a_forked_child_relays_its_own(outbox, queue, tmp_path):
 
 
 def test_a_fork_during_a_sweep_waits_for_it(outbox, queue, tmp_path):
-    with closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
+    with closing(sqlite3.connect(tmp_path / "shop.db", timeout=60)) as connection:
         stop = threading.Event()
 
         def busy() -> None:
-            while not stop.is_set():
+            while not stop.wait(0.001):  # a turn for the others
                 outbox.sweep()
 
         with outbox.transaction(connection):
