@@ -432,3 +432,11 @@ def test_a_function_that_says_that_it_wraps_itself_is_looked_at_for_a_while_only
 def test_a_refusal_says_what_the_object_really_is(obj, said):
     with pytest.raises(NotDeferrable, match=said):
         CallableRef.of(obj)
+
+
+def test_what_a_singledispatchmethod_gives_is_refused_by_its_class_where_it_is_an_object(monkeypatch):
+    given = type("Given", (), {"__call__": lambda self: None})  # from Python 3.14 on, functools has such a class
+    monkeypatch.setattr("safedefer.refs._DISPATCHING", given)
+    with pytest.raises(NotDeferrable, match="it is a singledispatchmethod; defer a plain method") as caught:
+        CallableRef.of(given())
+    assert caught.value.reason == "unbound-method"
