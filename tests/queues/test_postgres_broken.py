@@ -55,6 +55,24 @@ def queue(dsn):
     queue.close()
 
 
+def wait_for_the_standby(dsn, connection):
+    """Return once commits wait. The checkpointer says that they do, some time after a session shows the setting."""
+
+    def commit():
+        with psycopg.connect(dsn, application_name="probe", autocommit=True) as probe:
+            for _ in range(3000):
+                probe.execute("SELECT pg_logical_emit_message(true, 'probe', '')")
+                time.sleep(0.01)
+
+    with ThreadPoolExecutor(1) as pool:
+        committing = pool.submit(commit)
+        waiting = "FROM pg_stat_activity WHERE application_name = 'probe' AND wait_event = 'SyncRep'"
+        while not connection.execute(f"SELECT pg_terminate_backend(pid) {waiting}").fetchall():
+            assert not committing.done(), committing.result()
+            time.sleep(0.01)
+        assert isinstance(committing.exception(30.0), psycopg.OperationalError)
+
+
 @contextlib.contextmanager
 def broken_after_the_commit(dsn):
     """Commits wait for a standby that is not there, and their connections are ended: done, and never heard of."""
@@ -73,8 +91,7 @@ def broken_after_the_commit(dsn):
     with psycopg.connect(dsn, autocommit=True) as connection, ThreadPoolExecutor(1) as pool:
         connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         connection.execute("SELECT pg_reload_conf()")
-        while connection.execute("SHOW synchronous_standby_names").fetchone() != ("nobody",):
-            time.sleep(0.01)
+        wait_for_the_standby(dsn, connection)
         ended = pool.submit(end, connection)
         try:
             yield
