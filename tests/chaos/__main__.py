@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from tests.chaos import brokers, deaths, machines, places, storage, workers
+from tests.chaos import brokers, cloud_tasks, deaths, machines, places, storage, workers
 from tests.queues.brokers import RABBITMQ
 
 
 def long_forms(seeds: int, tasks: int, store: str) -> dict[str, list[Callable[[], str]]]:
     """Return the scenarios by name, as they are run before a release."""
     if store == "sqlite":
-        return of_any_queue(seeds, tasks, store) | of_sqlite() | of_brokers(seeds, tasks)
+        return of_any_queue(seeds, tasks, store) | of_sqlite() | of_brokers(seeds, tasks) | of_cloud_tasks()
     return of_any_queue(seeds, tasks, store) | of_postgres(seeds, tasks)
 
 
@@ -66,6 +66,11 @@ def of_brokers(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
             for what in ("child", "parent", "worker", "broker")
         ],
     }
+
+
+def of_cloud_tasks() -> dict[str, list[Callable[[], str]]]:
+    """Return that of the service that pushes, which the emulator stands for."""
+    return {"cloud-tasks": [partial(cloud_tasks.kills, tasks=400, rounds=20)]}
 
 
 def of_postgres(seeds: int, tasks: int) -> dict[str, list[Callable[[], str]]]:
