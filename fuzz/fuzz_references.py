@@ -9,7 +9,7 @@ from fuzz.audit import nothing_happens
 from fuzz.common import POLICY, TASKS
 from fuzz.harness import main
 from safedefer.errors import RejectedTask
-from safedefer.gate import Gate
+from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, CallableRef
 from tests.schema import tasks
 

@@ -29,6 +29,7 @@ from safedefer.errors import *  # noqa: F403  # errors.__all__ is the whole tree
 if TYPE_CHECKING:
     from safedefer import deferred
     from safedefer.app import App, Deferral
+    from safedefer.callables.wrappers import register_wrapper
     from safedefer.codecs.registry import register_type
     from safedefer.deferred import (
         TaskHandler,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from safedefer.refs import CallableRef
     from safedefer.signing import Signer, Verifier
     from safedefer.task import VerifiedPointer, VerifiedTask
-    from safedefer.wrappers import register_wrapper
 
 __version__ = "0.1.0"
 
@@ -111,7 +111,7 @@ _HOMES: Final = {
     "CallableRef": "refs",
     **dict.fromkeys(("Signer", "Verifier"), "signing"),
     **dict.fromkeys(("VerifiedPointer", "VerifiedTask"), "task"),
-    "register_wrapper": "wrappers",
+    "register_wrapper": "callables.wrappers",
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 from safedefer.app import App
+from safedefer.callables.wrappers import unwrapped
 from safedefer.errors import (
     BadTransactionStateError,
     DeferError,
@@ -49,7 +50,6 @@ from safedefer.errors import (
 )
 from safedefer.options import DEFAULT_QUEUE, DEFAULT_URL, Task, TaskRetryOptions
 from safedefer.sending.signatures import takes
-from safedefer.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from aiohttp import web

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import chain, permutations
 from types import MappingProxyType
-from typing import Final, Literal, Self, TypeAlias, final
+from typing import Final, Literal, NoReturn, Self, TypeAlias, final
 
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
-from safedefer.immutable import Immutable
 from safedefer.keyfile import MAKE_ONE, attempt, guessable, read_jwks, read_text, shown_kid, unwrap
 from safedefer.token import Token, decode_segment, encode_segment
 
@@ -27,6 +26,29 @@ TOKEN_TYPE: Final = "safedefer+jwt"  # noqa: S105  # a media type, not a secret
 
 _KID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _QUEUE = re.compile(r"[A-Za-z0-9.-]{1,100}")
+
+
+class Immutable:
+    """Base class of keys, keyrings and policies: assignment, deletion, copies and pickles are refused.
+
+    It keeps a program from changing its own keys and policies by mistake. What is in a token cannot assign attributes,
+    so no check of a token depends on it. ``__init__`` sets the attributes by ``_set``.
+    """
+
+    __slots__ = ()
+
+    def _set(self, **attributes: object) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a {type(self).__name__} is immutable; make another one")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a {type(self).__name__} is immutable; make another one")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} is not pickled or copied; make it where it is used")
 
 
 class KeyState(StrEnum):

@@ -37,7 +37,8 @@ from typing import Any, Final, NoReturn, TypeVar, cast, final
 
 from pydantic import ValidationError
 
-from safedefer import refusals
+from safedefer.callables import refusals
+from safedefer.callables.wrappers import unwrapped
 from safedefer.errors import (
     CapabilityExceeded,
     ConfigurationError,
@@ -46,8 +47,7 @@ from safedefer.errors import (
     UnresolvableCallable,
 )
 from safedefer.gadgets import GADGETS, HARMLESS_BASES, HARMLESS_TYPES, is_gadget, is_standard_library
-from safedefer.gate import Gate
-from safedefer.immutable import Immutable
+from safedefer.keys import Immutable
 from safedefer.refs import (
     METACLASSES,
     UNBOUND,
@@ -60,7 +60,6 @@ from safedefer.refs import (
     mro,
     reference,
 )
-from safedefer.wrappers import unwrapped
 
 _T = TypeVar("_T")
 
@@ -156,7 +155,7 @@ class Policy(Immutable):
         """See ``Gate.is_settled``."""
         return not self._deferrable
 
-    def restricted(self, patterns: Iterable[str]) -> Gate:
+    def restricted(self, patterns: Iterable[str]) -> _Restricted:
         """Return the gate that admits what both this policy and the ``patterns`` of a key admit."""
         return _Restricted(self, self.only(*patterns))
 
@@ -356,7 +355,7 @@ class Policy(Immutable):
         elif not self._has_mark(raw.__func__ if type(raw) is classmethod else raw):
             _deny(ref, f"it is inherited from {name}, and needs an exact pattern")
 
-    # --- Gate: what codecs and the execution ask ---
+    # --- ``policy_cache.Gate``: what codecs and the execution ask ---
 
     def class_name(self, cls: type) -> str:
         """Name a class that is part of an argument. See ``Gate.class_name``."""

@@ -1,4 +1,4 @@
-"""Memory of a policy: what it admitted and proved is not asked again while it still holds.
+"""``Gate``: what codecs and the execution ask of a policy. ``PolicyCache``: what it answered is not asked again while it holds.
 
 A cache may only repeat a verdict. Names are admitted by immutable patterns. A function or class that was proved is
 looked at again whenever it is asked for: the module still leads to it, and it still says its name. Refusals, bound
@@ -11,14 +11,46 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any, Final, final
+from typing import Any, Final, Protocol, final
 
-from safedefer.gate import Gate
 from safedefer.refs import UNBOUND, CallableRef, class_path, module_dict, reference
 
 _SIZE: Final = 4096
 #: Stands for a reference that was never asked for.
 _NOTHING: Final[tuple[None, Any]] = (None, None)
+
+
+class Gate(Protocol):
+    """What is asked before a class or a callable is named or loaded. Whoever asks imports nothing itself."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a name that was admitted stays so. Marks come with the modules that are imported."""
+        ...
+
+    def load(self) -> None:
+        """Import and look up what is named exactly, when a handler starts. Raises ``ConfigurationError``."""
+        ...
+
+    def check(self, ref: CallableRef) -> CallableRef:
+        """Admit a reference by its names. Raises ``PolicyViolation`` or ``CapabilityExceeded``."""
+        ...
+
+    def class_name(self, cls: type) -> str:
+        """Name a class as ``module:qualname``, proved and admitted. Raises ``NotDeferrable``."""
+        ...
+
+    def load_class(self, name: str) -> type:
+        """Find an admitted class. Raises a ``RejectedTask``: not admitted, or not that class."""
+        ...
+
+    def callable_ref(self, obj: object) -> CallableRef:
+        """Name a callable, proved and admitted. Raises ``NotDeferrable``."""
+        ...
+
+    def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
+        """Find an admitted callable. Raises a ``RejectedTask``: not admitted, or not that callable."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,9 +39,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Protocol, TypeAlias
 import typing_extensions
 from pydantic import BaseModel, ConfigDict, Field
 
-from safedefer import refusals
+from safedefer.callables import refusals
+from safedefer.callables.wrappers import is_bound_task, unwrapped
 from safedefer.errors import NotDeferrable, UnresolvableCallable
-from safedefer.wrappers import is_bound_task, unwrapped
 
 # Identifiers are ASCII: Python folds others by NFKC, so two texts would name one thing.
 _IDENTIFIER = "[A-Za-z_][A-Za-z0-9_]*"

@@ -32,11 +32,10 @@ from safedefer.errors import (
     UnknownQueueError,
     WrongAudience,
 )
-from safedefer.gate import Gate
 from safedefer.keys import Key, Keyring, KeyState
 from safedefer.options import Limits, Serves
 from safedefer.policy import Policy
-from safedefer.policy_cache import PolicyCache
+from safedefer.policy_cache import Gate, PolicyCache
 from safedefer.refs import reference
 from safedefer.task import VerifiedPointer, VerifiedTask, identify
 from safedefer.token import Token

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from safedefer.claims import BlobPointer, Claims, callable_name
 from safedefer.errors import TaskIdentity
-from safedefer.gate import Gate
+from safedefer.policy_cache import Gate
 from safedefer.refs import CallableRef
 
 

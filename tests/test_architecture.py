@@ -27,6 +27,13 @@ TRUST_CORE = (
 )
 
 
+#: What stands at the top level beside the trust core: the doors, and a few modules each of which says its own name.
+BESIDE_THE_CORE = {
+    *("__init__.py", "__main__.py", "app.py", "deferred.py", "settings.py", "pytest_plugin.py"),
+    *("events.py", "options.py", "keyfile.py", "policy_cache.py", "ledger.py", "blobs.py", "headers.py"),
+}
+
+
 def type_checking(node):
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
@@ -66,6 +73,10 @@ def test_the_contracts_of_the_layers_are_kept():
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_module_of_the_top_level_is_the_trust_core_or_a_door_and_all_else_is_in_a_room():
+    assert {name for name in SOURCES if "/" not in name} == {*TRUST_CORE, *BESIDE_THE_CORE}
 
 
 def test_no_imports_form_a_circle_not_even_those_for_types():

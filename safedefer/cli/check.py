@@ -32,8 +32,8 @@ from safedefer.errors import (
     RejectedTask,
     UnresolvableCallable,
 )
-from safedefer.gate import Gate
 from safedefer.keys import KeyState
+from safedefer.policy_cache import Gate
 from safedefer.queues.base import DeadFilter, PullQueue, TaskView
 from safedefer.task import VerifiedPointer
 

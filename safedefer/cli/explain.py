@@ -13,15 +13,15 @@ from typing import Any, Final, cast
 import click
 
 from safedefer.app import App
+from safedefer.callables.wrappers import unwrapped
 from safedefer.cli.common import app_option, load_app
 from safedefer.cli.options import TEXT
 from safedefer.cli.references import prove
 from safedefer.cli.text import plain
 from safedefer.errors import Error, NotDeferrable, PolicyViolation
-from safedefer.gate import Gate
 from safedefer.keys import Key, KeyState
+from safedefer.policy_cache import Gate
 from safedefer.refs import CallableRef, find, find_member, reference
-from safedefer.wrappers import unwrapped
 
 _NAME: Final = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)", re.ASCII)
 _MOST: Final = 255

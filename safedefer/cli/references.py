@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import ClassMethodDescriptorType
 from typing import Any, Final, cast
 
-from safedefer.gate import Gate
+from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, CallableRef, find, find_member, mro
 
 _BOUND: Final = frozenset({"instance", "method", "builtin_method"})

@@ -9,8 +9,8 @@ from typing import Any, Final, TypeAlias, cast
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.shared import SAFE_INT, Json, Refusal, step
 from safedefer.errors import NotDeferrable, PolicyViolation
-from safedefer.gate import Gate
 from safedefer.options import Limits
+from safedefer.policy_cache import Gate
 
 Handler: TypeAlias = "Callable[[Decoder, Any, int], object]"
 

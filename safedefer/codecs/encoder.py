@@ -12,8 +12,8 @@ from safedefer.codecs.inspect_safely import type_name
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text, step
 from safedefer.errors import NotDeferrable
-from safedefer.gate import Gate
 from safedefer.options import Limits
+from safedefer.policy_cache import Gate
 
 Handler: TypeAlias = "Callable[[Encoder, Any, int], Json]"
 

@@ -16,8 +16,8 @@ from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.registry import RegisteredType, TypeRegistry
 from safedefer.codecs.shared import CallData, Json, Obstacles, Refusal, Values
 from safedefer.errors import NotDeferrable
-from safedefer.gate import Gate
 from safedefer.options import Limits
+from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, CallableRef, class_path, reference
 
 #: How often the values are walked: once for each refusal, or class with hooks that the policy does not admit.

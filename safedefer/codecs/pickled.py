@@ -49,8 +49,8 @@ from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, check_offsets, 
 from safedefer.codecs.zones import has_zone, is_key
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
 from safedefer.gadgets import HARMLESS_TYPES
-from safedefer.gate import Gate
 from safedefer.options import Limits
+from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, reference
 
 _PROTOCOL: Final = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from safedefer.codecs.shared import Obstacles, Values
-from safedefer.gate import Gate
+from safedefer.policy_cache import Gate
 
 
 class Codec(Protocol):

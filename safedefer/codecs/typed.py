@@ -29,8 +29,8 @@ from safedefer.codecs.registry import REGISTRY, TypeRegistry
 from safedefer.codecs.shared import CallData, Json, Obstacles, Refusal, Values, VersionSkew
 from safedefer.codecs.tags import containers, exceptions, objects, patterns, scalars, times
 from safedefer.errors import InvalidArguments, UnencodableArgument
-from safedefer.gate import Gate
 from safedefer.options import Limits
+from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND
 
 __all__ = ["CallData", "TypedCodec"]

@@ -20,9 +20,9 @@ from safedefer.app import App
 from safedefer.codecs.class_layout import make_plan
 from safedefer.codecs.registry import TypeRegistry
 from safedefer.errors import ConfigurationError
-from safedefer.gate import Gate
 from safedefer.migrate.opcodes import Interpreter, RawText, refuse
 from safedefer.options import Task
+from safedefer.policy_cache import Gate
 from safedefer.refs import find, find_member, reference
 
 __all__ = ["AppEngineBridge", "PickledCall"]

@@ -10,7 +10,7 @@ from safedefer.codecs.protocol import Codec
 from safedefer.errors import NotDeferrable, UnencodableArgument
 from safedefer.execution.binding import check_binds
 from safedefer.gadgets import HARMLESS_BASES
-from safedefer.gate import Gate
+from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, bound_object, class_path, find_member, mro
 
 _OR_MODULE: Final = " or its module"

@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import Any, Final, cast
 
 from safedefer.blobs import Blob
+from safedefer.callables.wrappers import unwrapped
 from safedefer.claims import VERSION, Call, Claims, Retry, callable_name, split_audience, write_json
 from safedefer.codecs.protocol import Codec
 from safedefer.errors import (
@@ -26,7 +27,6 @@ from safedefer.sending.ids import new_blob_id, new_task_id
 from safedefer.sending.routes import Routes
 from safedefer.sending.test_mode import TEST_MODE, refuse
 from safedefer.signing import Signer, shared_claims
-from safedefer.wrappers import unwrapped
 
 #: In the order in which they are written: another one is read more slowly.
 _CLAIMS: Final = tuple(Claims.__annotations__)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from safedefer import deferred
 from safedefer.app import App
+from safedefer.callables.wrappers import unwrapped
 from safedefer.claims import split_audience
 from safedefer.delivery.handler import Delivery
 from safedefer.errors import ConfigurationError
@@ -31,7 +32,6 @@ from safedefer.testing.outbox import OwnOutbox
 from safedefer.testing.parts import KitObserver, KitSender, KitTransport, Raises, arguments_of, deliver_due, nothing
 from safedefer.testing.recorded import Anything, DeferredTask, RecordingQueue, Wanted
 from safedefer.testing.reports import Ran, check
-from safedefer.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

@@ -6,11 +6,11 @@ from types import FunctionType
 
 import pytest
 
-from safedefer import wrappers
+from safedefer.callables import wrappers
+from safedefer.callables.wrappers import register_wrapper, unwrapped
 from safedefer.errors import ConfigurationError, NotDeferrable, UnresolvableCallable
 from safedefer.policy import Policy, deferrable
 from safedefer.refs import UNBOUND, CallableRef, bound_object, find
-from safedefer.wrappers import register_wrapper, unwrapped
 from tests.unit.apps import handle, make_app
 from tests.zoo import decorated
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, Self
 from django.db import connections, transaction
 from django.utils import timezone
 
+from safedefer.callables.wrappers import register_wrapper
 from safedefer.errors import BadTransactionStateError, InvalidTaskError
 from safedefer.frameworks.django.conf import project_app
 from safedefer.frameworks.django.task_context import carry_contexts
@@ -22,7 +23,6 @@ from safedefer.options import DEFAULT_URL, Options, TaskRetryOptions, UniqueUnti
 from safedefer.sending.sender import Built
 from safedefer.transactions.databases import source_of
 from safedefer.transactions.databases.django import is_in_transaction
-from safedefer.wrappers import register_wrapper
 
 __all__ = ["SafedeferBackend", "SafedeferTask"]
 
