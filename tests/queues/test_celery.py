@@ -22,7 +22,7 @@ from safedefer.headers import Response
 from safedefer.queues import open_engine
 from safedefer.queues.base import DeadFilter, TaskState
 from safedefer.queues.celery.engine import LONGEST_WAIT, TASK_NAME, CeleryEngine, WorkerHeaders
-from safedefer.queues.celery.engine import _weaknesses_of_redis as weaknesses_of_redis
+from safedefer.queues.celery.weaknesses import weaknesses_of_redis
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.queues import celery_app as tasks
@@ -240,7 +240,7 @@ def test_a_countdown_is_whole_seconds_up_to_a_minute(engine, monkeypatch, answer
     engine.deliver(FakeRequest(), "token", "/url", retries, 1.0)
     ((task_id, values, countdown, route),) = published
     assert (task_id, values, countdown) == ("the-id", ("token", "/url", retries + 1, 1.0), seconds)
-    assert route == {"exchange": "", "routing_key": "mail"}
+    assert route == {"queue": "mail"}
 
 
 def test_a_message_is_not_acknowledged_if_the_next_one_was_not_published(engine):
