@@ -287,11 +287,12 @@ def test_a_soft_time_limit_of_celerys_does_not_end_the_wait_for_an_answer(engine
         ("token", "/url", 10**400, "soon"),
     ],
 )
-def test_a_message_that_is_none_of_ours_is_dropped(engine, values):
-    engine.serve(Answers(Response(200, {}, b"")))
-    with pytest.raises(Reject) as raised:
-        engine.deliver(FakeRequest(), *values)
-    assert raised.value.requeue is False
+def test_a_message_that_is_none_of_ours_is_dropped(engine, caplog, values):
+    answers = Answers(Response(200, {}, b""))
+    engine.serve(answers)
+    engine.deliver(FakeRequest(), *values)
+    assert "it is none of ours" in caplog.text
+    assert answers.given == []
 
 
 def test_a_broker_that_is_away_is_an_error_at_defer(plain, engine):
