@@ -34,7 +34,7 @@ class PushService:
         """Begin what one process does for all: for the parent of worker processes."""
         self._start()
 
-    def syncs(self) -> Callable[[], None] | None:
+    def syncs(self) -> Callable[[], object] | None:
         """Return what has the store sync all that any process has committed to it; None: it syncs each change itself."""
-        found: Callable[[], None] | None = getattr(self._store(), "sync", None)
+        found: Callable[[], object] | None = getattr(self._store(), "sync", None)
         return found

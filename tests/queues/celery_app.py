@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from pathlib import Path
@@ -68,3 +69,4 @@ def hang_once() -> None:
 if "TEST_BROKER" in os.environ:
     app = make_app(os.environ["TEST_BROKER"], FOLDER)
     celery = app.push_queue.engine.celery
+    celery.conf.update(json.loads(os.environ.get("TEST_CONF", "{}")))

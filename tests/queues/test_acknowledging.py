@@ -12,10 +12,13 @@ from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.celery import acknowledging
-from safedefer.queues.celery.acknowledging import Acknowledgements
+from safedefer.queues.celery.acknowledging import Acknowledgements, Answered
 from safedefer.queues.celery.engine import TASK_NAME, CeleryEngine
 from safedefer.queues.celery.worker import _LastSync as LastSync
 from safedefer.queues.celery.worker import _SyncedRequest as SyncedRequest
+
+
+MARK = "of a server that did not crash"
 
 
 class Syncs:
@@ -26,6 +29,7 @@ class Syncs:
         self.go_on = threading.Semaphore(0)
         self.failures = 0
         self.number = 0
+        self.mark = MARK
 
     def __call__(self):
         self.begun.release()
@@ -34,6 +38,11 @@ class Syncs:
         if self.failures:
             self.failures -= 1
             raise QueueUnavailable("away")
+        return self.mark
+
+
+def answered(acknowledge, put_back=None, mark=MARK):
+    return Answered(acknowledge, put_back, mark)
 
 
 @pytest.fixture
@@ -62,11 +71,11 @@ def turn(hub, until):
 def test_a_message_is_acknowledged_after_a_sync_that_began_when_its_child_had_answered(hub, syncs):
     done = []
     acknowledgements = Acknowledgements(syncs)
-    acknowledgements.add(lambda: done.append(1))
+    acknowledgements.add(answered(lambda: done.append(1)))
     assert syncs.begun.acquire(timeout=60)
     # These two come while a sync is under way, which may not hold their ends: both get the next one.
-    acknowledgements.add(lambda: done.append(2))
-    acknowledgements.add(lambda: done.append(3))
+    acknowledgements.add(answered(lambda: done.append(2)))
+    acknowledgements.add(answered(lambda: done.append(3)))
     assert done == []
     syncs.go_on.release()
     turn(hub, lambda: done)
@@ -82,7 +91,7 @@ def test_nothing_is_acknowledged_while_the_store_does_not_sync(hub, syncs, monke
     done = []
     syncs.failures = 2
     acknowledgements = Acknowledgements(syncs)
-    acknowledgements.add(lambda: done.append(1))
+    acknowledgements.add(answered(lambda: done.append(1)))
     for _ in range(3):
         assert syncs.begun.acquire(timeout=60)
         assert done == []
@@ -100,17 +109,17 @@ def test_a_message_whose_connection_is_gone_keeps_no_other_from_being_acknowledg
     acknowledgements = Acknowledgements(syncs)
     for acknowledge in (broken, lambda: done.append(2)):
         syncs.go_on.release()
-        acknowledgements.add(acknowledge)
+        acknowledgements.add(answered(acknowledge))
     turn(hub, lambda: done)
 
 
 def test_a_worker_that_stops_acknowledges_what_waits_for_a_sync(hub, syncs):
     done = []
     acknowledgements = Acknowledgements(syncs)
-    acknowledgements.add(lambda: done.append(1))
+    acknowledgements.add(answered(lambda: done.append(1)))
     assert syncs.begun.acquire(timeout=60)
     syncs.go_on.release(2)
-    acknowledgements.add(lambda: done.append(2), last=True)
+    acknowledgements.add(answered(lambda: done.append(2)), last=True)
     assert done == [1, 2]
     acknowledgements.flush()
     assert done == [1, 2]
@@ -121,11 +130,41 @@ def test_a_worker_that_stops_leaves_to_the_broker_what_cannot_be_synced(syncs, c
     syncs.failures = 1
     syncs.go_on.release(2)
     acknowledgements = Acknowledgements(syncs)
-    acknowledgements.add(lambda: done.append(1))  # without an event loop: at once
+    acknowledgements.add(answered(lambda: done.append(1)))  # without an event loop: at once
     assert done == []
     assert "the broker delivers its tasks again" in caplog.text
-    acknowledgements.add(lambda: done.append(2))
+    acknowledgements.add(answered(lambda: done.append(2)))
     assert done == [2]
+
+
+def test_a_message_goes_back_whose_store_has_crashed_since_it_was_received(hub, syncs, caplog):
+    done = []
+    acknowledgements = Acknowledgements(syncs)
+    syncs.go_on.release()
+    acknowledgements.begin()
+    assert acknowledgements.mark == MARK
+    before = [answered(lambda: done.append("acknowledged"), lambda: done.append("back"), acknowledgements.mark) for _ in range(2)]
+    syncs.mark = "of a server that did"
+    for each, last in zip(before, (False, True), strict=True):
+        syncs.go_on.release()
+        acknowledgements.add(each, last=last)
+        turn(hub, lambda: len(done) == 1 + last)
+    assert done == ["back", "back"]
+    assert acknowledgements.mark == syncs.mark
+    syncs.go_on.release()
+    acknowledgements.add(answered(lambda: done.append("acknowledged"), None, acknowledgements.mark))
+    turn(hub, lambda: done == ["back", "back", "acknowledged"])
+
+
+def test_a_message_goes_back_that_was_received_before_the_store_could_be_asked(hub, syncs, caplog):
+    done = []
+    acknowledgements = Acknowledgements(syncs)
+    syncs.failures = 1
+    syncs.go_on.release(2)
+    acknowledgements.begin()
+    assert "the store does not sync (queue-unavailable)" in caplog.text
+    acknowledgements.add(answered(None, lambda: done.append("back"), acknowledgements.mark))
+    turn(hub, lambda: done == ["back"])
 
 
 # --- The engine -----------------------------------------------------------------------------------
@@ -158,11 +197,15 @@ def test_only_a_child_of_the_worker_that_acknowledges_leaves_the_sync_to_it(engi
     first = engine.acknowledgements
     engine._before_child()
     assert engine.acknowledgements is first is not None
+    engine._left_to = os.getpid()  # as a message says that this parent will acknowledge
     assert engine.syncs_before_ack is False, "the parent itself"
     monkeypatch.setattr(os, "getppid", os.getpid)
     assert engine.syncs_before_ack is True
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert engine.syncs_before_ack is False, "an orphan, whose parent was killed"
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    engine._left_to = 0
+    assert engine.syncs_before_ack is False, "a message that Celery acknowledges by itself"
 
 
 @pytest.mark.parametrize("stops", [True, False])
@@ -173,10 +216,11 @@ def test_celery_itself_acknowledges_through_the_engine(engine, monkeypatch, stop
     request = object.__new__(SyncedRequest)
     request._task = task
     request._on_ack = lambda *_: acknowledged.append("message")
+    request._mark = "mark"
     request._connection_errors = ()
     assert task.Request.endswith(SyncedRequest.__name__)
     waiting = []
-    engine.acknowledgements = Acknowledgements(lambda: waiting.append("synced"))
+    engine.acknowledgements = Acknowledgements(lambda: waiting.append("synced") or "mark")
     request.acknowledge()
     assert (waiting, acknowledged, request.acknowledged) == (["synced"], ["message"], True)
     request.acknowledge()
@@ -193,7 +237,9 @@ def test_the_last_sync_is_a_step_of_every_worker_of_the_application(engine):
     step.start(Consumer())
     step.stop(Consumer())
     done = []
-    engine.acknowledgements = Acknowledgements(lambda: done.append("synced"))
-    engine.acknowledgements._waiting.append(lambda: done.append("message"))
+    engine.acknowledgements = Acknowledgements(lambda: done.append("synced") or "mark")
+    step.start(Consumer())
+    assert engine.acknowledgements.mark == "mark"
+    engine.acknowledgements._waiting.append(answered(lambda: done.append("message"), mark="mark"))
     step.stop(Consumer())
-    assert done == ["synced", "message"]
+    assert done == ["synced", "synced", "message"]

@@ -22,7 +22,7 @@ from safedefer.headers import Response
 from safedefer.queues import open_engine
 from safedefer.queues.base import DeadFilter, TaskState
 from safedefer.queues.celery.engine import LONGEST_WAIT, TASK_NAME, CeleryEngine, WorkerHeaders
-from safedefer.queues.celery.engine import _weaknesses_of_redis as weaknesses_of_redis
+from safedefer.queues.celery.weaknesses import weaknesses_of_redis
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.queues import celery_app as tasks
@@ -240,7 +240,7 @@ def test_a_countdown_is_whole_seconds_up_to_a_minute(engine, monkeypatch, answer
     engine.deliver(FakeRequest(), "token", "/url", retries, 1.0)
     ((task_id, values, countdown, route),) = published
     assert (task_id, values, countdown) == ("the-id", ("token", "/url", retries + 1, 1.0), seconds)
-    assert route == {"exchange": "", "routing_key": "mail"}
+    assert route == {"queue": "mail"}
 
 
 def test_a_message_is_not_acknowledged_if_the_next_one_was_not_published(engine):
@@ -287,11 +287,12 @@ def test_a_soft_time_limit_of_celerys_does_not_end_the_wait_for_an_answer(engine
         ("token", "/url", 10**400, "soon"),
     ],
 )
-def test_a_message_that_is_none_of_ours_is_dropped(engine, values):
-    engine.serve(Answers(Response(200, {}, b"")))
-    with pytest.raises(Reject) as raised:
-        engine.deliver(FakeRequest(), *values)
-    assert raised.value.requeue is False
+def test_a_message_that_is_none_of_ours_is_dropped(engine, caplog, values):
+    answers = Answers(Response(200, {}, b""))
+    engine.serve(answers)
+    engine.deliver(FakeRequest(), *values)
+    assert "it is none of ours" in caplog.text
+    assert answers.given == []
 
 
 def test_a_broker_that_is_away_is_an_error_at_defer(plain, engine):

@@ -3,6 +3,9 @@
 A child whose task has ended commits that to the store without a sync, and takes the next task. Its parent acknowledges the
 message to the broker, once a sync that began after the child's answer has returned. So a message that is gone has an end that
 survives a power cut, as if the child had waited, and several ends share a sync.
+
+A database server that crashes in between has undone ends, and syncs again when it is back. So a sync says a mark, which is
+another one after a crash: a message that was received under another mark goes back to the broker.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple
 
 from kombu.asynchronous import get_event_loop
 
@@ -26,17 +29,31 @@ _log: Final = logging.getLogger("safedefer.celery")
 _AGAIN_SECONDS: Final = 0.5
 
 
+class Answered(NamedTuple):
+    """A message that a child has answered."""
+
+    acknowledge: Callable[[], None]
+    put_back: Callable[[], None]
+    """Gives the message back to the broker."""
+    mark: object
+    """Of the store, when the message was received."""
+
+
 class Acknowledgements:
     """Those of one parent of worker processes. All methods but the thread's are called in the parent's main thread.
 
     Args:
-        sync: Has the store sync what was committed so far.
+        sync: Has the store sync what was committed so far; returns the store's mark.
+
+    Attributes:
+        mark: That of the last sync; one that no sync returns before the first.
     """
 
-    def __init__(self, sync: Callable[[], None]) -> None:
+    def __init__(self, sync: Callable[[], object]) -> None:
         self._sync = sync
-        self._waiting: deque[Callable[[], None]] = deque()
-        self._syncing: deque[Callable[[], None]] = deque()
+        self.mark: object = object()
+        self._waiting: deque[Answered] = deque()
+        self._syncing: deque[Answered] = deque()
         self._synced: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -44,11 +61,18 @@ class Acknowledgements:
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
 
-    def add(self, acknowledge: Callable[[], None], *, last: bool = False) -> None:
-        """Call a function in this thread, once a sync that begins from now on has returned; at once where it is one of the last."""
+    def begin(self) -> None:
+        """Ask the store for its mark, before the first message is received. Without it the first ones go back to the broker."""
+        try:
+            self.mark = self._sync()
+        except Exception as error:  # noqa: BLE001  # whatever the store's library raises
+            _log.warning("the store does not sync (%s); trying again", _name(error))
+
+    def add(self, answered: Answered, *, last: bool = False) -> None:
+        """Acknowledge in this thread, once a sync that begins from now on has returned; at once where it is one of the last."""
         hub: Any = get_event_loop()
         with self._changed:
-            self._waiting.append(acknowledge)
+            self._waiting.append(answered)
             if hub is not None and not last:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
@@ -68,13 +92,18 @@ class Acknowledgements:
             self._waiting.clear()
         if waiting:
             try:
-                self._sync()
-            except Exception as error:  # noqa: BLE001  # whatever the store's library raises
+                mark = self._sync()
+            except Exception as error:  # noqa: BLE001  # as in begin
                 _log.error("the store does not sync (%s); the broker delivers its tasks again", _name(error))
                 return
-        with self._changed:
-            self._synced.extend(waiting)
+            self._sort(waiting, mark)
         self._acknowledge()
+
+    def _sort(self, synced: Iterable[Answered], mark: object) -> None:
+        """Acknowledge what was received under the mark of its sync; give back the rest, whose end may be undone."""
+        with self._changed:
+            self.mark = mark
+            self._synced.extend(each.acknowledge if each.mark == mark else each.put_back for each in synced)
 
     def _work(self) -> None:
         while True:
@@ -82,25 +111,23 @@ class Acknowledgements:
                 while not self._waiting:
                     self._changed.wait()
                 self._syncing, self._waiting = self._waiting, deque()
-            self._sync_at_last()
+            mark = self._sync_at_last()
             with self._changed:
-                self._synced.extend(self._syncing)
+                self._sort(self._syncing, mark)
                 self._syncing = deque()
             with contextlib.suppress(BlockingIOError):  # the main thread has enough to read
                 os.write(self._write, b"x")
 
-    def _sync_at_last(self) -> None:
+    def _sync_at_last(self) -> object:
         failing = False
         while True:
             try:
-                self._sync()
-            except Exception as error:  # noqa: BLE001  # as in flush
+                return self._sync()
+            except Exception as error:  # noqa: BLE001  # as in begin
                 if not failing:
                     _log.warning("the store does not sync (%s); trying again", _name(error))
                 failing = True
                 time.sleep(_AGAIN_SECONDS)
-            else:
-                return
 
     def _on_synced(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -21,14 +21,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakKeyDictionary
 
-from celery import Celery  # type: ignore[import-untyped]
+from celery import Celery, Task  # type: ignore[import-untyped]
 from celery.exceptions import Reject, SoftTimeLimitExceeded  # type: ignore[import-untyped]
 from celery.signals import worker_before_create_process, worker_ready  # type: ignore[import-untyped]
 from kombu.pools import ProducerPool
+from kombu.serialization import prepare_accept_content
 
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
 from safedefer.headers import CONTENT_TYPE, RETRY_HEADER
@@ -36,6 +37,7 @@ from safedefer.options import DEFAULT_QUEUE
 from safedefer.queues.base import NotAllStored
 from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.celery.acknowledging import Acknowledgements
+from safedefer.queues.celery.weaknesses import weaknesses_of_redis
 from safedefer.queues.push_engine import Attempt
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ _SINCE: Final = "Safedefer-Since"
 #: The id of the message, which is the task's where we published it.
 _TASK: Final = "Safedefer-Task"
 _REFUSED: Final = 403
+#: Of a message: token, url, retries, since.
+_VALUES: Final = 4
 #: Seconds that a worker without an App holds a message.
 _NOBODY_SECONDS: Final = 5.0
 #: Seconds that a worker whose handler cannot be asked holds a message.
@@ -67,6 +71,38 @@ _MOST_RETRIES: Final = 10**9 - 1
 _CAPABILITIES: Final = Capabilities(
     names=False, unique=False, targets=False, batch_atomic=False, due_order=False, longest_wait=float(LONGEST_WAIT)
 )
+
+
+#: What a message says of the parent that will acknowledge it, after a sync: its process id, else 0.
+PARENT: Final = "safedefer_parent"
+#: How Celery handles the one task, whatever its own settings and annotations say of all tasks.
+_HANDLED: Final[Mapping[str, Any]] = {
+    "acks_late": True,
+    "reject_on_worker_lost": True,
+    "retry_on_worker_lost": False,  # which the broker would not confirm
+    # What runs into Celery's hard time limit goes back to the queue.
+    "acks_on_failure_or_timeout": False,
+    "acks_on_failure": False,
+    "acks_on_timeout": False,
+    "expires": None,
+    "ignore_result": True,
+    "store_errors_even_if_ignored": False,
+    "track_started": False,
+    "max_retries": None,
+    "serializer": "json",
+    "Request": "safedefer.queues.celery.worker:_SyncedRequest",
+}
+
+
+class _DeliverTask(Task):  # type: ignore[misc]
+    """The one task. A base class of the application's own tasks says nothing of it."""
+
+    @classmethod
+    def annotate(cls) -> None:
+        """Take the settings of the application, but for ours: Celery calls this when it has read them all."""
+        super().annotate()
+        for name, value in _HANDLED.items():
+            setattr(cls, name, value)
 
 
 #: The engine of each Celery application.
@@ -90,8 +126,11 @@ class WorkerHandler(Protocol):
         """Hand over what falls due in the store, and sweep outboxes, from now on."""
         ...
 
-    def syncs(self) -> Callable[[], None] | None:
-        """Return what has the store sync all that any process has committed to it; None: it syncs each change itself."""
+    def syncs(self) -> Callable[[], object] | None:
+        """Return what has the store sync all that any process has committed to it, and returns its mark.
+
+        The mark is another one after a crash that may have undone commits. None: the store syncs each change itself.
+        """
         ...
 
 
@@ -119,17 +158,13 @@ class CeleryEngine:
         self.acknowledgements: Acknowledgements | None = None
         """Those of this process, if it is the parent of worker processes; inherited by these."""
         self._parent = 0
+        self._left_to = 0
         self._task: Any = celery.task(
             _deliver,
             name=TASK_NAME,
             bind=True,
-            acks_late=True,
-            reject_on_worker_lost=True,
-            acks_on_failure_or_timeout=False,  # what runs into Celery's hard time limit goes back to the queue
-            ignore_result=True,
-            max_retries=None,
-            serializer="json",
-            Request="safedefer.queues.celery.worker:_SyncedRequest",
+            base=_DeliverTask,
+            **_HANDLED,
         )
         steps: dict[str, set[str]] = celery.steps  # pyright: ignore[reportAssignmentType]
         steps["consumer"].add("safedefer.queues.celery.worker:_LastSync")
@@ -177,8 +212,8 @@ class CeleryEngine:
 
     @property
     def syncs_before_ack(self) -> bool:
-        """Whether this process is a child whose parent has the store sync before it acknowledges a message."""
-        return self._parent != 0 and self._parent == os.getppid()
+        """Whether this process is a child whose parent has the store sync before it acknowledges the message of now."""
+        return self._left_to != 0 and self._left_to == os.getppid()
 
     def _worker_ready(self, sender: Any = None, **_: Any) -> None:
         # One worker process hands over for all of its children, as the dispatcher does for a pull queue.
@@ -194,6 +229,7 @@ class CeleryEngine:
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Publish tasks one by one; the broker has confirmed each of them when this returns."""
+        check_content(self.celery)
         failed: dict[str, Exception] = {}
         stored = 0
         for task in tasks:
@@ -252,7 +288,7 @@ class CeleryEngine:
         try:
             with self.celery.connection_for_write() as connection:
                 if connection.transport.driver_type == "redis":
-                    found += _weaknesses_of_redis(connection.default_channel.client)
+                    found += weaknesses_of_redis(connection.default_channel.client)
         except Exception as error:
             raise _unavailable("does not answer", error) from error
         return found
@@ -304,14 +340,13 @@ class CeleryEngine:
         """Hand the token of a message to the handler, and publish it again where it is to be tried again."""
         if not (type(token) is type(url) is str and token.isascii() and _is_count(retries) and _is_time(since)):
             _log.error("a message of %s is dropped: it is none of ours", TASK_NAME)
-            raise Reject(reason="not ours", requeue=False)
+            return
         if self._serves is None:
-            _log.error("no App uses this Celery application in this process; import the module that makes it")
-            time.sleep(_NOBODY_SECONDS)  # it comes back at once
-            raise Reject(reason="no App uses this Celery application here", requeue=True)
+            _nobody()
         count = str(min(retries, _MOST_RETRIES))
         headers = WorkerHeaders({"Content-Type": CONTENT_TYPE, RETRY_HEADER: count, _SINCE: repr(float(since))})
         headers[_TASK] = str(request.request.id)
+        self._left_to = getattr(request.request, PARENT, 0)
         try:
             answer = _result(self._serves.submit(headers, token.encode("ascii"), url))
         except Exception as error:
@@ -323,8 +358,7 @@ class CeleryEngine:
         if 200 <= answer.status <= 299:  # noqa: PLR2004  # the engine's part is done
             return
         countdown = _wait(answer, retries)
-        info = request.request.delivery_info or {}
-        route = {"exchange": info.get("exchange"), "routing_key": info.get("routing_key")}
+        route = _route_back(request.request.delivery_info or {})
         try:
             self._publish(request.request.id, (token, url, retries + 1, since), countdown, route)
         except Error as error:
@@ -332,32 +366,18 @@ class CeleryEngine:
             raise Reject(reason=error.slug, requeue=True) from error
 
 
-def _weaknesses_of_redis(client: Any) -> list[str]:
-    """Ask a server of Redis or Valkey what it keeps on its disk, and what it deletes."""
-    found = []
-    log = client.info("persistence").get("aof_enabled")
-    try:
-        synced = client.config_get("appendfsync").get("appendfsync")
-    except Exception:  # noqa: BLE001  # a hosted server that answers no CONFIG
-        synced = None
-    if not log:
-        found.append("it keeps no log of its writes: when it ends it has forgotten the tasks since its last snapshot, or all; "
-                     "set appendonly yes and appendfsync always")  # fmt: skip
-    elif synced not in {None, "always"}:
-        found.append(
-            f"it does not sync each write (appendfsync {synced}): a power cut loses the last tasks; set appendfsync always"
-        )
-    policy = client.info("memory").get("maxmemory_policy")
-    if policy not in {None, "noeviction"}:
-        found.append(
-            f"it deletes tasks when its memory is full (maxmemory-policy {policy}); set maxmemory-policy noeviction"
-        )
-    return found
-
-
 def acknowledgements_of(celery: Celery) -> Acknowledgements | None:
     """Return those of the engine of a Celery application, in the parent of its worker processes; else None."""
-    return _engines[celery].acknowledgements
+    engine = _engines.get(celery)
+    return None if engine is None else engine.acknowledgements
+
+
+def check_content(celery: Celery) -> None:
+    """Raise ``ConfigurationError`` if the workers of a Celery application would drop our messages: they take no JSON."""
+    if "application/json" not in prepare_accept_content(celery.conf.accept_content or ("json",)):
+        raise ConfigurationError(
+            "the Celery application takes no JSON, and its workers would drop each task; add 'json' to its accept_content"
+        )
 
 
 def _unavailable(what: str, error: Exception) -> QueueUnavailable:
@@ -368,9 +388,28 @@ def _unavailable(what: str, error: Exception) -> QueueUnavailable:
     return QueueUnavailable(f"the Celery broker {what} ({type(error).__name__}); see that it runs, and try again")
 
 
-def _deliver(task: Any, token: str, url: str, retries: int, since: float) -> None:
-    """Run the one Celery task in a worker."""
-    _engines[task.app].deliver(task, token, url, retries, since)
+def _deliver(task: Any, *values: Any, **named: Any) -> None:
+    """Run the one Celery task in a worker. Celery would drop the message of one that raises anything but ``Reject``."""
+    try:
+        engine = _engines.get(task.app)
+        if engine is None:  # Celery knows the task of one application in all others of a process
+            _nobody()
+        elif len(values) != _VALUES or named:
+            _log.error("a message of %s is dropped: it is none of ours", TASK_NAME)
+        else:
+            engine.deliver(task, *values)
+    except Reject:
+        raise
+    except Exception as error:  # Celery's soft time limit, too, which may end any step
+        _log.error("a task is not handled (%s); the broker delivers it again", type(error).__name__)
+        time.sleep(_NOT_HANDLED_SECONDS)
+        raise Reject(reason=type(error).__name__, requeue=True) from error
+
+
+def _nobody() -> NoReturn:
+    _log.error("no App uses this Celery application in this process; import the module that makes it")
+    time.sleep(_NOBODY_SECONDS)  # it comes back at once
+    raise Reject(reason="no App uses this Celery application here", requeue=True)
 
 
 def _result(future: Future[Response]) -> Response:
@@ -390,6 +429,15 @@ def _wait(answer: Response, retries: int) -> int:
     # The answers that say nothing of a time: a run that goes on elsewhere, and what no key of ours signed.
     longest = LONGEST_WAIT if answer.status == _REFUSED else LONGEST_WAIT // 6
     return min(1 << min(retries, 6), longest)
+
+
+def _route_back(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where the next message of a task goes: to the queue that this one came from."""
+    exchange, key = info.get("exchange"), info.get("routing_key")
+    if exchange:
+        return {"exchange": exchange, "routing_key": key}
+    # The default exchange, which takes the name of a queue. By an empty name Celery means its own default queue.
+    return {"queue": key} if key else {}
 
 
 def _is_count(value: object) -> bool:

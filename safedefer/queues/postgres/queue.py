@@ -129,9 +129,13 @@ class PostgresQueue:
         pools = self._store.here
         return None if pools is None else pushed.PostgresPushedCalls(self._store, pools)
 
-    def sync(self) -> None:
-        """Return when what was committed so far survives a crash of the server. Raises ``QueueUnavailable``."""
-        self._store.run(lambda connection: connection.fetch(SQL["written"]), idempotent=True)
+    def sync(self) -> str:
+        """Return when what is committed now survives a crash of the server. Raises ``QueueUnavailable``.
+
+        The text is another one after such a crash: it may have undone what was committed without a sync before it.
+        """
+        (row,) = self._store.run(lambda connection: connection.fetch(SQL["written"]), idempotent=True)
+        return str(row["mark"])
 
     @property
     def statements(self) -> Self:

@@ -407,8 +407,11 @@ FROM json_to_recordset($1::json) AS given (audience text, task_id text, digest t
 ON CONFLICT (audience, task_id) DO NOTHING;
 
 -- name: written
--- A commit of its own: its sync is one of all commits before it.
-SELECT pg_catalog.pg_logical_emit_message(true, 'safedefer', '');
+-- A commit of its own: its sync is one of all commits before it. A crash of the server, or of one of its sessions, has it
+-- begin its counts anew, and it starts where it ended as a whole: the mark is another one then.
+SELECT pg_catalog.pg_logical_emit_message(true, 'safedefer', ''),
+    pg_catalog.concat(pg_catalog.pg_postmaster_start_time(), ' ', counts.stats_reset) AS mark
+FROM pg_catalog.pg_stat_bgwriter AS counts;
 
 -- name: ledger_find
 SELECT entry.audience, entry.task_id, CASE WHEN octet_length(entry.digest) <= 5000 THEN entry.digest ELSE ''::bytea END AS digest,
