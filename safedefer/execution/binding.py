@@ -15,14 +15,15 @@ from inspect import Parameter, Signature
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Final, cast
 
-if sys.version_info >= (3, 14):
-    from annotationlib import Format
-
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _MAX_FITTING = 64
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 #: From Python 3.14 on, annotations are evaluated when they are asked for (PEP 649); names that only type checkers see stay names.
-_LAZY: Final[dict[str, Any]] = {"annotation_format": Format.FORWARDREF} if sys.version_info >= (3, 14) else {}
+_LAZY: Final[dict[str, Any]] = {}
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
+    _LAZY["annotation_format"] = Format.FORWARDREF
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,9 @@ def test_a_task_whose_annotations_only_type_checkers_can_follow_is_deferred_and_
     assert lazy.RAN[-1:] == [("an order", 2)]
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in {"a wrapped function", "an annotation that raises"}])
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS if name not in {"a wrapped function", "an annotation that raises"}]
+)
 def test_wrong_arguments_are_refused_as_python_says_it(name):
     with pytest.raises(TypeError, match="too many positional|unexpected keyword"):
         check_binds(CALLS[name], ["an order", 2, 3], {})

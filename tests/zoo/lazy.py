@@ -4,10 +4,11 @@ An older Python evaluates them at once, unless ``from __future__ import annotati
 """
 
 import __future__
+
 import sys
 
 _FLAGS = 0 if sys.version_info >= (3, 14) else __future__.annotations.compiler_flag
-_SOURCE = '''
+_SOURCE = """
 import functools
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,6 @@ class BareNew:
         made = super().__new__(cls)
         made.order = order
         return made
-'''
+"""
 
 exec(compile(_SOURCE, __file__, "exec", flags=_FLAGS, dont_inherit=True))  # noqa: S102
