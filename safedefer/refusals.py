@@ -144,8 +144,8 @@ def missing_builtin(name: str, qualname: str) -> NotDeferrable:
 
 def bound_task() -> NotDeferrable:
     """Refuse a Celery task whose function takes the task."""
-    problem = "the function of this Celery task takes the task (bind=True), which no worker of safedefer has"
-    remedy = "take bind=True and self away; ask safedefer.current_task() for what self said"
+    problem = "the function of this Celery task takes the task (bind=True, or run of a class), which no worker of safedefer has"
+    remedy = "write it as a function of a module without self; ask safedefer.current_task() for what self said"
     return _error("unsupported", problem, remedy)
 
 

@@ -796,3 +796,23 @@ def test_a_module_that_raises_at_its_import_is_named_with_the_type_of_the_error(
         ConfigurationError, match=r"imported: KeyError: 'SAFEDEFER_KEYS'; correct the pattern or the module"
     ):
         Policy("asks_for_a_setting").load()
+
+
+@pytest.mark.parametrize("label", [row[0] for row in zoo.ACCEPTED])
+def test_a_callable_is_admitted_once_its_refusal_was_followed_to_the_letter(label):
+    """The pattern that the message quotes, and what the error has for programs, are enough, with its module and without."""
+    obj = {row[0]: row[1] for row in zoo.ACCEPTED}[label]
+    name = CallableRef.of(obj)
+    for before in ((), (name.module,), (f"{name.module}:{name.qualname}",)):
+        if any(is_standard_library(pattern) for pattern in before):
+            continue
+        try:
+            policy = Policy(*before)
+            policy.callable_ref(obj)
+        except NotDeferrable as error:
+            quoted = re.findall(r"'([\w.]+:[\w.]+)'", str(error))
+            assert set(error.missing) <= set(quoted), error
+            for pattern in quoted:
+                assert admits(Policy(*before, pattern), obj), error
+            if "or its module" in str(error):
+                assert admits(Policy(*before, name.module), obj), error
