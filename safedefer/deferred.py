@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from inspect import signature
+from inspect import Parameter
 from threading import RLock
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final
@@ -48,6 +48,7 @@ from safedefer.errors import (
     TombstonedTaskError,
     UnknownQueueError,
 )
+from safedefer.execution.binding import read_signature
 from safedefer.options import DEFAULT_QUEUE, DEFAULT_URL, Task, TaskRetryOptions
 from safedefer.sending.signatures import takes
 
@@ -338,7 +339,13 @@ def _parameters(obj: object) -> tuple[str, ...]:
     """Return the names of the parameters of a function or method, of what ``functools.wraps`` wrapped; ``**kwargs`` has none."""
     target: Any = unwrapped(obj)
     function = target.__func__ if type(target) is MethodType else target
-    return tuple(signature(function).parameters) if type(function) is FunctionType else ()
+    if type(function) is not FunctionType:
+        return ()
+    try:
+        parameters = read_signature(function).parameters.values()
+    except ValueError:  # wrappers in a circle, a __signature__ that is none
+        return ()
+    return tuple(each.name for each in parameters if each.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD))
 
 
 def _said_of(name: str) -> str:

@@ -226,7 +226,7 @@ class Policy(Immutable):
         return moved
 
     def _check_names(self, ref: CallableRef) -> None:
-        if str(ref) in self._exact:
+        if str(ref) in self._exact or _callee(ref) in self._exact:
             return
         if self._is_gadget(ref.module, ref.qualname, ref.member):
             _deny(ref, "it is a known gadget, a way to run whatever it is handed, and needs an exact pattern")
@@ -342,18 +342,18 @@ class Policy(Immutable):
             if exact is raw:
                 return
             if exact is not None:
-                _deny(ref, "the member is not the one that the exact pattern named when the policy was loaded")
+                _deny(_callee(ref), "the member is not the one that the exact pattern named when the policy was loaded")
         name = class_path(definer)
         module, _, qualname = name.partition(":")
         if ref.kind == "builtin_method":
             raise refusals.builtin_method(str(ref), f"{name}.{member}")
         if self._is_gadget(module, qualname, member):
-            _deny(ref, f"it is a known gadget of {name}, which needs an exact pattern")
+            _deny(_callee(ref), f"it is a known gadget of {name}, which needs an exact pattern")
         # By name first: the proof that the class is found there may import.
         if self._admits(module, qualname) and (definer is cls or is_found(definer, module, qualname)):
             self._check_exact_class(name, definer, PolicyViolation)
         elif not self._has_mark(raw.__func__ if type(raw) is classmethod else raw):
-            _deny(ref, f"it is inherited from {name}, and needs an exact pattern")
+            _deny(_callee(ref), f"it is inherited from {name}, and needs an exact pattern")
 
     # --- ``policy_cache.Gate``: what codecs and the execution ask ---
 
@@ -424,10 +424,23 @@ class Policy(Immutable):
             if moved.parts == ref.parts:
                 self._check_object(ref)
         except PolicyViolation as error:
-            raise NotDeferrable(str(error), reason="policy", missing=(str(ref),)) from error
+            raise self._refusal(ref, obj, str(error)) from error
         if moved.parts != ref.parts:
             raise NotDeferrable(f"{ref} has moved; defer {moved}", reason="moved")
         return ref
+
+    def _refusal(self, ref: CallableRef, obj: object, told: str) -> NotDeferrable:
+        """Return the refusal of a callable. Its remedy is enough: the pattern of a module does not admit all that a class inherits."""
+        inherits_call = ref.kind == "instance" and find_member(type(obj), "__call__")[0] is not type(obj)
+        wanted = _callee(ref) if inherits_call else str(ref)
+        if refusals.OR_MODULE in told:
+            try:
+                self.only(ref.module)._check_object(ref)  # noqa: SLF001 - another policy
+                which = "pattern"
+            except (PolicyViolation, ConfigurationError):
+                which = "exact pattern"
+            told = str(refusals.not_admitted(wanted, f"no {which} admits it"))
+        return NotDeferrable(told, reason="policy", missing=(wanted,))
 
     def load_callable(self, ref: CallableRef, bound: object = UNBOUND) -> Callable[..., object]:
         """Find a callable. See ``Gate.load_callable``."""
@@ -595,7 +608,12 @@ def _metaclass(item: type | str) -> type:
     return found
 
 
-def _deny(ref: CallableRef, why: str) -> NoReturn:
+def _callee(ref: CallableRef) -> str:
+    """Return the exact pattern of what runs when a reference is called: of an object, the ``__call__`` of its class."""
+    return f"{ref}.__call__" if ref.kind == "instance" else str(ref)
+
+
+def _deny(ref: CallableRef | str, why: str) -> NoReturn:
     raise refusals.not_admitted(str(ref), why)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from functools import partial, singledispatchmethod
 from types import MethodWrapperType
+from typing import Final
 
 from safedefer.errors import NotDeferrable, PolicyViolation
 from safedefer.gadgets import is_gadget, is_standard_library
@@ -144,8 +145,8 @@ def missing_builtin(name: str, qualname: str) -> NotDeferrable:
 
 def bound_task() -> NotDeferrable:
     """Refuse a Celery task whose function takes the task."""
-    problem = "the function of this Celery task takes the task (bind=True), which no worker of safedefer has"
-    remedy = "take bind=True and self away; ask safedefer.current_task() for what self said"
+    problem = "the function of this Celery task takes the task (bind=True, or run of a class), which no worker of safedefer has"
+    remedy = "write it as a function of a module without self; ask safedefer.current_task() for what self said"
     return _error("unsupported", problem, remedy)
 
 
@@ -225,8 +226,12 @@ def builtin_method(ref: str, name: str) -> PolicyViolation:
     )
 
 
+#: Of a remedy that the module's pattern would do for, too.
+OR_MODULE: Final = " or its module"
+
+
 def _remedy(name: str, why: str = "") -> str:
     """Say which patterns would help: none of a module admits built-ins, the standard library or a gadget."""
     module, _, qualname = name.partition(":")
     exact = "exact" in why or is_standard_library(module) or is_gadget(module, qualname)
-    return f"add '{name}'{'' if exact else ' or its module'} to the policy"
+    return f"add '{name}'{'' if exact else OR_MODULE} to the policy"

@@ -125,6 +125,10 @@ def _celery_function(obj: object, kind: type) -> object:
 
 
 def is_bound_task(obj: object) -> bool:
-    """Whether this is a celery task, or the proxy of one, whose function takes the task (``bind=True``)."""
+    """Whether this is a celery task, or the proxy of one, whose function takes the task (``bind=True``, or ``run`` of a class)."""
     task_class = _celery_task_class(obj, type(obj))
-    return task_class is not None and type(_DICT(task_class).get("run")) is FunctionType
+    if task_class is None:
+        return False
+    # That of celery's own Task is the last.
+    run = next(_DICT(each)["run"] for each in _MRO(task_class) if "run" in _DICT(each))
+    return type(run) is FunctionType

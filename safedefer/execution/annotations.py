@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import FunctionType, MethodType, SimpleNamespace
@@ -13,8 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, cast, get_type_hints
 from pydantic import ValidationError
 
 from safedefer.errors import InvalidArguments
+from safedefer.execution.binding import read_signature
 from safedefer.execution.bounded_validation import TooMuchWork, bounded, counting
 from safedefer.execution.revalidation import revalidate
+
+if sys.version_info >= (3, 14):
+    from annotationlib import Format, get_annotations
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -43,13 +48,13 @@ def check_annotations(target: Callable[..., object], args: Sequence[Any], kwargs
 
 
 def _check(target: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    hints = _hints(target)
     try:
         # The signature of the wrapped function, if there is one: it has the annotations.
-        signature = inspect.signature(target)
+        signature = read_signature(target)
         bound = signature.bind(*args, **kwargs)
     except (ValueError, TypeError):  # a built-in without a signature, or a wrapper that takes other arguments
         return
-    hints = _hints(target)
     for name, value in bound.arguments.items():
         validator = hints.get(name)
         if validator is None:
@@ -81,7 +86,12 @@ def _hints(target: Callable[..., object]) -> Mapping[str, Any]:
 def _function_hints(function: Callable[..., object]) -> Mapping[str, Any]:
     validators = {}
     unchecked = []
-    for name, annotation in getattr(function, "__annotations__", {}).items():
+    try:
+        annotations = _annotations(function)
+    except Exception:  # noqa: BLE001  # an annotation is code, and may raise anything
+        annotations = {}
+        unchecked.append("all")
+    for name, annotation in annotations.items():
         if name == "return":
             continue
         # One by one: a name that only type checkers see concerns its own argument alone.
@@ -106,6 +116,13 @@ def _function_hints(function: Callable[..., object]) -> Mapping[str, Any]:
             function.__module__, function.__qualname__, ", ".join(unchecked),
         )  # fmt: skip
     return validators
+
+
+def _annotations(function: Callable[..., object]) -> Mapping[str, Any]:
+    if sys.version_info >= (3, 14) and type(function) is FunctionType:
+        # Evaluated only now: names that only type checkers see are forward references.
+        return get_annotations(function, format=Format.FORWARDREF)
+    return cast("Mapping[str, Any]", getattr(function, "__annotations__", {}))
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any] | None:

@@ -7,16 +7,23 @@ positional and keyword arguments that fit the parameters of a function.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import Parameter, Signature
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any, cast
+from typing import Any, Final, cast
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _MAX_FITTING = 64
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+#: From Python 3.14 on, annotations are evaluated when they are asked for (PEP 649); names that only type checkers see stay names.
+_LAZY: Final[dict[str, Any]] = {}
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
+    _LAZY["annotation_format"] = Format.FORWARDREF
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,20 @@ class _Shape:
             and not any(name in names for name in by_position)
             and all(name in names and name in self.by_name for name in missing)
         )
+
+
+def read_signature(target: Callable[..., object], *, follow_wrapped: bool = True) -> Signature:
+    """Return ``inspect.signature``, whatever the annotations of the callable name.
+
+    Raises:
+        ValueError: It has none: some built-ins, and what raises when its annotations are evaluated.
+    """
+    try:
+        return inspect.signature(target, follow_wrapped=follow_wrapped, **_LAZY)
+    except ValueError:
+        raise
+    except Exception as error:  # an annotation is code, and may raise anything
+        raise ValueError(f"its signature cannot be read: {type(error).__name__}") from error
 
 
 def signature_of(target: Callable[..., object]) -> tuple[Signature | None, int]:
@@ -141,7 +162,7 @@ def _shape_of(target: Callable[..., object]) -> tuple[_Shape | None, int]:
 def _read(target: Callable[..., object]) -> _Shape | None:
     try:
         # The wrapper is called, and may take other arguments than the function that it wraps.
-        return _Shape.of(inspect.signature(target, follow_wrapped=False))
+        return _Shape.of(read_signature(target, follow_wrapped=False))
     except ValueError:  # some built-ins have no signature
         return None
 

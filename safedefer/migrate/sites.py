@@ -119,10 +119,8 @@ def parameters_of(project: Project, file: CodeFile, func: ast.expr) -> frozenset
     """Return the names of the parameters of a function of the program; none where it is not known."""
     definition = file.names.definition(func)
     if definition is None and isinstance(func, ast.Name | ast.Attribute):
-        home, _, last = project.canonical(file.names.dotted(func)).rpartition(".")
-        other = project.module(home)
-        if other is not None and other is not file:
-            definition = other.names.definition(_top_name(other, last))
+        for other, named in _elsewhere(project, file, func):
+            definition = other.names.definition(named)
     if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
         return frozenset()
     return frozenset(each.arg for each in (*definition.args.args, *definition.args.kwonlyargs))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import EllipsisType
 from typing import Any, Final
 
+from safedefer.execution.binding import read_signature
 from safedefer.options import TaskRetryOptions
 from safedefer.queues.base import QueuedTask
 from safedefer.queues.memory.queue import MemoryQueue
@@ -114,7 +114,7 @@ class Wanted:
     def _arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[Any, Any]:
         """Return arguments by the names of parameters, with defaults: ``f(1)`` and ``f(order_id=1)`` are one call."""
         try:
-            signature = inspect.signature(self.function)
+            signature = read_signature(self.function)
         except ValueError:  # a built-in that does not say
             return {**dict[Any, Any](enumerate(args)), **kwargs}
         bound = signature.bind(*args, **kwargs)

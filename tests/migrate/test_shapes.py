@@ -258,3 +258,19 @@ def test_a_method_of_a_class_in_another_file(tmp_path, given):
     calls = "".join(f"deferred.defer({book}.{name}, 1)\n" for name in ("forget", "reindex", "index"))
     found = run(tmp_path, models=MODELS, web=f"{given}from safedefer import deferred\n{calls}")
     assert [note.code for note in found["web"][1]] == ["static-method", "unbound-method"]
+
+
+OWN = """
+def index(key, _token=None): ...
+class Book:
+    @classmethod
+    def forget(cls, key, *, _token=None): ...
+"""
+
+
+@pytest.mark.parametrize("given", ["from models import Book, index\n", "import models\n"])
+def test_a_parameter_that_begins_with_an_underscore_is_found_in_another_file(tmp_path, given):
+    home = "models." if "import models" in given else ""
+    calls = "".join(f"deferred.defer({home}{name}, 1, _token=2, _tokne=3)\n" for name in ("index", "Book.forget"))
+    found = run(tmp_path, models=OWN, web=f"{given}from safedefer import deferred\n{calls}")
+    assert [note.text.partition(":")[0] for note in found["web"][1]] == ["defer() has no option _tokne"] * 2

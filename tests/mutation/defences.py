@@ -36,7 +36,7 @@ DEFENCES = [
     ("policy.py", "        self._within(self._inner.check, ref)\n        return self._outer.check(ref)", "        return self._outer.check(ref)", KEYS),
     ("sending/dead_letters.py", 'if claims["jti"] != task_id:', "if False:", "test_dead_letters"),
     ("sending/dead_letters.py", "if key.queues is not None and options.queue not in key.queues:", "if False:", KEYS),
-    ("policy.py", '_deny(ref, f"it is inherited from {name}, and needs an exact pattern")', "pass", "test_inheritance"),
+    ("policy.py", '_deny(_callee(ref), f"it is inherited from {name}, and needs an exact pattern")', "pass", "test_inheritance"),
     ("policy.py", 'if ref.kind == "builtin_method":', "if False:", "test_implicit_callees"),
     ("claims.py", "catch_duplicate_keys=True", "catch_duplicate_keys=False", "test_parsing"),
     ("codecs/decoder.py", "if depth > self.limits.depth:", "if False:", "test_parsing"),

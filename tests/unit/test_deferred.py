@@ -195,6 +195,24 @@ def test_no_parameter_is_looked_for_in_what_is_no_function(app):
             deferred.defer(obj, _token=1)
 
 
+def test_the_names_of_rest_parameters_are_no_parameters(app):
+    def rest(*_queu, **_header): ...
+
+    for name, meant in (("_queu", "_queue"), ("_header", "_headers")):
+        with pytest.raises(TypeError, match=f"no option '{name}'; did you mean {meant}"):
+            deferred.defer(rest, **{name: 1})
+
+
+def test_a_callable_whose_signature_cannot_be_read_has_no_parameters(app):
+    def circle(_token): ...
+    def claims(_token): ...
+
+    circle.__wrapped__, claims.__signature__ = circle, "none"
+    for obj in (circle, claims):
+        with pytest.raises(TypeError, match="no option '_token'"):
+            deferred.defer(obj, _token=1)
+
+
 def test_the_errors_of_taskqueue_are_names_of_the_module(app):
     deferred.defer(tasks.add, 1, _name="once", _retry_options=deferred.TaskRetryOptions(task_retry_limit=0))
     with pytest.raises(deferred.TaskAlreadyExistsError):

@@ -1,6 +1,8 @@
 """What each pattern admits, and all that it does not."""
 
+import contextlib
 import copy
+import importlib
 import math
 import operator
 import os
@@ -26,6 +28,7 @@ from safedefer.gadgets import (
 )
 from safedefer.policy import Policy, deferrable
 from safedefer.refs import UNBOUND, CallableRef, bound_object
+from tests.unit.apps import make_app
 from tests.zoo import callables as zoo
 from tests.zoo import decorators, far, near
 
@@ -796,3 +799,54 @@ def test_a_module_that_raises_at_its_import_is_named_with_the_type_of_the_error(
         ConfigurationError, match=r"imported: KeyError: 'SAFEDEFER_KEYS'; correct the pattern or the module"
     ):
         Policy("asks_for_a_setting").load()
+
+
+@pytest.mark.parametrize("label", [row[0] for row in zoo.ACCEPTED])
+def test_a_callable_is_admitted_once_its_refusal_was_followed_to_the_letter(label):
+    """The pattern that the message quotes, and what the error has for programs, are enough, with its module and without."""
+    obj = {row[0]: row[1] for row in zoo.ACCEPTED}[label]
+    name = CallableRef.of(obj)
+    for before in ((), (name.module,), (f"{name.module}:{name.qualname}",)):
+        if any(is_standard_library(pattern) for pattern in before):
+            continue
+        try:
+            policy = Policy(*before)
+            policy.callable_ref(obj)
+        except NotDeferrable as error:
+            quoted = re.findall(r"'([\w.]+:[\w.]+)'", str(error))
+            for pattern in {*quoted, *error.missing}:
+                assert admits(Policy(*before, pattern), obj), error
+            if "or its module" in str(error):
+                assert admits(Policy(*before, name.module), obj), error
+
+
+def test_a_module_that_no_pattern_can_name_is_not_offered(tmp_path, monkeypatch):
+    (tmp_path / "zoo_package").mkdir()
+    (tmp_path / "zoo_package" / "__init__.py").write_text("def f(): pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    obj = importlib.import_module("zoo_package.__init__").f
+    with pytest.raises(NotDeferrable, match="add 'zoo_package.__init__:f' to the policy"):
+        Policy().callable_ref(obj)
+    assert admits(Policy("zoo_package.__init__:f"), obj)
+
+
+@pytest.mark.parametrize("label", ["function", "class", "callable instance", "instance with inherited __call__", "method",
+    "inherited method", "inherited method of another module", "class method", "inherited class method of another module",
+    "built-in", "built-in method", "built-in class method"])  # fmt: skip
+def test_a_call_is_taken_once_all_patterns_of_its_refusal_are_added(label):
+    """With the object that it is bound to: one attempt says all of them."""
+    obj = {row[0]: row[1] for row in zoo.ACCEPTED}[label]
+    args = {"built-in": ["text"], "built-in method": [2], "built-in class method": [["key"]]}.get(label, [])
+    with contextlib.closing(make_app(policy=Policy())) as app, pytest.raises(NotDeferrable) as caught:
+        app.defer(obj, *args)
+    patterns = {*re.findall(r"'([\w.]+:[\w.]+)'", str(caught.value)), *caught.value.missing}
+    with contextlib.closing(make_app(policy=Policy(*patterns))) as app:
+        app.defer(obj, *args)
+
+
+def test_an_exact_call_of_objects_admits_these_and_no_other_member():
+    policy = Policy(f"{ZOO}:InheritedCalling.__call__")
+    assert admits(policy, zoo.InheritedCalling())
+    assert not admits(policy, zoo.CallableBase())
+    assert not admits(policy, zoo.InheritedCalling)
+    assert not admits(Policy(f"{ZOO}:CallableBase.__call__"), zoo.InheritedCalling())

@@ -29,10 +29,22 @@ if find_spec("celery"):
     def celery_bound(self, number):
         return number
 
+    class CelerySend(celery.Task):
+        name = "of.a.class"
+
+        def run(self, number):
+            return number
+
+    class CeleryHeir(CelerySend):
+        name = "of.a.subclass"
+
+    celery_of_class = celery_app.register_task(CelerySend())
+    celery_of_heir = celery_app.register_task(CeleryHeir())
+
     TASKS |= {
         "celery": (celery_send, celery_send.run), "celery eager": (celery_eager, celery_eager.__wrapped__), "celery shared": (celery_shared, celery_shared.run),
     }  # fmt: skip
-    REFUSED["celery bound"] = celery_bound
+    REFUSED |= {"celery bound": celery_bound, "celery class": celery_of_class, "celery subclass": celery_of_heir}
 
 if find_spec("dramatiq"):
     import dramatiq
