@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from itertools import chain, permutations
-from types import MappingProxyType
 from typing import Final, Literal, NoReturn, Self, TypeAlias, final
 
 from safedefer.errors import BadSignature, ConfigurationError, RevokedKey, UnknownKey, WeakKey
@@ -148,7 +147,7 @@ class Keyring(Immutable):
         WeakKey: Two share a secret.
     """
 
-    __slots__ = ("_begun", "_decoy", "_start", "_writers", "active", "keys")
+    __slots__ = ("_begun", "_decoy", "_start", "_writer_of", "active", "keys")
 
     active: Key
     """The key that signs."""
@@ -158,8 +157,8 @@ class Keyring(Immutable):
     """What a token of ours begins with: the header of the active key, and a dot."""
     _begun: hmac.HMAC
     """The MAC of what a token of ours begins with."""
-    _writers: Mapping[bytes, _Writer]
-    """By encoded header, the key that could have written it, and the MAC of the header and a dot."""
+    _writer_of: Callable[[bytes, _Writer], _Writer]
+    """Gives, by encoded header, the key that could have written it, and the MAC of the header and a dot."""
     _decoy: _Writer
     """What is computed with when no key could have written the header."""
 
@@ -176,9 +175,9 @@ class Keyring(Immutable):
             active=active,
             _start=start,
             _begun=active.begin_mac(start),
-            _writers=MappingProxyType(
-                {header: (key, key.begin_mac(header + b".")) for key in given for header in _headers(key.kid)}
-            ),
+            _writer_of={
+                header: (key, key.begin_mac(header + b".")) for key in given for header in _headers(key.kid)
+            }.get,
             _decoy=(None, decoy.begin_mac(start)),
         )
 
@@ -211,9 +210,10 @@ class Keyring(Immutable):
             RevokedKey: It matches, but the key is revoked.
             MalformedToken: A segment is not canonical base64url.
         """
-        key, begun = self._writers.get(token.header, self._decoy)
+        header, payload, mac = token
+        key, begun = self._writer_of(header, self._decoy)
         # The right MAC of a forged token is never a local variable: tracebacks with locals reach logs.
-        matches = hmac.compare_digest(end_mac(begun, token.payload), token.mac)
+        matches = hmac.compare_digest(end_mac(begun, payload), mac)
         if key is None or not matches:
             token.check_spelling()
             if key is None:
@@ -221,7 +221,7 @@ class Keyring(Immutable):
             raise BadSignature("the signature does not match; the token was altered, or a key of the same kid differs")
         if key.state == "revoked":
             raise RevokedKey(f"key {key.kid} is revoked; re-run the task from its origin if it was wanted")
-        return key, decode_segment(token.payload)
+        return key, decode_segment(payload)
 
     @classmethod
     def from_text(cls, text: str) -> Self:

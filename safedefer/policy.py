@@ -27,7 +27,6 @@ Over 450 lines, since what a pattern may name and what it then admits are one se
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
@@ -38,6 +37,7 @@ from typing import Any, Final, NoReturn, TypeVar, cast, final
 from pydantic import ValidationError
 
 from safedefer.callables import refusals
+from safedefer.callables.patterns import EXACT, OTHER_MODULES, PatternsByKind, check_moved, read_patterns
 from safedefer.callables.wrappers import unwrapped
 from safedefer.errors import (
     CapabilityExceeded,
@@ -63,14 +63,8 @@ from safedefer.refs import (
 
 _T = TypeVar("_T")
 
-_NAME = r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
-_MODULE = re.compile(_NAME)
-_PACKAGE = re.compile(rf"({_NAME})\.\*")
-_EXACT = re.compile(rf"({_NAME}):({_NAME})")
 #: The longest name that a class inside the arguments may have, before it is taken apart.
 _MAX_NAME: Final = 511
-#: Modules that are run again under another name when they are imported so.
-_OTHER_MODULES: Final = frozenset({"__main__", "__mp_main__", "__init__"})
 
 #: What runs when a class is called. Those of built-in classes are of types of their own, and ``__new__`` is static.
 _CONSTRUCTION: Final = ("__new__", "__init__")
@@ -112,12 +106,11 @@ class Policy(Immutable):
             found by ``load``, or by the first use.
     """
 
-    __slots__ = ("_deferrable", "_modules", "_moved", "_named_metaclasses", "_packages", "_resolved", "patterns")
+    __slots__ = ("_deferrable", "_moved", "_named_metaclasses", "_read", "_resolved", "patterns")
 
     patterns: tuple[str, ...]
     """The patterns, as given."""
-    _modules: frozenset[str]
-    _packages: tuple[str, ...]
+    _read: PatternsByKind
     _resolved: tuple[Mapping[str, object], frozenset[type]] | None
     _deferrable: bool
     _moved: Mapping[str, str]
@@ -131,13 +124,10 @@ class Policy(Immutable):
         metaclasses: Iterable[type | str] = (),
     ) -> None:
         moved = dict(moved or {})
-        _check_moved(moved)
-        for pattern in patterns:
-            _check_pattern(pattern)
+        check_moved(moved)
         self._set(
             patterns=patterns,
-            _modules=frozenset(pattern for pattern in patterns if _MODULE.fullmatch(pattern)),
-            _packages=tuple(pattern.removesuffix("*") for pattern in patterns if _PACKAGE.fullmatch(pattern)),
+            _read=read_patterns(patterns),
             _resolved=None,
             _deferrable=deferrable,
             _moved=MappingProxyType(moved),
@@ -174,9 +164,10 @@ class Policy(Immutable):
         found = self._resolved
         if found is None:
             exact: dict[str, object] = {}
-            for match in filter(None, map(_EXACT.fullmatch, self.patterns)):
+            for module, qualname in self._read.exact:
+                name = f"{module}:{qualname}"
                 # The old name of something that moved is never looked up, whatever still stands there.
-                exact |= {match[0]: UNBOUND} if match[0] in self._moved else _exact_object(match[1], match[2])
+                exact |= {name: UNBOUND} if name in self._moved else _exact_object(module, qualname)
             found = MappingProxyType(exact), METACLASSES | {_metaclass(item) for item in self._named_metaclasses}
             self._set(_resolved=found)
         return found
@@ -197,7 +188,7 @@ class Policy(Immutable):
         """
         self.resolve()
         gone = {name.partition(":")[0] for name in self._moved}
-        for module in sorted(self._modules):
+        for module in sorted(self._read.modules):
             try:
                 import_module(module)
             except Exception as error:
@@ -248,14 +239,14 @@ class Policy(Immutable):
             return True
         if is_standard_library(module) or is_gadget(module, qualname):
             return False
-        if module in self._modules or self._in_package(module):
+        if module in self._read.modules or self._in_package(module):
             return True
         return self._is_marked(module, qualname) or any(
             f"{module}:{outer}" in self._exact or self._is_marked(module, outer) for outer in _outers(qualname)
         )
 
     def _in_package(self, module: str) -> bool:
-        return f"{module}.".startswith(self._packages) and _OTHER_MODULES.isdisjoint(module.split("."))
+        return f"{module}.".startswith(self._read.packages) and OTHER_MODULES.isdisjoint(module.split("."))
 
     def _is_marked(self, module: str, qualname: str) -> bool:
         # Only what is imported already counts: a mark must not cause an import.
@@ -383,7 +374,7 @@ class Policy(Immutable):
             return name
         for step in (name, self._moved.get(name, name)):
             # The length first: names inside the arguments are bounded by the token alone.
-            if len(step) > _MAX_NAME or _EXACT.fullmatch(step) is None or not self._admits(*step.split(":")):
+            if len(step) > _MAX_NAME or EXACT.fullmatch(step) is None or not self._admits(*step.split(":")):
                 raise PolicyViolation(
                     f"the class {_shown(step)} inside the arguments is not admitted; add a pattern for it to the policy"
                 )
@@ -467,7 +458,7 @@ class _Restricted:
 
     @property
     def is_settled(self) -> bool:
-        """See ``Gate.is_settled``. Patterns of a key admit no marks."""
+        """See ``Gate.is_settled``. PatternsByKind of a key admit no marks."""
         return self._outer.is_settled
 
     def check(self, ref: CallableRef) -> CallableRef:
@@ -516,34 +507,10 @@ class _Restricted:
             raise CapabilityExceeded("the key that signed this may not name it; sign with another key") from error
 
 
-# --- Patterns -------------------------------------------------------------------------------------
+# --- PatternsByKind -------------------------------------------------------------------------------------
 
 # Bases that construct nothing dangerous, though as callees they would be gadgets.
 _PLAIN_BASES: Final = frozenset({object, type, Enum})
-
-
-def _check_pattern(pattern: object) -> None:
-    if not isinstance(pattern, str) or not any(shape.fullmatch(pattern) for shape in (_MODULE, _PACKAGE, _EXACT)):
-        raise ConfigurationError(
-            f"{pattern!a} is not a pattern; write 'pkg.mod', 'pkg.*' or 'mod:qualname', one argument each"
-        )
-    module = pattern.removesuffix(".*")
-    if ":" in pattern:
-        return
-    if is_standard_library(module):
-        raise ConfigurationError(
-            f"{pattern!r} would admit a part of the standard library; name the callables exactly: '{module}:name'"
-        )
-    if not _OTHER_MODULES.isdisjoint(module.split(".")):
-        raise ConfigurationError(f"{pattern!r} is another module in every process; move the tasks to one of their own")
-
-
-def _check_moved(moved: Mapping[str, str]) -> None:
-    for old, new in moved.items():
-        if _EXACT.fullmatch(old) is None or _EXACT.fullmatch(new) is None:
-            raise ConfigurationError("moved maps 'old.mod:name' to 'new.mod:name'; write both with a colon")
-        if new in moved:
-            raise ConfigurationError(f"moved takes one step, and {new} moves again; map {old} to the last name")
 
 
 def _exact_object(module: str, qualname: str) -> dict[str, object]:
@@ -618,4 +585,4 @@ def _deny(ref: CallableRef | str, why: str) -> NoReturn:
 
 
 def _shown(name: str) -> str:
-    return name if len(name) <= _MAX_NAME and _EXACT.fullmatch(name) is not None else "of an unreadable name"
+    return name if len(name) <= _MAX_NAME and EXACT.fullmatch(name) is not None else "of an unreadable name"

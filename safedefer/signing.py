@@ -151,10 +151,11 @@ class Verifier:
         try:
             # (5) The audience, what the key may sign, and the time.
             environment, named, target, path = split_audience(claims["aud"])
+            serves = self._serves
             if (
-                environment != self._serves.environment
-                or (self._serves.queues is not None and named not in self._serves.queues)
-                or (self._serves.targets is not None and target not in self._serves.targets)
+                environment != serves.environment
+                or (serves.queues is not None and named not in serves.queues)
+                or (serves.targets is not None and target not in serves.targets)
                 or (path != url if isinstance(url, str) else path not in url)
                 or (queue is not None and queue != named)
             ):

@@ -84,8 +84,8 @@ class Token(NamedTuple):
             raise MalformedToken("a token is three segments joined by dots; send what serialize() returned")
         if len(header) > _MAX_HEADER or not payload or len(mac) != MAC_CHARS:
             raise MalformedToken("a segment of the token has an impossible length; send what serialize() returned")
-        # By __new__, as the verifier does: a call of the class takes 800 instructions more.
-        return cls.__new__(cls, header=header, payload=payload, mac=mac)
+        # A call of the class takes twice as long, for every token.
+        return tuple.__new__(cls, (header, payload, mac))
 
     def check_spelling(self) -> None:
         """Say so if a token that no key wrote is not even base64url. What a key wrote is.

@@ -195,12 +195,23 @@ class Builder:
         kwargs: Mapping[str, Any],
         now: float,
     ) -> Claims:
+        gate = self._signer.gate
         target: Any = unwrapped(obj)
         try:
-            ref, bound, positional, named = self._encoded(options, target, args, kwargs)
+            ref = gate.callable_ref(target)
+            try:
+                check_binds(target, args, kwargs)
+            except TypeError as error:
+                raise TypeError(
+                    f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
+                ) from None
+            codec = self._pickled() if options.pickle else self._codecs["typed"]
+            # What makes a call unique is compared as trees, whose members can be sorted.
+            encode = codec.encode if options.unique else codec.write
+            bound, positional, named = encode((bound_object(target), tuple(args), dict(kwargs)), gate)
         except TypeError as error:  # NotDeferrable and UnencodableArgument are such errors
             if not options.pickle:  # to look at more values would pickle them
-                tell_all(error, self._codecs["typed"], self._signer.gate, target, args, kwargs)
+                tell_all(error, self._codecs["typed"], gate, target, args, kwargs)
             raise
         made = due = int(now)
         audience, lifetime = self._routes.default
@@ -227,36 +238,9 @@ class Builder:
         claims["call"] = call
         claims["args"] = positional
         claims["kwargs"] = named
-        if options.retry_options is not None:
-            claims["retry"] = cast("Retry", options.retry_options.given())
-        if options.deadline is not None:
-            claims["deadline"] = options.deadline
-        if options.headers:
-            claims["headers"] = dict(options.headers)
+        if options is not DEFAULT_OPTIONS:
+            _add_options(claims, options)
         return claims
-
-    def _encoded(
-        self, options: Options, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[CallableRef, Any, Any, Any]:
-        """Return the reference of the callable, and its object and arguments as trees.
-
-        Raises:
-            TypeError: The callable does not take these arguments.
-            NotDeferrable: It may not be deferred.
-            UnencodableArgument: An argument cannot be carried.
-        """
-        gate = self._signer.gate
-        ref = gate.callable_ref(target)
-        try:
-            check_binds(target, args, kwargs)
-        except TypeError as error:
-            raise TypeError(
-                f"{ref} does not take these arguments: {error}; defer() passes them on as they are"
-            ) from None
-        codec = self._pickled() if options.pickle else self._codecs["typed"]
-        # What makes a call unique is compared as trees, whose members can be sorted.
-        encode = codec.encode if options.unique else codec.write
-        return ref, *encode((bound_object(target), tuple(args), dict(kwargs)), gate)
 
     def _pickled(self) -> Codec:
         """Return the codec of pickled arguments. Raises ``NotDeferrable`` if they may not be sent."""
@@ -269,6 +253,16 @@ class Builder:
                 reason="pickle-key",
             )
         return codec
+
+
+def _add_options(claims: Claims, options: Options) -> None:
+    """Add the claims that end a token: how and with which headers the task is delivered."""
+    if options.retry_options is not None:
+        claims["retry"] = cast("Retry", options.retry_options.given())
+    if options.deadline is not None:
+        claims["deadline"] = options.deadline
+    if options.headers:
+        claims["headers"] = dict(options.headers)
 
 
 def in_order(claims: Mapping[str, object]) -> Claims:

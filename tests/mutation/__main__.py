@@ -28,7 +28,7 @@ from mutmut.mutation.file_mutation import mutate_file_contents
 from mutmut.utils.format_utils import get_mutant_name
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("token", "keys", "signing", "refs", "policy", "policy_cache")
+MODULES = ("token", "keys", "signing", "refs", "policy", "policy_cache", "callables/patterns")
 
 QUICK = [
     "unit/test_mutants.py", "unit/test_token.py", "unit/test_keys.py", "unit/test_signing.py", "unit/test_refs.py",
@@ -59,14 +59,25 @@ def mutate(folder, modules):
     return changed
 
 
-#: Which arguments of a call are for readers alone. An exception's is its first.
+ALL = slice(None)
+#: Which arguments of a call are for readers alone, by the name of a function or of one of ``callables.refusals``. An
+#: exception's is its first. Of a refusal, what decides its slug or is a field of it is not among them.
 WORDS = {
-    "_refuse": slice(1, 3),
     "_deny": slice(2),
-    "_not_admitted": slice(2),
-    "_refuse_member": slice(2),
     "cast": slice(1),
-}
+    **dict.fromkeys(
+        (
+            "local_class", "nested_class", "metaclass", "makes_class", "special_function", "overridden_classmethod",
+            "missing_member", "special_method", "mangled_member", "long_member", "foreign_member", "not_ascii", "long_name",
+            "main_module", "found_otherwise", "not_admitted", "foreign_construction", "builtin_method",
+        ),
+        ALL,
+    ),
+    "unbound_method": slice(1),
+    "missing_builtin": slice(1),
+    "other_member": slice(2),
+    "not_callable": slice(1, 2),
+}  # fmt: skip
 
 
 class Blank(ast.NodeTransformer):
@@ -74,7 +85,7 @@ class Blank(ast.NodeTransformer):
 
     def visit_Call(self, call):
         self.generic_visit(call)
-        name = call.func.id if isinstance(call.func, ast.Name) else ""
+        name = ast.unparse(call.func).removeprefix("refusals.")
         if name in WORDS or self.raises(name):
             words = WORDS.get(name, slice(1))
             call.args[words] = [ast.Constant("") for _ in call.args[words]]
@@ -145,7 +156,7 @@ def run(folder, modules):
     counts = Counter()
     for mutant, functions in changed.items():
         verdict = found.get(mutant, "SURVIVED")
-        counts[mutant.split(".")[1], verdict] += 1
+        counts[mutant.rpartition(".")[0].removeprefix("safedefer."), verdict] += 1
         if verdict != "noticed by the quick tests":
             print(verdict, mutant, *difference(*functions), sep="\n    ")
     for (module, verdict), count in counts.items():

@@ -24,7 +24,7 @@ DEFENCES = [
     ("token.py", "if not (is_canonical(self.header) and is_canonical(self.payload) and is_canonical(self.mac)):", "if False:", "../test_schema"),
     ("token.py", "if segment[-1:] in _LAST[over] and _PLUS not in segment and _SLASH not in segment:", "if True:", "../unit/test_token"),
     ("claims.py", " == payload", "", "../test_schema"),
-    ("signing.py", "environment != self._serves.environment", "False", HANDLER),
+    ("signing.py", "environment != serves.environment", "False", HANDLER),
     ("signing.py", "or (path != url if isinstance(url, str) else path not in url)", "", STORAGE),
     ("signing.py", "or (queue is not None and queue != named)", "", STORAGE),
     ("signing.py", 'if claims["nbf"] > soon or claims["iat"] > soon:', "if False:", STORAGE),
