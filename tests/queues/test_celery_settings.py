@@ -12,7 +12,6 @@ from celery import Celery, Task
 from celery.exceptions import Reject, SoftTimeLimitExceeded, Terminated
 from celery.worker import state
 
-from safedefer import TaskRetryOptions
 from safedefer.errors import ConfigurationError
 from safedefer.queues.celery import engine as engines
 from safedefer.queues.celery.engine import _HANDLED as HANDLED
@@ -90,7 +89,9 @@ def test_a_retry_runs_in_the_queue_of_its_task(kind, tmp_path):
     with {"valkey": valkey, "rabbitmq": rabbitmq}[kind]() as url:
         app = tasks.make_app(url, tmp_path)
         app.options(queue="mail", retry_options=SOON).defer(tasks.fail_first, 1)
-        with celery_worker("tests.queues.celery_app:celery", {"TEST_BROKER": url, "TEST_FOLDER": str(tmp_path)}, "-Q", "mail"):
+        with celery_worker(
+            "tests.queues.celery_app:celery", {"TEST_BROKER": url, "TEST_FOLDER": str(tmp_path)}, "-Q", "mail"
+        ):
             wait_for(lambda: ran(tmp_path).count("fail_first") == 2)
         app.close()
 
@@ -183,7 +184,9 @@ def failed(error):
         return ExceptionInfo()
 
 
-@pytest.mark.parametrize("error", [Terminated(15), ValueError("any"), SoftTimeLimitExceeded(), Reject("any", requeue=False)])
+@pytest.mark.parametrize(
+    "error", [Terminated(15), ValueError("any"), SoftTimeLimitExceeded(), Reject("any", requeue=False)]
+)
 def test_a_message_whose_task_did_not_return_goes_back(request_, said, error):
     request_.on_failure(failed(error), return_ok=True)
     assert said == ["back"]

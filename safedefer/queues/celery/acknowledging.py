@@ -27,6 +27,8 @@ _log: Final = logging.getLogger("safedefer.celery")
 
 #: Seconds between two tries of a sync.
 _AGAIN_SECONDS: Final = 0.5
+#: Seconds that a worker waits for the first sync before it takes messages.
+_BEGIN_SECONDS: Final = 10.0
 
 
 class Answered(NamedTuple):
@@ -62,11 +64,14 @@ class Acknowledgements:
         os.set_blocking(self._write, False)
 
     def begin(self) -> None:
-        """Ask the store for its mark, before the first message is received. Without it the first ones go back to the broker."""
-        try:
-            self.mark = self._sync()
-        except Exception as error:  # noqa: BLE001  # whatever the store's library raises
-            _log.warning("the store does not sync (%s); trying again", _name(error))
+        """Ask the store for its mark, and wait a while for it: messages that are received before it go back to the broker."""
+        if (hub := get_event_loop()) is not None:
+            self._listen(hub)
+        with self._changed:
+            if self._thread is None:
+                self._waiting.append(Answered(_nothing, _nothing, None))
+                self._start()
+                self._changed.wait_for(lambda: not (self._waiting or self._syncing), _BEGIN_SECONDS)
 
     def add(self, answered: Answered, *, last: bool = False) -> None:
         """Acknowledge in this thread, once a sync that begins from now on has returned; at once where it is one of the last."""
@@ -75,13 +80,19 @@ class Acknowledgements:
             self._waiting.append(answered)
             if hub is not None and not last:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
-                    self._thread.start()
-                self._changed.notify()
-                if self._read not in hub.readers:  # a new connection to the broker has the hub forget it
-                    hub.add_reader(self._read, self._on_synced)
+                    self._start()
+                self._changed.notify_all()
+                self._listen(hub)
                 return
         self.flush()  # no event loop, or its end: there is no later
+
+    def _listen(self, hub: Any) -> None:
+        if self._read not in hub.readers:  # a lost connection to the broker has the hub forget it
+            hub.add_reader(self._read, self._on_synced)
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
+        self._thread.start()
 
     def flush(self) -> None:
         """Sync, and acknowledge all that waits; without a sync nothing, and the broker delivers it again."""
@@ -93,7 +104,7 @@ class Acknowledgements:
         if waiting:
             try:
                 mark = self._sync()
-            except Exception as error:  # noqa: BLE001  # as in begin
+            except Exception as error:  # noqa: BLE001  # whatever the store's library raises
                 _log.error("the store does not sync (%s); the broker delivers its tasks again", _name(error))
                 return
             self._sort(waiting, mark)
@@ -115,6 +126,7 @@ class Acknowledgements:
             with self._changed:
                 self._sort(self._syncing, mark)
                 self._syncing = deque()
+                self._changed.notify_all()
             with contextlib.suppress(BlockingIOError):  # the main thread has enough to read
                 os.write(self._write, b"x")
 
@@ -123,7 +135,7 @@ class Acknowledgements:
         while True:
             try:
                 return self._sync()
-            except Exception as error:  # noqa: BLE001  # as in begin
+            except Exception as error:  # noqa: BLE001  # as in flush
                 if not failing:
                     _log.warning("the store does not sync (%s); trying again", _name(error))
                 failing = True
@@ -144,6 +156,10 @@ class Acknowledgements:
                 acknowledge()
             except Exception as error:  # noqa: BLE001  # the connection is gone: the broker delivers it again
                 _log.warning("a message could not be acknowledged (%s); the broker delivers it again", _name(error))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _name(error: Exception) -> str:

@@ -87,7 +87,7 @@ class _LastSync(bootsteps.StartStopStep):  # type: ignore[misc]
             acknowledgements.begin()
 
     def stop(self, parent: Any) -> None:
-        """Sync, and acknowledge."""
+        """Sync, and acknowledge; not where the worker connects to its broker again, which does not wait for the store."""
         acknowledgements = acknowledgements_of(parent.app)
-        if acknowledgements is not None:
+        if acknowledgements is not None and parent.blueprint.state != bootsteps.RUN:
             acknowledgements.flush()
