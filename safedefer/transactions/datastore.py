@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ from safedefer.transactions.blocks import NO_NAMES, OpenBlock
 from safedefer.transactions.handover import ID_LENGTH, Judge
 
 if TYPE_CHECKING:
+    from safedefer.errors import QueueUnavailable
     from safedefer.queues.base import Queue
     from safedefer.transactions.databases.datastore import EntityReader, EntityRow, OwnTransaction
 
@@ -32,8 +34,12 @@ _LOOK_SECONDS: Final = 2.0
 _PAGE: Final = 25
 #: Committed tasks of one entity that are remembered until the relay takes them, so that none need be read: 200 MB at most.
 _REMEMBERED: Final = 200
-#: Ids of entities that are no tasks, and are not read again.
+#: Of these, so many are handed over at once.
+_KNOWN_PAGE: Final = 100
+#: Ids of entities that are no tasks of the application, and are not read again; and of tasks that are read after a pause.
 _ASIDE: Final = 10_000
+#: Seconds before a task that the queue does not take is read again; at first it is ``_LOOK_SECONDS``, and each time twice as long.
+_LONGEST_PAUSE: Final = 600.0
 
 _URL: Final = re.compile(r"datastore://([A-Za-z0-9:.-]{1,100})(?:/([A-Za-z0-9-]{1,100}|\(default\)))?/?")
 
@@ -134,6 +140,28 @@ class DatastoreBlock(OpenBlock, AbstractContextManager[None]):
         self._outbox.write_entities(tasks)
 
 
+class _Pause(NamedTuple):
+    """How long a task is not read that the queue has not taken."""
+
+    until: float
+    """The time of the monotonic clock."""
+    seconds: float
+
+
+@dataclass
+class _Sweep:
+    """One sweep: where tasks go, and what became of them so far."""
+
+    queue: Queue
+    until: float | None
+    """The time of the monotonic clock after which no other page is read."""
+    moved: int = 0
+    failure: QueueUnavailable | None = None
+    """Why the queue did not store a task. The sweep goes on with the others."""
+    is_over: bool = False
+    """Whether the time was over before the last page."""
+
+
 class DatastoreOutlet:
     """The outbox in one Datastore, as the relay empties it. It enqueues first and deletes after.
 
@@ -154,6 +182,8 @@ class DatastoreOutlet:
         self._expected: deque[tuple[int, QueuedTask, int]] = deque()
         """What was committed here: the process, the task, its entities."""
         self._aside: set[str] = set()
+        self._paused: dict[str, _Pause] = {}
+        """Tasks that the queue has not taken."""
         self._next_look = 0.0
 
     def adopt(self, client: Any) -> None:
@@ -169,7 +199,8 @@ class DatastoreOutlet:
                 self._next_look = 0.0
 
     def look_now(self) -> None:
-        """Query at the next sweep, however short ago the last one was."""
+        """Query at the next sweep, however short ago the last one was, and read all tasks that the queue has not taken."""
+        self._paused = {}
         self._next_look = 0.0
 
     @contextlib.contextmanager
@@ -198,14 +229,26 @@ class DatastoreOutlet:
         now = time.monotonic()
         if not expected and now < self._next_look:
             return 0
-        with self._reader() as reader:
-            if reader is None:
-                return 0
-            moved = sum(self._hand_over(reader, queue, page) for page in _pages(expected, 100))
-            if now < self._next_look:
-                return moved
-            self._next_look = now + _LOOK_SECONDS
-            return self._look(reader, queue, moved, until)
+        sweep = _Sweep(queue, until)
+        try:
+            with self._reader() as reader:
+                if reader is None:
+                    return 0
+                while expected:
+                    self._hand_over(reader, sweep, expected[:_KNOWN_PAGE])
+                    del expected[:_KNOWN_PAGE]
+                if now >= self._next_look:
+                    self._next_look = now + _LOOK_SECONDS
+                    self._look(reader, sweep)
+        except BaseException:
+            self._expected.extendleft((os.getpid(), *each) for each in reversed(expected))
+            self._next_look = 0.0
+            raise
+        if sweep.failure is not None:
+            raise sweep.failure
+        if sweep.is_over:
+            self._next_look = 0.0
+        return None if sweep.is_over else sweep.moved
 
     def _take_expected(self) -> list[tuple[QueuedTask, int]]:
         taken = []
@@ -214,29 +257,34 @@ class DatastoreOutlet:
                 taken.append(self._expected.popleft())
         return [(task, pieces) for pid, task, pieces in taken if pid == os.getpid()]
 
-    def _look(self, reader: EntityReader, queue: Queue, moved: int, until: float | None) -> int | None:
+    def _look(self, reader: EntityReader, sweep: _Sweep) -> None:
+        now = time.monotonic()
+        self._paused = {key: each for key, each in self._paused.items() if now < each.until + _LONGEST_PAUSE}
         after: Any = None
         while keys := reader.keys(after):
             after = keys[-1]
             ids = [each for each in map(import_entities().id_of, keys) if 0 < len(each) <= ID_LENGTH]
-            for page in _pages([each for each in ids if each not in self._aside], _PAGE):
-                moved += self._move_page(reader, queue, page)
-                if until is not None and time.monotonic() > until:
-                    return None
-        return moved
+            for page in _pages([each for each in ids if self._is_due(each, now)], _PAGE):
+                self._move_page(reader, sweep, page)
+                if sweep.until is not None and time.monotonic() > sweep.until:
+                    sweep.is_over = True
+                    return
 
-    def _move_page(self, reader: EntityReader, queue: Queue, ids: Sequence[str]) -> int:
-        moved = 0
+    def _is_due(self, task_id: str, now: float) -> bool:
+        pause = self._paused.get(task_id)
+        return task_id not in self._aside and (pause is None or now >= pause.until)
+
+    def _move_page(self, reader: EntityReader, sweep: _Sweep, ids: Sequence[str]) -> None:
         together: list[tuple[QueuedTask, int]] = []
         for task_id, row in reader.rows(ids).items():
             task = self._task(reader, task_id, row)
             if task is None or row is None:
                 continue
             if row.pieces > 1:  # by itself: some of these would be many bytes
-                moved += self._hand_over(reader, queue, [(task, row.pieces)])
+                self._hand_over(reader, sweep, [(task, row.pieces)])
             else:
                 together.append((task, row.pieces))
-        return moved + self._hand_over(reader, queue, together)
+        self._hand_over(reader, sweep, together)
 
     def _task(self, reader: EntityReader, task_id: str, row: EntityRow | None) -> QueuedTask | None:
         """Return the task of an entity; None if it is not one of this application's, or none at all."""
@@ -246,23 +294,32 @@ class DatastoreOutlet:
             return None
         text = None if row is None or payload is None else payload[: row.text_bytes]
         task = self._judge.read(place, task_id.encode(), text)
-        if task is None or row is None or payload is None:
+        if task is None or row is None or payload is None or not self._judge.is_mine(place, task):
             if len(self._aside) < _ASIDE:
                 self._aside.add(task_id)
             return None
-        if task.blob is not None:
-            task = task._replace(blob=Blob(task.blob.id, payload[row.text_bytes :]))
-        return task if self._judge.is_mine(place, task) else None
+        return task if task.blob is None else task._replace(blob=Blob(task.blob.id, payload[row.text_bytes :]))
 
-    def _hand_over(self, reader: EntityReader, queue: Queue, written: Sequence[tuple[QueuedTask, int]]) -> int:
-        done = self._judge.hand_over(queue, str(self._address), [task for task, _ in written])
+    def _hand_over(self, reader: EntityReader, sweep: _Sweep, written: Sequence[tuple[QueuedTask, int]]) -> None:
+        done = self._judge.hand_over(sweep.queue, str(self._address), [task for task, _ in written])
         if done.ids:
             pieces = {task.id: pieces for task, pieces in written}
             reader.delete([(task_id, pieces[task_id]) for task_id in done.ids])
-        if done.failure is not None:
-            self._next_look = 0.0
+        sweep.moved += len(done.ids)
+        if done.is_away and done.failure is not None:
             raise done.failure
-        return len(done.ids)
+        sweep.failure = done.failure or sweep.failure
+        taken = frozenset(done.ids)
+        for task, _ in written:
+            if task.id not in taken:
+                self._pause(task.id)
+
+    def _pause(self, task_id: str) -> None:
+        """Read a task that the queue does not take only after a while, and the next time after a longer one."""
+        last = self._paused.get(task_id)
+        seconds = _LOOK_SECONDS if last is None else min(last.seconds * 2, _LONGEST_PAUSE)
+        if last is not None or len(self._paused) < _ASIDE:
+            self._paused[task_id] = _Pause(time.monotonic() + seconds, seconds)
 
     def count(self, _schemas: Sequence[str | None]) -> int:
         """Return how many tasks wait. Raises ``GoogleAPICallError``."""

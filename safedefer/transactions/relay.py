@@ -97,8 +97,8 @@ class Relay:
         self._patient_until: float | None = None
         self._last = time.monotonic()
         self._wanted = 0
-        self._swept = 0
-        """The value of ``_wanted`` when the last sweep that has ended began."""
+        self._swept: dict[str, int] = {}
+        """The value of ``_wanted`` when the last sweep of each database began that has not failed."""
 
     def add(self, identity: str, outlet: Outlet, schema: str | None = None) -> None:
         """Add a database, and the schema of its outbox, to those that are swept."""
@@ -164,15 +164,11 @@ class Relay:
 
     def sweep(self) -> int:
         """Relay every known outbox; returns how many tasks were moved."""
-        wanted, still_open = self._wanted, bool(self._open)
-        moved = sum(self._sweep(identity) or 0 for identity in list(self._outlets))
-        if not still_open:
-            self._swept = wanted
-        return moved
+        return sum(self._sweep(identity) or 0 for identity in list(self._outlets))
 
     def sweep_apart(self) -> None:
         """Relay every known outbox; where there are several, each in a thread of its own, and the slow ones go on meanwhile."""
-        wanted, still_open, names = self._wanted, bool(self._open), list(self._outlets)
+        names = list(self._outlets)
         if len(names) <= 1:
             self.sweep()
             return
@@ -185,8 +181,6 @@ class Relay:
         until = time.monotonic() + _APART_SECONDS
         for thread in self._apart.values():
             thread.join(max(0.0, until - time.monotonic()))
-        if not still_open and not any(thread.is_alive() for thread in self._apart.values()):
-            self._swept = wanted
 
     def sweep_one(self, identity: str) -> bool:
         """Relay one outbox, for a moment; whether it is empty now."""
@@ -197,7 +191,11 @@ class Relay:
         if not lock.acquire(timeout=patience):
             return None
         try:
-            return self._sweep_locked(identity, until)
+            wanted, still_open = self._wanted, bool(self._open)
+            moved = self._sweep_locked(identity, until)
+            if moved is not None and not still_open:
+                self._swept[identity] = wanted
+            return moved
         finally:
             lock.release()
 
@@ -264,13 +262,14 @@ class Relay:
         if thread is not None and thread is not threading.current_thread():
             thread.join(_END_SECONDS)
         self.finish()
+        _finishing.discard(self)  # the queue is closed soon
 
     def finish(self) -> None:
-        """Look once more if something is expected."""
-        if self._swept != self._wanted:
-            for identity in list(self._outlets):
+        """Look once more at each outbox if something is expected, or the last look failed."""
+        wanted = self._wanted
+        for identity in list(self._outlets):
+            if self._swept.get(identity, 0) != wanted:
                 self._sweep(identity, _END_SECONDS)
-            self._swept = self._wanted
 
     def before_fork(self) -> None:
         """Let sweeps end first. One that does not in time goes on in the parent: the child never uses its connection."""

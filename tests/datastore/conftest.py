@@ -29,7 +29,7 @@ def served():
 
 @pytest.fixture
 def server(served):
-    served.store, served.batch = Store(), 300
+    served.store, served.batch, served.looks_up = Store(), 300, 1_000
     served.before, served.after = {}, {}
     served.calls.clear()
     return served

@@ -43,6 +43,7 @@ class DatastoreServer:
     """A server of one database. Its port is chosen by the system.
 
     ``batch`` is how many results a query gives at once: [proto] QueryResultBatch, a server may give fewer than asked for.
+    ``looks_up`` is how many keys a Lookup looks up at once: [proto] LookupResponse, the others are ``deferred``.
     ``before`` and ``after`` are called with each request of a name, and may raise ``Refused``: after it was done, the
     answer is lost.
     """
@@ -50,6 +51,7 @@ class DatastoreServer:
     def __init__(self) -> None:
         self.store = Store()
         self.batch = 300
+        self.looks_up = 1_000
         self.before: dict[str, Callable[[Any], None]] = {}
         self.after: dict[str, Callable[[Any], None]] = {}
         self.calls: Counter[str] = Counter()
@@ -106,8 +108,10 @@ class DatastoreServer:
         return answered
 
     def _lookup(self, request: LookupRequest) -> LookupResponse:
-        found = self.store.lookup(list(request.keys), _transaction_of(request.read_options))
+        keys = list(request.keys)
+        found = self.store.lookup(keys[: self.looks_up], _transaction_of(request.read_options))
         return LookupResponse(
+            deferred=keys[self.looks_up :],
             found=[EntityResult(entity=entity, version=version) for _, version, entity in found if entity is not None],
             missing=[EntityResult(entity=Entity(key=key)) for key, _, entity in found if entity is None],
         )

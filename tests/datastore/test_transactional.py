@@ -25,13 +25,13 @@ from safedefer.queues.sqlite.queue import SQLiteQueue
 from safedefer.transactions.datastore import Address
 from safedefer.transactions.outbox import Outbox
 from tests import sample_tasks as tasks
+from tests.datastore.helpers import KINDS, forget, quiet, rows, until, waiting
 from tests.datastore.store import Refused
 from tests.queues.contract import DONE, make_task, oversize_task, take, whole
 from tests.queues.single import settle
 from tests.unit.apps import make_app
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("SafedeferOutbox", "SafedeferOutboxPiece")
 
 
 class Order(ndb.Model):
@@ -55,32 +55,6 @@ def app(context):
     app = make_app()
     yield app
     app.close()
-
-
-def rows(server):
-    return sum(len(server.store.kind(kind)) for kind in KINDS)
-
-
-def waiting(queue):
-    return {view.id for view in queue.tasks()}
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def quiet(monkeypatch, outbox):
-    """Without the relay's thread: the test sweeps."""
-    monkeypatch.setattr(outbox._relay, "expect", lambda *_: None)
-
-
-def forget(outbox):
-    """As if another process had died after its commit."""
-    for outlet in outbox._datastores.values():
-        outlet._expected.clear()
 
 
 # --- What commits, and what does not ---

@@ -42,6 +42,8 @@ _PIECES: Final = 10
 _TIMEOUT: Final = 10.0
 #: Keys that are read at once.
 _KEYS: Final = 500
+#: Answers to one question that bring nothing, and say that they are not the last.
+_EMPTY_ANSWERS: Final = 100
 _KEYS_ONLY: Final = {
     "projection": [{"property": {"name": "__key__"}}],
     "order": [{"property": {"name": "__key__"}}],
@@ -256,10 +258,33 @@ class EntityReader:
         return datastore_v1.Query(kind=[{"name": KIND}], filter=datastore_v1.Filter(composite_filter=every), **more)
 
     def keys(self, after: datastore_v1.Key | None) -> Sequence[datastore_v1.Key]:
-        """Return the next keys after one, in their order. Some may be none of ours."""
+        """Return the next keys after one, in their order. Some may be none of ours. There are no more if there are none.
+
+        An answer may be empty and not the last one: QueryResultBatch.more_results of google.datastore.v1.
+        """
         query = self._query(after, limit=_KEYS, **_KEYS_ONLY)
-        request = datastore_v1.RunQueryRequest(**self._place, partition_id=self._partition, query=query)
-        return [each.entity.key for each in self._call("run_query", request).batch.entity_results]
+        for _ in range(_EMPTY_ANSWERS):
+            request = datastore_v1.RunQueryRequest(**self._place, partition_id=self._partition, query=query)
+            batch = self._call("run_query", request).batch
+            if batch.entity_results or batch.more_results != batch.MoreResultsType.NOT_FINISHED:
+                return [each.entity.key for each in batch.entity_results]
+            query.start_cursor = batch.end_cursor
+        raise exceptions.ServiceUnavailable("a query for the tasks of the outbox does not finish")  # type: ignore[no-untyped-call]
+
+    def _lookup(self, keys: Sequence[datastore_v1.Key]) -> list[datastore_v1.Entity]:
+        """Return the entities of some keys, but those that are not there.
+
+        Keys may be put off: LookupResponse.deferred of google.datastore.v1.
+        """
+        found: list[datastore_v1.Entity] = []
+        empty = 0
+        while keys and empty < _EMPTY_ANSWERS:
+            answer = self._call("lookup", datastore_v1.LookupRequest(**self._place, keys=keys))
+            found += [each.entity for each in answer.found]
+            empty, keys = empty + (len(answer.deferred) == len(keys)), list(answer.deferred)
+        if keys:
+            raise exceptions.ServiceUnavailable("a task of the outbox is not looked up")  # type: ignore[no-untyped-call]
+        return found
 
     def count(self) -> int:
         """Return how many tasks there are."""
@@ -280,15 +305,13 @@ class EntityReader:
 
         Where they are too many bytes for one answer, they are read in smaller parts.
         """
-        request = datastore_v1.LookupRequest(**self._place, keys=[self._key(task_id) for task_id in ids])
         try:
-            found = self._call("lookup", request).found
+            entities = self._lookup([self._key(task_id) for task_id in ids])
         except exceptions.ResourceExhausted:
             if len(ids) == 1:
                 raise
             middle = len(ids) // 2
             return {**self.rows(ids[:middle]), **self.rows(ids[middle:])}
-        entities = [each.entity for each in found]
         return {str(entity.key.path[-1].name): self._row(entity) for entity in entities}
 
     def _row(self, entity: datastore_v1.Entity) -> EntityRow | None:
@@ -305,9 +328,8 @@ class EntityReader:
         """Return all of a task; None if a piece is missing. It is read one by one: ten entities of 1 MiB at most."""
         pieces = [row.payload]
         for number in range(1, row.pieces):
-            request = datastore_v1.LookupRequest(**self._place, keys=[self._key(row.id, number)])
-            found = self._call("lookup", request).found
-            piece = _typed(found[0].entity.properties, "payload", "blob_value") if found else None
+            found = self._lookup([self._key(row.id, number)])
+            piece = _typed(found[0].properties, "payload", "blob_value") if found else None
             if piece is None:
                 return None
             pieces.append(piece)
