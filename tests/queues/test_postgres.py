@@ -304,6 +304,7 @@ from safedefer.queues.postgres.queue import PostgresQueue
 from tests.queues.test_postgres import task_now
 queue = PostgresQueue({real_dsn!r})
 queue.stats(now=0.0)
+print("ready", flush=True)
 sys.stdin.readline()
 started = time.time()
 queue.enqueue_many([task_now()])
@@ -313,9 +314,9 @@ queue.close()
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
+        assert other.stdout.readline() == "ready\n"
         lease_now(queue)
         assert rests(queue, 0.3)
-        time.sleep(0.5)
         other.stdin.write("\n")
         other.stdin.flush()
         assert queue.wait(60.0) is True
