@@ -36,7 +36,7 @@ QUICK = [
 ]  # fmt: skip
 MORE = [
     "adversarial/test_inheritance.py", "unit/test_typed_refused.py", "unit/test_typed_accepted.py", "unit/test_execution.py",
-    "unit/test_settings.py", "test_schema.py",
+    "unit/test_settings.py", "unit/test_wrappers.py", "unit/test_typed_packs.py", "test_schema.py",
 ]  # fmt: skip
 #: The most tests that are run for a mutant which changes words alone.
 ENOUGH = 60
