@@ -37,7 +37,7 @@ from typing import Any, Final, NoReturn, TypeVar, cast, final
 from pydantic import ValidationError
 
 from safedefer.callables import refusals
-from safedefer.callables.patterns import EXACT, OTHER_MODULES, PatternsByKind, check_moved, read_patterns
+from safedefer.callables.policy_patterns import EXACT, OTHER_MODULES, PatternsByKind, check_moved, read_patterns
 from safedefer.callables.wrappers import unwrapped
 from safedefer.errors import (
     CapabilityExceeded,

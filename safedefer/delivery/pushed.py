@@ -35,7 +35,7 @@ from safedefer.execution.run import Outcome, Result
 from safedefer.headers import Response
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues.base import BLOB_KEY, QueuedTask, Settlement, Verdict
-from safedefer.queues.poison import log_burial
+from safedefer.queues.poison_log import log_burial
 from safedefer.queues.progress import NO_PROGRESS, Progress, engine_gives_up, lost_record
 from safedefer.queues.push import PushQueue
 from safedefer.queues.pushed import progress_key

@@ -1,4 +1,4 @@
-"""Read the HTTP answer of a handler; ``safedefer.queues.rules`` judges the task by it.
+"""Reads the HTTP answer of a handler, its ``Retry-After`` too; ``queues.rules`` judges the task by it, and spaces retries.
 
 Only a handler that took the request charges an attempt: one that is unreachable, busy, or running the task
 already charges none.

@@ -1,4 +1,7 @@
-"""Prometheus: the metrics of one process, or of the worker processes of a supervisor. The only importer of its library."""
+"""Prometheus: the metrics of one process, or of the worker processes of a supervisor. The only importer of its library.
+
+The series, their names and the buckets of histograms are in ``counts``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What every engine decides alike, as functions of their arguments: an engine reads, asks these, and writes.
+"""What every engine decides alike: ends, lost leases, backoff and limits of retries, poison. Pure functions.
+
+An engine reads, asks these, and writes.
 
 Engines whose counters change inside SQL keep their statements; ``tests/queues/contract.py`` runs the table of
 ``tests/queues/cases.py`` on each of them, and so proves that its SQL agrees with these functions.

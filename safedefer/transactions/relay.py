@@ -1,4 +1,6 @@
-"""A thread that empties the outboxes in users' databases, once their transactions are committed (``transfer``).
+"""A thread that empties the outboxes in users' databases, once their transactions are committed.
+
+``transfer`` moves the tasks of one, in batches.
 
 Each database is swept by itself: one that somebody keeps locked, or whose server does not answer, keeps neither the other
 databases waiting nor a producer, a fork or the end of the process.

@@ -1,4 +1,4 @@
-"""Moves the committed tasks in the outbox of one database to the queue.
+"""Moves the committed tasks in the outbox of one database to the queue, batch by batch.
 
 It enqueues first and deletes after: a crash in between repeats the enqueue, which the queue refuses because it
 knows the task's id. So no task is lost or enqueued twice.

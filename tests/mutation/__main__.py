@@ -28,7 +28,7 @@ from mutmut.mutation.file_mutation import mutate_file_contents
 from mutmut.utils.format_utils import get_mutant_name
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("token", "keys", "signing", "refs", "policy", "policy_cache", "callables/patterns")
+MODULES = ("token", "keys", "signing", "refs", "policy", "policy_cache", "callables/policy_patterns")
 
 QUICK = [
     "unit/test_mutants.py", "unit/test_token.py", "unit/test_keys.py", "unit/test_signing.py", "unit/test_refs.py",
@@ -36,7 +36,7 @@ QUICK = [
 ]  # fmt: skip
 MORE = [
     "adversarial/test_inheritance.py", "unit/test_typed_refused.py", "unit/test_typed_accepted.py", "unit/test_execution.py",
-    "unit/test_settings.py", "test_schema.py",
+    "unit/test_settings.py", "unit/test_wrappers.py", "unit/test_typed_packs.py", "test_schema.py",
 ]  # fmt: skip
 #: The most tests that are run for a mutant which changes words alone.
 ENOUGH = 60

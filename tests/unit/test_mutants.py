@@ -11,9 +11,11 @@ from types import ModuleType
 
 import pytest
 
+from safedefer.callables import wrappers
 from safedefer.claims import read_claims
 from safedefer.errors import (
     BadSignature,
+    CapabilityExceeded,
     ConfigurationError,
     MalformedToken,
     NotDeferrable,
@@ -24,9 +26,10 @@ from safedefer.errors import (
 from safedefer.keys import Key, Keyring
 from safedefer.options import Limits, Serves
 from safedefer.policy import Policy, deferrable
-from safedefer.refs import METACLASSES, UNBOUND, CallableRef, find
+from safedefer.refs import METACLASSES, UNBOUND, CallableRef, find, generic_origin
 from safedefer.signing import Signer, Verifier
 from safedefer.token import Token, decode_segment, encode_segment
+from tests.zoo import parsed
 
 NOW = 1_700_000_000
 
@@ -281,3 +284,51 @@ def test_a_class_in_a_named_class_in_a_class_goes_with_that_one(module):
     exec(code, module.__dict__)
     with pytest.raises(PolicyViolation, match="not the class that the exact pattern named"):
         policy.load_class("tests.found:O.I.X")
+
+
+def test_a_name_ends_at_a_task_object_only_if_its_function_says_that_name(module, monkeypatch):
+    code = "class W:\n    def __init__(self, func): self.func = func\ndef run(): pass\nbare, run = run, W(run)\nother = W(bare)"
+    exec(code, module.__dict__)
+    monkeypatch.setattr(wrappers, "_REGISTERED", {})
+    wrappers.register_wrapper(module.W, "func")
+    assert find("tests.found", "run") is module.bare
+    assert find("tests.found", "other") is module.other
+    module.bare.__module__ = "tests.elsewhere"
+    assert find("tests.found", "run") is module.run
+
+
+@pytest.mark.parametrize("metadata", [None, ("origin",), {}, {"origin": None}, {"origin": dict}])
+def test_only_what_pydantic_made_of_a_generic_model_is_named_by_it(metadata):
+    assert generic_origin(parsed.Page[int]) is parsed.Page
+    assert generic_origin(parsed.Page) is parsed.Page
+    assert generic_origin(parsed.IntPage) is parsed.IntPage
+    forged = type("Forged", (list,), {"__pydantic_generic_metadata__": metadata})
+    assert generic_origin(forged) is forged
+
+
+def test_who_looks_at_a_token_learns_of_the_limits_of_its_key():
+    secret, limits = bytes(range(32)), Limits()
+    serves = Serves(environment="prod")
+    signer = Signer(Keyring(Key("k", secret)), Policy("tests.zoo.callables"), limits=limits)
+    limited = Keyring(Key("k", secret, queues=["mail"]))
+    verifier = Verifier(limited, Policy("tests.zoo.callables"), serves=serves, limits=limits)
+    for queue in ("mail", "default"):
+        audience = f"prod:{queue}:default:/_ah/queue/deferred"
+        call = {"kind": "function", "module": "tests.zoo.callables", "qualname": "function"}
+        times = {"iat": NOW, "nbf": NOW, "exp": NOW + 60}
+        claims = {
+            "v": 1,
+            "jti": "j" * 32,
+            **times,
+            "aud": audience,
+            "cty": "typed",
+            "call": call,
+            "args": [],
+            "kwargs": {},
+        }
+        if queue == "mail":
+            assert verifier.authenticate(signer.sign(claims))["aud"] == audience
+        else:
+            with pytest.raises(CapabilityExceeded) as refusal:
+                verifier.authenticate(signer.sign(claims))
+            assert (refusal.value.identity.kid, refusal.value.identity.audience) == ("k", audience)

@@ -1,4 +1,4 @@
-"""Tags of containers of the standard library, and ``$ref``.
+"""Tags of containers of the standard library, and ``$ref``. Named tuples are in ``objects``.
 
 Lists and dicts with plain keys need no tag. Mutable containers are counted for ``$ref``: one that is shared arrives
 as one. Tuples, frozensets and slices are not counted.

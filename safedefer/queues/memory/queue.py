@@ -45,7 +45,7 @@ from safedefer.queues.base import (
 from safedefer.queues.capabilities import FULL, Capabilities
 from safedefer.queues.loop_calls import no_connections
 from safedefer.queues.memory.ledger import MemoryBlobs, MemoryKeep, MemoryLedger
-from safedefer.queues.poison import log_burial
+from safedefer.queues.poison_log import log_burial
 from safedefer.queues.rates import QueueControl, QueueLimits
 from safedefer.queues.rules import Counters
 

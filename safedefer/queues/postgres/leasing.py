@@ -10,7 +10,7 @@ from uuid import UUID
 
 from safedefer.ledger import EndState
 from safedefer.queues.base import Lease, QueuedTask, is_free_when_leased
-from safedefer.queues.poison import log_burial
+from safedefer.queues.poison_log import log_burial
 from safedefer.queues.postgres.connection import in_transaction
 from safedefer.queues.postgres.controls import put_control, read_controls
 from safedefer.queues.postgres.ends import End, end, free_unique

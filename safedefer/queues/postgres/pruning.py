@@ -1,4 +1,4 @@
-"""Pruning: deletes tombstones, history, records and ledger entries by age, and archives old dead letters."""
+"""Pruning: deletes tombstones, history, records and ledger entries by age, and orphaned blobs; archives old dead letters."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from safedefer.queues.base import (
     Settlement,
     is_free_when_leased,
 )
-from safedefer.queues.poison import log_burial
+from safedefer.queues.poison_log import log_burial
 from safedefer.queues.sqlite.connection import SQL
 from safedefer.queues.sqlite.controls import due_under_control, in_force
 from safedefer.queues.sqlite.repair import MOST_SEQ, BadValue, count_blobs

@@ -1,4 +1,4 @@
-"""What every engine says of a task that it buries because its runs ended no delivery."""
+"""Log lines of a task that an engine buries as poison; ``rules`` says when it does."""
 
 from __future__ import annotations
 
