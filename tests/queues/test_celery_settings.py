@@ -145,7 +145,7 @@ def test_an_application_whose_workers_would_drop_json_is_refused_before_a_task_i
     celery.conf.accept_content = ["pickle"]
     with pytest.raises(ConfigurationError, match="add 'json' to its accept_content"):
         app.defer(sample_tasks.add, 1)
-    consumer = SimpleNamespace(app=celery)
+    consumer = SimpleNamespace(app=celery, hub=None)
     with pytest.raises(ConfigurationError, match="add 'json'"):
         LastSync(consumer).start(consumer)
     celery.conf.accept_content = ["pickle", "application/json"]
