@@ -375,7 +375,8 @@ def acknowledgements_of(celery: Celery) -> Acknowledgements | None:
 
 def check_content(celery: Celery) -> None:
     """Raise ``ConfigurationError`` if the workers of a Celery application would drop our messages: they take no JSON."""
-    if "application/json" not in prepare_accept_content(celery.conf.accept_content or ("json",)):
+    taken: set[str] = prepare_accept_content(celery.conf.accept_content or ("json",))  # type: ignore[no-untyped-call]
+    if "application/json" not in taken:
         raise ConfigurationError(
             "the Celery application takes no JSON, and its workers would drop each task; add 'json' to its accept_content"
         )
