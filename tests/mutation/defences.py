@@ -17,6 +17,7 @@ BRIDGE = "test_app_engine_bridge"
 DASHBOARD = "../dashboard/test_guard"
 
 PUSH = "../queues/test_push"
+CELERY = "../queues/test_celery_settings"
 DEFENCES = [
     ("keys.py", "if key is None or not matches:", "if key is None:", "test_handler_attacks"),
     ("keys.py", 'if key.state == "revoked":', "if False:", "test_handler_attacks"),
@@ -63,8 +64,16 @@ DEFENCES = [
     ("delivery/begin.py", "if engine.authenticate(each.headers) and not engine", "if not engine", PUSH),
     ("delivery/begin.py", "Admission.RUN, Progress.load(kept.get(counted)), mark", "Admission.RUN, NO_PROGRESS, mark", PUSH),
     ("delivery/begin.py", "Progress.load(kept.get(counted)), mark in kept)", "Progress.load(kept.get(counted)), False)", PUSH),
-    ("queues/celery/acknowledging.py", "            self._sync_at_last()\n", "", "../queues/test_acknowledging"),
-    ("queues/celery/engine.py", " and self._parent == os.getppid()", "", "../queues/test_acknowledging"),
+    ("queues/celery/acknowledging.py", "self._sync_at_last()\n", "self.mark\n", "../queues/test_acknowledging"),
+    ("queues/celery/acknowledging.py", "if each.mark == mark else", "if True else", "../queues/test_acknowledging"),
+    ("queues/celery/engine.py", " and self._left_to == os.getppid()", "", "../queues/test_acknowledging"),
+    ("queues/celery/engine.py", "            setattr(cls, name, value)\n", "            pass\n", CELERY),
+    ("queues/celery/engine.py", "        check_content(self.celery)\n", "", CELERY),
+    ("queues/celery/engine.py", "    except Exception as error:  # Celery's", "    except ZeroDivisionError as error:  # Celery's", CELERY),
+    ("queues/celery/engine.py", "                sync()  # a child", "                pass  # a child", CELERY),
+    ("queues/celery/worker.py", "if self._unanswered:", "if False:", CELERY),
+    ("queues/celery/worker.py", "requeue=requeue or self._unanswered", "requeue=requeue", CELERY),
+    ("queues/celery/worker.py", '        self.delivery_info["redelivered"] = False\n', "", CELERY),
     ("queues/postgres/pushed.py", "if all(counted):", "if True:", "../queues/test_pushed_calls"),
     ("delivery/pushed.py", "if self._clock() > execution.expires + _LEDGER_KNOWS:", "if False:", PUSH),
     ("delivery/pushed.py", "if not queue.engine.authenticate(headers):", "if False:", PUSH),

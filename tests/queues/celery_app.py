@@ -14,12 +14,12 @@ FOLDER = Path(os.environ.get("TEST_FOLDER", "."))
 SECRET = bytes(range(32))
 
 
-def make_app(broker: str, folder: Path, **changes) -> App:
+def make_app(broker: str, folder: Path, store: str = "", **changes) -> App:
     return App(
         keyring=Keyring(Key("k1", SECRET, KeyState.ACTIVE)),
         policy=Policy("tests.queues.celery_app"),
         queue=f"celery+{broker}",
-        store=f"sqlite:///{folder}/store.db",
+        store=store or f"sqlite:///{folder}/store.db",
         environment="test",
         lease_seconds=3.0,
         **changes,
@@ -33,6 +33,11 @@ def note(text: str) -> None:
 
 def add(number: int) -> None:
     note(f"add {number}")
+
+
+def add_slowly(number: int) -> None:
+    note(f"begin {number}")
+    time.sleep(1.0)
 
 
 async def add_later(number: int) -> None:
@@ -67,6 +72,6 @@ def hang_once() -> None:
 
 
 if "TEST_BROKER" in os.environ:
-    app = make_app(os.environ["TEST_BROKER"], FOLDER)
+    app = make_app(os.environ["TEST_BROKER"], FOLDER, os.environ.get("TEST_STORE", ""))
     celery = app.push_queue.engine.celery
     celery.conf.update(json.loads(os.environ.get("TEST_CONF", "{}")))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from celery import Celery, bootsteps
 from celery.worker import state
-from kombu.asynchronous import Hub, get_event_loop, set_event_loop
+from kombu.asynchronous import Hub
 
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.celery import acknowledging
@@ -52,11 +52,8 @@ def syncs():
 
 @pytest.fixture
 def hub():
-    before = get_event_loop()
     hub = Hub()
-    set_event_loop(hub)
     yield hub
-    set_event_loop(before)
     hub.close()
 
 
@@ -71,6 +68,7 @@ def turn(hub, until):
 def test_a_message_is_acknowledged_after_a_sync_that_began_when_its_child_had_answered(hub, syncs):
     done = []
     acknowledgements = Acknowledgements(syncs)
+    acknowledgements.listen(hub)
     acknowledgements.add(answered(lambda: done.append(1)))
     assert syncs.begun.acquire(timeout=60)
     # These two come while a sync is under way, which may not hold their ends: both get the next one.
@@ -91,6 +89,7 @@ def test_nothing_is_acknowledged_while_the_store_does_not_sync(hub, syncs, monke
     done = []
     syncs.failures = 2
     acknowledgements = Acknowledgements(syncs)
+    acknowledgements.listen(hub)
     acknowledgements.add(answered(lambda: done.append(1)))
     for _ in range(3):
         assert syncs.begun.acquire(timeout=60)
@@ -107,6 +106,7 @@ def test_a_message_whose_connection_is_gone_keeps_no_other_from_being_acknowledg
         raise ConnectionResetError
 
     acknowledgements = Acknowledgements(syncs)
+    acknowledgements.listen(hub)
     for acknowledge in (broken, lambda: done.append(2)):
         syncs.go_on.release()
         acknowledgements.add(answered(acknowledge))
@@ -116,13 +116,28 @@ def test_a_message_whose_connection_is_gone_keeps_no_other_from_being_acknowledg
 def test_a_worker_that_stops_acknowledges_what_waits_for_a_sync(hub, syncs):
     done = []
     acknowledgements = Acknowledgements(syncs)
+    acknowledgements.listen(hub)
     acknowledgements.add(answered(lambda: done.append(1)))
     assert syncs.begun.acquire(timeout=60)
     syncs.go_on.release(2)
     acknowledgements.add(answered(lambda: done.append(2)), last=True)
     assert done == [1, 2]
-    acknowledgements.flush()
+    acknowledgements.end()
     assert done == [1, 2]
+    syncs.go_on.release()
+    acknowledgements.add(answered(lambda: done.append(3)))  # its pool ends after its event loop
+    assert done == [1, 2, 3]
+
+
+def test_a_worker_that_has_connected_again_acknowledges_in_its_event_loop(hub, syncs):
+    done = []
+    acknowledgements = Acknowledgements(syncs)
+    acknowledgements.listen(hub)
+    hub.reset()  # as Celery does when the connection is lost
+    acknowledgements.listen(hub)
+    acknowledgements.add(answered(lambda: done.append(1)))  # and does not wait for the store
+    syncs.go_on.release()
+    turn(hub, lambda: done)
 
 
 def test_a_worker_that_stops_leaves_to_the_broker_what_cannot_be_synced(syncs, caplog):
@@ -140,6 +155,7 @@ def test_a_worker_that_stops_leaves_to_the_broker_what_cannot_be_synced(syncs, c
 def test_a_message_goes_back_whose_store_has_crashed_since_it_was_received(hub, syncs):
     done = []
     acknowledgements = Acknowledgements(syncs)
+    acknowledgements.listen(hub)
     syncs.go_on.release()
     acknowledgements.begin()
     assert acknowledgements.mark == MARK
@@ -162,6 +178,7 @@ def test_a_message_goes_back_whose_store_has_crashed_since_it_was_received(hub, 
 def test_a_message_goes_back_that_was_received_before_the_store_could_be_asked(hub, syncs, monkeypatch):
     done = []
     acknowledgements = Acknowledgements(syncs)
+    acknowledgements.listen(hub)
     monkeypatch.setattr(acknowledging, "_BEGIN_SECONDS", 0.0)
     acknowledgements.begin()  # and does not wait for ever
     acknowledgements.add(answered(None, lambda: done.append("back"), acknowledgements.mark))
@@ -234,6 +251,7 @@ def test_the_last_sync_is_a_step_of_every_worker_of_the_application(engine):
 
     class Consumer:
         app = engine.celery
+        hub = None
         blueprint = SimpleNamespace(state=bootsteps.CLOSE)
 
     step = LastSync(Consumer())

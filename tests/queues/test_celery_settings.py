@@ -13,6 +13,7 @@ from celery.exceptions import Reject, SoftTimeLimitExceeded, Terminated
 from celery.worker import state
 
 from safedefer.errors import ConfigurationError
+from safedefer.headers import Response
 from safedefer.queues.celery import engine as engines
 from safedefer.queues.celery.engine import _HANDLED as HANDLED
 from safedefer.queues.celery.engine import TASK_NAME, CeleryEngine
@@ -23,7 +24,7 @@ from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.queues import celery_app as tasks
 from tests.queues.brokers import RABBITMQ, celery_worker, rabbitmq, valkey, wait_for
-from tests.queues.test_celery import SOON, ran
+from tests.queues.test_celery import SOON, Answers, FakeRequest, ran
 from tests.unit.apps import make_app as make_plain_app
 
 #: Each of these has Celery let go of messages whose task has not returned.
@@ -145,12 +146,28 @@ def test_an_application_whose_workers_would_drop_json_is_refused_before_a_task_i
     celery.conf.accept_content = ["pickle"]
     with pytest.raises(ConfigurationError, match="add 'json' to its accept_content"):
         app.defer(sample_tasks.add, 1)
-    consumer = SimpleNamespace(app=celery)
+    consumer = SimpleNamespace(app=celery, hub=None)
     with pytest.raises(ConfigurationError, match="add 'json'"):
         LastSync(consumer).start(consumer)
     celery.conf.accept_content = ["pickle", "application/json"]
     LastSync(consumer).start(consumer)
     app.close()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left", "syncs"), [("duplicate", False, 1), ("duplicate", True, 0), ("succeeded", False, 0)]
+)
+def test_an_end_that_another_worker_has_stored_is_synced_before_its_second_message_is_acknowledged(
+    engine, monkeypatch, outcome, left, syncs
+):
+    synced = []
+    answers = Answers(Response(200, {"Safedefer-Outcome": outcome}, b""))
+    answers.syncs = lambda: lambda: synced.append(1)
+    engine.serve(answers)
+    request = FakeRequest()
+    request.safedefer_parent = os.getppid() if left else 0
+    engine.deliver(request, "token", "/url", 0, 1.0)
+    assert len(synced) == syncs
 
 
 def message(engine, **headers):

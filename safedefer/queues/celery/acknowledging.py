@@ -19,8 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple
 
-from kombu.asynchronous import get_event_loop
-
 from safedefer.errors import Error
 
 _log: Final = logging.getLogger("safedefer.celery")
@@ -53,6 +51,7 @@ class Acknowledgements:
 
     def __init__(self, sync: Callable[[], object]) -> None:
         self._sync = sync
+        self._hub: Any = None
         self.mark: object = object()
         self._waiting: deque[Answered] = deque()
         self._syncing: deque[Answered] = deque()
@@ -63,10 +62,14 @@ class Acknowledgements:
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
 
+    def listen(self, hub: Any) -> None:
+        """Acknowledge in the worker's event loop. A lost connection has the loop forget its readers, and kombu its current loop."""
+        self._hub = hub
+        if hub is not None and self._read not in hub.readers:
+            hub.add_reader(self._read, self._on_synced)
+
     def begin(self) -> None:
         """Ask the store for its mark, and wait a while for it: messages that are received before it go back to the broker."""
-        if (hub := get_event_loop()) is not None:
-            self._listen(hub)
         with self._changed:
             if self._thread is None:
                 self._waiting.append(Answered(_nothing, _nothing, None))
@@ -75,24 +78,23 @@ class Acknowledgements:
 
     def add(self, answered: Answered, *, last: bool = False) -> None:
         """Acknowledge in this thread, once a sync that begins from now on has returned; at once where it is one of the last."""
-        hub: Any = get_event_loop()
         with self._changed:
             self._waiting.append(answered)
-            if hub is not None and not last:
+            if self._hub is not None and not last:
                 if self._thread is None:
                     self._start()
                 self._changed.notify_all()
-                self._listen(hub)
                 return
         self.flush()  # no event loop, or its end: there is no later
-
-    def _listen(self, hub: Any) -> None:
-        if self._read not in hub.readers:  # a lost connection to the broker has the hub forget it
-            hub.add_reader(self._read, self._on_synced)
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
         self._thread.start()
+
+    def end(self) -> None:
+        """Sync, and acknowledge all that waits; from now on each message at once: the event loop has ended."""
+        self._hub = None
+        self.flush()
 
     def flush(self) -> None:
         """Sync, and acknowledge all that waits; without a sync nothing, and the broker delivers it again."""

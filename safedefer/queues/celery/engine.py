@@ -32,7 +32,7 @@ from kombu.pools import ProducerPool
 from kombu.serialization import prepare_accept_content
 
 from safedefer.errors import ConfigurationError, Error, QueueUnavailable
-from safedefer.headers import CONTENT_TYPE, RETRY_HEADER
+from safedefer.headers import CONTENT_TYPE, OUTCOME_HEADER, RETRY_HEADER
 from safedefer.options import DEFAULT_QUEUE
 from safedefer.queues.base import NotAllStored
 from safedefer.queues.capabilities import Capabilities
@@ -162,10 +162,8 @@ class CeleryEngine:
         self._task: Any = celery.task(
             _deliver,
             name=TASK_NAME,
-            bind=True,
-            base=_DeliverTask,
-            **_HANDLED,
-        )
+            bind=True, base=_DeliverTask, **_HANDLED,
+        )  # fmt: skip
         steps: dict[str, set[str]] = celery.steps  # pyright: ignore[reportAssignmentType]
         steps["consumer"].add("safedefer.queues.celery.worker:_LastSync")
         worker_before_create_process.connect(self._before_child, weak=False)
@@ -356,6 +354,9 @@ class CeleryEngine:
             time.sleep(_NOT_HANDLED_SECONDS)
             raise Reject(reason=name, requeue=True) from error
         if 200 <= answer.status <= 299:  # noqa: PLR2004  # the engine's part is done
+            known = answer.headers.get(OUTCOME_HEADER) == "duplicate"
+            if known and not self.syncs_before_ack and (sync := self._serves.syncs()) is not None:
+                sync()  # a child elsewhere may have left this end to its parent
             return
         countdown = _wait(answer, retries)
         route = _route_back(request.request.delivery_info or {})
@@ -374,7 +375,8 @@ def acknowledgements_of(celery: Celery) -> Acknowledgements | None:
 
 def check_content(celery: Celery) -> None:
     """Raise ``ConfigurationError`` if the workers of a Celery application would drop our messages: they take no JSON."""
-    if "application/json" not in prepare_accept_content(celery.conf.accept_content or ("json",)):
+    taken: set[str] = prepare_accept_content(celery.conf.accept_content or ("json",))  # type: ignore[no-untyped-call]
+    if "application/json" not in taken:
         raise ConfigurationError(
             "the Celery application takes no JSON, and its workers would drop each task; add 'json' to its accept_content"
         )

@@ -84,10 +84,11 @@ class _LastSync(bootsteps.StartStopStep):  # type: ignore[misc]
         check_content(parent.app)
         acknowledgements = acknowledgements_of(parent.app)
         if acknowledgements is not None:
+            acknowledgements.listen(parent.hub)
             acknowledgements.begin()
 
     def stop(self, parent: Any) -> None:
         """Sync, and acknowledge; not where the worker connects to its broker again, which does not wait for the store."""
         acknowledgements = acknowledgements_of(parent.app)
         if acknowledgements is not None and parent.blueprint.state != bootsteps.RUN:
-            acknowledgements.flush()
+            acknowledgements.end()
