@@ -113,6 +113,12 @@ class DatastoreBlock(OpenBlock, AbstractContextManager[None]):
             self._own = own
         self.begin_here()
 
+    async def __aenter__(self) -> None:
+        raise BadTransactionStateError("google.cloud.ndb is not awaited; write `with`")
+
+    async def __aexit__(self, *_: object) -> None:
+        """Do nothing: it was not entered."""
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -129,6 +135,10 @@ class DatastoreBlock(OpenBlock, AbstractContextManager[None]):
         if running_transaction() is None:
             raise BadTransactionStateError(
                 "no Datastore transaction runs here: it has ended already, or @ndb.non_transactional() has paused it"
+            )
+        if import_entities().is_over():
+            raise BadTransactionStateError(
+                "the Datastore transaction has ended already; defer before the commit, or without transactional=True"
             )
 
     def add(self, tasks: Sequence[QueuedTask]) -> None:

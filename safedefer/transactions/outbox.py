@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from safedefer.errors import BadTransactionStateError, QueueError, QueueUnavailable
@@ -192,7 +191,17 @@ class Outbox:
         for each in split:
             entities.put(each, self.environment)
         written = [(task, len(each.pieces)) for task, each in zip(tasks, split, strict=True)]
-        entities.call_at_end(partial(outlet.expect, written), self._relay.expect)
+
+        def committed() -> None:
+            outlet.expect(written)
+            self._relay.expect()
+
+        def ended(was_told: bool) -> None:
+            if not was_told:  # undone, or committed and the answer lost, or a function of the user's has raised
+                outlet.look_now()
+                self._relay.expect()
+
+        entities.call_at_end(committed, ended)
 
     def _outlet(self, address: Address, *, is_given: bool = False) -> DatastoreOutlet:
         name = str(address)

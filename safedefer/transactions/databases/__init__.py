@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from safedefer.errors import BadTransactionStateError
 from safedefer.queues.addresses import check_url
+from safedefer.transactions.ambient import is_ndb
 from safedefer.transactions.databases.base import AwaitedConnection, Opener, Source, run_now
 
 __all__ = ["AwaitedConnection", "Opener", "Source", "opener_of", "run_now", "source_of", "split_schema"]
@@ -80,6 +81,11 @@ def source_of(connection: object) -> Source:
     Raises:
         BadTransactionStateError: It is none of these, or its database cannot do it.
     """
+    if is_ndb(connection):
+        raise BadTransactionStateError(
+            "app.once needs a SQL database; in Datastore, look inside the transaction of the effect for an entity whose key "
+            "names the effect, and put that entity if it is not there"
+        )
     # The class that it says it has, too: a proxy may stand for a connection.
     classes = (*type(connection).__mro__, *connection.__class__.__mro__)
     packages = {str(each.__module__).partition(".")[0] for each in classes}

@@ -127,9 +127,11 @@ def put(task: TaskPieces, environment: str) -> None:
             for number, piece in enumerate(rest, 1)
         ),
     ]
-    for entity in entities:
-        # Into no cache, whatever policies the context has: nobody reads it by ndb.
-        entity.put(use_cache=False, use_global_cache=False)
+    # Into Datastore and into no cache, whatever policies the context has: nobody reads it by ndb. In a transaction ndb
+    # refuses the option use_datastore.
+    with ndb.get_context().new(datastore_policy=None, cache=None).use():
+        for entity in entities:
+            entity.put(use_cache=False, use_global_cache=False)
 
 
 def client_here() -> Any:
@@ -142,23 +144,65 @@ def has_context() -> bool:
     return ndb.get_context(raise_context_error=False) is not None
 
 
-def call_at_end(committed: Callable[[], object], ended: Callable[[], object]) -> None:
+class _AtEnd:
+    """Functions that are called at the end of a transaction. ndb calls this object after it."""
+
+    def __init__(self, committed: Callable[[], object], ended: Callable[[bool], object]) -> None:
+        self._committed = committed
+        self._ended = ended
+        self._was_told = False
+        self.is_over = False
+        """Whether the transaction has ended."""
+
+    def on_commit(self) -> None:
+        """Note and say that it has committed. ndb does not call this if another function before it raises."""
+        self.is_over = True
+        self._was_told = _safely(self._committed)
+
+    def __call__(self) -> None:
+        self.is_over = True
+        _safely(lambda: self._ended(self._was_told))
+
+
+def call_at_end(committed: Callable[[], object], ended: Callable[[bool], object]) -> None:
     """Have functions called after the commit of the transaction that runs, and after its end of either kind.
 
+    An error of theirs is logged: ndb would take it for one of the transaction, and run that again. A function of the
+    user's that raises keeps ndb from calling those that were registered after it.
+
     Args:
-        committed: Called if it commits. Must not raise: ndb would take it for an error of the transaction, and run that again.
-        ended: Called in any case, after that.
+        committed: Called if it commits.
+        ended: Called after that, with whether ``committed`` was called and did not raise.
     """
-    context = ndb.get_context()
-    context.call_on_commit(lambda: _safely(committed))
-    context.call_on_transaction_complete(lambda: _safely(ended))
+    context, at_end = ndb.get_context(), _AtEnd(committed, ended)
+    context.call_on_commit(at_end.on_commit)
+    context.call_on_transaction_complete(at_end)
 
 
-def _safely(function: Callable[[], object]) -> None:
+def _safely(function: Callable[[], object]) -> bool:
     try:
         function()
     except Exception:  # noqa: BLE001  # the task is in the outbox: a sweep finds it
         _log.warning("a committed task is left to the next sweep of the outbox", exc_info=True)
+        return False
+    return True
+
+
+def is_over() -> bool:
+    """Whether the transaction of the context has ended, though the context still names it: as far as that can be known.
+
+    Raises:
+        GoogleAPICallError: Datastore was asked, and did not answer.
+    """
+    context = ndb.get_context()
+    if any(isinstance(each, _AtEnd) and each.is_over for each in context.transaction_complete_callbacks or ()):
+        return True
+    # ndb has begun to commit. What nobody has waited for runs before that, and what it puts goes with the commit; the
+    # functions that are called at the end run after it. Only Datastore can tell these two.
+    batch = context.commit_batches.get(context.transaction)
+    if not getattr(batch, "preparing_to_commit", False):
+        return False
+    return not EntityReader(context.client, "").knows(context.transaction)
 
 
 class OwnTransaction:
@@ -169,34 +213,58 @@ class OwnTransaction:
 
     def __init__(self) -> None:
         self._ends: Any = ndb.Future("the block")
+        self._around: Any = None
+        """The context in which ndb runs it."""
+        self._inside: Any = None
+        """The context of the transaction itself."""
         self._uses: Any = None
         self._outcome: Any = None
 
     def begin(self) -> None:
         """Open it, and be in it from now on. Raises what ndb raises."""
-        began: Any = ndb.Future("begin")
+        here, began = ndb.get_context(), ndb.Future("begin")
+        # With an event loop of its own: one that another block of another asyncio task runs would drop what belongs to this
+        # one. With a cache of its own, so that what comes back into that of the context is what was committed.
+        self._around = here.new(eventloop=type(here.eventloop)(), batches=None, commit_batches=None, cache=None)
 
         def run() -> Any:
             began.set_result(ndb.get_context())
             return self._ends
 
-        self._outcome = ndb.transaction_async(run, retries=0)
-        ndb.wait_any([began, self._outcome])
-        if not began.done():
-            self._outcome.check_success()
-        self._uses = began.result().use()
+        with self._around.use():
+            self._outcome = ndb.transaction_async(run, retries=0)
+            ndb.wait_any([began, self._outcome])
+            if not began.done():
+                self._outcome.check_success()
+        self._inside = began.result()
+        self._uses = self._inside.use()
         self._uses.__enter__()
 
     def end(self, *, commit: bool) -> None:
         """Leave it; commit it, or undo it. Raises what ndb raises of a commit."""
-        self._uses.__exit__(None, None, None)
-        if commit:
-            self._ends.set_result(None)
-            self._outcome.check_success()
-            return
-        self._ends.set_exception(RuntimeError("the block was left by an error"))
-        with contextlib.suppress(Exception):  # the error of the block is what should be seen
-            self._outcome.check_success()
+        is_committed = False
+        try:
+            if commit:
+                self._ends.set_result(None)
+                self._finish()
+                is_committed = True
+            else:
+                self._ends.set_exception(RuntimeError("the block was left by an error"))
+                with contextlib.suppress(Exception):  # the error of the block is what should be seen
+                    self._finish()
+        finally:
+            # What was not committed must not be found in the cache afterwards. ndb copies it around while it commits.
+            if not is_committed:
+                self._inside.clear_cache()
+            self._uses.__exit__(None, None, None)
+
+    def _finish(self) -> None:
+        """Wait for the end, and for what the functions have started that are called then."""
+        with self._around.use():
+            try:
+                self._outcome.check_success()
+            finally:
+                self._around.flush()
 
 
 def find_credentials() -> Any:
@@ -313,6 +381,16 @@ class EntityReader:
             middle = len(ids) // 2
             return {**self.rows(ids[:middle]), **self.rows(ids[middle:])}
         return {str(entity.key.path[-1].name): self._row(entity) for entity in entities}
+
+    def knows(self, transaction: bytes) -> bool:
+        """Whether a transaction has not ended: it is asked for an entity that nobody writes."""
+        options = datastore_v1.ReadOptions(transaction=transaction)
+        request = datastore_v1.LookupRequest(**self._place, keys=[self._key("none")], read_options=options)
+        try:
+            self._call("lookup", request)
+        except (exceptions.InvalidArgument, exceptions.FailedPrecondition):
+            return False
+        return True
 
     def _row(self, entity: datastore_v1.Entity) -> EntityRow | None:
         properties = entity.properties
