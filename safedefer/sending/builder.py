@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 from safedefer.blobs import Blob
 from safedefer.claims import VERSION, Call, Claims, Retry, callable_name, split_audience, write_json
 from safedefer.codecs.protocol import Codec
+from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import (
     ConfigurationError,
     InvalidTaskError,
@@ -200,7 +201,8 @@ class Builder:
             ref, bound, positional, named = self._encoded(options, target, args, kwargs)
         except TypeError as error:  # NotDeferrable and UnencodableArgument are such errors
             if not options.pickle:  # to look at more values would pickle them
-                tell_all(error, self._codecs["typed"], self._signer.gate, target, args, kwargs)
+                typed = cast("TypedCodec", self._codecs["typed"])
+                tell_all(error, typed, self._signer.gate, target, args, kwargs)
             raise
         made = due = int(now)
         audience, lifetime = self._routes.default
