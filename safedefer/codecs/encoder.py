@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, ClassVar, Final, Self, TypeAlias
 
 from safedefer.claims import write_json
 from safedefer.codecs.inspect_safely import type_name
 from safedefer.codecs.registry import TypeRegistry
-from safedefer.codecs.shared import SAFE_INT, Json, Refusal, is_text, step
+from safedefer.codecs.shared import SAFE_INT, Json, OverLimit, Refusal, is_text, step
 from safedefer.errors import NotDeferrable
 from safedefer.options import Limits
 from safedefer.policy_cache import Gate
@@ -60,6 +60,9 @@ class Encoder:
         "patterns",
         "registry",
     )
+
+    looks_only: ClassVar[bool] = False
+    """Whether the trees are thrown away: then classes that the gate refused are passed too, and none of their code may run."""
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class Encoder:
         ):
             return value
         if depth > self.limits.depth:
-            raise Refusal(f"values nest deeper than {self.limits.depth}; pass a flatter value, or an id")
+            raise OverLimit(f"values nest deeper than {self.limits.depth}; pass a flatter value, or an id")
         handler = self._handlers.get(kind) if (meta := type(kind)) is type or meta is ABCMeta else None
         try:
             if handler is not None and handler in self._scalars:
@@ -218,14 +221,17 @@ class Encoder:
         return text
 
     def _lone(self) -> Encoder:
-        lone = _LoneEncoder(self.gate, self.limits, self.registry, self._handlers, self._fallback, self._scalars)
-        return lone.share(self._names, self._keep, self._alone, self._alone_items)
+        return self._lone_of(self.gate, self._names)
+
+    def _lone_of(self, gate: Gate, names: dict[int, str]) -> Encoder:
+        lone = _LoneEncoder(gate, self.limits, self.registry, self._handlers, self._fallback, self._scalars)
+        return lone.share(names, self._keep, self._alone, self._alone_items)
 
     def add(self, items: int) -> None:
         """Count values. Raises ``Refusal`` over the limit."""
         self._items += items
         if self._items > self.limits.items:
-            raise Refusal(
+            raise OverLimit(
                 f"the call holds more than {self.limits.items} values, shared ones counted wherever they are; "
                 "pass an id, or defer in parts"
             )
@@ -266,7 +272,7 @@ class Encoder:
         self.add(items)
         self._deepest = max(self._deepest, self._depth + levels)
         if self._deepest > self.limits.depth:
-            raise Refusal(f"values nest deeper than {self.limits.depth}; pass a flatter value, or an id")
+            raise OverLimit(f"values nest deeper than {self.limits.depth}; pass a flatter value, or an id")
         return {"$ref": number}
 
     def own_state(self, *states: object) -> None:
@@ -329,4 +335,4 @@ class _LoneEncoder(Encoder):
         super().add(items)
         self._alone_items[0] += items
         if self._alone_items[0] > self.limits.items:
-            raise Refusal("too many values are in members of sets")
+            raise OverLimit("too many values are in members of sets")

@@ -1,32 +1,34 @@
 """All that keeps a call from being encoded: ``defer()`` names it in one message, not one class in each attempt.
 
 The encoder stops at the first refusal. Here it walks again: a class that the policy does not admit is noted, and its
-objects are looked into as long as that runs none of its hooks; what is refused for another reason is left out of the next
-walk. The trees are thrown away.
+objects are looked into where that runs none of its code; what is refused for another reason is left out of the next
+walk. The trees are thrown away. All walks together look at no more values than a call may hold.
 """
 
 from __future__ import annotations
 
+import sys
+import typing
 from itertools import islice
-from typing import Any, Final, cast
+from types import FunctionType, GenericAlias, MethodType
+from typing import Any, ClassVar, Final, cast
 
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_layout import make_plan
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.registry import RegisteredType, TypeRegistry
-from safedefer.codecs.shared import CallData, Json, Obstacles, Refusal, Values
+from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values
 from safedefer.errors import NotDeferrable
 from safedefer.options import Limits
 from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, CallableRef, class_path, reference
 
-#: How often the values are walked: once for each refusal, or class with hooks that the policy does not admit.
-_WALKS: Final = 32
-#: How many refusals are told, besides the patterns.
+#: How many refusals are told, besides the patterns. Each takes a walk.
 _TOLD: Final = 8
 _INSTEAD: Final = "pass an id, or the values that the task needs"
 #: Stands for the name of a callable that the policy does not admit.
 _ANY: Final = reference("function", "safedefer", "defer", None)
+_ALIASES: Final = (GenericAlias, type(typing.Iterable[int]))
 
 
 def walk(enc: Encoder, call: Values, at: list[str]) -> CallData:
@@ -57,7 +59,7 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
     Args:
         call: The values.
         gate: Which refused one of them.
-        limits: Bounds of the encoder.
+        limits: Bounds of the encoder; ``items`` bounds the values of all walks together.
         registry: Types of third parties.
         encoders: The last three arguments of ``Encoder``.
 
@@ -65,41 +67,34 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
         RuntimeError: The caller's stack is nearly full, or another thread changes a value meanwhile.
     """
     asked = _AskedGate(gate, registry)
+    look = _Look(gate)
     refusals: dict[str, str] = {}
-    met: dict[str, int] = {}
-    left_out: dict[int, tuple[object, tuple[str, ...]]] = {}
-    for _ in range(_WALKS):
-        asked.missing.clear()
+    levels: dict[str, int] = {}
+    while True:
         enc = _SurveyingEncoder(cast("Gate", asked), limits, registry, *encoders)
-        enc.asked, enc.left_out, enc.around = asked, left_out, []
+        enc.begin(asked, look)
         at = [""]
         try:
             walk(enc, call, at)
             break
+        except _Spent:
+            break
         except Refusal as refusal:
             refusal.trail.append(at[0])
-            if not enc.around:
+            if isinstance(refusal, OverLimit) or not enc.around:
+                refusals.setdefault(refusal.path, sentence(refusal))
                 break
-            told = sentence(refusal)
-            wanted = refusal.__cause__ if isinstance(refusal.__cause__, NotDeferrable) else None
-            if wanted is not None and wanted.reason == "policy":
-                left_out[id(enc.around[0][0])] = enc.around[0][0], wanted.missing
-                continue
-            # A value that was made for this walk is another one in the next: then the one around it is left out.
-            met[told] = level = met.get(told, -1) + 1
-            culprit, steps = enc.around[min(level, len(enc.around) - 1)]
-            for outer, outer_steps in reversed(enc.around[1:]):
-                if id(type(outer)) in asked.admitted:
-                    # No pattern helps: the object holds what cannot be carried, whatever the policy admits.
-                    culprit, steps = outer, outer_steps
-                    break
-            left_out[id(culprit)] = culprit, ()
-            path = "$" + "".join(reversed(refusal.trail[steps:]))
-            if culprit is not enc.around[0][0] and level == 0:
-                held, kind = told.partition(" cannot be carried")[0], inspect_safely.type_name(type(culprit))
-                reason = refusal.why.rpartition("; ")[0]
-                told = f"{path} ({kind}) cannot be carried: it holds {held}, and {reason}; {_INSTEAD}"
-            refusals.setdefault(path, told)
+            level = levels[refusal.path] = levels.get(refusal.path, -1) + 1
+            culprit = _culprit(enc.around, asked.admitted, level)
+            _cut(asked.missing, culprit.noted)
+            _cut(enc.done, culprit.done)
+            if level == 0:
+                path = "$" + "".join(reversed(refusal.trail[culprit.steps :]))
+                refusals.setdefault(path, _told(refusal, path, culprit.value, enc.around[0].value))
+            if len(asked.refusals) + len(refusals) >= _TOLD or id(culprit.value) in look.left_out:
+                break
+            look.left_out[id(culprit.value)] = culprit.value
+            look.done |= enc.done
     hooked = {pattern: None for _, patterns in asked.closed.values() for pattern in patterns}
     missing = tuple(asked.missing)
     return Obstacles(
@@ -107,6 +102,62 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
         tuple(pattern for pattern in hooked if pattern in missing),
         dict(islice((asked.refusals | refusals).items(), _TOLD)),
     )
+
+
+def _told(refusal: Refusal, path: str, culprit: object, innermost: object) -> str:
+    told = sentence(refusal)
+    if culprit is innermost:
+        return told
+    held, kind = told.partition(" cannot be carried")[0], inspect_safely.type_name(type(culprit))
+    reason = refusal.why.rpartition("; ")[0]
+    return f"{path} ({kind}) cannot be carried: it holds {held}, and {reason}; {_INSTEAD}"
+
+
+class _Around(typing.NamedTuple):
+    """A value around a refusal."""
+
+    value: object
+    steps: int
+    """From it to the place of the refusal."""
+    noted: int
+    """How many patterns were missing when it began."""
+    done: int
+    """How many values the walk had done with."""
+
+
+def _culprit(around: list[_Around], admitted: dict[int, type], level: int) -> _Around:
+    """Return the value to leave out: the outermost object of a class without a pattern, as no pattern helps what it holds.
+
+    ``level`` says how often the same place was refused before: a hook makes the value anew for each walk, so one further out
+    must go.
+    """
+    held = [i for i, each in enumerate(around) if i and id(type(each.value)) in admitted]
+    return around[min((held[-1] if held else 0) + level, len(around) - 1)]
+
+
+def _cut(ordered: dict[Any, Any], size: int) -> None:
+    while len(ordered) > size:
+        ordered.popitem()
+
+
+class _Spent(Exception):
+    """The walks have looked at as many values as a call may hold."""
+
+
+class _Look:
+    """What the walks of one call share."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        """Which refused the call: what it admits may run."""
+        self.names: dict[int, str] = {}
+        self.alone: dict[int, bytes] = {}
+        self.alone_items = [0]
+        self.keep: list[object] = []
+        #: By id: values that were refused, and those that earlier walks have done with.
+        self.left_out: dict[int, object] = {}
+        self.done: dict[int, object] = {}
+        self.spent = 0
 
 
 class _AskedGate:
@@ -124,6 +175,9 @@ class _AskedGate:
 
     def class_name(self, cls: type) -> str:
         """See ``Gate.class_name``. Raises ``NotDeferrable`` also where to go on would run code of the class."""
+        if _is_unloaded(class_path(cls).partition(":")[0]):
+            self.closed[id(cls)] = cls, ()
+            raise NotDeferrable("to prove its name imports its module", reason="policy")
         try:
             return self._gate.class_name(cls)
         except NotDeferrable as error:
@@ -136,6 +190,8 @@ class _AskedGate:
 
     def note_class(self, cls: type) -> None:
         """Ask about a class that is a value itself: nothing of it runs. Raises ``NotDeferrable`` as the gate does."""
+        if _is_unloaded(class_path(cls).partition(":")[0]):
+            return
         try:
             self._gate.class_name(cls)
         except NotDeferrable as error:
@@ -143,6 +199,9 @@ class _AskedGate:
 
     def callable_ref(self, obj: object) -> CallableRef:
         """See ``Gate.callable_ref``."""
+        function: object = obj.__func__ if type(obj) is MethodType else obj
+        if type(function) is FunctionType and _is_unloaded(function.__module__):
+            return _ANY
         try:
             return self._gate.callable_ref(obj)
         except NotDeferrable as error:
@@ -157,7 +216,7 @@ class _AskedGate:
             self.refusals[str(error)] = str(error)
 
     def _runs_code(self, cls: type) -> bool:
-        """Whether to take an object of the class apart runs a hook of it."""
+        """Whether to take an object of the class, or of one derived from it, apart runs a hook of the class."""
         if type(self._registry.by_class(cls)) is RegisteredType:
             return True
         try:
@@ -168,36 +227,84 @@ class _AskedGate:
         if type(generic) is dict and generic.get("parameters"):
             return True  # its classes are made again from its arguments
         hooks = plan.getstate, plan.setstate, plan.newargs, plan.newargs_ex, plan.new
-        return any(hook is not None for hook in hooks)
+        # A class derived from it may give arguments to a __new__ that its own objects have no use for.
+        makes = plan.tag == "$object" and any(
+            inspect_safely.made_in_python(each) and "__new__" in inspect_safely.namespace(each)
+            for each in inspect_safely.mro(cls)
+        )
+        return makes or any(hook is not None for hook in hooks)
+
+
+def _is_unloaded(module: object) -> bool:
+    """Whether to look a name up would import its module, for a class or function that says another one than its own."""
+    return type(module) is str and module != "" and module not in sys.modules
 
 
 class _SurveyingEncoder(Encoder):
     """Leaves values out, and says around which value a refusal was raised."""
 
-    __slots__ = ("around", "asked", "left_out")
+    __slots__ = ("around", "asked", "begun", "done", "look")
+
+    looks_only: ClassVar[bool] = True
 
     asked: _AskedGate
-    left_out: dict[int, tuple[object, tuple[str, ...]]]
-    """By id; with the patterns that it takes to look at them again."""
-    around: list[tuple[object, int]]
-    """The values around a refusal, innermost first, and the number of steps from each to the place of the refusal."""
+    look: _Look
+    done: dict[int, object]
+    """Values that this walk has done with, by id."""
+    begun: set[int]
+    """The values around the current one, by id: met again inside themselves, they are not done with."""
+    around: list[_Around]
+    """The values around a refusal, innermost first."""
+
+    def begin(self, asked: _AskedGate, look: _Look) -> None:
+        """Take what the walks share."""
+        self.asked, self.look, self.done, self.begun, self.around = asked, look, {}, set(), []
+        self._alone, self._alone_items, self._keep = look.alone, look.alone_items, look.keep
+
+    def _lone(self) -> Encoder:
+        # By the gate that refused the call: the members of its sets come in the order in which it wrote them.
+        return self._lone_of(self.look.gate, self.look.names)
+
+    def add(self, items: int) -> None:
+        """See ``Encoder.add``. Raises ``_Spent`` when all walks have looked at too many values."""
+        super().add(items)
+        self.look.spent += items
+        if self.look.spent > self.limits.items:
+            raise _Spent
 
     def value(self, value: Any, depth: int) -> Json:
         """See ``Encoder.value``."""
-        kind = type(value)
-        out = self.left_out.get(id(value)) or self.asked.closed.get(id(kind))
-        if out is not None:
-            self.asked.missing |= dict.fromkeys(out[1])
+        kind, asked = type(value), self.asked
+        if id(value) in self.look.done or id(value) in self.look.left_out:
             return None
+        if (closed := asked.closed.get(id(kind))) is not None:
+            asked.missing |= dict.fromkeys(closed[1])
+            return None
+        keyed, noted, done = self.keyed, len(asked.missing), len(self.done)
+        again = id(value) in self.begun
+        self.begun.add(id(value))
         try:
             if inspect_safely.derives(kind, type):
-                return self._class(value)
-            return super().value(value, depth)
+                self._class(value)
+            elif any(kind is each for each in _ALIASES):  # typing would ask the classes for their names
+                super().value((value.__origin__, value.__args__), depth)
+            else:
+                super().value(value, depth)
         except Refusal as refusal:
-            self.around.append((value, len(refusal.trail)))
-            raise
+            self.keyed = keyed
+            self.open.discard(id(value))
+            self.opaque.discard(id(value))
+            cause = refusal.__cause__
+            if not isinstance(cause, NotDeferrable) or cause.reason != "policy":
+                self.around.append(_Around(value, len(refusal.trail), noted, done))
+                raise
+            # Else the pattern is noted, and nothing more of the object is looked at.
+        if not again:
+            self.begun.discard(id(value))
+            self.done[id(value)] = value
+        return None
 
-    def _class(self, cls: type) -> Json:
+    def _class(self, cls: type) -> None:
         # Not by ``name``, which remembers what was admitted: objects of the class are another question.
         try:
             self.asked.note_class(cls)
@@ -205,4 +312,3 @@ class _SurveyingEncoder(Encoder):
             refusal = Refusal(str(error))
             refusal.kind = inspect_safely.type_name(type(cls))
             raise refusal from error
-        return None

@@ -44,7 +44,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from safedefer.codecs.decoder import check_callee
 from safedefer.codecs.inspect_safely import derives, dict_getter, lookup
-from safedefer.codecs.shared import CallData, Obstacles, Refusal, Values
+from safedefer.codecs.shared import CallData, Refusal, Values
 from safedefer.codecs.tags.exceptions import BUILTIN_EXCEPTIONS, check_offsets, imports_when_shown
 from safedefer.codecs.zones import has_zone, is_key
 from safedefer.errors import InvalidArguments, RejectedTask, UnencodableArgument, UnresolvableCallable
@@ -138,10 +138,6 @@ class PickledCodec:
             raise UnencodableArgument(f"$ cannot be pickled: {error}; pass an id, or register the type") from error
         text = b2a_base64(data, newline=False).decode("ascii")
         return CallData(UNBOUND if not bound else dict(_BOUND), [text, _PYTHON, cloudpickle.__version__], {})
-
-    def obstacles(self, _call: Values, _gate: Gate) -> Obstacles:
-        """Return none: to look at further values pickles them, which runs their code."""
-        return Obstacles()
 
     def write(self, call: Values, gate: Gate) -> Values:
         """As ``encode``; the ``Codec`` protocol has both."""

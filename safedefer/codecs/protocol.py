@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from safedefer.codecs.shared import Obstacles, Values
+from safedefer.codecs.shared import Values
 from safedefer.policy_cache import Gate
 
 
@@ -17,10 +17,6 @@ class Codec(Protocol):
 
     def write(self, call: Values, gate: Gate) -> Values:
         """Return trees of JSON, or JSON text that ``claims.write_json`` copies. Raises ``UnencodableArgument``."""
-        ...
-
-    def obstacles(self, call: Values, gate: Gate, /) -> Obstacles:
-        """Return all that keeps the values of a call from being encoded, after ``encode`` has refused one."""
         ...
 
     def decode(self, call: Values, gate: Gate, text: bytes, canonical: bool = False) -> Values:  # noqa: FBT002  # a keyword costs

@@ -62,6 +62,10 @@ class Refusal(Exception):
         return "$" + "".join(reversed(self.trail))
 
 
+class OverLimit(Refusal):
+    """The call holds more values, or more levels of them, than the limits allow."""
+
+
 class VersionSkew(Refusal):
     """A value cannot be read here, but where the code is that the task was made for: the task is tried again."""
 

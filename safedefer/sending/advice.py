@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Mapping, Sequence
-from types import MethodType
+from inspect import signature
+from types import FunctionType, MethodType
 from typing import Any, Final
 
-from safedefer.codecs.protocol import Codec
+from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import NotDeferrable, UnencodableArgument
-from safedefer.execution.binding import check_binds
 from safedefer.gadgets import HARMLESS_BASES
 from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, bound_object, class_path, find_member, mro
@@ -18,9 +19,9 @@ _WRAPS: Final = " (one that a decorator made: use functools.wraps in the decorat
 
 
 def tell_all(
-    error: TypeError, codec: Codec, gate: Gate, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    error: TypeError, codec: TypedCodec, gate: Gate, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Add to the refusal of a call what else keeps it from being deferred.
+    """Add to the refusal of a call what else keeps it from being deferred. Whatever the look raises, the refusal stands.
 
     Args:
         error: The refusal. Its message is extended; a ``NotDeferrable`` or ``UnencodableArgument`` gets the patterns.
@@ -30,23 +31,26 @@ def tell_all(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
     """
+    try:
+        _extend(error, codec, gate, target, args, kwargs)
+    except Exception:  # noqa: BLE001 - the stack is nearly full, a value changes meanwhile, a library's own fault: what is known is told
+        return
+
+
+def _extend(
+    error: TypeError, codec: TypedCodec, gate: Gate, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
     named = not isinstance(error, NotDeferrable) or error.reason == "policy"
     bound = bound_object(target) if named else UNBOUND  # what is no callable of any kind is told to be that alone
-    try:
-        found = codec.obstacles((bound, tuple(args), dict(kwargs)), gate)
-    except RuntimeError:  # the stack is nearly full, or a value changes meanwhile: what is known is told
-        return
+    found = codec.obstacles((bound, tuple(args), dict(kwargs)), gate)
     told, more = str(error), list[str]()
     if isinstance(error, UnencodableArgument):
         # What no pattern helps is told in place of the pattern.
         told = found.refusals.get(error.path, told)
     if isinstance(error, NotDeferrable):
         told = _advice(error, told, target)
-        if named:
-            try:
-                check_binds(target, args, kwargs)
-            except TypeError as other:
-                more.append(f"it does not take these arguments: {other}")
+        if named and (unfit := _misfit(target, args, kwargs)):
+            more.append(f"it does not take these arguments: {unfit}")
     if lacking := [f"'{pattern}'" for pattern in found.missing if f"'{pattern}'" not in told]:
         more.append(f"add {', '.join(lacking)} to the policy")
     if found.hooked:
@@ -55,6 +59,32 @@ def tell_all(
     error.args = (f"{told}; for the same call, {'; '.join(more)}" if more else told,)
     if isinstance(error, NotDeferrable | UnencodableArgument):
         error.missing = tuple(dict.fromkeys((*error.missing, *found.missing)))
+
+
+def _no_arguments(self: object) -> None: ...
+
+
+def _misfit(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return why a callable does not take these arguments; empty if it does, or if to find out might run code of it."""
+    function, before = target, 0
+    if type(target) is MethodType:
+        function, before = target.__func__, 1
+    elif type(target) is type or type(target) is ABCMeta:
+        makers = {name: find_member(target, name) for name in ("__new__", "__init__")}
+        if makers["__new__"][0] is object:
+            function, before = (_no_arguments if makers["__init__"][0] is object else makers["__init__"][1]), 1
+    if type(function) is not FunctionType or "__signature__" in function.__dict__:
+        return ""
+    if any(type(name) is not str for name in kwargs):
+        return ""
+    # Its parameters alone: annotations are code too, from Python 3.14 on.
+    bare = FunctionType(function.__code__, {}, function.__name__, function.__defaults__, function.__closure__)
+    bare.__kwdefaults__ = function.__kwdefaults__
+    try:
+        signature(bare).bind(*(None,) * before, *args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def _advice(error: NotDeferrable, told: str, target: Any) -> str:

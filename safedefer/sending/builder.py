@@ -11,6 +11,7 @@ from safedefer.blobs import Blob
 from safedefer.callables.wrappers import unwrapped
 from safedefer.claims import VERSION, Call, Claims, Retry, callable_name, split_audience, write_json
 from safedefer.codecs.protocol import Codec
+from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import (
     ConfigurationError,
     InvalidTaskError,
@@ -211,7 +212,8 @@ class Builder:
             bound, positional, named = encode((bound_object(target), tuple(args), dict(kwargs)), gate)
         except TypeError as error:  # NotDeferrable and UnencodableArgument are such errors
             if not options.pickle:  # to look at more values would pickle them
-                tell_all(error, self._codecs["typed"], gate, target, args, kwargs)
+                typed = cast("TypedCodec", self._codecs["typed"])
+                tell_all(error, typed, gate, target, args, kwargs)
             raise
         made = due = int(now)
         audience, lifetime = self._routes.default

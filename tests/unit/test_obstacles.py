@@ -2,14 +2,19 @@
 
 import sys
 import threading
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict
+from datetime import date
 
 import pytest
 
 from safedefer import Key, Keyring, KeyState, Policy
+from safedefer.codecs.encoder import Encoder
+from safedefer.codecs.registry import TypeRegistry
+from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import NotDeferrable, UnencodableArgument
 from safedefer.options import Limits
 from safedefer.policy import deferrable
+from safedefer.sending.advice import tell_all
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
 from tests.zoo import far, near
@@ -113,6 +118,31 @@ def test_a_hook_that_an_admitted_class_inherits_does_not_run_either():
     app.close()
 
 
+def test_the_new_of_a_base_without_a_pattern_does_not_run():
+    values = [far.Heir.__new__(far.Heir, 1), far.Number(2)]
+    app = make_app(policy=Policy("tests.sample_tasks", f"{FAR}:Heir"))
+    far.RAN.clear()
+    error = refused(app, tasks.take, object(), *values, far.Colour.RED)
+    assert error.missing == names("Number", "Colour")
+    assert far.RAN == []
+    app.close()
+
+
+@pytest.mark.parametrize("make", [set, frozenset, dict.fromkeys, OrderedDict.fromkeys, Counter])
+def test_no_key_is_asked_for_its_hash(app, make):
+    keys = make([far.Loud() for _ in range(100)])
+    far.RAN.clear()
+    assert refused(app, tasks.take, object(), keys, far.Colour.RED).missing == names("Loud", "Colour")
+
+
+def test_no_signature_of_a_refused_callable_is_asked_for(app):
+    far.RAN.clear()
+    assert "does not take" not in str(refused(app, far.signed, 1))
+    assert "does not take" not in str(refused(app, far.OfCalled, 1, 2))
+    assert "does not take these arguments: missing a required argument: 'by'" in str(refused(app, far.Point(1, 2).move))
+    assert "does not take these arguments: too many" in str(refused(app, far.Holder, 1, 2))
+
+
 def test_a_registered_type_is_not_encoded_before_its_class_is_admitted(app):
     assert refused(app, tasks.take, [far.Registered(1)]).missing == names("Registered")
 
@@ -141,6 +171,85 @@ def test_a_value_that_is_made_anew_by_each_look_is_left_out_by_what_is_around_it
     assert str(error).count("(_thread.lock) cannot be carried") == 1
     app.close()
     far.RAN.clear()
+
+
+@pytest.mark.parametrize("make", [far.Anew, far.Shifting])
+def test_what_a_hook_makes_anew_keeps_nothing_else_from_being_told(make):
+    app = make_app(policy=Policy("tests.sample_tasks", f"{FAR}:{make.__name__}"))
+    error = refused(app, tasks.take, [make(), *[far.Point(1, 2) for _ in range(40)], threading.Lock()], far.Colour.RED)
+    assert error.missing == (names("Point", "Colour") if make is far.Anew else ())
+    assert len(far.RAN) <= 20
+    far.RAN.clear()
+    app.close()
+
+
+def test_a_class_without_a_pattern_is_named_however_many_of_its_objects_come(app):
+    error = refused(
+        app,
+        tasks.take,
+        [far.Closed() for _ in range(100)],
+        [far.Page[int](items=[i]) for i in range(100)],
+        far.Colour.RED,
+    )
+    assert error.missing == names("Closed", "Page", "Colour")
+
+
+def test_what_one_refused_object_shares_with_others_is_still_named(app):
+    shared = far.Point(1, 2)
+    error = refused(app, tasks.take, far.Holder([shared, threading.Lock()]), shared, far.Colour.RED)
+    assert error.missing == names("Point", "Colour")
+    around = [far.Frozen(1)]
+    around += [(around,), threading.Lock(), far.Colour.RED, (around, threading.Lock(), far.Note(text="x"))]
+    error = refused(app, tasks.take, around)
+    assert error.missing == names("Frozen", "Colour", "Note")
+    assert str(error).count("_thread.lock") == 2
+
+
+def test_no_more_values_are_looked_at_in_all_than_a_call_may_hold():
+    app = make_app(policy=Policy("tests.sample_tasks"), limits=Limits(items=1_000))
+    locks = [threading.Lock() for _ in range(400)]
+    error = refused(app, tasks.take, [far.Plain()], locks, far.Colour.RED)
+    assert error.missing == names("Plain")
+    assert 1 <= str(error).count("_thread.lock") <= 4
+    app.close()
+
+
+def _calls(app, *args):
+    """Return how often a value was met: in the refusal itself, and in all."""
+    counts = []
+    met = Encoder.value
+
+    def count(self, value, depth):
+        counts.append(self.looks_only)
+        return met(self, value, depth)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "value", count)
+        refused(app, tasks.take, *args)
+    return counts.count(False), len(counts)
+
+
+@pytest.mark.parametrize("rest", [[threading.Lock() for _ in range(40)], [far.Closed()] * 40, [far.Colour.RED]])
+def test_the_look_does_little_more_work_than_the_refusal(app, rest):
+    data = [{"id": i, "day": date(2026, 1, 1), "tags": ["a", ("b",)]} for i in range(300)]
+    first, in_all = _calls(app, data, rest)
+    assert first > 1_200
+    assert in_all <= 2.5 * first
+
+
+def test_a_look_that_fails_leaves_the_refusal_as_it_is(app):
+    class Failing(TypeRegistry):
+        def by_class(self, cls):
+            if sys._getframe(1).f_code.co_name == "_runs_code":
+                raise LookupError("a library's own fault")
+            return super().by_class(cls)
+
+    gate = app._builder._signer.gate
+    codec = TypedCodec(registry=Failing())
+    error = NotDeferrable("the refusal; the remedy", reason="policy", missing=("a:b",))
+    tell_all(error, codec, gate, far.run, [far.Plain()], {})
+    assert str(error) == "the refusal; the remedy"
+    assert error.missing == ("a:b",)
 
 
 def test_sets_and_keys_are_looked_into(app):

@@ -99,12 +99,80 @@ class WithArgs:
         return ()
 
 
+class Number(int):
+    def __new__(cls, value: int) -> "Number":
+        RAN.append("new")
+        return int.__new__(cls, value)
+
+
+class Heir(Number):
+    """Its own objects give arguments to a ``__new__`` that those of its base have no use for."""
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (3,)
+
+
+class Loud:
+    def __hash__(self) -> int:
+        RAN.append("hash")
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        RAN.append("eq")
+        return self is other
+
+
+class Signed:
+    """Stands for the signature of a function."""
+
+    @property
+    def __class__(self) -> type:
+        RAN.append("signature")
+        return int
+
+
+def signed(*args: object) -> None: ...
+
+
+signed.__signature__ = Signed()  # type: ignore[attr-defined]
+
+
+class Called(type):
+    def __call__(cls, *args: object, **kwargs: object) -> object:
+        RAN.append("called")
+        return super().__call__(*args, **kwargs)
+
+    def __getattribute__(cls, name: str) -> object:
+        RAN.append("metaclass")
+        return super().__getattribute__(name)
+
+
+class OfCalled(metaclass=Called):
+    def __init__(self, value: object) -> None: ...
+
+
 class Fresh:
     """Its state is new each time."""
 
     def __getstate__(self) -> object:
         RAN.append("fresh")
         return {"lock": threading.Lock()}
+
+
+class Anew:
+    """Its state is new each time, and what holds it too."""
+
+    def __getstate__(self) -> object:
+        RAN.append("anew")
+        return {"deep": [{"lock": threading.Lock()}]}
+
+
+class Shifting:
+    """What it holds is elsewhere each time."""
+
+    def __getstate__(self) -> object:
+        RAN.append("shifting")
+        return {"deep": [*[1] * len(RAN), threading.Lock()]}
 
 
 class Registered:

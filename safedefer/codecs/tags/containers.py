@@ -53,7 +53,8 @@ def members(enc: Encoder, values: Iterable[Any], size: int, depth: int) -> list[
     except Refusal as refusal:
         refusal.trail.append(f"{{{len(out)}}}")
         raise
-    _check_hashes(values, size)
+    if not enc.looks_only:
+        _check_hashes(values, size)
     return out
 
 
@@ -210,7 +211,8 @@ def _pairs(enc: Encoder, pairs: Iterable[tuple[Any, Any]], size: int, depth: int
     except Refusal as refusal:
         refusal.trail.append(where)
         raise
-    _check_hashes((key for key, _ in pairs), size)
+    if not enc.looks_only:
+        _check_hashes((key for key, _ in pairs), size)
     return out
 
 
@@ -248,7 +250,9 @@ def _no_attributes(value: object) -> None:
 
 def _encode_ordereddict(enc: Encoder, value: OrderedDict[Any, Any], depth: int) -> Json:
     _no_attributes(value)
-    return enc.enter(value) or {"$ordereddict": _pairs(enc, value.items(), len(value), depth + 1)}
+    # Its own items() asks each key for its hash; the order of a dict will do where the tree is thrown away.
+    items = dict.items(value) if enc.looks_only else value.items()
+    return enc.enter(value) or {"$ordereddict": _pairs(enc, items, len(value), depth + 1)}
 
 
 def _decode_ordereddict(dec: Decoder, payload: Json, depth: int) -> OrderedDict[Any, Any]:

@@ -126,7 +126,8 @@ def encode_exception(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     enc.opaque.discard(id(value))
     begin(enc, value, plan)
     check_offsets(value)
-    state = dict(_held(value, plan, args))
+    # To make a second one takes the args apart, whose classes were refused where the tree is thrown away.
+    state = _kept(value, plan) if enc.looks_only else dict(_held(value, plan, args))
     for key, each in attributes(enc, value, plan):
         if type(key) is str and (key in state or key in _members(plan.base) or key in _SKIPPED):
             raise Refusal(f"its __dict__ hides its own attribute {key}; remove it")
@@ -158,11 +159,18 @@ def _held(value: BaseException, plan: Plan, args: tuple[Any, ...]) -> list[tuple
         if not carried:
             raise Refusal(f"its attribute {name} is not what its args say, and cannot be set; pass a new one")
         out.append((name, held))
-    for name in _CHAIN:
-        held = _read(BaseException.__dict__[name], value)
-        if held is not None and held is not False:
-            out.append((name, held))
-    return out
+    return [*out, *_chain(value)]
+
+
+def _kept(value: BaseException, plan: Plan) -> dict[str, Any]:
+    """Return all attributes that the base keeps in C, whether ``args`` say them or not."""
+    kept = {name: _read(descriptor, value) for name, descriptor in _members(plan.base).items()}
+    return {name: held for name, held in kept.items() if held is not inspect_safely.MISSING} | dict(_chain(value))
+
+
+def _chain(value: BaseException) -> list[tuple[str, Any]]:
+    chain = ((name, _read(BaseException.__dict__[name], value)) for name in _CHAIN)
+    return [(name, held) for name, held in chain if held is not None and held is not False]
 
 
 def _fresh(plan: Plan, args: tuple[Any, ...]) -> BaseException:
