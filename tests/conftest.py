@@ -42,9 +42,16 @@ sys.dont_write_bytecode = False
 
 
 #: Milliseconds that a connection of a test waits for another one's lock: that of an App may be writing what is left to write.
-#: The connections of the product say their own.
 _BUSY = 60_000
-apsw.connection_hooks.append(lambda connection: connection.set_busy_timeout(_BUSY))
+
+
+def _let_tests_wait(connection: apsw.Connection) -> None:
+    """Give the connections that a test makes a busy timeout, and none to those of the product, which must say their own."""
+    if sys._getframe(1).f_globals["__name__"].partition(".")[0] == "tests":
+        connection.set_busy_timeout(_BUSY)
+
+
+apsw.connection_hooks.append(_let_tests_wait)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
 from safedefer.app import App
@@ -21,12 +25,16 @@ from safedefer.headers import CONTENT_TYPE, OUTCOME_HEADER
 from safedefer.queues.addresses import place
 from safedefer.sending.addresses import check_address
 
+T = TypeVar("T")
+
 #: Tasks whose environments are looked at.
 _TASKS: Final = 100
 #: Processes that are named.
 _PROCESSES: Final = 10
-#: Seconds to wait for a handler.
+#: Seconds to wait for a handler to say anything.
 _TIMEOUT: Final = 5.0
+#: Seconds for a whole answer, or for two on one connection.
+_WHOLE: Final = 10.0
 #: No token, so that nothing can run.
 _BODY: Final = b"safedefer-doctor"
 #: Bytes that are read of an answer that says nothing.
@@ -120,7 +128,7 @@ def check_target(app: App, address: str) -> Iterable[Finding]:
     check_address("--to", address)
     shown = place(address)  # without user and password
     try:
-        status, outcome = _answer(address, app.url)
+        status, outcome = _in_time(partial(_answer, address, app.url))
     except (OSError, HTTPException) as error:
         yield Finding(
             "target",
@@ -135,7 +143,7 @@ def check_target(app: App, address: str) -> Iterable[Finding]:
         )  # fmt: skip
         return
     answers = f"{shown.rstrip('/')}{app.url} answers as a handler: {status} {outcome} to what is no token"
-    if _keeps_alive(address, {}) and not _keeps_alive(address, {"Content-Encoding": "gzip"}):
+    if _inflates(address):
         yield Finding(
             "target", "warn", f"{answers}, but its server inflates bodies before the handler refuses them, so a stranger's small "
             "request costs much memory and time; make aiohttp's runner with AppRunner(web_app, auto_decompress=False)",
@@ -144,24 +152,60 @@ def check_target(app: App, address: str) -> Iterable[Finding]:
         yield Finding("target", "ok", answers)
 
 
-def _keeps_alive(address: str, headers: dict[str, str]) -> bool:
-    """Whether a server takes another request after a POST with these headers, to a path where nothing is.
+def _inflates(address: str) -> bool:
+    """Whether a server inflates bodies by itself.
 
-    aiohttp's parser, where it inflates, fails at a body that is not what its encoding says. It answers, since nobody
-    reads the body there, and closes the connection then, which it has not announced. The handler's own path tells
-    nothing: it closes after each request that it refuses.
+    aiohttp's parser fails then at a body that is not what its encoding says. It answers, since nobody reads the body of a path
+    where nothing is, and closes the connection then, which it has not announced. The handler's own path tells
+    nothing: it closes after each request that it refuses. A server or a firewall that takes no encoding at all closes after a
+    body that is well encoded too.
     """
+    encoded = {"Content-Encoding": "gzip"}
+    return (
+        _keeps_alive(address, _BODY, {})
+        and _keeps_alive(address, gzip.compress(_BODY), encoded)
+        and not _keeps_alive(address, _BODY, encoded)
+    )
+
+
+def _keeps_alive(address: str, body: bytes, headers: dict[str, str]) -> bool:
+    """Whether a server takes another request after a POST of this body, to a path where nothing is, or says that it does not."""
+    try:
+        return _in_time(partial(_takes_two, address, body, headers))
+    except (OSError, HTTPException):
+        return False
+
+
+def _in_time(call: Callable[[], T]) -> T:
+    """Return what a call returns, or raise ``TimeoutError``: a server may send a byte now and then, or interim answers, for ever.
+
+    Also the look-up of a name and a TLS handshake take the time that others want. The thread ends with the process.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:  # noqa: BLE001  # it is raised by who waits
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="safedefer-doctor", daemon=True).start()
+    try:
+        return answer.result(_WHOLE)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no whole answer in {_WHOLE:.0f} s") from None
+
+
+def _takes_two(address: str, first: bytes, headers: dict[str, str]) -> bool:
     connection, path = _connect(address)
     try:
-        for body in (_BODY, None):
+        for body in (first, None):
             connection.request("POST", f"{path}/safedefer-doctor-{secrets.token_hex(8)}", body, headers if body else {})
             connection.auto_open = 0
             response = connection.getresponse()
             response.read(_MOST)
             if response.will_close:
                 break
-    except (OSError, HTTPException):
-        return False
     finally:
         connection.close()
     return True

@@ -20,6 +20,7 @@ from safedefer.errors import BadTransactionStateError, ConfigurationError, Queue
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from safedefer.transactions.databases import opener_of, run_now, source_of
+from safedefer.transactions.databases import sqlite as of_sqlite
 from safedefer.transactions.outbox import Outbox
 from safedefer.transactions.rows import from_text, to_text
 from tests.queues.contract import DONE, make_task, oversize_task, take, whole
@@ -697,3 +698,12 @@ def test_a_task_for_whose_token_there_is_no_room_waits_and_keeps_no_other(tmp_pa
     assert f"task {large.id} stays in the outbox" in caplog.text
     outbox.close()
     queue.close()
+
+
+async def test_a_connection_that_looks_again_waits_for_others_by_itself(tmp_path):
+    """apsw gives a connection no busy timeout, and that of the tests' own connections is none of the product's."""
+    path = str(tmp_path / "shop.db")
+    with closing(apsw.Connection(path)) as connection:
+        connection.execute("CREATE TABLE orders (id)")
+    async with of_sqlite._open_apsw(path).connect() as source:
+        assert source.connection.execute("PRAGMA busy_timeout").get == of_sqlite._PATIENCE * 1000

@@ -10,8 +10,10 @@ import threading
 import time
 from pathlib import Path
 
+import apsw
 import pytest
 
+from safedefer.errors import QueueUnavailable
 from safedefer.queues.sqlite import SQLiteQueue, bell, watch
 from tests.queues.contract import make_task
 
@@ -131,7 +133,7 @@ def test_ringing_waits_for_nobody_and_leaves_nothing(path):
     for _ in range(100):
         bell.ring(bell.bell_path(path))
     assert len(list(FDS.iterdir())) == before
-    ear = bell.listen(bell.bell_path(path))
+    ear = bell.listen(bell.bell_path(path), os.geteuid())
     assert ear.wait(0.0, others=True) is False
     full = os.open(bell.bell_path(path), os.O_WRONLY)
     os.write(full, bytes(65_536))
@@ -187,7 +189,7 @@ def test_no_link_is_followed(path):
     bell.ring(str(place))
     assert select.select([end], [], [], 0)[0] == []
     os.close(end)
-    ear = bell.listen(str(place))
+    ear = bell.listen(str(place), os.geteuid())
     assert ear.is_deaf
     ear.close()
 
@@ -247,3 +249,134 @@ def test_a_child_that_is_forked_while_a_thread_waits_hears_nothing_of_it(queue, 
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         SQLiteQueue(path).enqueue_many([make_task()])
     assert waiting.heard is True
+
+
+LOCK = "import apsw, sys; apsw.Connection(sys.argv[1]).execute('BEGIN IMMEDIATE')"
+
+
+@pytest.mark.parametrize(
+    "use", [bell.ring, lambda place: bell.listen(place, os.geteuid()).close()], ids=["ring", "listen"]
+)
+def test_a_hard_link_to_the_files_own_locks_in_its_place_does_not_drop_them(queue, path, use):
+    """A file that is opened and closed loses the locks that this process has by another descriptor (POSIX)."""
+    os.link(f"{path}-shm", bell.bell_path(path))
+    with queue._writer._handle.use() as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        use(bell.bell_path(path))
+        other = subprocess.run([sys.executable, "-c", LOCK, path], stderr=subprocess.PIPE, text=True, timeout=60)
+        connection.execute("ROLLBACK")
+    assert "BusyError" in other.stderr
+
+
+def test_a_pipe_that_has_another_name_is_another_programs(path):
+    place = Path(bell.bell_path(path))
+    theirs = place.with_name("theirs")
+    os.mkfifo(theirs)
+    os.link(theirs, place)
+    end = os.open(theirs, os.O_RDWR | os.O_NONBLOCK)
+    os.write(end, b"theirs")
+    bell.ring(str(place))
+    ear = bell.listen(str(place), os.geteuid())
+    assert ear.is_deaf
+    ear.close()
+    assert os.read(end, 100) == b"theirs"
+    os.close(end)
+
+
+def test_the_bell_belongs_to_the_owner_of_the_file_or_is_not_listened_to(path):
+    """Else those could not ring it who may write the file, and whoever has it could keep them from being heard."""
+    place = Path(bell.bell_path(path))
+    ear = bell.listen(str(place), os.geteuid() + 1)
+    assert ear.is_deaf
+    ear.close()
+    assert not place.exists()
+    os.mkfifo(place)
+    ear = bell.listen(str(place), os.geteuid() + 1)
+    assert ear.is_deaf
+    ear.close()
+
+
+def test_everybody_who_listens_hears_each_ring(path):
+    """Who hears it may be of other queues, or have no room: then the task would wait for the look of another."""
+    place = bell.bell_path(path)
+    ears = [bell.listen(place, os.geteuid()) for _ in range(3)]
+    for _ in range(3):
+        bell.ring(place)
+        assert [ear.wait(60.0, others=True) for ear in ears] == [True] * 3
+        assert [ear.wait(0.0, others=True) for ear in ears] == [False] * 3
+    bell.ring(place)
+    late = bell.listen(place, os.geteuid())
+    late.wait(0.0, others=True)
+    assert [ear.wait(0.0, others=True) for ear in ears] == [True] * 3
+    for ear in (*ears, late):
+        ear.close()
+
+
+def test_a_child_never_has_what_a_wait_opens_or_closes_during_the_fork(queue, rare):
+    """A child that lives long would keep them, and more of them with each generation."""
+    over = threading.Event()
+
+    def wait():
+        while not over.is_set():
+            queue.wait(0.0)
+
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    kept = []
+    for _ in range(40):
+        child = os.fork()
+        if not child:
+            held = [str(place.readlink()) for place in FDS.iterdir() if place.is_symlink()]
+            os._exit(min(sum("-wake" in place or "event" in place for place in held), 99))
+        kept.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert kept == [0] * 40
+
+
+def test_a_task_is_found_though_a_look_failed_and_the_file_was_opened_anew(queue, path, monkeypatch):
+    """The numbers of changes that SQLite gives begin anew with each connection."""
+    other = SQLiteQueue(path)
+    other.enqueue_many([make_task()])
+    assert queue.wait(60.0) is True
+
+    def fail(connection):
+        monkeypatch.undo()
+        raise apsw.IOError
+
+    monkeypatch.setattr(watch.operations, "newest_seq", fail)
+    with other._reader.use() as connection:
+        connection.execute(
+            "PRAGMA user_version = 7"
+        )  # a commit that is no task: the look goes beyond the number of changes
+    with pytest.raises(QueueUnavailable):
+        queue.wait(60.0)
+    other.enqueue_many([make_task()])
+    assert queue.wait(60.0) is True
+    other.close()
+
+
+def test_who_can_take_no_task_that_it_hears_of_rests_until_the_next_look(queue, path, monkeypatch):
+    """Each ring would cost it a transaction, which others wait for; one that takes a task hears every ring again."""
+    other = SQLiteQueue(path)
+
+    def hear(queues):
+        other.enqueue_many([make_task()])
+        began = time.monotonic()
+        assert queue.wait(250.0) is True
+        took = time.monotonic() - began
+        return took, len(queue.lease(owner="o", limit=100, seconds=60.0, now=time.time(), queues=queues))
+
+    monkeypatch.setattr(watch, "INTERVAL", 300.0)
+    for _ in range(watch._FALSE_ALARMS):
+        assert hear(["another"])[1] == 0
+    monkeypatch.setattr(watch, "INTERVAL", 0.2)
+    took, leased = hear(["another"])
+    assert took >= 0.2
+    assert leased == 0
+    assert hear(None)[1] == watch._FALSE_ALARMS + 2
+    monkeypatch.setattr(watch, "INTERVAL", 300.0)
+    assert hear(None)[1] == 1
+    other.close()

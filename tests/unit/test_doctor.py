@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import json
 import secrets
+import socket
 import sqlite3
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from aiohttp import web
 
 from safedefer import Key, Keyring, KeyState, Policy
 from safedefer.cli import doctor as doctors
+from safedefer.cli import surroundings
 from safedefer.cli.doctor import CHECKS, examine
 from safedefer.cli.root import main
 from safedefer.cli.surroundings import check_pgqueuer, check_target
@@ -376,3 +379,75 @@ def test_an_app_made_in_code_is_told_of_its_argument_and_not_of_a_variable(monke
     monkeypatch.chdir(tmp_path)
     found = find(app_of(monkeypatch, queue="sqlite:///q.db"), "queue")
     assert "set queue= of App(...) to sqlite:////" in dict(found)["warn"]
+
+
+@contextlib.contextmanager
+def server(answer):
+    """Serve by a function of a connection; give the address."""
+    over = threading.Event()
+
+    def work():
+        with contextlib.suppress(OSError):  # it is closed
+            while True:
+                connection = listening.accept()[0]
+                threading.Thread(target=one, args=(connection,), daemon=True).start()
+
+    def one(connection):
+        with connection, contextlib.suppress(OSError):
+            answer(connection, over)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            yield "http://127.0.0.1:{}".format(listening.getsockname()[1])
+        finally:
+            over.set()
+            listening.shutdown(socket.SHUT_RDWR)
+
+
+def only_interim_answers(connection, over):
+    while not over.wait(0.001):
+        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def a_byte_now_and_then(connection, over):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+    while not over.wait(0.01):
+        connection.sendall(b"a")
+
+
+@pytest.mark.parametrize("answer", [only_interim_answers, a_byte_now_and_then], ids=lambda answer: answer.__name__)
+def test_a_server_that_never_ends_its_answer_is_not_waited_for(monkeypatch, answer):
+    monkeypatch.setattr(surroundings, "_WHOLE", 0.2)
+    app = make_app()
+    with server(answer) as address:
+        (found,) = check_target(app, address)
+    assert found.status == "error"
+    assert "does not answer (TimeoutError: no whole answer in" in found.text
+    app.close()
+
+
+def takes_no_encoding(connection, over):
+    """Refuse a body that is encoded, and close, as some firewalls do."""
+    reader = connection.makefile("rb")
+    while line := reader.readline():
+        headers = [line]
+        while headers[-1].strip():
+            headers.append(reader.readline())
+        text = b"".join(headers).lower()
+        reader.read(int(text.partition(b"content-length:")[2].split()[0]))
+        if b"/safedefer-doctor-" not in line:
+            connection.sendall(b"HTTP/1.1 403 No\r\nSafedefer-Outcome: refused\r\nContent-Length: 0\r\n\r\n")
+        elif b"gzip" in text:
+            connection.sendall(b"HTTP/1.1 415 No\r\nContent-Length: 0\r\n\r\n")
+            return
+        else:
+            connection.sendall(b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n")
+
+
+def test_a_server_that_takes_no_encoded_body_is_not_said_to_inflate_it():
+    app = make_app()
+    with server(takes_no_encoding) as address:
+        (found,) = check_target(app, address)
+    assert (found.status, found.text.endswith("403 refused to what is no token")) == ("ok", True)
+    app.close()

@@ -1,10 +1,11 @@
-"""A bell beside the queue's file: who enqueues rings it, and a thread of another process that waits hears it at once.
+"""A bell beside the queue's file: who enqueues rings it, and the threads of other processes that wait hear it at once.
 
 It is a named pipe, ``.<file>-wake``. Nothing that it carries means anything: hearing it is a reason to look into the file, so
-a bell that somebody rings without cause costs looks, which ``FileWatch`` bounds. Ringing costs one system call where nobody
-listens, some 3 us, and six where somebody does. Nothing stays behind but the name: what nobody listens to is dropped, and the kernel
-closes the ends of a process that was killed. Where the pipe cannot be made or opened (a read-only folder, another user's pipe, a
-system that is not Linux), the file is looked at often instead.
+a bell that somebody rings without cause costs looks, which ``FileWatch`` bounds. All who listen hear each ring, since none of them
+reads: each is told of a write, and who rings empties the pipe first. Ringing costs some 10 us, and one system call where no
+bell was ever made. Nothing stays behind but the name: what nobody listens to is dropped, and the kernel closes the ends of a
+process that was killed. Where the pipe cannot be made or opened (a read-only folder, another user's pipe or file, a system that is not
+Linux or has no ``/proc``), the file is looked at often instead.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import sys
 import threading
 from typing import Final, Protocol
 
-#: No reader is kept waiting, nor a writer; no link is followed; no program that this one starts inherits the pipe.
-_FLAGS: Final = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NOCTTY
 #: The capacity of a pipe.
 _ALL: Final = 65_536
 
@@ -31,35 +30,48 @@ def bell_path(path: str) -> str:
 
 
 def ring(path: str) -> None:
-    """Let those hear who listen to the bell, in any process. Never raises, and never waits."""
-    try:
-        pipe = os.open(path, os.O_WRONLY | _FLAGS)  # an error where nobody listens
-    except OSError:
+    """Let all hear who listen to the bell, in any process. Never raises, and never waits."""
+    if sys.platform != "linux":
+        return
+    pipe = _open(path)
+    if pipe is None:
         return
     try:
-        if stat.S_ISFIFO(os.fstat(pipe).st_mode):
-            # With a reader of its own, this process gets no SIGPIPE if the last other one leaves now.
-            reader = os.open(path, os.O_RDONLY | _FLAGS)
-            try:
-                os.write(pipe, b"\0")
-            finally:
-                os.close(reader)
-    except OSError:  # it is full of what nobody has heard yet, or gone
+        with contextlib.suppress(BlockingIOError):  # nobody has rung before
+            os.read(pipe, _ALL)
+        os.write(pipe, b"\0")
+    except OSError:  # others have filled it meanwhile, and so rung
         pass
     finally:
         os.close(pipe)
 
 
-def _open(path: str) -> int | None:
-    # To read and write: without a writer, a reader would hear the end of the file again and again.
-    try:
-        pipe = os.open(path, os.O_RDWR | _FLAGS)
-    except OSError:
-        return None
-    if stat.S_ISFIFO(os.fstat(pipe).st_mode):
-        return pipe
-    os.close(pipe)
-    return None
+if sys.platform == "linux":
+
+    def _open(path: str, *, owner: int | None = None) -> int | None:
+        """Open a pipe to read and write: none of its ends ever finds the other one closed. None if it cannot be.
+
+        Only what was seen to be a pipe is opened, and not what has its name by then: to close another file would drop the locks
+        that this process has on it (POSIX), and somebody could have linked the queue's own files to this name.
+
+        Args:
+            path: Of the pipe. No link is followed, and a pipe that has another name is another program's.
+            owner: Whose it must be, a user's number; None: anybody's.
+        """
+        try:
+            place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            status = os.fstat(place)
+            if not stat.S_ISFIFO(status.st_mode) or status.st_nlink != 1 or owner not in {None, status.st_uid}:
+                return None
+            # Nobody is kept waiting, and no program that this one starts inherits it.
+            return os.open(f"/proc/self/fd/{place}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        finally:
+            os.close(place)
 
 
 class Ear(Protocol):
@@ -91,13 +103,22 @@ class Ear(Protocol):
 class _PipeEar:
     """Hears other processes too."""
 
-    def __init__(self, path: str) -> None:
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._pipe = _open(path)
-        if self._pipe is None:
-            with contextlib.suppress(OSError):
-                os.mkfifo(path, 0o600)
-                self._pipe = _open(path)
+    def __init__(self, path: str, owner: int) -> None:
+        with contextlib.ExitStack() as opened:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            opened.callback(os.close, self._wake)
+            self._both = opened.enter_context(select.epoll(2))
+            self._both.register(self._wake, select.EPOLLIN)
+            self._pipe = _open(path, owner=owner)
+            if self._pipe is None and owner == os.geteuid():
+                with contextlib.suppress(OSError):
+                    os.mkfifo(path, 0o600)
+                    self._pipe = _open(path, owner=owner)
+            if self._pipe is not None:
+                opened.callback(os.close, self._pipe)
+                # Each write is told once, to each who listens, though nobody reads.
+                self._both.register(self._pipe, select.EPOLLIN | select.EPOLLET)
+            self._opened = opened.pop_all()
 
     @property
     def is_deaf(self) -> bool:
@@ -107,23 +128,18 @@ class _PipeEar:
         os.eventfd_write(self._wake, 1)
 
     def wait(self, seconds: float, *, others: bool) -> bool:
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        if others and self._pipe is not None:
-            poll.register(self._pipe, select.POLLIN)
-        heard = {descriptor for descriptor, _ in poll.poll(math.ceil(seconds * 1_000))}
+        if others:
+            heard = {descriptor for descriptor, _ in self._both.poll(seconds)}
+        else:
+            poll = select.poll()
+            poll.register(self._wake, select.POLLIN)
+            heard = {descriptor for descriptor, _ in poll.poll(math.ceil(seconds * 1_000))}
         if self._wake in heard:
             os.eventfd_read(self._wake)
-        if self._pipe is None or self._pipe not in heard:
-            return False
-        with contextlib.suppress(OSError):  # another listener has read it meanwhile
-            os.read(self._pipe, _ALL)
-        return True
+        return self._pipe in heard
 
     def close(self) -> None:
-        os.close(self._wake)
-        if self._pipe is not None:
-            os.close(self._pipe)
+        self._opened.close()
 
 
 class _LockEar:
@@ -149,13 +165,15 @@ class _LockEar:
         pass
 
 
-def listen(path: str) -> Ear:
+def listen(path: str, owner: int) -> Ear:
     """Return what the calling thread waits with, from now on. The caller closes it.
 
     Args:
-        path: The bell's. It is made if there is none.
+        path: The bell's. If there is none it is made by its owner.
+        owner: Whose the queue's file is, a user's number. A bell of somebody else is not listened to: others who may write the
+            file could not ring it, or whoever has it could take what was rung.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # there are no descriptors left
-            return _PipeEar(path)
+            return _PipeEar(path, owner)
     return _LockEar()

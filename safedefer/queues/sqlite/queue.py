@@ -305,7 +305,7 @@ class SQLiteQueue:
 
     def _leased(self, found: tuple[list[Lease], int], *, now: float) -> Sequence[Lease]:
         leases, newest = found
-        self._watch.seen(newest)
+        self._watch.seen(newest, taken=len(leases))
         if now >= self._next_prune:
             # Not awaited: what is not deleted now is deleted at the next turn.
             self._next_prune = now + _PRUNE_EVERY

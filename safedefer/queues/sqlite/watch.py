@@ -28,7 +28,8 @@ _UNRUNG: Final = 3.0
 """Seconds of frequent looks after one that found a task that nobody rang for."""
 
 _FALSE_ALARMS: Final = 3
-"""Rings in a row without a task, after which the bell is not listened to until the next frequent look."""
+"""Rings in a row that brought this process no task, after which the bell is not listened to until the next frequent look. Somebody
+rings without cause, or other processes take the tasks, or they are of other queues."""
 
 _ALERT: Final = 0.2
 """Seconds of asking SQLite at every look after the log changed: the log is written before its commit
@@ -42,6 +43,7 @@ class FileWatch:
     """Knows the newest task, and wakes whoever waits for a newer one."""
 
     def __init__(self, path: str, *, busy_timeout: float) -> None:
+        self._path = path
         self._log_path = f"{path}-wal"
         self._bell_path = bell.bell_path(path)
         self._handle = Handle(path, busy_timeout=busy_timeout)
@@ -58,6 +60,9 @@ class FileWatch:
         self._alert_until = 0.0
         self._next_look = 0.0
         self._often_until = 0.0
+        self._alarms = 0
+        self._came_for_task = False
+        """Whether the last wait was ended by a task, and no lease has said yet whether this process could take one."""
 
     def announce(self, newest: int) -> None:
         """Take note of a task that this process enqueued, and let others know."""
@@ -71,9 +76,14 @@ class FileWatch:
                 self._newest = newest
                 self._ring()
 
-    def seen(self, newest: int) -> None:
-        """Take note that a lease has looked at the queue when ``newest`` was its newest task."""
+    def seen(self, newest: int, *, taken: int) -> None:
+        """Take note that a lease has looked at the queue when ``newest`` was its newest task, and took ``taken`` tasks."""
         with self._lock:
+            if taken:
+                self._alarms = 0
+            elif self._came_for_task:
+                self._alarms += 1
+            self._came_for_task = False
             self._newest = max(self._newest, newest)
             self._seen = max(self._seen, newest)
 
@@ -86,44 +96,63 @@ class FileWatch:
     def wait(self, timeout: float) -> bool:
         """Block until there is a newer task than those seen, or for ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
-        ear = bell.listen(self._bell_path)
-        with self._lock:
-            seen = (self._seen, self._wakes_seen)
+        with self._lock:  # a fork waits for it: the child closes all that was opened here
+            ear = bell.listen(self._bell_path, self._owner())
             self._ears.add(ear)
+            seen = (self._seen, self._wakes_seen)
         try:
             ear.wait(0.0, others=True)  # what was rung until now, the look finds that follows
             return self._wait(ear, seen, deadline)
         finally:
             with self._lock:
+                ear.close()
                 self._ears.discard(ear)
-            ear.close()
 
     def _wait(self, ear: bell.Ear, seen: tuple[int, int], deadline: float) -> bool:
-        rung, alarms, first = True, 0, True
+        if self._alarms >= _FALSE_ALARMS:
+            self._rest(ear, deadline - time.monotonic())
+        rung, first = True, True
         while True:
             now = time.monotonic()
             found = self._look(now, rung=rung)
-            if found and not rung:
-                self._often_until = now + _UNRUNG
-            alarms = alarms + 1 if rung and not found and not first else 0
-            first = False
             with self._lock:
+                if found and not rung:
+                    self._often_until = now + _UNRUNG
+                if not found and not first:
+                    self._alarms = self._alarms + 1 if rung else 0
+                first = False
                 if self._newest > seen[0] or self._wakes > seen[1]:
+                    self._came_for_task = self._newest > seen[0]
                     self._seen, self._wakes_seen = self._newest, self._wakes
                     return True
             left = deadline - now
             if left <= 0:
                 return False
-            often = ear.is_deaf or now < self._often_until or alarms >= _FALSE_ALARMS
-            rung = ear.wait(min(left, INTERVAL if often else RELAXED), others=alarms < _FALSE_ALARMS)
+            if self._alarms >= _FALSE_ALARMS:
+                rung = False
+                self._rest(ear, left)
+            else:
+                often = ear.is_deaf or now < self._often_until
+                rung = ear.wait(min(left, INTERVAL if often else RELAXED), others=True)
+
+    def _rest(self, ear: bell.Ear, left: float) -> None:
+        """Wait until the next frequent look, and hear this process alone. One more ring without a task, and it rests again."""
+        ear.wait(max(min(left, INTERVAL), 0.0), others=False)
+        self._alarms = _FALSE_ALARMS - 1
+
+    def _owner(self) -> int:
+        try:
+            return os.stat(self._path).st_uid  # noqa: PTH116 - a text, as everything here
+        except OSError:  # it is made by who looks first
+            return os.geteuid()
 
     def close(self, *, wait: bool = True) -> None:
         """Close the connection; see ``Handle.close``."""
         self._handle.close(wait=wait)
 
     def _ring(self) -> None:
-        while self._ears:
-            self._ears.pop().wake()
+        for ear in tuple(self._ears):
+            ear.wake()
 
     def _look(self, now: float, *, rung: bool) -> bool:
         """Look for new tasks; return whether there are some. ``rung`` says that SQLite is asked in any case."""
@@ -135,15 +164,17 @@ class FileWatch:
             return False
         self._next_look = now + _BACKSTOP
         with self._handle.use() as connection:
+            # None if this fails: another connection counts its changes anew.
+            known, self._version = self._version, None
             version = connection.execute("PRAGMA data_version").get
-            if version == self._version:
-                return False
             # First the version: what is committed between the two statements shows at the next look.
-            self._version = version
             try:
-                newest = operations.newest_seq(connection)
+                newest = None if version == known else operations.newest_seq(connection)
             except BadValue:  # it is mended by whoever enqueues or leases next
-                return False
+                newest = None
+            self._version = version
+        if newest is None:
+            return False
         before = self._newest
         self.advance(newest)
         return newest > before
@@ -156,17 +187,19 @@ class FileWatch:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def before_fork(self) -> None:
-        """Close the connection."""
+        """Close the connection, and let no thread open or close what it waits with."""
         self._handle.before_fork()
+        self._lock.acquire()
 
     def after_fork_in_parent(self) -> None:
         """Go on; the new connection's data version says nothing about the old one's."""
-        self._handle.after_fork_in_parent()
         self._version = None
+        self._lock.release()
+        self._handle.after_fork_in_parent()
 
     def after_fork_in_child(self) -> None:
         """Begin anew: no other thread waits here."""
-        self._handle.after_fork_in_child()
         for ear in self._ears:  # its copies of them, with which nobody waits
             ear.close()
         self._forget()
+        self._handle.after_fork_in_child()
