@@ -1,6 +1,7 @@
 """The shape of the package: who may import, construct and ask what."""
 
 import ast
+import functools
 import graphlib
 import os
 import subprocess
@@ -38,6 +39,7 @@ def type_checking(node):
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+@functools.cache
 def imports(tree):
     """Return the top-level packages that a module imports when it runs, wherever in it."""
     found, pending = set(), [tree]
@@ -59,12 +61,14 @@ def importers(package):
     return {name for name, tree in SOURCES.items() if package in imports(tree)}
 
 
+@functools.cache
 def calls(tree):
-    """Return the name that each call in a module calls, by its last part."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            func = node.func
-            yield func.id if isinstance(func, ast.Name) else func.attr if isinstance(func, ast.Attribute) else "", node
+    """Return the name that each call in a module calls, by its last part, and the call."""
+    return [(_last_part(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def _last_part(func):
+    return func.id if isinstance(func, ast.Name) else func.attr if isinstance(func, ast.Attribute) else ""
 
 
 def test_the_contracts_of_the_layers_are_kept():
@@ -141,8 +145,8 @@ def test_nothing_is_evaluated(name):
     found = {
         source
         for source, tree in SOURCES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+        for _, node in calls(tree)
+        if isinstance(node.func, ast.Name) and node.func.id == name
     }
     assert found == set()
 
