@@ -1,5 +1,6 @@
 """The files of ``examples/deploy``: read by the programs that they are for, where these are installed."""
 
+import fnmatch
 import json
 import re
 import shutil
@@ -69,6 +70,23 @@ def test_the_image_starts_a_command_that_there_is():
     run = options(json.loads(re.search(r"^CMD (.*)", dockerfile, re.MULTILINE)[1]))
     assert run["processes"] == 2
     settings_of(re.findall(r"(SAFEDEFER_\w+)=", dockerfile))
+
+
+def test_the_image_takes_no_keys_and_needs_no_packaging():
+    ignored = (DEPLOY / ".dockerignore").read_text().splitlines()
+    for kept_out in (".env", ".venv", "keys.json", "old-keys.json", "safedefer.db", "tasks.db-wal"):
+        assert any(fnmatch.fnmatchcase(kept_out, pattern) for pattern in ignored), kept_out
+    (install,) = re.findall(r"^RUN pip install(.*)", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert "." not in install.split()  # the shop of the how-tos has no pyproject.toml
+
+
+def test_no_health_page_is_where_prometheus_listens():
+    monitoring = (ROOT / "examples/monitoring/README.md").read_text()
+    (target,) = re.findall(r"targets: .*:(\d+)\"", monitoring)
+    texts = [path.read_text() for path in DEPLOY.iterdir()] + [(ROOT / "docs/how-to/observe.md").read_text()]
+    ports = {port for text in texts for port in re.findall(r"--health(?:\", \"|, \"| )(?:0\.0\.0\.0:)?(\d+)", text)}
+    assert ports == {target}
+    assert target != "9090"
 
 
 @pytest.mark.skipif(NGINX is None, reason="needs nginx")
