@@ -67,7 +67,7 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
         RuntimeError: The caller's stack is nearly full, or another thread changes a value meanwhile.
     """
     asked = _AskedGate(gate, registry)
-    look = _Look(gate)
+    look = _LookAtCall(gate)
     refusals: dict[str, str] = {}
     levels: dict[str, int] = {}
     while True:
@@ -144,7 +144,7 @@ class _Spent(Exception):
     """The walks have looked at as many values as a call may hold."""
 
 
-class _Look:
+class _LookAtCall:
     """What the walks of one call share."""
 
     def __init__(self, gate: Gate) -> None:
@@ -248,7 +248,7 @@ class _SurveyingEncoder(Encoder):
     looks_only: ClassVar[bool] = True
 
     asked: _AskedGate
-    look: _Look
+    look: _LookAtCall
     done: dict[int, object]
     """Values that this walk has done with, by id."""
     begun: set[int]
@@ -256,7 +256,7 @@ class _SurveyingEncoder(Encoder):
     around: list[_Around]
     """The values around a refusal, innermost first."""
 
-    def begin(self, asked: _AskedGate, look: _Look) -> None:
+    def begin(self, asked: _AskedGate, look: _LookAtCall) -> None:
         """Take what the walks share."""
         self.asked, self.look, self.done, self.begun, self.around = asked, look, {}, set(), []
         self._alone, self._alone_items, self._keep = look.alone, look.alone_items, look.keep
