@@ -41,6 +41,16 @@ def test_the_unit_is_one_that_systemd_reads(tmp_path):
     assert (done.returncode, [line for line in done.stderr.splitlines() if "shop-tasks.service" in line]) == (0, [])
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_unit_exposes_little():
+    unit = str(DEPLOY / "shop-tasks.service")
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", unit],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr
+
+
 def test_the_unit_waits_longer_than_the_drain_and_names_settings_that_there_are():
     unit = (DEPLOY / "shop-tasks.service").read_text()
     run = options(re.search(r"^ExecStart=(.*)", unit, re.MULTILINE)[1].split())
