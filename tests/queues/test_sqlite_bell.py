@@ -228,13 +228,15 @@ def test_whoever_rings_without_end_causes_few_looks(queue, path, rare):
     ringing = threading.Thread(target=ring)
     with Waiting(queue) as waiting:
         ringing.start()
-        until(lambda: waiting.looks >= watch._FALSE_ALARMS + 1)
-        for _ in range(2_000):
-            bell.ring(bell.bell_path(path))
-        assert waiting.looks == watch._FALSE_ALARMS + 1
-        over.set()
-        ringing.join()
-        queue.wake()
+        try:
+            until(lambda: waiting.looks >= watch._FALSE_ALARMS + 1)
+            for _ in range(2_000):
+                bell.ring(bell.bell_path(path))
+            assert waiting.looks == watch._FALSE_ALARMS + 1
+        finally:
+            over.set()
+            ringing.join()
+            queue.wake()
     assert waiting.heard is True
 
 
@@ -348,9 +350,8 @@ def test_a_task_is_found_though_a_look_failed_and_the_file_was_opened_anew(queue
 
     monkeypatch.setattr(watch.operations, "newest_seq", fail)
     with other._reader.use() as connection:
-        connection.execute(
-            "PRAGMA user_version = 7"
-        )  # a commit that is no task: the look goes beyond the number of changes
+        # A commit that is no task: the look goes beyond the number of changes.
+        connection.execute("PRAGMA user_version = 7")
     with pytest.raises(QueueUnavailable):
         queue.wait(60.0)
     other.enqueue_many([make_task()])
