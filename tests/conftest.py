@@ -6,17 +6,14 @@
 
 from __future__ import annotations
 
-import compileall
 import gc
 import os
 import shutil
 import sys
 from collections.abc import Generator
-from pathlib import Path
 
 import apsw
 import pytest
-from _pytest.assertion import rewrite
 from hypothesis import HealthCheck, given, settings, strategies
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -73,34 +70,11 @@ def _make_random_numbers(_: None) -> None:
     """Let Hypothesis make its generator of random numbers. It asks the collector who refers to that, which sees nothing frozen."""
 
 
-def _compile_a_share(config: pytest.Config) -> None:
-    """Compile every n-th module, where n processes of pytest-xdist begin at once: else each of them compiles all.
-
-    It matters in a new checkout. The modules of tests are compiled as pytest compiles them, by functions that it does not publish.
-    """
-    state = config.stash.get(rewrite.assertstate_key, None)
-    if state is None:  # --assert=plain
-        return
-    tests, number = Path(__file__).parent, int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    modules = sorted(path for folder in ("safedefer", "tests") for path in (tests.parent / folder).rglob("*.py"))
-    for path in modules[number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]:
-        if not path.name.startswith("test_"):
-            compileall.compile_file(path, quiet=2)
-            continue
-        folder = rewrite.get_cache_dir(path)
-        compiled = folder / (path.stem + rewrite.PYC_TAIL)
-        if rewrite.try_makedirs(folder) and rewrite._read_pyc(path, compiled) is None:
-            status, code = rewrite._rewrite_test(path, config)
-            rewrite._write_pyc(state, code, status, compiled)
-
-
 @pytest.hookimpl(wrapper=True)
-def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+def pytest_collection() -> Generator[None, object, object]:
     """Keep the tests themselves, which are many and stay, out of the sight of the garbage collector: it stops everything."""
     gc.disable()
     try:
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            _compile_a_share(session.config)
         return (yield)
     finally:
         _make_random_numbers()
