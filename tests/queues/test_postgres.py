@@ -1227,3 +1227,29 @@ def test_the_warning_is_given_when_the_tables_are_checked(real_dsn, monkeypatch,
     queue.stats(now=0.0)
     queue.close()
     assert "is new" in caplog.text
+
+
+# --- Durability -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("said_by", "value", "kept"), [
+    ("database", "off", "on"), ("database", "remote_apply", "remote_apply"), ("database", "local", "local"), ("url", "off", "off"),
+])  # fmt: skip
+def test_commits_that_must_last_wait_for_the_disk_whatever_the_database_says(real_dsn, said_by, value, kept):
+    """``ALTER DATABASE … SET synchronous_commit = off`` is for data that can be lost. Who writes it into the queue's URL means us."""
+    if said_by == "database":
+        name = psycopg.conninfo.conninfo_to_dict(real_dsn)["dbname"]
+        ask(real_dsn, f"ALTER DATABASE {name} SET synchronous_commit = {value}")
+        url = real_dsn
+    else:
+        url = f"{real_dsn}&options=-c%20synchronous_commit%3Doff"
+    queue = PostgresQueue(url)
+    try:
+        queue.enqueue_many([task_now()])
+        assert queue._store.run(lambda connection: connection.fetchval("SHOW synchronous_commit")) == kept
+        producers = queue._store.open().producers
+        connection = producers._take(time.monotonic() + 60.0)
+        assert connection.execute("SHOW synchronous_commit").fetchone() == (kept,)
+        producers._give(connection)
+    finally:
+        queue.close()

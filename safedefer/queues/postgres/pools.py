@@ -10,6 +10,7 @@ import asyncpg
 
 from safedefer.queues.postgres import errors
 from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, closed, failure, is_gone, refusal
+from safedefer.queues.postgres.statements import SQL
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -25,7 +26,8 @@ _PLANNED_SECONDS: Final = 5
 Purpose: TypeAlias = Literal["durable", "relaxed", "leases"]
 """The settings of a connection.
 
-``durable`` commits are synced to disk: the begin and end of a run, and enqueued tasks, survive a crash of the server.
+``durable`` commits are synced to disk, also where the role or the database has ``synchronous_commit = off``: the begin and end of
+a run, and enqueued tasks, survive a crash of the server.
 ``relaxed`` commits are not: a settlement lost in a crash is repeated by the next delivery, which the ledger answers.
 ``leases`` are relaxed too, and may not sort: pgqueuer's dequeue must walk the index in the order of the jobs' ids,
 because sorting a million due jobs takes seconds.
@@ -48,6 +50,10 @@ _MISSED: Final = {
 
 async def _keep(_connection: object) -> None:
     """Reset nothing when a connection is released: only our own statements run on it."""
+
+
+async def _sync_commits(connection: asyncpg.Connection) -> None:
+    await connection.execute(SQL["sync_commits"])
 
 
 class Pools:
@@ -77,6 +83,7 @@ class Pools:
                 timeout=CONNECT_SECONDS,
                 max_cached_statement_lifetime=_PLANNED_SECONDS,
                 reset=_keep,
+                init=_sync_commits if purpose == "durable" else None,
                 server_settings={
                     "application_name": "safedefer",
                     "search_path": errors.SEARCH_PATH,

@@ -24,6 +24,7 @@ from safedefer.errors import TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.queues.base import AlreadyWaiting
 from safedefer.queues.postgres import errors
 from safedefer.queues.postgres.errors import about, closed, failure, is_gone, refusal
+from safedefer.queues.postgres.statements import SQL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,11 @@ class Producers:
         options = f"{own} {given.get('options', '')} -c search_path={errors.SEARCH_PATH}"
         parameters = {"connect_timeout": _CONNECT_SECONDS, **alive, **given, "options": options}
         connection = psycopg.connect("", autocommit=True, **{**parameters, "application_name": "safedefer"})  # type: ignore[arg-type]  # libpq's, by name
+        try:
+            connection.execute(SQL["sync_commits"].encode())
+        except BaseException:
+            connection.close()
+            raise
         for kind, dumper in _BINARY:
             connection.adapters.register_dumper(kind, dumper)
         return connection

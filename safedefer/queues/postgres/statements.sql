@@ -24,6 +24,12 @@ safedefer.admit(
     $2::text[], $5::text[], $13::text[], $7::text[], $8::double precision[], $9::text[], $10::text[], $11::bytea[], $12::bigint
 )
 
+-- name: sync_commits
+-- A role or a database may have turned the waiting for the disk off, for commits that can be lost. Who says so in the
+-- parameters of our own connections ('client') means them.
+SELECT set_config('synchronous_commit', 'on', false) FROM pg_catalog.pg_settings
+WHERE name = 'synchronous_commit' AND setting = 'off' AND source <> 'client';
+
 -- name: stored
 -- Counts the given ids that are in the queue, among the dead letters or in the history.
 SELECT count(*) AS number FROM unnest($1::text[]) AS given (id) WHERE
