@@ -31,7 +31,7 @@ from safedefer.execution.around import Around
 from safedefer.execution.direct import DirectRunner
 from safedefer.execution.prepare import Validate
 from safedefer.keys import Keyring
-from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, Limits, Options, Serves, Task
+from safedefer.options import DEFAULT_TARGET, DEFAULT_URL, INLINE_LIMIT, Limits, Options, Serves, Task
 from safedefer.policy import Policy
 from safedefer.queues import PushAddress, load_queue_file, open_push, open_queue, queue_or_push
 from safedefer.queues.addresses import place
@@ -151,7 +151,7 @@ class App(Producer):
         around: Sequence[Around] = (),
         concurrency: int = 16,
         lease_seconds: float = 60.0,
-        inline_limit: int = 10 * 1024,
+        inline_limit: int = INLINE_LIMIT,
         unverified_bytes: int = UNVERIFIED_BYTES,
         limits: Limits | None = None,
         observer: Observer | None = None,

@@ -1,4 +1,4 @@
-"""Claims: the signed facts about a task, as one JSON object, and its one spelling.
+"""Claims: the signed facts about a task, as one JSON object, its one spelling, and how long a task lives (``LIFETIME``).
 
 The payload of a token is one JSON object (RFC 7519, section 4), which pydantic parses and validates in one
 step: unknown members, null for an absent claim, floats for integers and strings for numbers are refused.

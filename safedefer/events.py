@@ -1,4 +1,4 @@
-"""Events: frozen records for logs and metrics. They identify tasks and never quote them.
+"""Events: frozen records for logs and metrics, and the log line and level of each. They identify tasks and never quote them.
 
 An observer is any callable that takes an event. A plain one runs in the thread of the event and must be quick; an async
 one is awaited in a thread of its own, one event after the other. An exception that it raises is logged and changes nothing.

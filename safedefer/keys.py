@@ -1,4 +1,4 @@
-"""Keys: who may sign what. The only module that computes a MAC, or compares that of a token. Does no IO.
+"""Keys: who may sign what, and how long a secret must be. The only module that computes a token's MAC, or compares it. Does no IO.
 
 HMAC-SHA-256 (RFC 2104; ``HS256`` of RFC 7518, section 3.2). The algorithm belongs to the key, never
 to the token: a token's header is looked up, byte for byte, among the headers that the keyring's own

@@ -1,4 +1,4 @@
-"""Options of ``defer()`` and the task that it returns; what a handler serves, and its limits. Checked where they are given."""
+"""Options of ``defer()`` and the task that it returns; ``Limits`` of tokens and arguments at both ends, and how far ahead an eta is."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from safedefer.errors import (
 MAX_ETA: Final = 30 * 86_400
 #: No attempt may take longer than this many seconds.
 MAX_DEADLINE: Final = 86_400
+#: Bytes of a token above which it is stored as a blob beside the queue.
+INLINE_LIMIT: Final = 10 * 1024
 #: Where tasks are posted unless told otherwise (App Engine ``deferred``).
 DEFAULT_URL: Final = "/_ah/queue/deferred"
 DEFAULT_QUEUE: Final = "default"

@@ -1,4 +1,4 @@
-"""Settings from the environment, with the prefix ``SAFEDEFER_``. The one place that reads key files."""
+"""Settings from the environment, with the prefix ``SAFEDEFER_``, and their defaults. The one place that reads key files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from safedefer.delivery.budget import UNVERIFIED_BYTES
 from safedefer.errors import ConfigurationError
 from safedefer.keys import Keyring
 from safedefer.observe.trace_links import check_trace_url
-from safedefer.options import DEFAULT_URL, Limits
+from safedefer.options import DEFAULT_URL, INLINE_LIMIT, Limits
 from safedefer.policy import Policy
 from safedefer.queues.addresses import split_urls
-from safedefer.queues.base import StorageOptions
+from safedefer.queues.base import HISTORY_SECONDS, StorageOptions
 from safedefer.queues.file_owner import trouble_with_folders, trouble_with_owner
 from safedefer.queues.rules import MOST_ROW_BYTES
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _log: Final = logging.getLogger("safedefer")
 
 _PREFIX: Final = "SAFEDEFER_"
-_INLINE_LIMIT: Final = 10 * 1024
 #: Variables with the prefix that are no settings: a supervisor's for its workers, and those of our own tests.
 _NO_SETTINGS: Final = ("SAFEDEFER_WORKER", "SAFEDEFER_TEST_")
 
@@ -144,7 +143,7 @@ class Settings(BaseSettings):
         le=MOST_ROW_BYTES,
         description="A task's token at most, signed; bytes.",
     )
-    inline_limit: int = Field(default=_INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")
+    inline_limit: int = Field(default=INLINE_LIMIT, ge=1024, description="Larger tokens are stored as blobs; bytes.")
     unverified_bytes: int = Field(
         default=UNVERIFIED_BYTES, ge=1024, description="Bytes of all request bodies together that are not verified yet."
     )
@@ -164,7 +163,7 @@ class Settings(BaseSettings):
     tombstone_seconds: float = Field(
         default=9 * 86_400.0, ge=0, description="How long an ended task's name is not free."
     )
-    history_seconds: float = Field(default=7 * 86_400.0, ge=0, description="How long ended tasks can be looked up.")
+    history_seconds: float = Field(default=HISTORY_SECONDS, ge=0, description="How long ended tasks can be looked up.")
     blob_limit: int = Field(default=2**30, ge=0, description="Bytes of all stored oversize tokens together.")
     dead_seconds: float = Field(default=90 * 86_400.0, ge=0, description="Older dead letters are archived.")
     dead_limit: int = Field(default=100_000, ge=1, description="Of more dead letters the oldest are archived.")

@@ -24,6 +24,7 @@ from safedefer.cli.service import FleetShows, Service, ServiceOptions, health_ad
 from safedefer.cli.supervisor import SupervisorOptions, naming_the_address, supervise
 from safedefer.cli.text import many
 from safedefer.cli.worker import Worker
+from safedefer.concurrency.beat import HANG_SECONDS
 from safedefer.deferred import configure
 from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, HttpDelivery, InProcessDelivery
 from safedefer.dispatcher.signed_route import SignedRoute
@@ -31,6 +32,7 @@ from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.observe.systemd import Systemd
 from safedefer.sending.addresses import check_address
 from safedefer.settings import take_keys_from_environment
+from safedefer.web.lifespan import DRAIN_SECONDS
 from safedefer.web.server import serving
 
 _log: Final = logging.getLogger("safedefer")
@@ -40,7 +42,7 @@ _host = click.option("--host", default="127.0.0.1", show_default=True, help="The
 _port = click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
 _drain = click.option(
     "--drain",
-    default=30.0,
+    default=DRAIN_SECONDS,
     show_default=True,
     type=Seconds(),
     help="Seconds that a stop waits for running tasks.",
@@ -67,7 +69,7 @@ _processes = click.option(
 )
 _hang = click.option(
     "--hang-seconds",
-    default=60.0,
+    default=HANG_SECONDS,
     show_default=True,
     type=Seconds(0.5),
     help="Seconds without a turn of its event loop after which a worker process is killed and replaced.",

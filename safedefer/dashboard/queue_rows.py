@@ -1,4 +1,4 @@
-"""A queue as the dashboard shows it, and lengths of time for people."""
+"""A queue as the dashboard shows it, from which lag it counts as behind, and lengths of time for people."""
 
 from __future__ import annotations
 

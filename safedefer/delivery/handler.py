@@ -1,4 +1,4 @@
-"""The handler without a framework: headers and body in; status, headers and body out.
+"""The handler without a framework: headers and body in; status, headers and body out, also of each refusal.
 
 The aiohttp handler, in-process delivery by the dispatcher, and ``App.handle`` for other frameworks all call
 ``Delivery.handle``. It runs only tasks that it has verified in the same call.

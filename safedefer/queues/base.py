@@ -29,13 +29,17 @@ if TYPE_CHECKING:
     from safedefer.queues.rates import QueueControl, QueueLimits
 
 
+#: Seconds for which every engine knows what has ended, where nothing else is said.
+HISTORY_SECONDS: Final = 7 * 86_400.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageOptions:
     """How long and how much a queue keeps."""
 
     tombstone_seconds: float = 9 * 86_400.0
     """How long the name of an ended task is not free (App Engine: 9 days)."""
-    history_seconds: float = 7 * 86_400.0
+    history_seconds: float = HISTORY_SECONDS
     """How long ``find`` and ``tasks`` know what succeeded or was cancelled."""
     blob_limit: int = 2**30
     """Bytes that the stored tokens of all oversize tasks may take together."""

@@ -1,4 +1,4 @@
-"""``TestApp``: an App in test mode."""
+"""``TestApp``: an App in test mode, and its assertions (``assert_deferred``, ``run_due``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was deferred while a test ran, with decoded arguments."""
+"""What was deferred while a test ran, with decoded arguments, and how it is compared with what a test expects."""
 
 from __future__ import annotations
 

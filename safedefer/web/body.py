@@ -1,4 +1,4 @@
-"""Read the raw body of a request within limits: of its size, its time, and the bytes of all bodies that are being read."""
+"""Read the raw body of a request within limits: its size, its time, the bytes of all that are being read. ``delivery`` answers."""
 
 from __future__ import annotations
 

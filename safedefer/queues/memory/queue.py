@@ -18,6 +18,7 @@ from safedefer.errors import QueueUnavailable, TaskAlreadyExistsError, Tombstone
 from safedefer.ledger import EndState, VerifiedLetter
 from safedefer.queues import rules
 from safedefer.queues.base import (
+    HISTORY_SECONDS,
     NOTICE_BYTES,
     NOTICE_SECONDS,
     NOTICES,
@@ -109,7 +110,7 @@ class MemoryQueue:
         self,
         *,
         tombstone_seconds: float = 9 * 86400,
-        history_seconds: float = 7 * 86400,
+        history_seconds: float = HISTORY_SECONDS,
         blob_limit: int = 2**30,
         dead_seconds: float = 90 * 86400,
         dead_limit: int = 100_000,

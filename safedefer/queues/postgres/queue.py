@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from safedefer.queues.addresses import check_url, place
 from safedefer.queues.base import (
+    HISTORY_SECONDS,
     AttemptTime,
     DeadFilter,
     EndCount,
@@ -78,7 +79,7 @@ class PostgresQueue:
         dsn: str,
         *,
         tombstone_seconds: float = 9 * 86400,
-        history_seconds: float = 7 * 86400,
+        history_seconds: float = HISTORY_SECONDS,
         blob_limit: int = 2**30,
         dead_seconds: float = 90 * 86400,
         dead_limit: int = 100_000,

@@ -1,4 +1,4 @@
-"""The SQLite queue: one file, whose every acknowledged task survives a crash and a power cut.
+"""The SQLite queue: one file, whose every acknowledged task survives a crash and a power cut; its defaults (retention, waits).
 
 Over 450 lines, since it is the engine's whole side of the seam; what happens in a transaction is in ``operations``.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 from safedefer.concurrency.forks import register_fork
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.queues.base import (
+    HISTORY_SECONDS,
     AttemptTime,
     DeadFilter,
     EndCount,
@@ -84,7 +85,7 @@ class SQLiteQueue:
         path: str | os.PathLike[str],
         *,
         tombstone_seconds: float = 9 * 86400,
-        history_seconds: float = 7 * 86400,
+        history_seconds: float = HISTORY_SECONDS,
         busy_timeout: float = 30.0,
         blob_limit: int = 2**30,
         dead_seconds: float = 90 * 86400,
