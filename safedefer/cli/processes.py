@@ -1,4 +1,4 @@
-"""``safedefer serve``, ``dispatch`` and ``run``: the processes that receive, deliver and run tasks."""
+"""``safedefer serve``, ``dispatch`` and ``run``: the processes that receive, deliver and run tasks; their options and defaults."""
 
 from __future__ import annotations
 

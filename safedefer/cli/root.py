@@ -1,4 +1,4 @@
-"""The command line: the ``safedefer`` group, its version and its log. A command's module is imported when it is named.
+"""The command line: the ``safedefer`` group, its log, and how errors become exit statuses. A command is imported when it is named.
 
 ``COMMANDS`` has the first sentence of each command's help, so that ``safedefer --help`` imports none of them.
 """

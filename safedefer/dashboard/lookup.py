@@ -1,4 +1,4 @@
-"""Search among tasks: bounded looks at the newest rows of a state, each compared with what is asked for."""
+"""Search among tasks: bounded looks at the newest rows of a state; how many stand on a page, and how many one button acts on."""
 
 from __future__ import annotations
 

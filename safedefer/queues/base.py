@@ -1,4 +1,4 @@
-"""What a queue is: the seam between ``defer()``, the dispatcher, the handler and people, a Protocol for each.
+"""What a queue is: the seam between ``defer()``, the dispatcher, the handler and people, a Protocol for each; what it keeps, how long.
 
 Queues carry opaque bytes. All else in a ``QueuedTask`` is a hint for routing and display: the signed token repeats it, and
 only the token is believed.

@@ -1,4 +1,4 @@
-"""Read the raw body of a request within limits: its size, its time, the bytes of all that are being read. ``delivery`` answers."""
+"""Measure and read the raw body of a request; the statuses (408, 413, 503) are in ``delivery/handler``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The handler for as long as a server lives: what it opens at the start, and how it ends."""
+"""The handler for as long as a server lives: what it opens at the start, and how long its end waits for running tasks."""
 
 from __future__ import annotations
 

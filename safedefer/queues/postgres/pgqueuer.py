@@ -1,4 +1,4 @@
-"""pgqueuer's statements for its tables in the schema ``safedefer``, with parts of ours put into them.
+"""pgqueuer's own statements (enqueue, dequeue: which job is next; retry, log) on its tables, with parts of ours put into them.
 
 pgqueuer builds its SQL at run time. ``_with_ours`` replaces one known fragment of a statement, and refuses a pgqueuer
 whose statement does not contain that fragment exactly once.
