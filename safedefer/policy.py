@@ -424,7 +424,7 @@ class Policy(Immutable):
         """Return the refusal of a callable. Its remedy is enough: the pattern of a module does not admit all that a class inherits."""
         inherits_call = ref.kind == "instance" and find_member(type(obj), "__call__")[0] is not type(obj)
         wanted = _callee(ref) if inherits_call else str(ref)
-        if refusals.OR_MODULE in told:
+        if refusals.OR_MODULE in told and self._moved.keys().isdisjoint((str(ref), f"{ref.module}:{ref.qualname}")):
             try:
                 self.only(ref.module)._check_object(ref)  # noqa: SLF001 - another policy
                 which = "pattern"
@@ -458,7 +458,7 @@ class _Restricted:
 
     @property
     def is_settled(self) -> bool:
-        """See ``Gate.is_settled``. PatternsByKind of a key admit no marks."""
+        """See ``Gate.is_settled``. Patterns of a key admit no marks."""
         return self._outer.is_settled
 
     def check(self, ref: CallableRef) -> CallableRef:
@@ -507,7 +507,7 @@ class _Restricted:
             raise CapabilityExceeded("the key that signed this may not name it; sign with another key") from error
 
 
-# --- PatternsByKind -------------------------------------------------------------------------------------
+# --- Patterns -------------------------------------------------------------------------------------------
 
 # Bases that construct nothing dangerous, though as callees they would be gadgets.
 _PLAIN_BASES: Final = frozenset({object, type, Enum})

@@ -88,6 +88,8 @@ def _function_hints(function: Callable[..., object]) -> Mapping[str, Any]:
     unchecked = []
     try:
         annotations = _annotations(function)
+    except (RecursionError, MemoryError):  # they tell of the caller
+        raise
     except Exception:  # noqa: BLE001  # an annotation is code, and may raise anything
         annotations = {}
         unchecked.append("all")
@@ -101,6 +103,8 @@ def _function_hints(function: Callable[..., object]) -> Mapping[str, Any]:
                 globalns=getattr(inspect.unwrap(function), "__globals__", {}),
                 include_extras=True,
             )[name]
+        except (RecursionError, MemoryError):
+            raise
         except Exception:  # noqa: BLE001  # an annotation is code, and may raise anything
             unchecked.append(name)
             continue

@@ -89,10 +89,19 @@ def read_signature(target: Callable[..., object], *, follow_wrapped: bool = True
     """
     try:
         return inspect.signature(target, follow_wrapped=follow_wrapped, **_LAZY)
-    except ValueError:
+    except (ValueError, RecursionError, MemoryError):  # the last two tell of the caller
         raise
     except Exception as error:  # an annotation is code, and may raise anything
+        if type(target) is FunctionType and not follow_wrapped and "__signature__" not in target.__dict__:
+            return inspect.signature(without_annotations(target))
         raise ValueError(f"its signature cannot be read: {type(error).__name__}") from error
+
+
+def without_annotations(function: FunctionType) -> FunctionType:
+    """Return a function of the same parameters and defaults. Annotations are code too, from Python 3.14 on."""
+    bare = FunctionType(function.__code__, {}, function.__name__, function.__defaults__, function.__closure__)
+    bare.__kwdefaults__ = function.__kwdefaults__
+    return bare
 
 
 def signature_of(target: Callable[..., object]) -> tuple[Signature | None, int]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import NotDeferrable, UnencodableArgument
+from safedefer.execution.binding import without_annotations
 from safedefer.gadgets import HARMLESS_BASES
 from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, bound_object, class_path, find_member, mro
@@ -77,11 +78,8 @@ def _misfit(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         return ""
     if any(type(name) is not str for name in kwargs):
         return ""
-    # Its parameters alone: annotations are code too, from Python 3.14 on.
-    bare = FunctionType(function.__code__, {}, function.__name__, function.__defaults__, function.__closure__)
-    bare.__kwdefaults__ = function.__kwdefaults__
     try:
-        signature(bare).bind(*(None,) * before, *args, **kwargs)
+        signature(without_annotations(function)).bind(*(None,) * before, *args, **kwargs)
     except TypeError as error:
         return str(error)
     return ""

@@ -1,5 +1,6 @@
 """Annotations are evaluated by Python 3.14 when they are asked for: what they name, and what they raise, hinders no call."""
 
+import inspect
 import re
 import sys
 
@@ -7,8 +8,9 @@ import pytest
 
 from safedefer import Policy, deferred
 from safedefer.errors import InvalidArguments
+from safedefer.execution import annotations
 from safedefer.execution.annotations import _function_hints, check_annotations
-from safedefer.execution.binding import check_binds
+from safedefer.execution.binding import _shape, check_binds
 from safedefer.testing import TestApp
 from tests.unit.apps import handle, make_app
 from tests.zoo import lazy
@@ -44,9 +46,7 @@ def test_a_task_whose_annotations_only_type_checkers_can_follow_is_deferred_and_
     assert lazy.RAN[-1:] == [("an order", 2)]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CALLS if name not in {"a wrapped function", "an annotation that raises"}]
-)
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "a wrapped function"])
 def test_wrong_arguments_are_refused_as_python_says_it(name):
     with pytest.raises(TypeError, match="too many positional|unexpected keyword"):
         check_binds(CALLS[name], ["an order", 2, 3], {})
@@ -57,6 +57,56 @@ def test_the_arguments_beside_are_checked_against_their_annotations(name):
     check_annotations(CALLS[name], ["an order"], {"count": 1})
     with pytest.raises(InvalidArguments, match="the argument count"):
         check_annotations(CALLS[name], ["an order"], {"count": "1"})
+
+
+def test_what_the_signature_of_an_older_python_raises_hinders_no_check_of_the_arguments(monkeypatch):
+    """Python 3.14 evaluates an annotation that asks for more than a name, and this one raises."""
+    real, asked = inspect.signature, []
+
+    def signature(target, **options):
+        asked.append(target)
+        if target is lazy.broken:
+            return 1 / 0
+        return real(target, **options)
+
+    monkeypatch.setattr(inspect, "signature", signature)
+    _shape.cache_clear()
+    with pytest.raises(TypeError, match="too many positional"):
+        check_binds(lazy.broken, ["an order", 2, 3], {})
+    assert asked[0] is lazy.broken
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError])
+@pytest.mark.parametrize("check", [check_binds, check_annotations])
+def test_a_stack_or_a_memory_that_is_full_turns_no_check_off(monkeypatch, check, error):
+    """They tell of the caller, and the next one may have room: nothing is remembered of the callable."""
+
+    def full(*_args, **_options):
+        raise error
+
+    _shape.cache_clear()
+    _function_hints.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(inspect, "signature", full)
+        with pytest.raises(error):
+            check(lazy.send, ["an order"], {"count": "1", "none": 1})
+    with pytest.raises((TypeError, InvalidArguments)):
+        check(lazy.send, ["an order"], {"count": "1", "none": 1} if check is check_binds else {"count": "1"})
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError])
+@pytest.mark.parametrize("step", ["_annotations", "get_type_hints"])
+def test_a_full_stack_marks_no_annotation_as_unchecked(monkeypatch, step, error):
+    def full(*_args, **_options):
+        raise error
+
+    _function_hints.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(annotations, step, full)
+        with pytest.raises(error):
+            check_annotations(lazy.send, ["an order"], {"count": 1})
+    with pytest.raises(InvalidArguments, match="the argument count"):
+        check_annotations(lazy.send, ["an order"], {"count": "1"})
 
 
 def test_an_annotation_that_raises_is_said_to_be_unchecked(caplog):

@@ -557,6 +557,16 @@ def test_a_method_that_moved_to_no_method_is_refused(target):
         policy.check(ref(f"{ZOO}:Gone", "method", "method"))
 
 
+def test_a_refusal_of_what_has_moved_keeps_its_own_reason():
+    """The pattern of the old name admits nothing, and would be no remedy."""
+    old = Policy(ZOO, moved={f"{ZOO}:function": "tests.zoo.other_still:function"})
+    with pytest.raises(NotDeferrable, match="^tests.zoo.other_still:function may not run: no pattern admits it"):
+        old.callable_ref(zoo.function)
+    method = Policy(ZOO, moved={f"{ZOO}:Plain.method": f"{ZOO}:function"})
+    with pytest.raises(NotDeferrable, match="moved maps a method to something that is none"):
+        method.callable_ref(zoo.Plain().method)
+
+
 @pytest.mark.parametrize(
     "moved",
     [{"a": "b:c"}, {"a:b": "c"}, {"a:b": "c:d", "c:d": "e:f"}, {"a:b": "a:b"}, {"a:b\n": "c:d"}, {"a.*": "b.*"}],
