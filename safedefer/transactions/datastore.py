@@ -208,6 +208,10 @@ class DatastoreOutlet:
             else:
                 self._next_look = 0.0
 
+    def look_soon(self) -> None:
+        """Query at the next sweep, however short ago the last one was."""
+        self._next_look = 0.0
+
     def look_now(self) -> None:
         """Query at the next sweep, however short ago the last one was, and read all tasks that the queue has not taken."""
         self._paused = {}

@@ -198,7 +198,7 @@ class Outbox:
 
         def ended(was_told: bool) -> None:
             if not was_told:  # undone, or committed and the answer lost, or a function of the user's has raised
-                outlet.look_now()
+                outlet.look_soon()
                 self._relay.expect()
 
         entities.call_at_end(committed, ended)

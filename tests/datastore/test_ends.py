@@ -290,6 +290,33 @@ def test_a_function_that_raises_after_the_commit_does_not_delay_the_task(
     assert (outbox._relay.sweep(), waiting(queue), rows(server)) == (1, {task.id}, 0)
 
 
+def test_a_block_whose_commit_succeeded_does_not_raise_what_a_function_has_started(outbox, queue, server, caplog):
+    """Who is told of an error takes the transaction for undone, and may do all of it again."""
+
+    def start():
+        Order.get_by_id_async("none").add_done_callback(lambda _future: 1 / 0)
+
+    task = make_task()
+    with outbox.transaction(ndb):
+        key = Order(id="a", total=1).put()
+        outbox.put(task)
+        ndb.get_context().call_on_commit(start)
+    assert "what was started at the end of a transaction failed (ZeroDivisionError)" in caplog.text
+    assert key.get().total == 1
+    outbox._relay.sweep()
+    assert waiting(queue) == {task.id}
+
+
+def test_a_transaction_that_is_undone_brings_no_refused_task_back(outbox, queue, server):
+    """Its end is a reason to look, and none to offer again what the queue has refused a moment ago."""
+    outlet = outbox._outlet(Address("p"))
+    outlet._pause("refused")
+    with pytest.raises(ZeroDivisionError), outbox.transaction(ndb):
+        outbox.put(make_task())
+        raise ZeroDivisionError
+    assert (outlet._next_look, list(outlet._paused)) == (0.0, ["refused"])
+
+
 # --- Policies, and what is asked of Datastore that it cannot ---
 
 

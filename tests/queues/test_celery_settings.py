@@ -149,7 +149,7 @@ def test_an_application_whose_workers_would_drop_json_is_refused_before_a_task_i
     consumer = SimpleNamespace(app=celery, hub=None)
     with pytest.raises(ConfigurationError, match="add 'json'"):
         LastSync(consumer).start(consumer)
-    celery.conf.accept_content = ["pickle", "application/json"]
+    celery.conf.accept_content = ["pickle", "application/json", "known-to-the-workers"]
     LastSync(consumer).start(consumer)
     app.close()
 

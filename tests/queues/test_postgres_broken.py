@@ -504,3 +504,56 @@ def test_closing_keeps_nobody_waiting(dsn, monkeypatch):
             one.result(29.0)  # before the statement would end by itself
     with pytest.raises(QueueUnavailable, match="closed"):
         connections.run(lambda connection: connection.fetch("SELECT 1"), purpose="durable", transaction=False)
+
+
+class Freezing:
+    """A server between the queue and PostgreSQL that passes the login on, and stands still at the first statement."""
+
+    def __init__(self, dsn):
+        self._place = f"{psycopg.conninfo.conninfo_to_dict(dsn)['host']}/.s.PGSQL.5432"
+        self._serving = []
+
+    async def __aenter__(self):
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"postgresql://postgres@127.0.0.1:{self._server.sockets[0].getsockname()[1]}/postgres"
+
+    async def __aexit__(self, *_exception):
+        self._server.close()
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving)
+
+    async def _serve(self, reader, writer):
+        self._serving.append(asyncio.current_task())
+        answers, statements = await asyncio.open_unix_connection(self._place)
+
+        async def ask():
+            while data := await reader.read(65536):
+                if data[:1] in (b"Q", b"P"):
+                    await asyncio.Event().wait()
+                statements.write(data)
+
+        async def answer():
+            while data := await answers.read(65536):
+                writer.write(data)
+
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(ask(), answer())
+        finally:
+            statements.transport.abort()
+            writer.transport.abort()
+
+
+def test_a_server_that_stands_still_after_the_login_holds_nobody_longer_than_a_connection_may_take(dsn, monkeypatch):
+    """asyncpg would close the connection politely, and wait for the server once more: as long as a statement may take, or for ever."""
+    monkeypatch.setattr(postgres_pools, "CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(postgres_pools, "_STATEMENT_SECONDS", 3600.0)
+
+    async def ask_once():
+        async with Freezing(dsn) as url:
+            pools = postgres_pools.Pools(url, 1)
+            with pytest.raises(QueueUnavailable):
+                await pools.run(lambda connection: connection.fetchval("SELECT 1"), purpose="durable")
+
+    asyncio.run(asyncio.wait_for(ask_once(), 300.0))

@@ -53,7 +53,12 @@ async def _keep(_connection: object) -> None:
 
 
 async def _sync_commits(connection: asyncpg.Connection) -> None:
-    await connection.execute(SQL["sync_commits"])
+    try:
+        await connection.execute(SQL["sync_commits"])
+    except BaseException:
+        # asyncpg would close it politely, and wait for a server that has just not answered.
+        connection.terminate()
+        raise
 
 
 class Pools:

@@ -25,10 +25,11 @@ safedefer.admit(
 )
 
 -- name: sync_commits
--- A role or a database may have turned the waiting for the disk off, for commits that can be lost. Who says so in the
--- parameters of our own connections ('client') means them.
-SELECT set_config('synchronous_commit', 'on', false) FROM pg_catalog.pg_settings
-WHERE name = 'synchronous_commit' AND setting = 'off' AND source <> 'client';
+-- A role, a database or the server may have turned the waiting for the disk off, for commits that can be lost, or may do so
+-- while the connection is there: so it is set in any case. Who says so in the parameters of our own connections ('client')
+-- means them.
+SELECT set_config('synchronous_commit', CASE setting WHEN 'off' THEN 'on' ELSE setting END, false)
+FROM pg_catalog.pg_settings WHERE name = 'synchronous_commit' AND source <> 'client';
 
 -- name: stored
 -- Counts the given ids that are in the queue, among the dead letters or in the history.

@@ -264,7 +264,11 @@ class OwnTransaction:
             try:
                 self._outcome.check_success()
             finally:
-                self._around.flush()
+                # Whether it is committed, only ndb says: who is told of another error might do all of it again.
+                try:
+                    self._around.flush()
+                except Exception as error:  # noqa: BLE001  # of whatever they have started
+                    _log.warning("what was started at the end of a transaction failed (%s)", type(error).__name__)
 
 
 def find_credentials() -> Any:
