@@ -3,4 +3,4 @@
 
 def send_receipt(order_id: int) -> None:
     """Send the receipt of an order."""
-    print(f"receipt of order {order_id}")
+    print(f"receipt of order {order_id}", flush=True)

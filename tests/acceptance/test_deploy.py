@@ -15,6 +15,7 @@ from tests.acceptance.processes import ROOT
 from tests.ports import ReservedPort
 
 DEPLOY = ROOT / "examples" / "deploy"
+CLOUD_RUN = ROOT / "examples" / "cloud-run"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
 
@@ -82,8 +83,47 @@ def test_the_image_starts_a_command_that_there_is():
     settings_of(re.findall(r"(SAFEDEFER_\w+)=", dockerfile))
 
 
+def test_both_pods_satisfy_the_standard_restricted():
+    deployment, job = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
+    for pod in (deployment["spec"]["template"]["spec"], job["spec"]["template"]["spec"]):
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+            }  # fmt: skip
+
+
+def test_the_keys_are_for_the_group_of_the_pods_alone():
+    deployment, _ = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (mode,) = [volume["secret"]["defaultMode"] for volume in pod["volumes"] if "secret" in volume]
+    assert (int(str(mode), 8), pod["securityContext"]["fsGroup"]) == (0o440, pod["securityContext"]["runAsUser"])
+
+
+def test_the_page_applies_the_job_by_a_label_that_it_has():
+    deployment, job = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
+    page = (ROOT / "docs/how-to/deploy.md").read_text()
+    (name, value) = re.search(r"kubectl apply -f kubernetes.yaml -l (\w+)=(\w+)", page).groups()
+    assert job["metadata"]["labels"] == {name: value}
+    assert name not in deployment["metadata"].get("labels", {})
+    for kind, manifest in (("job", job), ("deployment", deployment)):
+        assert f"{kind}/{manifest['metadata']['name']}" in page
+    secrets = re.findall(r"secret(?:Name: |KeyRef: \{name: )([\w-]+)", (DEPLOY / "kubernetes.yaml").read_text())
+    assert set(secrets) == set(re.findall(r"kubectl create secret generic ([\w-]+)", page))
+
+
+def test_the_image_of_cloud_run_drains_before_it_is_killed():
+    dockerfile = (CLOUD_RUN / "Dockerfile").read_text()
+    (command,) = re.findall(r"^CMD exec (.*)", dockerfile, re.MULTILINE)
+    assert options(command.replace("$PORT", "8080").split())["drain"] < 10
+    assert f"\nCMD exec {command}\n" in (ROOT / "docs/how-to/from-app-engine-to-cloud-tasks.md").read_text()
+    settings_of(re.findall(r"SAFEDEFER_\w+", (CLOUD_RUN / "README.md").read_text()))
+
+
 def test_the_image_takes_no_keys_and_needs_no_packaging():
     ignored = (DEPLOY / ".dockerignore").read_text().splitlines()
+    assert (CLOUD_RUN / ".dockerignore").read_text().splitlines() == ignored
     for kept_out in (".env", ".venv", "keys.json", "old-keys.json", "safedefer.db", "tasks.db-wal"):
         # At any depth: Docker matches a pattern without ``**/`` at the top alone.
         assert any(fnmatch.fnmatchcase(f"**/{kept_out}", pattern) for pattern in ignored if pattern[0] != "#"), kept_out
