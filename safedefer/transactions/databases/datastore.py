@@ -1,8 +1,7 @@
 """The outbox in Datastore, by google-cloud-ndb: a task is an entity in the user's transaction, and large ones some more.
 
-It is written by ndb, in the transaction that runs. It is read without it, by the client's own calls: those need no context, so
-that any thread may read, and a property is what the service says that it is: ndb would decompress what an entity says is
-compressed.
+It is written by ndb, in the transaction that runs. It is read by the client's own calls: those need no context, so that any
+thread may read, and a property is what the service says that it is, where ndb would decompress what claims to be compressed.
 """
 
 from __future__ import annotations
