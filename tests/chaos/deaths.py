@@ -124,13 +124,14 @@ def stopped(*, tasks: int = 200, lease: float = 2.0, store: str = "sqlite") -> s
 
 def stop_between_transactions(cast: Cast, process: Any) -> None:
     """Stop a process that does not hold the lock of SQLite's file: while it did, nobody could write, by SQLite's design."""
-    for _ in range(1000):
+    for attempt in range(200):
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.05)  # the other ones end what they write
         if any(cast.store.is_free() or time.sleep(0.02) for _ in range(50)):
             return
         process.send_signal(signal.SIGCONT)
-        time.sleep(0.01)
+        # Longer and longer: where the disk is slow, each short while ends in the next transaction.
+        time.sleep(0.01 * (1 + attempt % 50))
     raise Failed("it holds the lock all the time")
 
 
