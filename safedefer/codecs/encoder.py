@@ -311,6 +311,10 @@ class Encoder:
             self._keep.append(cls)
         return name
 
+    def name_definer(self, cls: type) -> None:
+        """Ask for a class whose hook runs, for an object of a class derived from it. Raises ``Refusal`` as ``name`` does."""
+        self.name(cls)
+
     def note_hash(self, definers: Iterable[type]) -> None:
         """Ask the gate about the classes from which a class inherits ``__hash__`` or ``__eq__``, as the decoder does."""
         for definer in definers:

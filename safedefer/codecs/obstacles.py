@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import typing
 from itertools import islice
-from types import FunctionType, GenericAlias, MethodType
+from types import BuiltinMethodType, FunctionType, GenericAlias, MethodType
 from typing import Any, ClassVar, Final, cast
 
 from safedefer.codecs import inspect_safely
@@ -148,7 +148,7 @@ class _LookAtCall:
     """What the walks of one call share."""
 
     def __init__(self, gate: Gate) -> None:
-        self.gate = gate
+        self.gate = cast("Gate", _LoadedGate(gate))
         """Which refused the call: what it admits may run."""
         self.names: dict[int, str] = {}
         self.alone: dict[int, bytes] = {}
@@ -199,8 +199,7 @@ class _AskedGate:
 
     def callable_ref(self, obj: object) -> CallableRef:
         """See ``Gate.callable_ref``."""
-        function: object = obj.__func__ if type(obj) is MethodType else obj
-        if type(function) is FunctionType and _is_unloaded(function.__module__):
+        if _imports(obj):
             return _ANY
         try:
             return self._gate.callable_ref(obj)
@@ -240,6 +239,39 @@ def _is_unloaded(module: object) -> bool:
     return type(module) is str and module != "" and module not in sys.modules
 
 
+def _imports(obj: object) -> bool:
+    """Whether to prove the name of a callable would import a module that it, or the class or object of a method, says."""
+    parts = [obj, type(obj)]
+    if type(obj) is MethodType:
+        parts.append(obj.__func__)
+    if type(obj) is MethodType or type(obj) is BuiltinMethodType:
+        parts += [obj.__self__, type(obj.__self__)]
+    classes = (cast("type", each) for each in parts if inspect_safely.derives(type(each), type))
+    functions = (each for each in parts if type(each) is FunctionType)
+    return any(_is_unloaded(class_path(each).partition(":")[0]) for each in classes) or any(
+        _is_unloaded(each.__module__) for each in functions
+    )
+
+
+class _LoadedGate:
+    """The gate that refused the call, for what imports nothing."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def class_name(self, cls: type) -> str:
+        """See ``Gate.class_name``."""
+        if _imports(cls):
+            raise NotDeferrable("to prove its name imports its module", reason="policy")
+        return self._gate.class_name(cls)
+
+    def callable_ref(self, obj: object) -> CallableRef:
+        """See ``Gate.callable_ref``."""
+        if _imports(obj):
+            raise NotDeferrable("to prove its name imports its module", reason="policy")
+        return self._gate.callable_ref(obj)
+
+
 class _SurveyingEncoder(Encoder):
     """Leaves values out, and says around which value a refusal was raised."""
 
@@ -266,8 +298,11 @@ class _SurveyingEncoder(Encoder):
         return self._lone_of(self.look.gate, self.look.names)
 
     def add(self, items: int) -> None:
-        """See ``Encoder.add``. Raises ``_Spent`` when all walks have looked at too many values."""
-        super().add(items)
+        """Count values. Raises ``_Spent`` when all walks have looked at too many.
+
+        That the call holds too many is no obstacle to name here: an exception has more to look at than it has to carry.
+        """
+        self._items += items
         self.look.spent += items
         if self.look.spent > self.limits.items:
             raise _Spent
@@ -303,6 +338,13 @@ class _SurveyingEncoder(Encoder):
             self.begun.discard(id(value))
             self.done[id(value)] = value
         return None
+
+    def name_definer(self, cls: type) -> None:
+        """See ``Encoder.name_definer``. Its own objects may be looked into all the same: they do without the hook."""
+        self.name(cls)
+        if id(cls) in self.asked.admitted:
+            self.asked.closed[id(cls)] = cls, (class_path(cls),)
+            raise Refusal("a hook of it would run") from NotDeferrable("a hook of it would run", reason="policy")
 
     def _class(self, cls: type) -> None:
         # Not by ``name``, which remembers what was admitted: objects of the class are another question.

@@ -1,8 +1,10 @@
 """A refused call runs no code of the classes that nobody admitted: not to refuse it, and not to say what else is missing."""
 
 import sys
+from collections import defaultdict
 from types import ModuleType
 
+import attr
 import pytest
 
 from safedefer import Policy
@@ -64,6 +66,54 @@ def test_no_module_is_imported_for_what_says_another_module_than_its_own(app, tm
     error = refused(app, tasks.take, object(), cls, cls(), elsewhere, [cls(), loud.Level.LOW])
     assert error.missing == (f"{loud.__name__}:Level",)
     assert "nobody_imported_this" not in sys.modules
+
+
+class _Elsewhere:
+    def method(self): ...
+
+    def __call__(self): ...
+
+    @classmethod
+    def make(cls): ...
+
+
+@pytest.mark.parametrize("make", [
+    lambda cls: cls().method, lambda cls: cls.make, lambda cls: defaultdict(cls), lambda cls: defaultdict(cls()), lambda cls: {cls(), 1},
+    lambda cls: {cls(): 1, 2: 3}, lambda cls: type("Heir", (cls, list), {"__module__": cls.__module__})().append,
+], ids=["method", "class method", "factory", "object as a factory", "set", "keys", "method of the base"])  # fmt: skip
+def test_no_module_is_imported_for_the_class_of_what_is_held(app, tmp_path, monkeypatch, make):
+    (tmp_path / "nobody_imported_this.py").write_text("raise SystemExit\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cls = type("Elsewhere", (_Elsewhere,), {"__module__": "nobody_imported_this"})
+    error = refused(app, tasks.take, object(), make(cls), loud.Level.LOW)
+    assert f"{loud.__name__}:Level" in error.missing
+    assert "nobody_imported_this" not in sys.modules
+
+
+@attr.s(slots=True)
+class Asking:
+    """attrs makes it a ``__getstate__``, which its own objects do without and those of a derived class do not."""
+
+    ran = []
+    a = attr.ib(default=1)
+
+    def __getattribute__(self, name):
+        Asking.ran.append(name)
+        return object.__getattribute__(self, name)
+
+
+class Derived(Asking):
+    pass
+
+
+def test_a_hook_that_a_library_made_for_a_base_does_not_run_for_what_is_derived_from_it():
+    app = make_app(policy=Policy("tests.sample_tasks", f"{__name__}:Derived"))
+    value = Derived()
+    Asking.ran.clear()
+    error = refused(app, tasks.take, object(), value, loud.Level.LOW)
+    assert Asking.ran == []
+    assert set(error.missing) == {f"{__name__}:Asking", f"{loud.__name__}:Level"}
+    app.close()
 
 
 def test_the_hooks_of_the_table_tell_when_they_run():

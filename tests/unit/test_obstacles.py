@@ -14,6 +14,7 @@ from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import NotDeferrable, UnencodableArgument
 from safedefer.options import Limits
 from safedefer.policy import deferrable
+from safedefer.refs import UNBOUND
 from safedefer.sending.advice import tell_all
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
@@ -277,6 +278,16 @@ def test_so_many_refusals_are_told_and_the_walks_are_bounded(app):
     app = make_app(policy=Policy("tests.sample_tasks"), limits=Limits(items=20))
     assert "holds more than 20" in str(refused(app, tasks.take, [[1] * 15, [2] * 15], x=far.Colour.RED))
     app.close()
+
+
+@pytest.mark.parametrize("make", [
+    lambda: [OSError(2, "no") for _ in range(1000)], lambda: ExceptionGroup("many", [ValueError(i) for i in range(2000)]),
+])  # fmt: skip
+def test_errors_that_a_call_may_hold_are_not_told_to_be_too_many(make):
+    codec = TypedCodec(limits=Limits(items=7000))
+    codec.encode((UNBOUND, (make(),), {}), Policy("tests.sample_tasks"))
+    found = codec.obstacles((UNBOUND, (object(), make()), {}), Policy("tests.sample_tasks"))
+    assert list(found.refusals) == ["$.args[0]"]
 
 
 def test_a_keyword_that_is_refused_ends_the_look(app):

@@ -289,7 +289,7 @@ def decode_other(dec: Decoder, tag: str, payload: Json, depth: int) -> object:
 def _encode_object(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     tree: dict[str, Json] = {"class": enc.name(plan.cls)}
     for definer in plan.definers:
-        enc.name(definer)
+        enc.name_definer(definer)
     ref = enc.enter(value)
     if ref is not None:
         return ref
