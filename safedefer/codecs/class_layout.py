@@ -325,11 +325,8 @@ def _own_hook(cls: type, name: str) -> tuple[type, FunctionType] | None:
 
 
 def _check_bare_new(new: FunctionType, cls: type) -> None:
-    # The parameters alone: annotations are code, which Python 3.14 runs when it is asked for them.
-    bare = FunctionType(new.__code__, {}, new.__name__, new.__defaults__, new.__closure__)
-    bare.__kwdefaults__ = new.__kwdefaults__
     try:
-        signature(bare).bind(cls)
+        signature(inspect_safely.without_annotations(new)).bind(cls)
     except (TypeError, ValueError):
         raise ValueError(f"its __new__ needs arguments that nobody knows; define __getnewargs__, or {REMEDY}") from None
 

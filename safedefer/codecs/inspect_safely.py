@@ -123,3 +123,10 @@ def function(cls: type, name: str) -> FunctionType | None:
     """Return the attribute ``name`` of the class if it is a plain Python function, else None."""
     found = lookup(cls, name)
     return found[1] if found is not None and type(found[1]) is FunctionType else None
+
+
+def without_annotations(function: FunctionType) -> FunctionType:
+    """Return a function of the same parameters and defaults. Annotations are code too, from Python 3.14 on."""
+    bare = FunctionType(function.__code__, {}, function.__name__, function.__defaults__, function.__closure__)
+    bare.__kwdefaults__ = function.__kwdefaults__
+    return bare

@@ -15,6 +15,8 @@ from inspect import Parameter, Signature
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Final, cast
 
+from safedefer.codecs.inspect_safely import without_annotations
+
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 _MAX_FITTING = 64
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -95,13 +97,6 @@ def read_signature(target: Callable[..., object], *, follow_wrapped: bool = True
         if type(target) is FunctionType and not follow_wrapped and "__signature__" not in target.__dict__:
             return inspect.signature(without_annotations(target))
         raise ValueError(f"its signature cannot be read: {type(error).__name__}") from error
-
-
-def without_annotations(function: FunctionType) -> FunctionType:
-    """Return a function of the same parameters and defaults. Annotations are code too, from Python 3.14 on."""
-    bare = FunctionType(function.__code__, {}, function.__name__, function.__defaults__, function.__closure__)
-    bare.__kwdefaults__ = function.__kwdefaults__
-    return bare
 
 
 def signature_of(target: Callable[..., object]) -> tuple[Signature | None, int]:

@@ -8,14 +8,12 @@ from inspect import signature
 from types import FunctionType, MethodType
 from typing import Any, Final
 
+from safedefer.codecs.inspect_safely import without_annotations
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import NotDeferrable, UnencodableArgument
-from safedefer.execution.binding import without_annotations
-from safedefer.gadgets import HARMLESS_BASES
 from safedefer.policy_cache import Gate
-from safedefer.refs import UNBOUND, bound_object, class_path, find_member, mro
+from safedefer.refs import UNBOUND, bound_object, find_member
 
-_OR_MODULE: Final = " or its module"
 _WRAPS: Final = " (one that a decorator made: use functools.wraps in the decorator)"
 
 
@@ -49,7 +47,8 @@ def _extend(
         # What no pattern helps is told in place of the pattern.
         told = found.refusals.get(error.path, told)
     if isinstance(error, NotDeferrable):
-        told = _advice(error, told, target)
+        if error.reason == "nested-function":
+            told += _WRAPS
         if named and (unfit := _misfit(target, args, kwargs)):
             more.append(f"it does not take these arguments: {unfit}")
     if lacking := [f"'{pattern}'" for pattern in found.missing if f"'{pattern}'" not in told]:
@@ -83,27 +82,3 @@ def _misfit(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     except TypeError as error:
         return str(error)
     return ""
-
-
-def _advice(error: NotDeferrable, told: str, target: Any) -> str:
-    if error.reason == "nested-function":
-        return told + _WRAPS
-    if error.reason == "policy" and not _module_will_do(target):
-        return told.replace(_OR_MODULE, "")
-    return told
-
-
-def _module_will_do(target: Any) -> bool:
-    """Whether the pattern of its module admits all of a callable: what a class of another module defines needs more."""
-    if type(target) is MethodType:
-        owner: Any = target.__self__
-        cls, names = owner if issubclass(type(owner), type) else type(owner), [target.__func__.__name__]
-    elif issubclass(type(target), type):
-        cls, names = target, ["__init__", "__new__"]
-    else:
-        return True
-    home = class_path(cls).partition(":")[0]
-    definers = [find_member(cls, name)[0] for name in names if any(name in vars(each) for each in mro(cls))]
-    return all(
-        any(each is base for base in HARMLESS_BASES) or class_path(each).partition(":")[0] == home for each in definers
-    )
