@@ -224,7 +224,7 @@ class Policy(Immutable):
         if ref.kind == "builtin":
             _deny(ref, "a built-in needs an exact pattern")
         if not self._admits(ref.module, ref.qualname):
-            _deny(ref, "no pattern admits it")
+            _deny(ref, refusals.NO_PATTERN)
 
     def _is_gadget(self, module: str, qualname: str, member: str | None) -> bool:
         """Whether it is a known gadget that no exact pattern names. Naming its class is not naming a listed member."""
@@ -424,7 +424,7 @@ class Policy(Immutable):
         """Return the refusal of a callable. Its remedy is enough: the pattern of a module does not admit all that a class inherits."""
         inherits_call = ref.kind == "instance" and find_member(type(obj), "__call__")[0] is not type(obj)
         wanted = _callee(ref) if inherits_call else str(ref)
-        if refusals.OR_MODULE in told and self._moved.keys().isdisjoint((str(ref), f"{ref.module}:{ref.qualname}")):
+        if refusals.NO_PATTERN in told and self._moved.keys().isdisjoint((str(ref), f"{ref.module}:{ref.qualname}")):
             try:
                 self.only(ref.module)._check_object(ref)  # noqa: SLF001 - another policy
                 which = "pattern"

@@ -226,12 +226,12 @@ def builtin_method(ref: str, name: str) -> PolicyViolation:
     )
 
 
-#: Of a remedy that the module's pattern would do for, too.
-OR_MODULE: Final = " or its module"
+#: Why a name is refused that an added pattern would admit.
+NO_PATTERN: Final = "no pattern admits it"
 
 
 def _remedy(name: str, why: str = "") -> str:
     """Say which patterns would help: none of a module admits built-ins, the standard library or a gadget."""
     module, _, qualname = name.partition(":")
     exact = "exact" in why or is_standard_library(module) or is_gadget(module, qualname)
-    return f"add '{name}'{'' if exact else OR_MODULE} to the policy"
+    return f"add '{name}'{'' if exact else ' or its module'} to the policy"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import unittest
 from enum import Enum
 from http import HTTPStatus
 
@@ -828,6 +829,15 @@ def test_a_callable_is_admitted_once_its_refusal_was_followed_to_the_letter(labe
                 assert admits(Policy(*before, pattern), obj), error
             if "or its module" in str(error):
                 assert admits(Policy(*before, name.module), obj), error
+
+
+def test_the_pattern_of_an_object_of_the_standard_library_is_that_of_its_call():
+    """Its class alone would not do: another one defines ``__call__``."""
+    obj, named = unittest.TestSuite(), "unittest.suite:TestSuite.__call__"
+    with pytest.raises(NotDeferrable, match=f"add '{named}' to the policy") as caught:
+        Policy().callable_ref(obj)
+    assert caught.value.missing == (named,)
+    assert admits(Policy(named), obj)
 
 
 def test_a_module_that_no_pattern_can_name_is_not_offered(tmp_path, monkeypatch):
