@@ -215,7 +215,7 @@ class _AskedGate:
             self.refusals[str(error)] = str(error)
 
     def _runs_code(self, cls: type) -> bool:
-        """Whether to take an object of the class, or of one derived from it, apart runs a hook of the class."""
+        """Whether to take an object of the class apart runs a hook of the class."""
         if type(self._registry.by_class(cls)) is RegisteredType:
             return True
         try:
@@ -226,12 +226,7 @@ class _AskedGate:
         if type(generic) is dict and generic.get("parameters"):
             return True  # its classes are made again from its arguments
         hooks = plan.getstate, plan.setstate, plan.newargs, plan.newargs_ex, plan.new
-        # A class derived from it may give arguments to a __new__ that its own objects have no use for.
-        makes = plan.tag == "$object" and any(
-            inspect_safely.made_in_python(each) and "__new__" in inspect_safely.namespace(each)
-            for each in inspect_safely.mro(cls)
-        )
-        return makes or any(hook is not None for hook in hooks)
+        return any(hook is not None for hook in hooks)
 
 
 def _is_unloaded(module: object) -> bool:
