@@ -73,9 +73,7 @@ def _misfit(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         makers = {name: find_member(target, name) for name in ("__new__", "__init__")}
         if makers["__new__"][0] is object:
             function, before = (_no_arguments if makers["__init__"][0] is object else makers["__init__"][1]), 1
-    if type(function) is not FunctionType or "__signature__" in function.__dict__:
-        return ""
-    if any(type(name) is not str for name in kwargs):
+    if type(function) is not FunctionType or any(type(name) is not str for name in kwargs):
         return ""
     try:
         signature(without_annotations(function)).bind(*(None,) * before, *args, **kwargs)

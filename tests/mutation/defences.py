@@ -101,7 +101,6 @@ DEFENCES = [
     ("codecs/tags/containers.py", "    if not enc.looks_only:\n        _check_hashes((key", "    if True:\n        _check_hashes((key", "../unit/test_obstacles"),
     ("codecs/tags/containers.py", "dict.items(value) if enc.looks_only else value.items()", "value.items()", "../unit/test_obstacles"),
     ("codecs/tags/exceptions.py", "_kept(value, plan) if enc.looks_only else ", "", "test_refused_calls"),
-    ("sending/advice.py", 'or "__signature__" in function.__dict__', "", "../unit/test_obstacles"),
     ("policy.py", "if definer is cls or any(", "if True or any(", "test_implicit_callees"),
     ("codecs/decoder.py", "        self.add(items)\n        self._deepest", "        self._deepest", "test_bounded_work"),
     ("codecs/decoder.py", "if self.keyed and reached in self.open:", "if self.keyed and number in self.open:", "test_impossible_objects"),
