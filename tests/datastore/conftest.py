@@ -1,6 +1,11 @@
 """A server for all tests of this folder, emptied before each, and a client of it as the library makes one."""
 
+import time
+
 import pytest
+
+from safedefer.queues.memory.queue import MemoryQueue
+from safedefer.transactions.outbox import Outbox
 
 try:
     from google.cloud import ndb
@@ -49,3 +54,15 @@ def context(client):
 @pytest.fixture(autouse=True)
 def kinds(request, monkeypatch):
     use_kinds(monkeypatch, request.module)
+
+
+@pytest.fixture
+def queue():
+    return MemoryQueue()
+
+
+@pytest.fixture
+def outbox(queue, context):
+    outbox = Outbox(lambda: queue, environment="test", clock=time.time)
+    yield outbox
+    outbox.close()

@@ -1,7 +1,6 @@
 """The end of a Datastore transaction: what a block leaves behind it, and tasks that come too late."""
 
 import asyncio
-import time
 
 import grpc
 import pytest
@@ -9,9 +8,7 @@ from google.api_core import exceptions as api
 from google.cloud import ndb
 
 from safedefer.errors import BadTransactionStateError
-from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.transactions.datastore import Address
-from safedefer.transactions.outbox import Outbox
 from tests.datastore.helpers import rows, until, waiting
 from tests.datastore.store import IDLE, Refused
 from tests.queues.contract import make_task, oversize_task
@@ -19,18 +16,6 @@ from tests.queues.contract import make_task, oversize_task
 
 class Order(ndb.Model):
     total = ndb.IntegerProperty(default=0)
-
-
-@pytest.fixture
-def queue():
-    return MemoryQueue()
-
-
-@pytest.fixture
-def outbox(queue, context):
-    outbox = Outbox(lambda: queue, environment="test", clock=time.time)
-    yield outbox
-    outbox.close()
 
 
 def large_task():

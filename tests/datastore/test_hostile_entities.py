@@ -7,18 +7,12 @@ import zlib
 import pytest
 from google.cloud import datastore_v1
 
-from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.transactions.outbox import Outbox
 from safedefer.transactions.rows import to_text
 from tests.datastore.store import key_bytes
 from tests.queues.contract import make_task, oversize_task
 
 KIND, PIECE = "SafedeferOutbox", "SafedeferOutboxPiece"
-
-
-@pytest.fixture
-def queue():
-    return MemoryQueue()
 
 
 @pytest.fixture

@@ -39,18 +39,6 @@ class Order(ndb.Model):
 
 
 @pytest.fixture
-def queue():
-    return MemoryQueue()
-
-
-@pytest.fixture
-def outbox(queue, context):
-    outbox = Outbox(lambda: queue, environment="test", clock=time.time)
-    yield outbox
-    outbox.close()
-
-
-@pytest.fixture
 def app(context):
     app = make_app()
     yield app
