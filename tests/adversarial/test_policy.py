@@ -41,20 +41,25 @@ def _shop(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+class Asked:
+    """A finder that finds nothing, and notes what is asked for.
+
+    An audit hook would stay in the process for good, and lets other threads run within ``sys.settrace``, which may then fail.
+    """
+
+    def __init__(self):
+        self.names = []
+
+    def find_spec(self, name, path=None, target=None):
+        self.names.append(name)
+
+
 @pytest.fixture
-def imported():
+def imported(monkeypatch):
     """The names of the modules that were imported since the test began, with those that were asked for in vain."""
-    asked = []
-
-    def audit(event, args):
-        if active and event == "import":
-            asked.append(args[0])
-
-    active = [True]
-    before = set(sys.modules)
-    sys.addaudithook(audit)
-    yield lambda: sorted((set(sys.modules) - before) | set(asked))
-    active.clear()
+    asked, before = Asked(), set(sys.modules)
+    monkeypatch.setattr(sys, "meta_path", [asked, *sys.meta_path])
+    return lambda: sorted((set(sys.modules) - before) | set(asked.names))
 
 
 def ref(module, qualname="send", kind="function", member=None):
