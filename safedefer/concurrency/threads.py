@@ -8,11 +8,11 @@ while others wait; and all results that are ready go back to the event loop in o
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from threading import Lock
+from threading import Lock, Thread, current_thread
 from typing import Any, Final, Protocol, TypeVar
 
 from safedefer.concurrency.per_loop import PerLoop
@@ -22,8 +22,6 @@ _T = TypeVar("_T")
 
 #: Seconds that an idle thread waits for a call before it ends.
 _LINGER: Final = 0.1
-#: Above every number of threads that `Threads` starts: it counts them itself.
-_NO_LIMIT: Final = 1_000_000
 
 
 class InThread(Protocol):
@@ -44,8 +42,10 @@ class Threads:
 
     def __init__(self, most: int, name: str) -> None:
         self._most = most
-        # The executor starts the threads, and ends them with the interpreter.
-        self._executor = ThreadPoolExecutor(_NO_LIMIT, thread_name_prefix=name)
+        self._name = name
+        self._numbers = itertools.count()
+        self._threads: set[Thread] = set()
+        """Those that were started and have not ended. The interpreter waits for them at its end."""
         self._lock = Lock()
         self._calls: deque[_Call] = deque()
         self._awake = 0
@@ -62,7 +62,7 @@ class Threads:
         """Return a future of the result of ``call``. Cancelling it cancels a call that has not begun.
 
         Raises:
-            RuntimeError: ``close`` was called.
+            RuntimeError: ``close`` was called, or no thread can be started and none is there.
         """
         results = self._results.here()
         future: asyncio.Future[_T] = results.loop.create_future()
@@ -70,7 +70,11 @@ class Threads:
             if self._closed:
                 raise RuntimeError("the threads were let go of")
             self._calls.append((call, future, results))
-            self._wake_one()
+            try:
+                self._wake_one()
+            except RuntimeError:
+                self._calls.pop()  # its caller gets the error: it must not run later
+                raise
         return future
 
     def add_one(self) -> None:
@@ -96,10 +100,16 @@ class Threads:
             for _ in range(self._idle):
                 self._alarm.put(None)
             self._idle = 0
-        self._executor.shutdown(wait=wait)
+            threads = [*self._threads]
+        for thread in threads if wait else ():
+            if thread is not current_thread():
+                thread.join()
 
     def _wake_one(self) -> None:
-        """Wake or start a thread for the waiting calls, unless all are busy or one is woken already. Hold the lock."""
+        """Wake or start a thread for the waiting calls, unless all are busy or one is woken already. Hold the lock.
+
+        Where the system gives no thread more, those that are there take the calls.
+        """
         if self._waking:
             return
         if self._idle:
@@ -107,11 +117,26 @@ class Threads:
             self._waking = True
             self._alarm.put(None)
         elif self._awake < self._most:
-            self._executor.submit(self._work)
+            # No executor, which counts its threads wrong for good where one does not start.
+            thread = Thread(target=self._work, name=f"{self._name}_{next(self._numbers)}")
+            try:
+                thread.start()
+            except RuntimeError:
+                if not self._awake:
+                    raise
+                return
+            self._threads.add(thread)
             self._awake += 1
             self._waking = True
 
     def _work(self) -> None:
+        try:
+            self._make_calls()
+        finally:
+            with self._lock:
+                self._threads.discard(current_thread())
+
+    def _make_calls(self) -> None:
         arrived = True
         while (taken := self._take(arrived=arrived)) is not None:
             arrived = False

@@ -124,10 +124,15 @@ class Relay:
             _finish_at_exit(self)
             if self._thread is None and not self._closed:
                 # The thread must not keep its owner alive.
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=_sweep_loop, args=(weakref.ref(self),), name="safedefer-outbox", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the rows stay: the next call tries again, and so does any other process
+                    _log.warning("no thread can be started for the outbox (%s); trying again later", error)
+                    return
+                self._thread = thread
 
     def rest(self, seconds: float) -> bool:
         """Wait for the next look; returns whether something is expected."""
@@ -176,10 +181,13 @@ class Relay:
             return
         for name in names:
             if name not in self._apart or not self._apart[name].is_alive():
-                self._apart[name] = threading.Thread(
-                    target=self._sweep, args=(name,), name="safedefer-outbox-one", daemon=True
-                )
-                self._apart[name].start()
+                thread = threading.Thread(target=self._sweep, args=(name,), name="safedefer-outbox-one", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # there is no room for another thread
+                    self._sweep(name)
+                else:
+                    self._apart[name] = thread
         until = time.monotonic() + _APART_SECONDS
         for thread in self._apart.values():
             thread.join(max(0.0, until - time.monotonic()))

@@ -71,25 +71,33 @@ class Acknowledgements:
     def begin(self) -> None:
         """Ask the store for its mark, and wait a while for it: messages that are received before it go back to the broker."""
         with self._changed:
-            if self._thread is None:
-                self._waiting.append(Answered(_nothing, _nothing, None))
-                self._start()
+            if self._thread is not None:
+                return
+            self._waiting.append(Answered(_nothing, _nothing, None))
+            if self._is_started():
                 self._changed.wait_for(lambda: not (self._waiting or self._syncing), _BEGIN_SECONDS)
+                return
+        self.flush()
 
     def add(self, answered: Answered, *, last: bool = False) -> None:
         """Acknowledge in this thread, once a sync that begins from now on has returned; at once where it is one of the last."""
         with self._changed:
             self._waiting.append(answered)
-            if self._hub is not None and not last:
-                if self._thread is None:
-                    self._start()
+            if self._hub is not None and not last and self._is_started():
                 self._changed.notify_all()
                 return
-        self.flush()  # no event loop, or its end: there is no later
+        self.flush()  # no event loop, or its end, or no thread: there is no later
 
-    def _start(self) -> None:
-        self._thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
-        self._thread.start()
+    def _is_started(self) -> bool:
+        """Start the thread unless it runs; False where the system gives none. Hold the lock."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return False
+            self._thread = thread
+        return True
 
     def end(self) -> None:
         """Sync, and acknowledge all that waits; from now on each message at once: the event loop has ended."""

@@ -68,7 +68,13 @@ class Connections:
         self._listen_task: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="safedefer-postgres", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._loop.close()
+            raise QueueUnavailable(
+                f"no thread can be started for the queue's connections ({error}); allow the process more threads"
+            ) from error
         self.producers: Producers = Producers(dsn, producers, STATEMENTS.enqueue, SQL["stored"], SQL["uniques_free"])
         self._lock = threading.Lock()
         self._closed = False

@@ -142,11 +142,18 @@ class Writer:
             self._handle.close(wait=wait and not self._handle.in_use_here)
 
     def _start(self) -> None:
-        if not self._pausing:
-            # A daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
-            self._thread = threading.Thread(target=self._work, name="safedefer-writer", daemon=True)
-            self._pid = os.getpid()
-            self._thread.start()
+        """Start the thread. Hold the lock."""
+        if self._pausing:
+            return
+        # A daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
+        thread = threading.Thread(target=self._work, name="safedefer-writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise QueueUnavailable(
+                f"no thread can be started to write to the queue ({error}); allow the process more threads"
+            ) from error
+        self._thread, self._pid = thread, os.getpid()
 
     def _work(self) -> None:
         while batch := self._next_batch():
@@ -185,7 +192,12 @@ class Writer:
         with self._changed:
             self._pausing = False
             if self._pending:
-                self._start()
+                try:
+                    self._start()
+                except QueueUnavailable as error:
+                    while self._pending:
+                        _, answer, _ = self._pending.popleft()
+                        answer(None, error)
 
     def after_fork_in_child(self) -> None:
         """Begin with nothing: what is pending is the parent's."""

@@ -1,0 +1,177 @@
+"""A system that gives the process no thread more: an error for those who wait, and all goes on once there is room."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import threading
+from contextlib import closing
+
+import pytest
+from kombu.asynchronous import Hub
+
+from safedefer import Policy
+from safedefer.concurrency.threads import Threads
+from safedefer.errors import QueueUnavailable
+from safedefer.queues.base import TaskState
+from safedefer.queues.celery.acknowledging import Acknowledgements, Answered
+from tests import sample_tasks as tasks
+from tests.unit.apps import handle, make_app, until
+
+
+class Full:
+    """Lets no thread start whose name begins with one of these."""
+
+    def __init__(self, monkeypatch):
+        self.names = ()
+        self.refused = []
+        start = threading.Thread.start
+
+        def start_or_fail(thread):
+            if self.names and thread.name.startswith(self.names):
+                self.refused.append(thread.name)
+                raise RuntimeError("can't start new thread")  # CPython's words
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+
+
+@pytest.fixture
+def full(monkeypatch):
+    return Full(monkeypatch)
+
+
+@pytest.fixture
+def app(tmp_path):
+    tasks.reset()
+    app = make_app(queue=f"sqlite:///{tmp_path}/tasks.db", policy=Policy("tests.sample_tasks"))
+    yield app
+    app.close()
+
+
+async def test_a_call_without_a_thread_raises_and_never_runs(full):
+    threads, ran = Threads(2, "test"), []
+    full.names = ("test",)
+    for number in range(3):
+        with pytest.raises(RuntimeError, match="start new thread"):
+            threads(lambda number=number: ran.append(number))
+    full.names = ()
+    await asyncio.gather(*(threads(lambda number=number: ran.append(number)) for number in range(3, 9)))
+    assert sorted(ran) == [*range(3, 9)]
+    threads.close(wait=True)
+
+
+async def test_where_there_is_a_thread_it_takes_the_calls_of_those_that_are_missing(full):
+    threads, begun, gate, ran = Threads(3, "test"), threading.Event(), threading.Event(), []
+
+    def hold():
+        begun.set()
+        gate.wait(60)
+
+    first = threads(hold)
+    await until(begun.is_set)
+    full.names = ("test",)
+    others = [threads(lambda number=number: ran.append(number)) for number in range(3)]
+    assert full.refused
+    gate.set()
+    await asyncio.wait_for(asyncio.gather(first, *others), 60)
+    assert ran == [0, 1, 2]
+    threads.close(wait=True)
+
+
+async def test_what_was_refused_counts_for_no_thread(full):
+    threads, meet = Threads(2, "test"), threading.Barrier(2)
+    full.names = ("test",)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="start new thread"):
+            threads(int)
+    full.names = ()
+    for _ in range(3):
+        await asyncio.wait_for(asyncio.gather(*(threads(lambda: meet.wait(60)) for _ in range(2))), 60)
+    assert threads._awake <= 2
+    threads.close(wait=True)
+
+
+def test_a_handler_without_a_writer_is_busy_and_then_runs_the_task(app, full):
+    token = app.serialize(tasks.add, 1, 2)
+    full.names = ("safedefer-writer",)
+    assert handle(app, token).status == 503
+    assert (full.refused, tasks.RAN) == (["safedefer-writer"], [])
+    full.names = ()
+    assert handle(app, token).status == 200
+    assert tasks.RAN == [("add", 1, 2, 1)]
+
+
+def test_a_task_without_a_thread_fails_and_does_not_run_beside_its_retry(app, full):
+    token = app.defer(tasks.add, 1, 2).payload
+    full.names = ("safedefer-task",)
+    assert handle(app, token).status == 500
+    full.names = ()
+    assert handle(app, app.defer(tasks.keywords, a=1).payload).status == 200
+    assert tasks.RAN == [{"a": 1}]
+
+
+def test_what_waits_when_the_process_forks_gets_the_error(app, full):
+    """The writer's thread ends before a fork and begins again after it; between the two another thread submits."""
+    writer = app.queue._writer
+    writer.submit(lambda connection: None).result(60)
+    writer.before_fork()
+    waiting = writer.submit(lambda connection: "done")
+    full.names = ("safedefer-writer",)
+    writer.after_fork_in_parent()
+    with pytest.raises(QueueUnavailable, match="no thread can be started"):
+        waiting.result(60)
+    full.names = ()
+    assert writer.submit(lambda connection: "done").result(60) == "done"
+
+
+def test_a_real_fork_without_a_thread_leaves_the_queue_usable(app, full):
+    app.queue._writer.submit(lambda connection: None).result(60)
+    full.names = ("safedefer-writer",)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    full.names = ()
+    assert app.queue.find(app.defer(tasks.add, 1, 2).id).state is TaskState.WAITING
+
+
+def defer_in_an_open_transaction(app, connection):
+    """The rest of the transaction is the user's: only a thread can look later whether it has ended."""
+    connection.execute("BEGIN IMMEDIATE")
+    with app.transaction(connection):
+        task = app.options(transactional=True).defer(tasks.add, 1, 2)
+    connection.commit()
+    return task
+
+
+def test_the_outbox_is_emptied_once_there_is_room(app, full, tmp_path, caplog):
+    with closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
+        full.names = ("safedefer-outbox",)
+        first = defer_in_an_open_transaction(app, connection)
+        assert "no thread can be started for the outbox" in caplog.text
+        assert app.queue.find(first.id) is None
+        full.names = ()
+        second = defer_in_an_open_transaction(app, connection)
+        asyncio.run(until(lambda: app.queue.find(first.id) and app.queue.find(second.id)))
+
+
+def test_several_outboxes_are_swept_by_one_thread_where_there_is_no_other(app, full, tmp_path):
+    with closing(sqlite3.connect(tmp_path / "a.db")) as a, closing(sqlite3.connect(tmp_path / "b.db")) as b:
+        full.names = ("safedefer-outbox-one",)
+        deferred = [defer_in_an_open_transaction(app, connection) for connection in (a, b, a, b)]
+        asyncio.run(until(lambda: all(app.queue.find(task.id) for task in deferred)))
+        assert full.refused
+
+
+def test_a_celery_worker_without_a_thread_syncs_itself(full):
+    done, hub = [], Hub()
+    acknowledgements = Acknowledgements(lambda: "mark")
+    full.names = ("safedefer-sync",)
+    acknowledgements.listen(hub)
+    acknowledgements.begin()
+    assert acknowledgements.mark == "mark"
+    acknowledgements.add(Answered(lambda: done.append(1), None, "mark"))
+    assert done == [1]
+    hub.close()
