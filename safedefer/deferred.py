@@ -1,4 +1,4 @@
-"""App Engine's ``deferred`` library: the same names, without unpickling anything.
+"""App Engine's ``deferred`` library: the same names, options and errors, without unpickling anything.
 
     from safedefer import deferred
 

@@ -1,4 +1,4 @@
-"""Settings from the environment, with the prefix ``SAFEDEFER_``, and their defaults. The one place that reads key files."""
+"""Settings from the environment (``SAFEDEFER_…``), and their defaults. The one reader of key files, and judge of their modes."""
 
 from __future__ import annotations
 

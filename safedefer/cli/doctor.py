@@ -1,4 +1,4 @@
-"""``safedefer doctor``: looks at what an application needs, and says what to do about what is wrong.
+"""``safedefer doctor``: checks keys, policy, queue, clock, environment and limits, and says what to do about what is wrong.
 
 A check is a function of the App that returns its findings; what it raises is an error of its own. New ones are added to
 ``CHECKS``. Nothing is changed or made.

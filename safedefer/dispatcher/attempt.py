@@ -1,4 +1,4 @@
-"""One attempt: deliver a leased task to its handler, and turn the answer into a settlement."""
+"""One attempt: deliver a leased task to its handler, turn the answer into a settlement, and ask a busy handler again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deadlines of attempts: the default, which one counts, and how a handler stops a run. No IO, no clock.
+"""Deadlines of attempts: the default, which one counts, how a handler stops a run, and its time to clean up. No IO, no clock.
 
 A coroutine is cancelled at its deadline. A thread cannot be, nor a coroutine that suppresses its cancellation: the
 handler answers, and the run goes on until it returns.

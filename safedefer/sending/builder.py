@@ -1,4 +1,4 @@
-"""A call becomes a signed task for the queue: its claims, its token, and the hints beside it."""
+"""A call becomes a signed task for the queue: its claims, its token, the hints beside it, and what ``unique`` compares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks in the transaction of a user's connection: ``app.transaction(...)`` and ``app.once(...)``.
+"""Blocks in the transaction of a user's connection: ``app.transaction(...)`` and ``app.once(...)``, whose effects are remembered.
 
 The steps of a block are written once, as coroutines; with a blocking connection they never suspend.
 """

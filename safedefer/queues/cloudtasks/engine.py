@@ -1,4 +1,4 @@
-"""The push engine that hands tasks to Google Cloud Tasks.
+"""The push engine that hands tasks to Google Cloud Tasks, and from when on: those far ahead wait in the store.
 
 Google keeps a task for 31 days and deletes it then, whatever came of it, so the engine holds a task back for 20 days at most:
 11 are left to try it. Attempts are unlimited at Google's, for every task: ours are counted, and end with a dead letter.

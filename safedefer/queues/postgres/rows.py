@@ -1,4 +1,4 @@
-"""Tasks as rows of pgqueuer's table, and back; leases as texts.
+"""Tasks as rows of pgqueuer's table, and back: which are parked for later; leases as texts.
 
 The ``payload`` of a job is the token. Its ``headers`` hold hints for routing and display: eta, created, expires, digest,
 audience and callable name as one text under ``safedefer``, the rest as an object under ``safedefer_more``. The signed

@@ -1,4 +1,4 @@
-"""A bell beside the queue's file: who enqueues rings it, and the threads of other processes that wait hear it at once.
+"""A bell beside the queue's file: who enqueues rings it, and threads of other processes hear it at once, on Linux.
 
 It is a named pipe, ``.<file>-wake``. Nothing that it carries means anything: hearing it is a reason to look into the file, so
 a bell that somebody rings without cause costs looks, which ``FileWatch`` bounds. All who listen hear each ring, since none of them
