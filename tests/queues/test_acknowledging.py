@@ -141,15 +141,29 @@ def test_a_worker_that_has_connected_again_acknowledges_in_its_event_loop(hub, s
 
 
 def test_a_worker_that_stops_leaves_to_the_broker_what_cannot_be_synced(syncs, caplog):
-    done = []
+    done, back = [], []
     syncs.failures = 1
     syncs.go_on.release(2)
     acknowledgements = Acknowledgements(syncs)
-    acknowledgements.add(answered(lambda: done.append(1)))  # without an event loop: at once
-    assert done == []
+    acknowledgements.add(answered(lambda: done.append(1), lambda: back.append(1)), last=True)
+    assert (done, back) == ([], [])
     assert "the broker delivers its tasks again" in caplog.text
-    acknowledgements.add(answered(lambda: done.append(2)))
+    acknowledgements.add(answered(lambda: done.append(2)), last=True)
     assert done == [2]
+
+
+def test_a_worker_without_an_event_loop_gives_back_what_cannot_be_synced(syncs, caplog, monkeypatch):
+    """It would keep the message else, up to the broker's limit, and take no more."""
+    monkeypatch.setattr(acknowledging, "_AGAIN_SECONDS", 0.0)
+    done, back = [], []
+    syncs.failures = 1
+    syncs.go_on.release(2)
+    acknowledgements = Acknowledgements(syncs)
+    acknowledgements.add(answered(lambda: done.append(1), lambda: back.append(1)))
+    assert (done, back) == ([], [1])
+    assert "the broker delivers its tasks again" in caplog.text
+    acknowledgements.add(answered(lambda: done.append(2), lambda: back.append(2)))
+    assert (done, back) == ([2], [1])
 
 
 def test_a_message_goes_back_whose_store_has_crashed_since_it_was_received(hub, syncs):

@@ -86,7 +86,7 @@ class Acknowledgements:
             if self._hub is not None and not last and self._is_started():
                 self._changed.notify_all()
                 return
-        self.flush()  # no event loop, or its end, or no thread: there is no later
+        self.flush(ends=last)  # no event loop, or its end, or no thread: there is no later
 
     def _is_started(self) -> bool:
         """Start the thread unless it runs; False where the system gives none. Hold the lock."""
@@ -102,10 +102,10 @@ class Acknowledgements:
     def end(self) -> None:
         """Sync, and acknowledge all that waits; from now on each message at once: the event loop has ended."""
         self._hub = None
-        self.flush()
+        self.flush(ends=True)
 
-    def flush(self) -> None:
-        """Sync, and acknowledge all that waits; without a sync nothing, and the broker delivers it again."""
+    def flush(self, *, ends: bool = False) -> None:
+        """Sync, and acknowledge all that waits; without a sync it goes back to the broker, by itself where the worker ends."""
         with self._changed:
             # What the thread has a sync for is in this one too: it may be over before.
             waiting = [*self._syncing, *self._waiting]
@@ -116,8 +116,13 @@ class Acknowledgements:
                 mark = self._sync()
             except Exception as error:  # noqa: BLE001  # whatever the store's library raises
                 _log.error("the store does not sync (%s); the broker delivers its tasks again", _name(error))
-                return
-            self._sort(waiting, mark)
+                if ends:
+                    return
+                time.sleep(_AGAIN_SECONDS)  # they come again at once
+                with self._changed:
+                    self._synced.extend(each.put_back for each in waiting)
+            else:
+                self._sort(waiting, mark)
         self._acknowledge()
 
     def _sort(self, synced: Iterable[Answered], mark: object) -> None:
