@@ -100,10 +100,14 @@ class Threads:
             for _ in range(self._idle):
                 self._alarm.put(None)
             self._idle = 0
-            threads = [*self._threads]
-        for thread in threads if wait else ():
-            if thread is not current_thread():
-                thread.join()
+        while wait and (thread := self._another()) is not None:
+            thread.join()
+            self._threads.discard(thread)
+
+    def _another(self) -> Thread | None:
+        """Return a thread that has not ended, other than this one. One that ends may start another for the calls that wait."""
+        with self._lock:
+            return next((thread for thread in self._threads if thread is not current_thread()), None)
 
     def _wake_one(self) -> None:
         """Wake or start a thread for the waiting calls, unless all are busy or one is woken already. Hold the lock.

@@ -149,6 +149,28 @@ async def test_closing_finishes_what_was_taken_or_cancels_it():
             threads(lambda: 3)
 
 
+async def test_closing_waits_for_threads_that_start_meanwhile():
+    """The last thread that is awake starts others for the calls that wait."""
+    threads, begun, gate, ended = Threads(3, "test"), threading.Event(), threading.Event(), []
+
+    def end():
+        time.sleep(0.02)
+        ended.append(threading.get_ident())
+
+    calls = [threads(lambda: [begun.set(), gate.wait(30)])]
+    await until(begun.is_set)
+    with threads._lock:
+        threads._most = 1  # only now the others may begin
+    calls += [threads(end) for _ in range(12)]
+    with threads._lock:
+        threads._most = 3
+    asyncio.get_running_loop().call_later(0.05, gate.set)
+    await asyncio.to_thread(threads.close, wait=True)
+    assert len(ended) == 12
+    assert threads._awake == 0
+    await asyncio.gather(*calls)
+
+
 async def test_a_result_is_kept_by_nobody(monkeypatch):
     class Large:
         pass
