@@ -8,11 +8,11 @@ while others wait; and all results that are ready go back to the event loop in o
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread, current_thread
+from threading import Lock
 from typing import Any, Final, Protocol, TypeVar
 
 from safedefer.concurrency.per_loop import PerLoop
@@ -43,9 +43,11 @@ class Threads:
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         self._name = name
-        self._numbers = itertools.count()
-        self._threads: set[Thread] = set()
-        """Those that were started and have not ended. The interpreter waits for them at its end."""
+        # Of one thread each, which stays, with what the code of tasks keeps for it (Django's connections, say), and which the
+        # interpreter ends. One of many threads would count them wrong for good where one does not start.
+        self._executors: set[ThreadPoolExecutor] = set()
+        self._resting: list[ThreadPoolExecutor] = []
+        """Those whose thread has returned."""
         self._lock = Lock()
         self._calls: deque[_Call] = deque()
         self._awake = 0
@@ -100,14 +102,9 @@ class Threads:
             for _ in range(self._idle):
                 self._alarm.put(None)
             self._idle = 0
-        while wait and (thread := self._another()) is not None:
-            thread.join()
-            self._threads.discard(thread)
-
-    def _another(self) -> Thread | None:
-        """Return a thread that has not ended, other than this one. One that ends may start another for the calls that wait."""
-        with self._lock:
-            return next((thread for thread in self._threads if thread is not current_thread()), None)
+            executors = [*self._executors]
+        for executor in executors:
+            executor.shutdown(wait=wait)
 
     def _wake_one(self) -> None:
         """Wake or start a thread for the waiting calls, unless all are busy or one is woken already. Hold the lock.
@@ -121,24 +118,25 @@ class Threads:
             self._waking = True
             self._alarm.put(None)
         elif self._awake < self._most:
-            # No executor, which counts its threads wrong for good where one does not start.
-            thread = Thread(target=self._work, name=f"{self._name}_{next(self._numbers)}")
+            if self._closed:
+                return  # it may be waited for: those that are awake take the calls
+            executor = self._resting.pop() if self._resting else ThreadPoolExecutor(1, self._name)
             try:
-                thread.start()
+                executor.submit(self._work, executor)
             except RuntimeError:
                 if not self._awake:
                     raise
                 return
-            self._threads.add(thread)
+            self._executors.add(executor)
             self._awake += 1
             self._waking = True
 
-    def _work(self) -> None:
+    def _work(self, executor: ThreadPoolExecutor) -> None:
         try:
             self._make_calls()
         finally:
             with self._lock:
-                self._threads.discard(current_thread())
+                self._resting.append(executor)
 
     def _make_calls(self) -> None:
         arrived = True

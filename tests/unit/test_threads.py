@@ -108,6 +108,17 @@ async def test_threads_go_when_there_is_nothing_to_do_and_come_back(monkeypatch)
             await until(lambda: (threads._awake, threads._idle) == (0, 0))
 
 
+async def test_threads_stay_with_what_code_keeps_for_them(monkeypatch):
+    """As connections of Django do: after a pause no new one is made."""
+    monkeypatch.setattr(module, "_LINGER", 0.01)
+    with open_threads(1) as threads:
+        seen = set()
+        for _ in range(5):
+            seen.add(await threads(threading.current_thread))
+            await until(lambda: threads._awake == 0)
+        assert len(seen) == 1
+
+
 async def test_nobody_is_lost_where_threads_fall_asleep_while_calls_come(monkeypatch):
     monkeypatch.setattr(module, "_LINGER", 0.0005)
     with open_threads(4) as threads:
@@ -149,8 +160,8 @@ async def test_closing_finishes_what_was_taken_or_cancels_it():
             threads(lambda: 3)
 
 
-async def test_closing_waits_for_threads_that_start_meanwhile():
-    """The last thread that is awake starts others for the calls that wait."""
+async def test_closing_waits_for_calls_that_begin_meanwhile():
+    """The last thread that is awake would wake others for them."""
     threads, begun, gate, ended = Threads(3, "test"), threading.Event(), threading.Event(), []
 
     def end():
