@@ -159,15 +159,14 @@ class CallableRef(BaseModel):
         """
         try:
             found = self._bind(bound)
-            proved = found is not None and _classify(found, metaclasses).parts == self.parts
+            if found is not None and _classify(found, metaclasses).parts == self.parts:
+                return found
         except NotDeferrable as error:
             raise UnresolvableCallable(f"{self} cannot be called: {error}") from error
-        if found is None or not proved:
-            raise UnresolvableCallable(
-                f"{self} does not lead back to a {self.kind} of that name; "
-                "deploy the code that the task was made for, or map the old name with Policy(moved=...)"
-            )
-        return found
+        raise UnresolvableCallable(
+            f"{self} does not lead back to a {self.kind} of that name; "
+            "deploy the code that the task was made for, or map the old name with Policy(moved=...)"
+        )
 
     def _bind(self, bound: object) -> AnyCallable | None:
         owner, member = find(self.module, self.qualname), self.member
@@ -177,12 +176,7 @@ class CallableRef(BaseModel):
             return cast("AnyCallable", bound) if member is None and type(bound) is owner else None
         if not _is_class(owner) or member is None:
             return None
-        cls = cast("type", owner)
-        if self.kind == "classmethod":
-            return _bind_classmethod(cls, member) if bound is UNBOUND else None
-        if self.kind == "method":
-            return _bind_method(cls, member, bound)
-        return _bind_builtin(cls, member, bound)
+        return _bind_member(self.kind, cast("type", owner), member, bound)
 
 
 @lru_cache(maxsize=4096)
@@ -492,25 +486,24 @@ def _kind_of_member(module: str, qualname: str) -> type | None:
 # --- Look-ups of members --------------------------------------------------------------------------
 
 
-def _bind_classmethod(cls: type, member: str) -> AnyCallable | None:
+def _bind_member(kind: KindName, cls: type, member: str, bound: object) -> AnyCallable | None:
+    """Bind a member to the class itself or to an object of exactly that class, as the kind says; None if that cannot be."""
+    if kind == "classmethod":
+        fits = bound is UNBOUND
+    elif kind == "method":
+        fits = type(bound) is cls or generic_origin(type(bound)) is cls
+    else:
+        fits = bound is not UNBOUND and (bound is cls or type(bound) is cls)
+    if not fits:
+        return None
     _, raw = find_member(cls, member)
+    if kind == "builtin_method":
+        return _bind_raw(raw, bound, cls)
+    if kind == "method":
+        return MethodType(raw, bound) if type(raw) is FunctionType else None
     if type(raw) is not classmethod or type(raw.__func__) is not FunctionType:
         return None
     return MethodType(raw.__func__, cls)
-
-
-def _bind_method(cls: type, member: str, bound: object) -> AnyCallable | None:
-    if type(bound) is not cls and generic_origin(type(bound)) is not cls:
-        return None
-    _, raw = find_member(cls, member)
-    return MethodType(raw, bound) if type(raw) is FunctionType else None
-
-
-def _bind_builtin(cls: type, member: str, bound: object) -> AnyCallable | None:
-    if bound is UNBOUND or (bound is not cls and type(bound) is not cls):
-        return None
-    _, raw = find_member(cls, member)
-    return _bind_raw(raw, bound, cls)
 
 
 def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
