@@ -37,6 +37,7 @@ from typing import Any, Final, NoReturn, TypeVar, cast, final
 from pydantic import ValidationError
 
 from safedefer.callables import refusals
+from safedefer.callables.getters import class_mro
 from safedefer.callables.policy_patterns import EXACT, OTHER_MODULES, PatternsByKind, check_moved, read_patterns
 from safedefer.callables.wrappers import unwrapped
 from safedefer.errors import (
@@ -57,7 +58,6 @@ from safedefer.refs import (
     find,
     find_member,
     is_found,
-    mro,
     reference,
 )
 
@@ -300,7 +300,7 @@ class Policy(Immutable):
         """Refuse to call a class that inherits its construction from a gadget, such as ``subprocess.Popen``."""
         if class_path(cls) in self._exact:
             return
-        for base in mro(cls)[1:]:
+        for base in class_mro(cls)[1:]:
             module, _, qualname = class_path(base).partition(":")
             if self._is_gadget(module, qualname, None) and base not in _PLAIN_BASES:
                 _deny(ref, "it inherits from a known gadget, which needs an exact pattern")

@@ -9,9 +9,10 @@ from unittest import mock
 import pytest
 from pydantic import ValidationError
 
+from safedefer.callables.getters import class_mro
 from safedefer.errors import NotDeferrable, UnresolvableCallable
 from safedefer.policy import Policy
-from safedefer.refs import UNBOUND, CallableRef, KindName, bound_object, check_class, class_path, find, find_member, mro
+from safedefer.refs import UNBOUND, CallableRef, KindName, bound_object, check_class, class_path, find, find_member
 from tests.zoo import callables as zoo
 
 HERE = zoo.HERE
@@ -333,7 +334,7 @@ def test_a_metaclass_is_admitted_when_it_is_named():
 
 def test_members_are_found_along_the_mro_as_they_are_written():
     assert find_member(zoo.Child, "static") == (zoo.Plain, zoo.Plain.__dict__["static"])
-    assert mro(zoo.Child) == (zoo.Child, zoo.Plain, object)
+    assert class_mro(zoo.Child) == (zoo.Child, zoo.Plain, object)
     with pytest.raises(UnresolvableCallable, match="no member"):
         find_member(zoo.Plain, "missing")
 
