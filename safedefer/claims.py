@@ -259,12 +259,9 @@ def _check_shape(claims: Claims) -> None:
     if "root" in claims and "retry_of" not in claims:
         raise InvalidClaims("root is for tasks that re-run another; write retry_of too, or leave root out")
     if "retry" in claims:
-        _check_backoffs(claims["retry"])
-
-
-def _check_backoffs(retry: Retry) -> None:
-    if retry.get("min_backoff_seconds", 0) > retry.get("max_backoff_seconds", MAX_NUMBER):
-        raise InvalidClaims("retry.min_backoff_seconds is above max_backoff_seconds; swap them")
+        retry = claims["retry"]
+        if retry.get("min_backoff_seconds", 0) > retry.get("max_backoff_seconds", MAX_NUMBER):
+            raise InvalidClaims("retry.min_backoff_seconds is above max_backoff_seconds; swap them")
 
 
 @lru_cache(maxsize=256)

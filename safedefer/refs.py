@@ -208,7 +208,12 @@ def find(module: str, qualname: str) -> object:
         raise UnresolvableCallable("module and qualified name must be dotted ASCII identifiers; defer a named object")
     loaded: object = sys.modules.get(module)
     if loaded is None:
-        loaded = _import(module)
+        try:
+            loaded = import_module(module)
+        except Exception as error:
+            raise UnresolvableCallable(
+                f"the module {module} cannot be imported ({type(error).__name__}); deploy it, or mend its import"
+            ) from error
     if not issubclass(type(loaded), ModuleType):
         raise UnresolvableCallable(f"{module} is not a module here; do not replace modules that tasks live in")
     first, *rest = qualname.split(".")
@@ -369,7 +374,9 @@ def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     cls = cast("type", owner) if is_class else type(owner)
     module, qualname = check_class(cls, metaclasses=metaclasses)
     _, raw = _static_member(cls, name)
-    if type(raw) is staticmethod or not _same_builtin(_bind_raw(raw, owner, cls), obj):
+    found = cast("Any", _bind_raw(raw, owner, cls))
+    # The same object and the same C function: ``==`` compares both, and runs no code of the object's.
+    if found is None or found.__self__ is not owner or found != obj:
         raise refusals.other_member(qualname, name, raw)
     return reference("builtin_method", module, qualname, name)
 
@@ -506,11 +513,6 @@ def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
     return cast("AnyCallable", found) if _is_builtin(type(found)) else None
 
 
-def _same_builtin(left: object, right: object) -> bool:
-    """Compare two bound built-in methods: same C function, same object (``==`` compares both)."""
-    return left is not None and cast("Any", left).__self__ is cast("Any", right).__self__ and left == right
-
-
 # --- Small parts ----------------------------------------------------------------------------------
 
 
@@ -522,15 +524,6 @@ def _is_class(obj: object) -> bool:
 def _is_builtin(kind: type) -> bool:
     # By identity: `in` of a set would ask the user's metaclass for a hash, and that of a tuple for equality.
     return any(kind is builtin for builtin in BUILTIN_TYPES)
-
-
-def _import(module: str) -> object:
-    try:
-        return import_module(module)
-    except Exception as error:
-        raise UnresolvableCallable(
-            f"the module {module} cannot be imported ({type(error).__name__}); deploy it, or mend its import"
-        ) from error
 
 
 def _text(value: object) -> str:
