@@ -339,6 +339,13 @@ def test_members_are_found_along_the_mro_as_they_are_written():
         find_member(zoo.Plain, "missing")
 
 
+@pytest.mark.parametrize("wrapped", [5, len, zoo.Plain()])
+def test_a_class_method_of_something_else_than_a_python_function_leads_nowhere(wrapped, monkeypatch):
+    monkeypatch.setattr(zoo.Plain, "hung", classmethod(wrapped), raising=False)
+    with pytest.raises(UnresolvableCallable, match="does not lead back"):
+        ref("classmethod", HERE, "Plain", "hung").resolve()
+
+
 PATHS = {
     f"{HERE}:Plain": zoo.Plain,
     f"{HERE}:WithMeta": zoo.WithMeta,
