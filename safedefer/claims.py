@@ -1,4 +1,4 @@
-"""Claims: the signed facts about a task, as one JSON object, its one spelling, and how long a task lives (``LIFETIME``).
+"""Claims: the signed facts about a task, as one JSON object, and its one spelling.
 
 The payload of a token is one JSON object (RFC 7519, section 4), which pydantic parses and validates in one
 step: unknown members, null for an absent claim, floats for integers and strings for numbers are refused.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from gc import get_referents
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Required
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Required, cast
 
 import jiter
 import orjson
@@ -24,12 +24,8 @@ from safedefer.refs import KindName, MemberName, ModuleName, Qualname
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-#: The version of the claims that this library writes and reads.
-VERSION: Final = 1
 #: Clocks of two machines may differ by this many seconds (RFC 7519, sections 4.1.4 and 4.1.5).
 LEEWAY: Final = 10
-#: A task expires this many seconds after its eta, unless its ``task_age_limit`` is longer.
-LIFETIME: Final = 31 * 86_400
 #: No task lives longer than this many seconds after its eta.
 MAX_LIFETIME: Final = 92 * 86_400
 #: No attempt of a task may take longer than this many seconds.
@@ -110,6 +106,7 @@ class Claims(TypedDict, total=False):
     """The payload of a task token: either ``call``, ``args`` and ``kwargs``, or ``blob``."""
 
     # In the order in which they are written. An absent claim is an absent member, never null.
+    # The version of the claims: the only one so far.
     v: Required[Literal[1]]
     jti: Required[TaskId]
     iat: Required[NumericDate]
@@ -225,11 +222,10 @@ def _read_strictly(payload: bytes) -> Claims:
     if type(raw.get("v")) is not int:  # pydantic takes true and 1.0 for the Literal 1
         raise InvalidClaims("v is not an integer; write the version of the claims as 1")
     try:
-        claims: Claims = adapter().validator.validate_python(raw)
+        return cast("Claims", adapter().validator.validate_python(raw))
     except ValidationError as error:
         # `from None`: the error holds the claims.
         raise InvalidClaims(f"claims are wrong: {_summary(error)}; see schema/README.md") from None
-    return claims
 
 
 def _check_shape(claims: Claims) -> None:
@@ -259,12 +255,9 @@ def _check_shape(claims: Claims) -> None:
     if "root" in claims and "retry_of" not in claims:
         raise InvalidClaims("root is for tasks that re-run another; write retry_of too, or leave root out")
     if "retry" in claims:
-        _check_backoffs(claims["retry"])
-
-
-def _check_backoffs(retry: Retry) -> None:
-    if retry.get("min_backoff_seconds", 0) > retry.get("max_backoff_seconds", MAX_NUMBER):
-        raise InvalidClaims("retry.min_backoff_seconds is above max_backoff_seconds; swap them")
+        retry = claims["retry"]
+        if retry.get("min_backoff_seconds", 0) > retry.get("max_backoff_seconds", MAX_NUMBER):
+            raise InvalidClaims("retry.min_backoff_seconds is above max_backoff_seconds; swap them")
 
 
 @lru_cache(maxsize=256)

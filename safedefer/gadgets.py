@@ -15,8 +15,6 @@ from typing import Final, Generic, Protocol, cast
 
 from pydantic import BaseModel, RootModel
 
-STDLIB: Final = frozenset(sys.stdlib_module_names)
-
 #: Modules whose every callable is a gadget, with all below them.
 GADGET_MODULES: Final = frozenset(
     {
@@ -111,4 +109,4 @@ def is_gadget(module: str, qualname: str) -> bool:
 
 def is_standard_library(module: str) -> bool:
     """Whether a module belongs to Python itself."""
-    return module.partition(".")[0] in STDLIB
+    return module.partition(".")[0] in sys.stdlib_module_names

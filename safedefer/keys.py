@@ -166,8 +166,14 @@ class Keyring(Immutable):
         given = tuple(chain.from_iterable(item if isinstance(item, Iterable) else (item,) for item in keys))
         if not all(isinstance(key, Key) for key in given):
             raise ConfigurationError("a keyring is made of Key objects; use Keyring.from_text for their texts")
-        self._check(given)
-        active = next(key for key in given if key.state is KeyState.ACTIVE)
+        signing = [key for key in given if key.state is KeyState.ACTIVE]
+        if len(signing) != 1:
+            raise ConfigurationError(f"a keyring needs exactly one active key and has {len(signing)}; {MAKE_ONE}")
+        if len({key.kid for key in given}) != len(given):
+            raise ConfigurationError("two keys have the same kid; give every key its own")
+        if len({end_mac(key.begin_mac(b""), b"") for key in given}) != len(given):
+            raise WeakKey(f"two keys have the same secret; {MAKE_ONE}")
+        active = signing[0]
         start = _headers(active.kid)[0] + b"."
         decoy = Key("decoy", bytes(range(MIN_SECRET_BYTES)), KeyState.REVOKED)
         self._set(
@@ -180,16 +186,6 @@ class Keyring(Immutable):
             }.get,
             _decoy=(None, decoy.begin_mac(start)),
         )
-
-    @staticmethod
-    def _check(keys: tuple[Key, ...]) -> None:
-        active = [key for key in keys if key.state is KeyState.ACTIVE]
-        if len(active) != 1:
-            raise ConfigurationError(f"a keyring needs exactly one active key and has {len(active)}; {MAKE_ONE}")
-        if len({key.kid for key in keys}) != len(keys):
-            raise ConfigurationError("two keys have the same kid; give every key its own")
-        if len({end_mac(key.begin_mac(b""), b"") for key in keys}) != len(keys):
-            raise WeakKey(f"two keys have the same secret; {MAKE_ONE}")
 
     def sign(self, payload: bytes) -> bytes:
         """Return the token of a payload, signed with the active key."""

@@ -37,6 +37,7 @@ from typing import Any, Final, NoReturn, TypeVar, cast, final
 from pydantic import ValidationError
 
 from safedefer.callables import refusals
+from safedefer.callables.getters import class_mro
 from safedefer.callables.policy_patterns import EXACT, OTHER_MODULES, PatternsByKind, check_moved, read_patterns
 from safedefer.callables.wrappers import unwrapped
 from safedefer.errors import (
@@ -57,7 +58,6 @@ from safedefer.refs import (
     find,
     find_member,
     is_found,
-    mro,
     reference,
 )
 
@@ -288,28 +288,25 @@ class Policy(Immutable):
         name = f"{ref.module}:{ref.qualname}"
         if name in self._exact and self._exact[name] is not owner:
             _deny(ref, "it is not the object that the exact pattern named when the policy was loaded")
-        if ref.kind in {"function", "builtin"}:
-            return
-        cls = cast("type", owner)
         if ref.kind == "class":
-            self._check_bases(ref, cls)
-        else:
-            self._check_member(ref, cls, "__call__" if ref.kind == "instance" else cast("str", ref.member))
+            self._check_bases(ref, cast("type", owner))
+        elif ref.kind not in {"function", "builtin"}:
+            member = "__call__" if ref.kind == "instance" else cast("str", ref.member)
+            self._check_member(ref, cast("type", owner), member)
 
     def _check_bases(self, ref: CallableRef, cls: type) -> None:
         """Refuse to call a class that inherits its construction from a gadget, such as ``subprocess.Popen``."""
         if class_path(cls) in self._exact:
             return
-        for base in mro(cls)[1:]:
+        for base in class_mro(cls)[1:]:
             module, _, qualname = class_path(base).partition(":")
             if self._is_gadget(module, qualname, None) and base not in _PLAIN_BASES:
                 _deny(ref, "it inherits from a known gadget, which needs an exact pattern")
-        for definer in {id(found): found for found in (find_member(cls, name)[0] for name in _CONSTRUCTION)}.values():
+        for definer in (find_member(cls, name)[0] for name in _CONSTRUCTION):
             if definer is cls or any(definer is base for base in HARMLESS_BASES) or self._names_construction(definer):
                 continue
-            name = class_path(definer)
             if not self._defines(definer):
-                raise refusals.foreign_construction(str(ref), name)
+                raise refusals.foreign_construction(str(ref), class_path(definer))
 
     def _names_construction(self, definer: type) -> bool:
         """Whether an exact pattern names the ``__init__`` or ``__new__`` of a class."""
@@ -412,12 +409,11 @@ class Policy(Immutable):
         ref = CallableRef.of(obj, metaclasses=self._metaclasses)
         try:
             moved = self.check(ref)
-            if moved.parts == ref.parts:
-                self._check_object(ref)
+            if moved.parts != ref.parts:
+                raise NotDeferrable(f"{ref} has moved; defer {moved}", reason="moved")
+            self._check_object(ref)
         except PolicyViolation as error:
             raise self._refusal(ref, obj, str(error)) from error
-        if moved.parts != ref.parts:
-            raise NotDeferrable(f"{ref} has moved; defer {moved}", reason="moved")
         return ref
 
     def _refusal(self, ref: CallableRef, obj: object, told: str) -> NotDeferrable:
@@ -514,41 +510,30 @@ _PLAIN_BASES: Final = frozenset({object, type, Enum})
 
 
 def _exact_object(module: str, qualname: str) -> dict[str, object]:
-    """Resolve an exact pattern: the canonical name of the object, and the object itself."""
+    """Resolve an exact pattern: the object by the name that the wire carries, which of ``operator:add`` is ``_operator:add``."""
+    owner, dot, member = qualname.rpartition(".")
     try:
-        found = _named(module, qualname)
+        home = find(module, owner) if dot else None
+        # The last part may be a member that its class inherits.
+        is_member = issubclass(type(home), type)
+        found = find_member(cast("type", home), member)[1] if is_member else unwrapped(find(module, qualname))
     except UnresolvableCallable as error:
         raise ConfigurationError(
             f"the pattern {module}:{qualname} names nothing: {error}; correct it, or defer after its module is imported"
         ) from error
-    return {_canonical(module, qualname, found): found}
-
-
-def _named(module: str, qualname: str) -> object:
-    """Look up what a pattern names; the last part may be an inherited member of a class."""
-    owner, dot, member = qualname.rpartition(".")
-    cls = find(module, owner) if dot else None
-    if not issubclass(type(cls), type):
-        return unwrapped(find(module, qualname))
-    return find_member(cast("type", cls), member)[1]
-
-
-def _canonical(module: str, qualname: str, found: object) -> str:
-    """Return the name that the wire carries: ``operator:add`` says that it is ``_operator:add``."""
     if issubclass(type(found), type):
-        return class_path(cast("type", found))
-    owner, _, member = qualname.rpartition(".")
-    if owner:
+        return {class_path(cast("type", found)): found}
+    if is_member:
         if type(found) not in _MEMBER_TYPES and member not in _CONSTRUCTION:
             raise ConfigurationError(f"the pattern {module}:{qualname} names no method or class method; correct it")
-        return f"{class_path(cast('type', find(module, owner)))}.{member}"
+        return {f"{class_path(cast('type', home))}.{member}": found}
     try:
         ref = CallableRef.of(found)
     except NotDeferrable as error:
         raise ConfigurationError(f"the pattern {module}:{qualname} names what cannot be deferred: {error}") from error
     if ref.kind not in {"function", "builtin"}:
         raise ConfigurationError(f"the pattern {module}:{qualname} names an object or its method; name {ref} instead")
-    return str(ref)
+    return {str(ref): found}
 
 
 _MEMBER_TYPES: Final = frozenset({FunctionType, classmethod, MethodDescriptorType, ClassMethodDescriptorType})

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, Final, Protocol, final
 
-from safedefer.refs import UNBOUND, CallableRef, class_path, module_dict, reference
+from safedefer.callables.getters import module_dict
+from safedefer.refs import UNBOUND, CallableRef, class_path, reference
 
 _SIZE: Final = 4096
 #: Stands for a reference that was never asked for.

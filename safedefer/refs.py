@@ -40,6 +40,7 @@ import typing_extensions
 from pydantic import BaseModel, ConfigDict, Field
 
 from safedefer.callables import refusals
+from safedefer.callables.getters import class_dict, class_module, class_mro, class_qualname, module_dict
 from safedefer.callables.wrappers import is_bound_task, unwrapped
 from safedefer.errors import NotDeferrable, UnresolvableCallable
 
@@ -77,13 +78,6 @@ BUILTIN_TYPES: Final[tuple[type, ...]] = (BuiltinFunctionType, type(re.compile("
 _MAX_WRAPPED: Final = 100
 #: Modules that are another file in every process.
 _MAIN_MODULES: Final = frozenset({"__main__", "__mp_main__"})
-
-_TYPE_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
-_TYPE_DICT: Final = cast("Any", type.__dict__["__dict__"]).__get__
-_TYPE_QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
-_TYPE_MODULE: Final = cast("Any", type.__dict__["__module__"]).__get__
-#: Reads the namespace of a module, and runs no code of a subclass.
-module_dict: Final = cast("Any", vars(ModuleType)["__dict__"]).__get__
 
 
 class _Unbound(Enum):
@@ -159,15 +153,14 @@ class CallableRef(BaseModel):
         """
         try:
             found = self._bind(bound)
-            proved = found is not None and _classify(found, metaclasses).parts == self.parts
+            if found is not None and _classify(found, metaclasses).parts == self.parts:
+                return found
         except NotDeferrable as error:
             raise UnresolvableCallable(f"{self} cannot be called: {error}") from error
-        if found is None or not proved:
-            raise UnresolvableCallable(
-                f"{self} does not lead back to a {self.kind} of that name; "
-                "deploy the code that the task was made for, or map the old name with Policy(moved=...)"
-            )
-        return found
+        raise UnresolvableCallable(
+            f"{self} does not lead back to a {self.kind} of that name; "
+            "deploy the code that the task was made for, or map the old name with Policy(moved=...)"
+        )
 
     def _bind(self, bound: object) -> AnyCallable | None:
         owner, member = find(self.module, self.qualname), self.member
@@ -177,12 +170,7 @@ class CallableRef(BaseModel):
             return cast("AnyCallable", bound) if member is None and type(bound) is owner else None
         if not _is_class(owner) or member is None:
             return None
-        cls = cast("type", owner)
-        if self.kind == "classmethod":
-            return _bind_classmethod(cls, member) if bound is UNBOUND else None
-        if self.kind == "method":
-            return _bind_method(cls, member, bound)
-        return _bind_builtin(cls, member, bound)
+        return _bind_member(self.kind, cast("type", owner), member, bound)
 
 
 @lru_cache(maxsize=4096)
@@ -220,13 +208,18 @@ def find(module: str, qualname: str) -> object:
         raise UnresolvableCallable("module and qualified name must be dotted ASCII identifiers; defer a named object")
     loaded: object = sys.modules.get(module)
     if loaded is None:
-        loaded = _import(module)
+        try:
+            loaded = import_module(module)
+        except Exception as error:
+            raise UnresolvableCallable(
+                f"the module {module} cannot be imported ({type(error).__name__}); deploy it, or mend its import"
+            ) from error
     if not issubclass(type(loaded), ModuleType):
         raise UnresolvableCallable(f"{module} is not a module here; do not replace modules that tasks live in")
     first, *rest = qualname.split(".")
     found: object = module_dict(loaded).get(first, UNBOUND)
     for part in rest:
-        found = _TYPE_DICT(found).get(part, UNBOUND) if _is_class(found) else UNBOUND
+        found = class_dict(found).get(part, UNBOUND) if _is_class(found) else UNBOUND
     if found is UNBOUND:
         raise UnresolvableCallable(
             f"{module}:{qualname} does not exist (no __getattr__ is asked); deploy it, or map the old name with Policy(moved=...)"
@@ -241,32 +234,27 @@ def find_member(owner: type, member: str) -> tuple[type, object]:
     Raises:
         UnresolvableCallable: No class of the MRO defines it.
     """
-    for cls in _TYPE_MRO(owner):
-        namespace = _TYPE_DICT(cls)
+    for cls in class_mro(owner):
+        namespace = class_dict(cls)
         if member in namespace:
             return cls, namespace[member]
     raise UnresolvableCallable(f"{class_path(owner)} has no member {member}; deploy the code that has it")
 
 
-def mro(cls: type) -> tuple[type, ...]:
-    """Return the MRO as the interpreter uses it, reading no metaclass code."""
-    return cast("tuple[type, ...]", _TYPE_MRO(cls))
-
-
 def generic_origin(cls: type) -> type:
     """Return the generic pydantic model that ``Page[int]`` is made from; of any other class, the class itself."""
-    own = _TYPE_DICT(cls).get("__pydantic_generic_metadata__")
+    own = class_dict(cls).get("__pydantic_generic_metadata__")
     origin = own.get("origin") if type(own) is dict else None
-    return cast("type", origin) if origin is not None and _TYPE_MRO(cls)[1] is origin else cls
+    return cast("type", origin) if origin is not None and class_mro(cls)[1] is origin else cls
 
 
 def class_path(cls: type) -> str:
     """Return ``module:qualname`` as the class itself says it, reading no metaclass code. What is no text is empty."""
-    module = _TYPE_DICT(cls).get("__module__")
+    module = class_dict(cls).get("__module__")
     if module is None:
         # Static types of C keep the module inside tp_name; only type's own getter knows it.
-        module = _TYPE_MODULE(cls)
-    return f"{_text(module)}:{_text(_TYPE_QUALNAME(cls))}"
+        module = class_module(cls)
+    return f"{_text(module)}:{_text(class_qualname(cls))}"
 
 
 def check_class(cls: type, *, metaclasses: frozenset[type] = METACLASSES, nested: bool = False) -> tuple[str, str]:
@@ -304,8 +292,8 @@ def loud_hooks(cls: type) -> list[str]:
     """
     known, meta = (object, *METACLASSES), type(cls)
     loud = [] if any(type(meta) is each for each in known) else ["__class__"]
-    for each in (each for each in _TYPE_MRO(meta) if not any(each is base for base in known)):
-        loud += [_text(name) for name, value in _TYPE_DICT(each).items() if not _is_quiet(cls, name, value)]
+    for each in (each for each in class_mro(meta) if not any(each is base for base in known)):
+        loud += [_text(name) for name, value in class_dict(each).items() if not _is_quiet(cls, name, value)]
     return loud
 
 
@@ -313,8 +301,8 @@ def _is_quiet(cls: type, name: object, value: object) -> bool:
     """Whether an attribute of the metaclass runs only if it is asked for by its name, which no attribute of the class has."""
     if type(name) is not str or (name[:2] == "__" and name[-2:] == "__"):
         return type(name) is str and name in _QUIET and any(type(value) is kind for kind in _QUIET_TYPES)
-    data = any(hook in _TYPE_DICT(kind) for kind in _TYPE_MRO(type(value)) for hook in ("__set__", "__delete__"))
-    return not (data and any(name in _TYPE_DICT(each) for each in _TYPE_MRO(cls)))
+    data = any(hook in class_dict(kind) for kind in class_mro(type(value)) for hook in ("__set__", "__delete__"))
+    return not (data and any(name in class_dict(each) for each in class_mro(cls)))
 
 
 # --- Classification -------------------------------------------------------------------------------
@@ -333,7 +321,7 @@ def _classify(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         module, qualname = check_class(cast("type", obj), metaclasses=metaclasses)
         # A metaclass, or an enum without members (its functional API), makes a class of the names and functions it is given.
         if issubclass(cast("type", obj), type) or (
-            issubclass(kind, EnumType) and not _TYPE_DICT(obj).get("_member_map_")
+            issubclass(kind, EnumType) and not class_dict(obj).get("_member_map_")
         ):
             raise refusals.makes_class(qualname)
         return reference("class", module, qualname, None)
@@ -386,7 +374,9 @@ def _builtin(obj: object, metaclasses: frozenset[type]) -> CallableRef:
     cls = cast("type", owner) if is_class else type(owner)
     module, qualname = check_class(cls, metaclasses=metaclasses)
     _, raw = _static_member(cls, name)
-    if type(raw) is staticmethod or not _same_builtin(_bind_raw(raw, owner, cls), obj):
+    found = cast("Any", _bind_raw(raw, owner, cls))
+    # The same object and the same C function: ``==`` compares both, and runs no code of the object's.
+    if found is None or found.__self__ is not owner or found != obj:
         raise refusals.other_member(qualname, name, raw)
     return reference("builtin_method", module, qualname, name)
 
@@ -409,10 +399,10 @@ def _instance(obj: object, metaclasses: frozenset[type]) -> CallableRef:
         raise refusals.unbound_method("it", singledispatchmethod)
     if is_bound_task(obj):
         raise refusals.bound_task()
-    definer = next((c for c in _TYPE_MRO(cls) if "__call__" in _TYPE_DICT(c)), None)
-    call = _TYPE_DICT(definer)["__call__"] if definer is not None else None
+    definer = next((c for c in class_mro(cls) if "__call__" in class_dict(c)), None)
+    call = class_dict(definer)["__call__"] if definer is not None else None
     if definer is None or type(call) is not FunctionType:
-        raise refusals.not_callable(cls, _TYPE_QUALNAME(cls), has_call=definer is not None)
+        raise refusals.not_callable(cls, class_qualname(cls), has_call=definer is not None)
     _check_code(call)
     module, qualname = check_class(cls, metaclasses=metaclasses)
     # `__call__ = run` in the class itself is one more name for a method of it.
@@ -447,7 +437,7 @@ def _static_member(cls: type, member: str) -> tuple[type, object]:
     try:
         return find_member(cls, member)
     except UnresolvableCallable as error:
-        raise refusals.missing_member(_TYPE_QUALNAME(cls), member) from error
+        raise refusals.missing_member(class_qualname(cls), member) from error
 
 
 def _check_code(func: FunctionType) -> None:
@@ -492,25 +482,24 @@ def _kind_of_member(module: str, qualname: str) -> type | None:
 # --- Look-ups of members --------------------------------------------------------------------------
 
 
-def _bind_classmethod(cls: type, member: str) -> AnyCallable | None:
+def _bind_member(kind: KindName, cls: type, member: str, bound: object) -> AnyCallable | None:
+    """Bind a member to the class itself or to an object of exactly that class, as the kind says; None if that cannot be."""
+    if kind == "classmethod":
+        fits = bound is UNBOUND
+    elif kind == "method":
+        fits = type(bound) is cls or generic_origin(type(bound)) is cls
+    else:
+        fits = bound is not UNBOUND and (bound is cls or type(bound) is cls)
+    if not fits:
+        return None
     _, raw = find_member(cls, member)
+    if kind == "builtin_method":
+        return _bind_raw(raw, bound, cls)
+    if kind == "method":
+        return MethodType(raw, bound) if type(raw) is FunctionType else None
     if type(raw) is not classmethod or type(raw.__func__) is not FunctionType:
         return None
     return MethodType(raw.__func__, cls)
-
-
-def _bind_method(cls: type, member: str, bound: object) -> AnyCallable | None:
-    if type(bound) is not cls and generic_origin(type(bound)) is not cls:
-        return None
-    _, raw = find_member(cls, member)
-    return MethodType(raw, bound) if type(raw) is FunctionType else None
-
-
-def _bind_builtin(cls: type, member: str, bound: object) -> AnyCallable | None:
-    if bound is UNBOUND or (bound is not cls and type(bound) is not cls):
-        return None
-    _, raw = find_member(cls, member)
-    return _bind_raw(raw, bound, cls)
 
 
 def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
@@ -524,11 +513,6 @@ def _bind_raw(raw: object, bound: object, cls: type) -> AnyCallable | None:
     return cast("AnyCallable", found) if _is_builtin(type(found)) else None
 
 
-def _same_builtin(left: object, right: object) -> bool:
-    """Compare two bound built-in methods: same C function, same object (``==`` compares both)."""
-    return left is not None and cast("Any", left).__self__ is cast("Any", right).__self__ and left == right
-
-
 # --- Small parts ----------------------------------------------------------------------------------
 
 
@@ -540,15 +524,6 @@ def _is_class(obj: object) -> bool:
 def _is_builtin(kind: type) -> bool:
     # By identity: `in` of a set would ask the user's metaclass for a hash, and that of a tuple for equality.
     return any(kind is builtin for builtin in BUILTIN_TYPES)
-
-
-def _import(module: str) -> object:
-    try:
-        return import_module(module)
-    except Exception as error:
-        raise UnresolvableCallable(
-            f"the module {module} cannot be imported ({type(error).__name__}); deploy it, or mend its import"
-        ) from error
 
 
 def _text(value: object) -> str:

@@ -56,7 +56,6 @@ class Signer:
 
     def __init__(self, keyring: Keyring, policy: Policy, *, limits: Limits) -> None:
         self._keyring = keyring
-        self._key = keyring.active
         self._max_bytes = limits.token_bytes
         self.gate: Gate = _gate(policy, keyring.active)
         """What codecs ask: the policy within the limits of the active key."""
@@ -70,7 +69,7 @@ class Signer:
             NotDeferrable: The active key may not sign pickled arguments.
             CapabilityExceeded: The claims re-run a task, which the active key may not sign.
         """
-        key = self._key
+        key = self._keyring.active
         if "root" in claims:
             _check_may_sign_root(key)
         if key.queues is not None and (queue := split_audience(claims["aud"])[1]) not in key.queues:

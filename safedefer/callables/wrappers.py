@@ -11,11 +11,8 @@ import sys
 from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, Final, cast
 
+from safedefer.callables.getters import class_dict, class_mro, module_dict
 from safedefer.errors import ConfigurationError
-
-_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
-_DICT: Final = cast("Any", type.__dict__["__dict__"]).__get__
-_MODULE_DICT: Final = cast("Any", vars(ModuleType)["__dict__"]).__get__
 
 #: Module and name of each type, and the attribute of its objects that is the function.
 _KNOWN: Final = (
@@ -73,7 +70,7 @@ def _coroutine_function(function: FunctionType) -> FunctionType:
 
 def _is(kind: type, module: str, name: str) -> bool:
     loaded = sys.modules.get(module)
-    return type(loaded) is ModuleType and _MODULE_DICT(loaded).get(name) is kind
+    return type(loaded) is ModuleType and module_dict(loaded).get(name) is kind
 
 
 def _known_attribute(kind: type) -> str | None:
@@ -81,8 +78,8 @@ def _known_attribute(kind: type) -> str | None:
 
 
 def _read(obj: object, attribute: str) -> object:
-    for cls in _MRO(type(obj)):
-        own = _DICT(cls)
+    for cls in class_mro(type(obj)):
+        own = class_dict(cls)
         if type(own.get("__dict__")) is GetSetDescriptorType and attribute in (held := own["__dict__"].__get__(obj)):
             return held[attribute]
         if type(own.get(attribute)) is MemberDescriptorType:
@@ -113,14 +110,14 @@ def _celery_task_class(obj: object, kind: type) -> type | None:
             kind = type(object.__getattribute__(obj, "_get_current_object")())
         except Exception:  # noqa: BLE001 - whatever making the task raises: it is no task then
             return None
-    base = _MODULE_DICT(sys.modules["celery.app.task"]).get("Task") if "celery.app.task" in sys.modules else None
-    return kind if any(each is base for each in _MRO(kind)) else None
+    base = module_dict(sys.modules["celery.app.task"]).get("Task") if "celery.app.task" in sys.modules else None
+    return kind if any(each is base for each in class_mro(kind)) else None
 
 
 def _celery_function(obj: object, kind: type) -> object:
     """Return the function of a celery task, or of the proxy of one; None of a bound task, whose function needs the task."""
     task_class = _celery_task_class(obj, kind)
-    raw = None if task_class is None else _DICT(task_class).get("run")
+    raw = None if task_class is None else class_dict(task_class).get("run")
     return raw.__func__ if type(raw) is staticmethod else None
 
 
@@ -130,5 +127,5 @@ def is_bound_task(obj: object) -> bool:
     if task_class is None:
         return False
     # That of celery's own Task is the last.
-    run = next(_DICT(each)["run"] for each in _MRO(task_class) if "run" in _DICT(each))
+    run = next(class_dict(each)["run"] for each in class_mro(task_class) if "run" in class_dict(each))
     return type(run) is FunctionType

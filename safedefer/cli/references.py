@@ -9,8 +9,9 @@ from __future__ import annotations
 from types import ClassMethodDescriptorType
 from typing import Any, Final, cast
 
+from safedefer.callables.getters import class_mro
 from safedefer.policy_cache import Gate
-from safedefer.refs import UNBOUND, CallableRef, find, find_member, mro
+from safedefer.refs import UNBOUND, CallableRef, find, find_member
 
 _BOUND: Final = frozenset({"instance", "method", "builtin_method"})
 # Include/object.h: made by a class statement, or PyType_FromSpec.
@@ -48,7 +49,7 @@ def stand_in(cls: type) -> Any:
     try:
         find_member(cls, "__del__")
     except Exception:  # noqa: BLE001  # it has none: nothing of the class runs when the object goes
-        built_in = next(base for base in mro(cls) if not base.__flags__ & _HEAP)
+        built_in = next(base for base in class_mro(cls) if not base.__flags__ & _HEAP)
         try:
             return cast("Any", built_in).__new__(cls)
         except TypeError:  # it needs arguments, or is abstract

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 from types import FunctionType, GetSetDescriptorType, MemberDescriptorType
 from typing import Any, Final, cast
 
-_MRO: Final = cast("Any", type.__dict__["__mro__"]).__get__
-_NAMESPACE: Final = cast("Any", type.__dict__["__dict__"]).__get__
+from safedefer.callables.getters import class_dict, class_module, class_mro, class_qualname
+
 _BASE: Final = cast("Any", type.__dict__["__base__"]).__get__
 _FLAGS: Final = cast("Any", type.__dict__["__flags__"]).__get__
 _SIZE: Final = cast("Any", type.__dict__["__basicsize__"]).__get__
-_QUALNAME: Final = cast("Any", type.__dict__["__qualname__"]).__get__
-_MODULE: Final = cast("Any", type.__dict__["__module__"]).__get__
 
 # Include/object.h. HEAP: made by a class statement or PyType_FromSpec. IMMUTABLE: made in C.
 _HEAP: Final = 1 << 9
@@ -29,27 +27,27 @@ MISSING: Final = object()
 
 def mro(cls: type) -> tuple[type, ...]:
     """Return the MRO that the interpreter uses."""
-    return cast("tuple[type, ...]", _MRO(cls))
+    return cast("tuple[type, ...]", class_mro(cls))
 
 
 def namespace(cls: type) -> dict[str, Any]:
     """Return the namespace of the class itself (a read-only view, typed as a dict)."""
-    return cast("dict[str, Any]", _NAMESPACE(cls))
+    return cast("dict[str, Any]", class_dict(cls))
 
 
 def type_name(cls: type) -> str:
     """Return ``module.qualname`` for messages; ``qualname`` alone for built-ins."""
     try:
-        module = _MODULE(cls)  # of a class made in C too, such as numpy.bool, whose namespace does not have it
+        module = class_module(cls)  # of a class made in C too, such as numpy.bool, whose namespace does not have it
     except AttributeError:
         module = None
-    name = cast("str", _QUALNAME(cls))
+    name = cast("str", class_qualname(cls))
     return f"{module}.{name}" if type(module) is str and module != "builtins" else name
 
 
 def derives(cls: type, base: type) -> bool:
     """Whether ``base`` is in the MRO of ``cls``. No ``__subclasscheck__`` runs."""
-    for each in _MRO(cls):  # noqa: SIM110 - any() makes a generator, and this is asked for each object of a call
+    for each in class_mro(cls):  # noqa: SIM110 - any() makes a generator, and this is asked for each object of a call
         if each is base:
             return True
     return False

@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 
 from safedefer.blobs import Blob
 from safedefer.callables.wrappers import unwrapped
-from safedefer.claims import VERSION, Call, Claims, Retry, callable_name, split_audience, write_json
+from safedefer.claims import Call, Claims, Retry, callable_name, split_audience, write_json
 from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import (
@@ -222,7 +222,7 @@ class Builder:
             audience, lifetime = self._routes.of(options)
         # Every part was checked by itself.
         claims: Claims = {
-            "v": VERSION,
+            "v": 1,
             "jti": new_task_id(now),
             "iat": made,
             "nbf": due,

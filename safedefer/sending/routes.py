@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from safedefer.claims import LIFETIME, MAX_LIFETIME
+from safedefer.claims import MAX_LIFETIME
 from safedefer.errors import ConfigurationError, InvalidTaskError, InvalidUrlError, UnknownQueueError
 from safedefer.options import (
     DEFAULT_OPTIONS,
@@ -23,6 +23,9 @@ from safedefer.sending.addresses import check_address
 
 if TYPE_CHECKING:
     from safedefer.queues.config import QueueFile
+
+#: A task expires this many seconds after its eta, unless its ``task_age_limit`` is longer.
+LIFETIME: Final = 31 * 86_400
 
 
 class Routes:

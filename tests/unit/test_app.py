@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from safedefer import App, Deferral, Key, Keyring, KeyState, Options, Policy, TaskRetryOptions, configure, defer
-from safedefer.claims import LIFETIME, MAX_LIFETIME, callable_name
+from safedefer.claims import MAX_LIFETIME, callable_name
 from safedefer.errors import (
     BadTransactionStateError,
     ConfigurationError,
@@ -28,6 +28,7 @@ from safedefer.errors import (
 from safedefer.events import LogObserver, TaskEnqueued
 from safedefer.options import Limits
 from safedefer.queues.base import TaskState
+from safedefer.sending.routes import LIFETIME
 from safedefer.task import VerifiedPointer, VerifiedTask
 from tests import sample_tasks as tasks
 from tests.queues.single import settle

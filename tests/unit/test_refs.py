@@ -9,9 +9,10 @@ from unittest import mock
 import pytest
 from pydantic import ValidationError
 
+from safedefer.callables.getters import class_mro
 from safedefer.errors import NotDeferrable, UnresolvableCallable
 from safedefer.policy import Policy
-from safedefer.refs import UNBOUND, CallableRef, KindName, bound_object, check_class, class_path, find, find_member, mro
+from safedefer.refs import UNBOUND, CallableRef, KindName, bound_object, check_class, class_path, find, find_member
 from tests.zoo import callables as zoo
 
 HERE = zoo.HERE
@@ -333,9 +334,16 @@ def test_a_metaclass_is_admitted_when_it_is_named():
 
 def test_members_are_found_along_the_mro_as_they_are_written():
     assert find_member(zoo.Child, "static") == (zoo.Plain, zoo.Plain.__dict__["static"])
-    assert mro(zoo.Child) == (zoo.Child, zoo.Plain, object)
+    assert class_mro(zoo.Child) == (zoo.Child, zoo.Plain, object)
     with pytest.raises(UnresolvableCallable, match="no member"):
         find_member(zoo.Plain, "missing")
+
+
+@pytest.mark.parametrize("wrapped", [5, len, zoo.Plain()])
+def test_a_class_method_of_something_else_than_a_python_function_leads_nowhere(wrapped, monkeypatch):
+    monkeypatch.setattr(zoo.Plain, "hung", classmethod(wrapped), raising=False)
+    with pytest.raises(UnresolvableCallable, match="does not lead back"):
+        ref("classmethod", HERE, "Plain", "hung").resolve()
 
 
 PATHS = {
