@@ -286,6 +286,7 @@ def test_a_handler_that_is_full_answers_busy_and_the_task_runs_later(tmp_path):
         busy = wait_for(lambda: [each for each in world.left() if each.response_count], "an answer")
         assert len(busy) == 1
         tasks.GATE.set()
+        wait_for(lambda: len(world.left()) == 1, "the end of the first")  # until then the handler is full
         world.tick(5)
         world.emptied()
         assert ("add", 1, 0, 1) in tasks.RAN
