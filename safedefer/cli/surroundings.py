@@ -6,7 +6,9 @@ import contextlib
 import gzip
 import os
 import secrets
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -22,7 +24,9 @@ from safedefer.cli.common import missing_file
 from safedefer.cli.findings import Finding
 from safedefer.errors import RejectedTask
 from safedefer.headers import CONTENT_TYPE, OUTCOME_HEADER
+from safedefer.observe.troubles import ProcessReport
 from safedefer.queues.addresses import place
+from safedefer.queues.base import NOTICE_NAME
 from safedefer.sending.addresses import check_address
 
 T = TypeVar("T")
@@ -39,6 +43,17 @@ _WHOLE: Final = 10.0
 _BODY: Final = b"safedefer-doctor"
 #: Bytes that are read of an answer that says nothing.
 _MOST: Final = 65_536
+
+
+def check_writes(app: App) -> Iterable[Finding]:
+    """The store takes writes: its disk is not full, its file not read-only, and the role may. What reads sees nothing of that."""
+    if missing_file(app) is not None:
+        return
+    # A dashboard that looks at this moment shows nothing of it: it says neither that a process lives nor that something is wrong.
+    name, text = f"doctor {os.getpid()} on {socket.gethostname()}"[:NOTICE_NAME], ProcessReport(command="doctor").text()
+    app.queue.put_notice(name, text, now=time.time())
+    app.queue.put_notice(name, "", now=time.time())
+    yield Finding("writes", "ok", "the store takes them")
 
 
 def check_users(app: App) -> Iterable[Finding]:
