@@ -35,6 +35,7 @@ __all__ = [
     "TaskEnqueued",
     "TaskHandled",
     "TaskRetried",
+    "TaskStarted",
 ]
 
 _log: Final = logging.getLogger("safedefer")
@@ -57,6 +58,17 @@ class TaskEnqueued:
     callable: str
     size: int
     """Length of the token in bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskStarted:
+    """A handler begins an attempt: the task is authentic, and the ledger admits it. ``TaskHandled`` tells its end."""
+
+    task_id: str
+    queue: str
+    callable: str
+    kid: str
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +214,7 @@ class ProcessStopping:
 
 Event: TypeAlias = (
     TaskEnqueued
+    | TaskStarted
     | TaskHandled
     | TaskRetried
     | TaskDead
@@ -237,6 +250,7 @@ class Observers:
     def _set(self, observers: tuple[Observer, ...]) -> None:
         self.only_log: bool = all(type(each) is LogObserver or hears_only_troubles(each) for each in observers)
         """Whether nobody but the default log hears: it does not act on every event."""
+        self._of_starts = [each for each in observers if getattr(type(each), "hears_starts", True) is not False]
         self._observers = observers
         self._calls = tuple(
             self._aside(place, each).put if _is_async(each) else each for place, each in enumerate(observers)
@@ -258,6 +272,11 @@ class Observers:
     def add(self, observer: Observer) -> None:
         """Let one more observer have all events from now on."""
         self._set((*self._observers, observer))
+
+    @property
+    def hears_starts(self) -> bool:
+        """Whether one of them may act on ``TaskStarted``."""
+        return any(map(hears_started, self._of_starts))
 
     @property
     def has_async(self) -> bool:
@@ -342,6 +361,9 @@ class LogObserver:
                 self._handled(event)
             case RequestRefused():
                 self._refused(event)
+            case TaskStarted():
+                text, more = "task %s starts: %s, attempt %d", {"safedefer": event}
+                _log.debug(text, event.task_id, event.callable, event.attempt, extra=more)
             case _:
                 level, text, *values = _line_of(event)
                 _log.log(level, text, *values, extra={"safedefer": event})
@@ -474,6 +496,13 @@ def hears_enqueued(observer: Observer) -> bool:
     if hears_only_troubles(observer):
         return False
     return type(observer) is not LogObserver or _log.isEnabledFor(logging.DEBUG)
+
+
+def hears_started(observer: Observer) -> bool:
+    """Whether an observer may act on ``TaskStarted``: the default log does so at debug level only."""
+    if type(observer) is LogObserver:  # a subclass may do more
+        return _log.isEnabledFor(logging.DEBUG)
+    return getattr(observer, "hears_starts", True) is not False and not hears_only_troubles(observer)
 
 
 def is_heard(observer: Observer, outcome: str, reason: str | None) -> bool:

@@ -147,6 +147,12 @@ def load_app_to_look(spec: str | None) -> App:
     return app
 
 
+def queue_path(app: App) -> str:
+    """Return where the queue is: of a file the absolute path, else the address without password."""
+    file = app.queue.file
+    return app.queue_place if file is None else file.path
+
+
 def missing_file(app: App) -> str | None:
     """Return the absolute path of the App's SQLite file if there is none; makes nothing."""
     file = app.queue.file

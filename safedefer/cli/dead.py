@@ -176,7 +176,7 @@ def dead_retry(
 @dead.command("purge")
 @app_option
 @_filters
-@dry_run_option
+@click.option("--dry-run", is_flag=True, help="Say how many; change nothing.")
 @yes_option
 def dead_purge(*, app: str | None, dry_run: bool, yes: bool, **given: Any) -> None:
     """Delete dead letters for good; export them first."""

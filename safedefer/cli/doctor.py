@@ -1,7 +1,7 @@
 """``safedefer doctor``: checks keys, policy, queue, clock, environment and limits, and says what to do about what is wrong.
 
 A check is a function of the App that returns its findings; what it raises is an error of its own. New ones are added to
-``CHECKS``. Nothing is changed or made.
+``CHECKS``. Nothing is changed or made, but a notice that is taken back at once: only a write shows whether one succeeds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safedefer.app import App
 from safedefer.cli.common import NO_ENVIRONMENT, app_option, is_of_settings, load_app, missing_file
 from safedefer.cli.findings import Check, Finding
 from safedefer.cli.options import TEXT
-from safedefer.cli.surroundings import check_pgqueuer, check_settings, check_target, check_users
+from safedefer.cli.surroundings import check_pgqueuer, check_settings, check_target, check_users, check_writes
 from safedefer.cli.terminal import Column, show_table
 from safedefer.cli.text import many, plain
 from safedefer.errors import Error
@@ -334,6 +334,7 @@ CHECKS: Final[Sequence[Check]] = (
     check_keys,
     check_policy,
     check_queue,
+    check_writes,
     check_users,
     check_clock,
     check_environment,

@@ -14,6 +14,7 @@ from typing import Final
 import click
 
 from safedefer.app import App
+from safedefer.cli.common import queue_path
 from safedefer.cli.fleet import Fleet
 from safedefer.cli.supervisor import listen
 from safedefer.cli.text import plain
@@ -167,11 +168,10 @@ class Service:
     def started(self) -> None:
         """Say that this process takes tasks."""
         app, options = self._app, self._options
-        file = app.queue.file
         event = ProcessStarted(
             command=options.command,
             pid=os.getpid(),
-            queue=plain(app.queue_place if file is None else file.path),
+            queue=plain(queue_path(app)),
             environment=app.environment,
             policy=app.policy.patterns,
             keys=[f"{key.kid} ({key.state})" for key in app.keyring.keys],

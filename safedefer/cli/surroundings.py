@@ -6,7 +6,9 @@ import contextlib
 import gzip
 import os
 import secrets
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -18,11 +20,13 @@ from urllib.parse import urlsplit
 
 from safedefer.app import App
 from safedefer.claims import split_audience
-from safedefer.cli.common import missing_file
+from safedefer.cli.common import missing_file, queue_path
 from safedefer.cli.findings import Finding
 from safedefer.errors import RejectedTask
 from safedefer.headers import CONTENT_TYPE, OUTCOME_HEADER
+from safedefer.observe.troubles import ProcessReport
 from safedefer.queues.addresses import place
+from safedefer.queues.base import NOTICE_NAME
 from safedefer.sending.addresses import check_address
 
 T = TypeVar("T")
@@ -41,11 +45,22 @@ _BODY: Final = b"safedefer-doctor"
 _MOST: Final = 65_536
 
 
+def check_writes(app: App) -> Iterable[Finding]:
+    """The store takes writes: its disk is not full, its file not read-only, and the role may. What reads sees nothing of that."""
+    if missing_file(app) is not None:
+        return
+    # A dashboard that looks at this moment shows nothing of it: it says neither that a process lives nor that something is wrong.
+    name, text = f"doctor {os.getpid()} on {socket.gethostname()}"[:NOTICE_NAME], ProcessReport(command="doctor").text()
+    app.queue.put_notice(name, text, now=time.time())
+    app.queue.put_notice(name, "", now=time.time())
+    yield Finding("writes", "ok", "the store takes them")
+
+
 def check_users(app: App) -> Iterable[Finding]:
     """The queue is where it is meant to be, and is not shared with another environment."""
     if missing_file(app) is not None:
         return
-    where = app.queue_place if app.queue.file is None else app.queue.file.path
+    where = queue_path(app)
     using = [] if app.queue.file is None else [*_processes_with(app.queue.file.path)]
     named = ", ".join(f"{pid} ({name})" for pid, name in using[:_PROCESSES])
     more = f" and {len(using) - _PROCESSES} more" if len(using) > _PROCESSES else ""

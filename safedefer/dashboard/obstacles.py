@@ -137,12 +137,20 @@ def _of_the_time(view: TaskView, found: list[Obstacle], now: float) -> list[Obst
 
 
 def last_error(view: TaskView) -> str:
-    """Return the last line of the newest traceback, as it was redacted when it was recorded; empty if there is none."""
+    """Return the type and the first line of the text of the newest exception, as they were redacted when they were recorded.
+
+    Empty if there is none. Below that line may be more lines of the text, and notes: the last one seldom says what is wrong.
+    """
     record = view.records[-1] if view.records else None
     if record is None or record.outcome == "succeeded":
         return ""
-    lines = (record.traceback or "").strip().splitlines() or [record.exception_type or ""]
-    return lines[-1] if len(lines[-1]) <= _MOST_TEXT else f"{lines[-1][:_MOST_TEXT]}…"
+    kind = record.exception_type or ""
+    # Where the exception is a group of some, each line of the traceback stands behind a bar.
+    lines = [line.lstrip(" |+") for line in (record.traceback or "").strip().splitlines()] or [kind]
+    heads = tuple(name + end for name in {kind, kind.removeprefix("builtins.")} - {""} for end in (":", " ("))
+    named = [line for line in lines if line.startswith(heads) or f"{line}:" in heads]
+    error = (named or lines)[-1].rstrip()
+    return error if len(error) <= _MOST_TEXT else f"{error[:_MOST_TEXT]}…"
 
 
 def limits_text(control: QueueControl) -> str:

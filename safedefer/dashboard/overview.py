@@ -18,7 +18,7 @@ from safedefer.queues.rates import QueueControl
 
 _STEP: Final = 60.0
 #: Seconds for which an answer of the store serves all who ask: pages ask every few seconds. And how many times as long as it
-#: took: counting a million tasks takes a second.
+#: took: counting a million tasks takes a second. What processes say is few rows, and is asked for by itself.
 _KEEP_SECONDS: Final = 1.0
 _KEEP_TIMES: Final = 4.0
 #: Queues that are asked for their next task.
@@ -84,6 +84,15 @@ class _Answer(NamedTuple):
     outbox_rows: int | None
     untaken: Mapping[str, float]
     times: Sequence[AttemptTime]
+
+
+class _Told(NamedTuple):
+    """What processes say."""
+
+    until: float
+    """As above."""
+    now: float
+    """When it was read, in seconds since the epoch: who has said nothing since then need not be silent."""
     notices: Sequence[Notice]
 
 
@@ -98,6 +107,8 @@ class Numbers:
         self._app = app
         self._lock = Lock()
         self._answer: _Answer | None = None
+        self._lock_told = Lock()
+        self._told: _Told | None = None
 
     def _ask(self, now: float) -> _Answer:
         with self._lock:
@@ -111,10 +122,9 @@ class Numbers:
                 rows = self._app.outbox.count()
                 untaken = self._untaken(stats, now)
                 times = queue.attempt_times(since=now - MINUTES * _STEP)
-                notices = queue.notices(since=now - NOTICE_SECONDS)
                 ended = time.monotonic()
                 until = ended + max(_KEEP_SECONDS, _KEEP_TIMES * (ended - began))
-                answer = _Answer(until, now, stats, ends, controls, rows, untaken, times, notices)
+                answer = _Answer(until, now, stats, ends, controls, rows, untaken, times)
                 self._answer = answer
             return answer
 
@@ -128,12 +138,17 @@ class Numbers:
 
     def reported(self, *, now: float) -> Reported:
         """Return what all processes say of themselves. Raises ``QueueUnavailable``."""
-        return put_together(self._ask(now).notices, self._app.notices, now=now)
+        with self._lock_told:  # another one than for the counts, which may take a second
+            told = self._told
+            if told is None or time.monotonic() > told.until:
+                notices = self._app.queue.notices(since=now - NOTICE_SECONDS)
+                told = self._told = _Told(time.monotonic() + _KEEP_SECONDS, now, notices)
+        return put_together(told.notices, self._app.notices, now=told.now)
 
     def forget(self) -> None:
         """Ask anew next time: somebody has changed something."""
-        with self._lock:
-            self._answer = None
+        with self._lock, self._lock_told:
+            self._answer = self._told = None
 
     def overview(self, access: Access, *, now: float) -> Overview:
         """Return what a person may see. Raises ``QueueUnavailable``."""

@@ -153,11 +153,16 @@ class DashboardPages:
             "reported": reported,
             "refusals": REFUSALS,
             "keys": self._app.keyring.keys if access.reads_all else (),
-            "place": self._app.queue_place if access.reads_all else "",
+            "place": self._place() if access.reads_all else "",
             "outbox_rows": self._app.outbox.count() if access.reads_all else 0,
             "reads_all": access.reads_all,
             "entries": entries,
         }
+
+    def _place(self) -> str:
+        """Return where the queue is: of a file the absolute path, as the line of a process that starts says it."""
+        file = self._app.queue.file
+        return self._app.queue_place if file is None else file.path
 
     def confirm(self, access: Access, values: Values) -> Made:
         """Return the question that comes before what cannot be undone. Raises ``PageRefusal``."""

@@ -12,8 +12,8 @@ from safedefer.observe.notices import WRITING, Notices
 from safedefer.observe.troubles import DownTarget, ProcessReport, Refused, Rejected, StoreTrouble
 from safedefer.queues.base import NOTICE_SECONDS, Notice
 
-SILENT_SECONDS = 5.0
-"""A process that has not said for longer that it lives is silent."""
+SILENT_SECONDS = 4.0
+"""A process that has not said for longer that it lives is silent: it says so every two seconds."""
 #: Of each kind this many are shown, so that nobody fills a page by rows in the store.
 _SHOWN = 10
 
@@ -46,7 +46,7 @@ def put_together(notices: Sequence[Notice], own: Notices, *, now: float) -> Repo
     Args:
         notices: Those of the store.
         own: The notices of this process, which are known without the store.
-        now: Seconds since the epoch.
+        now: When the notices were read, in seconds since the epoch.
     """
     reports, unreadable = [own.report()], 0
     for notice in notices:

@@ -52,7 +52,7 @@ from safedefer.errors import (
     ReplayedTask,
     SingularTaskFailure,
 )
-from safedefer.events import Observer, RequestRefused, is_heard, notify
+from safedefer.events import Observer, RequestRefused, hears_started, is_heard, notify
 from safedefer.execution.deadline import DEADLINE_EXCEEDED, deadline_of, stuck_limit
 from safedefer.execution.run import CoroutineCancelled, Outcome, Result, execute
 from safedefer.execution.tracing import traced
@@ -341,6 +341,8 @@ class Delivery:
         own = task.claims.get("deadline")
         seconds = deadline_of(own, self._options.deadlines.get(context.queue_name), self._options.deadline)
         goes_on = False
+        if hears_started(self._observer):
+            notify(self._observer, request.start_event(task.identity))
         self._ledger_client.renewal.add(execution)
         try:
             threads, options = self._threads, self._options

@@ -11,7 +11,7 @@ from safedefer.claims import Claims, split_audience
 from safedefer.delivery.redaction import exception_type, redacted_traceback
 from safedefer.delivery.runs import RequestCount
 from safedefer.errors import TaskIdentity
-from safedefer.events import TaskHandled
+from safedefer.events import TaskHandled, TaskStarted
 from safedefer.execution.context import TaskContext
 from safedefer.ledger import AttemptRecord, Execution
 from safedefer.queues.progress import NO_PROGRESS, Progress
@@ -140,6 +140,16 @@ class HandlerRequest:
             reason=reason,
             exception_type=None if error is None else exception_type(error),
             traceback=None if error is None else redacted_traceback(error),
+        )
+
+    def start_event(self, identity: TaskIdentity) -> TaskStarted:
+        """Return the event for the observer: an attempt begins."""
+        return TaskStarted(
+            task_id=identity.task_id,
+            queue=identity.audience.split(":")[1],
+            callable=identity.callable_name,
+            kid=identity.kid,
+            attempt=self.attempt,
         )
 
     def event(

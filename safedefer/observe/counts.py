@@ -150,6 +150,9 @@ class Sums:
 class Counts:
     """The observer that counts. Thread-safe."""
 
+    hears_starts = False
+    """It acts on the end of an attempt only: no event of its start need be made for it."""
+
     def __init__(self) -> None:
         self._lock = Lock()
         self._sums = Sums()

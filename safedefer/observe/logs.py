@@ -15,7 +15,7 @@ __all__ = ["JsonFormatter", "TaskFilter"]
 
 #: What every log record has; the rest was given as ``extra``.
 _USUAL: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "safedefer"})
-_TEXT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_TEXT: Final = "%(asctime)s %(levelname)s %(name)s%(of_task)s: %(message)s"
 
 
 class TaskFilter(logging.Filter):
@@ -36,6 +36,16 @@ def _text_of_event(record: logging.LogRecord, name: str) -> str:
     """Return a text of the event of a line; nothing where a new line in it, which the storage may hold, would begin another."""
     value: object = getattr(getattr(record, "safedefer", None), name, "")
     return value if type(value) is str and value.isprintable() else ""
+
+
+class _TextFormatter(logging.Formatter):
+    """Writes a line for people: that of a task's own names the task, as the lines about events do by themselves."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        task = None if hasattr(record, "safedefer") else CURRENT.get()
+        record.of_task = "" if task is None else f" [{task.id} {task.callable}]"
+        return super().format(record)
 
 
 class JsonFormatter(logging.Formatter):
@@ -79,7 +89,7 @@ def configure_log(*, verbose: bool, as_json: bool) -> None:
         as_json: Write lines of JSON; the banners of processes are among them.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(_TEXT))
+    handler.setFormatter(JsonFormatter() if as_json else _TextFormatter(_TEXT))
     handler.addFilter(TaskFilter())
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     if as_json:

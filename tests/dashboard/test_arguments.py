@@ -1,7 +1,12 @@
 """Arguments as rows: bounded, typed by the tags of the wire format, never decoded."""
 
+from dataclasses import replace
+
+import pytest
+
 from safedefer.dashboard.arguments import arguments_of, search_text
 from safedefer.dashboard.obstacles import last_error
+from safedefer.delivery.redaction import exception_type, redacted_traceback
 from safedefer.ledger import AttemptRecord
 from tests import sample_tasks
 from tests.unit.apps import make_app
@@ -51,17 +56,65 @@ def test_arguments_are_searched_as_the_token_spells_them():
     assert search_text(claims_of(order=4711) | {"cty": "pickle"}) == ""
 
 
-def test_the_last_error_is_the_last_line_of_the_newest_traceback_cut():
+@pytest.fixture
+def error_of():
+    """The last error of a task whose newest attempt is this."""
     app = make_app()
     view = app.queue.find(app.defer(sample_tasks.add, 1).id)
+    assert last_error(view) == ""
 
     def error(**changes):
-        from dataclasses import replace
-
         record = AttemptRecord(view.id, "a", 1.0, 2.0, "retry", 500)._replace(**changes)
         return last_error(replace(view, records=[record]))
 
-    assert last_error(view) == ""
+    yield error
+    app.close()
+
+
+class Quiet(Exception):
+    pass
+
+
+def noted():
+    error = ValueError("no address")
+    error.add_note("the second line")
+    return error
+
+
+def caused():
+    error = ValueError("outer\nmore")
+    error.__cause__ = KeyError("inner")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "shown"),
+    [
+        pytest.param(ValueError("no address\nfor Ann\n"), "ValueError: no address", id="several lines"),
+        pytest.param(ValueError(""), "ValueError", id="no text"),
+        pytest.param(ValueError("\n\nlate"), "ValueError:", id="an empty first line"),
+        pytest.param(noted(), "ValueError: no address", id="a note"),
+        pytest.param(caused(), "ValueError: outer", id="a cause"),
+        pytest.param(Quiet("a\nb"), f"{__name__}.Quiet: a", id="a class of the user's"),
+        pytest.param(Quiet(), f"{__name__}.Quiet", id="the same without a text"),
+        pytest.param(
+            ExceptionGroup("two failed", [ValueError("a\nb"), KeyError("c")]),
+            "ExceptionGroup: two failed (2 sub-exceptions)",
+            id="a group",
+        ),
+        pytest.param(SyntaxError("bad", ("f.py", 1, 1, "x y\n")), "SyntaxError: bad", id="a syntax error"),
+    ],
+)
+def test_the_last_error_is_the_type_and_the_first_line_of_its_text(error_of, raised, shown):
+    try:
+        raise raised
+    except Exception as error:
+        recorded = {"exception_type": exception_type(error), "traceback": redacted_traceback(error)}
+    assert error_of(**recorded) == shown
+
+
+def test_the_last_error_is_cut_and_is_the_last_line_of_a_text_that_is_no_traceback(error_of):
+    error = error_of
     assert error() == ""
     assert error(exception_type="a.B") == "a.B"
     assert error(traceback="Traceback\n  x\na.B: no\n\n") == "a.B: no"

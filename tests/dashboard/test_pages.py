@@ -353,7 +353,7 @@ async def test_what_is_polled_says_so_in_its_place_and_goes_on_polling(browser, 
     gone = await browser.get("live", headers={"HX-Request": "true"})
     assert gone.status == 401
     for part in (page, gone):
-        assert part.text.startswith('<div id="live" hx-get="live" hx-trigger="every 5s"')
+        assert part.text.startswith('<div id="live" hx-get="live" hx-trigger="every 2s"')
         assert "<html" not in part.text
 
 
@@ -392,6 +392,15 @@ async def test_the_system_page_shows_keys_without_secrets(browser):
     page = await browser.get("system")
     assert "k1" in page.words
     assert "active" in page.words
+
+
+async def test_the_system_page_shows_the_absolute_path_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    app = make_app(queue="sqlite:///tasks.db")
+    async with serving_dashboard(app) as browser:
+        await browser.log_in()
+        assert f"Store {tmp_path}/tasks.db" in (await browser.get("system")).words
+    app.close()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from safedefer.dashboard.access import Access
+from safedefer.dashboard.overview import Numbers
 from safedefer.errors import QueueUnavailable
 from safedefer.observe.troubles import (
     DownTarget,
@@ -17,7 +18,7 @@ from safedefer.observe.troubles import (
     StoreTrouble,
 )
 from safedefer.queues.base import NOTICES, Notice
-from tests.dashboard.served import serving_dashboard
+from tests.dashboard.served import ADMIN, serving_dashboard
 from tests.unit.apps import make_app
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{7*7}}\u202egpj.exe\x1b[31m"
@@ -93,6 +94,38 @@ async def test_a_process_that_fell_silent_is_named_unless_it_ended_or_was_replac
     assert "A process is silent" not in (await words_of(app, successor)).words
     app.queue.put_notice(successor.process, "", now=now)
     assert "A process is silent" not in (await words_of(app, replace(silent, ended=True))).words
+    app.close()
+
+
+def test_no_process_is_silent_because_counting_the_tasks_takes_long(monkeypatch):
+    """The counts of a large queue serve for seconds, and what processes say does not."""
+    app, now = make_app(), time.time()
+    said = ProcessReport(process="run 7 on web-1", command="run", beats=True, takes=True)
+    fault = replace(said, down=(DownTarget("http://10.0.0.7:8080", "refused", now),))
+    count = app.queue.stats
+
+    def count_slowly(**given):
+        time.sleep(0.5)
+        return count(**given)
+
+    monkeypatch.setattr(app.queue, "stats", count_slowly)
+    numbers, name = Numbers(app), "run 7 on web-1"
+
+    def is_silent(at):
+        found = [each.process for each in numbers.reported(now=at).silent]
+        said_so = any(f"The process {name}" in alarm.text for alarm in numbers.overview(ADMIN, now=at).alarms)
+        assert said_so is (name in found)
+        return name in found
+
+    app.queue.put_notice(name, said.text(), now=now)
+    assert not is_silent(now)
+    assert not is_silent(now + 6.0), "what was read a moment ago says nothing of the time since"
+    time.sleep(1.1)
+    app.queue.put_notice(name, fault.text(), now=now + 6.0)
+    assert not is_silent(now + 6.5)
+    assert numbers.reported(now=now + 6.5).down, "the counts are those of before, and the notices are not"
+    time.sleep(1.1)
+    assert is_silent(now + 12.0)
     app.close()
 
 

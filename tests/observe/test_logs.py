@@ -91,22 +91,42 @@ def test_a_text_with_new_lines_is_one_line_and_an_exception_is_in_it():
     assert "ValueError: a\nb" in line["exception"]
 
 
-@pytest.mark.parametrize("as_json", [True, False])
-def test_commands_log_lines_for_people_or_of_json(monkeypatch, as_json):
+def standard_error(monkeypatch):
+    """Return what is written there from now on; the root logger has no handler yet. (Before a test pytest gives it some.)"""
     root = logging.RootLogger(logging.WARNING)
     monkeypatch.setattr(logging, "root", root)
     monkeypatch.setattr(logging.Logger, "root", root)
     monkeypatch.setattr(logging.Logger.manager, "root", root)
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
+    return stream
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_commands_log_lines_for_people_or_of_json(monkeypatch, as_json):
+    stream = standard_error(monkeypatch)
     process = logging.getLogger("safedefer.process")
     before = process.level
     try:
         configure_log(verbose=False, as_json=as_json)
         assert is_json() is as_json
         assert process.level == (logging.INFO if as_json else before)
-        root.warning("hello")
+        logging.getLogger().warning("hello")
     finally:
         process.setLevel(before)
     text = stream.getvalue()
     assert (json.loads(text)["message"] == "hello") if as_json else text.endswith(" WARNING root: hello\n")
+
+
+def test_a_line_of_a_task_names_it_in_the_text_of_commands_and_no_line_does_so_twice(monkeypatch):
+    stream = standard_error(monkeypatch)
+    configure_log(verbose=True, as_json=False)
+    log, app = logging.getLogger("shop.text"), make_app()  # a new logger, so that it is below the root of this test
+    task = app.defer(sample_tasks.say, "shop.text", "working")
+    assert handle(app, task.payload).status == 200
+    log.warning("outside")
+    log.warning("it failed", extra={"safedefer": HANDLED})
+    app.close()
+    assert [line.split(" ", 3)[3] for line in stream.getvalue().splitlines()] == [
+        f"shop.text [{task.id} tests.sample_tasks:say]: working", "shop.text: outside", "shop.text: it failed",
+    ]  # fmt: skip

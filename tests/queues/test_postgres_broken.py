@@ -569,3 +569,34 @@ def test_without_room_for_a_thread_the_queue_says_so_and_serves_later(server, mo
             with pytest.raises(QueueUnavailable, match="allow the process more threads"):
                 queue.stats(now=time.time())
         queue.enqueue_many([task_now()])
+
+
+FULL = """
+CREATE FUNCTION safedefer.no_room() RETURNS trigger LANGUAGE plpgsql
+    AS $$ BEGIN RAISE EXCEPTION 'No space left on device' USING ERRCODE = 'disk_full'; END $$;
+CREATE TRIGGER no_room BEFORE INSERT ON safedefer.notices EXECUTE FUNCTION safedefer.no_room();
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        pytest.param(FULL, "DROP FUNCTION safedefer.no_room CASCADE", "its disk is full; free some space", id="full"),
+        pytest.param(
+            "ALTER ROLE postgres SET default_transaction_read_only = on",
+            "ALTER ROLE postgres SET default_transaction_read_only = off",
+            "it takes no writes; name the primary",
+            id="read-only",
+        ),
+    ],
+)
+def test_a_server_that_takes_no_writes_is_said_with_its_cause(dsn, before, after, says):
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(before)
+        queue = PostgresQueue(dsn)
+        try:
+            with pytest.raises(QueueUnavailable, match=says):
+                queue.put_notice("run 7 on web-1", "{}", now=time.time())
+        finally:
+            queue.close()
+            connection.execute(after)

@@ -19,7 +19,7 @@ from safedefer.ledger import Admission
 from safedefer.queues import open_queue
 from safedefer.queues.base import AlreadyWaiting, DeadFilter, task_digest
 from safedefer.queues.memory.queue import MemoryQueue
-from safedefer.queues.sqlite.connection import MIGRATIONS, SQL
+from safedefer.queues.sqlite.connection import MIGRATIONS, SQL, unavailable
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.queues.contract import (
     DONE,
@@ -415,6 +415,22 @@ def test_a_full_disk_acknowledges_nothing_and_the_queue_works_again_after_it(que
         connection.execute("PRAGMA max_page_count = 100000")
     queue.enqueue_many([make_task(token=b"x" * 200_000)])
     assert len(take(queue)) == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "code", "says"),
+    [
+        ("/proc", apsw.SQLITE_IOERR_SHMSIZE, "the disk is full; free some space"),
+        ("/proc", apsw.SQLITE_IOERR_WRITE, "the disk is full; free some space"),
+        ("/proc", apsw.SQLITE_IOERR_READ, "the disk did not read or write"),
+        (None, apsw.SQLITE_IOERR_SHMSIZE, "the disk did not read or write"),
+        ("/nowhere", apsw.SQLITE_IOERR_SHMSIZE, "the disk did not read or write"),
+    ],
+)
+def test_an_io_error_of_a_write_on_a_disk_without_room_says_that_it_is_full(tmp_path, folder, code, says):
+    """As SQLite's where a process opens the file on such a disk. ``/proc`` is a file system that has no room."""
+    error = unavailable(f"{folder or tmp_path}/tasks.db", apsw.exception_for(code))
+    assert says in str(error)
 
 
 def test_a_full_device_fails_the_commit_for_everybody_and_passes(path):

@@ -317,7 +317,7 @@ def test_its_own_observer_and_what_is_around_a_run_are_there():
         tasks.run_due()
         app.set_log_level(10)
     assert entered == ["in", "out"]
-    assert [type(event).__name__ for event in recorder.events] == ["TaskEnqueued", "TaskHandled"]
+    assert [type(event).__name__ for event in recorder.events] == ["TaskEnqueued", "TaskStarted", "TaskHandled"]
     assert isinstance(recorder.events[0], TaskEnqueued)
 
 

@@ -25,7 +25,7 @@ from safedefer.errors import (
     UnencodableArgument,
     UnknownQueueError,
 )
-from safedefer.events import LogObserver, TaskEnqueued
+from safedefer.events import LogObserver, TaskEnqueued, TaskHandled
 from safedefer.options import Limits
 from safedefer.queues.base import TaskState
 from safedefer.sending.routes import LIFETIME
@@ -268,11 +268,11 @@ def test_a_large_task_runs_and_its_event_names_the_callable():
     app = make_app(observer=seen)
     task = app.defer(tasks.add, "x" * 20_000, "y")
     assert handle(app, task.payload).headers["Safedefer-Outcome"] == "succeeded"
-    enqueued, handled = seen.events
+    enqueued, started, handled = seen.events
     assert enqueued == TaskEnqueued(
         task_id=task.id, queue="default", callable="tests.sample_tasks:add", size=len(task.payload)
     )
-    assert handled.callable == "tests.sample_tasks:add"
+    assert started.callable == handled.callable == "tests.sample_tasks:add"
 
 
 def test_a_task_over_the_limit_is_refused_with_its_size(app):
@@ -470,9 +470,7 @@ def test_the_log_level_is_of_normal_runs_alone(caplog):
     with caplog.at_level(logging.DEBUG, "safedefer"):
         handle(app, app.defer(tasks.add, 1).payload)
         handle(app, app.defer(tasks.fail).payload)
-    levels = [
-        record.levelno for record in caplog.records if " handled" in record.message or "attempt" in record.message
-    ]
+    levels = [record.levelno for record in caplog.records if isinstance(record.safedefer, TaskHandled)]
     assert levels == [logging.CRITICAL, logging.WARNING]
     with pytest.raises(TypeError, match=r"logging\.INFO"):
         app.set_log_level("INFO")

@@ -375,11 +375,12 @@ def test_top_draws_again_until_ctrl_c(app, at_a_terminal, monkeypatch):
     assert (nothing, "tasks.db does not exist yet: " in absent) == ([], True)
     assert ([column.title for column in columns][:2], again, slept) == (["QUEUE", "WAITING"], True, [5.0])
     assert rows[0][:4] == ("default", 1, 0, 0)
-    assert totals.endswith("1 waiting, 0 running, 0 dead, 0.0 done a second; every 5 s, Ctrl-C ends")
+    path = app.queue.file.path
+    assert totals == f"{path}: 1 waiting, 0 running, 0 dead, 0.0 done a second; every 5 s, Ctrl-C ends"
     app.queue.close()
     monkeypatch.setattr(type(app.queue), "stats", unavailable)
     run("top", "--every", "5")
-    assert drawn[3][1:] == ([], f"{app.queue_place}: it is away")
+    assert drawn[3][1:] == ([], f"{path}: it is away")
 
 
 def unavailable(*_, **__):

@@ -16,7 +16,7 @@ from safedefer.concurrency.threads import Threads
 from safedefer.delivery import ledger_client
 from safedefer.delivery.handler import OUTCOME_HEADER, redacted_traceback
 from safedefer.errors import QueueUnavailable
-from safedefer.events import LogObserver, TaskHandled
+from safedefer.events import LogObserver, RequestRefused, TaskEnqueued, TaskHandled, TaskStarted
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
 from safedefer.queues import open_queue
 from tests import sample_tasks as tasks
@@ -60,6 +60,22 @@ def test_the_type_of_a_tasks_exception_is_in_the_event_and_the_log_and_its_text_
     assert (done.error_type, done.error) == (None, None)
     assert "(exception): builtins.ValueError" in caplog.text
     assert "Ann" not in caplog.text + repr(failed)
+    app.close()
+
+
+def test_an_observer_hears_that_an_attempt_begins_before_its_code_runs_and_of_no_other_request():
+    told = []
+    app = make_app(observer=told.append)
+    task = app.options(queue="mail").defer(tasks.add, 1)
+    for _ in range(2):
+        handle(app, task.payload, {**JOSE, "X-AppEngine-TaskRetryCount": "2"})
+    handle(app, b"no task")
+    enqueued, started, *_ = told
+    assert [type(each) for each in told] == [TaskEnqueued, TaskStarted, TaskHandled, TaskHandled, RequestRefused]
+    assert told[3].outcome == "duplicate"
+    assert started == TaskStarted(
+        task_id=enqueued.task_id, queue="mail", callable="tests.sample_tasks:add", kid="k1", attempt=3
+    )
     app.close()
 
 

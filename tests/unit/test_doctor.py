@@ -55,9 +55,9 @@ def test_a_healthy_app_has_no_complaint(monkeypatch, tmp_path):
     findings = [*examine(spec)]
     assert {finding.status for finding in findings} == {"ok"}
     assert {finding.name for finding in findings} == {
-        "keys", "policy", "queue", "users", "clock", "environment", "sqlite", "deadlines", "pickle", "unverified_bytes",
+        "keys", "policy", "queue", "writes", "users", "clock", "environment", "sqlite", "deadlines", "pickle", "unverified_bytes",
     }  # fmt: skip
-    assert len(CHECKS) == 13
+    assert len(CHECKS) == 14
 
 
 @pytest.mark.parametrize("as_json", [False, True])

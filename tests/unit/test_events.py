@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 import pytest
 
@@ -12,10 +13,14 @@ from safedefer.events import (
     ProcessStopping,
     RequestRefused,
     TaskHandled,
+    TaskStarted,
     banner,
     hears_enqueued,
+    hears_started,
     is_heard,
 )
+from safedefer.observe.counts import Counts
+from safedefer.observe.troubles import Troubles
 
 HANDLED = TaskHandled(
     task_id="i", queue="default", callable="m:f", kid="k", outcome="succeeded", status=200, reason=None, attempt=1, seconds=0.1
@@ -149,6 +154,18 @@ def test_an_event_is_made_if_any_of_several_observers_may_act_on_it():
         assert is_heard(Observers(log, print), "succeeded", None)
     finally:
         logging.getLogger("safedefer").setLevel(logging.NOTSET)
+
+
+def test_the_start_of_an_attempt_is_an_event_only_where_an_observer_acts_on_it(caplog):
+    quiet = Observers(LogObserver(), Troubles(time.time), Counts())
+    assert not hears_started(quiet)
+    assert not any(map(hears_started, quiet))
+    assert hears_started(Observers(quiet, print))
+    assert hears_started(print)
+    caplog.set_level(logging.DEBUG)
+    assert hears_started(quiet)
+    quiet(TaskStarted(task_id="i", queue="default", callable="m:f", kid="k", attempt=2))
+    assert caplog.messages == ["task i starts: m:f, attempt 2"]
 
 
 # --- Processes ---

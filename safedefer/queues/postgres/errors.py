@@ -37,8 +37,12 @@ BROKEN: Final = (
 #: Prefixes of the SQLSTATEs that end a connection: connection errors, shutdown of the server, idle transaction timeout.
 _GONE: Final = ("08", "57P", "25P03")
 
-#: SQLSTATE of what the role may not do.
-_FORBIDDEN: Final = "42501"
+#: What to do about some SQLSTATEs: what the role may not do, a full disk of the server, a transaction that may only read.
+_REMEDIES: Final = {
+    "42501": "give this role its rights on the schema safedefer, or use the role that ran `safedefer migrate`",
+    "53100": "its disk is full; free some space and try again",
+    "25006": "it takes no writes; name the primary server, not a standby, or set default_transaction_read_only off",
+}
 
 #: Errors that the values of a row cause: out of range, in the way of another row, too long for an index.
 _OF_VALUES: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
@@ -51,9 +55,8 @@ def is_of_a_value(error: BaseException) -> bool:
 
 def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueUnavailable:
     """Return the error of a database that fails; ``in_doubt``: the answer to a commit was lost."""
-    remedy = "see that it runs, that it takes connections from here, and that its disk is not full"
-    if getattr(error, "sqlstate", None) == _FORBIDDEN:
-        remedy = "give this role its rights on the schema safedefer, or use the role that ran `safedefer migrate`"
+    known = _REMEDIES.get(getattr(error, "sqlstate", None) or "")
+    remedy = known or "see that it runs, that it takes connections from here, and that its disk is not full"
     if in_doubt:
         remedy += "; whether the tasks were stored is not known: one with a name can be deferred again"
     return QueueUnavailable(f"the queue's database at {place(dsn)} failed ({describe(dsn, error)}); {remedy}")

@@ -31,10 +31,18 @@ SQL: Final = load_statements(__file__)
 MIGRATIONS: Final = ("migration_1", "migration_2", "migration_3", "migration_4", "migration_5")
 """Step n brings the schema from version n - 1 to n. Steps are added, never changed."""
 
+_FULL: Final = "the disk is full; free some space and try again"
+#: SQLite says `disk I/O error` where it makes or extends the write-ahead log's index, of 32 KiB, on a disk that is full.
+_WRITES: Final = frozenset({
+    apsw.SQLITE_IOERR_SHMSIZE, apsw.SQLITE_IOERR_SHMMAP, apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_IOERR_FSYNC,
+    apsw.SQLITE_IOERR_TRUNCATE,
+})  # fmt: skip
+_FULL_BELOW: Final = 65_536
+
 _REMEDIES: Final[tuple[tuple[type[Exception], str], ...]] = (
     (apsw.BusyError, "another process kept it locked; look for a long transaction, or raise busy_timeout"),
     (apsw.LockedError, "another connection of this process kept it locked; look for a long transaction"),
-    (apsw.FullError, "the disk is full; free some space and try again"),
+    (apsw.FullError, _FULL),
     (apsw.IOError, "the disk did not read or write; look at the system's log"),
     (apsw.CorruptError, "the file is damaged; restore it from a backup"),
     (apsw.NotADBError, "the file is not a SQLite database; check the path of the queue"),
@@ -59,9 +67,19 @@ _creating = threading.Lock()
 def unavailable(path: str, cause: BaseException) -> QueueUnavailable:
     """Return the ``QueueUnavailable`` that says what failed and what to do about it."""
     remedy = next((text for kind, text in _REMEDIES if isinstance(cause, kind)), "look at the system's log")
+    if isinstance(cause, apsw.IOError) and getattr(cause, "extendedresult", 0) in _WRITES and _is_full(path):
+        remedy = _FULL
     error = QueueUnavailable(f"the queue's file {path} failed ({cause}): {remedy}")
     error.__cause__ = cause
     return error
+
+
+def _is_full(path: str) -> bool:
+    try:
+        disk = os.statvfs(os.path.dirname(path) or ".")  # noqa: PTH120  # a text, as everywhere in the queue
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < _FULL_BELOW
 
 
 def forked(path: str) -> QueueUnavailable:
