@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.packs import Pack, PackedType
-from safedefer.codecs.shared import Refusal, VersionSkew
+from safedefer.codecs.shared import Refusal, VersionSkew, step
 from safedefer.codecs.types.holders import holder, own_state
 from safedefer.codecs.types.ndb_queries import query_types
 
@@ -145,7 +145,12 @@ class _Entities:
         if added:
             raise Refusal(
                 f"the entity has attributes beside its properties ({', '.join(sorted(map(str, added)))}), "
-                "which the datastore would not keep; pass them as arguments of their own"
+                "which the datastore would not keep; pass them as arguments of their own",
+                instead={
+                    ".__class__": cls,
+                    **{step(str(name)): each for name, each in own.get("_values", {}).items()},
+                    **{step(str(name)): own[name] for name in added},
+                },
             )
         dynamic = self._dynamic_parts(cls, own.get("_properties"))
         key = own.get("_entity_key")
