@@ -12,7 +12,7 @@ import sys
 import typing
 from collections.abc import Mapping
 from itertools import chain, islice
-from types import BuiltinMethodType, FunctionType, GenericAlias, MethodType
+from types import BuiltinMethodType, FunctionType, GenericAlias, MethodType, SimpleNamespace
 from typing import Any, ClassVar, Final, cast
 
 from safedefer.codecs import inspect_safely
@@ -30,6 +30,7 @@ _TOLD: Final = 8
 _INSTEAD: Final = "pass an id, or the values that the task needs"
 #: Stands for the name of a callable that the policy does not admit.
 _ANY: Final = reference("function", "safedefer", "defer", None)
+_OF_NAMESPACE: Final[Any] = vars(SimpleNamespace)["__dict__"].__get__
 #: Not those of an OrderedDict, which ask its keys for their hash.
 _VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.items()))
 _ALIASES: Final = (GenericAlias, type(typing.Iterable[int]))
@@ -246,6 +247,8 @@ def _parts(value: object) -> Mapping[str, object]:
     """Return what the message says to pass in place of a value of a built-in class. Runs none of the caller's code."""
     if type(value) is functools.partial:
         return {".func": value.func, ".args": value.args, ".keywords": value.keywords}
+    if type(value) is SimpleNamespace:
+        return {f".{name}": each for name, each in _OF_NAMESPACE(value).items()}
     if any(type(value) is each for each in _VIEWS):
         return {"": list(cast("Any", value))}
     return {}

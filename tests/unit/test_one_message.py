@@ -4,6 +4,7 @@ import asyncio
 import functools
 import threading
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,6 +71,7 @@ INSTEAD = {
     "partial argument": ((TAKE, {"f": functools.partial(far.run, PLAIN)}), (TAKE, far.run, PLAIN), ("run", "Plain")),
     "partial in a partial": ((TAKE, functools.partial(print, functools.partial(far.run))), (TAKE, print, far.run), ("run",)),
     "views": ((TAKE, {"a": PLAIN}.values(), {far.Colour.RED: 1}.keys(), {1: POINT}.items()), (TAKE, [PLAIN], [far.Colour.RED], [(1, POINT)]), ("Plain", "Colour", "Point")),
+    "namespace": ((TAKE, [SimpleNamespace(a=PLAIN, b=[POINT])]), (TAKE, [{"a": PLAIN, "b": [POINT]}]), ("Plain", "Point")),
     "raised": ((TAKE, raised(POINT)), (TAKE, ValueError(POINT), far.Failed(PLAIN)), ("Point", "Failed", "Plain")),
     "unbound method": ((far.Point.move, POINT, PLAIN), (POINT.move, PLAIN), ("Point.move", "Point", "Plain")),
 }  # fmt: skip
