@@ -196,7 +196,7 @@ def _judge_option(file: CodeFile, name: str, value: ast.expr) -> None:
             value,
             Level.NOTE,
             "target",
-            f"the dispatcher must know the address of {constant!r}: dispatch --target {constant}=URL",
+            f"the dispatcher must know the address of {constant!r}: SAFEDEFER_TARGETS={constant}=URL, or App(targets={{{constant!r}: URL}})",
         )
     elif name == "_url" and isinstance(constant, str):
         if not constant.startswith("/") or "?" in constant or "#" in constant:
