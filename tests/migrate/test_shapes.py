@@ -86,6 +86,24 @@ SHAPES = [
      "def later(loan):\n    deferred.defer(f, _eta=loan.due.replace(tzinfo=timezone.utc))\n", None, ""),
     ("stored with a zone", "from google.cloud import ndb\nfrom safedefer import deferred\nclass Loan(ndb.Model):\n    due = ndb.DateTimeProperty(tzinfo=timezone.utc)\n"
      "def later(loan):\n    deferred.defer(f, _eta=loan.due)\n", None, ""),
+    ("zone taken away", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.now(timezone.utc).replace(tzinfo=None))", None, "naive-eta"),
+    ("one of two times", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=max(when, datetime.utcnow()))\ndeferred.defer(f, _eta=when or datetime.utcnow())", None, "naive-eta naive-eta"),
+    ("aware ones of two", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=max(when, datetime.now(timezone.utc)))\ndeferred.defer(f, _eta=when or other)", None, ""),
+    ("time in a text", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.fromisoformat('2030-01-01'))\ndeferred.defer(f, _eta=datetime.fromisoformat('2030-01-01T00:00+00:00'))\ndeferred.defer(f, _eta=datetime.fromisoformat('x'))\ndeferred.defer(f, _eta=datetime.fromisoformat(text))", None, "naive-eta"),
+    ("first of all times", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.min)", None, "naive-eta"),
+    ("time that is added to", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\nwhen = datetime.utcnow()\nwhen += timedelta(1)\nwhen = when + timedelta(1)\ndeferred.defer(f, _eta=when)", None, "naive-eta"),
+    ("time or None in a name", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\nwhen = None\nif f:\n    when = datetime.utcnow()\ndeferred.defer(f, _eta=when)", None, "naive-eta"),
+    ("made aware in the same name", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\nwhen = datetime.utcnow()\nwhen = when.replace(tzinfo=timezone.utc)\ndeferred.defer(f, _eta=when)", None, ""),
+    ("time of a loop", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\nwhen = datetime.utcnow()\nfor when in [datetime.now(timezone.utc)]:\n    deferred.defer(f, _eta=when)\n", None, ""),
+    ("returned", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndef later():\n    if f:\n        return datetime.utcnow()\n    return datetime.now() + timedelta(1)\ndeferred.defer(f, _eta=later())", None, "naive-eta"),
+    ("returned aware, or by itself", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndef later():\n    return datetime.now(timezone.utc)\ndef ever(n=3):\n    return ever(n - 1) if n else None\ndef nothing(): ...\ndeferred.defer(f, _eta=later())\ndeferred.defer(f, _eta=ever())\ndeferred.defer(f, _eta=nothing())", None, ""),
+    ("named on the way", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=(when := datetime.utcnow()))", None, "naive-eta"),
+    ("options in a dict", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, **{'_eta': datetime.utcnow(), '_quue': 1, 'a': 1})\nmore = dict(_eta=datetime.utcnow(), **x)\ndeferred.defer(f, _countdown=1, **more)\ndeferred.defer(f, **x, **{**y, 3: 4})", None, "naive-eta unknown-option eta naive-eta"),
+    ("stored, repeated", "from google.cloud import ndb\nfrom safedefer import deferred\nclass Loan(ndb.Model):\n    dues = ndb.DateTimeProperty(repeated=True)\n"
+     "def later(loan):\n    deferred.defer(f, _eta=loan.dues[0])\n    deferred.defer(f, _eta=loan.names[0])\n", None, "naive-eta"),
+    ("retry options in a dict", "from google.appengine.api import taskqueue\nfrom safedefer import deferred\nmore = {'_retry_options': taskqueue.TaskRetryOptions(task_retry_limit=1)}\n"
+     "deferred.defer(f, **more)\n",
+     "from safedefer import deferred\nmore = {'_retry_options': deferred.TaskRetryOptions(task_retry_limit=1)}\ndeferred.defer(f, **more)\n", ""),
     # --- Callables ---
     ("lambda", "from safedefer import deferred\ndeferred.defer(lambda: f(1))", None, "lambda"),
     ("lambda with a name", "from safedefer import deferred\ng = lambda x: x\ndeferred.defer(g, 1)", None, "lambda"),
@@ -232,6 +250,15 @@ def test_a_shape_of_code(tmp_path, before, after, codes):
     ast.parse(text)
     # A second run finds nothing to rewrite.
     assert run(tmp_path, shape=text)["shape"][0] == text
+
+
+def test_a_naive_time_of_another_file_is_found(tmp_path):
+    found = run(
+        tmp_path,
+        times="from datetime import datetime\nSOON = datetime.utcnow()\ndef later():\n    return datetime(2030, 1, 1)\n",
+        site="from times import SOON, later\nfrom safedefer import deferred\ndeferred.defer(f, _eta=SOON)\ndeferred.defer(f, _eta=later())\n",
+    )
+    assert [note.code for note in found["site"][1]] == ["naive-eta", "naive-eta"]
 
 
 def test_there_are_shapes_of_each_library():
