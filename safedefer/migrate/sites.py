@@ -154,17 +154,19 @@ def options_of(project: Project, file: CodeFile, arguments: CallArguments) -> It
     for name, (_, value) in arguments.keywords.items():
         yield name, file, value
     for n in arguments.double:
-        spread = arguments.all[n]
-        home, made = project.value(file, spread.value if isinstance(spread, ast.keyword) else spread)
-        if isinstance(made, ast.Dict):
-            pairs = [
-                (key.value, each)
-                for key, each in zip(made.keys, made.values, strict=True)
-                if isinstance(key, ast.Constant)
-            ]
-            yield from ((name, home, each) for name, each in pairs if isinstance(name, str))
-        elif isinstance(made, ast.Call) and home.names.dotted(made.func) == "builtins.dict":
-            yield from ((each.arg, home, each.value) for each in made.keywords if each.arg)
+        behind = arguments.all[n]
+        yield from spelled_out(project, file, behind.value if isinstance(behind, ast.keyword) else behind)
+
+
+def spelled_out(project: Project, file: CodeFile, expr: ast.expr) -> Iterator[tuple[str, CodeFile, ast.expr]]:
+    """Give the names of a dict that the code shows, with the file and the value of each: a literal, or ``dict(...)``."""
+    home, made = project.value(file, expr)
+    if isinstance(made, ast.Dict):
+        pairs = zip(made.keys, made.values, strict=True)
+        constants = [(key.value, each) for key, each in pairs if isinstance(key, ast.Constant)]
+        yield from ((name, home, each) for name, each in constants if isinstance(name, str))
+    elif isinstance(made, ast.Call) and home.names.dotted(made.func) == "builtins.dict":
+        yield from ((each.arg, home, each.value) for each in made.keywords if each.arg)
 
 
 def judge_eta(file: CodeFile, value: ast.expr, project: Project | None = None) -> None:
