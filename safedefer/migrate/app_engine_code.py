@@ -45,9 +45,9 @@ _ERRORS: Final = {
 
 #: What surrounds ``deferred`` where it was App Engine's, by dotted name, and means something else here: code, and what is said.
 _BESIDE: Final = {
-    **{f"{module}.add": (
-        "taskqueue-add", "taskqueue.add stays as it is and needs App Engine: write the handler of its URL as a function, and defer that",
-    ) for module in _TASKQUEUES},
+    **{f"{module}.{name}": (
+        "taskqueue-add", f"taskqueue.{name} stays as it is and needs App Engine: write the handler of its URL as a function, and defer that",
+    ) for module in _TASKQUEUES for name in ("add", "add_async", "Task", "Queue")},
     "google.appengine.runtime.DeadlineExceededError": (
         "deadline", "nothing raises DeadlineExceededError outside of App Engine: stop by the clock, and defer the rest",
     ),

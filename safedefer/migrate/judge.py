@@ -62,6 +62,8 @@ _MAKES: Final = {
     "builtins.zip": ("iterator", "an iterator", "pass a list"),
     "builtins.reversed": ("iterator", "an iterator", "pass a list"),
     "builtins.enumerate": ("iterator", "an iterator", "pass a list"),
+    "google.appengine.ext.db.Key": ("db-key", "a key of db", "pass str(key), and make it again in the task: db.Key(text)"),
+    "google.appengine.ext.db.Key.from_path": ("db-key", "a key of db", "pass str(key), and make it again in the task: db.Key(text)"),
     "google.appengine.api.users.get_current_user": ("user", "App Engine's User object", "pass user.user_id() or user.email()"),
 }  # fmt: skip
 _REQUESTS: Final = frozenset(

@@ -59,6 +59,10 @@ SHAPES = [
      "try:\n    taskqueue.add(url='/x')\nexcept taskqueue.TaskAlreadyExistsError:\n    pass\ndeferred.defer(f)",
      "from google.appengine.api import taskqueue\nfrom safedefer import deferred\n"
      "try:\n    taskqueue.add(url='/x')\nexcept taskqueue.TaskAlreadyExistsError:\n    pass\ndeferred.defer(f)", "taskqueue-add"),
+    ("tasks and queues beside", "from google.appengine.api import taskqueue\nfrom safedefer import deferred\n"
+     "def go():\n    taskqueue.Task(url='/x').add('q')\n    taskqueue.Queue('q').lease_tasks(3, 4)\n    deferred.defer(f)\n", None, "taskqueue-add taskqueue-add"),
+    ("keys of db", "from google.appengine.ext import db\nfrom safedefer import deferred\n"
+     "def go():\n    key = db.Key.from_path('A', 1)\n    deferred.defer(f, key, db.Key('x'), str(key))\n", None, "db-key db-key"),
     ("both in one try", "from google.appengine.api import taskqueue\nfrom google.appengine.ext import deferred\n"
      "try:\n    deferred.defer(f)\n    taskqueue.add(url='/x')\nexcept taskqueue.TaskAlreadyExistsError:\n    pass\n",
      "from google.appengine.api import taskqueue\nfrom safedefer import deferred\n"
