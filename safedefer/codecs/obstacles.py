@@ -19,8 +19,8 @@ from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_layout import Plan, hash_definers, make_plan
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.registry import RegisteredType, TypeRegistry
-from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values
-from safedefer.errors import NotDeferrable
+from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values, step
+from safedefer.errors import NotDeferrable, PolicyViolation
 from safedefer.options import Limits
 from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, CallableRef, class_path, reference
@@ -98,11 +98,11 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
                 refusals.setdefault(path, _told(refusal, path, culprit.value, enc.around[0].value))
             if len(asked.refusals) + len(refusals) >= _TOLD or id(culprit.value) in look.left_out:
                 break
-            instead = (refusal.instead or _parts(culprit.value)) if culprit.value is enc.around[0].value else {}
+            instead = _instead(refusal, culprit.value, asked) if culprit.value is enc.around[0].value else {}
             look.left_out[id(culprit.value)] = culprit.value, instead
             look.done |= enc.done
     hooked = {pattern: None for _, patterns in asked.closed.values() for pattern in patterns}
-    missing = tuple(asked.missing)
+    missing = tuple(asked.missing | asked.beside)
     return Obstacles(
         missing,
         tuple(pattern for pattern in hooked if pattern in missing),
@@ -173,6 +173,8 @@ class _AskedGate:
         self._gate = gate
         self._registry = registry
         self.missing: dict[str, None] = {}
+        #: Patterns that a class lacks besides the setting of its metaclass, which its refusal tells.
+        self.beside: dict[str, None] = {}
         #: Those of a key: no pattern of the policy helps.
         self.refusals: dict[str, str] = {}
         #: Classes without a pattern whose objects are looked into, and those whose objects are not, with their patterns.
@@ -187,7 +189,7 @@ class _AskedGate:
         try:
             return self._gate.class_name(cls)
         except NotDeferrable as error:
-            self._note(error)
+            self._note(error, cls)
             plan = self._plan(cls)
             if plan is None or _runs_code(plan):
                 lacking = (self.note_class(each) for each in (() if plan is None else plan.definers))
@@ -203,7 +205,7 @@ class _AskedGate:
         try:
             self._gate.class_name(cls)
         except NotDeferrable as error:
-            self._note(error)
+            self._note(error, cls)
             return error.missing
         return ()
 
@@ -217,12 +219,29 @@ class _AskedGate:
             self._note(error)
             return _ANY
 
-    def _note(self, error: NotDeferrable) -> None:
+    def _note(self, error: NotDeferrable, cls: type | None = None) -> None:
+        if error.reason == "metaclass" and cls is not None:
+            self._note_beside(cls)
         if error.reason != "policy":
             raise error
         self.missing |= dict.fromkeys(error.missing)
         if not error.missing:
             self.refusals[str(error)] = str(error)
+
+    def attributes(self, value: object) -> Mapping[str, object]:
+        """Return the attributes of an object whose metaclass was refused, if to look at them runs no code of its class."""
+        plan = None if inspect_safely.derives(type(value), type) else self._plan(type(value))
+        if plan is None or plan.state_of is None or _runs_code(plan):
+            return {}
+        own = plan.state_of(value)
+        return {step(name): each for name, each in own.items() if type(name) is str} if type(own) is dict else {}
+
+    def _note_beside(self, cls: type) -> None:
+        module, _, qualname = class_path(cls).partition(":")
+        try:
+            self._gate.check(reference("class", module, qualname, None))
+        except PolicyViolation:
+            self.beside[class_path(cls)] = None
 
     def _plan(self, cls: type) -> Plan | None:
         """Return the plan of a class; of one whose objects only others' code takes apart, or which cannot travel, none."""
@@ -241,6 +260,14 @@ def _runs_code(plan: Plan) -> bool:
         return True  # its classes are made again from its arguments
     hooks = plan.getstate, plan.setstate, plan.newargs, plan.newargs_ex, plan.new
     return any(hook is not None for hook in hooks)
+
+
+def _instead(refusal: Refusal, value: object, asked: _AskedGate) -> Mapping[str, object]:
+    """Return what is to be looked at in place of a value that was refused."""
+    cause = refusal.__cause__
+    if isinstance(cause, NotDeferrable) and cause.reason == "metaclass":
+        return asked.attributes(value)
+    return refusal.instead or _parts(value)
 
 
 def _parts(value: object) -> Mapping[str, object]:

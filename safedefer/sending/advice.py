@@ -106,6 +106,8 @@ def _meant(error: TypeError, target: Any, args: Sequence[Any]) -> object:
     """Return what the message says to defer in place of what is no task, as far as it is known; else ``UNBOUND``."""
     if type(target) is functools.partial:
         return target
+    if getattr(error, "reason", "") == "metaclass":
+        return target.__self__ if type(target) is MethodType else target
     if getattr(error, "reason", "") == "unbound-method" and type(target) is FunctionType and args:
         return MethodType(target, args[0])
     return UNBOUND

@@ -308,7 +308,7 @@ def test_what_a_key_may_not_name_is_told_without_a_pattern_of_the_policy():
 def test_a_metaclass_is_told_with_its_setting(app):
     error = refused(app, tasks.take, far.Colour.RED, [far.OfMeta, far.OfMeta()])
     assert f"SAFEDEFER_METACLASSES={FAR}:Meta" in str(error)
-    assert error.missing == names("Colour")
+    assert error.missing == names("Colour", "OfMeta")
 
 
 def test_a_pickled_call_is_not_looked_into():

@@ -31,7 +31,8 @@ def make():
     made = []
 
     def new(*patterns, **more):
-        made.append(make_app(policy=Policy("tests.sample_tasks", *patterns), **more))
+        metaclasses = more.pop("metaclasses", ())
+        made.append(make_app(policy=Policy("tests.sample_tasks", *patterns, metaclasses=metaclasses), **more))
         deferred.configure(made[-1])
         return made[-1]
 
@@ -114,6 +115,23 @@ def test_the_bases_whose_hooks_will_run_are_named_with_the_class(make):
     error = refused(make(), TAKE, far.Sealed(), POINT)
     assert error.missing == names("Sealed", "Point")  # no key, so nothing asks for its hash
     far.RAN.clear()
+
+
+def of_meta(value):
+    made = object.__new__(far.OfMeta)
+    made.value = [value]
+    return made
+
+
+@pytest.mark.parametrize("call", [
+    (TAKE, of_meta(PLAIN)), (TAKE, [of_meta(PLAIN)], far.OfMeta), (of_meta(PLAIN).go,), (far.OfMeta.of, PLAIN), (far.OfMeta, PLAIN),
+])  # fmt: skip
+def test_a_metaclass_is_told_with_the_patterns_of_its_class(make, call):
+    error = refused(make(), *call)
+    assert f"SAFEDEFER_METACLASSES={far.__name__}:Meta" in str(error)
+    assert sorted(error.missing) == sorted(names("OfMeta", "Plain"))
+    make(*error.missing, metaclasses=[far.Meta])
+    assert deferred.defer(*call)
 
 
 def test_an_entity_with_attributes_of_its_own_is_looked_into(make):

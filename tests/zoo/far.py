@@ -204,7 +204,13 @@ class Meta(type):
 
 
 class OfMeta(metaclass=Meta):
-    pass
+    def __init__(self, value: object = None) -> None:
+        self.value = value
+
+    def go(self) -> None: ...
+
+    @classmethod
+    def of(cls, value: object) -> None: ...
 
 
 class Makes:
