@@ -215,17 +215,29 @@ OPTIONS: Final = tuple(sorted(defer.__kwdefaults__ or ()))
 #: What to do in place of options that other versions of ``defer`` have, or that people take it to have.
 OPTION_HINTS: Final = {
     "_delay": "use _countdown, in seconds",
+    "_dispatch_deadline": "use _deadline, in seconds",
     "_instance": "use _target, which names a handler",
     "_method": "a task is always POSTed; leave it out",
+    "_module": "use _target, which names a handler",
     "_params": "pass arguments to the callable",
+    "_queue_name": "use _queue",
     "_retries": "use _retry_options=TaskRetryOptions(task_retry_limit=...)",
+    "_retry": "use _retry_options=TaskRetryOptions(task_retry_limit=...)",
     "_retry_limit": "use _retry_options=TaskRetryOptions(task_retry_limit=...)",
     "_service": "use _target, which names a handler",
     "_small_task": "every task is stored in its queue's transaction, whatever its size; leave it out",
+    "_task_name": "use _name",
+    "_timeout": "use _deadline, in seconds",
+    "_unique": "use app.options(unique=True).defer(...)",
+    "_uri": "use _url",
     "_using": "a transaction is that of a connection: with app.transaction(connection); leave it out",
     "_version": "use _target, which names a handler",
     "_wipe_related_caches": "pass the key of a model, and get it in the task; leave it out",
 }
+
+
+#: How much of a name must be an option's to be taken for it: _start is not _target.
+_ALIKE: Final = 0.81
 
 
 @takes(defer)
@@ -375,7 +387,7 @@ def _said_of(name: str) -> str:
         return f"no option {name!a}: {OPTION_HINTS[name]}"
     import difflib  # noqa: PLC0415  # for this message only
 
-    near = difflib.get_close_matches(name.lower(), OPTIONS, n=1)
+    near = difflib.get_close_matches(name.lower(), OPTIONS, n=1, cutoff=_ALIKE)
     meant = f"did you mean {near[0]}? A" if near else "a"
     return (
         f"no option {name!a}; {meant} keyword of your own that begins with _ is passed with app.options(...).defer(...)"
