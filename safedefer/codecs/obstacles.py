@@ -90,7 +90,8 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
                 refusals.setdefault(refusal.path, sentence(refusal))
                 break
             level = levels[refusal.path] = levels.get(refusal.path, -1) + 1
-            culprit = _culprit(enc.around, asked.admitted, level)
+            # A setting helps what has a metaclass, so a pattern helps what is around it.
+            culprit = _culprit(enc.around, {} if _is_of_metaclass(refusal) else asked.admitted, level)
             _cut(asked.missing, culprit.noted)
             _cut(enc.done, culprit.done)
             if level == 0:
@@ -264,10 +265,11 @@ def _runs_code(plan: Plan) -> bool:
 
 def _instead(refusal: Refusal, value: object, asked: _AskedGate) -> Mapping[str, object]:
     """Return what is to be looked at in place of a value that was refused."""
-    cause = refusal.__cause__
-    if isinstance(cause, NotDeferrable) and cause.reason == "metaclass":
-        return asked.attributes(value)
-    return refusal.instead or _parts(value)
+    return asked.attributes(value) if _is_of_metaclass(refusal) else refusal.instead or _parts(value)
+
+
+def _is_of_metaclass(refusal: Refusal) -> bool:
+    return isinstance(refusal.__cause__, NotDeferrable) and refusal.__cause__.reason == "metaclass"
 
 
 def _parts(value: object) -> Mapping[str, object]:

@@ -7,8 +7,12 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from safedefer import Policy, TaskRetryOptions, deferred
+from safedefer.codecs.shared import Obstacles
+from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import (
     BadTransactionStateError,
     DeferError,
@@ -18,11 +22,14 @@ from safedefer.errors import (
     UnencodableArgument,
     UnknownQueueError,
 )
+from safedefer.refs import UNBOUND
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
 from tests.zoo import far
 
 TAKE = tasks.take
+#: How many refusals are told at most.
+MOST = 8
 
 
 @pytest.fixture
@@ -124,12 +131,12 @@ def of_meta(value):
 
 
 @pytest.mark.parametrize("call", [
-    (TAKE, of_meta(PLAIN)), (TAKE, [of_meta(PLAIN)], far.OfMeta), (of_meta(PLAIN).go,), (far.OfMeta.of, PLAIN), (far.OfMeta, PLAIN),
+    (TAKE, of_meta(PLAIN)), (TAKE, [of_meta(PLAIN)], far.OfMeta), (TAKE, far.Holder([of_meta(PLAIN)])), (TAKE, far.Holder(far.OfMeta), PLAIN),(of_meta(PLAIN).go,), (far.OfMeta.of, PLAIN), (far.OfMeta, PLAIN),
 ])  # fmt: skip
 def test_a_metaclass_is_told_with_the_patterns_of_its_class(make, call):
     error = refused(make(), *call)
     assert f"SAFEDEFER_METACLASSES={far.__name__}:Meta" in str(error)
-    assert sorted(error.missing) == sorted(names("OfMeta", "Plain"))
+    assert set(error.missing) - set(names("Holder")) == set(names("OfMeta", "Plain"))
     make(*error.missing, metaclasses=[far.Meta])
     assert deferred.defer(*call)
 
@@ -145,6 +152,34 @@ def test_an_entity_with_attributes_of_its_own_is_looked_into(make):
     del book.__dict__["extra"]
     make(*error.missing)
     assert deferred.defer(TAKE, book, POINT)
+
+
+LEAVES = st.sampled_from([
+    lambda: 1, far.Plain, lambda: far.Colour.RED, lambda: far.Colour, lambda: far.run, lambda: POINT.move, lambda: far.Point.make, lambda: list[far.Plain],
+    lambda: far.Frozen(1), lambda: far.Note(text="x"), threading.Lock, lambda: lambda: 1, lambda: far.Page[int](items=[1]), lambda: far.OfMeta,
+])  # fmt: skip
+AROUND = st.sampled_from([
+    lambda each: [each], lambda each: {"k": each}, lambda each: {"k": each}.values(), lambda each: functools.partial(far.run, each, k=each), raised, of_meta,
+    lambda each: far.Point(each, 1), lambda each: far.Pair(each, each), lambda each: SimpleNamespace(a=each), lambda each: far.Failed(each),
+])  # fmt: skip
+
+
+@given(st.lists(st.tuples(LEAVES, st.lists(AROUND, max_size=4)), max_size=4))
+def test_doing_what_a_message_says_of_the_policy_brings_no_news(parts):
+    values = []
+    for leaf, around in parts:
+        values.append(leaf())
+        for wrap in around:
+            values[-1] = wrap(values[-1])
+    codec, call = TypedCodec(), (UNBOUND, values, {})
+    first = codec.obstacles(call, Policy())
+    second = codec.obstacles(call, Policy(*first.missing, metaclasses=[far.Meta]))
+    told = [refusal.rpartition("; ")[0] for refusal in first.refusals.values()]
+    if len(told) < MOST and not any("it holds" in each for each in told):
+        assert second.missing == ()
+        assert {refusal.rpartition("; ")[0] for refusal in second.refusals.values()} <= set(told)
+    if second == Obstacles():
+        codec.encode(call, Policy(*first.missing, metaclasses=[far.Meta]))
 
 
 NAIVE = datetime(2030, 1, 1)  # noqa: DTZ001 - what is refused
