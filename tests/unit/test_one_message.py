@@ -148,10 +148,27 @@ def test_an_entity_with_attributes_of_its_own_is_looked_into(make):
     book = shelf.Book(notes={"a": PLAIN})
     book.extra = POINT
     error = refused(make(), TAKE, book)
+    assert str(error).startswith(f"$.args[0] ({shelf.__name__}.Book) cannot be carried: the entity has attributes")
     assert sorted(error.missing) == sorted((f"{shelf.__name__}:Book", *names("Plain", "Point")))
     del book.__dict__["extra"]
     make(*error.missing)
     assert deferred.defer(TAKE, book, POINT)
+    error = refused(make(), TAKE, [book])
+    assert str(error).startswith(
+        f"$.args[0][0] ({shelf.__name__}.Book) cannot be carried: the class {shelf.__name__}:Book is not"
+    )
+    book.notes = [1, {"k": threading.Lock()}]
+    error = refused(make(f"{shelf.__name__}:Book"), TAKE, [book])
+    assert error.path == "$.args[0][0].notes[1].k"
+
+
+def test_what_was_added_to_a_key_is_looked_at(make):
+    ndb = pytest.importorskip("google.cloud.ndb")
+    from google.cloud.datastore.key import Key  # noqa: PLC0415 - as above
+
+    key = ndb.Key._from_ds_key(Key("A", 1, project="p"))
+    key.extra = [POINT]
+    assert refused(make(), TAKE, key).missing == names("Point")
 
 
 LEAVES = st.sampled_from([

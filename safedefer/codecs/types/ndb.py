@@ -35,7 +35,7 @@ def _types() -> tuple[PackedType, ...]:
     keys = _Keys(key, stored_key)
     return (
         PackedType("$google_ndb_key", (key,), keys.parts, keys.key),
-        PackedType("$google_ndb_entity", (), entities.parts, entities.entity, base=model.Model),
+        PackedType("$google_ndb_entity", (), entities.parts, entities.entity, base=model.Model, own=("[0]", "[2]")),
         PackedType("$google_ndb_cursor", (query.Cursor,), *holder(query.Cursor, {"cursor": (bytes, type(None))})),
         PackedType("$google_ndb_geopt", (model.GeoPt,), *holder(model.GeoPt, {"latitude": (float, int), "longitude": (float, int)})),
         PackedType("$google_ndb_user", (model.User,), *holder(model.User, {
@@ -109,8 +109,12 @@ class _Keys:
 
     def parts(self, value: Any) -> tuple[Any, ...]:
         """Return the parts of the datastore's key, and the reference that the key was read from (urlsafe, serialized)."""
-        if not own_state(value).keys() <= {"_key", "_reference", "_hash_value"}:
-            raise Refusal("attributes were added to the key; pass them as arguments of their own")
+        added = {
+            name: each for name, each in own_state(value).items() if name not in {"_key", "_reference", "_hash_value"}
+        }
+        if added:
+            instead = {step(str(name)): each for name, each in added.items()}
+            raise Refusal("attributes were added to the key; pass them as arguments of their own", instead=instead)
         read = value._reference
         return *self.stored_parts(value._key), None if read is None else read.SerializeToString(deterministic=True)
 
