@@ -149,7 +149,7 @@ class _Entities:
         if added:
             raise Refusal(
                 f"the entity has attributes beside its properties ({', '.join(sorted(map(str, added)))}), "
-                "which the datastore would not keep; pass them as arguments of their own",
+                "which the datastore would not keep; pass them as arguments of their own, or pass the key",
                 instead={
                     ".__class__": cls,
                     **{step(str(name)): each for name, each in own.get("_values", {}).items()},
