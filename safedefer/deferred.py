@@ -22,7 +22,7 @@ lambdas, static methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from inspect import Parameter
 from threading import RLock
@@ -50,6 +50,8 @@ from safedefer.errors import (
 )
 from safedefer.execution.binding import read_signature
 from safedefer.options import DEFAULT_QUEUE, DEFAULT_URL, Task, TaskRetryOptions
+from safedefer.sending.advice import tell_more
+from safedefer.sending.sender import Deferral
 from safedefer.sending.signatures import takes
 
 if TYPE_CHECKING:
@@ -193,52 +195,61 @@ def defer(
         TypeError: An unknown ``_option``, or arguments that the callable does not take.
         DeferError: One of its subclasses says what is wrong; see ``App.defer``.
     """
-    _check_unknown(obj, kwargs)
-    deferral = current_app().options(
-        countdown=_countdown,
-        eta=_eta,
-        headers={} if _headers is None else _headers,
-        name=_name,
-        queue=_queue,
-        retry_options=_retry_options,
-        target=_target,
-        transactional=_transactional,
-        url=_url,
-        deadline=_deadline,
-        pickle=_pickle,
-    )
-    return deferral.defer(obj, *args, **kwargs)
+    given: dict[str, Any] = {
+        "countdown": _countdown,
+        "eta": _eta,
+        "headers": {} if _headers is None else _headers,
+        "name": _name,
+        "queue": _queue,
+        "retry_options": _retry_options,
+        "target": _target,
+        "transactional": _transactional,
+        "url": _url,
+        "deadline": _deadline,
+        "pickle": _pickle,
+    }
+    return _front(given, obj, args, kwargs).defer(obj, *args, **kwargs)
 
 
 OPTIONS: Final = tuple(sorted(defer.__kwdefaults__ or ()))
 #: What to do in place of options that other versions of ``defer`` have, or that people take it to have.
 OPTION_HINTS: Final = {
     "_delay": "use _countdown, in seconds",
+    "_dispatch_deadline": "use _deadline, in seconds",
     "_instance": "use _target, which names a handler",
     "_method": "a task is always POSTed; leave it out",
+    "_module": "use _target, which names a handler",
     "_params": "pass arguments to the callable",
+    "_queue_name": "use _queue",
     "_retries": "use _retry_options=TaskRetryOptions(task_retry_limit=...)",
+    "_retry": "use _retry_options=TaskRetryOptions(task_retry_limit=...)",
     "_retry_limit": "use _retry_options=TaskRetryOptions(task_retry_limit=...)",
     "_service": "use _target, which names a handler",
     "_small_task": "every task is stored in its queue's transaction, whatever its size; leave it out",
+    "_task_name": "use _name",
+    "_timeout": "use _deadline, in seconds",
+    "_unique": "use app.options(unique=True).defer(...)",
+    "_uri": "use _url",
     "_using": "a transaction is that of a connection: with app.transaction(connection); leave it out",
     "_version": "use _target, which names a handler",
     "_wipe_related_caches": "pass the key of a model, and get it in the task; leave it out",
 }
 
 
+#: How much of a name must be an option's to be taken for it: _start is not _target.
+_ALIKE: Final = 0.81
+
+
 @takes(defer)
 async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> Task:
     """Do what ``defer`` does, with the same options, without blocking the event loop."""
     given = {name.removeprefix("_"): kwargs.pop(name) for name in OPTIONS if name in kwargs}
-    _check_unknown(obj, kwargs)
-    # To build an App reads files and imports modules.
-    app = configured_app()
-    if app is None:
+    if configured_app() is None:
         import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
 
-        app = await asyncio.to_thread(current_app)
-    return await app.options(**given).defer_async(obj, *args, **kwargs)
+        # To build an App reads files and imports modules.
+        await asyncio.to_thread(current_app)
+    return await _front(given, obj, args, kwargs).defer_async(obj, *args, **kwargs)
 
 
 def serialize(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
@@ -324,6 +335,28 @@ def set_log_level(log_level: int) -> None:
     current_app().set_log_level(log_level)
 
 
+def _front(
+    given: dict[str, Any], obj: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Deferral:
+    """Return what defers with these options. The refusal of one says what else is refused of the call.
+
+    Raises:
+        TypeError: An option does not exist.
+        InvalidTaskError: One is wrong.
+    """
+    try:
+        _check_unknown(obj, kwargs)
+        return current_app().options(**given)
+    except (TypeError, InvalidTaskError) as error:
+        parameters = _parameters(obj)
+        own = {name: value for name, value in kwargs.items() if name[:1] != "_" or name in parameters}
+        if not isinstance(error, InvalidTaskError):
+            tell_more(error, lambda: current_app().options(**given))
+        if not given.get("pickle"):  # what a pickle takes is another question
+            tell_more(error, lambda: current_app().serialize(obj, *args, **own))
+        raise
+
+
 def _check_unknown(obj: object, kwargs: Mapping[str, Any]) -> None:
     """Refuse options that do not exist. A parameter of the callable that begins with ``_`` is none of them.
 
@@ -354,7 +387,7 @@ def _said_of(name: str) -> str:
         return f"no option {name!a}: {OPTION_HINTS[name]}"
     import difflib  # noqa: PLC0415  # for this message only
 
-    near = difflib.get_close_matches(name.lower(), OPTIONS, n=1)
+    near = difflib.get_close_matches(name.lower(), OPTIONS, n=1, cutoff=_ALIKE)
     meant = f"did you mean {near[0]}? A" if near else "a"
     return (
         f"no option {name!a}; {meant} keyword of your own that begins with _ is passed with app.options(...).defer(...)"

@@ -55,8 +55,31 @@ REMEDY: Final = "pass an id, register the type (safedefer.register_type), or opt
 _LISTED: Final = "pass a list of its items"
 _PLAIN: Final = {
     **dict.fromkeys(
-        ("dict_keys", "dict_values", "dict_items", "generator", "map", "filter", "zip", "enumerate"), _LISTED
+        (
+            "dict_keys",
+            "dict_values",
+            "dict_items",
+            "odict_keys",
+            "odict_values",
+            "odict_items",
+            "generator",
+            "map",
+            "filter",
+            "zip",
+            "enumerate",
+            "reversed",
+            "list_iterator",
+            "list_reverseiterator",
+            "tuple_iterator",
+            "set_iterator",
+            "itertools.chain",
+            "itertools.islice",
+        ),
+        _LISTED,
     ),
+    "mappingproxy": "pass dict(value)",
+    "memoryview": "pass bytes(value)",
+    "types.SimpleNamespace": "pass vars(value), which is a dict",
     "functools.partial": "pass the function and its arguments as arguments",
     "module": "pass its name",
     "logging.Logger": "get the logger by its name in the task",
@@ -68,6 +91,8 @@ _PLAIN: Final = {
     "numpy.generic": "pass value.item(), which is a value of Python",
     "numpy.ndarray": f"pass value.tolist() if it is small; else {REMEDY}",
 }
+#: App Engine's bundled SDK: its attribute is a protobuf, whose own advice would be of no use.
+_DB_KEY: Final = "google.appengine.api.datastore_types.Key"
 _NAMEDTUPLE_ARGS: Final = cast("Any", collections.namedtuple("_Probe", "a")).__getnewargs__.__code__  # noqa: PYI024
 # dataclasses generates these for slotted frozen classes; they only read and set the fields.
 _DATACLASS_STATE: Final = tuple(
@@ -234,6 +259,8 @@ def _check_layout(cls: type, base: type, *, exception: bool) -> None:
             else f"a subclass of {inspect_safely.type_name(base)} may hide state in C"
         )
         raise ValueError(f"{what}; {_instead(cls)}")
+    if _DB_KEY in map(inspect_safely.type_name, inspect_safely.mro(cls)):
+        raise ValueError("a key of db is kept in C; pass str(key), and make it again in the task: db.Key(text)")
     if cls is object:
         raise ValueError(
             "a bare object() is nothing but its identity, which does not travel; use None or an enum member"

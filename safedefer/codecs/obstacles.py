@@ -7,18 +7,20 @@ walk. The trees are thrown away. All walks together look at no more values than 
 
 from __future__ import annotations
 
+import functools
 import sys
 import typing
-from itertools import islice
-from types import BuiltinMethodType, FunctionType, GenericAlias, MethodType
+from collections.abc import Mapping
+from itertools import chain, islice
+from types import BuiltinMethodType, FunctionType, GenericAlias, MethodType, SimpleNamespace
 from typing import Any, ClassVar, Final, cast
 
 from safedefer.codecs import inspect_safely
-from safedefer.codecs.class_layout import make_plan
+from safedefer.codecs.class_layout import Plan, hash_definers, make_plan
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.registry import RegisteredType, TypeRegistry
-from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values
-from safedefer.errors import NotDeferrable
+from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values, step
+from safedefer.errors import NotDeferrable, PolicyViolation
 from safedefer.options import Limits
 from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, CallableRef, class_path, reference
@@ -28,6 +30,9 @@ _TOLD: Final = 8
 _INSTEAD: Final = "pass an id, or the values that the task needs"
 #: Stands for the name of a callable that the policy does not admit.
 _ANY: Final = reference("function", "safedefer", "defer", None)
+_OF_NAMESPACE: Final[Any] = vars(SimpleNamespace)["__dict__"].__get__
+#: Not those of an OrderedDict, which ask its keys for their hash.
+_VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.items()))
 _ALIASES: Final = (GenericAlias, type(typing.Iterable[int]))
 
 
@@ -85,7 +90,8 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
                 refusals.setdefault(refusal.path, sentence(refusal))
                 break
             level = levels[refusal.path] = levels.get(refusal.path, -1) + 1
-            culprit = _culprit(enc.around, asked.admitted, level)
+            # A setting helps what has a metaclass, so a pattern helps what is around it.
+            culprit = _culprit(enc.around, {} if _is_of_metaclass(refusal) else asked.admitted, level)
             _cut(asked.missing, culprit.noted)
             _cut(enc.done, culprit.done)
             if level == 0:
@@ -93,10 +99,11 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
                 refusals.setdefault(path, _told(refusal, path, culprit.value, enc.around[0].value))
             if len(asked.refusals) + len(refusals) >= _TOLD or id(culprit.value) in look.left_out:
                 break
-            look.left_out[id(culprit.value)] = culprit.value
+            instead = _instead(refusal, culprit.value, asked) if culprit.value is enc.around[0].value else {}
+            look.left_out[id(culprit.value)] = culprit.value, instead
             look.done |= enc.done
     hooked = {pattern: None for _, patterns in asked.closed.values() for pattern in patterns}
-    missing = tuple(asked.missing)
+    missing = tuple(asked.missing | asked.beside)
     return Obstacles(
         missing,
         tuple(pattern for pattern in hooked if pattern in missing),
@@ -154,8 +161,8 @@ class _LookAtCall:
         self.alone: dict[int, bytes] = {}
         self.alone_items = [0]
         self.keep: list[object] = []
-        #: By id: values that were refused, and those that earlier walks have done with.
-        self.left_out: dict[int, object] = {}
+        #: By id: values that were refused, with what the message says to pass instead, and those that earlier walks have done with.
+        self.left_out: dict[int, tuple[object, Mapping[str, object]]] = {}
         self.done: dict[int, object] = {}
         self.spent = 0
 
@@ -167,6 +174,8 @@ class _AskedGate:
         self._gate = gate
         self._registry = registry
         self.missing: dict[str, None] = {}
+        #: Patterns that a class lacks besides the setting of its metaclass, which its refusal tells.
+        self.beside: dict[str, None] = {}
         #: Those of a key: no pattern of the policy helps.
         self.refusals: dict[str, str] = {}
         #: Classes without a pattern whose objects are looked into, and those whose objects are not, with their patterns.
@@ -181,21 +190,25 @@ class _AskedGate:
         try:
             return self._gate.class_name(cls)
         except NotDeferrable as error:
-            self._note(error)
-            if self._runs_code(cls):
-                self.closed[id(cls)] = cls, error.missing
+            self._note(error, cls)
+            plan = self._plan(cls)
+            if plan is None or _runs_code(plan):
+                lacking = (self.note_class(each) for each in (() if plan is None else plan.definers))
+                self.closed[id(cls)] = cls, (*error.missing, *chain.from_iterable(lacking))
                 raise
             self.admitted[id(cls)] = cls
             return class_path(cls)
 
-    def note_class(self, cls: type) -> None:
-        """Ask about a class that is a value itself: nothing of it runs. Raises ``NotDeferrable`` as the gate does."""
+    def note_class(self, cls: type) -> tuple[str, ...]:
+        """Ask about a class of which nothing runs: a value itself, or a base. Raises ``NotDeferrable`` as the gate does."""
         if _is_unloaded(class_path(cls).partition(":")[0]):
-            return
+            return ()
         try:
             self._gate.class_name(cls)
         except NotDeferrable as error:
-            self._note(error)
+            self._note(error, cls)
+            return error.missing
+        return ()
 
     def callable_ref(self, obj: object) -> CallableRef:
         """See ``Gate.callable_ref``."""
@@ -207,26 +220,67 @@ class _AskedGate:
             self._note(error)
             return _ANY
 
-    def _note(self, error: NotDeferrable) -> None:
+    def _note(self, error: NotDeferrable, cls: type | None = None) -> None:
+        if error.reason == "metaclass" and cls is not None:
+            self._note_beside(cls)
         if error.reason != "policy":
             raise error
         self.missing |= dict.fromkeys(error.missing)
         if not error.missing:
             self.refusals[str(error)] = str(error)
 
-    def _runs_code(self, cls: type) -> bool:
-        """Whether to take an object of the class apart runs a hook of the class."""
-        if type(self._registry.by_class(cls)) is RegisteredType:
-            return True
+    def attributes(self, value: object) -> Mapping[str, object]:
+        """Return the attributes of an object whose metaclass was refused, if to look at them runs no code of its class."""
+        plan = None if inspect_safely.derives(type(value), type) else self._plan(type(value))
+        if plan is None or plan.state_of is None or _runs_code(plan):
+            return {}
+        own = plan.state_of(value)
+        return {step(name): each for name, each in own.items() if type(name) is str} if type(own) is dict else {}
+
+    def _note_beside(self, cls: type) -> None:
+        module, _, qualname = class_path(cls).partition(":")
         try:
-            plan = make_plan(cls, self._registry)
+            self._gate.check(reference("class", module, qualname, None))
+        except PolicyViolation:
+            self.beside[class_path(cls)] = None
+
+    def _plan(self, cls: type) -> Plan | None:
+        """Return the plan of a class; of one whose objects only others' code takes apart, or which cannot travel, none."""
+        if type(self._registry.by_class(cls)) is RegisteredType:
+            return None
+        try:
+            return make_plan(cls, self._registry)
         except ValueError:
-            return True
-        generic = inspect_safely.namespace(cls).get("__pydantic_generic_metadata__")
-        if type(generic) is dict and generic.get("parameters"):
-            return True  # its classes are made again from its arguments
-        hooks = plan.getstate, plan.setstate, plan.newargs, plan.newargs_ex, plan.new
-        return any(hook is not None for hook in hooks)
+            return None
+
+
+def _runs_code(plan: Plan) -> bool:
+    """Whether to take an object of a class apart runs a hook of the class, or of one of its bases."""
+    generic = inspect_safely.namespace(plan.cls).get("__pydantic_generic_metadata__")
+    if type(generic) is dict and generic.get("parameters"):
+        return True  # its classes are made again from its arguments
+    hooks = plan.getstate, plan.setstate, plan.newargs, plan.newargs_ex, plan.new
+    return any(hook is not None for hook in hooks)
+
+
+def _instead(refusal: Refusal, value: object, asked: _AskedGate) -> Mapping[str, object]:
+    """Return what is to be looked at in place of a value that was refused."""
+    return asked.attributes(value) if _is_of_metaclass(refusal) else refusal.instead or _parts(value)
+
+
+def _is_of_metaclass(refusal: Refusal) -> bool:
+    return isinstance(refusal.__cause__, NotDeferrable) and refusal.__cause__.reason == "metaclass"
+
+
+def _parts(value: object) -> Mapping[str, object]:
+    """Return what the message says to pass in place of a value of a built-in class. Runs none of the caller's code."""
+    if type(value) is functools.partial:
+        return {".func": value.func, ".args": value.args, ".keywords": value.keywords}
+    if type(value) is SimpleNamespace:
+        return {f".{name}": each for name, each in _OF_NAMESPACE(value).items()}
+    if any(type(value) is each for each in _VIEWS):
+        return {"": list(cast("Any", value))}
+    return {}
 
 
 def _is_unloaded(module: object) -> bool:
@@ -305,11 +359,13 @@ class _SurveyingEncoder(Encoder):
     def value(self, value: Any, depth: int) -> Json:
         """See ``Encoder.value``."""
         kind, asked = type(value), self.asked
-        if id(value) in self.look.done or id(value) in self.look.left_out:
+        if id(value) in self.look.done:
             return None
+        if (left := self.look.left_out.get(id(value))) is not None:
+            return self._instead(value, left[1], depth)
         if (closed := asked.closed.get(id(kind))) is not None:
             asked.missing |= dict.fromkeys(closed[1])
-            return None
+            return self._note_hash(kind)
         keyed, noted, done = self.keyed, len(asked.missing), len(self.done)
         again = id(value) in self.begun
         self.begun.add(id(value))
@@ -329,10 +385,30 @@ class _SurveyingEncoder(Encoder):
                 self.around.append(_Around(value, len(refusal.trail), noted, done))
                 raise
             # Else the pattern is noted, and nothing more of the object is looked at.
+            self._note_hash(kind)
         if not again:
             self.begun.discard(id(value))
             self.done[id(value)] = value
         return None
+
+    def _instead(self, value: object, parts: Mapping[str, object], depth: int) -> None:
+        """Look at what is to be passed in place of a value that was refused."""
+        if id(value) in self.begun:
+            return
+        self.begun.add(id(value))
+        for at, each in parts.items():
+            try:
+                self.value(each, depth + 1)
+            except Refusal as refusal:
+                refusal.trail.append(at)
+                raise
+        self.begun.discard(id(value))
+
+    def _note_hash(self, kind: type) -> None:
+        """Ask about the bases of a class whose objects are not looked into, for one that is a key or a member of a set."""
+        if self.keyed and id(kind) in self.asked.closed:
+            for definer in hash_definers(kind):
+                self.asked.note_class(definer)
 
     def name_definer(self, cls: type) -> None:
         """See ``Encoder.name_definer``. Its own objects may be looked into all the same: they do without the hook."""

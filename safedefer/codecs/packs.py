@@ -23,6 +23,7 @@ class PackedType:
         encode: Returns a value that can be carried. Raises ``Refusal`` if the object would not arrive equal.
         decode: Returns an object of one of the types. A holder of a key chooses its argument.
         base: The classes derived from it belong to the tag, too.
+        own: The steps of the path of parts that are no attributes of the object: its class, and what holds its values.
     """
 
     tag: str
@@ -30,6 +31,7 @@ class PackedType:
     encode: Callable[[Any], object]
     decode: Callable[[Any], object]
     base: type | None = None
+    own: tuple[str, ...] = ()
 
     def carries(self, cls: type) -> bool:
         """Whether objects of this class have the tag."""

@@ -46,15 +46,17 @@ class Obstacles(NamedTuple):
 class Refusal(Exception):
     """A value cannot be carried.
 
-    ``why`` (str) ends with the remedy, ``trail`` (list[str]) is the path, innermost step first, and ``kind``
-    (str) names the type of a value that could not be encoded.
+    ``why`` (str) ends with the remedy, ``trail`` (list[str]) is the path, innermost step first, ``kind``
+    (str) names the type of a value that could not be encoded, and ``instead`` is what the remedy says to pass, by its
+    step of the path.
     """
 
-    def __init__(self, why: str, *steps: str) -> None:
+    def __init__(self, why: str, *steps: str, instead: Mapping[str, object] = MappingProxyType({})) -> None:
         super().__init__(why)
         self.why = why
         self.trail: list[str] = list(steps)
         self.kind = ""
+        self.instead = instead
 
     @property
     def path(self) -> str:

@@ -9,7 +9,7 @@ from safedefer import deferred
 from safedefer.migrate.edits import CallArguments, ImportEdit
 from safedefer.migrate.notes import Level
 from safedefer.migrate.project import APP_ENGINE, DJANGAE, OURS, CodeFile, Project
-from safedefer.migrate.sites import judge_call, judge_options, parameters_of
+from safedefer.migrate.sites import judge_call, judge_options, options_of, parameters_of
 
 _PACKAGE: Final = "google.appengine.ext"
 _LIBRARIES: Final = (*APP_ENGINE, *DJANGAE)
@@ -45,9 +45,9 @@ _ERRORS: Final = {
 
 #: What surrounds ``deferred`` where it was App Engine's, by dotted name, and means something else here: code, and what is said.
 _BESIDE: Final = {
-    **{f"{module}.add": (
-        "taskqueue-add", "taskqueue.add stays as it is and needs App Engine: write the handler of its URL as a function, and defer that",
-    ) for module in _TASKQUEUES},
+    **{f"{module}.{name}": (
+        "taskqueue-add", f"taskqueue.{name} stays as it is and needs App Engine: write the handler of its URL as a function, and defer that",
+    ) for module in _TASKQUEUES for name in ("add", "add_async", "Task", "Queue")},
     "google.appengine.runtime.DeadlineExceededError": (
         "deadline", "nothing raises DeadlineExceededError outside of App Engine: stop by the clock, and defer the rest",
     ),
@@ -159,9 +159,9 @@ def _visit_defer(project: Project, file: CodeFile, call: ast.Call) -> None:
     arguments = CallArguments(call)
     called = arguments.positional[0][1] if arguments.positional else None
     judge_options(project, file, arguments, frozenset() if called is None else parameters_of(project, file, called))
-    retry = arguments.value("_retry_options")
-    if retry is not None:
-        _visit_retry(project, file, retry)
+    for name, home, value in options_of(project, file, arguments):
+        if name == "_retry_options":
+            _visit_retry(project, home, value)
     given = [value for _, value in arguments.positional]
     kwargs = {name: value for name, (_, value) in arguments.keywords.items() if not name.startswith("_")}
     if given and not isinstance(given[0], ast.Starred):

@@ -62,6 +62,8 @@ _MAKES: Final = {
     "builtins.zip": ("iterator", "an iterator", "pass a list"),
     "builtins.reversed": ("iterator", "an iterator", "pass a list"),
     "builtins.enumerate": ("iterator", "an iterator", "pass a list"),
+    "google.appengine.ext.db.Key": ("db-key", "a key of db", "pass str(key), and make it again in the task: db.Key(text)"),
+    "google.appengine.ext.db.Key.from_path": ("db-key", "a key of db", "pass str(key), and make it again in the task: db.Key(text)"),
     "google.appengine.api.users.get_current_user": ("user", "App Engine's User object", "pass user.user_id() or user.email()"),
 }  # fmt: skip
 _REQUESTS: Final = frozenset(
@@ -283,73 +285,6 @@ def _is_request(names: Names, expr: ast.expr) -> bool:
         and isinstance(owner, ast.Name)
         and owner.id == "self"
     )
-
-
-# --- Times ----------------------------------------------------------------------------------------
-
-_NAIVE: Final = frozenset({"datetime.datetime.utcnow", "datetime.datetime.today", "datetime.datetime.utcfromtimestamp"})
-_AWARE_IF: Final = {"datetime.datetime.now": 0, "datetime.datetime.fromtimestamp": 1, "datetime.datetime.combine": 2}
-#: Positional arguments of ``datetime()`` before ``tzinfo``.
-_BEFORE_ZONE: Final = 7
-
-
-def is_naive(names: Names, expr: ast.expr, stored: frozenset[str] = frozenset()) -> bool:
-    """Whether an expression makes a datetime without a time zone, as far as it shows.
-
-    Args:
-        names: Those of its file.
-        expr: The expression.
-        stored: Attributes that count as datetimes without one.
-    """
-    expr = names.value(expr)
-    if stored and _is_stored(names, expr, stored):
-        return True
-    if isinstance(expr, ast.BinOp) and isinstance(expr.op, ast.Add | ast.Sub):
-        return is_naive(names, expr.left, stored) or (
-            isinstance(expr.op, ast.Add) and is_naive(names, expr.right, stored)
-        )
-    if isinstance(expr, ast.IfExp):
-        return is_naive(names, expr.body, stored) or is_naive(names, expr.orelse, stored)
-    if not isinstance(expr, ast.Call):
-        return False
-    if isinstance(expr.func, ast.Attribute) and expr.func.attr == "replace":
-        return not _has(expr, "tzinfo") and is_naive(names, expr.func.value, stored)
-    made = names.dotted(expr.func) or ""
-    if made in _NAIVE:
-        return True
-    if made == "datetime.datetime":
-        return not _has(expr, "tzinfo") and len(expr.args) <= _BEFORE_ZONE and not _spread(expr)
-    if made == "datetime.datetime.strptime":
-        form = expr.args[1] if len(expr.args) > 1 else None
-        return isinstance(form, ast.Constant) and isinstance(form.value, str) and "%z" not in form.value
-    if made in _AWARE_IF:
-        return not _has(expr, "tz", "tzinfo") and len(expr.args) <= _AWARE_IF[made] and not _spread(expr)
-    return False
-
-
-def _is_stored(names: Names, expr: ast.expr, stored: frozenset[str]) -> bool:
-    if isinstance(expr, ast.Attribute):
-        return expr.attr in stored
-    # `self.due`, followed to what the class says of it.
-    return isinstance(expr, ast.Call) and is_naive_property(names, expr)
-
-
-def is_naive_property(names: Names, made: ast.Call) -> bool:
-    """Whether a call makes App Engine's property of datetimes without a time zone."""
-    dotted = names.dotted(made.func) or ""
-    return (
-        dotted.startswith("google.")
-        and dotted.endswith(".DateTimeProperty")
-        and not (_has(made, "tzinfo") or _spread(made))
-    )
-
-
-def _has(call: ast.Call, *keywords: str) -> bool:
-    return any(each.arg in keywords for each in call.keywords)
-
-
-def _spread(call: ast.Call) -> bool:
-    return any(isinstance(each, ast.Starred) for each in call.args) or any(each.arg is None for each in call.keywords)
 
 
 # --- Around the call ------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from safedefer.migrate.edits import Edits, Places
-from safedefer.migrate.judge import is_naive_property
 from safedefer.migrate.names import Binding, Names
 from safedefer.migrate.notes import FileReport, Level
+from safedefer.migrate.times import is_naive_property
 
 APP_ENGINE: Final = ("google.appengine.ext.deferred", "google.appengine.ext.deferred.deferred")
 DJANGAE: Final = ("djangae.deferred", "djangae.tasks.deferred")

@@ -9,7 +9,7 @@ from typing import Final
 from safedefer.migrate.edits import CallArguments, CallEdit, Piece
 from safedefer.migrate.notes import Level
 from safedefer.migrate.project import CodeFile, OldTask, Project
-from safedefer.migrate.sites import judge_call, judge_queue
+from safedefer.migrate.sites import judge_call, judge_queue, spelled_out
 
 NO_RETRIES: Final = (
     "{0} runs a failing task once, and safedefer tries it again until it is a dead letter: limit it in queue.yaml "
@@ -64,14 +64,7 @@ def finish(
         name: value for name, (n, value) in arguments.keywords.items() if n in used and name not in {"args", "kwargs"}
     }
     args += [value for name, (n, value) in arguments.keywords.items() if n in used and name in {"args", "kwargs"}]
-    for name, value in kwargs.items():
-        if name.startswith("_"):
-            file.note(
-                value,
-                Level.REFUSED,
-                "unknown-option",
-                f"{name}= begins with _, as options of defer() do; app.options(...).defer takes it",
-            )
+    _note_underscores(project, file, pieces, kwargs, arguments)
     if func is not None:
         judge_call(project, file, call, func, args, kwargs)
     for n in arguments.double:
@@ -82,6 +75,24 @@ def finish(
             "options among these are handed to the callable, not taken as options",
         )
     note_result(file, call)
+
+
+def _note_underscores(
+    project: Project, file: CodeFile, pieces: list[Piece], kwargs: dict[str, ast.expr], arguments: CallArguments
+) -> None:
+    """Note arguments of the callable that ``defer`` would take for its options."""
+    spread = {piece.at for piece in pieces if piece.how == "stars"} | set(arguments.double)
+    spreads = (each for n, each in enumerate(arguments.all) if n in spread)
+    dicts = [each.value if isinstance(each, ast.keyword) else each for each in spreads]
+    own = [(name, file, value) for name, value in kwargs.items()]
+    for name, home, value in (*own, *(found for each in dicts for found in spelled_out(project, file, each))):
+        if name.startswith("_"):
+            home.note(
+                value,
+                Level.REFUSED,
+                "unknown-option",
+                f"{name}= begins with _, as options of defer() do; app.options(...).defer takes it",
+            )
 
 
 def note_result(file: CodeFile, call: ast.Call) -> None:

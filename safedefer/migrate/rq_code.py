@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, TypeAlias
 
 from safedefer.migrate.edits import CallArguments, Piece, spread
 from safedefer.migrate.notes import Level
@@ -13,6 +13,7 @@ from safedefer.migrate.project import CodeFile, OldTask, Project
 from safedefer.migrate.rewriting import DEFERRED, NO_RETRIES, finish, note_reference, ordered
 from safedefer.migrate.sites import judge_eta
 
+_Keywords: TypeAlias = dict[str, tuple[int, ast.expr]]
 _QUEUES: Final = frozenset({"rq.Queue", "rq.queue.Queue"})
 _GETTERS: Final = frozenset({"django_rq.get_queue", "django_rq.queues.get_queue"})
 _FUNCTIONS: Final = frozenset({"django_rq.enqueue", "django_rq.queues.enqueue"})
@@ -44,6 +45,10 @@ _BY_HAND: Final = {
     "unique": "use app.options(unique=True).defer(...)",
     "webhooks": "observe the ends of tasks: App(observers=[...])",
 }
+#: What ``enqueue``, ``enqueue_in`` and ``enqueue_at`` take as options; any other keyword is the callable's.
+_TAKEN: Final = frozenset(
+    {"job_timeout", "job_id", "retry", "description", "result_ttl", "ttl", "failure_ttl", "at_front", *_BY_HAND}
+)
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -142,6 +147,9 @@ def _visit_call(project: Project, file: CodeFile, call: ast.Call) -> bool:
             call, Level.BY_HAND, "current-job", "get_current_job() is None in a task of safedefer; write safedefer.current_task()"
         )  # fmt: skip
         return False
+    if file.names.dotted(func) in _QUEUES | _GETTERS:
+        _note_sync(file, call)
+        return False
     if file.names.dotted(func) in _FUNCTIONS:
         return _visit_enqueue(project, file, call, "enqueue", {})
     if not isinstance(func, ast.Attribute):
@@ -165,6 +173,16 @@ def _visit_call(project: Project, file: CodeFile, call: ast.Call) -> bool:
         file.note(call, Level.BY_HAND, "enqueue-many", "enqueue_many has a counterpart of another form: app.defer_many")
         return False
     return _visit_enqueue(project, file, call, func.attr, options)
+
+
+def _note_sync(file: CodeFile, made: ast.Call) -> None:
+    """Note a queue whose jobs run where they are enqueued."""
+    value = CallArguments(made).value("is_async")
+    if value is not None and not (isinstance(value, ast.Constant) and value.value):
+        file.note(
+            value, Level.NOTE, "not-async",
+            "is_async=False has RQ run jobs at once, and defer() stores them; in tests write TestApp(..., inline=True)",
+        )  # fmt: skip
 
 
 def _imports(file: CodeFile, *modules: str) -> bool:
@@ -259,9 +277,15 @@ def _visit_enqueue(project: Project, file: CodeFile, call: ast.Call, method: str
         positional = []
     callee = _callee(project, file, func[1])
     own = dict(options)
-    pieces = _options(file, arguments, own)
-    if callee is None or pieces is None:
+    given = {
+        name: each for name, each in arguments.keywords.items() if each is not func and name not in {"args", "kwargs"}
+    }
+    taken = _TAKEN if method != "enqueue_call" else given.keys()
+    pieces = _options(file, {name: each for name, each in given.items() if name in taken}, own)
+    others = _handed_on(file, {name: each for name, each in given.items() if name not in taken})
+    if callee is None or pieces is None or others is None:
         return False
+    pieces += others
     kept = [Piece("keep", n) for n, _ in positional]
     if "args" in arguments.keywords or "kwargs" in arguments.keywords:
         kept += spread(arguments.keywords.get("args"), arguments.keywords.get("kwargs"))
@@ -327,13 +351,22 @@ def _callee(project: Project, file: CodeFile, func: ast.expr) -> str | None:
     return name
 
 
-def _options(file: CodeFile, arguments: CallArguments, own: dict[str, str]) -> list[Piece] | None:
-    """Return what becomes of the keywords of an ``enqueue``; None if a person must rewrite the call."""
+def _handed_on(file: CodeFile, given: _Keywords) -> list[Piece] | None:
+    """Return the keywords of an ``enqueue`` that are the callable's; None if a person must rewrite the call."""
+    if "timeout" in given:
+        file.note(
+            given["timeout"][1], Level.BY_HAND, "option",
+            "timeout= is the function's since RQ 1.0, and was job_timeout= before; pass it on, or write _deadline=",
+        )  # fmt: skip
+        return None
+    return [Piece("keep", n) for n, _ in given.values()]
+
+
+def _options(file: CodeFile, given: _Keywords, own: dict[str, str]) -> list[Piece] | None:
+    """Return what becomes of the options of an ``enqueue``; None if a person must rewrite the call."""
     pieces: list[Piece] = []
     refused = False
-    for name, (n, value) in arguments.keywords.items():
-        if name in {"f", "func", "args", "kwargs"}:
-            continue
+    for name, (n, value) in given.items():
         if name in _BY_HAND and ast.unparse(value) != "None":
             file.note(value, Level.BY_HAND, "option", f"{name}= has no counterpart: {_BY_HAND[name]}")
             refused = True

@@ -8,9 +8,10 @@ from typing import Final
 
 from safedefer.deferred import OPTION_HINTS, OPTIONS
 from safedefer.migrate.edits import CallArguments
-from safedefer.migrate.judge import is_naive, judge_argument, judge_callable, swallowed_by, under_main
+from safedefer.migrate.judge import judge_argument, judge_callable, swallowed_by, under_main
 from safedefer.migrate.notes import Level
 from safedefer.migrate.project import CodeFile, Project
+from safedefer.migrate.times import is_naive
 
 _QUEUE_CHARACTERS: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-")
 _NAME_CHARACTERS: Final = (_QUEUE_CHARACTERS - {"."}) | {"_"}
@@ -128,33 +129,51 @@ def parameters_of(project: Project, file: CodeFile, func: ast.expr) -> frozenset
 
 def judge_options(project: Project, file: CodeFile, arguments: CallArguments, own: frozenset[str]) -> None:
     """Note what is refused of the options of ``deferred.defer``, and what they need here; ``own`` are the callable's."""
-    for name, (_, value) in arguments.keywords.items():
-        if not name.startswith("_"):
-            continue
+    given = {name: (home, value) for name, home, value in options_of(project, file, arguments) if name.startswith("_")}
+    for name, (home, value) in given.items():
         if name not in OPTIONS:
             if name in own:
                 continue
             hint = OPTION_HINTS.get(
                 name, f"App Engine's defer() handed it to the callable; those that it takes are {', '.join(OPTIONS)}"
             )
-            file.note(value, Level.REFUSED, "unknown-option", f"defer() has no option {name}: {hint}")
+            home.note(value, Level.REFUSED, "unknown-option", f"defer() has no option {name}: {hint}")
         elif name == "_eta":
-            judge_eta(file, value, project.naive_properties)
+            judge_eta(home, value, project)
         elif name == "_queue":
-            judge_queue(file, value)
+            judge_queue(home, value)
         else:
-            _judge_option(file, name, value)
-    if {"_countdown", "_eta"} <= {
-        name for name, (_, value) in arguments.keywords.items() if ast.unparse(value) != "None"
-    }:
-        file.note(
-            arguments.keywords["_eta"][1], Level.REFUSED, "eta", "_countdown and _eta are given together; leave one out"
-        )
+            _judge_option(home, name, value)
+    if {"_countdown", "_eta"} <= {name for name, (_, value) in given.items() if ast.unparse(value) != "None"}:
+        home, value = given["_eta"]
+        home.note(value, Level.REFUSED, "eta", "_countdown and _eta are given together; leave one out")
 
 
-def judge_eta(file: CodeFile, value: ast.expr, stored: frozenset[str] = frozenset()) -> None:
+def options_of(project: Project, file: CodeFile, arguments: CallArguments) -> Iterator[tuple[str, CodeFile, ast.expr]]:
+    """Give the keywords of a call, those of dicts behind ``**`` that the code shows too, with the file and the value of each."""
+    for name, (_, value) in arguments.keywords.items():
+        yield name, file, value
+    for n in arguments.double:
+        behind = arguments.all[n]
+        yield from spelled_out(project, file, behind.value if isinstance(behind, ast.keyword) else behind)
+
+
+def spelled_out(project: Project, file: CodeFile, expr: ast.expr) -> Iterator[tuple[str, CodeFile, ast.expr]]:
+    """Give the names of a dict that the code shows, with the file and the value of each: a literal, or ``dict(...)``."""
+    home, made = project.value(file, expr)
+    if isinstance(made, ast.Dict):
+        pairs = zip(made.keys, made.values, strict=True)
+        constants = [(key.value, each) for key, each in pairs if isinstance(key, ast.Constant)]
+        yield from ((name, home, each) for name, each in constants if isinstance(name, str))
+    elif isinstance(made, ast.Call) and home.names.dotted(made.func) == "builtins.dict":
+        yield from ((each.arg, home, each.value) for each in made.keywords if each.arg)
+
+
+def judge_eta(file: CodeFile, value: ast.expr, project: Project | None = None) -> None:
     """Note a time without a zone, or one of a stored property that has none."""
-    if is_naive(file.names, value):
+    home, made = (file, value) if project is None else project.value(file, value)
+    stored = frozenset() if project is None else project.naive_properties
+    if is_naive(file.names, value) or (home is not file and is_naive(home.names, made)):
         file.note(
             value, Level.REFUSED, "naive-eta",
             f"{ast.unparse(value)} has no time zone, which App Engine took for UTC or local time; write datetime.now(timezone.utc) + "
@@ -196,7 +215,7 @@ def _judge_option(file: CodeFile, name: str, value: ast.expr) -> None:
             value,
             Level.NOTE,
             "target",
-            f"the dispatcher must know the address of {constant!r}: dispatch --target {constant}=URL",
+            f"the dispatcher must know the address of {constant!r}: SAFEDEFER_TARGETS={constant}=URL, or App(targets={{{constant!r}: URL}})",
         )
     elif name == "_url" and isinstance(constant, str):
         if not constant.startswith("/") or "?" in constant or "#" in constant:

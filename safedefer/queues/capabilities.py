@@ -76,14 +76,20 @@ def refuse_gaps(capabilities: Capabilities, task: _Wanted) -> None:
     asked = (
         (capabilities.names or task.name is None, "names of tasks", "leave out _name"),
         (capabilities.unique or task.unique_key is None, "unique tasks", "leave out unique"),
-        (capabilities.eta or task.eta <= task.created, "eta and countdown", "leave them out"),
+        (capabilities.eta or task.eta <= task.created, "eta and countdown", "leave out _eta and _countdown"),
         (capabilities.headers or not task.headers, "headers of tasks", "leave out _headers"),
-        (capabilities.retry_options or not task.retry_options, "retry options of tasks", "declare them of the queue"),
+        (
+            capabilities.retry_options or not task.retry_options,
+            "retry options of tasks",
+            "declare _retry_options of the queue",
+        ),
         (capabilities.targets or task.target == DEFAULT_TARGET, "targets", "leave out _target"),
     )
-    for possible, what, remedy in asked:
-        if not possible:
-            raise InvalidTaskError(f"the engine of this queue has no {what}; {remedy}, or use another engine")
+    gaps = {what: remedy for possible, what, remedy in asked if not possible}
+    if gaps:
+        raise InvalidTaskError(
+            f"the engine of this queue has no {', '.join(gaps)}; {', '.join(gaps.values())}, or use another engine"
+        )
     if task.blob is not None and not capabilities.oversize:
         raise TaskTooLargeError(
             f"the task is {len(task.blob.data)} bytes signed, and the engine of this queue keeps no blobs; "

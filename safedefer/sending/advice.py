@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABCMeta
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from types import FunctionType, MethodType
 from typing import Any, Final
 
 from safedefer.codecs.inspect_safely import without_annotations
 from safedefer.codecs.typed import TypedCodec
-from safedefer.errors import NotDeferrable, UnencodableArgument
+from safedefer.errors import DeferError, InvalidTaskError, NotDeferrable, UnencodableArgument
 from safedefer.policy_cache import Gate
 from safedefer.refs import UNBOUND, bound_object, find_member
 
+_SAME_CALL: Final = "; for the same call, "
+#: Options that are checked with each other, and those of them that mean nothing by themselves.
+_TOGETHER: Final = tuple(
+    map(frozenset, (("countdown", "eta"), ("name", "unique"), ("unique", "unique_until"), ("target", "url")))
+)
+_NOT_ALONE: Final = ("unique_until",)
 _WRAPS: Final = " (one that a decorator made: use functools.wraps in the decorator)"
 
 
@@ -36,11 +43,43 @@ def tell_all(
         return
 
 
+def tell_more(error: TypeError | DeferError, *attempts: Callable[[], object]) -> None:
+    """Add to a refusal what else is refused of the same call: what each of these raises. None of them may enqueue.
+
+    Whatever else they raise, the refusal stands.
+    """
+    for attempt in attempts:
+        try:
+            attempt()
+        except (TypeError, DeferError) as other:
+            told, more = str(error), str(other).replace(_SAME_CALL, "; ")
+            if more not in told:
+                error.args = (f"{told}{'; ' if _SAME_CALL in told else _SAME_CALL}{more}",)
+        except Exception:  # noqa: BLE001, S110 - as tell_all
+            pass
+
+
+def tell_options(error: InvalidTaskError, given: Mapping[str, Any], make: Callable[[dict[str, Any]], object]) -> None:
+    """Add to the refusal of one option what is said of the others, each by itself.
+
+    Args:
+        error: The refusal.
+        given: All options.
+        make: Checks some of them.
+    """
+    pairs = [names for names in _TOGETHER if names.issubset(given)]
+    alone = [frozenset({name}) for name in given if name not in _NOT_ALONE]
+    parts: list[dict[str, Any]] = [{name: given[name] for name in names} for names in (*pairs, *alone)]
+    if isinstance(headers := given.get("headers"), Mapping):
+        parts += [{"headers": {name: value}} for name, value in headers.items()]
+    tell_more(error, *(functools.partial(make, part) for part in parts))
+
+
 def _extend(
     error: TypeError, codec: TypedCodec, gate: Gate, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> None:
     named = not isinstance(error, NotDeferrable) or error.reason == "policy"
-    bound = bound_object(target) if named else UNBOUND  # what is no callable of any kind is told to be that alone
+    bound = bound_object(target) if named else _meant(error, target, args)
     found = codec.obstacles((bound, tuple(args), dict(kwargs)), gate)
     told, more = str(error), list[str]()
     if isinstance(error, UnencodableArgument):
@@ -55,10 +94,23 @@ def _extend(
         more.append(f"add {', '.join(lacking)} to the policy")
     if found.hooked:
         more.append(f"more may be missing once {', '.join(found.hooked)} may run a hook of its state")
-    more += [refusal for refusal in found.refusals.values() if refusal.rpartition("; ")[0] not in told]
-    error.args = (f"{told}; for the same call, {'; '.join(more)}" if more else told,)
+    # What is no callable of any kind is told to be that alone.
+    others = [refusal for path, refusal in found.refusals.items() if named or path != "$.bound"]
+    more += [refusal for refusal in others if refusal.rpartition("; ")[0] not in told]
+    error.args = (f"{told}{_SAME_CALL}{'; '.join(more)}" if more else told,)
     if isinstance(error, NotDeferrable | UnencodableArgument):
         error.missing = tuple(dict.fromkeys((*error.missing, *found.missing)))
+
+
+def _meant(error: TypeError, target: Any, args: Sequence[Any]) -> object:
+    """Return what the message says to defer in place of what is no task, as far as it is known; else ``UNBOUND``."""
+    if type(target) is functools.partial:
+        return target
+    if getattr(error, "reason", "") == "metaclass":
+        return target.__self__ if type(target) is MethodType else target
+    if getattr(error, "reason", "") == "unbound-method" and type(target) is FunctionType and args:
+        return MethodType(target, args[0])
+    return UNBOUND
 
 
 def _no_arguments(self: object) -> None: ...

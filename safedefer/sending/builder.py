@@ -14,6 +14,7 @@ from safedefer.codecs.protocol import Codec
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import (
     ConfigurationError,
+    DeferError,
     InvalidTaskError,
     InvalidTaskRetryOptionsError,
     NotDeferrable,
@@ -23,7 +24,7 @@ from safedefer.keys import Key
 from safedefer.options import DEFAULT_OPTIONS, Options, Task, TaskRetryOptions
 from safedefer.queues.base import UNTIL_START, QueuedTask, TaskView
 from safedefer.refs import UNBOUND, CallableRef, bound_object
-from safedefer.sending.advice import tell_all
+from safedefer.sending.advice import tell_all, tell_more
 from safedefer.sending.ids import new_blob_id, new_task_id
 from safedefer.sending.routes import Routes
 from safedefer.sending.test_mode import TEST_MODE, refuse
@@ -85,7 +86,15 @@ class Builder:
             TypeError: The callable does not take these arguments.
             DeferError: One of its subclasses says what is wrong.
         """
-        self._routes.check(options)
+        try:
+            self._routes.check(options)
+        except DeferError as error:
+            attempts = (
+                lambda: self._routes.check_target(options),
+                lambda: self._claims(options, obj, args, kwargs, self._clock()),
+            )
+            tell_more(error, *attempts)
+            raise
         now = self._clock()
         claims = self._claims(options, obj, args, kwargs, now)
         if self._trace is not None and (trace := self._trace()) is not None:
@@ -214,6 +223,7 @@ class Builder:
             if not options.pickle:  # to look at more values would pickle them
                 typed = cast("TypedCodec", self._codecs["typed"])
                 tell_all(error, typed, gate, target, args, kwargs)
+            tell_more(error, lambda: options.due(now))
             raise
         made = due = int(now)
         audience, lifetime = self._routes.default

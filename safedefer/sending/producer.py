@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, ParamSpec, overload
 
+from safedefer.errors import InvalidTaskError
 from safedefer.execution.context import current_task
 from safedefer.options import DEFAULT_OPTIONS, Options, Task
+from safedefer.sending.advice import tell_options
 from safedefer.sending.builder import Builder
 from safedefer.sending.effects import effect_of
 from safedefer.sending.routes import Routes
@@ -101,6 +103,13 @@ class Producer:
         return Deferral(lambda: self._sender, self._options_of(given))
 
     def _options_of(self, given: dict[str, Any]) -> Options:
+        try:
+            return self._checked_options(dict(given))
+        except InvalidTaskError as error:
+            tell_options(error, given, self._checked_options)
+            raise
+
+    def _checked_options(self, given: dict[str, Any]) -> Options:
         if "url" in given:
             given["target"], given["url"] = self._routes.destination(given.get("target"), given["url"])
         return Options(**given)

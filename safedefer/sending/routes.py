@@ -86,6 +86,10 @@ class Routes:
             raise UnknownQueueError(
                 f"there is no queue {options.queue}; declare it, or use one of {_list(self.queues)}"
             )
+        self.check_target(options)
+
+    def check_target(self, options: Options) -> None:
+        """Check that a task may go to its target. Raises ``InvalidTaskError``: it has no address."""
         if self.targets is not None and options.target not in {None, DEFAULT_TARGET, *self.targets}:
             raise InvalidTaskError(
                 f"there is no target {options.target}; set SAFEDEFER_TARGETS, or use one of {_list(self.targets)}"

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, ParamSpec, TypeAlias
 
-from safedefer.errors import InvalidTaskError, QueueUnavailable
+from safedefer.errors import DeferError, InvalidTaskError, QueueUnavailable
 from safedefer.events import Observer, TaskEnqueued, hears_enqueued, notify
 from safedefer.execution.tracing import TaskTracing
 from safedefer.options import Options, Task
 from safedefer.queues.base import AlreadyWaiting, PullQueue, QueuedTask, TaskState
 from safedefer.queues.capabilities import FULL, Capabilities, refuse_gaps
+from safedefer.sending.advice import tell_more
 from safedefer.sending.builder import Builder, stored_task
 from safedefer.transactions.outbox import Outbox
 
@@ -252,7 +253,11 @@ class Sender:
         *,
         awaits: bool = False,
     ) -> tuple[Task, QueuedTask]:
-        self._outbox.check(named=options.name is not None or bool(options.unique), awaits=awaits)
+        try:
+            self._outbox.check(named=options.name is not None or bool(options.unique), awaits=awaits)
+        except DeferError as error:
+            tell_more(error, lambda: self._builder.build(options, obj, args, kwargs))
+            raise
         task, queued = self._builder.build(options, obj, args, kwargs)
         if (capabilities := self._queue().capabilities) is not FULL:
             refuse_gaps(capabilities, queued)

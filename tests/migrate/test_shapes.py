@@ -59,6 +59,10 @@ SHAPES = [
      "try:\n    taskqueue.add(url='/x')\nexcept taskqueue.TaskAlreadyExistsError:\n    pass\ndeferred.defer(f)",
      "from google.appengine.api import taskqueue\nfrom safedefer import deferred\n"
      "try:\n    taskqueue.add(url='/x')\nexcept taskqueue.TaskAlreadyExistsError:\n    pass\ndeferred.defer(f)", "taskqueue-add"),
+    ("tasks and queues beside", "from google.appengine.api import taskqueue\nfrom safedefer import deferred\n"
+     "def go():\n    taskqueue.Task(url='/x').add('q')\n    taskqueue.Queue('q').lease_tasks(3, 4)\n    deferred.defer(f)\n", None, "taskqueue-add taskqueue-add"),
+    ("keys of db", "from google.appengine.ext import db\nfrom safedefer import deferred\n"
+     "def go():\n    key = db.Key.from_path('A', 1)\n    deferred.defer(f, key, db.Key('x'), str(key))\n", None, "db-key db-key"),
     ("both in one try", "from google.appengine.api import taskqueue\nfrom google.appengine.ext import deferred\n"
      "try:\n    deferred.defer(f)\n    taskqueue.add(url='/x')\nexcept taskqueue.TaskAlreadyExistsError:\n    pass\n",
      "from google.appengine.api import taskqueue\nfrom safedefer import deferred\n"
@@ -86,6 +90,24 @@ SHAPES = [
      "def later(loan):\n    deferred.defer(f, _eta=loan.due.replace(tzinfo=timezone.utc))\n", None, ""),
     ("stored with a zone", "from google.cloud import ndb\nfrom safedefer import deferred\nclass Loan(ndb.Model):\n    due = ndb.DateTimeProperty(tzinfo=timezone.utc)\n"
      "def later(loan):\n    deferred.defer(f, _eta=loan.due)\n", None, ""),
+    ("zone taken away", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.now(timezone.utc).replace(tzinfo=None))", None, "naive-eta"),
+    ("one of two times", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=max(when, datetime.utcnow()))\ndeferred.defer(f, _eta=when or datetime.utcnow())", None, "naive-eta naive-eta"),
+    ("aware ones of two", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=max(when, datetime.now(timezone.utc)))\ndeferred.defer(f, _eta=when or other)", None, ""),
+    ("time in a text", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.fromisoformat('2030-01-01'))\ndeferred.defer(f, _eta=datetime.fromisoformat('2030-01-01T00:00+00:00'))\ndeferred.defer(f, _eta=datetime.fromisoformat('x'))\ndeferred.defer(f, _eta=datetime.fromisoformat(text))", None, "naive-eta"),
+    ("first of all times", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=datetime.min)", None, "naive-eta"),
+    ("time that is added to", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\nwhen = datetime.utcnow()\nwhen += timedelta(1)\nwhen = when + timedelta(1)\ndeferred.defer(f, _eta=when)", None, "naive-eta"),
+    ("time or None in a name", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\nwhen = None\nif f:\n    when = datetime.utcnow()\ndeferred.defer(f, _eta=when)", None, "naive-eta"),
+    ("made aware in the same name", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\nwhen = datetime.utcnow()\nwhen = when.replace(tzinfo=timezone.utc)\ndeferred.defer(f, _eta=when)", None, ""),
+    ("time of a loop", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\nwhen = datetime.utcnow()\nfor when in [datetime.now(timezone.utc)]:\n    deferred.defer(f, _eta=when)\n", None, ""),
+    ("returned", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndef later():\n    if f:\n        return datetime.utcnow()\n    return datetime.now() + timedelta(1)\ndeferred.defer(f, _eta=later())", None, "naive-eta"),
+    ("returned aware, or by itself", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndef later():\n    return datetime.now(timezone.utc)\ndef ever(n=3):\n    return ever(n - 1) if n else None\ndef nothing(): ...\ndeferred.defer(f, _eta=later())\ndeferred.defer(f, _eta=ever())\ndeferred.defer(f, _eta=nothing())", None, ""),
+    ("named on the way", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, _eta=(when := datetime.utcnow()))", None, "naive-eta"),
+    ("options in a dict", "from datetime import datetime, timedelta, timezone\nfrom safedefer import deferred\ndeferred.defer(f, **{'_eta': datetime.utcnow(), '_quue': 1, 'a': 1})\nmore = dict(_eta=datetime.utcnow(), **x)\ndeferred.defer(f, _countdown=1, **more)\ndeferred.defer(f, **x, **{**y, 3: 4})", None, "naive-eta unknown-option eta naive-eta"),
+    ("stored, repeated", "from google.cloud import ndb\nfrom safedefer import deferred\nclass Loan(ndb.Model):\n    dues = ndb.DateTimeProperty(repeated=True)\n"
+     "def later(loan):\n    deferred.defer(f, _eta=loan.dues[0])\n    deferred.defer(f, _eta=loan.names[0])\n", None, "naive-eta"),
+    ("retry options in a dict", "from google.appengine.api import taskqueue\nfrom safedefer import deferred\nmore = {'_retry_options': taskqueue.TaskRetryOptions(task_retry_limit=1)}\n"
+     "deferred.defer(f, **more)\n",
+     "from safedefer import deferred\nmore = {'_retry_options': deferred.TaskRetryOptions(task_retry_limit=1)}\ndeferred.defer(f, **more)\n", ""),
     # --- Callables ---
     ("lambda", "from safedefer import deferred\ndeferred.defer(lambda: f(1))", None, "lambda"),
     ("lambda with a name", "from safedefer import deferred\ng = lambda x: x\ndeferred.defer(g, 1)", None, "lambda"),
@@ -166,6 +188,17 @@ SHAPES = [
      "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\ndeferred.defer(f, _retry_options=deferred.TaskRetryOptions(task_retry_limit=3))", "retry"),
     ("job id and result", "from rq import Queue\nq = Queue(connection=c)\njob = q.enqueue(f, job_id='x')",
      "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\njob = deferred.defer(f, _name='x')", "result-used job-id"),
+    ("keywords of the function", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, 1, connection='x', group_id=2, func=3, is_async=False)",
+     "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\ndeferred.defer(f, 1, connection='x', group_id=2, func=3, is_async=False)", ""),
+    ("underscores in dicts", "from rq import Queue\nq = Queue(connection=c)\nmore = dict(_a=1, b=2)\nq.enqueue(f, kwargs={'_queue': 'x', 'b': 1})\nq.enqueue(f, 1, **more)",
+     "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c)\nmore = dict(_a=1, b=2)\ndeferred.defer(f, **{'_queue': 'x', 'b': 1})\ndeferred.defer(f, 1, **more)", "unknown-option unknown-option double-star"),
+    ("apply_async with underscores", "from celery import shared_task\n@shared_task\ndef f(**k): ...\nf.apply_async(kwargs={'_eta': 1})",
+     "from safedefer import deferred\ndef f(**k): ...\ndeferred.defer(f, **{'_eta': 1})", "unknown-option"),
+    ("timeout of the function", "from rq import Queue\nq = Queue(connection=c)\nq.enqueue(f, timeout=30, job_timeout=5)", None, "option"),
+    ("queue of tests", "from rq import Queue\nq = Queue(connection=c, is_async=False)\nq.enqueue(f)",
+     "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c, is_async=False)\ndeferred.defer(f)", "not-async"),
+    ("queue of no tests", "from rq import Queue\nq = Queue(connection=c, is_async=True)\nq.enqueue(f)",
+     "from rq import Queue\nfrom safedefer import deferred\nq = Queue(connection=c, is_async=True)\ndeferred.defer(f)", ""),
     ("job decorator", "from rq.decorators import job\n@job('low', connection=c, timeout=60)\ndef f(a): ...\nf.delay(1)",
      "from safedefer import deferred\ndef f(a): ...\ndeferred.defer(f, 1, _queue='low', _deadline=60)", "option-left-out"),
     ("django_rq", "import django_rq\ndjango_rq.enqueue(f, 1)\ndjango_rq.get_queue('high').enqueue(f)",
@@ -232,6 +265,15 @@ def test_a_shape_of_code(tmp_path, before, after, codes):
     ast.parse(text)
     # A second run finds nothing to rewrite.
     assert run(tmp_path, shape=text)["shape"][0] == text
+
+
+def test_a_naive_time_of_another_file_is_found(tmp_path):
+    found = run(
+        tmp_path,
+        times="from datetime import datetime\nSOON = datetime.utcnow()\ndef later():\n    return datetime(2030, 1, 1)\n",
+        site="from times import SOON, later\nfrom safedefer import deferred\ndeferred.defer(f, _eta=SOON)\ndeferred.defer(f, _eta=later())\n",
+    )
+    assert [note.code for note in found["site"][1]] == ["naive-eta", "naive-eta"]
 
 
 def test_there_are_shapes_of_each_library():

@@ -21,7 +21,7 @@ RUNS = [
 CALLED = {"nested": "go()", "generator inside": "", "super": "A().m()", "request": "view(SimpleNamespace())", "handler's method": "H().post()",
           "main": None, "made aware": None, "main, through a function": None, "flask's request": None, "user": None, "static": "A().go()",
           **dict.fromkeys(("stored", "stored, made aware", "stored with a zone", "stored, in a name", "handler of Python 3",
-                           "wrapped without deferred", "a deadline that is caught", "several deadlines"))}  # fmt: skip
+                           "wrapped without deferred", "a deadline that is caught", "several deadlines", "tasks and queues beside", "keys of db"))}  # fmt: skip
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ DEFENCES = [
     ("signing.py", '            _check_key(key, named, claims["cty"])\n            if', "            if", KEYS),
     ("signing.py", "        _check_may_sign_root(key)\n        kid", "        kid", "test_dead_letters"),
     ("signing.py", "if root.state is KeyState.REVOKED:", "if False:", "test_dead_letters"),
-    ("codecs/obstacles.py", "if self._runs_code(cls):", "if False:", "../unit/test_obstacles"),
+    ("codecs/obstacles.py", "if plan is None or _runs_code(plan):", "if plan is None:", "../unit/test_obstacles"),
     ("codecs/obstacles.py", "if type(self._registry.by_class(cls)) is RegisteredType:", "if False:", "../unit/test_obstacles"),
     ("codecs/obstacles.py", 'return type(module) is str and module != "" and module not in sys.modules', "return False", "test_refused_calls"),
     ("codecs/obstacles.py", "        if id(cls) in self.asked.admitted:", "        if False:", "test_refused_calls"),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -125,6 +126,33 @@ def test_what_lists_or_shows_has_json(name):
     for part, each in parts.items():
         if part in {"list", "show", "stats", "doctor", "explain", "check", "top", "inspect"}:
             assert "--json" in {option for parameter in each.params for option in parameter.opts}, part
+
+
+def _named_commands():
+    for name in COMMANDS:
+        command = main.get_command(click.Context(main), name)
+        parts = command.commands if isinstance(command, click.Group) else {"": command}
+        yield from ((f"{name} {part}".rstrip(), each) for part, each in parts.items())
+
+
+def test_no_message_and_no_page_names_an_option_that_its_command_does_not_have():
+    files = [
+        *(ROOT / "safedefer").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+        ROOT / "README.md",
+    ]
+    texts = {str(file): file.read_text() for file in files}
+    named, unknown = 0, []
+    for words, command in _named_commands():
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        follows = re.compile(rf"(?<![\w-]){words}((?: (?:[\w./:]+ )?--[a-z][a-z-]*(?:[ =][^\s`|)\"']+)?)+)")
+        for file, text in texts.items():
+            options = [option for found in follows.finditer(text) for option in re.findall("(?<= )--[a-z-]+", found[1])]
+            named += len(options)
+            unknown += [(file, words, option) for option in options if option not in {*known, "--help"}]
+    assert unknown == []
+    assert named > 50
 
 
 # --- Texts ------------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_a_pickled_task_is_asked_for(app):
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
     [("_countdwon", "_countdown"), ("_queu", "_queue"), ("_retry_option", "_retry_options"), ("_Name", "_name"),
-     ("_header", "_headers"), ("_transaction", "_transactional"), ("_uri", "_url")],
+     ("_header", "_headers"), ("_transaction", "_transactional"), ("_urls", "_url")],
 )  # fmt: skip
 def test_an_unknown_option_is_a_type_error_that_suggests_the_nearest(app, wrong, nearest):
     with pytest.raises(TypeError, match=f"no option '{wrong}'; did you mean {nearest}\\?"):
@@ -179,6 +179,14 @@ def test_all_unknown_options_are_told_at_once_and_what_is_like_no_option_is_not_
         TypeError, match=r"no option '_limit'; a keyword of your own that begins with _ is passed with app\.options"
     ):
         deferred.defer(tasks.keywords, _limit=5)
+
+
+@pytest.mark.parametrize(
+    "name", ["_start", "_parent", "_tag", "_data", "_namespace", "_page", "_delta", "_user", "_rate"]
+)
+def test_a_keyword_of_ones_own_is_not_taken_for_an_option(app, name):
+    with pytest.raises(TypeError, match=f"no option '{name}'; a keyword of your own"):
+        deferred.defer(tasks.keywords, **{name: 1})
 
 
 @pytest.mark.parametrize("obj", [tasks.underscored, tasks.Underscored().method, tasks.underscored_and_wrapped])

@@ -57,6 +57,21 @@ def test_an_option_that_the_engine_has_not_is_refused_before_anything_is_stored(
             app.options(**options).defer(sample_tasks.add, 3, 4)
 
 
+def test_all_gaps_are_told_at_once():
+    class Poorer(MemoryQueue):
+        capabilities = Capabilities(**dict.fromkeys(OPTIONS, False))
+
+    app = make_app(queue=Poorer())
+    options = {name: value for gap in OPTIONS for name, value in OPTIONS[gap].items() if gap != "unique"}
+    with pytest.raises(InvalidTaskError) as caught:
+        app.options(**options).defer(sample_tasks.add, 1)
+    assert str(caught.value) == (
+        "the engine of this queue has no names of tasks, eta and countdown, headers of tasks, retry options of tasks, targets; "
+        "leave out _name, leave out _eta and _countdown, leave out _headers, declare _retry_options of the queue, leave out _target, or use another engine"
+    )
+    app.close()
+
+
 def test_an_eta_that_has_passed_needs_no_eta(queue):
     queue.gap = "eta"
     make_app(queue=queue).options(eta=datetime.now(UTC) - timedelta(hours=1)).defer(sample_tasks.add, 1, 2)

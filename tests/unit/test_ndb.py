@@ -300,7 +300,8 @@ def cyclic():
 
 @pytest.mark.parametrize(("make", "word"), [
     (lambda: with_attribute(book()), r"beside its properties \(extra\)"), (lambda: with_attribute(ndb.Key("A", 1)), "attributes were added"),
-    (lambda: with_attribute(ndb.GeoPt(1, 2)), "added"), (lambda: ndb.GeoPt("1", 2), "added"), (lambda: ndb.Cursor("text"), "added"),
+    (lambda: with_attribute(ndb.GeoPt(1, 2)), r"added.*\(extra\)"), (lambda: ndb.GeoPt("1", 2), r"added.*\(latitude\)"), (lambda: ndb.Cursor("text"), r"added.*\(cursor\)"),
+    (lambda: Book.query(default_options=ndb.QueryOptions(limit=1)), r"\(default_options\)"),
     (replaced, "replaces properties"), (computed, "no plain one"), (forged_key, "is a Key"), (cyclic, "contains itself"), (lambda: shelf.Reduced(), "__reduce__"),
     (lambda: shelf.WithState(), "__getstate__"), (lambda: shelf.WithSlots(), "slots"),
     (lambda: with_attribute(Entity()), "stored entity"), (lambda: with_attribute(ndb_model._CompressedValue(b"x")), "compressed value"),

@@ -122,6 +122,16 @@ class Loud:
         return self is other
 
 
+class Sealed(Loud):
+    def __getstate__(self) -> object:
+        RAN.append("getstate")
+        return {}
+
+
+class Failed(Exception):
+    pass
+
+
 class Signed:
     """Stands for the signature of a function."""
 
@@ -194,7 +204,13 @@ class Meta(type):
 
 
 class OfMeta(metaclass=Meta):
-    pass
+    def __init__(self, value: object = None) -> None:
+        self.value = value
+
+    def go(self) -> None: ...
+
+    @classmethod
+    def of(cls, value: object) -> None: ...
 
 
 class Makes:

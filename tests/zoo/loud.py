@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, PrivateAttr
@@ -181,8 +182,27 @@ def _chained(value: Any) -> Any:
     return error
 
 
+def _thrown(*values: Any) -> Any:
+    try:
+        raise KeyError(*values) from _chained(values[0])
+    except KeyError as error:
+        return error
+
+
 #: In these places more objects than are hashed without a count of equal hashes.
-MANY = ("dict_key", "set", "frozenset", "set_of_sets", "mixed_set", "ordered", "counter", "default")
+MANY = (
+    "dict_key",
+    "set",
+    "frozenset",
+    "set_of_sets",
+    "mixed_set",
+    "ordered",
+    "counter",
+    "default",
+    "keys",
+    "items",
+    "keys_in_order",
+)
 #: Ways to hold such objects in a call: a function of the objects, and of their class.
 PLACES: dict[str, Any] = {
     "itself": lambda each, cls: each[0],
@@ -210,6 +230,12 @@ PLACES: dict[str, Any] = {
     "argument_of_a_syntax_error": lambda each, cls: _raised(SyntaxError, "text", each[0]),
     "arguments_of_a_group": lambda each, cls: _raised(ValueError, each[0]),
     "chained": lambda each, cls: _chained(each[0]),
+    "thrown": lambda each, cls: _thrown(each[0], each[1]),
+    "partial": lambda each, cls: partial(cls, each[0], each[1], key=each[2]),
+    "values": lambda each, cls: {"key": each[0]}.values(),
+    "keys": lambda each, cls: dict.fromkeys(each, 1).keys(),
+    "items": lambda each, cls: dict.fromkeys(each, 1).items(),
+    "keys_in_order": lambda each, cls: OrderedDict.fromkeys(each, 1).items(),
     "alias": lambda each, cls: list[cls],
     "alias_of_typing": lambda each, cls: Boxed[cls],
     "generic_model": lambda each, cls: Sheets[cls](),

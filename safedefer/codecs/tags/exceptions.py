@@ -114,7 +114,8 @@ def encode_exception(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     if _TRACEBACK.__get__(value) is not None:
         raise Refusal(
             "the exception was raised, and a traceback does not travel; "
-            "pass a new one of the same arguments, or error.with_traceback(None)"
+            "pass a new one of the same arguments, or error.with_traceback(None)",
+            instead=_without_traceback(value, plan),
         )
     enc.opaque.add(id(value))
     args = _ARGS.__get__(value)
@@ -138,6 +139,14 @@ def encode_exception(enc: Encoder, value: Any, depth: int, plan: Plan) -> Json:
     tree = {"$exception": [name, trees, enc.attributes(state.items(), depth + 1)]}
     enc.open.discard(id(value))
     return tree
+
+
+def _without_traceback(value: BaseException, plan: Plan) -> dict[str, object]:
+    """Return what such an exception has of its own, but for what its base keeps in C."""
+    own = {} if plan.state_of is None else plan.state_of(value)
+    named = {} if id(plan.cls) in _NAMES else {".__class__": plan.cls}
+    chain = {f".{name}": BaseException.__dict__[name].__get__(value) for name in _CHAIN[:2]}
+    return {**named, ".args": _ARGS.__get__(value), **chain, ".__dict__": own}
 
 
 def _held(value: BaseException, plan: Plan, args: tuple[Any, ...]) -> list[tuple[str, Any]]:

@@ -248,7 +248,14 @@ def _encode_registered(enc: Encoder, value: Any, depth: int, entry: RegisteredTy
     inner = run(entry.encode, value)
     enc.hold(inner)
     enc.opaque.add(id(value))
-    tree = {entry.tag: enc.value(inner, depth + 1)}
+    try:
+        tree = {entry.tag: enc.value(inner, depth + 1)}
+    except Refusal as refusal:
+        if type(entry) is PackedType and refusal.trail and refusal.trail[-1] in entry.own:
+            refusal.trail[-1] = ""
+            if len(refusal.trail) == 1:
+                refusal.kind = inspect_safely.type_name(type(value))
+        raise
     enc.opaque.discard(id(value))
     return tree
 

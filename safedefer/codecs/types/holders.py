@@ -38,7 +38,11 @@ def holder(
         own = own_state(value)
         values = tuple(own[name] for name in fields if name in own)
         if own.keys() != fields.keys() or not (fits(values) and check(values)):
-            raise Refusal("an attribute was added to it, or holds what it should not; pass what it is made from")
+            wrong = {name for name, kinds in fields.items() if kinds is not None and type(own.get(name)) not in kinds}
+            names = f" ({', '.join(sorted(map(str, wrong | own.keys() - fields.keys())))})".replace(" ()", "")
+            raise Refusal(
+                f"an attribute was added to it, or holds what it should not{names}; pass what it is made from"
+            )
         return values
 
     def make(values: Any) -> object:

@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 
 from safedefer.codecs import inspect_safely
 from safedefer.codecs.packs import Pack, PackedType
-from safedefer.codecs.shared import Refusal, VersionSkew
+from safedefer.codecs.shared import Refusal, VersionSkew, step
 from safedefer.codecs.types.holders import holder, own_state
 from safedefer.codecs.types.ndb_queries import query_types
 
@@ -35,7 +35,7 @@ def _types() -> tuple[PackedType, ...]:
     keys = _Keys(key, stored_key)
     return (
         PackedType("$google_ndb_key", (key,), keys.parts, keys.key),
-        PackedType("$google_ndb_entity", (), entities.parts, entities.entity, base=model.Model),
+        PackedType("$google_ndb_entity", (), entities.parts, entities.entity, base=model.Model, own=("[0]", "[2]")),
         PackedType("$google_ndb_cursor", (query.Cursor,), *holder(query.Cursor, {"cursor": (bytes, type(None))})),
         PackedType("$google_ndb_geopt", (model.GeoPt,), *holder(model.GeoPt, {"latitude": (float, int), "longitude": (float, int)})),
         PackedType("$google_ndb_user", (model.User,), *holder(model.User, {
@@ -109,8 +109,12 @@ class _Keys:
 
     def parts(self, value: Any) -> tuple[Any, ...]:
         """Return the parts of the datastore's key, and the reference that the key was read from (urlsafe, serialized)."""
-        if not own_state(value).keys() <= {"_key", "_reference", "_hash_value"}:
-            raise Refusal("attributes were added to the key; pass them as arguments of their own")
+        added = {
+            name: each for name, each in own_state(value).items() if name not in {"_key", "_reference", "_hash_value"}
+        }
+        if added:
+            instead = {step(str(name)): each for name, each in added.items()}
+            raise Refusal("attributes were added to the key; pass them as arguments of their own", instead=instead)
         read = value._reference
         return *self.stored_parts(value._key), None if read is None else read.SerializeToString(deterministic=True)
 
@@ -145,7 +149,12 @@ class _Entities:
         if added:
             raise Refusal(
                 f"the entity has attributes beside its properties ({', '.join(sorted(map(str, added)))}), "
-                "which the datastore would not keep; pass them as arguments of their own"
+                "which the datastore would not keep; pass them as arguments of their own, or pass the key",
+                instead={
+                    ".__class__": cls,
+                    **{step(str(name)): each for name, each in own.get("_values", {}).items()},
+                    **{step(str(name)): own[name] for name in added},
+                },
             )
         dynamic = self._dynamic_parts(cls, own.get("_properties"))
         key = own.get("_entity_key")

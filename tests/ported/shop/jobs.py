@@ -47,6 +47,10 @@ def timeout_by_name():
     queue.enqueue(tasks.work, 1, job_timeout=TIMEOUT)
 
 
+def keywords_of_the_function():
+    queue.enqueue(tasks.work, 1, connection="x", group_id=2, func=3, is_async=False, job_class="y", job_timeout=20)
+
+
 def lifetimes():
     queue.enqueue(tasks.work, 1, result_ttl=500, ttl=60, failure_ttl=3600, description="work", at_front=True)
 
