@@ -19,7 +19,7 @@ from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_layout import Plan, hash_definers, make_plan
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.registry import RegisteredType, TypeRegistry
-from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values, step
+from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values
 from safedefer.errors import NotDeferrable, PolicyViolation
 from safedefer.options import Limits
 from safedefer.policy_cache import Gate
@@ -99,7 +99,8 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
                 refusals.setdefault(path, _told(refusal, path, culprit.value, enc.around[0].value))
             if len(asked.refusals) + len(refusals) >= _TOLD or id(culprit.value) in look.left_out:
                 break
-            instead = _instead(refusal, culprit.value, asked) if culprit.value is enc.around[0].value else {}
+            innermost = culprit.value is enc.around[0].value
+            instead = _instead(refusal, culprit.value, asked, limits.items) if innermost else {}
             look.left_out[id(culprit.value)] = culprit.value, instead
             look.done |= enc.done
     hooked = {pattern: None for _, patterns in asked.closed.values() for pattern in patterns}
@@ -235,7 +236,7 @@ class _AskedGate:
         if plan is None or plan.state_of is None or _runs_code(plan):
             return {}
         own = plan.state_of(value)
-        return {step(name): each for name, each in own.items() if type(name) is str} if type(own) is dict else {}
+        return {"": {name: each for name, each in own.items() if type(name) is str}} if type(own) is dict else {}
 
     def _note_beside(self, cls: type) -> None:
         module, _, qualname = class_path(cls).partition(":")
@@ -263,22 +264,22 @@ def _runs_code(plan: Plan) -> bool:
     return any(hook is not None for hook in hooks)
 
 
-def _instead(refusal: Refusal, value: object, asked: _AskedGate) -> Mapping[str, object]:
-    """Return what is to be looked at in place of a value that was refused."""
-    return asked.attributes(value) if _is_of_metaclass(refusal) else refusal.instead or _parts(value)
+def _instead(refusal: Refusal, value: object, asked: _AskedGate, most: int) -> Mapping[str, object]:
+    """Return what is to be looked at in place of a value that was refused. Views of more than ``most`` are not looked at."""
+    return asked.attributes(value) if _is_of_metaclass(refusal) else refusal.instead or _parts(value, most)
 
 
 def _is_of_metaclass(refusal: Refusal) -> bool:
     return isinstance(refusal.__cause__, NotDeferrable) and refusal.__cause__.reason == "metaclass"
 
 
-def _parts(value: object) -> Mapping[str, object]:
+def _parts(value: object, most: int) -> Mapping[str, object]:
     """Return what the message says to pass in place of a value of a built-in class. Runs none of the caller's code."""
     if type(value) is functools.partial:
         return {".func": value.func, ".args": value.args, ".keywords": value.keywords}
     if type(value) is SimpleNamespace:
-        return {f".{name}": each for name, each in _OF_NAMESPACE(value).items()}
-    if any(type(value) is each for each in _VIEWS):
+        return {"": _OF_NAMESPACE(value)}
+    if any(type(value) is each for each in _VIEWS) and len(cast("Any", value)) <= most:
         return {"": list(cast("Any", value))}
     return {}
 
@@ -392,17 +393,23 @@ class _SurveyingEncoder(Encoder):
         return None
 
     def _instead(self, value: object, parts: Mapping[str, object], depth: int) -> None:
-        """Look at what is to be passed in place of a value that was refused."""
+        """Look at what is to be passed in place of a value that was refused: once in a walk, wherever the value is."""
         if id(value) in self.begun:
             return
         self.begun.add(id(value))
+        spent, keyed, around = self.look.spent, self.keyed, (set(self.open), set(self.opaque))
         for at, each in parts.items():
             try:
                 self.value(each, depth + 1)
             except Refusal as refusal:
                 refusal.trail.append(at)
                 raise
-        self.begun.discard(id(value))
+            except _Spent:
+                # More than a call may hold: it is not looked at again, and what is beside the value is looked at all the same.
+                self.look.left_out[id(value)] = value, {}
+                self.look.spent, self.keyed = spent, keyed
+                self.open, self.opaque = around
+                return
 
     def _note_hash(self, kind: type) -> None:
         """Ask about the bases of a class whose objects are not looked into, for one that is a key or a member of a set."""

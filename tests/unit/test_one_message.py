@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedefer import Policy, TaskRetryOptions, deferred
+from safedefer.codecs import obstacles
 from safedefer.codecs.shared import Obstacles
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import (
@@ -114,6 +115,34 @@ def test_a_partial_that_holds_itself_is_looked_at_once(make):
 def test_an_unbound_method_without_its_object_lacks_no_pattern(make):
     assert refused(make(), far.Point.move).missing == ()
     assert refused(make(), far.Point.move, 1, PLAIN).missing == names("Plain")
+
+
+def test_what_several_values_hold_is_looked_at_once(make, monkeypatch):
+    looks, look_at = [], obstacles._SurveyingEncoder.value
+
+    def count(self, value, depth):
+        looks.append(value)
+        if len(looks) > 5_000:  # noqa: PLR2004
+            raise RuntimeError("it goes on")
+        look_at(self, value, depth)
+
+    monkeypatch.setattr(obstacles._SurveyingEncoder, "value", count)
+    held = PLAIN
+    for _ in range(MOST - 1):
+        held = SimpleNamespace(**{f"a{i}": held for i in range(30)})  # 30 ** 7 ways lead to the innermost
+    error = refused(make(), TAKE, held)
+    assert error.missing == names("Plain")
+    assert len(str(error)) < 2_000  # noqa: PLR2004
+
+
+@pytest.mark.parametrize("value", [
+    {i: (i, i) for i in range(40_000)}.items(), functools.partial(TAKE, *[[i] for i in range(60_000)]), {i: i for i in range(100_001)}.keys(),
+    SimpleNamespace(a=[[i] for i in range(60_000)]),
+], ids=["view", "partial", "large view", "namespace"])  # fmt: skip
+def test_more_than_a_call_may_hold_keeps_nothing_beside_it_from_being_told(make, value):
+    error = refused(make(), TAKE, [value, threading.Lock(), POINT], {far.Colour.RED: value}, PLAIN)
+    assert set(error.missing) == set(names("Point", "Colour", "Plain"))
+    assert "_thread.lock" in str(error)
 
 
 def test_the_bases_whose_hooks_will_run_are_named_with_the_class(make):
