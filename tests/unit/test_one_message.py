@@ -19,6 +19,7 @@ from safedefer.errors import (
     DeferError,
     InvalidEtaError,
     InvalidTaskError,
+    InvalidTaskNameError,
     NotDeferrable,
     UnencodableArgument,
     UnknownQueueError,
@@ -115,6 +116,7 @@ def test_a_partial_that_holds_itself_is_looked_at_once(make):
 def test_an_unbound_method_without_its_object_lacks_no_pattern(make):
     assert refused(make(), far.Point.move).missing == ()
     assert refused(make(), far.Point.move, 1, PLAIN).missing == names("Plain")
+    assert refused(make(), far.Point.move, None, PLAIN).missing == names("Plain")
 
 
 def test_what_several_values_hold_is_looked_at_once(make, monkeypatch):
@@ -290,6 +292,36 @@ def test_an_admitted_hook_that_fails_leaves_the_refusal_of_an_option_as_it_is(ma
     app = make()
     monkeypatch.setattr(type(app._builder), "serialize", lambda *args: 1 / 0)
     assert str(refused(app, TAKE, 1, _queue="a_b")).endswith("not 'a_b'")
+
+
+class Headers(dict):
+    def items(self):
+        raise RuntimeError("it has no items")
+
+
+def test_what_an_option_is_does_not_replace_its_refusal(make):
+    app = make()
+    with pytest.raises(InvalidTaskNameError, match="a task's name"):
+        app.options(name="a b", headers=Headers(a="b"))
+
+
+def test_of_many_headers_some_are_told(make):
+    app = make()
+    error = refused(app, TAKE, 1, _headers={f"x-google-{i}": "1" for i in range(500)}, _name="a b")
+    assert isinstance(error, InvalidTaskNameError)
+    assert str(error).count("is written by the delivery") == MOST
+
+
+def test_nothing_is_pickled_for_a_message(make, monkeypatch):
+    ran = []
+    monkeypatch.setattr(tasks, "Pickled", type("Pickled", (), {
+        "__module__": tasks.__name__, "__getstate__": lambda self: ran.append("state"),
+    }), raising=False)  # fmt: skip
+    app = make(queues=["default"], allow_pickle=True)
+    value = tasks.Pickled()
+    assert isinstance(refused(app, TAKE, value, _queue="other", _pickle=True), UnknownQueueError)
+    assert isinstance(refused(app, TAKE, value, _transactional=True, _pickle=True), BadTransactionStateError)
+    assert ran == []
 
 
 def test_the_errors_of_a_call_are_those_that_it_has_by_itself(make):
