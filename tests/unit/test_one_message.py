@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 import threading
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -294,6 +295,11 @@ def test_an_admitted_hook_that_fails_leaves_the_refusal_of_an_option_as_it_is(ma
     assert str(refused(app, TAKE, 1, _queue="a_b")).endswith("not 'a_b'")
 
 
+class Odd:
+    def __bool__(self):
+        raise RuntimeError("it has no truth")
+
+
 class Headers(dict):
     def items(self):
         raise RuntimeError("it has no items")
@@ -301,6 +307,7 @@ class Headers(dict):
 
 def test_what_an_option_is_does_not_replace_its_refusal(make):
     app = make()
+    assert "pickle is True or False" in str(refused(app, TAKE, 1, _pickle=Odd()))
     with pytest.raises(InvalidTaskNameError, match="a task's name"):
         app.options(name="a b", headers=Headers(a="b"))
 
@@ -322,6 +329,25 @@ def test_nothing_is_pickled_for_a_message(make, monkeypatch):
     assert isinstance(refused(app, TAKE, value, _queue="other", _pickle=True), UnknownQueueError)
     assert isinstance(refused(app, TAKE, value, _transactional=True, _pickle=True), BadTransactionStateError)
     assert ran == []
+
+
+def test_an_unknown_option_is_refused_as_such_where_no_app_can_be_made(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SAFEDEFER_")]:
+        monkeypatch.delenv(name)
+    deferred.configure(None)
+    with pytest.raises(TypeError, match="no option '_quue'"):
+        deferred.defer(TAKE, 1, _quue="x")
+    with pytest.raises(TypeError, match="no option '_quue'"):
+        asyncio.run(deferred.defer_async(TAKE, 1, _quue="x"))
+
+
+def test_the_loop_goes_on_while_a_refused_call_is_looked_at(make, monkeypatch):
+    app, threads = make(), []
+    monkeypatch.setattr(type(app._builder), "serialize", lambda *args: threads.append(threading.current_thread()))
+    with pytest.raises(InvalidTaskNameError):
+        asyncio.run(deferred.defer_async(TAKE, 1, _name="a b"))
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
 
 
 def test_the_errors_of_a_call_are_those_that_it_has_by_itself(make):
