@@ -166,6 +166,8 @@ class _LookAtCall:
         self.left_out: dict[int, tuple[object, Mapping[str, object]]] = {}
         self.done: dict[int, object] = {}
         self.spent = 0
+        self.shut = False
+        """Whether what is to be passed instead held more than a call may hold: no more of it is looked at."""
 
 
 class _AskedGate:
@@ -325,7 +327,7 @@ class _LoadedGate:
 class _SurveyingEncoder(Encoder):
     """Leaves values out, and says around which value a refusal was raised."""
 
-    __slots__ = ("around", "asked", "begun", "done", "look")
+    __slots__ = ("around", "asked", "begun", "done", "inside", "look")
 
     looks_only: ClassVar[bool] = True
 
@@ -337,10 +339,13 @@ class _SurveyingEncoder(Encoder):
     """The values around the current one, by id: met again inside themselves, they are not done with."""
     around: list[_Around]
     """The values around a refusal, innermost first."""
+    inside: bool
+    """Whether what is to be passed instead of a value is looked at."""
 
     def begin(self, asked: _AskedGate, look: _LookAtCall) -> None:
         """Take what the walks share."""
         self.asked, self.look, self.done, self.begun, self.around = asked, look, {}, set(), []
+        self.inside = False
         self._alone, self._alone_items, self._keep = look.alone, look.alone_items, look.keep
 
     def _lone(self) -> Encoder:
@@ -394,9 +399,10 @@ class _SurveyingEncoder(Encoder):
 
     def _instead(self, value: object, parts: Mapping[str, object], depth: int) -> None:
         """Look at what is to be passed in place of a value that was refused: once in a walk, wherever the value is."""
-        if id(value) in self.begun:
+        if id(value) in self.begun or self.look.shut:
             return
         self.begun.add(id(value))
+        inside, self.inside = self.inside, True
         spent, keyed, around = self.look.spent, self.keyed, (set(self.open), set(self.opaque))
         for at, each in parts.items():
             try:
@@ -405,11 +411,14 @@ class _SurveyingEncoder(Encoder):
                 refusal.trail.append(at)
                 raise
             except _Spent:
-                # More than a call may hold: it is not looked at again, and what is beside the value is looked at all the same.
-                self.look.left_out[id(value)] = value, {}
+                if inside:
+                    raise
+                # What is beside the value is looked at all the same.
+                self.look.shut = True
                 self.look.spent, self.keyed = spent, keyed
                 self.open, self.opaque = around
-                return
+                break
+        self.inside = inside
 
     def _note_hash(self, kind: type) -> None:
         """Ask about the bases of a class whose objects are not looked into, for one that is a key or a member of a set."""

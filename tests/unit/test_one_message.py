@@ -120,21 +120,34 @@ def test_an_unbound_method_without_its_object_lacks_no_pattern(make):
     assert refused(make(), far.Point.move, None, PLAIN).missing == names("Plain")
 
 
-def test_what_several_values_hold_is_looked_at_once(make, monkeypatch):
-    looks, look_at = [], obstacles._SurveyingEncoder.value
+@pytest.fixture
+def looks(monkeypatch):
+    """Return the values that are looked at for a message. A look at too many fails, so that nothing more is told."""
+    seen, look_at = [], obstacles._SurveyingEncoder.value
 
     def count(self, value, depth):
-        looks.append(value)
-        if len(looks) > 5_000:  # noqa: PLR2004
+        seen.append(value)
+        if len(seen) > 300_000:  # noqa: PLR2004
             raise RuntimeError("it goes on")
         look_at(self, value, depth)
 
     monkeypatch.setattr(obstacles._SurveyingEncoder, "value", count)
+    return seen
+
+
+def test_all_that_is_to_be_passed_instead_holds_no_more_together_than_a_call(make, looks):
+    parts = [SimpleNamespace(a=[[i] for i in range(60_000)]) for _ in range(MOST - 1)]
+    assert refused(make(), TAKE, parts, POINT).missing == names("Point")
+    assert len(looks) < 150_000  # noqa: PLR2004 - a list and what is in it are two values
+
+
+def test_what_several_values_hold_is_looked_at_once(make, looks):
     held = PLAIN
     for _ in range(MOST - 1):
         held = SimpleNamespace(**{f"a{i}": held for i in range(30)})  # 30 ** 7 ways lead to the innermost
     error = refused(make(), TAKE, held)
     assert error.missing == names("Plain")
+    assert len(looks) < 5_000  # noqa: PLR2004
     assert len(str(error)) < 2_000  # noqa: PLR2004
 
 
