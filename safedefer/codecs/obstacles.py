@@ -177,7 +177,7 @@ class _AskedGate:
         self._gate = gate
         self._registry = registry
         self.missing: dict[str, None] = {}
-        #: Patterns that a class lacks besides the setting of its metaclass, which its refusal tells.
+        #: Patterns that a class lacks besides what its refusal tells: the setting of its metaclass, a base to put right.
         self.beside: dict[str, None] = {}
         #: Those of a key: no pattern of the policy helps.
         self.refusals: dict[str, str] = {}
@@ -196,7 +196,11 @@ class _AskedGate:
             self._note(error, cls)
             plan = self._plan(cls)
             if plan is None or _runs_code(plan):
-                lacking = (self.note_class(each) for each in (() if plan is None else plan.definers))
+                try:
+                    lacking = [self.note_class(each) for each in (() if plan is None else plan.definers)]
+                except NotDeferrable:  # no pattern helps the base, and when it is put right the class lacks its own
+                    self.beside |= dict.fromkeys(error.missing)
+                    raise
                 self.closed[id(cls)] = cls, (*error.missing, *chain.from_iterable(lacking))
                 raise
             self.admitted[id(cls)] = cls

@@ -120,6 +120,20 @@ def test_an_unbound_method_without_its_object_lacks_no_pattern(make):
     assert refused(make(), far.Point.move, None, PLAIN).missing == names("Plain")
 
 
+def test_a_class_lacks_its_pattern_beside_what_is_wrong_with_its_base(make, monkeypatch):
+    class Inner:
+        def __getstate__(self):
+            raise AssertionError
+
+        def __setstate__(self, state):
+            raise AssertionError
+
+    monkeypatch.setattr(far, "Heir", type("Heir", (Inner,), {"__module__": far.__name__}), raising=False)
+    error = refused(make(), TAKE, [far.Heir(), far.Heir()], POINT)
+    assert set(error.missing) == set(names("Heir", "Point"))
+    assert "Inner is defined inside a function; move it" in str(error)
+
+
 @pytest.fixture
 def looks(monkeypatch):
     """Return the values that are looked at for a message. A look at too many fails, so that nothing more is told."""
