@@ -88,7 +88,10 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
             refusal.trail.append(at[0])
             if isinstance(refusal, OverLimit) or not enc.around:
                 refusals.setdefault(refusal.path, sentence(refusal))
-                break
+                if look.shut or not look.left_out:
+                    break
+                look.shut = True  # it may be in what is to be passed instead: what is beside that is looked at
+                continue
             level = levels[refusal.path] = levels.get(refusal.path, -1) + 1
             # A setting helps what has a metaclass, so a pattern helps what is around it.
             culprit = _culprit(enc.around, {} if _is_of_metaclass(refusal) else asked.admitted, level)
@@ -98,7 +101,9 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
                 path = "$" + "".join(reversed(refusal.trail[culprit.steps :]))
                 refusals.setdefault(path, _told(refusal, path, culprit.value, enc.around[0].value))
             if len(asked.refusals) + len(refusals) >= _TOLD or id(culprit.value) in look.left_out:
-                break
+                if look.shut:
+                    break
+                look.shut = True  # as above
             innermost = culprit.value is enc.around[0].value
             instead = _instead(refusal, culprit.value, asked, limits.items) if innermost else {}
             look.left_out[id(culprit.value)] = culprit.value, instead
@@ -167,7 +172,7 @@ class _LookAtCall:
         self.done: dict[int, object] = {}
         self.spent = 0
         self.shut = False
-        """Whether what is to be passed instead held more than a call may hold: no more of it is looked at."""
+        """Whether no more is looked at of what is to be passed instead: it holds too much, or enough is told."""
 
 
 class _AskedGate:
@@ -348,8 +353,7 @@ class _SurveyingEncoder(Encoder):
 
     def begin(self, asked: _AskedGate, look: _LookAtCall) -> None:
         """Take what the walks share."""
-        self.asked, self.look, self.done, self.begun, self.around = asked, look, {}, set(), []
-        self.inside = False
+        self.asked, self.look, self.done, self.begun, self.around, self.inside = asked, look, {}, set(), [], False
         self._alone, self._alone_items, self._keep = look.alone, look.alone_items, look.keep
 
     def _lone(self) -> Encoder:
@@ -407,7 +411,7 @@ class _SurveyingEncoder(Encoder):
             return
         self.begun.add(id(value))
         inside, self.inside = self.inside, True
-        spent, keyed, around = self.look.spent, self.keyed, (set(self.open), set(self.opaque))
+        before = self.look.spent, self.keyed, set(self.open), set(self.opaque)
         for at, each in parts.items():
             try:
                 self.value(each, depth + 1)
@@ -419,8 +423,7 @@ class _SurveyingEncoder(Encoder):
                     raise
                 # What is beside the value is looked at all the same.
                 self.look.shut = True
-                self.look.spent, self.keyed = spent, keyed
-                self.open, self.opaque = around
+                self.look.spent, self.keyed, self.open, self.opaque = before
                 break
         self.inside = inside
 

@@ -134,6 +134,30 @@ def test_a_class_lacks_its_pattern_beside_what_is_wrong_with_its_base(make, monk
     assert "Inner is defined inside a function; move it" in str(error)
 
 
+def deep():
+    held = []
+    for _ in range(100):
+        held = [held]
+    return held
+
+
+def chained():
+    error = ValueError()
+    for _ in range(2 * MOST):
+        try:
+            raise KeyError from error
+        except KeyError as raised:
+            error = raised
+    return error
+
+
+@pytest.mark.parametrize("make_value", [
+    chained, lambda: SimpleNamespace(a=deep()), lambda: functools.partial(TAKE, *(threading.Lock() for _ in range(2 * MOST))),
+], ids=["many exceptions", "deep", "many locks"])  # fmt: skip
+def test_what_is_wrong_instead_keeps_nothing_beside_it_from_being_told(make, make_value):
+    assert refused(make(), TAKE, [make_value(), POINT], PLAIN).missing == names("Point", "Plain")
+
+
 @pytest.fixture
 def looks(monkeypatch):
     """Return the values that are looked at for a message. A look at too many fails, so that nothing more is told."""
