@@ -244,12 +244,19 @@ _ALIKE: Final = 0.81
 async def defer_async(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> Task:
     """Do what ``defer`` does, with the same options, without blocking the event loop."""
     given = {name.removeprefix("_"): kwargs.pop(name) for name in OPTIONS if name in kwargs}
-    if configured_app() is None:
-        import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
+    import asyncio  # noqa: PLC0415  # loaded already, where there is a loop
 
-        # To build an App reads files and imports modules.
-        await asyncio.to_thread(current_app)
-    return await _front(given, obj, args, kwargs).defer_async(obj, *args, **kwargs)
+    try:
+        _check_unknown(obj, kwargs)
+        if (app := configured_app()) is None:
+            # To build an App reads files and imports modules.
+            app = await asyncio.to_thread(current_app)
+        deferral = app.options(**given)
+    except (TypeError, InvalidTaskError) as error:
+        # To look at a call takes as long as to defer it.
+        await asyncio.to_thread(_tell_front, error, given, obj, args, kwargs)
+        raise
+    return await deferral.defer_async(obj, *args, **kwargs)
 
 
 def serialize(obj: Callable[..., object], /, *args: Any, **kwargs: Any) -> bytes:
@@ -348,13 +355,23 @@ def _front(
         _check_unknown(obj, kwargs)
         return current_app().options(**given)
     except (TypeError, InvalidTaskError) as error:
-        parameters = _parameters(obj)
-        own = {name: value for name, value in kwargs.items() if name[:1] != "_" or name in parameters}
-        if not isinstance(error, InvalidTaskError):
-            tell_more(error, lambda: current_app().options(**given))
-        if not given.get("pickle"):  # what a pickle takes is another question
-            tell_more(error, lambda: current_app().serialize(obj, *args, **own))
+        _tell_front(error, given, obj, args, kwargs)
         raise
+
+
+def _tell_front(
+    error: TypeError | InvalidTaskError,
+    given: dict[str, Any],
+    obj: Callable[..., object],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    parameters = _parameters(obj)
+    own = {name: value for name, value in kwargs.items() if name[:1] != "_" or name in parameters}
+    if not isinstance(error, InvalidTaskError):
+        tell_more(error, lambda: current_app().options(**given))
+    if given.get("pickle", False) is False:  # what a pickle takes is another question
+        tell_more(error, lambda: current_app().serialize(obj, *args, **own))
 
 
 def _check_unknown(obj: object, kwargs: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from safedefer.codecs import inspect_safely
 from safedefer.codecs.class_layout import Plan, hash_definers, make_plan
 from safedefer.codecs.encoder import Encoder
 from safedefer.codecs.registry import RegisteredType, TypeRegistry
-from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values, step
+from safedefer.codecs.shared import CallData, Json, Obstacles, OverLimit, Refusal, Values
 from safedefer.errors import NotDeferrable, PolicyViolation
 from safedefer.options import Limits
 from safedefer.policy_cache import Gate
@@ -88,7 +88,10 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
             refusal.trail.append(at[0])
             if isinstance(refusal, OverLimit) or not enc.around:
                 refusals.setdefault(refusal.path, sentence(refusal))
-                break
+                if look.shut or not look.left_out:
+                    break
+                look.shut = True  # it may be in what is to be passed instead: what is beside that is looked at
+                continue
             level = levels[refusal.path] = levels.get(refusal.path, -1) + 1
             # A setting helps what has a metaclass, so a pattern helps what is around it.
             culprit = _culprit(enc.around, {} if _is_of_metaclass(refusal) else asked.admitted, level)
@@ -98,8 +101,11 @@ def find_obstacles(call: Values, gate: Gate, limits: Limits, registry: TypeRegis
                 path = "$" + "".join(reversed(refusal.trail[culprit.steps :]))
                 refusals.setdefault(path, _told(refusal, path, culprit.value, enc.around[0].value))
             if len(asked.refusals) + len(refusals) >= _TOLD or id(culprit.value) in look.left_out:
-                break
-            instead = _instead(refusal, culprit.value, asked) if culprit.value is enc.around[0].value else {}
+                if look.shut:
+                    break
+                look.shut = True  # as above
+            innermost = culprit.value is enc.around[0].value
+            instead = _instead(refusal, culprit.value, asked, limits.items) if innermost else {}
             look.left_out[id(culprit.value)] = culprit.value, instead
             look.done |= enc.done
     hooked = {pattern: None for _, patterns in asked.closed.values() for pattern in patterns}
@@ -165,6 +171,8 @@ class _LookAtCall:
         self.left_out: dict[int, tuple[object, Mapping[str, object]]] = {}
         self.done: dict[int, object] = {}
         self.spent = 0
+        self.shut = False
+        """Whether no more is looked at of what is to be passed instead: it holds too much, or enough is told."""
 
 
 class _AskedGate:
@@ -174,7 +182,7 @@ class _AskedGate:
         self._gate = gate
         self._registry = registry
         self.missing: dict[str, None] = {}
-        #: Patterns that a class lacks besides the setting of its metaclass, which its refusal tells.
+        #: Patterns that a class lacks besides what its refusal tells: the setting of its metaclass, a base to put right.
         self.beside: dict[str, None] = {}
         #: Those of a key: no pattern of the policy helps.
         self.refusals: dict[str, str] = {}
@@ -193,7 +201,11 @@ class _AskedGate:
             self._note(error, cls)
             plan = self._plan(cls)
             if plan is None or _runs_code(plan):
-                lacking = (self.note_class(each) for each in (() if plan is None else plan.definers))
+                try:
+                    lacking = [self.note_class(each) for each in (() if plan is None else plan.definers)]
+                except NotDeferrable:  # no pattern helps the base, and when it is put right the class lacks its own
+                    self.beside |= dict.fromkeys(error.missing)
+                    raise
                 self.closed[id(cls)] = cls, (*error.missing, *chain.from_iterable(lacking))
                 raise
             self.admitted[id(cls)] = cls
@@ -235,7 +247,7 @@ class _AskedGate:
         if plan is None or plan.state_of is None or _runs_code(plan):
             return {}
         own = plan.state_of(value)
-        return {step(name): each for name, each in own.items() if type(name) is str} if type(own) is dict else {}
+        return {"": {name: each for name, each in own.items() if type(name) is str}} if type(own) is dict else {}
 
     def _note_beside(self, cls: type) -> None:
         module, _, qualname = class_path(cls).partition(":")
@@ -263,22 +275,22 @@ def _runs_code(plan: Plan) -> bool:
     return any(hook is not None for hook in hooks)
 
 
-def _instead(refusal: Refusal, value: object, asked: _AskedGate) -> Mapping[str, object]:
-    """Return what is to be looked at in place of a value that was refused."""
-    return asked.attributes(value) if _is_of_metaclass(refusal) else refusal.instead or _parts(value)
+def _instead(refusal: Refusal, value: object, asked: _AskedGate, most: int) -> Mapping[str, object]:
+    """Return what is to be looked at in place of a value that was refused. Views of more than ``most`` are not looked at."""
+    return asked.attributes(value) if _is_of_metaclass(refusal) else refusal.instead or _parts(value, most)
 
 
 def _is_of_metaclass(refusal: Refusal) -> bool:
     return isinstance(refusal.__cause__, NotDeferrable) and refusal.__cause__.reason == "metaclass"
 
 
-def _parts(value: object) -> Mapping[str, object]:
+def _parts(value: object, most: int) -> Mapping[str, object]:
     """Return what the message says to pass in place of a value of a built-in class. Runs none of the caller's code."""
     if type(value) is functools.partial:
         return {".func": value.func, ".args": value.args, ".keywords": value.keywords}
     if type(value) is SimpleNamespace:
-        return {f".{name}": each for name, each in _OF_NAMESPACE(value).items()}
-    if any(type(value) is each for each in _VIEWS):
+        return {"": _OF_NAMESPACE(value)}
+    if any(type(value) is each for each in _VIEWS) and len(cast("Any", value)) <= most:
         return {"": list(cast("Any", value))}
     return {}
 
@@ -324,7 +336,7 @@ class _LoadedGate:
 class _SurveyingEncoder(Encoder):
     """Leaves values out, and says around which value a refusal was raised."""
 
-    __slots__ = ("around", "asked", "begun", "done", "look")
+    __slots__ = ("around", "asked", "begun", "done", "inside", "look")
 
     looks_only: ClassVar[bool] = True
 
@@ -336,10 +348,12 @@ class _SurveyingEncoder(Encoder):
     """The values around the current one, by id: met again inside themselves, they are not done with."""
     around: list[_Around]
     """The values around a refusal, innermost first."""
+    inside: bool
+    """Whether what is to be passed instead of a value is looked at."""
 
     def begin(self, asked: _AskedGate, look: _LookAtCall) -> None:
         """Take what the walks share."""
-        self.asked, self.look, self.done, self.begun, self.around = asked, look, {}, set(), []
+        self.asked, self.look, self.done, self.begun, self.around, self.inside = asked, look, {}, set(), [], False
         self._alone, self._alone_items, self._keep = look.alone, look.alone_items, look.keep
 
     def _lone(self) -> Encoder:
@@ -392,17 +406,26 @@ class _SurveyingEncoder(Encoder):
         return None
 
     def _instead(self, value: object, parts: Mapping[str, object], depth: int) -> None:
-        """Look at what is to be passed in place of a value that was refused."""
-        if id(value) in self.begun:
+        """Look at what is to be passed in place of a value that was refused: once in a walk, wherever the value is."""
+        if id(value) in self.begun or self.look.shut:
             return
         self.begun.add(id(value))
+        inside, self.inside = self.inside, True
+        before = self.look.spent, self.keyed, set(self.open), set(self.opaque)
         for at, each in parts.items():
             try:
                 self.value(each, depth + 1)
             except Refusal as refusal:
                 refusal.trail.append(at)
                 raise
-        self.begun.discard(id(value))
+            except _Spent:
+                if inside:
+                    raise
+                # What is beside the value is looked at all the same.
+                self.look.shut = True
+                self.look.spent, self.keyed, self.open, self.opaque = before
+                break
+        self.inside = inside
 
     def _note_hash(self, kind: type) -> None:
         """Ask about the bases of a class whose objects are not looked into, for one that is a key or a member of a set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import ABCMeta
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ _TOGETHER: Final = tuple(
     map(frozenset, (("countdown", "eta"), ("name", "unique"), ("unique", "unique_until"), ("target", "url")))
 )
 _NOT_ALONE: Final = ("unique_until",)
+#: How many further refusals of options are told: there may be any number of headers.
+_TOLD: Final = 8
 _WRAPS: Final = " (one that a decorator made: use functools.wraps in the decorator)"
 
 
@@ -48,13 +51,17 @@ def tell_more(error: TypeError | DeferError, *attempts: Callable[[], object]) ->
 
     Whatever else they raise, the refusal stands.
     """
+    added = 0
     for attempt in attempts:
+        if added == _TOLD:
+            return
         try:
             attempt()
         except (TypeError, DeferError) as other:
             told, more = str(error), str(other).replace(_SAME_CALL, "; ")
             if more not in told:
                 error.args = (f"{told}{'; ' if _SAME_CALL in told else _SAME_CALL}{more}",)
+                added += 1
         except Exception:  # noqa: BLE001, S110 - as tell_all
             pass
 
@@ -70,8 +77,9 @@ def tell_options(error: InvalidTaskError, given: Mapping[str, Any], make: Callab
     pairs = [names for names in _TOGETHER if names.issubset(given)]
     alone = [frozenset({name}) for name in given if name not in _NOT_ALONE]
     parts: list[dict[str, Any]] = [{name: given[name] for name in names} for names in (*pairs, *alone)]
-    if isinstance(headers := given.get("headers"), Mapping):
-        parts += [{"headers": {name: value}} for name, value in headers.items()]
+    with contextlib.suppress(Exception):  # a mapping of the caller's own may raise anything
+        if isinstance(headers := given.get("headers"), Mapping):
+            parts += [{"headers": {name: value}} for name, value in headers.items()]
     tell_more(error, *(functools.partial(make, part) for part in parts))
 
 
@@ -108,8 +116,8 @@ def _meant(error: TypeError, target: Any, args: Sequence[Any]) -> object:
         return target
     if getattr(error, "reason", "") == "metaclass":
         return target.__self__ if type(target) is MethodType else target
-    if getattr(error, "reason", "") == "unbound-method" and type(target) is FunctionType and args:
-        return MethodType(target, args[0])
+    if getattr(error, "reason", "") == "unbound-method" and type(target) is FunctionType:
+        return UNBOUND if not args or args[0] is None else MethodType(target, args[0])
     return UNBOUND
 
 

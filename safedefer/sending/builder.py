@@ -89,11 +89,9 @@ class Builder:
         try:
             self._routes.check(options)
         except DeferError as error:
-            attempts = (
-                lambda: self._routes.check_target(options),
-                lambda: self._claims(options, obj, args, kwargs, self._clock()),
-            )
-            tell_more(error, *attempts)
+            tell_more(error, lambda: self._routes.check_target(options))
+            if not options.pickle:  # to pickle runs code of the values
+                tell_more(error, lambda: self._claims(options, obj, args, kwargs, self._clock()))
             raise
         now = self._clock()
         claims = self._claims(options, obj, args, kwargs, now)

@@ -256,7 +256,8 @@ class Sender:
         try:
             self._outbox.check(named=options.name is not None or bool(options.unique), awaits=awaits)
         except DeferError as error:
-            tell_more(error, lambda: self._builder.build(options, obj, args, kwargs))
+            if not options.pickle:  # to pickle runs code of the values
+                tell_more(error, lambda: self._builder.build(options, obj, args, kwargs))
             raise
         task, queued = self._builder.build(options, obj, args, kwargs)
         if (capabilities := self._queue().capabilities) is not FULL:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 import threading
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safedefer import Policy, TaskRetryOptions, deferred
+from safedefer.codecs import obstacles
 from safedefer.codecs.shared import Obstacles
 from safedefer.codecs.typed import TypedCodec
 from safedefer.errors import (
@@ -18,6 +20,7 @@ from safedefer.errors import (
     DeferError,
     InvalidEtaError,
     InvalidTaskError,
+    InvalidTaskNameError,
     NotDeferrable,
     UnencodableArgument,
     UnknownQueueError,
@@ -114,6 +117,86 @@ def test_a_partial_that_holds_itself_is_looked_at_once(make):
 def test_an_unbound_method_without_its_object_lacks_no_pattern(make):
     assert refused(make(), far.Point.move).missing == ()
     assert refused(make(), far.Point.move, 1, PLAIN).missing == names("Plain")
+    assert refused(make(), far.Point.move, None, PLAIN).missing == names("Plain")
+
+
+def test_a_class_lacks_its_pattern_beside_what_is_wrong_with_its_base(make, monkeypatch):
+    class Inner:
+        def __getstate__(self):
+            raise AssertionError
+
+        def __setstate__(self, state):
+            raise AssertionError
+
+    monkeypatch.setattr(far, "Heir", type("Heir", (Inner,), {"__module__": far.__name__}), raising=False)
+    error = refused(make(), TAKE, [far.Heir(), far.Heir()], POINT)
+    assert set(error.missing) == set(names("Heir", "Point"))
+    assert "Inner is defined inside a function; move it" in str(error)
+
+
+def deep():
+    held = []
+    for _ in range(100):
+        held = [held]
+    return held
+
+
+def chained():
+    error = ValueError()
+    for _ in range(2 * MOST):
+        try:
+            raise KeyError from error
+        except KeyError as raised:
+            error = raised
+    return error
+
+
+@pytest.mark.parametrize("make_value", [
+    chained, lambda: SimpleNamespace(a=deep()), lambda: functools.partial(TAKE, *(threading.Lock() for _ in range(2 * MOST))),
+], ids=["many exceptions", "deep", "many locks"])  # fmt: skip
+def test_what_is_wrong_instead_keeps_nothing_beside_it_from_being_told(make, make_value):
+    assert refused(make(), TAKE, [make_value(), POINT], PLAIN).missing == names("Point", "Plain")
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Return the values that are looked at for a message. A look at too many fails, so that nothing more is told."""
+    seen, look_at = [], obstacles._SurveyingEncoder.value
+
+    def count(self, value, depth):
+        seen.append(value)
+        if len(seen) > 300_000:  # noqa: PLR2004
+            raise RuntimeError("it goes on")
+        look_at(self, value, depth)
+
+    monkeypatch.setattr(obstacles._SurveyingEncoder, "value", count)
+    return seen
+
+
+def test_all_that_is_to_be_passed_instead_holds_no_more_together_than_a_call(make, looks):
+    parts = [SimpleNamespace(a=[[i] for i in range(60_000)]) for _ in range(MOST - 1)]
+    assert refused(make(), TAKE, parts, POINT).missing == names("Point")
+    assert len(looks) < 150_000  # noqa: PLR2004 - a list and what is in it are two values
+
+
+def test_what_several_values_hold_is_looked_at_once(make, looks):
+    held = PLAIN
+    for _ in range(MOST - 1):
+        held = SimpleNamespace(**{f"a{i}": held for i in range(30)})  # 30 ** 7 ways lead to the innermost
+    error = refused(make(), TAKE, held)
+    assert error.missing == names("Plain")
+    assert len(looks) < 5_000  # noqa: PLR2004
+    assert len(str(error)) < 2_000  # noqa: PLR2004
+
+
+@pytest.mark.parametrize("value", [
+    {i: (i, i) for i in range(40_000)}.items(), functools.partial(TAKE, *[[i] for i in range(60_000)]), {i: i for i in range(100_001)}.keys(),
+    SimpleNamespace(a=[[i] for i in range(60_000)]),
+], ids=["view", "partial", "large view", "namespace"])  # fmt: skip
+def test_more_than_a_call_may_hold_keeps_nothing_beside_it_from_being_told(make, value):
+    error = refused(make(), TAKE, [value, threading.Lock(), POINT], {far.Colour.RED: value}, PLAIN)
+    assert set(error.missing) == set(names("Point", "Colour", "Plain"))
+    assert "_thread.lock" in str(error)
 
 
 def test_the_bases_whose_hooks_will_run_are_named_with_the_class(make):
@@ -261,6 +344,61 @@ def test_an_admitted_hook_that_fails_leaves_the_refusal_of_an_option_as_it_is(ma
     app = make()
     monkeypatch.setattr(type(app._builder), "serialize", lambda *args: 1 / 0)
     assert str(refused(app, TAKE, 1, _queue="a_b")).endswith("not 'a_b'")
+
+
+class Odd:
+    def __bool__(self):
+        raise RuntimeError("it has no truth")
+
+
+class Headers(dict):
+    def items(self):
+        raise RuntimeError("it has no items")
+
+
+def test_what_an_option_is_does_not_replace_its_refusal(make):
+    app = make()
+    assert "pickle is True or False" in str(refused(app, TAKE, 1, _pickle=Odd()))
+    with pytest.raises(InvalidTaskNameError, match="a task's name"):
+        app.options(name="a b", headers=Headers(a="b"))
+
+
+def test_of_many_headers_some_are_told(make):
+    app = make()
+    error = refused(app, TAKE, 1, _headers={f"x-google-{i}": "1" for i in range(500)}, _name="a b")
+    assert isinstance(error, InvalidTaskNameError)
+    assert str(error).count("is written by the delivery") == MOST
+
+
+def test_nothing_is_pickled_for_a_message(make, monkeypatch):
+    ran = []
+    monkeypatch.setattr(tasks, "Pickled", type("Pickled", (), {
+        "__module__": tasks.__name__, "__getstate__": lambda self: ran.append("state"),
+    }), raising=False)  # fmt: skip
+    app = make(queues=["default"], allow_pickle=True)
+    value = tasks.Pickled()
+    assert isinstance(refused(app, TAKE, value, _queue="other", _pickle=True), UnknownQueueError)
+    assert isinstance(refused(app, TAKE, value, _transactional=True, _pickle=True), BadTransactionStateError)
+    assert ran == []
+
+
+def test_an_unknown_option_is_refused_as_such_where_no_app_can_be_made(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("SAFEDEFER_")]:
+        monkeypatch.delenv(name)
+    deferred.configure(None)
+    with pytest.raises(TypeError, match="no option '_quue'"):
+        deferred.defer(TAKE, 1, _quue="x")
+    with pytest.raises(TypeError, match="no option '_quue'"):
+        asyncio.run(deferred.defer_async(TAKE, 1, _quue="x"))
+
+
+def test_the_loop_goes_on_while_a_refused_call_is_looked_at(make, monkeypatch):
+    app, threads = make(), []
+    monkeypatch.setattr(type(app._builder), "serialize", lambda *args: threads.append(threading.current_thread()))
+    with pytest.raises(InvalidTaskNameError):
+        asyncio.run(deferred.defer_async(TAKE, 1, _name="a b"))
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
 
 
 def test_the_errors_of_a_call_are_those_that_it_has_by_itself(make):

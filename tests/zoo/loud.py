@@ -7,6 +7,7 @@ import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, PrivateAttr
@@ -170,6 +171,18 @@ def _attribute(name: Any) -> Any:
     return made
 
 
+def _space(name: Any) -> Any:
+    made = SimpleNamespace()
+    made.__dict__[name] = name
+    return made
+
+
+def _name_in_thrown(name: Any) -> Any:
+    made = _thrown(1)
+    made.__dict__[name] = 1
+    return made
+
+
 def _raised(cls: Any, *args: Any) -> Any:
     made = cls.__new__(cls, *args)
     BaseException.args.__set__(made, args)  # type: ignore[attr-defined]
@@ -226,6 +239,8 @@ PLACES: dict[str, Any] = {
     "named_tuple": lambda each, cls: Twice(each[0], each[1]),
     "model": lambda each, cls: Sheet.model_construct(one=each[0]),
     "attribute_name": lambda each, cls: _attribute(each[0]),
+    "name_in_a_namespace": lambda each, cls: _space(each[0]),
+    "name_in_a_thrown_error": lambda each, cls: _name_in_thrown(each[0]),
     "argument_of_an_error": lambda each, cls: _raised(OSError, each[0], each[1]),
     "argument_of_a_syntax_error": lambda each, cls: _raised(SyntaxError, "text", each[0]),
     "arguments_of_a_group": lambda each, cls: _raised(ValueError, each[0]),

@@ -10,9 +10,16 @@ from safedefer.codecs.shared import Refusal
 
 
 def own_state(value: object) -> dict[str, Any]:
-    """Return the ``__dict__`` of an object, itself; of one that has none, an empty dict."""
+    """Return the ``__dict__`` of an object, itself; of one that has none, an empty dict.
+
+    Raises:
+        Refusal: A name is not exactly text. To look another name up would run code of its class.
+    """
     getter = inspect_safely.dict_getter(type(value))
-    return {} if getter is None else getter(value)
+    own: dict[str, Any] = {} if getter is None else getter(value)
+    if any(type(name) is not str for name in own):
+        raise Refusal("the name of an attribute of it is not exactly a str; pass what it is made from")
+    return own
 
 
 def _any(_values: tuple[Any, ...]) -> bool:
@@ -38,8 +45,12 @@ def holder(
         own = own_state(value)
         values = tuple(own[name] for name in fields if name in own)
         if own.keys() != fields.keys() or not (fits(values) and check(values)):
-            wrong = {name for name, kinds in fields.items() if kinds is not None and type(own.get(name)) not in kinds}
-            names = f" ({', '.join(sorted(map(str, wrong | own.keys() - fields.keys())))})".replace(" ()", "")
+            wrong = {
+                name
+                for name, kinds in fields.items()
+                if kinds is not None and not any(type(own.get(name)) is kind for kind in kinds)
+            }
+            names = f" ({', '.join(sorted(wrong | own.keys() - fields.keys()))})".replace(" ()", "")
             raise Refusal(
                 f"an attribute was added to it, or holds what it should not{names}; pass what it is made from"
             )

@@ -113,7 +113,7 @@ class _Keys:
             name: each for name, each in own_state(value).items() if name not in {"_key", "_reference", "_hash_value"}
         }
         if added:
-            instead = {step(str(name)): each for name, each in added.items()}
+            instead = {step(name): each for name, each in added.items()}
             raise Refusal("attributes were added to the key; pass them as arguments of their own", instead=instead)
         read = value._reference
         return *self.stored_parts(value._key), None if read is None else read.SerializeToString(deterministic=True)
@@ -148,12 +148,12 @@ class _Entities:
         added = own.keys() - _STATE
         if added:
             raise Refusal(
-                f"the entity has attributes beside its properties ({', '.join(sorted(map(str, added)))}), "
+                f"the entity has attributes beside its properties ({', '.join(sorted(added))}), "
                 "which the datastore would not keep; pass them as arguments of their own, or pass the key",
                 instead={
                     ".__class__": cls,
-                    **{step(str(name)): each for name, each in own.get("_values", {}).items()},
-                    **{step(str(name)): own[name] for name in added},
+                    "": own.get("_values"),
+                    **{step(name): own[name] for name in added},
                 },
             )
         dynamic = self._dynamic_parts(cls, own.get("_properties"))
