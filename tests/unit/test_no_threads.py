@@ -175,3 +175,33 @@ def test_a_celery_worker_without_a_thread_syncs_itself(full):
     acknowledgements.add(Answered(lambda: done.append(1), None, "mark"))
     assert done == [1]
     hub.close()
+
+
+async def test_a_thread_is_asked_for_again_while_those_that_are_there_stay_busy(full):
+    threads, begun, gate = Threads(2, "test"), threading.Event(), threading.Event()
+    busy = threads(lambda: [begun.set(), gate.wait(60)])
+    await until(begun.is_set)
+    full.names = ("test",)
+    waiting = [threads(lambda number=number: number) for number in range(3)]
+    await until(lambda: len(full.refused) > 4)
+    assert not any(future.done() for future in waiting)
+    full.names = ()
+    assert await asyncio.wait_for(asyncio.gather(*waiting), 30) == [0, 1, 2]
+    gate.set()
+    await busy
+    threads.close(wait=True)
+
+
+async def test_a_call_that_is_stuck_is_replaced_once_there_is_room(full):
+    threads, begun, gate = Threads(1, "test"), threading.Event(), threading.Event()
+    stuck = threads(lambda: [begun.set(), gate.wait(60)])
+    await until(begun.is_set)
+    waiting = threads(lambda: 5)
+    full.names = ("test",)
+    threads.add_one()
+    full.names = ()
+    assert await asyncio.wait_for(waiting, 30) == 5
+    gate.set()
+    await stuck
+    threads.remove_one()
+    threads.close(wait=True)

@@ -119,6 +119,43 @@ async def test_threads_stay_with_what_code_keeps_for_them(monkeypatch):
         assert len(seen) == 1
 
 
+class SlowLock:
+    """After whose release a thread of the tests stays away for a moment."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def __enter__(self):
+        self._lock.acquire()
+
+    def __exit__(self, *_):
+        self._lock.release()
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.02)
+
+
+async def test_a_thread_that_is_about_to_rest_is_not_replaced(monkeypatch):
+    """Each one that is would stay for good, with a connection of its own."""
+    monkeypatch.setattr(module, "_LINGER", 0.001)
+    with open_threads(1) as threads:
+        threads._lock = SlowLock()
+        seen = set()
+        for _ in range(10):
+            seen.add(await threads(threading.current_thread))
+            while threads._awake:  # without a pause: the next call comes at once
+                await asyncio.sleep(0)
+        assert len(seen) == 1
+
+
+async def test_threads_have_names_of_their_own():
+    meet = threading.Barrier(3)
+    with open_threads(3) as threads:
+        calls = [threads(lambda: [meet.wait(30), threading.current_thread().name][1]) for _ in range(3)]
+        names = await asyncio.gather(*calls)
+    assert len(set(names)) == 3
+    assert all(name.startswith("test-") for name in names)
+
+
 async def test_nobody_is_lost_where_threads_fall_asleep_while_calls_come(monkeypatch):
     monkeypatch.setattr(module, "_LINGER", 0.0005)
     with open_threads(4) as threads:
