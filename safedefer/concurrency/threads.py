@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any, Final, Protocol, TypeVar
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.concurrency.per_loop import PerLoop
 from safedefer.concurrency.results import LoopResults
 
@@ -47,6 +48,11 @@ class Threads:
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         self._name = name
+        self._closed = False
+        self._begin()
+        register_fork(self)
+
+    def _begin(self) -> None:
         # Of one thread each, which stays, with what the code of tasks keeps for it (Django's connections, say), and which the
         # interpreter ends. One of many threads would count them wrong for good where one does not start.
         self._executors: set[ThreadPoolExecutor] = set()
@@ -63,7 +69,6 @@ class Threads:
         self._alarm: SimpleQueue[None] = SimpleQueue()
         self._again_at = 0.0
         """When a thread that could not be started is asked for again, by the monotonic clock."""
-        self._closed = False
         self._results: PerLoop[LoopResults] = PerLoop(LoopResults)
 
     def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
@@ -84,6 +89,16 @@ class Threads:
                 self._calls.pop()  # its caller gets the error: it must not run later
                 raise
         return future
+
+    def before_fork(self) -> None:
+        """Go on: the child takes nothing over."""
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew: the threads and the calls are the parent's."""
+        self._begin()
 
     def add_one(self) -> None:
         """Allow one thread more: a call does not return, and its thread is replaced."""

@@ -246,6 +246,29 @@ asyncio.run(main())
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
+def test_a_forked_child_starts_threads_of_its_own():
+    """Idle ones, resting ones and a busy one are the parent's, and so are its calls."""
+    code = """
+import asyncio, os, sys, threading, time
+from safedefer.concurrency.threads import Threads
+threads = Threads(2, "test")
+async def use():
+    return await asyncio.wait_for(asyncio.gather(*(threads(lambda n=n: n) for n in range(3))), 30)
+async def leave():
+    threads(lambda: time.sleep(0.5))
+    await asyncio.sleep(0.05)
+for kind in ("idle", "resting", "busy"):
+    asyncio.run(leave() if kind == "busy" else use())
+    time.sleep(0.3 if kind == "resting" else 0.0)
+    child = os.fork()
+    assert asyncio.run(use()) == [0, 1, 2], kind
+    if child == 0:
+        sys.exit()  # as a process ends that joins its threads
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, kind
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=100, check=True)
+
+
 # --- The renewal of runs -----------------------------------------------------------------------------------
 
 
