@@ -16,6 +16,7 @@ from safedefer.concurrency.threads import Threads
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.base import TaskState
 from safedefer.queues.celery.acknowledging import Acknowledgements, Answered
+from safedefer.transactions.relay import Relay
 from tests import sample_tasks as tasks
 from tests.unit.apps import handle, make_app, until
 
@@ -205,3 +206,62 @@ async def test_a_call_that_is_stuck_is_replaced_once_there_is_room(full):
     await stuck
     threads.remove_one()
     threads.close(wait=True)
+
+
+def interrupt(monkeypatch, name):
+    """Have Ctrl-C come once, when a thread of this name was started and has not said yet that it runs."""
+    start, come = threading.Thread.start, []
+
+    def start_and_interrupt(thread):
+        start(thread)
+        if thread.name == name and not come:
+            come.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+
+
+def running(name):
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+def test_a_start_that_is_interrupted_leaves_one_writer(app, monkeypatch):
+    before = {*running("safedefer-writer")}
+    interrupt(monkeypatch, "safedefer-writer")
+    with pytest.raises(KeyboardInterrupt):
+        app.queue._writer.submit(lambda connection: None)
+    for _ in range(2):
+        assert app.queue._writer.submit(lambda connection: "done").result(60) == "done"
+    assert len({*running("safedefer-writer")} - before) == 1
+
+
+def test_a_start_that_is_interrupted_leaves_one_thread_for_outboxes(monkeypatch):
+    before = {*running("safedefer-outbox")}
+    interrupt(monkeypatch, "safedefer-outbox")
+    relay = Relay(lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        relay.expect()
+    relay.expect()
+    assert len({*running("safedefer-outbox")} - before) == 1
+    relay.close()
+
+
+def test_a_start_that_is_interrupted_leaves_one_thread_that_syncs(monkeypatch):
+    before = {*running("safedefer-sync")}
+    interrupt(monkeypatch, "safedefer-sync")
+    acknowledgements = Acknowledgements(lambda: "mark")
+    with pytest.raises(KeyboardInterrupt):
+        acknowledgements.begin()
+    acknowledgements.begin()
+    assert len({*running("safedefer-sync")} - before) == 1
+
+
+def test_each_caller_that_waits_in_a_fork_gets_an_error_of_its_own(app, full):
+    writer = app.queue._writer
+    writer.before_fork()
+    waiting = [writer.submit(lambda connection: "done") for _ in range(2)]
+    full.names = ("safedefer-writer",)
+    writer.after_fork_in_parent()
+    first, second = (future.exception(60) for future in waiting)
+    assert str(first) == str(second)
+    assert first is not second

@@ -91,12 +91,13 @@ class Acknowledgements:
     def _is_started(self) -> bool:
         """Start the thread unless it runs; False where the system gives none. Hold the lock."""
         if self._thread is None:
-            thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
+            # First: Ctrl-C may come when it runs, and two would take each other's messages.
+            self._thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
             try:
-                thread.start()
+                self._thread.start()
             except RuntimeError:
+                self._thread = None
                 return False
-            self._thread = thread
         return True
 
     def end(self) -> None:
