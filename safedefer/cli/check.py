@@ -18,7 +18,7 @@ from typing import Any, Final
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import app_option, json_text, load_app_to_look
+from safedefer.cli.common import app_option, check_filter, json_text, load_app_to_look
 from safedefer.cli.options import TEXT, Patterns, dead_pages, json_option, living
 from safedefer.cli.references import prove
 from safedefer.cli.terminal import Column, progress, show_table
@@ -196,6 +196,7 @@ def check(*, app: str | None, queues: Sequence[str], modules: Sequence[str], as_
     For a deployment, with the new code, before the old one stops. Looks at waiting, running and dead tasks.
     """
     loaded = load_app_to_look(app)
+    check_filter(loaded, *queues)
     for module in modules:
         _import(module)
     checking = Checking(loaded)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from importlib import import_module
 from typing import Any, Final
 
@@ -15,9 +16,9 @@ from safedefer.app import App
 from safedefer.cli.options import TEXT
 from safedefer.cli.text import plain, time_text
 from safedefer.deferred import made_app, makes_of_settings
-from safedefer.errors import ConfigurationError
+from safedefer.errors import ConfigurationError, DeferError
 from safedefer.queues import open_queue
-from safedefer.queues.base import TaskView
+from safedefer.queues.base import DeadFilter, TaskView
 
 _APP_HELP: Final = "module:name of the App; without it, SAFEDEFER_* settings make one."
 
@@ -151,6 +152,21 @@ def queue_path(app: App) -> str:
     """Return where the queue is: of a file the absolute path, else the address without password."""
     file = app.queue.file
     return app.queue_place if file is None else file.path
+
+
+def check_filter(app: App, *queues: str | None) -> None:
+    """Check that the queues that a command is to look into are declared, or hold what is left of a time when they were.
+
+    Raises:
+        DeferError: One is neither: its name is a slip, and nothing found would say that all is well.
+    """
+    for name in filter(None, queues):
+        try:
+            app.check_queue(name)
+        except DeferError:
+            held = any(each.queue == name for each in app.queue.stats(now=time.time()))
+            if not held and not app.queue.dead_letters(DeadFilter(queue=name, archived=True), limit=1):
+                raise
 
 
 def missing_file(app: App) -> str | None:

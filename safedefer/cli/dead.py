@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from safedefer.cli import retrying
-from safedefer.cli.common import MOST_LISTED, Seconds, app_option, json_text, load_app_to_look, summary
+from safedefer.cli.common import MOST_LISTED, Seconds, app_option, check_filter, json_text, load_app_to_look, summary
 from safedefer.cli.options import (
     TEXT,
     Patterns,
@@ -81,7 +81,9 @@ def _where(
 @json_option
 def dead_list(*, app: str | None, limit: int, as_json: bool, **given: Any) -> None:
     """List dead letters, oldest first."""
-    pages = dead_pages(load_app_to_look(app).queue, *_where(**given))
+    loaded = load_app_to_look(app)
+    check_filter(loaded, given["queue"])
+    pages = dead_pages(loaded.queue, *_where(**given))
     found = islice(chain.from_iterable(pages), limit)
     if as_json:
         for view in found:
@@ -156,6 +158,7 @@ def dead_retry(
     if every == bool(task_ids) or (every and seconds is not None) or (task_ids and dry_run):
         raise click.UsageError("name tasks, with --in if you like, or say --all, with filters if you like")
     loaded = load_app_to_look(app)
+    check_filter(loaded, where.queue)
     if every:
         retrying.retry_matching(loaded, where, patterns, to_queue=to_queue, dry_run=dry_run, yes=yes)
         return
@@ -182,6 +185,7 @@ def dead_purge(*, app: str | None, dry_run: bool, yes: bool, **given: Any) -> No
     """Delete dead letters for good; export them first."""
     loaded = load_app_to_look(app)
     where, patterns = _where(**given)
+    check_filter(loaded, where.queue)
     count = None
     if dry_run or not yes:
         count = sum(len(page) for page in dead_pages(loaded.queue, where, patterns))
@@ -204,7 +208,9 @@ def dead_purge(*, app: str | None, dry_run: bool, yes: bool, **given: Any) -> No
 @_filters
 def dead_export(*, app: str | None, **given: Any) -> None:
     """Print dead letters as JSON, one a line, with attempts and tokens: whoever has them can read the arguments."""
-    pages = dead_pages(load_app_to_look(app).queue, *_where(**given))
+    loaded = load_app_to_look(app)
+    check_filter(loaded, given["queue"])
+    pages = dead_pages(loaded.queue, *_where(**given))
     with progress("exporting", None) as advance:
         for view in chain.from_iterable(pages):
             click.echo(json_text(document(view, dead=True)))

@@ -11,7 +11,7 @@ import click
 
 from safedefer.app import App
 from safedefer.cli import retrying
-from safedefer.cli.common import MOST_LISTED, app_option, json_text, load_app_to_look, summary
+from safedefer.cli.common import MOST_LISTED, app_option, check_filter, json_text, load_app_to_look, summary
 from safedefer.cli.options import (
     TEXT,
     Patterns,
@@ -51,7 +51,9 @@ def tasks() -> None:
 @json_option
 def tasks_list(*, app: str | None, states: Sequence[str], queue: str | None, limit: int, as_json: bool) -> None:
     """List waiting, running and dead tasks, newest first."""
-    found = load_app_to_look(app).queue.tasks(states=[TaskState(state) for state in states], queue=queue, limit=limit)
+    loaded = load_app_to_look(app)
+    check_filter(loaded, queue)
+    found = loaded.queue.tasks(states=[TaskState(state) for state in states], queue=queue, limit=limit)
     if as_json:
         for view in found:
             click.echo(json_text(summary(view)))
@@ -127,6 +129,7 @@ def tasks_cancel(
     if bool(patterns) == bool(task_ids) or (task_ids and (queue is not None or dry_run)):
         raise click.UsageError("name tasks, or say --name or --callable, with --queue or --dry-run if you like")
     loaded = load_app_to_look(app)
+    check_filter(loaded, queue)
     if patterns:
         _cancel_matching(loaded, patterns, queue, dry_run=dry_run, yes=yes)
     for task_id in task_ids:

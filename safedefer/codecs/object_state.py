@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from itertools import chain
 from types import MemberDescriptorType
 from typing import Any
@@ -115,8 +116,8 @@ def attributes(enc: Encoder, value: object, plan: Plan) -> _Pairs:
         own, held = _own_dict(enc, value, plan), _slots(value, plan)
         if plan.defaults:
             check_complete(plan.defaults, own.keys() | held.keys())
-    if held:
-        _check_apart(own, held)
+    if plan.slots or held:
+        _check_apart(own, plan.slots.keys() | held.keys())
     check_names(own, plan)
     return chain(own.items(), held.items())
 
@@ -163,8 +164,9 @@ def _own_dict(enc: Encoder, value: object, plan: Plan) -> dict[Any, Any]:
     return own
 
 
-def _check_apart(own: dict[Any, Any], held: dict[str, Any]) -> None:
-    if any(type(name) is str and name in held for name in own):
+def _check_apart(own: dict[Any, Any], slots: AbstractSet[str]) -> None:
+    # Of a slot that is empty too: the decoder would put what the __dict__ has of its name into the slot.
+    if any(type(name) is str and name in slots for name in own):
         raise Refusal(f"its __dict__ and its slots share a name; {REMEDY}")
 
 

@@ -219,8 +219,10 @@ class Notices:
             late = 0.0 if due is None else now - due
             told, ticks = self._late_told, time.monotonic()
             if told is not None and late < _IN_TIME_SECONDS:
-                self._late_told = None
-                notify(self._observers, QueueLate(queue="", seconds=0.0, waiting=0))
+                # Each delivery that a handler does not take puts its task off: what is due later now is late all the same.
+                if not self.troubles.is_handler_down:
+                    self._late_told = None
+                    notify(self._observers, QueueLate(queue="", seconds=0.0, waiting=0))
             # What waited for this process to start is not late by it.
             elif min(late, now - self._since) > LATE_SECONDS and (told is None or ticks - told > _TELL_EVERY):
                 name, waiting = _most_late(queue.stats(now=now), queues)

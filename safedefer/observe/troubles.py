@@ -235,6 +235,12 @@ class Troubles:
         self._refused: dict[str, _Tally] = {}
         self._rejected: dict[tuple[str, str], _Tally] = {}
 
+    @property
+    def is_handler_down(self) -> bool:
+        """Whether a handler of this process's tasks takes none."""
+        with self._lock:
+            return bool(self._down)
+
     def __call__(self, event: Event) -> None:
         """Take in an event."""
         if isinstance(event, TaskHandled) and event.outcome != "rejected":

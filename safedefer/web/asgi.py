@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from safedefer.headers import Response
-from safedefer.web.body import OverBudgetError, read_body
+from safedefer.web.body import OverBudgetError, answer_incomplete, read_body
 from safedefer.web.lifespan import lifespan
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Asgi:
         if not is_served(app, path, mount):
             return NOT_FOUND
         delivery = app.delivery
-        answer = delivery.check_request(method, headers, length_of(headers))
+        length = length_of(headers)
+        answer = delivery.check_request(method, headers, length)
         if answer is not None:
             return answer
         try:
@@ -71,6 +72,9 @@ class Asgi:
             return None
         if body is None:
             return delivery.too_large()
+        answer = answer_incomplete(delivery, body, length)
+        if answer is not None:
+            return answer
         return await app.handle(headers, body, path=path, mount=mount, method=method)
 
     async def _live(self, receive: Receive, send: Send) -> None:

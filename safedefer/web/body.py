@@ -6,9 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from functools import cache
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from safedefer.delivery.budget import ByteBudget
+
+if TYPE_CHECKING:
+    from safedefer.delivery.handler import Delivery
+    from safedefer.headers import Response
 
 _log: Final = logging.getLogger("safedefer")
 
@@ -46,6 +50,21 @@ async def read_body(chunks: AsyncIterator[bytes], limit: int, budget: ByteBudget
         return bytes(body)
     finally:
         budget.give_back(taken)
+
+
+def answer_incomplete(delivery: Delivery, body: bytes | bytearray, length: int | None) -> Response | None:
+    """Return the answer to a body that lacks bytes which its request announced; None if it lacks none.
+
+    A client whose connection was cut hears no answer. One that hears it sent the bytes, and a middleware took them: the answer
+    must charge nothing.
+    """
+    if length is None or len(body) >= length:
+        return None
+    if body:
+        delivery.broken()  # for the observer
+    else:
+        warn_of_taken_body()
+    return delivery.busy()
 
 
 @cache

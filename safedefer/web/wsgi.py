@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from safedefer.web.asgi import NOT_FOUND, is_served, length_of, status_line
-from safedefer.web.body import warn_of_taken_body
+from safedefer.web.body import answer_incomplete
 
 if TYPE_CHECKING:
     from safedefer.headers import Response
@@ -77,11 +77,9 @@ class Wsgi:
             delivery.budget.give_back(taken)
         if len(body) > delivery.max_bytes:
             return delivery.too_large()
-        if length is not None and left:
-            if not body:
-                warn_of_taken_body()
-                return delivery.busy()
-            return delivery.broken()
+        answer = answer_incomplete(delivery, body, length)
+        if answer is not None:
+            return answer
         handling = app.handle(headers, bytes(body), path=path, mount=mount, method=method)
         return asyncio.run_coroutine_threadsafe(handling, self._running_loop().loop).result()
 

@@ -10,6 +10,7 @@ SESSION_ENGINE = "django.contrib.sessions.backends.signed_cookies"
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware", "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware", "django.contrib.auth.middleware.LoginRequiredMiddleware",
+    "shop.reads.Reads",
 ]
 ROOT_URLCONF = "shop.urls"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
@@ -36,6 +37,27 @@ from django.db import models
 
 class Order(models.Model):
     shipped = models.BooleanField(default=False)
+""",
+    "shop/reads.py": """
+class Reads:
+    "A middleware that reads the body as a header says."
+    sync_capable = async_capable = True
+
+    def __init__(self, get_response):
+        from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+        self.get_response = get_response
+        if iscoroutinefunction(get_response):
+            markcoroutinefunction(self)
+
+    def __call__(self, request):
+        how = request.headers.get("X-Reads")
+        if how in {"body", "body and rest"}:
+            request.body
+        if how in {"all", "body and rest"}:
+            request.read()
+        elif how == "first":
+            request.read(5)
+        return self.get_response(request)
 """,
     "shop/urls.py": """
 from django.urls import include, path
@@ -226,6 +248,22 @@ class Both(DeferTestMixin):
             self.assertEqual((answer.status_code, answer["Safedefer-Outcome"]), (200, "duplicate" if mount else "succeeded"))
         self.assertEqual((await client.get(URL)).status_code, 405)
         self.assertEqual((await client.post(URL, b"x" * 2_000_000, content_type=JOSE["Content-Type"])).status_code, 413)
+
+    READ = [("body", "succeeded"), ("body and rest", "succeeded"), ("all", "busy"), ("first", "busy")]
+
+    def test_a_middleware_that_reads_the_body_under_wsgi(self):
+        for how, outcome in self.READ:
+            task = app.defer(tasks.keeps, how)
+            answer = self.client.post(task.url, task.payload, content_type=JOSE["Content-Type"], headers={"X-Reads": how})
+            self.assertEqual((how, answer["Safedefer-Outcome"]), (how, outcome))
+        self.assertEqual(tasks.SEEN, ["body", "body and rest"])
+
+    async def test_a_middleware_that_reads_the_body_under_asgi(self):
+        for how, outcome in self.READ:
+            task = await app.defer_async(tasks.keeps, how)
+            answer = await AsyncClient().post(task.url, task.payload, content_type=JOSE["Content-Type"], headers={"X-Reads": how})
+            self.assertEqual((how, answer["Safedefer-Outcome"]), (how, outcome))
+        self.assertEqual(tasks.SEEN, ["body", "body and rest"])
 
 class InTestCase(Both, TestCase):
     pass

@@ -20,5 +20,5 @@ def test_tests_of_a_project_pass(tmp_path):
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert int(re.search(r"Ran (\d+) tests", done.stderr)[1]) == 34
+    assert int(re.search(r"Ran (\d+) tests", done.stderr)[1]) == 38
     assert not list(tmp_path.glob("tasks.db*"))

@@ -16,6 +16,7 @@ from safedefer.frameworks import flask as on_flask
 from safedefer.frameworks.fastapi import Tasks
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.testing import TestApp
+from safedefer.web.body import warn_of_taken_body
 from tests import sample_tasks as sample
 from tests.unit.apps import JOSE, make_app
 
@@ -209,6 +210,37 @@ def test_fastapi_below_a_mount(app):
     outer.mount("/api", api_of(app))
     answer = FastApiClient(outer).post(f"/api{URL}", content=app.serialize(sample.add, 1), headers=JOSE)
     assert answer.headers["Safedefer-Outcome"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("how", "outcome"), [("kept", "succeeded"), ("all", "busy"), ("first", "busy"), ("chunked", "succeeded")]
+)
+def test_fastapi_with_a_middleware_that_reads_the_body(app, how, outcome, caplog):
+    warn_of_taken_body.cache_clear()
+    api = api_of(app)
+
+    @api.middleware("http")
+    async def reads(request, call_next):
+        if how in {"kept", "chunked"}:
+            await request.body()
+        elif how == "all":
+            async for _ in request.stream():
+                pass
+        return await call_next(request)
+
+    async def without_the_first(scope, receive, send):
+        async def rest():
+            message = await receive()
+            return {**message, "body": message["body"][5:]} if "body" in message else message
+
+        await api(scope, rest, send)
+
+    token = app.serialize(sample.add, 1)
+    client = FastApiClient(without_the_first if how == "first" else api)
+    answer = client.post(URL, content=iter([token]) if how == "chunked" else token, headers=JOSE)
+    assert answer.headers["Safedefer-Outcome"] == outcome
+    assert len(sample.RAN) == (outcome == "succeeded")
+    assert ("a middleware takes the bytes" in caplog.text) == (how == "all")
 
 
 def test_fastapi_is_set_up_once_and_needs_it(app):

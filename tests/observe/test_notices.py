@@ -144,6 +144,23 @@ def test_a_queue_that_is_late_is_told_once_and_when_it_is_over():
     app.close()
 
 
+def test_tasks_that_a_handler_which_is_down_puts_off_are_late_until_it_is_back():
+    app, told = make_app(), Recorder()
+    app.defer(sample_tasks.add, 1)
+    ahead = [0.0]
+    notices = Notices(lambda: app.queue, Observers(told), lambda: time.time() + ahead[0])
+    notices.troubles(TargetDown(address="http://127.0.0.1:1", reason="ClientConnectorError"))
+    for ahead[0] in (10.0, -100.0, 10.0, -100.0):  # by turns it is due, and put off
+        notices._look_for_late()
+    (late,) = told.events
+    assert late.queue == "default"
+    notices.troubles(TargetUp(address="http://127.0.0.1:1", seconds=60.0, waited=4))
+    notices._look_for_late()
+    assert told.events[1:] == [QueueLate(queue="", seconds=0.0, waiting=0)]
+    notices.close()
+    app.close()
+
+
 def test_a_store_that_takes_no_notice_is_told_once_and_when_it_takes_them_again(queue, monkeypatch):
     told = Recorder()
     notices = Notices(lambda: queue, Observers(told), time.time)

@@ -1,19 +1,23 @@
 """The command line, in this process."""
 
 import base64
+import contextlib
 import io
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
+import apsw
 import click
 import pytest
 from click.testing import CliRunner
 
-from safedefer import App
+from safedefer import App, Key, Keyring, KeyState
 from safedefer.cli.root import main
 from safedefer.cli.supervisor import naming_the_address
+from safedefer.queues.base import Settlement, Verdict
 from tests import sample_tasks as tasks
 from tests.unit.apps import make_app
 
@@ -125,3 +129,33 @@ def test_the_file_that_is_missing_may_be_that_of_an_application_which_nobody_nam
     monkeypatch.setattr("tests.unit.test_cli.named", make_app(queue="sqlite:///named.db"), raising=False)
     done = CliRunner().invoke(main, ["tasks", "list", "--app", "tests.unit.test_cli:named"])
     assert "or give the application an absolute path (sqlite:////...)" in done.output
+
+
+OF_A_QUEUE = [
+    ["tasks", "list"], ["tasks", "list", "--json"], ["tasks", "cancel", "--callable", "*", "--yes"], ["check"], ["dead", "list"],
+    ["dead", "retry", "--all"], ["dead", "purge", "--yes"], ["dead", "export"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", OF_A_QUEUE, ids=" ".join)
+def test_a_queue_to_look_into_is_declared_or_holds_something(arguments, tmp_path, monkeypatch):
+    queue = f"sqlite:///{tmp_path}/tasks.db"
+    key = "a:" + base64.urlsafe_b64encode(bytes(range(32))).rstrip(b"=").decode()
+    for name, value in {"KEYS": key, "POLICY": "tests.sample_tasks", "ENVIRONMENT": "test", "QUEUE": queue}.items():
+        monkeypatch.setenv(f"SAFEDEFER_{name}", value)
+    keyring = Keyring(Key("a", bytes(range(32)), KeyState.ACTIVE))
+    before = make_app(queue=queue, keyring=keyring, queues=["default", "mail", "old", "archived"])
+    before.options(queue="old").defer(tasks.add, 1)
+    before.options(queue="archived").defer(tasks.add, 1)
+    (lease,) = before.queue.lease(owner="w", limit=1, seconds=60.0, now=time.time(), queues=["archived"])
+    before.queue.settle_many([(lease, Settlement(verdict=Verdict.DEAD, reason="why"))], now=time.time())
+    before.close()
+    with contextlib.closing(apsw.Connection(str(tmp_path / "tasks.db"))) as connection:
+        connection.execute("UPDATE safedefer_dead SET archived = 1")
+    monkeypatch.setenv("SAFEDEFER_QUEUES", "default,mail")
+    for name in ("mail", "archived", "old"):
+        done = CliRunner().invoke(main, [*arguments, "--queue", name])
+        assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(main, [*arguments, "--queue", "maill"])
+    assert done.exit_code == 1
+    assert done.output.splitlines()[-1].startswith("Error: there is no queue maill; declare it, or use ")

@@ -136,6 +136,13 @@ def both_slot_and_dict():
     return obj
 
 
+def slot_in_dict():
+    """Of the slot's name is an entry of its __dict__ alone: ``obj.a`` has no value."""
+    obj = zoo.SlotsAndDict()
+    vars(obj).update(a=2)
+    return obj
+
+
 class Shadow(zoo.WithSlots):
     __slots__ = ("a",)
 
@@ -263,6 +270,8 @@ REFUSED = {
     "attribute with a lone surrogate": (with_attribute(zoo.Node(), "a\ud800"), "{}", "rename"),
     "attribute with a str subclass": (with_attribute(zoo.Node(), zoo.MyStr("a")), "{}", "rename"),
     "slot and dict entry of one name": (both_slot_and_dict(), "", "share a name"),
+    "empty slot and dict entry of its name": (slot_in_dict(), "", "share a name"),
+    "dict entry of a slot's name by its state": (zoo.StateOfASlot(), "", "share a name"),
     "shadowed slot": (shadowed_slot(), "", "policy"),
     "counter with an attribute": (with_attribute(Counter("ab")), "", "attributes"),
     "ordered dict with an attribute": (with_attribute(OrderedDict(a=1)), "", "attributes"),

@@ -137,6 +137,13 @@ class SlotsAndDict(WithSlots):
     __slots__ = ("__dict__", "c")
 
 
+class StateOfASlot(SlotsAndDict):
+    """Its state has a slot's name where Python puts it into the ``__dict__``."""
+
+    def __getstate__(self):
+        return {"a": 2}
+
+
 class StateHooks:
     def __init__(self, n):
         self.n = n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from contextvars import Context
@@ -15,6 +16,7 @@ from django.views.decorators.csrf import csrf_exempt
 from safedefer.app import App
 from safedefer.frameworks.django.conf import project_app
 from safedefer.web.asgi import length_of
+from safedefer.web.body import answer_incomplete
 
 __all__ = ["handle_task"]
 
@@ -34,12 +36,12 @@ async def handle_task(request: HttpRequest, **_: str) -> HttpResponse:
     asked: Any = request  # what Django says of itself has no types
     delivery, method, path = app.delivery, str(asked.method), str(asked.path)
     headers = {name.lower(): value for name, value in asked.headers.items()}
-    answer = delivery.check_request(method, headers, length_of(headers))
+    length = length_of(headers)
+    answer = delivery.check_request(method, headers, length)
     if answer is None:
-        body = asked.read(delivery.max_bytes + 1)
-        if len(body) > delivery.max_bytes:
-            answer = delivery.too_large()
-        else:
+        body = _body(asked).read(delivery.max_bytes + 1)
+        answer = delivery.too_large() if len(body) > delivery.max_bytes else answer_incomplete(delivery, body, length)
+        if answer is None:
             answer = await app.handle(headers, body, path=path, mount=_mount(app, path), method=method)
     return HttpResponse(answer.body, status=answer.status, headers=answer.headers, content_type="text/plain")
 
@@ -54,9 +56,16 @@ def _mount(app: App, path: str) -> str:
     return _QUEUE_URL.sub("", path)
 
 
+def _body(request: Any) -> Any:
+    """Return a file of the body: of the whole where a middleware read ``request.body``, else of what is left to read."""
+    return io.BytesIO(request.body) if hasattr(request, "_body") else request
+
+
 def _by_wsgi(app: App, request: Any) -> HttpResponse:
     """Hand a request to ``app.wsgi``, which reads the body from the server within its limits."""
     environ, response = dict(request.environ), HttpResponse()
+    if request._read_started or hasattr(request, "_body"):  # noqa: SLF001  # Django has no public word for it
+        environ["wsgi.input"] = _body(request)  # Django knows where the body ends; not every server does
     script, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
     mount = _mount(app, path)
     environ["SCRIPT_NAME"], environ["PATH_INFO"] = script + mount, path.removeprefix(mount)
