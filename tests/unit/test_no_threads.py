@@ -12,6 +12,7 @@ import pytest
 from kombu.asynchronous import Hub
 
 from safedefer import Policy
+from safedefer.concurrency.aside import Aside
 from safedefer.concurrency.threads import Threads
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.base import TaskState
@@ -254,6 +255,32 @@ def test_a_start_that_is_interrupted_leaves_one_thread_that_syncs(monkeypatch):
         acknowledgements.begin()
     acknowledgements.begin()
     assert len({*running("safedefer-sync")} - before) == 1
+
+
+def test_a_start_that_is_interrupted_leaves_one_thread_for_an_observer(monkeypatch):
+    got = []
+
+    async def receive(item):
+        got.append(item)
+
+    before = {*running("safedefer-observer")}
+    interrupt(monkeypatch, "safedefer-observer")
+    aside = Aside(receive)
+    with pytest.raises(KeyboardInterrupt):
+        aside.put(1)
+    aside.put(2)
+    assert len({*running("safedefer-observer")} - before) == 1
+    aside.close(60)
+    assert got == [2]
+
+
+def test_a_start_that_is_interrupted_leaves_one_thread_for_notices(app, monkeypatch):
+    before = {*running("safedefer-notices")}
+    interrupt(monkeypatch, "safedefer-notices")
+    with pytest.raises(KeyboardInterrupt):
+        app.notices._wake()
+    app.notices._wake()
+    assert len({*running("safedefer-notices")} - before) <= 1
 
 
 def test_each_caller_that_waits_in_a_fork_gets_an_error_of_its_own(app, full):

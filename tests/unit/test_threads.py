@@ -142,7 +142,7 @@ async def test_a_thread_that_is_about_to_rest_is_not_replaced(monkeypatch):
         seen = set()
         for _ in range(10):
             seen.add(await threads(threading.current_thread))
-            while threads._awake:  # without a pause: the next call comes at once
+            while threads._awake:  # noqa: ASYNC110  # without a pause: the next call comes at once
                 await asyncio.sleep(0)
         assert len(seen) == 1
 
