@@ -292,3 +292,24 @@ def test_each_caller_that_waits_in_a_fork_gets_an_error_of_its_own(app, full):
     first, second = (future.exception(60) for future in waiting)
     assert str(first) == str(second)
     assert first is not second
+
+
+def test_a_celery_worker_that_ends_acknowledges_what_was_synced_before_the_store_failed():
+    done, fails, hub = [], threading.Event(), Hub()
+
+    def sync():
+        if fails.is_set():
+            raise QueueUnavailable("gone")
+        return "mark"
+
+    acknowledgements = Acknowledgements(sync)
+    acknowledgements.listen(hub)
+    acknowledgements.begin()
+    acknowledgements.add(Answered(lambda: done.append(1), lambda: done.append(-1), "mark"))
+    asyncio.run(
+        until(lambda: len(acknowledgements._synced) == 2)
+    )  # that of `begin`, too; the loop takes up neither yet
+    fails.set()
+    acknowledgements.add(Answered(lambda: done.append(2), lambda: done.append(-2), "mark"), last=True)
+    assert done == [1]
+    hub.close()

@@ -117,11 +117,10 @@ class Acknowledgements:
                 mark = self._sync()
             except Exception as error:  # noqa: BLE001  # whatever the store's library raises
                 _log.error("the store does not sync (%s); the broker delivers its tasks again", _name(error))
-                if ends:
-                    return
-                time.sleep(_AGAIN_SECONDS)  # they come again at once
-                with self._changed:
-                    self._synced.extend(each.put_back for each in waiting)
+                if not ends:
+                    time.sleep(_AGAIN_SECONDS)  # they come again at once
+                    with self._changed:
+                        self._synced.extend(each.put_back for each in waiting)
             else:
                 self._sort(waiting, mark)
         self._acknowledge()
