@@ -18,7 +18,7 @@ from safedefer.cli.text import plain, time_text
 from safedefer.deferred import made_app, makes_of_settings
 from safedefer.errors import ConfigurationError, DeferError
 from safedefer.queues import open_queue
-from safedefer.queues.base import DeadFilter, TaskView
+from safedefer.queues.base import DeadFilter, TaskState, TaskView
 
 _APP_HELP: Final = "module:name of the App; without it, SAFEDEFER_* settings make one."
 
@@ -164,9 +164,18 @@ def check_filter(app: App, *queues: str | None) -> None:
         try:
             app.check_queue(name)
         except DeferError:
-            held = any(each.queue == name for each in app.queue.stats(now=time.time()))
-            if not held and not app.queue.dead_letters(DeadFilter(queue=name, archived=True), limit=1):
+            if not _is_left(app, name):
                 raise
+
+
+def _is_left(app: App, name: str) -> bool:
+    """Whether a queue that is not declared holds a task, has one that ended or died, or has an archived dead letter."""
+    queue = app.queue
+    return (
+        any(each.queue == name for each in queue.stats(now=time.time()))
+        or bool(queue.dead_letters(DeadFilter(queue=name, archived=True), limit=1))
+        or bool(queue.tasks(states=[TaskState.SUCCEEDED, TaskState.CANCELLED], queue=name, limit=1))
+    )
 
 
 def missing_file(app: App) -> str | None:

@@ -123,12 +123,13 @@ class Aside(Generic[_T]):
         """Start the thread. Hold the lock."""
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._run, args=(loop,), name="safedefer-observer", daemon=True)
+        self._loop, self._thread = loop, thread  # first: Ctrl-C may come when it runs, and there must be one only
         try:
             thread.start()
         except RuntimeError:
+            self._loop = self._thread = None
             loop.close()
             raise
-        self._loop, self._thread = loop, thread
 
     def _wake_up(self) -> None:
         """Wake the loop, unless it is woken already. Hold the lock."""

@@ -8,6 +8,8 @@ while others wait; and all results that are ready go back to the event loop in o
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any, Final, Protocol, TypeVar
 
+from safedefer.concurrency.forks import register_fork
 from safedefer.concurrency.per_loop import PerLoop
 from safedefer.concurrency.results import LoopResults
 
@@ -22,6 +25,8 @@ _T = TypeVar("_T")
 
 #: Seconds that an idle thread waits for a call before it ends.
 _LINGER: Final = 0.1
+#: Seconds after which a thread that could not be started is asked for again.
+_AGAIN: Final = 0.1
 
 
 class InThread(Protocol):
@@ -43,11 +48,16 @@ class Threads:
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         self._name = name
+        self._closed = False
+        self._begin()
+        register_fork(self)
+
+    def _begin(self) -> None:
         # Of one thread each, which stays, with what the code of tasks keeps for it (Django's connections, say), and which the
         # interpreter ends. One of many threads would count them wrong for good where one does not start.
         self._executors: set[ThreadPoolExecutor] = set()
         self._resting: list[ThreadPoolExecutor] = []
-        """Those whose thread has returned."""
+        """Those whose thread has returned, or is about to."""
         self._lock = Lock()
         self._calls: deque[_Call] = deque()
         self._awake = 0
@@ -57,7 +67,8 @@ class Threads:
         self._waking = False
         """Whether a woken thread has not taken a call yet."""
         self._alarm: SimpleQueue[None] = SimpleQueue()
-        self._closed = False
+        self._again_at = 0.0
+        """When a thread that could not be started is asked for again, by the monotonic clock."""
         self._results: PerLoop[LoopResults] = PerLoop(LoopResults)
 
     def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
@@ -78,6 +89,16 @@ class Threads:
                 self._calls.pop()  # its caller gets the error: it must not run later
                 raise
         return future
+
+    def before_fork(self) -> None:
+        """Go on: the child takes nothing over."""
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew: the threads and the calls are the parent's."""
+        self._begin()
 
     def add_one(self) -> None:
         """Allow one thread more: a call does not return, and its thread is replaced."""
@@ -109,7 +130,8 @@ class Threads:
     def _wake_one(self) -> None:
         """Wake or start a thread for the waiting calls, unless all are busy or one is woken already. Hold the lock.
 
-        Where the system gives no thread more, those that are there take the calls.
+        Where the system gives no thread more, those that are there take the calls, and another one is asked for a little later:
+        they may be busy for hours.
         """
         if self._waking:
             return
@@ -120,27 +142,41 @@ class Threads:
         elif self._awake < self._most:
             if self._closed:
                 return  # it may be waited for: those that are awake take the calls
-            executor = self._resting.pop() if self._resting else ThreadPoolExecutor(1, self._name)
+            resting = self._resting
+            executor = resting.pop() if resting else ThreadPoolExecutor(1, f"{self._name}-{len(self._executors)}")
             try:
                 executor.submit(self._work, executor)
             except RuntimeError:
                 if not self._awake:
                     raise
+                self._ask_again()
                 return
             self._executors.add(executor)
             self._awake += 1
             self._waking = True
 
-    def _work(self, executor: ThreadPoolExecutor) -> None:
-        try:
-            self._make_calls()
-        finally:
-            with self._lock:
-                self._resting.append(executor)
+    def _ask_again(self) -> None:
+        now = time.monotonic()
+        if now >= self._again_at:
+            self._again_at = now + _AGAIN
+            loop = self._calls[0][2].loop
+            with contextlib.suppress(RuntimeError):  # the loop is closed: its calls need not run
+                loop.call_soon_threadsafe(loop.call_later, _AGAIN, self._wake_again)
 
-    def _make_calls(self) -> None:
+    def _wake_again(self) -> None:
+        with self._lock:
+            self._again_at = 0.0
+            if self._calls:
+                self._wake_one()
+
+    def _rest(self, executor: ThreadPoolExecutor) -> None:
+        """Count this thread out. Hold the lock: counted out and not resting, it would be replaced for good."""
+        self._awake -= 1
+        self._resting.append(executor)
+
+    def _work(self, executor: ThreadPoolExecutor) -> None:
         arrived = True
-        while (taken := self._take(arrived=arrived)) is not None:
+        while (taken := self._take(executor, arrived=arrived)) is not None:
             arrived = False
             call, future, results = taken
             if not future.cancelled():
@@ -150,14 +186,14 @@ class Threads:
                     results.put(future, None, error)
             del call, future, results, taken  # they may be large, and the thread may wait long for the next call
 
-    def _take(self, *, arrived: bool) -> _Call | None:
+    def _take(self, executor: ThreadPoolExecutor, *, arrived: bool) -> _Call | None:
         """Return the next call, after a wait if needed; None if the thread is to end."""
         while True:
             with self._lock:
                 if arrived:
                     self._waking = False
                 if self._awake > self._most:
-                    self._awake -= 1
+                    self._rest(executor)
                     if self._calls:
                         self._wake_one()
                     return None
@@ -167,14 +203,14 @@ class Threads:
                         self._wake_one()
                     return taken
                 if self._closed:
-                    self._awake -= 1
+                    self._rest(executor)
                     return None
                 self._idle += 1
-            if not self._is_woken():
+            if not self._is_woken(executor):
                 return None
             arrived = True
 
-    def _is_woken(self) -> bool:
+    def _is_woken(self, executor: ThreadPoolExecutor) -> bool:
         """Wait for a call. Return False, and count this thread out, if none came in time."""
         try:
             self._alarm.get(timeout=_LINGER)
@@ -182,7 +218,7 @@ class Threads:
             with self._lock:
                 if self._idle:
                     self._idle -= 1
-                    self._awake -= 1
+                    self._rest(executor)
                     return False
             # All idle threads have been woken, this one too: its alarm is in the queue, or about to be.
             self._alarm.get()

@@ -155,12 +155,12 @@ class Notices:
     def _wake(self) -> None:
         with self._lock:
             if self._thread is None and not self._closed:
-                thread = threading.Thread(target=self._work, name="safedefer-notices", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="safedefer-notices", daemon=True)
                 try:
-                    thread.start()
+                    self._thread.start()  # kept already: Ctrl-C may come when it runs
                 except RuntimeError:  # the interpreter ends, or there is no room: the next event tries again
+                    self._thread = None
                     return
-                self._thread = thread
             self._woken.set()
 
     def _work(self) -> None:

@@ -124,15 +124,14 @@ class Relay:
             _finish_at_exit(self)
             if self._thread is None and not self._closed:
                 # The thread must not keep its owner alive.
-                thread = threading.Thread(
+                self._thread = threading.Thread(
                     target=_sweep_loop, args=(weakref.ref(self),), name="safedefer-outbox", daemon=True
                 )
                 try:
-                    thread.start()
+                    self._thread.start()  # kept already: Ctrl-C may come when it runs
                 except RuntimeError as error:  # the rows stay: the next call tries again, and so does any other process
+                    self._thread = None
                     _log.warning("no thread can be started for the outbox (%s); trying again later", error)
-                    return
-                self._thread = thread
 
     def rest(self, seconds: float) -> bool:
         """Wait for the next look; returns whether something is expected."""

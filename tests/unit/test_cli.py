@@ -144,7 +144,8 @@ def test_a_queue_to_look_into_is_declared_or_holds_something(arguments, tmp_path
     for name, value in {"KEYS": key, "POLICY": "tests.sample_tasks", "ENVIRONMENT": "test", "QUEUE": queue}.items():
         monkeypatch.setenv(f"SAFEDEFER_{name}", value)
     keyring = Keyring(Key("a", bytes(range(32)), KeyState.ACTIVE))
-    before = make_app(queue=queue, keyring=keyring, queues=["default", "mail", "old", "archived"])
+    before = make_app(queue=queue, keyring=keyring, queues=["default", "mail", "old", "archived", "ended"])
+    before.cancel(before.options(queue="ended").defer(tasks.add, 1).id)
     before.options(queue="old").defer(tasks.add, 1)
     before.options(queue="archived").defer(tasks.add, 1)
     (lease,) = before.queue.lease(owner="w", limit=1, seconds=60.0, now=time.time(), queues=["archived"])
@@ -153,7 +154,7 @@ def test_a_queue_to_look_into_is_declared_or_holds_something(arguments, tmp_path
     with contextlib.closing(apsw.Connection(str(tmp_path / "tasks.db"))) as connection:
         connection.execute("UPDATE safedefer_dead SET archived = 1")
     monkeypatch.setenv("SAFEDEFER_QUEUES", "default,mail")
-    for name in ("mail", "archived", "old"):
+    for name in ("mail", "archived", "old", "ended"):
         done = CliRunner().invoke(main, [*arguments, "--queue", name])
         assert done.exit_code == 0, done.output
     done = CliRunner().invoke(main, [*arguments, "--queue", "maill"])

@@ -12,10 +12,12 @@ import pytest
 from kombu.asynchronous import Hub
 
 from safedefer import Policy
+from safedefer.concurrency.aside import Aside
 from safedefer.concurrency.threads import Threads
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.base import TaskState
 from safedefer.queues.celery.acknowledging import Acknowledgements, Answered
+from safedefer.transactions.relay import Relay
 from tests import sample_tasks as tasks
 from tests.unit.apps import handle, make_app, until
 
@@ -173,5 +175,141 @@ def test_a_celery_worker_without_a_thread_syncs_itself(full):
     acknowledgements.begin()
     assert acknowledgements.mark == "mark"
     acknowledgements.add(Answered(lambda: done.append(1), None, "mark"))
+    assert done == [1]
+    hub.close()
+
+
+async def test_a_thread_is_asked_for_again_while_those_that_are_there_stay_busy(full):
+    threads, begun, gate = Threads(2, "test"), threading.Event(), threading.Event()
+    busy = threads(lambda: [begun.set(), gate.wait(60)])
+    await until(begun.is_set)
+    full.names = ("test",)
+    waiting = [threads(lambda number=number: number) for number in range(3)]
+    await until(lambda: len(full.refused) > 4)
+    assert not any(future.done() for future in waiting)
+    full.names = ()
+    assert await asyncio.wait_for(asyncio.gather(*waiting), 30) == [0, 1, 2]
+    gate.set()
+    await busy
+    threads.close(wait=True)
+
+
+async def test_a_call_that_is_stuck_is_replaced_once_there_is_room(full):
+    threads, begun, gate = Threads(1, "test"), threading.Event(), threading.Event()
+    stuck = threads(lambda: [begun.set(), gate.wait(60)])
+    await until(begun.is_set)
+    waiting = threads(lambda: 5)
+    full.names = ("test",)
+    threads.add_one()
+    full.names = ()
+    assert await asyncio.wait_for(waiting, 30) == 5
+    gate.set()
+    await stuck
+    threads.remove_one()
+    threads.close(wait=True)
+
+
+def interrupt(monkeypatch, name):
+    """Have Ctrl-C come once, when a thread of this name was started and has not said yet that it runs."""
+    start, come = threading.Thread.start, []
+
+    def start_and_interrupt(thread):
+        start(thread)
+        if thread.name == name and not come:
+            come.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+
+
+def running(name):
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+def test_a_start_that_is_interrupted_leaves_one_writer(app, monkeypatch):
+    before = {*running("safedefer-writer")}
+    interrupt(monkeypatch, "safedefer-writer")
+    with pytest.raises(KeyboardInterrupt):
+        app.queue._writer.submit(lambda connection: None)
+    for _ in range(2):
+        assert app.queue._writer.submit(lambda connection: "done").result(60) == "done"
+    assert len({*running("safedefer-writer")} - before) == 1
+
+
+def test_a_start_that_is_interrupted_leaves_one_thread_for_outboxes(monkeypatch):
+    before = {*running("safedefer-outbox")}
+    interrupt(monkeypatch, "safedefer-outbox")
+    relay = Relay(lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        relay.expect()
+    relay.expect()
+    assert len({*running("safedefer-outbox")} - before) == 1
+    relay.close()
+
+
+def test_a_start_that_is_interrupted_leaves_one_thread_that_syncs(monkeypatch):
+    before = {*running("safedefer-sync")}
+    interrupt(monkeypatch, "safedefer-sync")
+    acknowledgements = Acknowledgements(lambda: "mark")
+    with pytest.raises(KeyboardInterrupt):
+        acknowledgements.begin()
+    acknowledgements.begin()
+    assert len({*running("safedefer-sync")} - before) == 1
+
+
+def test_a_start_that_is_interrupted_leaves_one_thread_for_an_observer(monkeypatch):
+    got = []
+
+    async def receive(item):
+        got.append(item)
+
+    before = {*running("safedefer-observer")}
+    interrupt(monkeypatch, "safedefer-observer")
+    aside = Aside(receive)
+    with pytest.raises(KeyboardInterrupt):
+        aside.put(1)
+    aside.put(2)
+    assert len({*running("safedefer-observer")} - before) == 1
+    aside.close(60)
+    assert got == [2]
+
+
+def test_a_start_that_is_interrupted_leaves_one_thread_for_notices(app, monkeypatch):
+    before = {*running("safedefer-notices")}
+    interrupt(monkeypatch, "safedefer-notices")
+    with pytest.raises(KeyboardInterrupt):
+        app.notices._wake()
+    app.notices._wake()
+    assert len({*running("safedefer-notices")} - before) <= 1
+
+
+def test_each_caller_that_waits_in_a_fork_gets_an_error_of_its_own(app, full):
+    writer = app.queue._writer
+    writer.before_fork()
+    waiting = [writer.submit(lambda connection: "done") for _ in range(2)]
+    full.names = ("safedefer-writer",)
+    writer.after_fork_in_parent()
+    first, second = (future.exception(60) for future in waiting)
+    assert str(first) == str(second)
+    assert first is not second
+
+
+def test_a_celery_worker_that_ends_acknowledges_what_was_synced_before_the_store_failed():
+    done, fails, hub = [], threading.Event(), Hub()
+
+    def sync():
+        if fails.is_set():
+            raise QueueUnavailable("gone")
+        return "mark"
+
+    acknowledgements = Acknowledgements(sync)
+    acknowledgements.listen(hub)
+    acknowledgements.begin()
+    acknowledgements.add(Answered(lambda: done.append(1), lambda: done.append(-1), "mark"))
+    asyncio.run(
+        until(lambda: len(acknowledgements._synced) == 2)
+    )  # that of `begin`, too; the loop takes up neither yet
+    fails.set()
+    acknowledgements.add(Answered(lambda: done.append(2), lambda: done.append(-2), "mark"), last=True)
     assert done == [1]
     hub.close()

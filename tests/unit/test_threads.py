@@ -119,6 +119,43 @@ async def test_threads_stay_with_what_code_keeps_for_them(monkeypatch):
         assert len(seen) == 1
 
 
+class SlowLock:
+    """After whose release a thread of the tests stays away for a moment."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def __enter__(self):
+        self._lock.acquire()
+
+    def __exit__(self, *_):
+        self._lock.release()
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.02)
+
+
+async def test_a_thread_that_is_about_to_rest_is_not_replaced(monkeypatch):
+    """Each one that is would stay for good, with a connection of its own."""
+    monkeypatch.setattr(module, "_LINGER", 0.001)
+    with open_threads(1) as threads:
+        threads._lock = SlowLock()
+        seen = set()
+        for _ in range(10):
+            seen.add(await threads(threading.current_thread))
+            while threads._awake:  # noqa: ASYNC110  # without a pause: the next call comes at once
+                await asyncio.sleep(0)
+        assert len(seen) == 1
+
+
+async def test_threads_have_names_of_their_own():
+    meet = threading.Barrier(3)
+    with open_threads(3) as threads:
+        calls = [threads(lambda: [meet.wait(30), threading.current_thread().name][1]) for _ in range(3)]
+        names = await asyncio.gather(*calls)
+    assert len(set(names)) == 3
+    assert all(name.startswith("test-") for name in names)
+
+
 async def test_nobody_is_lost_where_threads_fall_asleep_while_calls_come(monkeypatch):
     monkeypatch.setattr(module, "_LINGER", 0.0005)
     with open_threads(4) as threads:
@@ -207,6 +244,29 @@ async def main():
 asyncio.run(main())
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_a_forked_child_starts_threads_of_its_own():
+    """Idle ones, resting ones and a busy one are the parent's, and so are its calls."""
+    code = """
+import asyncio, os, sys, threading, time
+from safedefer.concurrency.threads import Threads
+threads = Threads(2, "test")
+async def use():
+    return await asyncio.wait_for(asyncio.gather(*(threads(lambda n=n: n) for n in range(3))), 30)
+async def leave():
+    threads(lambda: time.sleep(0.5))
+    await asyncio.sleep(0.05)
+for kind in ("idle", "resting", "busy"):
+    asyncio.run(leave() if kind == "busy" else use())
+    time.sleep(0.3 if kind == "resting" else 0.0)
+    child = os.fork()
+    assert asyncio.run(use()) == [0, 1, 2], kind
+    if child == 0:
+        sys.exit()  # as a process ends that joins its threads
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, kind
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=100, check=True)
 
 
 # --- The renewal of runs -----------------------------------------------------------------------------------

@@ -91,12 +91,13 @@ class Acknowledgements:
     def _is_started(self) -> bool:
         """Start the thread unless it runs; False where the system gives none. Hold the lock."""
         if self._thread is None:
-            thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
+            # First: Ctrl-C may come when it runs, and two would take each other's messages.
+            self._thread = threading.Thread(target=self._work, name="safedefer-sync", daemon=True)
             try:
-                thread.start()
+                self._thread.start()
             except RuntimeError:
+                self._thread = None
                 return False
-            self._thread = thread
         return True
 
     def end(self) -> None:
@@ -116,11 +117,10 @@ class Acknowledgements:
                 mark = self._sync()
             except Exception as error:  # noqa: BLE001  # whatever the store's library raises
                 _log.error("the store does not sync (%s); the broker delivers its tasks again", _name(error))
-                if ends:
-                    return
-                time.sleep(_AGAIN_SECONDS)  # they come again at once
-                with self._changed:
-                    self._synced.extend(each.put_back for each in waiting)
+                if not ends:
+                    time.sleep(_AGAIN_SECONDS)  # they come again at once
+                    with self._changed:
+                        self._synced.extend(each.put_back for each in waiting)
             else:
                 self._sort(waiting, mark)
         self._acknowledge()

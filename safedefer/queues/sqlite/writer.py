@@ -147,13 +147,14 @@ class Writer:
             return
         # A daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
         thread = threading.Thread(target=self._work, name="safedefer-writer", daemon=True)
+        self._thread, self._pid = thread, os.getpid()  # first: Ctrl-C may come when it runs, and there must be one only
         try:
             thread.start()
         except RuntimeError as error:
+            self._thread = None
             raise QueueUnavailable(
                 f"no thread can be started to write to the queue ({error}); allow the process more threads"
             ) from error
-        self._thread, self._pid = thread, os.getpid()
 
     def _work(self) -> None:
         while batch := self._next_batch():
@@ -197,7 +198,7 @@ class Writer:
                 except QueueUnavailable as error:
                     while self._pending:
                         _, answer, _ = self._pending.popleft()
-                        answer(None, error)
+                        answer(None, QueueUnavailable(str(error)))  # a traceback belongs to one thread
 
     def after_fork_in_child(self) -> None:
         """Begin with nothing: what is pending is the parent's."""
