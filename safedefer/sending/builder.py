@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from typing import Any, Final, cast
 
@@ -89,9 +90,9 @@ class Builder:
         try:
             self._routes.check(options)
         except DeferError as error:
-            tell_more(error, lambda: self._routes.check_target(options))
+            tell_more(error, partial(self._routes.check_target, options))
             if not options.pickle:  # to pickle runs code of the values
-                tell_more(error, lambda: self._claims(options, obj, args, kwargs, self._clock()))
+                tell_more(error, partial(self._claims, options, obj, args, kwargs, self._clock()))
             raise
         now = self._clock()
         claims = self._claims(options, obj, args, kwargs, now)
@@ -221,7 +222,7 @@ class Builder:
             if not options.pickle:  # to look at more values would pickle them
                 typed = cast("TypedCodec", self._codecs["typed"])
                 tell_all(error, typed, gate, target, args, kwargs)
-            tell_more(error, lambda: options.due(now))
+            tell_more(error, partial(options.due, now))  # a closure would slow the way of every call down
             raise
         made = due = int(now)
         audience, lifetime = self._routes.default

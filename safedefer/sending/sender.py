@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, ParamSpec, TypeAlias
 
 from safedefer.errors import DeferError, InvalidTaskError, QueueUnavailable
@@ -257,7 +258,7 @@ class Sender:
             self._outbox.check(named=options.name is not None or bool(options.unique), awaits=awaits)
         except DeferError as error:
             if not options.pickle:  # to pickle runs code of the values
-                tell_more(error, lambda: self._builder.build(options, obj, args, kwargs))
+                tell_more(error, partial(self._builder.build, options, obj, args, kwargs))
             raise
         task, queued = self._builder.build(options, obj, args, kwargs)
         if (capabilities := self._queue().capabilities) is not FULL:
