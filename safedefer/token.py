@@ -84,7 +84,7 @@ class Token(NamedTuple):
             raise MalformedToken("a token is three segments joined by dots; send what serialize() returned")
         if len(header) > _MAX_HEADER or not payload or len(mac) != MAC_CHARS:
             raise MalformedToken("a segment of the token has an impossible length; send what serialize() returned")
-        # A call of the class takes twice as long, for every token.
+        # By its names it would cost 2 % of all instructions from a small token to its call.
         return tuple.__new__(cls, (header, payload, mac))
 
     def check_spelling(self) -> None:
