@@ -11,6 +11,7 @@ from safedefer.errors import ConfigurationError, InvalidArguments, NotDeferrable
 from safedefer.policy import Policy
 from safedefer.refs import CallableRef
 from tests.adversarial import test_pickled
+from tests.adversarial.finder import put_first
 from tests.zoo.exactly import decode_one
 
 PACKAGE = {
@@ -85,21 +86,9 @@ def test_the_module_s_own_functions_are_tasks_as_ever():
 # --- Time zones -------------------------------------------------------------------------------------------------------
 
 
-class Finder:
-    """Notes which modules are looked for."""
-
-    def __init__(self):
-        self.asked = []
-
-    def find_spec(self, name, path=None, target=None):
-        self.asked.append(name)
-
-
 @pytest.fixture
 def finder(monkeypatch):
-    found = Finder()
-    monkeypatch.setattr(sys, "meta_path", [found, *sys.meta_path])
-    return found
+    return put_first(monkeypatch)
 
 
 @pytest.mark.parametrize(

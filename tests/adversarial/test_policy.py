@@ -10,6 +10,7 @@ from safedefer.options import Limits, Serves
 from safedefer.policy import Policy
 from safedefer.refs import CallableRef
 from safedefer.signing import Signer, Verifier
+from tests.adversarial.finder import put_first
 
 PACKAGE = {
     "zoo_shop/__init__.py": "def top(): ...\n",
@@ -41,25 +42,11 @@ def _shop(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-class Asked:
-    """A finder that finds nothing, and notes what is asked for.
-
-    An audit hook would stay in the process for good, and lets other threads run within ``sys.settrace``, which may then fail.
-    """
-
-    def __init__(self):
-        self.names = []
-
-    def find_spec(self, name, path=None, target=None):
-        self.names.append(name)
-
-
 @pytest.fixture
 def imported(monkeypatch):
     """The names of the modules that were imported since the test began, with those that were asked for in vain."""
-    asked, before = Asked(), set(sys.modules)
-    monkeypatch.setattr(sys, "meta_path", [asked, *sys.meta_path])
-    return lambda: sorted((set(sys.modules) - before) | set(asked.names))
+    finder, before = put_first(monkeypatch), set(sys.modules)
+    return lambda: sorted((set(sys.modules) - before) | set(finder.asked))
 
 
 def ref(module, qualname="send", kind="function", member=None):
