@@ -49,7 +49,7 @@ def test_what_defer_returned_is_with_a_rabbitmq_that_was_killed(tmp_path):
 
 @pytest.mark.nightly  # by day: the death of a child, in test_celery, and that of the broker without a worker, above
 @pytest.mark.parametrize("kind", KINDS)
-def test_sigkill_of_broker_worker_and_child_in_the_middle_of_tasks_loses_none(kind):
+def test_sigkill_of_broker_worker_and_child_loses_none_that_a_worker_has_received(kind):
     brokers.kills(kind, seed=5, tasks=100, least=4)
 
 
