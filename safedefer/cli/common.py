@@ -148,12 +148,6 @@ def load_app_to_look(spec: str | None) -> App:
     return app
 
 
-def queue_path(app: App) -> str:
-    """Return where the queue is: of a file the absolute path, else the address without password."""
-    file = app.queue.file
-    return app.queue_place if file is None else file.path
-
-
 def check_filter(app: App, *queues: str | None) -> None:
     """Check that the queues that a command is to look into are declared, or hold what is left of a time when they were.
 

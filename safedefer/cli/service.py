@@ -14,7 +14,6 @@ from typing import Final
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import queue_path
 from safedefer.cli.fleet import Fleet
 from safedefer.cli.supervisor import listen
 from safedefer.cli.text import plain
@@ -26,6 +25,7 @@ from safedefer.observe.health import Health, Subject
 from safedefer.observe.logs import is_json
 from safedefer.observe.notices import ProcessRole
 from safedefer.observe.systemd import Systemd
+from safedefer.queues.addresses import full_place
 from safedefer.web.health import serving_pages
 
 _log: Final = logging.getLogger("safedefer.process")
@@ -171,7 +171,7 @@ class Service:
         event = ProcessStarted(
             command=options.command,
             pid=os.getpid(),
-            queue=plain(queue_path(app)),
+            queue=plain(full_place(app.queue, app.queue_place)),
             environment=app.environment,
             policy=app.policy.patterns,
             keys=[f"{key.kid} ({key.state})" for key in app.keyring.keys],

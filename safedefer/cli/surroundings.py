@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 
 from safedefer.app import App
 from safedefer.claims import split_audience
-from safedefer.cli.common import missing_file, queue_path
+from safedefer.cli.common import missing_file
 from safedefer.cli.findings import Finding
 from safedefer.errors import RejectedTask
 from safedefer.headers import CONTENT_TYPE, OUTCOME_HEADER
 from safedefer.observe.troubles import ProcessReport
-from safedefer.queues.addresses import place
+from safedefer.queues.addresses import full_place, place
 from safedefer.queues.base import NOTICE_NAME
 from safedefer.sending.addresses import check_address
 
@@ -60,7 +60,7 @@ def check_users(app: App) -> Iterable[Finding]:
     """The queue is where it is meant to be, and is not shared with another environment."""
     if missing_file(app) is not None:
         return
-    where = queue_path(app)
+    where = full_place(app.queue, app.queue_place)
     using = [] if app.queue.file is None else [*_processes_with(app.queue.file.path)]
     named = ", ".join(f"{pid} ({name})" for pid, name in using[:_PROCESSES])
     more = f" and {len(using) - _PROCESSES} more" if len(using) > _PROCESSES else ""

@@ -12,10 +12,11 @@ from typing import Any, Final
 import click
 
 from safedefer.app import App
-from safedefer.cli.common import Seconds, app_option, json_text, load_app, load_app_to_look, missing_file, queue_path
+from safedefer.cli.common import Seconds, app_option, json_text, load_app, load_app_to_look, missing_file
 from safedefer.cli.terminal import Column, for_people, keep_showing
 from safedefer.cli.text import plain, span
 from safedefer.errors import QueueUnavailable
+from safedefer.queues.addresses import full_place
 from safedefer.queues.base import PullQueue, QueueStats, TaskState
 
 _COLUMNS: Final = (
@@ -126,7 +127,7 @@ def _live(app: App, every: float) -> None:
         try:
             found = looks.look(time.time())
         except QueueUnavailable as error:
-            return _COLUMNS, [], f"{queue_path(app)}: {error}"
+            return _COLUMNS, [], f"{full_place(app.queue, app.queue_place)}: {error}"
         rows = [_row(each) for each in found[:_MOST]]
         more = f", {len(found) - _MOST} queues more" if len(found) > _MOST else ""
         done = sum(each.done_per_second for each in found)
@@ -134,7 +135,7 @@ def _live(app: App, every: float) -> None:
             f"{sum(each.waiting for each in found)} waiting, {sum(each.running for each in found)} running, "
             f"{sum(each.dead for each in found)} dead, {done:.1f} done a second{more}; every {every:g} s, Ctrl-C ends"
         )
-        return _COLUMNS, rows, f"{queue_path(app)}: {totals}"
+        return _COLUMNS, rows, f"{full_place(app.queue, app.queue_place)}: {totals}"
 
     def wait() -> bool:
         time.sleep(every)

@@ -19,6 +19,7 @@ from safedefer.dashboard.obstacles import limits_text, obstacles, read_claims_of
 from safedefer.dashboard.overview import Numbers
 from safedefer.dashboard.reports import Reported
 from safedefer.observe.trace_links import trace_link
+from safedefer.queues.addresses import full_place
 from safedefer.queues.base import TaskState, TaskView
 
 Values: TypeAlias = Mapping[str, str]
@@ -153,16 +154,11 @@ class DashboardPages:
             "reported": reported,
             "refusals": REFUSALS,
             "keys": self._app.keyring.keys if access.reads_all else (),
-            "place": self._place() if access.reads_all else "",
+            "place": full_place(self._app.queue, self._app.queue_place) if access.reads_all else "",
             "outbox_rows": self._app.outbox.count() if access.reads_all else 0,
             "reads_all": access.reads_all,
             "entries": entries,
         }
-
-    def _place(self) -> str:
-        """Return where the queue is: of a file the absolute path, as the line of a process that starts says it."""
-        file = self._app.queue.file
-        return self._app.queue_place if file is None else file.path
 
     def confirm(self, access: Access, values: Values) -> Made:
         """Return the question that comes before what cannot be undone. Raises ``PageRefusal``."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote, urlsplit
 
 from safedefer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from safedefer.queues.base import PullQueue
 
 _HIDDEN: Final = "..."
 #: Characters at which a program that misreads an address may cut it, and quote a piece of the password.
@@ -27,6 +30,11 @@ _PUSH: Final = re.compile(r"(?i:cloudtasks|celery(?:\+[a-z]+)?)://")
 def is_push_address(url: str) -> bool:
     """Whether a URL names a push engine, which delivers to a handler, and needs a store beside it."""
     return _PUSH.match(url) is not None
+
+
+def full_place(queue: PullQueue, shown: str) -> str:
+    """Return where a queue is: of a file the absolute path, else its address as it may be shown."""
+    return shown if queue.file is None else queue.file.path
 
 
 def place(url: str) -> str:
