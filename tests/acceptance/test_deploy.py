@@ -119,6 +119,14 @@ def test_the_image_of_cloud_run_drains_before_it_is_killed():
     assert options(command.replace("$PORT", "8080").split())["drain"] < 10
     assert f"\nCMD exec {command}\n" in (ROOT / "docs/how-to/from-app-engine-to-cloud-tasks.md").read_text()
     settings_of(re.findall(r"SAFEDEFER_\w+", (CLOUD_RUN / "README.md").read_text()))
+    instructions = [line for line in dockerfile.splitlines() if not line.startswith("#")]
+    assert "\n".join(instructions) in (ROOT / "docs/how-to/from-app-engine-to-cloud-tasks.md").read_text()
+    assert "USER nobody" in instructions
+
+
+def test_what_no_image_may_have_is_not_uploaded_either():
+    # ``gcloud`` knows nothing of a .dockerignore: without a file of its own it uploads the keys.
+    assert "#!include:.dockerignore" in (CLOUD_RUN / ".gcloudignore").read_text().splitlines()
 
 
 def test_the_image_takes_no_keys_and_needs_no_packaging():
