@@ -94,6 +94,19 @@ def test_both_pods_satisfy_the_standard_restricted():
             }  # fmt: skip
 
 
+def test_no_pod_has_a_token_of_the_cluster_or_variables_of_its_services():
+    # A Service named ``safedefer`` makes ``SAFEDEFER_PORT``, which is warned of as no setting.
+    deployment, job = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
+    for pod in (deployment["spec"]["template"]["spec"], job["spec"]["template"]["spec"]):
+        assert (pod["automountServiceAccountToken"], pod["enableServiceLinks"]) == (False, False)
+
+
+def test_a_migration_that_fails_leaves_its_log():
+    # With ``OnFailure`` the pod is deleted at the last failure, and its log with it.
+    _, job = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
 def test_the_keys_are_for_the_group_of_the_pods_alone():
     deployment, _ = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
     pod = deployment["spec"]["template"]["spec"]
