@@ -121,7 +121,7 @@ class Reports:
 def _text_of(error: BaseException) -> str:
     """Return what may be logged of an error: the texts of others may quote a task."""
     if isinstance(error, QueueError):
-        return ascii(str(error)[:_MOST_TEXT])[1:-1]
+        return str(error)[:_MOST_TEXT].encode("unicode_escape").decode("ascii")
     return name_of(error)
 
 

@@ -94,6 +94,19 @@ def test_both_pods_satisfy_the_standard_restricted():
             }  # fmt: skip
 
 
+def test_no_pod_has_a_token_of_the_cluster_or_variables_of_its_services():
+    # A Service named ``safedefer`` makes ``SAFEDEFER_PORT``, which is warned of as no setting.
+    deployment, job = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
+    for pod in (deployment["spec"]["template"]["spec"], job["spec"]["template"]["spec"]):
+        assert (pod["automountServiceAccountToken"], pod["enableServiceLinks"]) == (False, False)
+
+
+def test_a_migration_that_fails_leaves_its_log():
+    # With ``OnFailure`` the pod is deleted at the last failure, and its log with it.
+    _, job = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
+
+
 def test_the_keys_are_for_the_group_of_the_pods_alone():
     deployment, _ = YAML(typ="safe").load_all((DEPLOY / "kubernetes.yaml").read_text())
     pod = deployment["spec"]["template"]["spec"]
@@ -119,6 +132,14 @@ def test_the_image_of_cloud_run_drains_before_it_is_killed():
     assert options(command.replace("$PORT", "8080").split())["drain"] < 10
     assert f"\nCMD exec {command}\n" in (ROOT / "docs/how-to/from-app-engine-to-cloud-tasks.md").read_text()
     settings_of(re.findall(r"SAFEDEFER_\w+", (CLOUD_RUN / "README.md").read_text()))
+    instructions = [line for line in dockerfile.splitlines() if not line.startswith("#")]
+    assert "\n".join(instructions) in (ROOT / "docs/how-to/from-app-engine-to-cloud-tasks.md").read_text()
+    assert "USER nobody" in instructions
+
+
+def test_what_no_image_may_have_is_not_uploaded_either():
+    # ``gcloud`` knows nothing of a .dockerignore: without a file of its own it uploads the keys.
+    assert "#!include:.dockerignore" in (CLOUD_RUN / ".gcloudignore").read_text().splitlines()
 
 
 def test_the_image_takes_no_keys_and_needs_no_packaging():

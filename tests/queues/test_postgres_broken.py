@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import asyncpg
 import psycopg
@@ -600,3 +601,39 @@ def test_a_server_that_takes_no_writes_is_said_with_its_cause(dsn, before, after
         finally:
             queue.close()
             connection.execute(after)
+
+
+@pytest.fixture
+def strict(server):
+    """Yield the URL of a server that asks ``guest`` for a password, has no rule for ``exile``, and no connection for ``late``."""
+    ((rules,),) = ask(server.dsn(), "SHOW hba_file")
+    before = Path(rules).read_text()
+    Path(rules).write_text(f"local all guest scram-sha-256\nlocal all exile reject\n{before}")
+    ask(server.dsn(), "SELECT pg_reload_conf()")
+    ask(
+        server.dsn(),
+        "CREATE ROLE guest LOGIN PASSWORD 'right'; CREATE ROLE exile LOGIN; CREATE ROLE late LOGIN CONNECTION LIMIT 0",
+    )
+    yield server.dsn()
+    ask(server.dsn(), "DROP ROLE guest, exile, late")
+    Path(rules).write_text(before)
+    ask(server.dsn(), "SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize(
+    ("user", "database", "says"),
+    [
+        ("guest:wrong", "postgres", "correct the user and the password in its URL"),
+        ("guest", "postgres", "correct the user and the password in its URL"),
+        ("exile", "postgres", r"correct the user in its URL, or have it admit this user from here \(pg_hba.conf\)"),
+        ("nobody", "postgres", "correct the user in its URL"),
+        ("postgres", "shop", "correct the database in its URL, or create it"),
+        ("late", "postgres", "no connection is left; raise its limit"),
+    ],
+)
+def test_a_server_that_refuses_a_connection_is_said_with_what_to_correct(strict, user, database, says):
+    url = strict.replace("postgres@/postgres", f"{user}@/{database}")
+    with contextlib.closing(PostgresQueue(url)) as queue, pytest.raises(QueueUnavailable, match=f"; {says}"):
+        queue.stats(now=time.time())
+    with pytest.raises(QueueUnavailable, match=f"was not migrated .*; {says}"):
+        migrate(url)

@@ -130,6 +130,7 @@ def test_failures_that_go_on_are_counted_and_told_once_a_minute():
     ("error", "reason"),
     [
         (QueueUnavailable("locked\nfake line \x1b[31m"), "locked\\nfake line \\x1b[31m"),
+        (QueueUnavailable('the queue\'s user "shop" is unknown'), 'the queue\'s user "shop" is unknown'),
         (QueueUnavailable("x" * 10_000), "x" * 500),
         (ValueError("order 42 of Ann"), "ValueError"),
     ],

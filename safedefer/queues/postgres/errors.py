@@ -37,12 +37,19 @@ BROKEN: Final = (
 #: Prefixes of the SQLSTATEs that end a connection: connection errors, shutdown of the server, idle transaction timeout.
 _GONE: Final = ("08", "57P", "25P03")
 
-#: What to do about some SQLSTATEs: what the role may not do, a full disk of the server, a transaction that may only read.
+#: What to do about some SQLSTATEs: who may not connect, a database that is not there, a full disk of the server, no connection
+#: left, a transaction that may only read.
 _REMEDIES: Final = {
-    "42501": "give this role its rights on the schema safedefer, or use the role that ran `safedefer migrate`",
+    "28000": "correct the user in its URL, or have it admit this user from here (pg_hba.conf)",
+    "28P01": "correct the user and the password in its URL",
+    "3D000": "correct the database in its URL, or create it",
     "53100": "its disk is full; free some space and try again",
+    "53300": "no connection is left; raise its limit (max_connections), or run fewer processes",
     "25006": "it takes no writes; name the primary server, not a standby, or set default_transaction_read_only off",
 }
+
+#: What a role needs that did not make the tables (SQLSTATE 42501).
+_RIGHTS: Final = "give this role its rights on the schema safedefer, or use the role that ran `safedefer migrate`"
 
 #: Errors that the values of a row cause: out of range, in the way of another row, too long for an index.
 _OF_VALUES: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
@@ -53,10 +60,15 @@ def is_of_a_value(error: BaseException) -> bool:
     return isinstance(error, _OF_VALUES) or isinstance(error.__cause__, _OF_VALUES)
 
 
+def remedy_for(error: BaseException, otherwise: str) -> str:
+    """Return what to do about an error of the server that any statement may meet, and ``otherwise`` about others."""
+    return _REMEDIES.get(getattr(error, "sqlstate", None) or "", otherwise)
+
+
 def failure(dsn: str, error: BaseException, *, in_doubt: bool = False) -> QueueUnavailable:
     """Return the error of a database that fails; ``in_doubt``: the answer to a commit was lost."""
-    known = _REMEDIES.get(getattr(error, "sqlstate", None) or "")
-    remedy = known or "see that it runs, that it takes connections from here, and that its disk is not full"
+    runs = "see that it runs, that it takes connections from here, and that its disk is not full"
+    remedy = _RIGHTS if getattr(error, "sqlstate", None) == "42501" else remedy_for(error, runs)
     if in_doubt:
         remedy += "; whether the tasks were stored is not known: one with a name can be deferred again"
     return QueueUnavailable(f"the queue's database at {place(dsn)} failed ({describe(dsn, error)}); {remedy}")

@@ -16,7 +16,7 @@ from pgqueuer.queries import Queries
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.queues.addresses import check_url, describe, place
 from safedefer.queues.postgres import errors
-from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, REMEDY_MIGRATE
+from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, REMEDY_MIGRATE, remedy_for
 from safedefer.queues.postgres.pgqueuer import NAMES, SCHEMA, UNWANTED_INDEX, untested
 from safedefer.queues.postgres.statements import SQL
 
@@ -55,7 +55,7 @@ def migrate(dsn: str) -> list[str]:
     except BROKEN as error:
         raise QueueUnavailable(
             f"the database at {place(dsn)} was not migrated ({describe(dsn, error)}); "
-            "see that it runs, and that this user may create a schema in it"
+            + remedy_for(error, "see that it runs, and that this user may create a schema in it")
         ) from error
 
 
