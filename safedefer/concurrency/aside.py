@@ -123,10 +123,11 @@ class Aside(Generic[_T]):
         """Start the thread. Hold the lock."""
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._run, args=(loop,), name="safedefer-observer", daemon=True)
-        if self._loop is not None:  # by a signal handler, in between
+        # First: Ctrl-C may come when it runs, and there must be one only.
+        self._loop, self._thread = (loop, thread) if self._loop is None else (self._loop, self._thread)
+        if self._loop is not loop:  # a signal handler has started one in between
             loop.close()
             return
-        self._loop, self._thread = loop, thread  # first: Ctrl-C may come when it runs, and there must be one only
         try:
             thread.start()
         except RuntimeError:

@@ -1,7 +1,7 @@
 """A program: a signal handler defers at every line that a call executes. Ends with 0 unless one hangs or a task is lost.
 
-Its arguments are the URL of a queue, and what is interrupted. A trace function stands for the signal: Python calls both in the main
-thread, between two of its steps.
+Its arguments are the URL of a queue, what is interrupted, and how many lines lie between two interrupts. A trace function
+stands for the signal: Python calls both in the main thread, between two of its steps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import safedefer
 from safedefer import App, Key, Keyring, Policy, QueueUnavailable
+from safedefer.events import RequestRefused
+from safedefer.observe.counts import Counts
 from tests import sample_tasks as tasks
 
 _OURS = (str(Path(safedefer.__file__).parent), threading.__file__)
@@ -51,15 +53,20 @@ class Interrupt:
         return self._trace
 
 
-def app_of(url: str) -> App:
-    """Return an App whose asynchronous observer hears of every task."""
+def app_of(url: str, *, observers: bool = True) -> App:
+    """Return an App; ``observers``: all that safedefer has hear of every task."""
 
     async def observe(event: object) -> None:
         pass
 
-    return App(
+    app = App(
         keyring=Keyring(Key("one", bytes(range(32)))), policy=Policy("tests.sample_tasks"), queue=url, observer=observe
     )
+    if observers:
+        app.observers.add(Counts())
+        assert app.notices.troubles  # it observes from now on
+        app.observers(RequestRefused(status=400, reason="malformed"))  # whose number is logged with a later event
+    return app
 
 
 def waiting(app: App) -> int:
@@ -86,21 +93,22 @@ def interrupted(app: App, call: Callable[[App], object], line: int, *, may_refus
     return interrupt.came, stored
 
 
-def main(url: str, what: str) -> int:
-    """Interrupt each line in turn; return how many there were."""
+def main(url: str, what: str, step: str = "1") -> int:
+    """Interrupt each line in turn, or each ``step``-th; return how many lines there were."""
     app, call, fresh = app_of(url), CALLS[what], what.startswith("first")
-    line = 0
+    line = total = 0
     while True:
-        line += 1
+        line += int(step)
         if fresh:
             app.close()
-            app = app_of(url.replace("tasks.db", f"{line}.db"))
-            before = 0
+            app = app_of(url.replace("tasks.db", f"{line}.db"), observers=False)
+            before = total if url.startswith("postgresql") else 0
         else:
             before = waiting(app)
         came, stored = interrupted(app, call, line, may_refuse=fresh or what == "fork")
         if what.endswith("defer") and waiting(app) != before + 1 + stored:
             raise SystemExit(f"line {line}: {waiting(app)} tasks, and {before} before")
+        total += 1 + stored
         if not came:
             app.close()
             return line
@@ -122,6 +130,6 @@ CALLS: dict[str, Callable[[App], object]] = {
 }
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(100, exit=True)
+    faulthandler.dump_traceback_later(140, exit=True)
     signal.signal(signal.SIGUSR1, lambda *_: None)  # never comes; where there is none, threads commit for themselves
     print(main(*sys.argv[1:]))

@@ -8,13 +8,15 @@ import sys
 import pytest
 
 from safedefer import QueueUnavailable
+from safedefer.queues.postgres.migrations import migrate
 from tests import sample_tasks as tasks
+from tests.postgres.server import fresh_database, shared_server
 from tests.unit.apps import make_app
 
 
-def interrupt_each_line(url: str, what: str) -> int:
-    """Return how many lines were interrupted."""
-    command = [sys.executable, "-m", "tests.queues.interrupting", url, what]
+def interrupt_each_line(url: str, what: str, step: int = 1) -> int:
+    """Return how many lines there were."""
+    command = [sys.executable, "-m", "tests.queues.interrupting", url, what, str(step)]
     done = subprocess.run(command, timeout=150, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
@@ -23,6 +25,14 @@ def interrupt_each_line(url: str, what: str) -> int:
 @pytest.mark.parametrize("what", ["defer", "first defer", "stats", "first stats", "fork"])
 def test_a_handler_may_defer_at_any_line_of_a_call_on_sqlite(tmp_path, what):
     assert interrupt_each_line(f"sqlite:///{tmp_path}/tasks.db", what) > 50
+
+
+@pytest.mark.parametrize(("what", "step"), [("defer", 1), ("first defer", 7)])  # to connect takes 50 ms
+def test_a_handler_may_defer_at_any_line_of_a_call_on_postgres(what, step):
+    server = shared_server()
+    with fresh_database(server) as name:
+        migrate(server.dsn(name))
+        assert interrupt_each_line(server.dsn(name), what, step) > 50
 
 
 @pytest.mark.parametrize("what", ["defer", "first defer"])

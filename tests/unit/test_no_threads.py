@@ -6,7 +6,6 @@ import asyncio
 import os
 import sqlite3
 import threading
-from _thread import start_new_thread
 from contextlib import closing
 
 import pytest
@@ -14,6 +13,7 @@ from kombu.asynchronous import Hub
 
 from safedefer import Policy
 from safedefer.concurrency.aside import Aside
+from safedefer.concurrency.plain_threads import PlainThread
 from safedefer.concurrency.threads import Threads
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.base import TaskState
@@ -38,14 +38,14 @@ class Full:
                 raise RuntimeError("can't start new thread")  # CPython's words
             start(thread)
 
-        def start_writer(function, args):
+        def start_writer(work):
             if "safedefer-writer" in self.names:
                 self.refused.append("safedefer-writer")
                 raise RuntimeError("can't start new thread")
-            return start_new_thread(function, args)
+            return PlainThread(work)
 
         monkeypatch.setattr(threading.Thread, "start", start_or_fail)
-        monkeypatch.setattr(writer, "start_new_thread", start_writer)
+        monkeypatch.setattr(writer, "PlainThread", start_writer)
 
 
 @pytest.fixture
@@ -238,12 +238,12 @@ def running(name):
 def test_a_start_that_is_interrupted_leaves_one_writer(app, monkeypatch):
     started = []
 
-    def start_and_interrupt(function, args):
-        started.append(start_new_thread(function, args))
+    def start_and_interrupt(work):
+        started.append(PlainThread(work))
         if len(started) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "start_new_thread", start_and_interrupt)
+    monkeypatch.setattr(writer, "PlainThread", start_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         app.queue._writer.submit(lambda connection: None)
     ran_by = {app.queue._writer.submit(lambda connection: threading.get_ident()).result(60) for _ in range(20)}

@@ -8,8 +8,7 @@ has returned.
 A caller that nobody competes with runs its operation itself, which saves two changes of threads. Its thread must not
 come back here before that ends: only this thread could end it. Signal handlers run at any point of the main thread, and
 may defer. So where one is installed, the main thread leaves its operations to the writer's, and hands them over without a lock:
-the writer would wait for one that the main thread holds further up its stack. For the same reason the thread is not a
-``threading.Thread``: one of these takes a lock of that module when it begins.
+the writer would wait for one that the main thread holds further up its stack.
 
 What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
 again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
@@ -19,12 +18,10 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 
 # As `signal.getsignal`, which takes fifty times as long to make a member of an enum of each answer.
 from _signal import getsignal  # type: ignore[import-not-found]
-from _thread import start_new_thread
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -35,6 +32,7 @@ import apsw
 
 from safedefer.concurrency.forks import register_fork
 from safedefer.concurrency.per_loop import PerLoop
+from safedefer.concurrency.plain_threads import PlainThread
 from safedefer.concurrency.results import LoopResults
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.sqlite.connection import Handle, forked, unavailable
@@ -163,17 +161,11 @@ class Writer:
         forks, self._pid = self._forks, os.getpid()
         try:
             # As a daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
-            start_new_thread(self._run_thread, ())
+            PlainThread(self._work)
         except RuntimeError as error:
             self._refuse(f"no thread can be started to write to the queue ({error}); allow the process more threads")
         else:
             self._started = forks
-
-    def _run_thread(self) -> None:
-        # As `threading.Thread` does: debuggers and coverage follow.
-        sys.settrace(threading.gettrace())
-        sys.setprofile(threading.getprofile())
-        self._work()
 
     def _work(self, *, wait: bool = False) -> None:
         serving = self._serving
