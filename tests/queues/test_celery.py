@@ -21,8 +21,8 @@ from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.headers import Response
 from safedefer.queues import open_engine
 from safedefer.queues.base import DeadFilter, TaskState
+from safedefer.queues.celery.broker import weaknesses_of_redis
 from safedefer.queues.celery.engine import LONGEST_WAIT, TASK_NAME, CeleryEngine, WorkerHeaders
-from safedefer.queues.celery.weaknesses import weaknesses_of_redis
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.queues import celery_app as tasks

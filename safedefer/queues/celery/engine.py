@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakKeyDictionary
@@ -36,7 +37,7 @@ from safedefer.options import DEFAULT_QUEUE
 from safedefer.queues.base import NotAllStored
 from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.celery.acknowledging import Acknowledgements
-from safedefer.queues.celery.weaknesses import weaknesses_of_redis
+from safedefer.queues.celery.broker import is_lossless, waiting, weaknesses
 from safedefer.queues.push_engine import Attempt
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ class CeleryEngine:
         _engines[celery] = self
         self.acknowledgements: Acknowledgements | None = None
         """Those of this process, if it is the parent of worker processes; inherited by these."""
+        self._capabilities: Capabilities | None = None
         self._parent = 0
         self._left_to = 0
         self._task: Any = celery.task(
@@ -222,7 +224,16 @@ class CeleryEngine:
     @property
     def capabilities(self) -> Capabilities:
         """No names, unique tasks, targets or atomic batches; a minute at most."""
-        return _CAPABILITIES
+        if self._capabilities is None:
+            self._capabilities = replace(_CAPABILITIES, lossless=is_lossless(self.celery))
+        return self._capabilities
+
+    def messages(self, queue: str) -> int:
+        """Return how many messages wait in the queue of the broker that is named so."""
+        try:
+            return waiting(self.celery, TASK_NAME, None if queue == DEFAULT_QUEUE else queue)
+        except Exception as error:
+            raise _unavailable("does not answer", error) from error
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Publish tasks one by one; the broker has confirmed each of them when this returns."""
@@ -275,20 +286,10 @@ class CeleryEngine:
         Raises:
             QueueUnavailable: It does not answer.
         """
-        found = []
-        conf = self.celery.conf
-        if conf.task_default_delivery_mode not in {2, "persistent"} or any(
-            not each.durable for each in conf.task_queues or ()
-        ):
-            found.append("its queues or messages are not durable: it loses them when it ends; declare durable queues, and "
-                         "leave task_default_delivery_mode as it is")  # fmt: skip
         try:
-            with self.celery.connection_for_write() as connection:
-                if connection.transport.driver_type == "redis":
-                    found += weaknesses_of_redis(connection.default_channel.client)
+            return weaknesses(self.celery)
         except Exception as error:
             raise _unavailable("does not answer", error) from error
-        return found
 
     def _producer(self) -> AbstractContextManager[Producer]:
         """Return a producer of this process whose messages the broker confirms."""
