@@ -123,42 +123,46 @@ class HandOver:
             return looked
         progress = self._store.keep.get_many([progress_key(each.audience, each.task_id) for each in overdue])
         waiting: dict[str, int] = {}
+        again = 0
         for number, copy in enumerate(overdue):
             try:
-                self._look_at(copy, progress, waiting, now=now)
+                again += self._look_at(copy, progress, waiting, now=now)
             except QueueUnavailable:
                 left = [(each.audience, each.task_id) for each in overdue[number:]]
                 self._store.copies.put_off(left, until=now + copies.FIRST_LOOK)
                 raise
+        if again:
+            _log.info("%s may have lost %d tasks, or is late with them; they are handed over again", self._name, again)
         return looked
 
-    def _look_at(self, copy: Copy, progress: Mapping[str, bytes], waiting: dict[str, int], *, now: float) -> None:
+    def _look_at(self, copy: Copy, progress: Mapping[str, bytes], waiting: dict[str, int], *, now: float) -> bool:
+        """Hand a task over again if it is time for that; return whether it was."""
         key = copy.audience, copy.task_id
         task = copies.load(copy)
         if task is None:
             _log.error("the copy of task %a is none of ours; it is deleted", copy.task_id)
             self._store.copies.delete([key])
-            return
+            return False
         retry = Progress.load(progress.get(progress_key(*key))).not_before
         if retry > now and not copies.is_last_look(task, now):
             self._store.copies.put_off([key], until=retry + copies.FIRST_LOOK)
-            return
+            return False
         if task.queue not in waiting:
             count: Callable[[str], int] | None = getattr(self._engine, "messages", None)
             waiting[task.queue] = 0 if count is None else count(task.queue)
         if waiting[task.queue] >= copies.MANY_WAITING and not copies.is_overdue_among_many(copy.looks):
-            return
+            return False
         try:
             self._engine.enqueue_many((task,))
         except QueueUnavailable:
             raise
         except Error as error:
             _log.error("%s refuses task %a (%s); it is tried again", self._name, task.id, error.slug)
-            return
+            return False
         waiting[task.queue] += 1
-        _log.info("%s may have lost task %a; it is handed over again", self._name, task.id)
         if copies.is_last_look(task, now):
             self._store.copies.delete([key])
+        return True
 
 
 class HandingOver(threading.Thread):

@@ -346,7 +346,8 @@ def test_the_doctor_says_how_a_broker_may_lose_tasks(settings, texts):
         app.close()
     assert len(found) == len(texts)
     assert all(
-        "the broker may lose tasks" in each.text and text in each.text for each, text in zip(found, texts, strict=True)
+        "the broker may lose messages" in each.text and text in each.text
+        for each, text in zip(found, texts, strict=True)
     )
 
 

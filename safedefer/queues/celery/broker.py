@@ -18,7 +18,13 @@ def is_lossless(celery: Celery) -> bool:
         transport = celery.connection_for_write().get_transport_cls()
     except Exception:  # noqa: BLE001  # what does not import, or is no URL: enqueueing says so
         return False
-    return getattr(transport, "driver_type", None) == _KEEPS
+    return getattr(transport, "driver_type", None) == _KEEPS and _is_durable(celery)
+
+
+def _is_durable(celery: Celery) -> bool:
+    """Whether messages and queues outlast their broker."""
+    conf = celery.conf
+    return conf.task_default_delivery_mode in {2, "persistent"} and all(each.durable for each in conf.task_queues or ())
 
 
 def waiting(celery: Celery, task: str, queue: str | None) -> int:
@@ -34,13 +40,10 @@ def waiting(celery: Celery, task: str, queue: str | None) -> int:
 
 
 def weaknesses(celery: Celery) -> list[str]:
-    """Say how the broker may lose messages that it has accepted, and what to do."""
+    """Say how the broker may lose messages that it has accepted, and what to do; it is asked."""
     found = []
-    conf = celery.conf
-    if conf.task_default_delivery_mode not in {2, "persistent"} or any(
-        not each.durable for each in conf.task_queues or ()
-    ):
-        found.append("its queues or messages are not durable: it loses them when it ends; declare durable queues, and "
+    if not _is_durable(celery):
+        found.append("its queues or messages are not durable: it forgets them when it ends; declare durable queues, and "
                      "leave task_default_delivery_mode as it is")  # fmt: skip
     with celery.connection_for_write() as connection:
         if connection.transport.driver_type == "redis":
@@ -57,15 +60,15 @@ def weaknesses_of_redis(client: Any) -> list[str]:
     except Exception:  # noqa: BLE001  # a hosted server that answers no CONFIG
         synced = None
     if not log:
-        found.append("it keeps no log of its writes: when it ends it has forgotten the tasks since its last snapshot, or all; "
+        found.append("it keeps no log of its writes: when it ends it has forgotten the messages since its last snapshot, or all; "
                      "set appendonly yes and appendfsync always")  # fmt: skip
     elif synced not in {None, "always"}:
         found.append(
-            f"it does not sync each write (appendfsync {synced}): a power cut loses the last tasks; set appendfsync always"
+            f"it does not sync each write (appendfsync {synced}): a power cut loses the last messages; set appendfsync always"
         )
     policy = client.info("memory").get("maxmemory_policy")
     if policy not in {None, "noeviction"}:
         found.append(
-            f"it deletes tasks when its memory is full (maxmemory-policy {policy}); set maxmemory-policy noeviction"
+            f"it deletes messages when its memory is full (maxmemory-policy {policy}); set maxmemory-policy noeviction"
         )
     return found

@@ -6,6 +6,9 @@ acknowledged after the handler has answered (``acks_late``), it goes back to the
 (``reject_on_worker_lost``) or runs into Celery's hard time limit, and a retry is a new message with a countdown of whole
 seconds, confirmed by the broker before the old one is acknowledged.
 
+Only RabbitMQ keeps each message until it is acknowledged: of a task that another broker is given the store keeps a copy until it
+has ended (``queues.hand_over``).
+
 What is due in more than a minute is never given to the broker: Redis delivers a message again that nobody has acknowledged
 for its visibility timeout, and RabbitMQ closes the channel of a consumer that holds one too long. It waits in the store.
 """
@@ -281,7 +284,7 @@ class CeleryEngine:
             raise _unavailable("does not answer", error) from error
 
     def weaknesses(self) -> list[str]:
-        """Say how the broker may lose messages that it has accepted, and what to do; it is asked. Nothing brings them back.
+        """Say how the broker may lose messages that it has accepted, and what to do; it is asked. The store hands them over again.
 
         Raises:
             QueueUnavailable: It does not answer.
