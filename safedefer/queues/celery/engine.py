@@ -21,15 +21,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakKeyDictionary
 
-from celery import Celery, Task  # type: ignore[import-untyped]
+from celery import Celery  # type: ignore[import-untyped]
 from celery.exceptions import Reject, SoftTimeLimitExceeded  # type: ignore[import-untyped]
 from celery.signals import worker_before_create_process, worker_ready  # type: ignore[import-untyped]
 from kombu.pools import ProducerPool
@@ -41,6 +41,7 @@ from safedefer.queues.base import NotAllStored
 from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.celery.acknowledging import Acknowledgements
 from safedefer.queues.celery.broker import is_lossless, waiting, weaknesses
+from safedefer.queues.celery.task import HANDLED, DeliverTask
 from safedefer.queues.push_engine import Attempt
 
 if TYPE_CHECKING:
@@ -78,36 +79,6 @@ _CAPABILITIES: Final = Capabilities(
 
 #: What a message says of the parent that will acknowledge it, after a sync: its process id, else 0.
 PARENT: Final = "safedefer_parent"
-#: How Celery handles the one task, whatever its own settings and annotations say of all tasks.
-_HANDLED: Final[Mapping[str, Any]] = {
-    "acks_late": True,
-    "reject_on_worker_lost": True,
-    "retry_on_worker_lost": False,  # which the broker would not confirm
-    # What runs into Celery's hard time limit goes back to the queue.
-    "acks_on_failure_or_timeout": False,
-    "acks_on_failure": False,
-    "acks_on_timeout": False,
-    "expires": None,
-    "ignore_result": True,
-    "store_errors_even_if_ignored": False,
-    "track_started": False,
-    "max_retries": None,
-    "serializer": "json",
-    "Request": "safedefer.queues.celery.worker:_SyncedRequest",
-}
-
-
-class _DeliverTask(Task):  # type: ignore[misc]
-    """The one task. A base class of the application's own tasks says nothing of it."""
-
-    @classmethod
-    def annotate(cls) -> None:
-        """Take the settings of the application, but for ours: Celery calls this when it has read them all."""
-        super().annotate()
-        for name, value in _HANDLED.items():
-            setattr(cls, name, value)
-
-
 #: The engine of each Celery application.
 _engines: Final[WeakKeyDictionary[Celery, CeleryEngine]] = WeakKeyDictionary()
 #: Connections of a parent process, never used again.
@@ -166,7 +137,7 @@ class CeleryEngine:
         self._task: Any = celery.task(
             _deliver,
             name=TASK_NAME,
-            bind=True, base=_DeliverTask, **_HANDLED,
+            bind=True, base=DeliverTask, **HANDLED,
         )  # fmt: skip
         steps: dict[str, set[str]] = celery.steps  # pyright: ignore[reportAssignmentType]
         steps["consumer"].add("safedefer.queues.celery.worker:_LastSync")
@@ -233,10 +204,8 @@ class CeleryEngine:
 
     def messages(self, queue: str) -> int:
         """Return how many messages wait in the queue of the broker that is named so."""
-        try:
+        with _asked():
             return waiting(self.celery, TASK_NAME, None if queue == DEFAULT_QUEUE else queue)
-        except Exception as error:
-            raise _unavailable("does not answer", error) from error
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Publish tasks one by one; the broker has confirmed each of them when this returns."""
@@ -277,11 +246,8 @@ class CeleryEngine:
         Raises:
             QueueUnavailable: It does not answer, refuses the user, or its transport does not import.
         """
-        try:
-            with self.celery.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1)
-        except Exception as error:
-            raise _unavailable("does not answer", error) from error
+        with _asked(), self.celery.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1)
 
     def weaknesses(self) -> list[str]:
         """Say how the broker may lose messages that it has accepted, and what to do; it is asked. The store hands them over again.
@@ -289,10 +255,8 @@ class CeleryEngine:
         Raises:
             QueueUnavailable: It does not answer.
         """
-        try:
+        with _asked():
             return weaknesses(self.celery)
-        except Exception as error:
-            raise _unavailable("does not answer", error) from error
 
     def _producer(self) -> AbstractContextManager[Producer]:
         """Return a producer of this process whose messages the broker confirms."""
@@ -383,6 +347,14 @@ def check_content(celery: Celery) -> None:
         raise ConfigurationError(
             "the Celery application takes no JSON, and its workers would drop each task; add 'json' to its accept_content"
         )
+
+
+@contextmanager
+def _asked() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _unavailable("does not answer", error) from error
 
 
 def _unavailable(what: str, error: Exception) -> QueueUnavailable:
