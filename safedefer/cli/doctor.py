@@ -200,7 +200,7 @@ def check_queue(app: App) -> Iterable[Finding]:
         reach()
     if weaknesses is not None:
         for text in weaknesses():
-            yield Finding("queue", "warn", f"the broker may lose tasks: {text}")
+            yield Finding("queue", "warn", f"the broker may lose messages, whose tasks run late then: {text}")
     counted = app.queue.stats(now=time.time())
     waiting, dead = sum(each.waiting for each in counted), sum(each.dead for each in counted)
     yield Finding("queue", "ok", f"{app.queue!r} opens; {many(waiting, 'task')} waiting, {many(dead, 'dead letter')}")

@@ -532,6 +532,44 @@ class Keep(Protocol):
         ...
 
 
+class Copy(NamedTuple):
+    """A copy that is due for a look. By the ledger its task has not ended, and does not run now."""
+
+    audience: str
+    task_id: str
+    looks: int
+    """Those before this one."""
+    task: str
+    """As ``queues.copies.dump`` made it."""
+
+
+class Copies(Protocol):
+    """Copies of tasks that a push engine has taken and may lose (``queues.copies``), each until the ledger has its end.
+
+    A key is a task's audience and id.
+    """
+
+    def put_many(self, tasks: Sequence[QueuedTask], /) -> None:
+        """Store copies, in one transaction, in the place of others; the first look at each is due soon after its eta."""
+        ...
+
+    def look(self, *, now: float, limit: int) -> tuple[int, Sequence[Copy]]:
+        """Look at copies that are due, each by one caller, and put the next look off; return how many, and those that count.
+
+        Copies of tasks that have ended are deleted, and those that somebody wrote who is not the queue. Of the others those
+        count whose task does not run now.
+        """
+        ...
+
+    def put_off(self, keys: Sequence[tuple[str, str]], /, *, until: float) -> None:
+        """Look at copies again at a time."""
+        ...
+
+    def delete(self, keys: Sequence[tuple[str, str]], /) -> None:
+        """Delete copies; nothing happens for keys that have none."""
+        ...
+
+
 #: Begins the keys of stored tokens in a ``Keep``, whose bytes are limited together.
 BLOB_KEY: Final = "blob:"
 
@@ -619,6 +657,11 @@ class Store(Protocol):
     @property
     def keep(self) -> Keep:
         """What it keeps of tasks that a push engine delivers."""
+        ...
+
+    @property
+    def copies(self) -> Copies:
+        """Copies of tasks that a push engine may lose."""
         ...
 
     def bury(self, task: QueuedTask, *, reason: str | None, attempts: int, now: float, verified: bool) -> bool:

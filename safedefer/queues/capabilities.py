@@ -33,6 +33,9 @@ class Capabilities:
     """Seconds that a push engine holds a task back; what is due later waits in the store. None: as long as it takes."""
     kept: float | None = None
     """Seconds after which a push engine deletes a task, whatever came of it. None: it does not."""
+    lossless: bool = True
+    """A push engine loses nothing that it has taken. Else the store keeps a copy of each task until it has ended, and hands it
+    over again."""
     due_order: bool = True
     """What fell due first is leased first; without it, what was enqueued first."""
     exact_wake: bool = True

@@ -12,7 +12,6 @@ the counters of tasks that are tried again, the dead letters, and what waits lon
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -20,10 +19,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from safedefer.errors import ConfigurationError, Error, QueueError, QueueUnavailable
-from safedefer.options import TaskRetryOptions
 from safedefer.queues.base import (
     BLOB_KEY,
     AttemptTime,
+    Copies,
     DeadFilter,
     EndCount,
     Keep,
@@ -34,14 +33,12 @@ from safedefer.queues.base import (
     PullQueue,
     QueuedTask,
     QueueStats,
-    Settlement,
     TaskPage,
     TaskState,
     TaskView,
-    Verdict,
 )
+from safedefer.queues.hand_over import HandingOver, HandOver
 from safedefer.queues.pushed import PushedBlobs, PushedLedger, cancel_key
-from safedefer.queues.rules import MAX_PUT_OFF, backoff
 
 if TYPE_CHECKING:
     from safedefer.blobs import BlobStore
@@ -55,11 +52,6 @@ _log: Final = logging.getLogger("safedefer")
 
 #: How long a mark of a cancelled task is kept: no token lives longer (``claims.MAX_LIFETIME``).
 _MARK_SECONDS: Final = 92 * 86_400
-#: Tasks that are handed over at once, the seconds that this may take, and those between two looks for what is due.
-_AT_ONCE: Final = 100
-_LEASE_SECONDS: Final = 60.0
-_LOOK_SECONDS: Final = 1.0
-_OWNER: Final = "hand-over"
 
 
 class PushQueue:
@@ -77,7 +69,8 @@ class PushQueue:
         self.name: str = name or type(engine).__name__
         self._ledger = PushedLedger(engine, store)
         self._blobs = PushedBlobs(store)
-        self._handing: _HandingOver | None = None
+        self._hand_over = HandOver(engine, store, self.name)
+        self._handing: HandingOver | None = None
 
     def __repr__(self) -> str:
         """Show engine and store."""
@@ -123,6 +116,11 @@ class PushQueue:
         """What the store keeps of pushed tasks."""
         return self.store.keep
 
+    @property
+    def copies(self) -> Copies:
+        """Copies of tasks that the engine may lose."""
+        return self.store.copies
+
     # --- Producers --------------------------------------------------------------------------------
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
@@ -143,7 +141,7 @@ class PushQueue:
         if not now:
             return
         try:
-            self.engine.enqueue_many([self._without_blob(task) for task in now])
+            self._hand_over.publish([self._without_blob(task) for task in now])
         except NotAllStored:
             raise
         except Error as error:
@@ -194,48 +192,26 @@ class PushQueue:
     # --- What waits in the store ------------------------------------------------------------------
 
     def start(self, clock: Callable[[], float] = time.time) -> None:
-        """Hand over in a thread, from now on, what falls due in the store: for processes that handle tasks."""
+        """Hand over in a thread, from now on, what falls due in the store, or is lost: for processes that handle tasks."""
         if self._handing is None:
-            self._handing = _HandingOver(self, clock)
+            self._handing = HandingOver(self._hand_over, clock)
             self._handing.start()
 
     def hand_over_due(self, *, now: float) -> int:
         """Hand over to the engine what is due in the store, up to a hundred tasks; returns how many.
 
-        The engine takes a task before the store forgets it: a crash in between hands it over twice, and the ledger lets it run
-        once.
+        Raises:
+            QueueUnavailable: The store or the engine does not answer. What is left is tried again.
+        """
+        return self._hand_over.due(now=now)
+
+    def hand_over_lost(self, *, now: float) -> int:
+        """Look for tasks that the engine seems to have lost, up to a hundred, and hand them over again; returns the looks.
 
         Raises:
             QueueUnavailable: The store or the engine does not answer. What is left is tried again.
         """
-        leases = self.store.lease(owner=_OWNER, limit=_AT_ONCE, seconds=_LEASE_SECONDS, now=now)
-        taken: list[Lease] = []
-        failure: QueueUnavailable | None = None
-        refused: list[tuple[Lease, Settlement]] = []
-        for lease in leases:
-            try:
-                self.engine.enqueue_many((self._with_kept_blob(lease.task),))
-            except QueueUnavailable as error:
-                failure = error
-                refused.append((lease, _later(lease, now)))
-            except Error as error:
-                # Its name is taken, or something of it is refused: by the engine it is there, or will never be.
-                _log.error("%s refuses task %a (%s); it stays in the store", self.name, lease.task.id, error.slug)
-                refused.append((lease, _later(lease, now)))
-            else:
-                taken.append(lease)
-        if taken:
-            self.store.hand_over(taken, now=now)
-        if refused:
-            self.store.settle_many(refused, now=now)
-        if failure is not None:
-            raise failure
-        return len(taken)
-
-    def _with_kept_blob(self, task: QueuedTask) -> QueuedTask:
-        if task.blob_id is not None and (data := self.store.blobs.get(task.blob_id)) is not None:
-            self.keep.put(f"{BLOB_KEY}{task.blob_id}", data, expires=task.expires)
-        return task
+        return self._hand_over.lost(now=now)
 
     # --- The store --------------------------------------------------------------------------------
 
@@ -357,42 +333,6 @@ class PushQueue:
     settle_many: Callable[..., NoReturn] = lease
     wait: Callable[..., NoReturn] = lease
     wake: Callable[..., NoReturn] = lease
-
-
-class _HandingOver(threading.Thread):
-    """Looks every second for what has fallen due in the store."""
-
-    def __init__(self, queue: PushQueue, clock: Callable[[], float]) -> None:
-        super().__init__(name="safedefer-hand-over", daemon=True)
-        self._queue = queue
-        self._clock = clock
-        self._stopped = threading.Event()
-        self._failing = False
-
-    def run(self) -> None:
-        """Look until ``stop``."""
-        while not self._stopped.wait(_LOOK_SECONDS):
-            try:
-                while not self._stopped.is_set() and self._queue.hand_over_due(now=self._clock()) == _AT_ONCE:
-                    pass
-            except Exception as error:  # noqa: BLE001  # after any error the next look tries again
-                if not self._failing:
-                    name = error.slug if isinstance(error, Error) else type(error).__name__
-                    _log.warning("what is due in the store cannot be handed over now (%s); trying again", name)
-                self._failing = True
-            else:
-                self._failing = False
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._stopped.set()
-        if self.is_alive() and threading.current_thread() is not self:
-            self.join(_LOOK_SECONDS * 10)
-
-
-def _later(lease: Lease, now: float) -> Settlement:
-    wait = min(backoff(TaskRetryOptions(), min(lease.retries + 1, 16)), MAX_PUT_OFF)
-    return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, reason="unreachable")
 
 
 def _sum(one: QueueStats, other: QueueStats) -> QueueStats:

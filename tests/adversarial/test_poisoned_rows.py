@@ -29,7 +29,8 @@ from safedefer.dispatcher.loop import Dispatcher, DispatcherOptions, InProcessDe
 from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.ledger import AttemptRecord, EndState, Execution
 from safedefer.observe.troubles import ProcessReport
-from safedefer.queues.base import DeadFilter, Settlement, TaskState, Verdict, task_digest
+from safedefer.queues.base import DeadFilter, QueuedTask, Settlement, TaskState, Verdict, task_digest
+from safedefer.queues.copies import load
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
@@ -43,6 +44,8 @@ from tests.queues.single import begin, finish
 from tests.unit.apps import make_app
 
 _numbers = itertools.count(1)
+#: When the copies of tasks were made.
+COPIED = 1_000.0
 _DEEP = "[" * 100_000
 TEXTS = [
     "",
@@ -89,7 +92,7 @@ class Postgres:
         "progress": "job_id = (SELECT id FROM safedefer.pgqueuer WHERE dedupe_key = %s)",
         "names": "name = (SELECT headers #>> '{safedefer_more,name}' FROM safedefer.pgqueuer WHERE dedupe_key = %s)",
         "controls": "queue = (SELECT split_part(entrypoint, '@', 1) FROM safedefer.pgqueuer WHERE dedupe_key = %s)",
-        **dict.fromkeys(("uniques", "blobs", "ledger", "attempts"), "task_id = %s"),
+        **dict.fromkeys(("uniques", "blobs", "ledger", "attempts", "copies"), "task_id = %s"),
         **dict.fromkeys(("dead", "ended"), "id = %s"),
         "notices": "process = %s",
         "kept": "key = 'k:' || %s",
@@ -136,7 +139,7 @@ class SQLite:
         "blobs": "task = (SELECT seq FROM safedefer_tasks WHERE id = ?)",
         "names": "name = (SELECT name FROM safedefer_tasks WHERE id = ?)",
         "controls": "queue = (SELECT queue FROM safedefer_tasks WHERE id = ?)",
-        **dict.fromkeys(("ledger", "attempts"), "task_id = ?"),
+        **dict.fromkeys(("ledger", "attempts", "copies"), "task_id = ?"),
         **dict.fromkeys(("tasks", "dead", "ended"), "id = ?"),
         "notices": "process = ?",
         "kept": "key = 'k:' || ?",
@@ -243,6 +246,14 @@ def app(storage):
     app.close()
 
 
+def copied(task_id):
+    """Return a task of which the queue has a copy, as for a push engine."""
+    return QueuedTask(
+        id=task_id, queue="q", token=b"a.b.c", audience="copied", url="/", target="default", eta=COPIED, created=COPIED,
+        expires=int(COPIED) + 60,
+    )  # fmt: skip
+
+
 class World:
     """A neighbour before, one task for each bad value, and a neighbour after, each in a queue of its own."""
 
@@ -259,6 +270,7 @@ class World:
         for task in self.tasks:
             self.queue.put_notice(task.id, ProcessReport(command="run").text(), now=time.time())
             self.queue.keep.put(f"k:{task.id}", b"kept", expires=int(time.time()) + 60)
+        self.queue.copies.put_many([copied(task.id) for task in self.tasks])
 
     @property
     def bad(self):
@@ -313,6 +325,11 @@ class World:
         values = self.queue.keep.get_many([f"k:{task.id}" for task in self.tasks])
         assert {type(value) for value in values.values()} <= {bytes}
         assert {values[f"k:{task_id}"] for task_id in self.good} == {b"kept"}
+        looked, copied_tasks = self.queue.copies.look(now=COPIED + 10.0, limit=1000)
+        assert self.good <= {copy.task_id for copy in copied_tasks} and looked >= len(copied_tasks)
+        for copy in copied_tasks:
+            load(copy)
+        self.queue.copies.put_off([(copy.audience, copy.task_id) for copy in copied_tasks], until=COPIED)
         for view in views:
             json.dumps(summary(view))
         self.queue.stats(now=time.time())

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
+from kombu.transport.redis import QoS
+
 from safedefer import App, Key, Keyring, KeyState, PermanentTaskFailure, Policy
+from safedefer.queues import copies
 
 FOLDER = Path(os.environ.get("TEST_FOLDER", "."))
 SECRET = bytes(range(32))
@@ -71,6 +75,24 @@ def hang_once() -> None:
         time.sleep(0.05)
 
 
+def die_between_two_steps() -> None:
+    """Have this process killed once where kombu's transport for Redis has taken a message, and has not noted that it has it."""
+    append = QoS.append
+
+    def dying(self, message, delivery_tag):
+        killed = FOLDER / "killed"
+        if not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, message, delivery_tag)
+
+    QoS.append = dying
+
+
+if "TEST_FIRST_LOOK" in os.environ:
+    copies.FIRST_LOOK = float(os.environ["TEST_FIRST_LOOK"])
+if "TEST_DIE" in os.environ:
+    die_between_two_steps()
 if "TEST_BROKER" in os.environ:
     app = make_app(os.environ["TEST_BROKER"], FOLDER, os.environ.get("TEST_STORE", ""))
     celery = app.push_queue.engine.celery

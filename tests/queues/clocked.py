@@ -15,7 +15,7 @@ _LOOKS = ("controls", "next_due", "stats")
 
 TABLES = (
     "pgqueuer", "pgqueuer_log", "controls", "names", "uniques", "blobs", "blob_totals", "progress", "dead", "ended",
-    "ledger", "attempts", "kept",
+    "ledger", "attempts", "kept", "copies",
 )  # fmt: skip
 """What tests empty when they are over."""
 
@@ -41,6 +41,7 @@ class Clocked:
         self._setter = psycopg.connect(dsn, autocommit=True)
         self.ticks = ticks
         self.ledger = _At(inner.ledger, self)
+        self.copies = _At(inner.copies, self)
         self.blobs = inner.blobs
 
     def set(self, now):

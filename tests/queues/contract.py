@@ -21,7 +21,7 @@ import pytest
 from safedefer.blobs import Blob
 from safedefer.errors import ExpiredTask, QueueUnavailable, ReplayedTask, TaskAlreadyExistsError, TombstonedTaskError
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, VerifiedLetter
-from safedefer.queues import rules
+from safedefer.queues import copies, rules
 from safedefer.queues.base import (
     NOTICE_BYTES,
     NOTICE_SECONDS,
@@ -1859,6 +1859,53 @@ class QueueContract:
         with pytest.raises(QueueUnavailable, match="blob_limit"):
             keep.put("blob:2", b"x" * 11, expires=EXPIRES)
         keep.put("blob:2", b"x" * 10, expires=EXPIRES)
+
+    def test_a_copy_is_looked_at_when_it_is_due_by_one_caller_and_less_and_less_often(self, queue):
+        task = make_task(eta=130.0, headers={"X-Own": "1"}, blob_id="b" * 16, deadline=30.0)
+        queue.copies.put_many([task, make_task(eta=9_000.0)])
+        assert queue.copies.look(now=134.0, limit=10) == (0, [])
+        seen, now = [], 135.0
+        for looks in range(9):
+            looked, (copy,) = queue.copies.look(now=now, limit=10)
+            assert (looked, copy.audience, copy.task_id, copy.looks) == (1, task.audience, task.id, looks)
+            assert copies.load(copy) == task._replace(digest=b"")
+            assert queue.copies.look(now=now + copies.wait(looks) - 0.5, limit=10) == (0, [])
+            seen.append(copies.wait(looks))
+            now += copies.wait(looks)
+        assert seen == [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0, 300.0]
+
+    def test_the_copy_of_a_task_that_runs_does_not_count_and_that_of_one_that_ended_goes(self, queue):
+        runs, ended, failed, retried, lost, waits = tasks = [make_task() for _ in range(6)]
+        queue.copies.put_many(tasks)
+        for task in tasks[:-1]:
+            begin(queue.ledger, execution_of(task), now=101.0, lease=1.0 if task is lost else 60.0)
+        for task, state in ((ended, EndState.SUCCEEDED), (failed, EndState.FAILED), (retried, EndState.RETRY)):
+            finish(queue.ledger, execution_of(task), state, record_of(task))
+        looked, found = queue.copies.look(now=110.0, limit=100)
+        assert (looked, {copy.task_id for copy in found}) == (6, {retried.id, lost.id, waits.id})
+        looked, found = queue.copies.look(now=10_000.0, limit=100)
+        assert (looked, {copy.task_id for copy in found}) == (4, {runs.id, retried.id, lost.id, waits.id})
+
+    def test_copies_are_replaced_put_off_and_deleted(self, queue):
+        first, second = make_task(), make_task()
+        queue.copies.put_many([first, second])
+        queue.copies.look(now=105.0, limit=10)
+        queue.copies.put_many([first._replace(token=b"another")])
+        looked, (copy,) = queue.copies.look(now=106.0, limit=10)
+        assert (looked, copy.looks, copies.load(copy).token) == (1, 0, b"another")
+        queue.copies.put_off([(second.audience, second.id), ("nobody's", "none")], until=500.0)
+        assert queue.copies.look(now=499.0, limit=10)[0] == 1
+        queue.copies.delete([(first.audience, first.id), ("nobody's", "none")])
+        assert [copy.task_id for copy in queue.copies.look(now=5_000.0, limit=10)[1]] == [second.id]
+
+    def test_a_look_is_bounded_and_what_is_due_first_comes_first(self, queue):
+        tasks = [make_task(eta=100.0 + number) for number in range(5)]
+        queue.copies.put_many(reversed(tasks))
+        found = [queue.copies.look(now=200.0, limit=2) for _ in range(4)]
+        assert [looked for looked, _ in found] == [2, 2, 1, 0]
+        assert [{copy.task_id for copy in those} for _, those in found[:2]] == [
+            {tasks[0].id, tasks[1].id}, {tasks[2].id, tasks[3].id},
+        ]  # fmt: skip
 
     def test_a_task_that_is_no_row_is_buried_with_its_records_and_can_be_replaced(self, queue):
         task = make_task(headers={"X-Own": "1"}, retry_options={"task_retry_limit": 1.0})

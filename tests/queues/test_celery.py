@@ -21,8 +21,8 @@ from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.headers import Response
 from safedefer.queues import open_engine
 from safedefer.queues.base import DeadFilter, TaskState
+from safedefer.queues.celery.broker import weaknesses_of_redis
 from safedefer.queues.celery.engine import LONGEST_WAIT, TASK_NAME, CeleryEngine, WorkerHeaders
-from safedefer.queues.celery.weaknesses import weaknesses_of_redis
 from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.queues import celery_app as tasks
@@ -346,7 +346,8 @@ def test_the_doctor_says_how_a_broker_may_lose_tasks(settings, texts):
         app.close()
     assert len(found) == len(texts)
     assert all(
-        "the broker may lose tasks" in each.text and text in each.text for each, text in zip(found, texts, strict=True)
+        "the broker may lose messages" in each.text and text in each.text
+        for each, text in zip(found, texts, strict=True)
     )
 
 

@@ -15,9 +15,9 @@ from celery.worker import state
 from safedefer.errors import ConfigurationError
 from safedefer.headers import Response
 from safedefer.queues.celery import engine as engines
-from safedefer.queues.celery.engine import _HANDLED as HANDLED
 from safedefer.queues.celery.engine import TASK_NAME, CeleryEngine
 from safedefer.queues.celery.engine import _route_back as route_back
+from safedefer.queues.celery.task import HANDLED
 from safedefer.queues.celery.worker import _LastSync as LastSync
 from safedefer.queues.celery.worker import _SyncedRequest as SyncedRequest
 from safedefer.queues.memory.queue import MemoryQueue

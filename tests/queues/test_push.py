@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
@@ -18,6 +20,7 @@ from safedefer.errors import (
 from safedefer.events import TaskDead, TaskRetried
 from safedefer.ledger import Execution
 from safedefer.queues.base import DeadFilter, NotAllStored, Settlement, TaskState, Verdict
+from safedefer.queues.copies import load
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.progress import Progress
 from safedefer.queues.pushed import cancel_key, progress_key
@@ -523,6 +526,163 @@ def test_a_run_that_failed_before_the_store_forgot_its_task_is_tried_again(store
     assert post(app, task.payload) == (500, "retry")
     assert tasks.RAN == ["fail", "fail"]
     app.close()
+
+
+# --- What an engine may lose ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def loses(engine, app):
+    """Make the engine one that may lose what it has taken."""
+    engine.capabilities = replace(engine.capabilities, lossless=False, longest_wait=60.0)
+    return engine
+
+
+def look_until(app, clock, seconds):
+    """Look each second, as the process does that hands over."""
+    for _ in range(int(seconds)):
+        clock.now += 1
+        app.push_queue.hand_over_lost(now=clock.now)
+
+
+def test_a_task_that_the_engine_has_lost_is_handed_over_again_and_runs(app, loses, clock):
+    task = app.defer(tasks.add, 1)
+    loses.tasks.clear()
+    look_until(app, clock, 39)
+    assert loses.tasks == {}, "it may be on its way"
+    look_until(app, clock, 2)
+    assert loses.tasks[task.id].token == task.payload
+    assert post(app, loses.tasks.pop(task.id).token) == (200, "succeeded")
+    look_until(app, clock, 7_200)
+    assert loses.tasks == {}
+    assert tasks.RAN == [("add", 1, 0, 1)]
+
+
+def test_a_task_that_ended_runs_or_waits_for_its_retry_is_not_handed_over_again(app, loses, clock, store):
+    done, runs = app.defer(tasks.add, 1), app.defer(tasks.add, 2)
+    slow = TaskRetryOptions(min_backoff_seconds=50.0, max_backoff_seconds=50.0)
+    failed = app.options(retry_options=slow).defer(tasks.fail)
+    assert post(app, done.payload) == (200, "succeeded")
+    assert post(app, failed.payload) == (500, "retry")
+    store.ledger.begin_many([execution_of(app, runs)], now=clock.now, lease=300.0)
+    loses.tasks.clear()
+    look_until(app, clock, 20)
+    assert post(app, failed.payload) == (425, "early")
+    look_until(app, clock, 200)
+    assert post(app, failed.payload) == (500, "retry")
+    loses.tasks.clear()
+    look_until(app, clock, 20)
+    assert loses.tasks == {}
+    look_until(app, clock, 400)
+    assert set(loses.tasks) == {runs.id, failed.id}, "the run is lost, and the time of the retry has come"
+    assert post(app, done.payload) == (200, "duplicate")
+
+
+def test_with_many_messages_before_it_a_task_is_late_and_not_lost(app, loses, clock):
+    loses.messages = lambda queue: 5_000
+    app.defer(tasks.add, 1)
+    loses.tasks.clear()
+    look_until(app, clock, 3_000)
+    assert loses.tasks == {}
+    look_until(app, clock, 600)
+    assert len(loses.tasks) == 1, "the engine's other tasks may be what waits"
+    loses.tasks.clear()
+    look_until(app, clock, 4_000)
+    assert loses.tasks == {}
+    loses.messages = lambda queue: 3
+    look_until(app, clock, 300)
+    assert len(loses.tasks) == 1
+
+
+def test_what_the_engine_refuses_leaves_no_copy(app, loses, clock):
+    loses.down = True
+    with pytest.raises(QueueUnavailable):
+        app.defer(tasks.add, 1)
+    loses.down = False
+    loses.refuses = {"tests.sample_tasks:fail"}
+    with pytest.raises(NotAllStored) as caught:
+        app.defer_many([(tasks.add, (2,), {}), (tasks.fail, (), {})], atomic=False)
+    (taken,) = loses.tasks
+    assert taken not in caught.value.failed
+    loses.refuses, loses.tasks = set(), {}
+    look_until(app, clock, 100)
+    assert list(loses.tasks) == [taken]
+
+
+def test_without_a_copy_nothing_is_handed_to_the_engine(app, loses, store, monkeypatch):
+    def full(tasks):
+        raise QueueUnavailable("the disk is full; free some space and try again")
+
+    monkeypatch.setattr(store.copies, "put_many", full)
+    with pytest.raises(QueueUnavailable, match="full"):
+        app.defer(tasks.add, 1)
+    assert loses.tasks == {}
+
+
+def test_a_copy_that_the_store_does_not_let_go_of_is_said(app, loses, store, monkeypatch, caplog):
+    def away(keys):
+        raise QueueUnavailable("the database is away; start it")
+
+    loses.down = True
+    monkeypatch.setattr(store.copies, "delete", away)
+    with pytest.raises(QueueUnavailable, match="the engine is down"):
+        app.defer(tasks.add, 1)
+    assert "may run later" in caplog.text
+
+
+def test_what_is_lost_comes_soon_after_an_engine_that_was_away(app, loses, clock):
+    task = app.defer(tasks.add, 1)
+    loses.tasks.clear()
+    loses.down = True
+    for _ in range(2_000):
+        clock.now += 1
+        with contextlib.suppress(QueueUnavailable):
+            app.push_queue.hand_over_lost(now=clock.now)
+    loses.down = False
+    look_until(app, clock, 6)
+    assert list(loses.tasks) == [task.id]
+
+
+def test_what_waited_in_the_store_is_not_lost_either(app, loses, clock):
+    task = app.options(countdown=90).defer(tasks.add, 1)
+    clock.now += 91
+    assert app.push_queue.hand_over_due(now=clock.now) == 1
+    loses.tasks.clear()
+    look_until(app, clock, 80)
+    assert post(app, loses.tasks.pop(task.id).token) == (200, "succeeded")
+
+
+def test_an_oversize_task_that_is_lost_has_its_arguments(app, loses, clock):
+    task = app.defer(tasks.keywords, text="y" * 20_000)
+    loses.tasks.clear()
+    look_until(app, clock, 80)
+    assert post(app, loses.tasks.pop(task.id).token) == (200, "succeeded")
+
+
+def test_a_lost_task_of_another_time_is_buried_and_forgotten(app, loses, clock):
+    task = app.defer(tasks.add, 1)
+    clock.now = app.authenticate(task.payload)["exp"] + 10 * 86_400.0
+    loses.tasks.clear()
+    look_until(app, clock, 100)
+    assert post(app, loses.tasks.pop(task.id).token)[0] == 200
+    assert [letter.id for letter in dead(app)] == [task.id]
+    look_until(app, clock, 4_000)
+    assert loses.tasks == {}
+
+
+def test_a_copy_that_somebody_wrote_is_deleted_or_refused_by_the_handler(app, loses, clock, store, caplog):
+    genuine = app.defer(tasks.add, 1)
+    (queued,) = loses.tasks.values()
+    store.copies.put_many([queued._replace(id="1" * 32, token=b"for.ged.token"), queued._replace(id="2" * 32)])
+    (copy,) = [each for each in store.copies.look(now=NOW + 5, limit=10)[1] if each.task_id == "2" * 32]
+    assert load(copy._replace(task="[" * 100_000)) is None
+    assert load(copy._replace(task='{"queue": 1}')) is None
+    assert load(copy._replace(task=copy.task.replace('"queue":"default"', '"queue":["default"]'))) is None
+    loses.tasks.clear()
+    look_until(app, clock, 90)
+    assert post(app, loses.tasks["1" * 32].token)[0] == 403
+    assert post(app, loses.tasks["2" * 32].token) == (200, "succeeded"), "it is the genuine task"
+    assert post(app, genuine.payload) == (200, "duplicate")
 
 
 # --- Errors at defer() ----------------------------------------------------------------------------

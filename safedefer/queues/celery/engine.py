@@ -6,6 +6,9 @@ acknowledged after the handler has answered (``acks_late``), it goes back to the
 (``reject_on_worker_lost``) or runs into Celery's hard time limit, and a retry is a new message with a countdown of whole
 seconds, confirmed by the broker before the old one is acknowledged.
 
+Only RabbitMQ keeps each message until it is acknowledged: of a task that another broker is given the store keeps a copy until it
+has ended (``queues.hand_over``).
+
 What is due in more than a minute is never given to the broker: Redis delivers a message again that nobody has acknowledged
 for its visibility timeout, and RabbitMQ closes the channel of a consumer that holds one too long. It waits in the store.
 """
@@ -18,14 +21,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Protocol
 from urllib.parse import parse_qs, urlsplit
 from weakref import WeakKeyDictionary
 
-from celery import Celery, Task  # type: ignore[import-untyped]
+from celery import Celery  # type: ignore[import-untyped]
 from celery.exceptions import Reject, SoftTimeLimitExceeded  # type: ignore[import-untyped]
 from celery.signals import worker_before_create_process, worker_ready  # type: ignore[import-untyped]
 from kombu.pools import ProducerPool
@@ -36,7 +40,8 @@ from safedefer.options import DEFAULT_QUEUE
 from safedefer.queues.base import NotAllStored
 from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.celery.acknowledging import Acknowledgements
-from safedefer.queues.celery.weaknesses import weaknesses_of_redis
+from safedefer.queues.celery.broker import is_lossless, waiting, weaknesses
+from safedefer.queues.celery.task import HANDLED, DeliverTask
 from safedefer.queues.push_engine import Attempt
 
 if TYPE_CHECKING:
@@ -74,36 +79,6 @@ _CAPABILITIES: Final = Capabilities(
 
 #: What a message says of the parent that will acknowledge it, after a sync: its process id, else 0.
 PARENT: Final = "safedefer_parent"
-#: How Celery handles the one task, whatever its own settings and annotations say of all tasks.
-_HANDLED: Final[Mapping[str, Any]] = {
-    "acks_late": True,
-    "reject_on_worker_lost": True,
-    "retry_on_worker_lost": False,  # which the broker would not confirm
-    # What runs into Celery's hard time limit goes back to the queue.
-    "acks_on_failure_or_timeout": False,
-    "acks_on_failure": False,
-    "acks_on_timeout": False,
-    "expires": None,
-    "ignore_result": True,
-    "store_errors_even_if_ignored": False,
-    "track_started": False,
-    "max_retries": None,
-    "serializer": "json",
-    "Request": "safedefer.queues.celery.worker:_SyncedRequest",
-}
-
-
-class _DeliverTask(Task):  # type: ignore[misc]
-    """The one task. A base class of the application's own tasks says nothing of it."""
-
-    @classmethod
-    def annotate(cls) -> None:
-        """Take the settings of the application, but for ours: Celery calls this when it has read them all."""
-        super().annotate()
-        for name, value in _HANDLED.items():
-            setattr(cls, name, value)
-
-
 #: The engine of each Celery application.
 _engines: Final[WeakKeyDictionary[Celery, CeleryEngine]] = WeakKeyDictionary()
 #: Connections of a parent process, never used again.
@@ -156,12 +131,13 @@ class CeleryEngine:
         _engines[celery] = self
         self.acknowledgements: Acknowledgements | None = None
         """Those of this process, if it is the parent of worker processes; inherited by these."""
+        self._capabilities: Capabilities | None = None
         self._parent = 0
         self._left_to = 0
         self._task: Any = celery.task(
             _deliver,
             name=TASK_NAME,
-            bind=True, base=_DeliverTask, **_HANDLED,
+            bind=True, base=DeliverTask, **HANDLED,
         )  # fmt: skip
         steps: dict[str, set[str]] = celery.steps  # pyright: ignore[reportAssignmentType]
         steps["consumer"].add("safedefer.queues.celery.worker:_LastSync")
@@ -222,7 +198,14 @@ class CeleryEngine:
     @property
     def capabilities(self) -> Capabilities:
         """No names, unique tasks, targets or atomic batches; a minute at most."""
-        return _CAPABILITIES
+        if self._capabilities is None:
+            self._capabilities = replace(_CAPABILITIES, lossless=is_lossless(self.celery))
+        return self._capabilities
+
+    def messages(self, queue: str) -> int:
+        """Return how many messages wait in the queue of the broker that is named so."""
+        with _asked():
+            return waiting(self.celery, TASK_NAME, None if queue == DEFAULT_QUEUE else queue)
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Publish tasks one by one; the broker has confirmed each of them when this returns."""
@@ -263,32 +246,17 @@ class CeleryEngine:
         Raises:
             QueueUnavailable: It does not answer, refuses the user, or its transport does not import.
         """
-        try:
-            with self.celery.connection_for_write() as connection:
-                connection.ensure_connection(max_retries=1)
-        except Exception as error:
-            raise _unavailable("does not answer", error) from error
+        with _asked(), self.celery.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1)
 
     def weaknesses(self) -> list[str]:
-        """Say how the broker may lose messages that it has accepted, and what to do; it is asked. Nothing brings them back.
+        """Say how the broker may lose messages that it has accepted, and what to do; it is asked. The store hands them over again.
 
         Raises:
             QueueUnavailable: It does not answer.
         """
-        found = []
-        conf = self.celery.conf
-        if conf.task_default_delivery_mode not in {2, "persistent"} or any(
-            not each.durable for each in conf.task_queues or ()
-        ):
-            found.append("its queues or messages are not durable: it loses them when it ends; declare durable queues, and "
-                         "leave task_default_delivery_mode as it is")  # fmt: skip
-        try:
-            with self.celery.connection_for_write() as connection:
-                if connection.transport.driver_type == "redis":
-                    found += weaknesses_of_redis(connection.default_channel.client)
-        except Exception as error:
-            raise _unavailable("does not answer", error) from error
-        return found
+        with _asked():
+            return weaknesses(self.celery)
 
     def _producer(self) -> AbstractContextManager[Producer]:
         """Return a producer of this process whose messages the broker confirms."""
@@ -379,6 +347,14 @@ def check_content(celery: Celery) -> None:
         raise ConfigurationError(
             "the Celery application takes no JSON, and its workers would drop each task; add 'json' to its accept_content"
         )
+
+
+@contextmanager
+def _asked() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _unavailable("does not answer", error) from error
 
 
 def _unavailable(what: str, error: Exception) -> QueueUnavailable:

@@ -149,6 +149,11 @@ class MemoryLedger:
         """Return the entry of a task."""
         return self._entries.get((task.audience, task.id))
 
+    def known(self, key: tuple[str, str], now: float) -> rules.Known | None:
+        """Return what is known of a task, by audience and id."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.known(now)
+
     def end(self, task: QueuedTask, state: EndState) -> None:
         """Note how a task ended, unless it has ended already."""
         entry = self.entry(task)

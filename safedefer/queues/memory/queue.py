@@ -45,6 +45,7 @@ from safedefer.queues.base import (
 )
 from safedefer.queues.capabilities import FULL, Capabilities
 from safedefer.queues.loop_calls import no_connections
+from safedefer.queues.memory.copies import MemoryCopies
 from safedefer.queues.memory.ledger import MemoryBlobs, MemoryKeep, MemoryLedger
 from safedefer.queues.poison_log import log_burial
 from safedefer.queues.rates import QueueControl, QueueLimits
@@ -130,6 +131,7 @@ class MemoryQueue:
         self._ledger = MemoryLedger(self._changed, lambda task_id: task_id in self._state.rows)
         self._blobs = MemoryBlobs()
         self._keep = MemoryKeep(self._changed, blob_limit)
+        self._copies = MemoryCopies(self._changed, self._ledger)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -160,6 +162,11 @@ class MemoryQueue:
     def keep(self) -> MemoryKeep:
         """What the same process keeps of tasks that a push engine delivers."""
         return self._keep
+
+    @property
+    def copies(self) -> MemoryCopies:
+        """Copies of tasks that a push engine may lose."""
+        return self._copies
 
     def close(self) -> None:
         """Refuse later tasks with ``QueueUnavailable``, and end every ``wait``."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger("safedefer")
 
-MIGRATIONS: Final = ("migration_1", "migration_2", "migration_3", "migration_4")
+MIGRATIONS: Final = ("migration_1", "migration_2", "migration_3", "migration_4", "migration_5")
 """Step n brings the tables of safedefer from version n - 1 to n. Steps are appended, never edited."""
 
 #: Key of the advisory lock that serializes migrations.

@@ -30,7 +30,7 @@ from safedefer.queues.base import (
     TaskView,
 )
 from safedefer.queues.capabilities import Capabilities
-from safedefer.queues.postgres import controls, ends, leasing, producers, pushed, views
+from safedefer.queues.postgres import controls, copies, ends, leasing, producers, pushed, views
 from safedefer.queues.postgres.blobs import PostgresBlobs
 from safedefer.queues.postgres.calls import PostgresCalls
 from safedefer.queues.postgres.enqueue import enqueue_values
@@ -99,6 +99,7 @@ class PostgresQueue:
         self._ledger = PostgresLedger(self._store)
         self._blobs = PostgresBlobs(self._store)
         self._keep = pushed.PostgresKeep(self._store, blob_limit)
+        self._copies = copies.PostgresCopies(self._store)
 
     def __repr__(self) -> str:
         """Show the address, without user and password."""
@@ -123,6 +124,11 @@ class PostgresQueue:
     def keep(self) -> pushed.PostgresKeep:
         """What the same database keeps of tasks that a push engine delivers."""
         return self._keep
+
+    @property
+    def copies(self) -> copies.PostgresCopies:
+        """Copies of tasks that a push engine may lose."""
+        return self._copies
 
     @property
     def pushed_calls(self) -> pushed.PostgresPushedCalls | None:

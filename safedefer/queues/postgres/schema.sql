@@ -274,6 +274,18 @@ CREATE INDEX notices_at ON safedefer.notices (at);
 -- For the newest ones.
 CREATE INDEX attempts_ended ON safedefer.attempts (ended);
 
+-- name: migration_5
+-- Tasks that a push engine has taken and may lose, each until it has ended, and when it is looked at next.
+CREATE TABLE safedefer.copies (
+    audience text NOT NULL,
+    task_id text NOT NULL,
+    due double precision NOT NULL,
+    looks bigint NOT NULL,
+    task text NOT NULL,
+    PRIMARY KEY (audience, task_id)
+) WITH (fillfactor = 50);
+CREATE INDEX copies_due ON safedefer.copies (due);
+
 -- name: foreign
 -- What is in the schema safedefer, the schema itself first, and belongs to none of these: this role, a superuser, the owner of
 -- the database. The owner of the schema can put other functions and tables in the place of ours. Every operator has its

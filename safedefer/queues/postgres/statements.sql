@@ -755,6 +755,44 @@ DELETE FROM safedefer.kept WHERE key IN (
     SELECT key FROM safedefer.kept WHERE expires < $1::double precision LIMIT $2 FOR UPDATE SKIP LOCKED
 ) RETURNING 1;
 
+-- name: copies_put
+INSERT INTO safedefer.copies (audience, task_id, due, looks, task)
+SELECT coalesce(given.audience, ''), coalesce(given.task_id, ''), given.due, 0, coalesce(given.task, '')
+FROM json_to_recordset($1::json) AS given (audience text, task_id text, due double precision, task text)
+ON CONFLICT (audience, task_id) DO UPDATE SET due = excluded.due, looks = 0, task = excluded.task;
+
+-- name: copies_look
+-- The next look at each is put off already; of those whose task has ended or runs no task is returned.
+WITH due AS (
+    SELECT copy.audience, copy.task_id FROM safedefer.copies AS copy
+    WHERE copy.due <= $1 ORDER BY copy.due LIMIT $2 FOR UPDATE SKIP LOCKED
+), looked AS (
+    UPDATE safedefer.copies AS copy
+    SET due = $1 + least(300, 5 * power(2, least(greatest(copy.looks, 0), 10))),
+        looks = least(greatest(copy.looks, 0), 1000000) + 1
+    FROM due WHERE copy.audience = due.audience AND copy.task_id = due.task_id
+    RETURNING copy.audience, copy.task_id, copy.looks - 1 AS looks, copy.task
+), judged AS (
+    SELECT looked.*, CASE
+        WHEN octet_length(looked.task) > 4194304 THEN 'odd'
+        WHEN entry.state IN ('succeeded', 'failed', 'cancelled') THEN 'ended'
+        WHEN entry.state = 'running' AND entry.until > now() THEN 'running'
+        ELSE 'open'
+    END AS state
+    FROM looked LEFT JOIN safedefer.ledger AS entry
+        ON entry.audience = looked.audience AND entry.task_id = looked.task_id
+)
+SELECT audience, task_id, looks, state, CASE WHEN state = 'open' THEN task ELSE '' END AS task FROM judged;
+
+-- name: copies_put_off
+UPDATE safedefer.copies AS copy SET due = $2
+FROM json_to_recordset($1::json) AS given (audience text, task_id text)
+WHERE copy.audience = given.audience AND copy.task_id = given.task_id;
+
+-- name: copies_delete
+DELETE FROM safedefer.copies AS copy USING json_to_recordset($1::json) AS given (audience text, task_id text)
+WHERE copy.audience = given.audience AND copy.task_id = given.task_id;
+
 -- name: dead_bury
 -- A task that is no job, since a push engine delivers it. A letter whose token was verified takes the place of another one.
 INSERT INTO safedefer.dead (

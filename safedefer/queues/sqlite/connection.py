@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SQL: Final = load_statements(__file__)
 """The statements of ``sqlite.sql`` by name."""
 
-MIGRATIONS: Final = ("migration_1", "migration_2", "migration_3", "migration_4", "migration_5")
+MIGRATIONS: Final = ("migration_1", "migration_2", "migration_3", "migration_4", "migration_5", "migration_6")
 """Step n brings the schema from version n - 1 to n. Steps are added, never changed."""
 
 _FULL: Final = "the disk is full; free some space and try again"

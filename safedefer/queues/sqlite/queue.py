@@ -31,7 +31,7 @@ from safedefer.queues.base import (
     TaskView,
 )
 from safedefer.queues.capabilities import FULL, Capabilities
-from safedefer.queues.sqlite import controls, operations, pushed, views
+from safedefer.queues.sqlite import controls, copies, operations, pushed, views
 from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
@@ -117,6 +117,7 @@ class SQLiteQueue:
         self._ledger = SQLiteLedger(self._writer, self._reader)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
         self._keep = pushed.SQLiteKeep(self._writer, self._reader, blob_limit)
+        self._copies = copies.SQLiteCopies(self._writer)
         self._pushed_calls = pushed.SQLitePushedCalls(self._writer)
         self._sync_log = pushed.LogSync(self._path)
         self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch, wait=False)
@@ -170,6 +171,11 @@ class SQLiteQueue:
     def keep(self) -> pushed.SQLiteKeep:
         """What the same file keeps of tasks that a push engine delivers."""
         return self._keep
+
+    @property
+    def copies(self) -> copies.SQLiteCopies:
+        """Copies of tasks that a push engine may lose."""
+        return self._copies
 
     def close(self) -> None:
         """Finish what was accepted and close the file. Later calls raise ``QueueUnavailable``."""

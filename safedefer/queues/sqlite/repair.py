@@ -16,7 +16,9 @@ from safedefer.queues.sqlite.connection import SQL
 if TYPE_CHECKING:
     import apsw
 
-_TABLES: Final = ("tasks", "dead", "ended", "attempts", "ledger", "names", "controls", "blobs", "kept", "notices")
+_TABLES: Final = (
+    "tasks", "dead", "ended", "attempts", "ledger", "names", "controls", "blobs", "kept", "notices", "copies",
+)  # fmt: skip
 #: By the declared type of a column: the types of its values, and what a value of another type becomes.
 _KINDS: Final = {
     # With a backslash, as no id, name or queue of ours has: it takes nobody's place.

@@ -202,3 +202,15 @@ CREATE TABLE safedefer_notices (
     at REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX safedefer_notices_at ON safedefer_notices (at);
+
+-- name: migration_6
+-- Tasks that a push engine has taken and may lose, each until it has ended, and when it is looked at next.
+CREATE TABLE safedefer_copies (
+    audience TEXT NOT NULL,
+    task_id TEXT NOT NULL,
+    due REAL NOT NULL,
+    looks INTEGER NOT NULL,
+    task TEXT NOT NULL,
+    PRIMARY KEY (audience, task_id)
+) STRICT;
+CREATE INDEX safedefer_copies_due ON safedefer_copies (due);

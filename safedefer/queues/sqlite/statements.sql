@@ -523,6 +523,37 @@ DELETE FROM safedefer_kept WHERE key IN (SELECT value FROM json_each(:keys));
 -- name: kept_prune
 DELETE FROM safedefer_kept WHERE key IN (SELECT key FROM safedefer_kept WHERE expires < :before LIMIT :limit);
 
+-- name: copies_put
+INSERT INTO safedefer_copies (audience, task_id, due, looks, task) VALUES (:audience, :task_id, :due, 0, :task)
+ON CONFLICT (audience, task_id) DO UPDATE SET due = excluded.due, looks = 0, task = excluded.task;
+
+-- name: copies_due
+-- With the place of each; and whether it is none of ours, by its size, or what the ledger says of its task.
+SELECT copy.rowid, iif(octet_length(copy.audience) > 5000, '', copy.audience), iif(octet_length(copy.task_id) > 5000, '', copy.task_id),
+    copy.looks, CASE
+        WHEN octet_length(copy.audience) > 5000 OR octet_length(copy.task_id) > 5000 OR octet_length(copy.task) > 4194304 THEN 'odd'
+        WHEN entry.state IN ('succeeded', 'failed', 'cancelled') THEN 'ended'
+        WHEN entry.state = 'running' AND entry.until > :now THEN 'running'
+        ELSE 'open'
+    END
+FROM (SELECT rowid, * FROM safedefer_copies WHERE due <= :now ORDER BY due LIMIT :limit) AS copy
+LEFT JOIN safedefer_ledger AS entry ON entry.audience = copy.audience AND entry.task_id = copy.task_id;
+
+-- name: copies_task
+SELECT task FROM safedefer_copies WHERE rowid = ?1;
+
+-- name: copies_looked
+UPDATE safedefer_copies SET due = ?1, looks = ?2 WHERE rowid = ?3;
+
+-- name: copies_forget
+DELETE FROM safedefer_copies WHERE rowid = ?1;
+
+-- name: copies_put_off
+UPDATE safedefer_copies SET due = ?1 WHERE audience = ?2 AND task_id = ?3;
+
+-- name: copies_delete
+DELETE FROM safedefer_copies WHERE audience = ?1 AND task_id = ?2;
+
 -- name: dead_bury
 -- A task that has no row, since a push engine delivers it. A letter whose token was verified takes the place of another one.
 INSERT INTO safedefer_dead (

@@ -1,0 +1,206 @@
+"""Hands tasks of a store over to its push engine: those that fall due, and those again that the engine may have lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from safedefer.errors import Error, QueueUnavailable
+from safedefer.options import TaskRetryOptions
+from safedefer.queues import copies
+from safedefer.queues.base import BLOB_KEY, Copy, Lease, NotAllStored, PullQueue, QueuedTask, Settlement, Verdict
+from safedefer.queues.progress import Progress
+from safedefer.queues.pushed import progress_key
+from safedefer.queues.rules import MAX_PUT_OFF, backoff
+
+if TYPE_CHECKING:
+    from safedefer.queues.push_engine import PushEngine
+
+_log: Final = logging.getLogger("safedefer")
+
+#: Tasks that are handed over at once, the seconds that this may take, and those between two looks for what is due.
+AT_ONCE: Final = 100
+_LEASE_SECONDS: Final = 60.0
+LOOK_SECONDS: Final = 1.0
+_OWNER: Final = "hand-over"
+
+
+class HandOver:
+    """Hands tasks over to an engine, each with a copy in the store until it has ended, where the engine may lose it.
+
+    Args:
+        engine: Takes tasks.
+        store: Has what waits, the copies, and the ledger.
+        name: What people call the engine.
+    """
+
+    def __init__(self, engine: PushEngine, store: PullQueue, name: str) -> None:
+        self._engine = engine
+        self._store = store
+        self._name = name
+
+    def publish(self, tasks: Sequence[QueuedTask]) -> None:
+        """Hand tasks over now. Their copies are stored before: a crash in between has them handed over later.
+
+        Raises:
+            NotAllStored: The engine took some of several.
+            DeferError: As ``PushEngine.enqueue_many``, or the store does not take the copies. The engine has none then.
+        """
+        if self._engine.capabilities.lossless:
+            self._engine.enqueue_many(tasks)
+            return
+        self._store.copies.put_many(tasks)
+        try:
+            self._engine.enqueue_many(tasks)
+        except NotAllStored as error:
+            self._forget([task for task in tasks if task.id in error.failed])
+            raise
+        except Error:
+            self._forget(tasks)
+            raise
+
+    def _forget(self, tasks: Sequence[QueuedTask]) -> None:
+        """Delete the copies of tasks that the engine has refused, which the caller hears."""
+        try:
+            self._store.copies.delete([_key(task) for task in tasks])
+        except QueueUnavailable as error:
+            _log.warning(
+                "%s refused %d tasks, and the store does not let go of their copies (%s): they may run later although their "
+                "callers heard an error", self._name, len(tasks), error.slug,
+            )  # fmt: skip
+
+    def due(self, *, now: float) -> int:
+        """Hand over what is due in the store, up to a hundred tasks; returns how many.
+
+        The engine takes a task before the store forgets it: a crash in between hands it over twice, and the ledger lets it run
+        once.
+
+        Raises:
+            QueueUnavailable: The store or the engine does not answer. What is left is tried again.
+        """
+        leases = self._store.lease(owner=_OWNER, limit=AT_ONCE, seconds=_LEASE_SECONDS, now=now)
+        taken: list[Lease] = []
+        failure: QueueUnavailable | None = None
+        refused: list[tuple[Lease, Settlement]] = []
+        for lease in leases:
+            try:
+                self.publish((self._with_kept_blob(lease.task),))
+            except QueueUnavailable as error:
+                failure = error
+                refused.append((lease, _later(lease, now)))
+            except Error as error:
+                # Its name is taken, or something of it is refused: by the engine it is there, or will never be.
+                _log.error("%s refuses task %a (%s); it stays in the store", self._name, lease.task.id, error.slug)
+                refused.append((lease, _later(lease, now)))
+            else:
+                taken.append(lease)
+        if taken:
+            self._store.hand_over(taken, now=now)
+        if refused:
+            self._store.settle_many(refused, now=now)
+        if failure is not None:
+            raise failure
+        return len(taken)
+
+    def _with_kept_blob(self, task: QueuedTask) -> QueuedTask:
+        if task.blob_id is not None and (data := self._store.blobs.get(task.blob_id)) is not None:
+            self._store.keep.put(f"{BLOB_KEY}{task.blob_id}", data, expires=task.expires)
+        return task
+
+    def lost(self, *, now: float) -> int:
+        """Look at copies that are due, up to a hundred, and hand over again what the engine seems to have lost; returns the looks.
+
+        Raises:
+            QueueUnavailable: The store or the engine does not answer. What is left is tried again.
+        """
+        if self._engine.capabilities.lossless:
+            return 0
+        looked, found = self._store.copies.look(now=now, limit=AT_ONCE)
+        overdue = [each for each in found if copies.is_overdue(each.looks)]
+        if not overdue:
+            return looked
+        progress = self._store.keep.get_many([progress_key(each.audience, each.task_id) for each in overdue])
+        waiting: dict[str, int] = {}
+        again = 0
+        for number, copy in enumerate(overdue):
+            try:
+                again += self._look_at(copy, progress, waiting, now=now)
+            except QueueUnavailable:
+                left = [(each.audience, each.task_id) for each in overdue[number:]]
+                self._store.copies.put_off(left, until=now + copies.FIRST_LOOK)
+                raise
+        if again:
+            _log.info("%s may have lost %d tasks, or is late with them; they are handed over again", self._name, again)
+        return looked
+
+    def _look_at(self, copy: Copy, progress: Mapping[str, bytes], waiting: dict[str, int], *, now: float) -> bool:
+        """Hand a task over again if it is time for that; return whether it was."""
+        key = copy.audience, copy.task_id
+        task = copies.load(copy)
+        if task is None:
+            _log.error("the copy of task %a is none of ours; it is deleted", copy.task_id)
+            self._store.copies.delete([key])
+            return False
+        retry = Progress.load(progress.get(progress_key(*key))).not_before
+        if retry > now and not copies.is_last_look(task, now):
+            self._store.copies.put_off([key], until=retry + copies.FIRST_LOOK)
+            return False
+        if task.queue not in waiting:
+            count: Callable[[str], int] | None = getattr(self._engine, "messages", None)
+            waiting[task.queue] = 0 if count is None else count(task.queue)
+        if waiting[task.queue] >= copies.MANY_WAITING and not copies.is_overdue_among_many(copy.looks):
+            return False
+        try:
+            self._engine.enqueue_many((task,))
+        except QueueUnavailable:
+            raise
+        except Error as error:
+            _log.error("%s refuses task %a (%s); it is tried again", self._name, task.id, error.slug)
+            return False
+        waiting[task.queue] += 1
+        if copies.is_last_look(task, now):
+            self._store.copies.delete([key])
+        return True
+
+
+class HandingOver(threading.Thread):
+    """Hands over what has fallen due in the store, and what is lost, once a second."""
+
+    def __init__(self, hand_over: HandOver, clock: Callable[[], float]) -> None:
+        super().__init__(name="safedefer-hand-over", daemon=True)
+        self._hand_over = hand_over
+        self._clock = clock
+        self._stopped = threading.Event()
+        self._failing = False
+
+    def run(self) -> None:
+        """Look until ``stop``."""
+        while not self._stopped.wait(LOOK_SECONDS):
+            try:
+                for some in (self._hand_over.due, self._hand_over.lost):
+                    while not self._stopped.is_set() and some(now=self._clock()) == AT_ONCE:
+                        pass
+            except Exception as error:  # noqa: BLE001  # after any error the next look tries again
+                if not self._failing:
+                    name = error.slug if isinstance(error, Error) else type(error).__name__
+                    _log.warning("what is due in the store cannot be handed over now (%s); trying again", name)
+                self._failing = True
+            else:
+                self._failing = False
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join(LOOK_SECONDS * 10)
+
+
+def _key(task: QueuedTask) -> tuple[str, str]:
+    return task.audience, task.id
+
+
+def _later(lease: Lease, now: float) -> Settlement:
+    wait = min(backoff(TaskRetryOptions(), min(lease.retries + 1, 16)), MAX_PUT_OFF)
+    return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, reason="unreachable")
