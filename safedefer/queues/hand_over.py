@@ -5,12 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 from safedefer.errors import Error, QueueUnavailable
 from safedefer.options import TaskRetryOptions
 from safedefer.queues import copies
-from safedefer.queues.base import BLOB_KEY, Copy, Lease, NotAllStored, PullQueue, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import (
+    BLOB_KEY,
+    Copy,
+    Lease,
+    NotAllStored,
+    PullQueue,
+    QueuedTask,
+    Settlement,
+    TaskState,
+    Verdict,
+)
 from safedefer.queues.progress import Progress
 from safedefer.queues.pushed import progress_key
 from safedefer.queues.rules import MAX_PUT_OFF, backoff
@@ -25,6 +36,8 @@ AT_ONCE: Final = 100
 _LEASE_SECONDS: Final = 60.0
 LOOK_SECONDS: Final = 1.0
 _OWNER: Final = "hand-over"
+#: Queues of an engine that are tried in one look while it answers for none.
+_MOST_FAILING: Final = 3
 
 
 class HandOver:
@@ -121,21 +134,18 @@ class HandOver:
         overdue = [each for each in found if copies.is_overdue(each.looks)]
         if not overdue:
             return looked
-        progress = self._store.keep.get_many([progress_key(each.audience, each.task_id) for each in overdue])
-        waiting: dict[str, int] = {}
-        again = 0
-        for number, copy in enumerate(overdue):
-            try:
-                again += self._look_at(copy, progress, waiting, now=now)
-            except QueueUnavailable:
-                left = [(each.audience, each.task_id) for each in overdue[number:]]
-                self._store.copies.put_off(left, until=now + copies.FIRST_LOOK)
-                raise
+        look = _Look(now, self._store.keep.get_many([progress_key(each.audience, each.task_id) for each in overdue]))
+        again = sum(self._look_at(copy, look) for copy in overdue)
         if again:
             _log.info("%s may have lost %d tasks, or is late with them; they are handed over again", self._name, again)
+        if look.failure is not None:
+            if not look.answered:  # all of it is away: what is lost comes soon after it
+                self._store.copies.put_off(look.untried, until=now + copies.FIRST_LOOK)
+                self._store.copies.put_off(look.tried, until=now + 2 * copies.FIRST_LOOK)
+            raise look.failure
         return looked
 
-    def _look_at(self, copy: Copy, progress: Mapping[str, bytes], waiting: dict[str, int], *, now: float) -> bool:
+    def _look_at(self, copy: Copy, look: _Look) -> bool:
         """Hand a task over again if it is time for that; return whether it was."""
         key = copy.audience, copy.task_id
         task = copies.load(copy)
@@ -143,26 +153,84 @@ class HandOver:
             _log.error("the copy of task %a is none of ours; it is deleted", copy.task_id)
             self._store.copies.delete([key])
             return False
-        retry = Progress.load(progress.get(progress_key(*key))).not_before
-        if retry > now and not copies.is_last_look(task, now):
+        is_last = copies.is_last_look(task, look.now)
+        retry = Progress.load(look.progress.get(progress_key(*key))).not_before
+        if retry > look.now and not is_last:
             self._store.copies.put_off([key], until=retry + copies.FIRST_LOOK)
             return False
-        if task.queue not in waiting:
-            count: Callable[[str], int] | None = getattr(self._engine, "messages", None)
-            waiting[task.queue] = 0 if count is None else count(task.queue)
-        if waiting[task.queue] >= copies.MANY_WAITING and not copies.is_overdue_among_many(copy.looks):
+        if look.gives_up(task.queue):
+            look.untried.append(key)
+            return False
+        try:
+            waiting = self._count(task.queue, look)
+        except QueueUnavailable as error:
+            look.failed(task, error)
+            return False
+        if not copies.is_time(copy.looks, waiting):
+            return False
+        if self._is_buried(task):
+            self._store.copies.delete([key])
             return False
         try:
             self._engine.enqueue_many((task,))
-        except QueueUnavailable:
-            raise
+        except QueueUnavailable as error:
+            look.failed(task, error)
+            return False
         except Error as error:
             _log.error("%s refuses task %a (%s); it is tried again", self._name, task.id, error.slug)
             return False
-        waiting[task.queue] += 1
-        if copies.is_last_look(task, now):
+        look.answered = True
+        look.waiting[task.queue] = None if waiting is None else waiting + 1
+        if is_last:
             self._store.copies.delete([key])
         return True
+
+    def _count(self, queue: str, look: _Look) -> int | None:
+        """Return how many messages wait in a queue; None if the engine cannot say. It is asked once in a look."""
+        if queue not in look.waiting:
+            count: Callable[[str], int | None] | None = getattr(self._engine, "messages", None)
+            look.waiting[queue] = None if count is None else count(queue)
+        return look.waiting[queue]
+
+    def _is_buried(self, task: QueuedTask) -> bool:
+        """Whether a task is a dead letter of which the ledger knows nothing, since no key of ours signed its token."""
+        # The second id is that of a letter whose own one another task has (``PushedDelivery``).
+        for letter_id in (task.id, sha256(task.token).hexdigest()[:32]):
+            found = self._store.find(letter_id)
+            if found is not None and found.state is TaskState.DEAD and found.token == task.token:
+                return True
+        return False
+
+
+class _Look:
+    """What is known in one look at copies.
+
+    Args:
+        now: The time.
+        progress: What was counted of their tasks.
+    """
+
+    def __init__(self, now: float, progress: Mapping[str, bytes]) -> None:
+        self.now = now
+        self.progress = progress
+        self.waiting: dict[str, int | None] = {}
+        """By queue."""
+        self.answered = False
+        """The engine has taken a task."""
+        self.failure: QueueUnavailable | None = None
+        self.tried: list[tuple[str, str]] = []
+        self.untried: list[tuple[str, str]] = []
+        self._failing: set[str] = set()
+
+    def failed(self, task: QueuedTask, error: QueueUnavailable) -> None:
+        """Note that the engine does not take tasks of a queue now: it is away, or does not know this queue."""
+        self.failure = error
+        self._failing.add(task.queue)
+        self.tried.append(_key(task))
+
+    def gives_up(self, queue: str) -> bool:
+        """Whether tasks of a queue are not tried any more: each try may take seconds."""
+        return queue in self._failing or (not self.answered and len(self._failing) >= _MOST_FAILING)
 
 
 class HandingOver(threading.Thread):
@@ -178,17 +246,20 @@ class HandingOver(threading.Thread):
     def run(self) -> None:
         """Look until ``stop``."""
         while not self._stopped.wait(LOOK_SECONDS):
-            try:
-                for some in (self._hand_over.due, self._hand_over.lost):
-                    while not self._stopped.is_set() and some(now=self._clock()) == AT_ONCE:
-                        pass
-            except Exception as error:  # noqa: BLE001  # after any error the next look tries again
-                if not self._failing:
-                    name = error.slug if isinstance(error, Error) else type(error).__name__
-                    _log.warning("what is due in the store cannot be handed over now (%s); trying again", name)
-                self._failing = True
-            else:
-                self._failing = False
+            failed = [some for some in (self._hand_over.due, self._hand_over.lost) if not self._does(some)]
+            self._failing = bool(failed)
+
+    def _does(self, some: Callable[..., int]) -> bool:
+        """Hand over until nothing is left; return whether it could. What fails does not keep the other from being done."""
+        try:
+            while not self._stopped.is_set() and some(now=self._clock()) == AT_ONCE:
+                pass
+        except Exception as error:  # noqa: BLE001  # after any error the next look tries again
+            if not self._failing:
+                name = error.slug if isinstance(error, Error) else type(error).__name__
+                _log.warning("what is due in the store cannot be handed over now (%s); trying again", name)
+            return False
+        return True
 
     def stop(self) -> None:
         """End the thread."""
