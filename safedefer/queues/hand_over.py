@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
@@ -36,6 +39,9 @@ AT_ONCE: Final = 100
 _LEASE_SECONDS: Final = 60.0
 LOOK_SECONDS: Final = 1.0
 _OWNER: Final = "hand-over"
+_PAUSE_SECONDS: Final = 0.001
+#: How long a fork waits at most.
+_FORK_SECONDS: Final = 1.0
 #: Queues of an engine that are tried in one look while it answers for none.
 _MOST_FAILING: Final = 3
 
@@ -233,6 +239,37 @@ class _Look:
         return queue in self._failing or (not self.answered and len(self._failing) >= _MOST_FAILING)
 
 
+class _Forks:
+    """Puts forks off while a thread is in the middle of calls of libraries: the child would have their locks, held for ever.
+
+    A parent of Celery's worker processes forks whenever one of them has ended.
+    """
+
+    def __init__(self) -> None:
+        self._at_work = threading.Lock()
+        self._forking = threading.local()
+        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._in_child)
+
+    @contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Put forks of other threads off, each for a second at most: a broker may not answer."""
+        with self._at_work:
+            yield
+
+    def _before(self) -> None:
+        self._forking.waited = self._at_work.acquire(timeout=_FORK_SECONDS)
+
+    def _after(self) -> None:
+        if self._forking.waited:
+            self._at_work.release()
+
+    def _in_child(self) -> None:
+        self._at_work = threading.Lock()
+
+
+_forks: Final = _Forks()
+
+
 class HandingOver(threading.Thread):
     """Hands over what has fallen due in the store, and what is lost, once a second."""
 
@@ -252,14 +289,18 @@ class HandingOver(threading.Thread):
     def _does(self, some: Callable[..., int]) -> bool:
         """Hand over until nothing is left; return whether it could. What fails does not keep the other from being done."""
         try:
-            while not self._stopped.is_set() and some(now=self._clock()) == AT_ONCE:
-                pass
+            while not self._stopped.is_set() and self._do(some) == AT_ONCE:
+                time.sleep(_PAUSE_SECONDS)  # whoever forks has a turn
         except Exception as error:  # noqa: BLE001  # after any error the next look tries again
             if not self._failing:
                 name = error.slug if isinstance(error, Error) else type(error).__name__
                 _log.warning("what is due in the store cannot be handed over now (%s); trying again", name)
             return False
         return True
+
+    def _do(self, some: Callable[..., int]) -> int:
+        with _forks.put_off():
+            return some(now=self._clock())
 
     def stop(self) -> None:
         """End the thread."""

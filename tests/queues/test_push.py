@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -783,6 +786,52 @@ def test_what_is_due_and_cannot_be_handed_over_keeps_nothing_that_is_lost_waitin
     try:
         asyncio.run(until(lambda: task.id in loses.tasks))
     finally:
+        thread.stop()
+
+
+def test_a_child_is_not_forked_in_the_middle_of_a_look(app, loses, monkeypatch):
+    lock, looking = threading.Lock(), threading.Event()
+
+    def look(*, now):
+        with lock:  # as of a library that opens a connection
+            looking.set()
+            time.sleep(0.3)
+        return 0
+
+    monkeypatch.setattr(app.push_queue._hand_over, "lost", look)
+    thread = HandingOver(app.push_queue._hand_over, time.time)
+    thread.start()
+    try:
+        assert looking.wait(10.0)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if lock.acquire(timeout=5.0) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        looking.clear()
+        assert looking.wait(10.0), "the thread goes on"
+    finally:
+        thread.stop()
+
+
+def test_a_fork_does_not_wait_for_an_engine_that_does_not_answer(app, loses, monkeypatch):
+    looking, answer = threading.Event(), threading.Event()
+
+    def look(*, now):
+        looking.set()
+        answer.wait(30.0)
+        return 0
+
+    monkeypatch.setattr(app.push_queue._hand_over, "lost", look)
+    thread = HandingOver(app.push_queue._hand_over, time.time)
+    thread.start()
+    try:
+        assert looking.wait(10.0)
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        answer.set()
         thread.stop()
 
 
