@@ -140,7 +140,9 @@ class HandOver:
         overdue = [each for each in found if copies.is_overdue(each.looks)]
         if not overdue:
             return looked
-        look = _Look(now, self._store.keep.get_many([progress_key(each.audience, each.task_id) for each in overdue]))
+        look = _LostLook(
+            now, self._store.keep.get_many([progress_key(each.audience, each.task_id) for each in overdue])
+        )
         again = sum(self._look_at(copy, look) for copy in overdue)
         if again:
             _log.info("%s may have lost %d tasks, or is late with them; they are handed over again", self._name, again)
@@ -151,7 +153,7 @@ class HandOver:
             raise look.failure
         return looked
 
-    def _look_at(self, copy: Copy, look: _Look) -> bool:
+    def _look_at(self, copy: Copy, look: _LostLook) -> bool:
         """Hand a task over again if it is time for that; return whether it was."""
         key = copy.audience, copy.task_id
         task = copies.load(copy)
@@ -191,7 +193,7 @@ class HandOver:
             self._store.copies.delete([key])
         return True
 
-    def _count(self, queue: str, look: _Look) -> int | None:
+    def _count(self, queue: str, look: _LostLook) -> int | None:
         """Return how many messages wait in a queue; None if the engine cannot say. It is asked once in a look."""
         if queue not in look.waiting:
             count: Callable[[str], int | None] | None = getattr(self._engine, "messages", None)
@@ -208,7 +210,7 @@ class HandOver:
         return False
 
 
-class _Look:
+class _LostLook:
     """What is known in one look at copies.
 
     Args:
