@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +17,7 @@ from celery.exceptions import Reject, SoftTimeLimitExceeded, Terminated
 from celery.worker import state
 from kombu import Exchange, Queue
 
-from safedefer.errors import ConfigurationError
+from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.headers import Response
 from safedefer.queues.celery import engine as engines
 from safedefer.queues.celery.engine import TASK_NAME, CeleryEngine
@@ -128,6 +132,24 @@ def test_a_broker_that_guesses_how_many_messages_wait_is_not_asked():
     engine = engine_of("sqla+sqlite://", {})
     assert engine.messages("default") is None
     engine.close()
+
+
+def test_producers_that_all_wait_for_a_broker_do_not_keep_the_app_from_closing():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and answers nothing
+        engine = engine_of(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", {})
+
+        def enqueue():
+            with contextlib.suppress(QueueUnavailable):
+                engine.enqueue_many([make_task()])
+
+        for _ in range(engines._CONNECTIONS + 1):
+            threading.Thread(target=enqueue, daemon=True).start()
+        wait_for(lambda: engine._producers is not None and engine._producers._resource.qsize() == 0)
+        time.sleep(0.2)  # and the last one asks for a connection
+        closing = threading.Thread(target=engine.close, daemon=True)
+        closing.start()
+        closing.join(10.0)
+        assert not closing.is_alive()
 
 
 def test_no_child_of_a_worker_hands_over(app, environment, tmp_path):

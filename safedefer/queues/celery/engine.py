@@ -267,8 +267,10 @@ class CeleryEngine:
                 connection = self.celery.connection_for_write(transport_options={"confirm_publish": True})
                 self._producers = ProducerPool(connection.Pool(limit=_CONNECTIONS), limit=_CONNECTIONS)  # type: ignore[no-untyped-call]
                 self._pid = os.getpid()
-            acquired: AbstractContextManager[Producer] = self._producers.acquire(block=True)
-            return acquired
+            producers = self._producers
+        # Not under the lock: where all of them wait for a broker that does not answer, ``close`` does not.
+        acquired: AbstractContextManager[Producer] = producers.acquire(block=True)
+        return acquired
 
     def cancel(self, task_id: str, *, now: float) -> bool:  # noqa: ARG002 - the seam has them
         """Return False: a broker gives no message back. The mark in the store keeps the task from running."""
