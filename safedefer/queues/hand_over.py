@@ -76,7 +76,7 @@ class HandOver:
         except NotAllStored as error:
             self._forget([task for task in tasks if task.id in error.failed])
             raise
-        except Error:
+        except Exception:  # whatever it is, the caller hears it
             self._forget(tasks)
             raise
 

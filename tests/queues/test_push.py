@@ -615,6 +615,18 @@ def test_what_the_engine_refuses_leaves_no_copy(app, loses, clock):
     assert list(loses.tasks) == [taken]
 
 
+def test_an_engine_that_breaks_leaves_no_copy(app, loses, clock, monkeypatch):
+    def breaks(some):
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loses, "enqueue_many", breaks)
+        with pytest.raises(ValueError, match="a bug"):
+            app.defer(tasks.add, 1)
+    look_until(app, clock, 400)
+    assert loses.tasks == {}
+
+
 def test_without_a_copy_nothing_is_handed_to_the_engine(app, loses, store, monkeypatch):
     def full(tasks):
         raise QueueUnavailable("the disk is full; free some space and try again")
