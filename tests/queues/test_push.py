@@ -801,6 +801,16 @@ def test_what_is_due_and_cannot_be_handed_over_keeps_nothing_that_is_lost_waitin
         thread.stop()
 
 
+def test_two_messages_of_a_token_that_no_key_signed_are_one_dead_letter(app, loses, clock, told):
+    task = app.defer(tasks.add, 1)
+    given_up = {**FROM_ENGINE, RETRIES: "20", SINCE: str(clock.now - 7_200), TASK: task.id}
+    for _ in range(3):
+        assert post(app, b"for.ged.token", given_up)[0] == 200
+    assert [letter.id for letter in dead(app)] == [task.id]
+    assert post(app, b"an.other.token", given_up)[0] == 200
+    assert len(dead(app)) == 2, "another token has its own"
+
+
 def test_a_child_is_not_forked_in_the_middle_of_a_look(app, loses, monkeypatch):
     lock, looking = threading.Lock(), threading.Event()
 
