@@ -38,6 +38,8 @@ _log: Final = logging.getLogger("safedefer")
 AT_ONCE: Final = 100
 _LEASE_SECONDS: Final = 60.0
 LOOK_SECONDS: Final = 1.0
+#: Copies that are in memory at once: somebody may have made each as large as any.
+_IN_MEMORY: Final = 20
 _OWNER: Final = "hand-over"
 _PAUSE_SECONDS: Final = 0.001
 #: How long a fork waits at most.
@@ -136,20 +138,27 @@ class HandOver:
         """
         if self._engine.capabilities.lossless:
             return 0
-        looked, found = self._store.copies.look(now=now, limit=AT_ONCE)
+        look, looked = _LostLook(now), 0
+        for _ in range(AT_ONCE // _IN_MEMORY):
+            some = self._look(look)
+            looked += some
+            if some < _IN_MEMORY:
+                break
+        return looked
+
+    def _look(self, look: _LostLook) -> int:
+        looked, found = self._store.copies.look(now=look.now, limit=_IN_MEMORY)
         overdue = [each for each in found if copies.is_overdue(each.looks)]
         if not overdue:
             return looked
-        look = _LostLook(
-            now, self._store.keep.get_many([progress_key(each.audience, each.task_id) for each in overdue])
-        )
+        look.progress = self._store.keep.get_many([progress_key(each.audience, each.task_id) for each in overdue])
         again = sum(self._look_at(copy, look) for copy in overdue)
         if again:
             _log.info("%s may have lost %d tasks, or is late with them; they are handed over again", self._name, again)
         if look.failure is not None:
             if not look.answered:  # all of it is away: what is lost comes soon after it
-                self._store.copies.put_off(look.untried, until=now + copies.FIRST_LOOK)
-                self._store.copies.put_off(look.tried, until=now + 2 * copies.FIRST_LOOK)
+                self._store.copies.put_off(look.untried, until=look.now + copies.FIRST_LOOK)
+                self._store.copies.put_off(look.tried, until=look.now + 2 * copies.FIRST_LOOK)
             raise look.failure
         return looked
 
@@ -215,12 +224,12 @@ class _LostLook:
 
     Args:
         now: The time.
-        progress: What was counted of their tasks.
     """
 
-    def __init__(self, now: float, progress: Mapping[str, bytes]) -> None:
+    def __init__(self, now: float) -> None:
         self.now = now
-        self.progress = progress
+        self.progress: Mapping[str, bytes] = {}
+        """What was counted of the tasks."""
         self.waiting: dict[str, int | None] = {}
         """By queue."""
         self.answered = False

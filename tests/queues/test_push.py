@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -758,11 +759,12 @@ def test_an_engine_that_is_away_is_not_asked_for_each_of_many_queues(app, loses,
         raise QueueUnavailable("the engine does not answer; start it")
 
     loses.messages = messages
-    for _ in range(41):
+    for _ in range(45):
         clock.now += 1
+        asked.clear()
         with contextlib.suppress(QueueUnavailable):
             app.push_queue.hand_over_lost(now=clock.now)
-    assert len(asked) == 3, "each may take seconds"
+        assert len(asked) <= 3, "each may take seconds"
     loses.messages = lambda queue: 0
     loses.tasks.clear()
     look_until(app, clock, 11)
@@ -799,6 +801,20 @@ def test_what_is_due_and_cannot_be_handed_over_keeps_nothing_that_is_lost_waitin
         asyncio.run(until(lambda: task.id in loses.tasks))
     finally:
         thread.stop()
+
+
+def test_few_copies_are_in_memory_at_once(app, loses, clock, store):
+    task = app.defer(tasks.add, 1)
+    queued = loses.tasks[task.id]._replace(token=b"x" * 1_000_000)
+    store.copies.put_many([queued._replace(id=f"{number:032d}") for number in range(100)])
+    look_until(app, clock, 39)
+    loses.enqueue_many = lambda some: None
+    clock.now += 2
+    tracemalloc.start()
+    assert app.push_queue.hand_over_lost(now=clock.now) == 100
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000_000, "all of them at once have 200 MB"
 
 
 def test_two_messages_of_a_token_that_no_key_signed_are_one_dead_letter(app, loses, clock, told):
