@@ -350,7 +350,8 @@ class App(Producer):
             return Delivery(**parts)
         from safedefer.delivery.pushed import PushedDelivery  # noqa: PLC0415 - most Apps pull
 
-        self.push_queue.start(self._clock)
+        if not hasattr(self.push_queue.engine, "serve"):  # else a parent of its workers does it, once for all of them
+            self.push_queue.start(self._clock)
         return PushedDelivery(queue=lambda: self.push_queue, retry_options=_retry_options(self.queue_file), **parts)
 
     @property

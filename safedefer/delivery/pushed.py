@@ -34,7 +34,7 @@ from safedefer.events import TaskDead, TaskRetried, notify
 from safedefer.execution.run import Outcome, Result
 from safedefer.headers import Response
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution
-from safedefer.queues.base import BLOB_KEY, QueuedTask, Settlement, Verdict
+from safedefer.queues.base import BLOB_KEY, QueuedTask, Settlement, TaskState, Verdict
 from safedefer.queues.poison_log import log_burial
 from safedefer.queues.progress import NO_PROGRESS, Progress, engine_gives_up, lost_record
 from safedefer.queues.push import PushQueue
@@ -320,6 +320,9 @@ class PushedDelivery(Delivery):
         record = AttemptRecord(letter.id, "", now, now, "refused", 403, slug)
         bury = partial(queue.bury, reason=slug, attempts=0, now=now, verified=False)
         if not bury(letter):
+            found = queue.find(letter.id)
+            if found is not None and found.state is TaskState.DEAD and found.token == letter.token:
+                return True  # by another message of it
             # Another letter, or a task, has this id. Its hash is nobody's id: the same token is buried once.
             letter = letter._replace(id=sha256(letter.token).hexdigest()[:32])
             bury(letter)

@@ -27,6 +27,10 @@ _PATIENT_LOOKS: Final = 3
 MANY_WAITING: Final = 1_000
 #: With so many messages before it, a task is handed over again at this look, after 55 minutes, and at each double of it.
 _LATE_LOOK: Final = 16
+#: The same where the broker cannot say how many there are: after 80 s.
+_UNCOUNTED_LOOK: Final = 4
+#: The year 9999, after which no time of ours is.
+_LATEST: Final = 253_402_300_799.0
 _MOST_LOOKS: Final = 1_000_000
 #: Objects in a copy: itself, headers, retry options.
 _OBJECTS: Final = 3
@@ -54,9 +58,19 @@ def is_overdue(looks: int) -> bool:
     return looks >= _PATIENT_LOOKS
 
 
-def is_overdue_among_many(looks: int) -> bool:
-    """Whether it is to be handed over again although many messages wait: seldom, since each one more makes all later."""
-    return looks >= _LATE_LOOK and looks & (looks - 1) == 0
+def is_time(looks: int, waiting: int | None) -> bool:
+    """Whether such a task is handed over again at this look.
+
+    Where many messages wait it is so seldom, since each one more makes all later; likewise where nobody knows how many do.
+
+    Args:
+        looks: Those before this one.
+        waiting: Messages in the broker's queue; None if it cannot say.
+    """
+    if waiting is not None and waiting < MANY_WAITING:
+        return is_overdue(looks)
+    first = _LATE_LOOK if waiting is not None else _UNCOUNTED_LOOK
+    return looks >= first and looks & (looks - 1) == 0
 
 
 def is_last_look(task: QueuedTask, now: float) -> bool:
@@ -96,7 +110,7 @@ def load(copy: Copy) -> QueuedTask | None:
         headers=_mapping(values.get("headers")),
         retry_options=_mapping(values.get("retry_options")),
         blob_id=blob if type(blob := values.get("blob_id")) is str else None,
-        deadline=values.get("deadline") if type(values.get("deadline")) in {int, float} else None,
+        deadline=deadline if _is_time(deadline := values.get("deadline")) else None,
         **{name: values[name] for name in (*_TEXTS, *_NUMBERS, "expires") if name != "token"},
     )
 
@@ -104,9 +118,13 @@ def load(copy: Copy) -> QueuedTask | None:
 def _is_ours(values: Mapping[str, Any]) -> bool:
     return (
         all(type(values.get(name)) is str for name in _TEXTS)
-        and all(type(values.get(name)) in {int, float} for name in _NUMBERS)
-        and type(values.get("expires")) is int
+        and all(_is_time(values.get(name)) for name in (*_NUMBERS, "expires"))
+        and type(values["expires"]) is int
     )
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in {int, float} and 0 <= value < _LATEST  # JSON of Python's has Infinity and NaN
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class PushEngine(Protocol):
     Three members may be left out. ``in_process``: its workers run in this process, so ``authenticate`` does not wait, and is
     called in the event loop. ``syncs_before_ack``: of each task that was answered 2xx it has the store sync what the handler
     changed (``sync``) before it lets go of the task, so the handler's own calls need not. ``messages(queue)``, of an engine that
-    is not ``lossless``: how many messages wait in a queue, or 0 where it cannot say; it may raise ``QueueUnavailable``.
+    is not ``lossless``: how many messages wait in a queue, or None where it cannot say; it may raise ``QueueUnavailable``.
     """
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def hang_once() -> None:
     (FOLDER / "hangs.new").rename(FOLDER / "hangs")
     while first:
         time.sleep(0.05)
+
+
+def note_threads() -> None:
+    """Note the parent of this process, and its threads."""
+    note(" ".join([str(os.getppid()), *(thread.name for thread in threading.enumerate())]))
 
 
 def die_between_two_steps() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +15,9 @@ from billiard.einfo import ExceptionInfo
 from celery import Celery, Task
 from celery.exceptions import Reject, SoftTimeLimitExceeded, Terminated
 from celery.worker import state
+from kombu import Exchange, Queue
 
-from safedefer.errors import ConfigurationError
+from safedefer.errors import ConfigurationError, QueueUnavailable
 from safedefer.headers import Response
 from safedefer.queues.celery import engine as engines
 from safedefer.queues.celery.engine import TASK_NAME, CeleryEngine
@@ -24,6 +29,7 @@ from safedefer.queues.memory.queue import MemoryQueue
 from tests import sample_tasks
 from tests.queues import celery_app as tasks
 from tests.queues.brokers import RABBITMQ, celery_worker, rabbitmq, valkey, wait_for
+from tests.queues.contract import make_task
 from tests.queues.test_celery import SOON, Answers, FakeRequest, ran
 from tests.unit.apps import make_app as make_plain_app
 
@@ -52,6 +58,108 @@ def app(environment, tmp_path):
     app = tasks.make_app(environment["TEST_BROKER"], tmp_path)
     yield app
     app.close()
+
+
+def engine_of(broker, conf):
+    celery = Celery("settings", broker=broker, set_as_current=False)
+    celery.conf.update(conf)
+    return CeleryEngine(celery)
+
+
+@pytest.mark.parametrize(
+    ("broker", "conf", "lossless"),
+    [
+        ("amqp://", {}, True),
+        ("pyamqp://a;pyamqp://b", {}, True),
+        ("amqp://", {"task_queues": {"mail": {"exchange": "mail", "routing_key": "mail"}}}, True),
+        ("amqp://", {"task_queues": [Queue("mail", Exchange("mail"), routing_key="mail")]}, True),
+        ("amqp://", {"task_queues": {"mail": {"durable": False}}}, False),
+        ("amqp://", {"task_queues": [Queue("mail", durable=False)]}, False),
+        ("amqp://", {"task_queues": [Queue("mail", Exchange("mail", delivery_mode="transient"))]}, False),
+        ("amqp://", {"task_queues": [Queue("mail", auto_delete=True)]}, False),
+        ("amqp://", {"task_queues": [Queue("mail", message_ttl=60.0)]}, False),
+        ("amqp://", {"task_queues": [Queue("mail", expires=60.0)]}, False),
+        ("amqp://", {"task_queues": [Queue("mail", queue_arguments={"x-max-length": 1_000})]}, False),
+        ("amqp://", {"task_queues": [Queue("mail", queue_arguments={"x-queue-type": "quorum"})]}, False),
+        ("amqp://", {"task_default_queue_type": "quorum"}, False),
+        ("amqp://", {"task_default_delivery_mode": "transient"}, False),
+        ("amqp://", {"task_routes": {"safedefer.*": {"delivery_mode": 1}}}, False),
+        ("amqp://", {"task_annotations": {"*": {"delivery_mode": 1}}}, False),
+        ("amqp://a;redis://b", {}, False),
+        ("redis://a;amqp://b", {}, False),
+        ("redis://a", {}, False),
+        ("rediss://a/0?ssl_cert_reqs=required", {}, False),
+        ("sentinel://a:26379;sentinel://b:26379", {}, False),
+        ("nonsense://", {}, False),
+    ],
+)
+def test_only_a_broker_that_keeps_each_message_needs_no_copies(broker, conf, lossless):
+    engine = engine_of(broker, conf)
+    assert engine.capabilities.lossless is lossless
+    engine.close()
+
+
+def route_by_task(name, args, kwargs, options, task=None, **more):
+    return {"queue": f"of-{task.name}"}
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {},
+        {"broker_transport_options": {"global_keyprefix": "of-us:"}},
+        {"task_default_priority": 5, "broker_transport_options": {"queue_order_strategy": "priority"}},
+        {"task_routes": {"safedefer.*": {"queue": "mine"}}},
+        {"task_routes": (route_by_task,)},
+    ],
+    ids=["plain", "prefix", "priority", "routes", "router"],
+)
+def test_messages_that_wait_are_counted_where_they_are_sent_and_those_that_workers_have_too(conf):
+    with valkey() as url:
+        engine = engine_of(url, conf)
+        engine.enqueue_many([make_task(queue="default") for _ in range(3)])
+        engine.enqueue_many([make_task(queue="mail") for _ in range(2)])
+        assert [engine.messages(queue) for queue in ("default", "mail", "empty")] == [3, 2, 0]
+        with engine.celery.connection_for_read() as connection, connection.channel() as channel:
+            message = channel.basic_get("mail")
+            assert [engine.messages(queue) for queue in ("default", "mail", "empty")] == [4, 2, 1]
+            channel.basic_ack(message.delivery_tag)
+        assert engine.messages("mail") == 1
+        engine.close()
+
+
+def test_a_broker_that_guesses_how_many_messages_wait_is_not_asked():
+    engine = engine_of("sqla+sqlite://", {})
+    assert engine.messages("default") is None
+    engine.close()
+
+
+def test_producers_that_all_wait_for_a_broker_do_not_keep_the_app_from_closing():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and answers nothing
+        engine = engine_of(f"redis://127.0.0.1:{silent.getsockname()[1]}/0", {})
+
+        def enqueue():
+            with contextlib.suppress(QueueUnavailable):
+                engine.enqueue_many([make_task()])
+
+        for _ in range(engines._CONNECTIONS + 1):
+            threading.Thread(target=enqueue, daemon=True).start()
+        wait_for(lambda: engine._producers is not None and engine._producers._resource.qsize() == 0)
+        time.sleep(0.2)  # and the last one asks for a connection
+        closing = threading.Thread(target=engine.close, daemon=True)
+        closing.start()
+        closing.join(10.0)
+        assert not closing.is_alive()
+
+
+def test_no_child_of_a_worker_hands_over(app, environment, tmp_path):
+    with celery_worker("tests.queues.celery_app:celery", environment) as worker:
+        for _ in range(4):
+            app.defer(tasks.note_threads)
+        wait_for(lambda: len(ran(tmp_path)) == 4)
+    children = [line.split() for line in ran(tmp_path)]
+    assert {parent for parent, *_ in children} == {str(worker.pid)}
+    assert not [names for _, *names in children if "safedefer-hand-over" in names]
 
 
 def test_a_worker_of_a_careless_application_loses_no_task(app, environment, tmp_path):

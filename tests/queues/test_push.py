@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import threading
+import time
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -21,6 +26,7 @@ from safedefer.events import TaskDead, TaskRetried
 from safedefer.ledger import Execution
 from safedefer.queues.base import DeadFilter, NotAllStored, Settlement, TaskState, Verdict
 from safedefer.queues.copies import load
+from safedefer.queues.hand_over import HandingOver
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.progress import Progress
 from safedefer.queues.pushed import cancel_key, progress_key
@@ -535,6 +541,7 @@ def test_a_run_that_failed_before_the_store_forgot_its_task_is_tried_again(store
 def loses(engine, app):
     """Make the engine one that may lose what it has taken."""
     engine.capabilities = replace(engine.capabilities, lossless=False, longest_wait=60.0)
+    engine.messages = lambda queue: 0
     return engine
 
 
@@ -609,6 +616,18 @@ def test_what_the_engine_refuses_leaves_no_copy(app, loses, clock):
     assert list(loses.tasks) == [taken]
 
 
+def test_an_engine_that_breaks_leaves_no_copy(app, loses, clock, monkeypatch):
+    def breaks(some):
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loses, "enqueue_many", breaks)
+        with pytest.raises(ValueError, match="a bug"):
+            app.defer(tasks.add, 1)
+    look_until(app, clock, 400)
+    assert loses.tasks == {}
+
+
 def test_without_a_copy_nothing_is_handed_to_the_engine(app, loses, store, monkeypatch):
     def full(tasks):
         raise QueueUnavailable("the disk is full; free some space and try again")
@@ -639,7 +658,7 @@ def test_what_is_lost_comes_soon_after_an_engine_that_was_away(app, loses, clock
         with contextlib.suppress(QueueUnavailable):
             app.push_queue.hand_over_lost(now=clock.now)
     loses.down = False
-    look_until(app, clock, 6)
+    look_until(app, clock, 11)
     assert list(loses.tasks) == [task.id]
 
 
@@ -683,6 +702,194 @@ def test_a_copy_that_somebody_wrote_is_deleted_or_refused_by_the_handler(app, lo
     assert post(app, loses.tasks["1" * 32].token)[0] == 403
     assert post(app, loses.tasks["2" * 32].token) == (200, "succeeded"), "it is the genuine task"
     assert post(app, genuine.payload) == (200, "duplicate")
+
+
+def test_what_an_engine_that_counts_nothing_may_have_lost_comes_less_and_less_often(app, loses, clock):
+    del loses.messages
+    task = app.defer(tasks.add, 1)
+    given, enqueue_many = [], loses.enqueue_many
+
+    def noting(some):
+        given.extend(each.id for each in some)
+        enqueue_many(some)
+
+    loses.enqueue_many = noting
+    look_until(app, clock, 79)
+    assert given == []
+    look_until(app, clock, 2)
+    assert given == [task.id]
+    look_until(app, clock, 36_000)
+    assert len(given) == 5, "each message more makes a long queue longer"
+    loses.messages = lambda queue: None
+    look_until(app, clock, 36_000)
+    assert len(given) == 6
+
+
+def test_a_queue_that_the_engine_does_not_take_keeps_no_other_queue_waiting(app, loses, clock, store):
+    tasks_of = [app.defer(tasks.add, number) for number in range(8)]
+    gone = [loses.tasks[task.id]._replace(queue=f"gone-{number}") for number, task in enumerate(tasks_of[:5])]
+    store.copies.put_many(gone)
+
+    def messages(queue):
+        if queue.startswith("gone"):
+            raise QueueUnavailable("there is no such queue; declare it")
+        return 0
+
+    loses.messages = messages
+    loses.tasks.clear()
+    asked = 0
+    for _ in range(120):
+        clock.now += 1
+        try:
+            app.push_queue.hand_over_lost(now=clock.now)
+        except QueueUnavailable:
+            asked += 1
+    assert set(loses.tasks) == {task.id for task in tasks_of[5:]}
+    assert asked, "and it is said"
+
+
+def test_an_engine_that_is_away_is_not_asked_for_each_of_many_queues(app, loses, clock, store):
+    task = app.defer(tasks.add, 1)
+    queued = loses.tasks[task.id]
+    store.copies.put_many([queued._replace(id=f"{number:032d}", queue=f"q{number}") for number in range(50)])
+    asked = []
+
+    def messages(queue):
+        asked.append(queue)
+        raise QueueUnavailable("the engine does not answer; start it")
+
+    loses.messages = messages
+    for _ in range(45):
+        clock.now += 1
+        asked.clear()
+        with contextlib.suppress(QueueUnavailable):
+            app.push_queue.hand_over_lost(now=clock.now)
+        assert len(asked) <= 3, "each may take seconds"
+    loses.messages = lambda queue: 0
+    loses.tasks.clear()
+    look_until(app, clock, 11)
+    assert len(loses.tasks) == 51
+
+
+@pytest.mark.parametrize("number", ["Infinity", "1e400", "-1", "NaN", "1" + "0" * 400])
+@pytest.mark.parametrize("name", ["eta", "created", "expires"])
+def test_a_copy_whose_times_are_none_is_deleted(app, loses, clock, store, name, number):
+    task = app.defer(tasks.add, 1)
+    (copy,) = store.copies.look(now=clock.now + 5, limit=10)[1]
+    values = json.loads(copy.task)
+    values[name] = 7_777
+    forged = json.dumps(values).replace("7777", number)
+    assert load(copy._replace(task=forged)) is None
+    assert load(copy).id == task.id
+
+
+def test_what_is_due_and_cannot_be_handed_over_keeps_nothing_that_is_lost_waiting(app, loses, clock, monkeypatch):
+    task = app.defer(tasks.add, 1)
+    loses.tasks.clear()
+    queue = app.push_queue
+
+    def away(*, now):
+        raise QueueUnavailable("the engine does not know the queue; declare it")
+
+    monkeypatch.setattr(queue._hand_over, "due", away)
+    clock.now += 45
+    queue.hand_over_lost(now=clock.now)
+    clock.now += 40
+    thread = HandingOver(queue._hand_over, lambda: (setattr(clock, "now", clock.now + 40), clock.now)[1])
+    thread.start()
+    try:
+        asyncio.run(until(lambda: task.id in loses.tasks))
+    finally:
+        thread.stop()
+
+
+def test_few_copies_are_in_memory_at_once(app, loses, clock, store):
+    task = app.defer(tasks.add, 1)
+    queued = loses.tasks[task.id]._replace(token=b"x" * 1_000_000)
+    store.copies.put_many([queued._replace(id=f"{number:032d}") for number in range(100)])
+    look_until(app, clock, 39)
+    loses.enqueue_many = lambda some: None
+    clock.now += 2
+    tracemalloc.start()
+    assert app.push_queue.hand_over_lost(now=clock.now) == 100
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000_000, "all of them at once have 200 MB"
+
+
+def test_two_messages_of_a_token_that_no_key_signed_are_one_dead_letter(app, loses, clock, told):
+    task = app.defer(tasks.add, 1)
+    given_up = {**FROM_ENGINE, RETRIES: "20", SINCE: str(clock.now - 7_200), TASK: task.id}
+    for _ in range(3):
+        assert post(app, b"for.ged.token", given_up)[0] == 200
+    assert [letter.id for letter in dead(app)] == [task.id]
+    assert post(app, b"an.other.token", given_up)[0] == 200
+    assert len(dead(app)) == 2, "another token has its own"
+
+
+def test_a_child_is_not_forked_in_the_middle_of_a_look(app, loses, monkeypatch):
+    lock, looking = threading.Lock(), threading.Event()
+
+    def look(*, now):
+        with lock:  # as of a library that opens a connection
+            looking.set()
+            time.sleep(0.3)
+        return 0
+
+    monkeypatch.setattr(app.push_queue._hand_over, "lost", look)
+    thread = HandingOver(app.push_queue._hand_over, time.time)
+    thread.start()
+    try:
+        assert looking.wait(10.0)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if lock.acquire(timeout=5.0) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        looking.clear()
+        assert looking.wait(10.0), "the thread goes on"
+    finally:
+        thread.stop()
+
+
+def test_a_fork_does_not_wait_for_an_engine_that_does_not_answer(app, loses, monkeypatch):
+    looking, answer = threading.Event(), threading.Event()
+
+    def look(*, now):
+        looking.set()
+        answer.wait(30.0)
+        return 0
+
+    monkeypatch.setattr(app.push_queue._hand_over, "lost", look)
+    thread = HandingOver(app.push_queue._hand_over, time.time)
+    thread.start()
+    try:
+        assert looking.wait(10.0)
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        answer.set()
+        thread.stop()
+
+
+def test_a_dead_letter_of_a_token_that_no_key_signed_ends_its_copy(app, loses, clock, store):
+    task = app.defer(tasks.add, 1)
+    queued = loses.tasks[task.id]
+    other = queued._replace(id="3" * 32)
+    store.copies.put_many([queued._replace(token=b"for.ged.token"), other._replace(token=b"an.other.token")])
+    store.bury(other._replace(token=b"in its place"), reason="refused", attempts=0, now=clock.now, verified=False)
+    given_up = {**FROM_ENGINE, RETRIES: "20", SINCE: str(clock.now - 7_200)}
+    look_until(app, clock, 60)
+    for token in (b"for.ged.token", b"an.other.token"):
+        (found,) = [each.id for each in loses.tasks.values() if each.token == token]
+        assert post(app, token, {**given_up, TASK: found})[0] == 200
+    assert len(dead(app)) == 3
+    look_until(app, clock, 300)
+    app.queue.drop_dead([letter.id for letter in dead(app)])
+    loses.tasks.clear()
+    look_until(app, clock, 4_000)
+    assert loses.tasks == {}
 
 
 # --- Errors at defer() ----------------------------------------------------------------------------

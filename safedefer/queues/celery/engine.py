@@ -199,13 +199,13 @@ class CeleryEngine:
     def capabilities(self) -> Capabilities:
         """No names, unique tasks, targets or atomic batches; a minute at most."""
         if self._capabilities is None:
-            self._capabilities = replace(_CAPABILITIES, lossless=is_lossless(self.celery))
+            self._capabilities = replace(_CAPABILITIES, lossless=is_lossless(self._task))
         return self._capabilities
 
-    def messages(self, queue: str) -> int:
-        """Return how many messages wait in the queue of the broker that is named so."""
+    def messages(self, queue: str) -> int | None:
+        """Return how many messages wait in the queue of the broker that is named so; None if it cannot say."""
         with _asked():
-            return waiting(self.celery, TASK_NAME, None if queue == DEFAULT_QUEUE else queue)
+            return waiting(self._task, None if queue == DEFAULT_QUEUE else queue)
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Publish tasks one by one; the broker has confirmed each of them when this returns."""
@@ -256,7 +256,7 @@ class CeleryEngine:
             QueueUnavailable: It does not answer.
         """
         with _asked():
-            return weaknesses(self.celery)
+            return weaknesses(self._task)
 
     def _producer(self) -> AbstractContextManager[Producer]:
         """Return a producer of this process whose messages the broker confirms."""
@@ -267,8 +267,10 @@ class CeleryEngine:
                 connection = self.celery.connection_for_write(transport_options={"confirm_publish": True})
                 self._producers = ProducerPool(connection.Pool(limit=_CONNECTIONS), limit=_CONNECTIONS)  # type: ignore[no-untyped-call]
                 self._pid = os.getpid()
-            acquired: AbstractContextManager[Producer] = self._producers.acquire(block=True)
-            return acquired
+            producers = self._producers
+        # Not under the lock: where all of them wait for a broker that does not answer, ``close`` does not.
+        acquired: AbstractContextManager[Producer] = producers.acquire(block=True)
+        return acquired
 
     def cancel(self, task_id: str, *, now: float) -> bool:  # noqa: ARG002 - the seam has them
         """Return False: a broker gives no message back. The mark in the store keeps the task from running."""
