@@ -10,6 +10,7 @@ from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunE
 from safedefer.queues import rules
 from safedefer.queues.sqlite import operations
 from safedefer.queues.sqlite.connection import SQL, Handle
+from safedefer.queues.sqlite.many import execute_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +93,7 @@ def begin_all(
     """Admit runs, within a transaction: those of tasks that the ledger does not know in one call."""
     until = now + lease
     before = connection.total_changes()
-    connection.executemany(SQL["ledger_begin_first"], [(*execution, until) for execution in executions])
+    execute_rows(connection, "ledger_begin_first", [(*execution, until) for execution in executions])
     if connection.total_changes() - before == len(executions):
         return [Admission.RUN] * len(executions)
     # An entry that is new has the owner of its run, and admits it.
@@ -112,14 +113,14 @@ def _begin(connection: apsw.Connection, execution: Execution, *, now: float, unt
 
 def finish_all(connection: apsw.Connection, ends: Sequence[RunEnd]) -> list[bool]:
     """Store the ends of runs, within a transaction. Every record is stored."""
-    connection.executemany(SQL["attempt_insert"], [record for _, _, record in ends])
+    execute_rows(connection, "attempt_insert", [record for _, _, record in ends])
     # Whoever posts a token again and again is settled by nobody: now and then the records are trimmed here.
     trimmed = [(run.task_id, rules.RECORDS_KEPT) for run, _, _ in ends if not random.getrandbits(4)]  # not a secret
     connection.executemany(SQL["attempts_trim"], trimmed)
     values = [_end_values(*end) for end in ends]
     connection.execute("SAVEPOINT ends")
     before = connection.total_changes()
-    connection.executemany(SQL["ledger_finish"], values)
+    execute_rows(connection, "ledger_finish", values)
     counted = connection.total_changes() - before == len(ends)
     if not counted:  # which of them did not is seen one by one
         connection.execute("ROLLBACK TO ends")
