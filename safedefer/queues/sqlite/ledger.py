@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from safedefer.concurrency.threads import Threads
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
 from safedefer.queues import rules
 from safedefer.queues.sqlite import operations
@@ -17,31 +18,44 @@ if TYPE_CHECKING:
 
     import apsw
 
+    from safedefer.queues.sqlite.log_sync import LogSync
     from safedefer.queues.sqlite.writer import Writer
+
+#: The most syncs at once: event loops do not wait for each other.
+_SYNCS: Final = 4
 
 
 class SQLiteLedgerCalls:
-    """``LedgerCalls`` that the writer's thread answers: no other thread waits for it."""
+    """``LedgerCalls`` that the writer's thread answers: no other thread waits for it.
 
-    def __init__(self, writer: Writer) -> None:
+    A sync takes as long as many commits. So ends are committed without one, and the log is synced afterwards, in a thread:
+    until that is done nobody hears of them, and meanwhile the writer goes on.
+    """
+
+    def __init__(self, writer: Writer, sync_log: LogSync) -> None:
         self._writer = writer
+        self._sync_log = sync_log
+        self._threads = Threads(_SYNCS, "safedefer-sync")
 
     async def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
         """Do what ``SQLiteLedger.begin_many`` does."""
-        return await self._writer.call(partial(begin_all, executions=executions, now=now, lease=lease), durable=False)
+        action = partial(begin_all, executions=executions, now=now, lease=lease)
+        return await self._writer.call(action, durable=False, urgent=True)
 
     async def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Do what ``SQLiteLedger.finish_many`` does."""
-        return await self._writer.call(partial(finish_all, ends=ends))
+        counted = await self._writer.call(partial(finish_all, ends=ends), durable=False)
+        await self._threads(self._sync_log)
+        return counted
 
 
 class SQLiteLedger:
     """A ``Ledger`` in the queue's file."""
 
-    def __init__(self, writer: Writer, reader: Handle) -> None:
+    def __init__(self, writer: Writer, reader: Handle, sync_log: LogSync) -> None:
         self._writer = writer
         self._reader = reader
-        self._here = SQLiteLedgerCalls(writer)
+        self._here = SQLiteLedgerCalls(writer, sync_log)
 
     @property
     def here(self) -> SQLiteLedgerCalls:

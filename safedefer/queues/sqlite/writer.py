@@ -60,6 +60,7 @@ class Writer:
 
     def __init__(self, path: str, *, busy_timeout: float) -> None:
         self._handle = Handle(path, busy_timeout=busy_timeout)
+        self._synced = _Synced()
         self._results: PerLoop[LoopResults] = PerLoop(LoopResults)
         self._begin()
         register_fork(self)
@@ -67,6 +68,10 @@ class Writer:
     def _begin(self) -> None:
         self._changed = threading.Condition()
         self._pending: deque[_Operation] = deque()
+        self._urgent: deque[_Operation] = deque()
+        """Those that others wait for."""
+        self._was_urgent = False
+        """Whether the last transaction was of these."""
         self._thread: threading.Thread | None = None
         self._pid = 0
         self._pausing = False
@@ -82,7 +87,7 @@ class Writer:
         answer = _Waiter()
         operation: _Operation = (action, answer.take, durable)
         if self._is_free():
-            _Batch(self._handle, [operation]).run_here()
+            _Batch(self._handle, self._synced, [operation]).run_here()
         else:
             self._put(operation)
         result: T = answer.wait()
@@ -95,7 +100,7 @@ class Writer:
             raise QueueUnavailable("the queue was called from within one of its own operations; call it later")
         with self._changed:
             self._check()
-            free = not (self._pending or self._pausing or self._handle.in_use)
+            free = not (self._pending or self._urgent or self._pausing or self._handle.in_use)
         return free and not _is_interruptible()
 
     def submit(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> Future[T]:
@@ -104,19 +109,24 @@ class Writer:
         self._put((action, partial(_complete, future), durable))
         return future
 
-    def call(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> asyncio.Future[T]:
-        """As ``submit``, with a future of the running event loop. Cancelling it does not stop the action."""
+    def call(
+        self, action: Callable[[apsw.Connection], T], *, durable: bool = True, urgent: bool = False
+    ) -> asyncio.Future[T]:
+        """As ``submit``, with a future of the running event loop. Cancelling it does not stop the action.
+
+        ``urgent``: it goes before what is not, in a transaction of its own.
+        """
         results = self._results.here()
         future: asyncio.Future[T] = results.loop.create_future()
-        self._put((action, partial(results.put, future), durable))
+        self._put((action, partial(results.put, future), durable), urgent=urgent)
         return future
 
-    def _put(self, operation: _Operation) -> None:
+    def _put(self, operation: _Operation, *, urgent: bool = False) -> None:
         with self._changed:
             self._check()
             if self._thread is None:
                 self._start()
-            self._pending.append(operation)
+            (self._urgent if urgent else self._pending).append(operation)
             self._changed.notify()
 
     def _check(self) -> None:
@@ -158,20 +168,23 @@ class Writer:
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            _Batch(self._handle, batch).run()
+            _Batch(self._handle, self._synced, batch).run()
         if self._closed:
             # Here and not in close(): the garbage collector may call that one within this thread.
             self._handle.close()
 
     def _next_batch(self) -> list[_Operation]:
         with self._changed:
-            while not self._pending and not self._pausing and not self._closed:
+            while not self._pending and not self._urgent and not self._pausing and not self._closed:
                 self._changed.wait()
         self._handle.wait()  # for a lone caller: operations gather meanwhile
         with self._changed:
             if self._pausing:
                 return []
-            return [self._pending.popleft() for _ in range(min(_BATCH, len(self._pending)))]
+            # In turn, where both come all the time.
+            self._was_urgent = bool(self._urgent) and not (self._was_urgent and self._pending)
+            source = self._urgent if self._was_urgent else self._pending
+            return [source.popleft() for _ in range(min(_BATCH, len(source)))]
 
     def _rest(self) -> None:
         with self._changed:
@@ -192,13 +205,14 @@ class Writer:
         self._handle.after_fork_in_parent()
         with self._changed:
             self._pausing = False
-            if self._pending:
+            if self._pending or self._urgent:
                 try:
                     self._start()
                 except QueueUnavailable as error:
-                    while self._pending:
-                        _, answer, _ = self._pending.popleft()
-                        answer(None, QueueUnavailable(str(error)))  # a traceback belongs to one thread
+                    for operations in (self._urgent, self._pending):
+                        while operations:
+                            _, answer, _ = operations.popleft()
+                            answer(None, QueueUnavailable(str(error)))  # a traceback belongs to one thread
 
     def after_fork_in_child(self) -> None:
         """Begin with nothing: what is pending is the parent's."""
@@ -208,11 +222,26 @@ class Writer:
         self._closed = closed
 
 
+class _Synced:
+    """Whether commits of the writer's connection are synced: said to SQLite only where that changes."""
+
+    def __init__(self) -> None:
+        self._said: tuple[apsw.Connection | None, bool] = (None, False)
+
+    def set(self, connection: apsw.Connection, *, durable: bool) -> None:
+        """Sync the following commits, or do not. The caller has the connection to itself."""
+        if self._said[0] is not connection or self._said[1] is not durable:
+            self._said = (None, False)  # until it is done
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._said = (connection, durable)
+
+
 class _Batch:
     """Operations that share one transaction."""
 
-    def __init__(self, handle: Handle, operations: list[_Operation]) -> None:
+    def __init__(self, handle: Handle, synced: _Synced, operations: list[_Operation]) -> None:
         self._handle = handle
+        self._synced = synced
         self._operations = operations
         self._outcomes: list[tuple[Callable[[Any, BaseException | None], None], Any, BaseException | None]] = []
 
@@ -247,13 +276,8 @@ class _Batch:
 
     def _transact(self, connection: apsw.Connection) -> None:
         durable = any(durable for _, _, durable in self._operations)
-        if not durable:
-            connection.execute("PRAGMA synchronous = NORMAL")
-        try:
-            self._commit(connection)
-        finally:
-            if not durable:
-                connection.execute("PRAGMA synchronous = FULL")
+        self._synced.set(connection, durable=durable)
+        self._commit(connection)
 
     def _commit(self, connection: apsw.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
