@@ -129,6 +129,7 @@ class App(Producer):
     of_settings: bool = False
     """Whether ``SAFEDEFER_*`` made it; ``App(...)`` reads no variable."""
     _closed = False
+    _is_opening = False
 
     def __init__(
         self,
@@ -487,12 +488,22 @@ class App(Producer):
             if isinstance(self._queue, str | PushAddress):
                 if TEST_MODE.active and not self._builder.in_test:
                     refuse()
-                if isinstance(self._queue, str):
-                    self._queue = open_queue(self._queue, self._storage)
-                else:
-                    self._queue = pushes = open_push(self._queue, self._storage)
-                    self._connect(pushes.engine)
+                if self._is_opening:  # by this thread, which has the lock: a signal handler asks
+                    raise QueueUnavailable("the App opens its queue at this moment; try again when that is done")
+                self._is_opening = True
+                try:
+                    if isinstance(self._queue, str | PushAddress):  # still: one may have asked in between
+                        self._queue = self._open_queue(self._queue)
+                finally:
+                    self._is_opening = False
             return self._queue
+
+    def _open_queue(self, address: str | PushAddress) -> PullQueue:
+        if isinstance(address, str):
+            return open_queue(address, self._storage)
+        pushes = open_push(address, self._storage)
+        self._connect(pushes.engine)
+        return pushes
 
     @contextlib.asynccontextmanager
     async def on_loop(self) -> AsyncIterator[None]:

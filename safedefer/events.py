@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 if TYPE_CHECKING:
@@ -348,7 +348,7 @@ class LogObserver:
         self.level = logging.INFO
         """The level of a task that succeeded (App Engine ``set_log_level``)."""
         self._clock = clock
-        self._lock = Lock()
+        self._lock = RLock()  # reentrant: a signal handler may defer at any point
         self._refusals: dict[str, _Refusals] = {}
         """By reason: those of the last minute, and those that are not logged yet."""
 
@@ -417,7 +417,7 @@ class LogObserver:
                     lines.append((reason, refusals.count, refusals.last))
                     self._refusals[reason] = _Refusals(now)
                 else:
-                    del self._refusals[reason]
+                    self._refusals.pop(reason, None)
         for reason, count, last in lines:
             _log.warning("request refused: %s, %d more since the last line", reason, count, extra={"safedefer": last})
 

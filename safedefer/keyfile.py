@@ -5,7 +5,6 @@ Two formats: ``kid:base64url[,kid:base64url...]``, and a JWK Set (RFC 7517) of `
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -23,9 +22,7 @@ _K = TypeVar("_K")
 MAKE_ONE: Final = "make one with `safedefer keys new`"
 #: What `safedefer keys new` prints in front of a key.
 _VARIABLE: Final = "SAFEDEFER_KEYS="
-_LOOKS_WRONG: Final = re.compile(
-    rb"^\s*(-----begin|\{|\[|ssh-|ecdsa-)|change[-_ ]?(me|it|this)|placeholder|example|password|insecure|your[-_ ]?secret|default"
-)
+_LOOKS_WRONG: Final = rb"^\s*(-----begin|\{|\[|ssh-|ecdsa-)|change[-_ ]?(me|it|this)|placeholder|example|password|insecure|your[-_ ]?secret|default"
 """Finds what no random secret looks like, in one that is text."""
 _TOLD: Final = (
     f"a kid has a part of a secret in it, and every token and log shows it; give the key another kid, and {MAKE_ONE}"
@@ -108,6 +105,8 @@ def _misspelled(text: str) -> PydanticCustomError:
 
 def _meant(name: str) -> str | None:
     """Return which of our members a name that is none of them looks like; None if it looks like none."""
+    import difflib  # noqa: PLC0415  # for the members that are not ours
+
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
     cutoff = 0.0 if letters.startswith("safedefer") else _ALIKE
     near = difflib.get_close_matches(letters, _MEMBERS, n=1, cutoff=cutoff)
@@ -193,7 +192,7 @@ def guessable(kid: str, secret: bytes) -> WeakKey | None:
     if periodic or len(set(secret)) < _MIN_DIFFERENT:
         return WeakKey(f"the secret of key {shown_kid(kid)} repeats itself; {MAKE_ONE}")
     # Looks are judged of text only: one random key in 256 begins with a brace.
-    if secret.isascii() and _LOOKS_WRONG.search(secret.lower()):
+    if secret.isascii() and re.search(_LOOKS_WRONG, secret.lower()):
         return WeakKey(f"the secret of key {shown_kid(kid)} looks like a placeholder or a key file; {MAKE_ONE}")
     return None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import FunctionType
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ClassFamily:
     """Classes that a library makes. The codec carries their objects by attributes, without ``__init__``.
 

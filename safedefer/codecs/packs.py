@@ -13,7 +13,7 @@ from typing import Any
 from safedefer.codecs.inspect_safely import derives
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PackedType:
     """Types of one tag.
 
@@ -38,7 +38,7 @@ class PackedType:
         return any(cls is each for each in self.classes) or (self.base is not None and derives(cls, self.base))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Pack:
     """The types of one library.
 

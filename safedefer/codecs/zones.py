@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pkgutil
 import re
 import sys
 import zoneinfo
@@ -19,7 +18,7 @@ from typing import Final
 
 _PACKAGE: Final = "tzdata.zoneinfo"
 # Without empty, dot or absolute parts.
-_KEY: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}(?:/[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}){0,4}")
+_KEY: Final = r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}(?:/[A-Za-z0-9_][A-Za-z0-9_+.-]{0,63}){0,4}"
 
 
 def load_zones() -> None:
@@ -29,6 +28,8 @@ def load_zones() -> None:
 
 @cache  # the search of all its folders takes 10 ms, which an App after the first need not spend again
 def _import_packages(name: str) -> None:
+    import pkgutil  # noqa: PLC0415  # for a handler alone
+
     with contextlib.suppress(ImportError):
         package = import_module(name)
         resources.files(package)  # imports what reads a package
@@ -39,7 +40,7 @@ def _import_packages(name: str) -> None:
 
 def is_key(key: str) -> bool:
     """Whether a text may be a key of the IANA database: its parts cannot lead out of the database."""
-    return _KEY.fullmatch(key) is not None
+    return re.fullmatch(_KEY, key) is not None
 
 
 def has_zone(key: str) -> bool:

@@ -67,7 +67,7 @@ class Aside(Generic[_T]):
         register_fork(self)
 
     def _begin_anew(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()  # reentrant: a signal handler may hand something over at any point
         self._items: deque[_T] = deque()
         self._busy = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -123,7 +123,11 @@ class Aside(Generic[_T]):
         """Start the thread. Hold the lock."""
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._run, args=(loop,), name="safedefer-observer", daemon=True)
-        self._loop, self._thread = loop, thread  # first: Ctrl-C may come when it runs, and there must be one only
+        # First: Ctrl-C may come when it runs, and there must be one only.
+        self._loop, self._thread = (loop, thread) if self._loop is None else (self._loop, self._thread)
+        if self._loop is not loop:  # a signal handler has started one in between
+            loop.close()
+            return
         try:
             thread.start()
         except RuntimeError:

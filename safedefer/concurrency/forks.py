@@ -25,7 +25,8 @@ class ForkAware(Protocol):
         """Begin anew: the child has no other thread."""
 
 
-_forking: Final = threading.Lock()
+# Reentrant: a signal handler may make a member while its thread does, or forks.
+_forking: Final = threading.RLock()
 _registered: Final[weakref.WeakSet[ForkAware]] = weakref.WeakSet()
 _registered_early: Final[weakref.WeakSet[ForkAware]] = weakref.WeakSet()
 _held: Final[list[ForkAware]] = []

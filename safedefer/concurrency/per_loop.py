@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from threading import Lock
+from threading import RLock
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -23,7 +23,7 @@ class PerLoop(Generic[_T]):
 
     def __init__(self, make: Callable[[asyncio.AbstractEventLoop], _T]) -> None:
         self._make = make
-        self._lock = Lock()
+        self._lock = RLock()
         self._states: dict[asyncio.AbstractEventLoop, _T] = {}
 
     def here(self) -> _T:

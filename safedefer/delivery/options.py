@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MAX_LEASE: Final = 86_400
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class DeliveryOptions:
     """How a handler runs tasks.
 

@@ -28,7 +28,7 @@ if sys.version_info >= (3, 14):
     _LAZY["annotation_format"] = Format.FORWARDREF
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class _Shape:
     """A signature, and a summary from which most arguments are known to fit."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from threading import Lock
+from threading import RLock
 from typing import Any, Final, TypeAlias
 
 from safedefer.events import (
@@ -154,7 +154,7 @@ class Counts:
     """It acts on the end of an attempt only: no event of its start need be made for it."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self._lock = RLock()  # reentrant: a signal handler may defer at any point, and be counted
         self._sums = Sums()
         self._gauges: dict[Series, float] = {}
 

@@ -96,7 +96,7 @@ class Notices:
         register_fork(self, early=True)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._woken = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: StoreTrouble | None = None

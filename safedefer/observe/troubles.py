@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import RLock
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from safedefer.events import Event, QueueLate, QueueTrouble, RequestRefused, TargetDown, TargetUp, TaskHandled
@@ -228,7 +228,7 @@ class Troubles:
 
     def forget(self) -> None:
         """Begin anew: in a forked child, which has troubles of its own."""
-        self._lock = Lock()
+        self._lock = RLock()  # reentrant: a signal handler may defer at any point
         self._down: dict[str, DownTarget] = {}
         self._troubles: dict[str, StoreTrouble] = {}
         self._late: dict[str, LateQueue] = {}

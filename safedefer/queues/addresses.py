@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 
 _HIDDEN: Final = "..."
 #: Characters at which a program that misreads an address may cut it, and quote a piece of the password.
-_CUTS: Final = re.compile(r"[/@?#:\[\],\s]")
+_CUTS: Final = r"[/@?#:\[\],\s]"
 #: Shorter pieces of a password are in every text.
 _SHORTEST: Final = 4
-_SERVERS: Final = re.compile(r"([^:]*|\[[0-9A-Fa-f:.]*\]|[^:]*:\d{0,5})(,([^:]*|[^:]*:\d{0,5}))*")
+_SERVERS: Final = r"([^:]*|\[[0-9A-Fa-f:.]*\]|[^:]*:\d{0,5})(,([^:]*|[^:]*:\d{0,5}))*"
 #: Between two URLs. A comma or space elsewhere is a part of one: of a list of hosts, or of a password, of which a piece that
 #: was cut off would look like an address.
-_BETWEEN: Final = re.compile(r"[,\s]+(?=[A-Za-z][A-Za-z0-9+.-]*://|$)")
-_PARAMETER: Final = re.compile(r"[A-Za-z_]+=(?:[^%]|%[0-9A-Fa-f]{2})*")
-_BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_BETWEEN: Final = r"[,\s]+(?=[A-Za-z][A-Za-z0-9+.-]*://|$)"
+_PARAMETER: Final = r"[A-Za-z_]+=(?:[^%]|%[0-9A-Fa-f]{2})*"
+_BAD_ESCAPE: Final = r"%(?![0-9A-Fa-f]{2})"
 
 #: How the addresses of push engines begin. Each engine is imported where one is opened (``queues.open_engine``).
-_PUSH: Final = re.compile(r"(?i:cloudtasks|celery(?:\+[a-z]+)?)://")
+_PUSH: Final = r"(?i:cloudtasks|celery(?:\+[a-z]+)?)://"
 
 
 def is_push_address(url: str) -> bool:
     """Whether a URL names a push engine, which delivers to a handler, and needs a store beside it."""
-    return _PUSH.match(url) is not None
+    return re.match(_PUSH, url) is not None
 
 
 def full_place(queue: PullQueue, shown: str) -> str:
@@ -51,7 +51,7 @@ def place(url: str) -> str:
     if scheme.startswith("sqlite") or "@" not in rest:
         shown = re.split(r"[?#]", rest, maxsplit=1)[0]
         # What stands where a port should may be a password whose host is missing.
-        named = scheme.startswith("sqlite") or _SERVERS.fullmatch(shown.partition("/")[0])
+        named = scheme.startswith("sqlite") or re.fullmatch(_SERVERS, shown.partition("/")[0])
         return f"{scheme}://{shown if named else _HIDDEN}"
     user, _, shown = rest.partition("@")
     shown = re.split(r"[?#]", shown, maxsplit=1)[0]
@@ -62,7 +62,7 @@ def place(url: str) -> str:
 
 def split_urls(text: str) -> list[str]:
     """Return the URLs of a list that is separated by commas or spaces."""
-    return [url for url in _BETWEEN.split(text.strip()) if url]
+    return [url for url in re.split(_BETWEEN, text.strip()) if url]
 
 
 def check_url(url: str) -> str:
@@ -74,13 +74,13 @@ def check_url(url: str) -> str:
     scheme, _, rest = url.partition("://")
     user, at, _ = rest.rpartition("@")
     wrong = place(url).endswith(_HIDDEN) or not rest.isascii() or not rest.isprintable() or " " in rest
-    if wrong or (at and (_BAD_ESCAPE.search(user) or "[" in user or "]" in user)):
+    if wrong or (at and (re.search(_BAD_ESCAPE, user) or "[" in user or "]" in user)):
         raise ConfigurationError(
             f"the {scheme if scheme.isalnum() else 'database'} URL cannot be read in one way only; in its user and password write "
             "@ as %40, : as %3A, / as %2F, ? as %3F, # as %23 and % as %25, and escape what is not ASCII"
         )
     query = rest.partition("#")[0].partition("?")[2]
-    if any(not _PARAMETER.fullmatch(each) for each in query.split("&") if query):
+    if any(not re.fullmatch(_PARAMETER, each) for each in query.split("&") if query):
         raise ConfigurationError(
             f"the parameters in the URL of {place(url)} are malformed; write ?name=value&name=value"
         )
@@ -113,7 +113,7 @@ def _secrets(url: str) -> set[str]:
         found |= {user, user.partition(":")[2]}
     found |= set(re.findall(r"(?i)(?:password|passwd|pwd)\s*=\s*([^&\s]+)", url))
     found |= {unquote(each) for each in found}
-    pieces = {piece for each in found for piece in _CUTS.split(each) if len(piece) >= _SHORTEST}
+    pieces = {piece for each in found for piece in re.split(_CUTS, each) if len(piece) >= _SHORTEST}
     if found:
         found.add(url)
     return {each for each in found | pieces if len(each) >= _SHORTEST}

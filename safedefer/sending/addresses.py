@@ -9,12 +9,12 @@ from urllib.parse import urlsplit
 
 from safedefer.errors import ConfigurationError
 
-_PRINTABLE: Final = re.compile("[!-~]{1,2048}")
+_PRINTABLE: Final = "[!-~]{1,2048}"
 #: Underscores are in the names of many container networks.
-_LABEL: Final = re.compile("(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+_LABEL: Final = "(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _MAX_NAME: Final = 253
 #: How a netloc ends whose host is an IPv6 address.
-_BRACKETED: Final = re.compile(r"(?:^|@)\[[^\]]*\](?::[0-9]+)?$")
+_BRACKETED: Final = r"(?:^|@)\[[^\]]*\](?::[0-9]+)?$"
 
 
 def check_address(what: str, address: str) -> None:
@@ -29,7 +29,7 @@ def check_address(what: str, address: str) -> None:
     """
     if not address.startswith(("http://", "https://")):
         raise ConfigurationError(f"{what} must begin with http:// or https://; write the scheme before the host")
-    if _PRINTABLE.fullmatch(address) is None:
+    if re.fullmatch(_PRINTABLE, address) is None:
         raise ConfigurationError(
             f"{what} has a space or a character that is not ASCII; write a host's name in punycode"
         )
@@ -47,7 +47,7 @@ def check_address(what: str, address: str) -> None:
     if parts.query or parts.fragment or address.endswith(("?", "#")):
         raise ConfigurationError(f"{what} has a query or a fragment; write scheme, host, port and a prefix at most")
     bracketed = "[" in parts.netloc or "]" in parts.netloc
-    if not (_is_ipv6(host) and _BRACKETED.search(parts.netloc) if bracketed else _is_name(host)):
+    if not (_is_ipv6(host) and re.search(_BRACKETED, parts.netloc) if bracketed else _is_name(host)):
         raise ConfigurationError(f"{what} has the host {host!a}, which is none; write a name or an IP address")
 
 
@@ -68,4 +68,4 @@ def _is_name(host: str) -> bool:
         except ValueError:
             return False
         return True
-    return len(host) <= _MAX_NAME and all(_LABEL.fullmatch(label) for label in labels)
+    return len(host) <= _MAX_NAME and all(re.fullmatch(_LABEL, label) for label in labels)

@@ -41,7 +41,7 @@ _ASIDE: Final = 10_000
 #: Seconds before a task that the queue does not take is read again; at first it is ``_LOOK_SECONDS``, and each time twice as long.
 _LONGEST_PAUSE: Final = 600.0
 
-_URL: Final = re.compile(r"datastore://([A-Za-z0-9:.-]{1,100})(?:/([A-Za-z0-9-]{1,100}|\(default\)))?/?")
+_URL: Final = r"datastore://([A-Za-z0-9:.-]{1,100})(?:/([A-Za-z0-9-]{1,100}|\(default\)))?/?"
 
 
 def import_entities() -> ModuleType:
@@ -74,7 +74,7 @@ def parse(url: str) -> Address:
         ConfigurationError: It is malformed.
         MissingExtra: google-cloud-ndb is not installed.
     """
-    match = _URL.fullmatch(url)
+    match = re.fullmatch(_URL, url)
     if match is None:
         raise ConfigurationError(
             "an outbox in Datastore is written datastore://PROJECT or datastore://PROJECT/DATABASE"

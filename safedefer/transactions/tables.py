@@ -34,7 +34,7 @@ _TEXT: Final = frozenset({"25", "1043"})
 _NUMBER: Final = frozenset({"701"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Form:
     """The columns and indexes of one of the tables."""
 

@@ -45,7 +45,7 @@ DEFENCES = [
     ("delivery/handler.py", "if hints.encoding is not None:", "if False:", HANDLER),
     ("delivery/handler.py", "if kind not in CONTENT_TYPES:", "if False:", HANDLER),
     ("delivery/handler.py", "_REFUSED_BODY)", "reason.encode())", HANDLER),
-    ("delivery/redaction.py", "_DOTTED.sub(_blank, text)", "text", HANDLER),
+    ("delivery/redaction.py", "re.sub(_DOTTED, _blank, text)", "text", HANDLER),
     ("delivery/handler.py", "            del rejection", "            pass", HANDLER),
     ("web/body.py", "async with asyncio.timeout(BODY_TIMEOUT):", "if True:", HANDLER),
     ("web/body.py", "if len(body) > limit:", "if False:", HANDLER),

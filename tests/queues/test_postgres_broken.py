@@ -560,12 +560,12 @@ def test_a_server_that_stands_still_after_the_login_holds_nobody_longer_than_a_c
 
 
 def test_without_room_for_a_thread_the_queue_says_so_and_serves_later(server, monkeypatch):
-    def no_room(thread):
+    def no_room(work):
         raise RuntimeError("can't start new thread")  # CPython's words
 
     with contextlib.closing(PostgresQueue(server.dsn())) as queue:
         with monkeypatch.context() as patched:
-            patched.setattr(threading.Thread, "start", no_room)
+            patched.setattr(postgres_store, "PlainThread", no_room)
             with pytest.raises(QueueUnavailable, match="allow the process more threads"):
                 queue.stats(now=time.time())
         queue.enqueue_many([task_now()])

@@ -120,13 +120,12 @@ def test_a_closed_queue_does_not_open_the_file_again(queue):
 
 
 def test_a_queue_that_nobody_refers_to_is_closed(path):
-    before = set(threading.enumerate())  # another test's may be about to end
     queue = SQLiteQueue(path)
-    queue.enqueue_many([make_task()])
-    (writer,) = [thread for thread in set(threading.enumerate()) - before if thread.name == "safedefer-writer"]
+    writer = queue._writer
+    writer.submit(lambda _connection: None).result(30)
+    assert writer._serving.locked()
     del queue
-    writer.join(30)
-    assert not writer.is_alive()
+    _until(lambda: not writer._serving.locked())
     assert not (path.parent / "tasks.db-wal").exists()
 
 
@@ -359,7 +358,7 @@ def test_threads_share_commits_and_one_failure_spoils_no_other(queue, path):
         _until(queue._writer._handle._lock.locked)
         good = [pool.submit(queue.enqueue_many, [make_task()]) for _ in range(10)]
         bad = [pool.submit(queue.enqueue_many, [make_task(name="taken")]) for _ in range(9)]
-        _until(lambda: len(queue._writer._pending) == 19)
+        _until(lambda: queue._writer._pending.qsize() == 18)  # the writer's thread has one
         counter = threading.Thread(target=count)
         counter.start()
         blocker.execute("COMMIT")

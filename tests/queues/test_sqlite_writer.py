@@ -51,7 +51,7 @@ def test_a_lone_caller_needs_no_other_thread_and_the_file_is_closed_all_the_same
     queue = SQLiteQueue(path)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(queue.enqueue_many, [make_task()]).result(60.0)
-    assert queue._writer._thread is None
+    assert not queue._writer._serving.locked()
     assert path.with_name(f"{path.name}-wal").exists()
     queue.close()
     assert not path.with_name(f"{path.name}-wal").exists()
@@ -73,7 +73,7 @@ def test_callers_that_come_while_a_lone_caller_works_share_the_next_transaction(
         first = pool.submit(queue._writer.run, hold)
         assert begun.wait(60.0)
         others = [pool.submit(queue.enqueue_many, [make_task()]) for _ in range(8)]
-        until(lambda: len(queue._writer._pending) == 8)
+        until(lambda: queue._writer._pending.qsize() == 7)  # its thread has one
         monkeypatch.setattr(_Batch, "run", count)
         go_on.set()
         for run in (first, *others):
@@ -148,7 +148,7 @@ def hold(connection):
 caller = threading.Thread(target=queue._writer.run, args=(hold,))
 caller.start()
 begun.wait(60)
-assert queue._writer._thread is None
+assert not queue._writer._serving.locked()
 threading.Timer(0.05, go_on.set).start()
 child = os.fork()
 queue.enqueue_many([make_task(id=f"{child:032d}")])

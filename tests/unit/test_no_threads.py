@@ -13,10 +13,12 @@ from kombu.asynchronous import Hub
 
 from safedefer import Policy
 from safedefer.concurrency.aside import Aside
+from safedefer.concurrency.plain_threads import PlainThread
 from safedefer.concurrency.threads import Threads
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.base import TaskState
 from safedefer.queues.celery.acknowledging import Acknowledgements, Answered
+from safedefer.queues.sqlite import writer
 from safedefer.transactions.relay import Relay
 from tests import sample_tasks as tasks
 from tests.unit.apps import handle, make_app, until
@@ -36,7 +38,14 @@ class Full:
                 raise RuntimeError("can't start new thread")  # CPython's words
             start(thread)
 
+        def start_writer(work):
+            if "safedefer-writer" in self.names:
+                self.refused.append("safedefer-writer")
+                raise RuntimeError("can't start new thread")
+            return PlainThread(work)
+
         monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+        monkeypatch.setattr(writer, "PlainThread", start_writer)
 
 
 @pytest.fixture
@@ -116,16 +125,16 @@ def test_a_task_without_a_thread_fails_and_does_not_run_beside_its_retry(app, fu
 
 def test_what_waits_when_the_process_forks_gets_the_error(app, full):
     """The writer's thread ends before a fork and begins again after it; between the two another thread submits."""
-    writer = app.queue._writer
-    writer.submit(lambda connection: None).result(60)
-    writer.before_fork()
-    waiting = writer.submit(lambda connection: "done")
+    own = app.queue._writer
+    own.submit(lambda connection: None).result(60)
+    own.before_fork()
+    waiting = own.submit(lambda connection: "done")
     full.names = ("safedefer-writer",)
-    writer.after_fork_in_parent()
+    own.after_fork_in_parent()
     with pytest.raises(QueueUnavailable, match="no thread can be started"):
         waiting.result(60)
     full.names = ()
-    assert writer.submit(lambda connection: "done").result(60) == "done"
+    assert own.submit(lambda connection: "done").result(60) == "done"
 
 
 def test_a_real_fork_without_a_thread_leaves_the_queue_usable(app, full):
@@ -227,13 +236,19 @@ def running(name):
 
 
 def test_a_start_that_is_interrupted_leaves_one_writer(app, monkeypatch):
-    before = {*running("safedefer-writer")}
-    interrupt(monkeypatch, "safedefer-writer")
+    started = []
+
+    def start_and_interrupt(work):
+        started.append(PlainThread(work))
+        if len(started) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "PlainThread", start_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         app.queue._writer.submit(lambda connection: None)
-    for _ in range(2):
-        assert app.queue._writer.submit(lambda connection: "done").result(60) == "done"
-    assert len({*running("safedefer-writer")} - before) == 1
+    ran_by = {app.queue._writer.submit(lambda connection: threading.get_ident()).result(60) for _ in range(20)}
+    assert len(ran_by) == 1
+    assert len(started) == 2
 
 
 def test_a_start_that_is_interrupted_leaves_one_thread_for_outboxes(monkeypatch):
@@ -284,11 +299,11 @@ def test_a_start_that_is_interrupted_leaves_one_thread_for_notices(app, monkeypa
 
 
 def test_each_caller_that_waits_in_a_fork_gets_an_error_of_its_own(app, full):
-    writer = app.queue._writer
-    writer.before_fork()
-    waiting = [writer.submit(lambda connection: "done") for _ in range(2)]
+    own = app.queue._writer
+    own.before_fork()
+    waiting = [own.submit(lambda connection: "done") for _ in range(2)]
     full.names = ("safedefer-writer",)
-    writer.after_fork_in_parent()
+    own.after_fork_in_parent()
     first, second = (future.exception(60) for future in waiting)
     assert str(first) == str(second)
     assert first is not second

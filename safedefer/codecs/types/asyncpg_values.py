@@ -10,14 +10,14 @@ from safedefer.codecs.packs import Pack, PackedType
 from safedefer.codecs.shared import Refusal
 
 _MODULE: Final = "asyncpg.pgproto.pgproto"
-_TEXT: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_TEXT: Final = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 
 
 def _types() -> tuple[PackedType, ...]:
     uuid: Any = sys.modules[_MODULE].UUID
 
     def decode(text: Any) -> object:
-        if type(text) is not str or _TEXT.fullmatch(text) is None:
+        if type(text) is not str or re.fullmatch(_TEXT, text) is None:
             raise Refusal("$asyncpg_uuid is the text of a UUID")
         return uuid(text)
 

@@ -146,7 +146,7 @@ class CeleryEngine:
     def __init__(self, celery: Celery) -> None:
         self.celery = celery
         self._serves: WorkerHandler | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may defer at any point
         self._producers: Any = None
         self._pid = 0
         self._closed = False

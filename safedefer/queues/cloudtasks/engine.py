@@ -80,7 +80,7 @@ class CloudTasks:
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
         self.address: CloudTasksAddress = CloudTasksAddress.parse(url)
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may defer at any point
         self._client: CloudTasksClient | None = None
         self._sender: SenderCheck | None = None
         register_fork(self)

@@ -101,7 +101,7 @@ class Producers:
     def _take(self, deadline: float) -> _Connection:
         with self._changed:
             while not self._closed:
-                if self._idle:
+                with contextlib.suppress(IndexError):  # asked for at once: a signal handler may take the last one
                     return self._idle.pop()[1]
                 if self._open < self._most:
                     self._open += 1
@@ -148,11 +148,9 @@ class Producers:
 
     def _oldest(self) -> Any:
         """Remove the connection that was idle longest and return it, if that was ``_IDLE_SECONDS`` or more; else None."""
-        since, connection = self._idle[0]
-        if time.monotonic() - since < _IDLE_SECONDS:
+        if not self._idle or time.monotonic() - self._idle[0][0] < _IDLE_SECONDS:
             return None
-        self._idle.popleft()
-        return connection
+        return self._idle.popleft()[1]
 
     def _one_less(self) -> None:
         with self._changed:

@@ -18,6 +18,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from safedefer.concurrency.plain_threads import PlainThread
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.addresses import place
 from safedefer.queues.postgres.errors import BROKEN, CONNECT_SECONDS, closed
@@ -67,16 +68,15 @@ class Connections:
         self._listening = False
         self._listen_task: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="safedefer-postgres", daemon=True)
         try:
-            self._thread.start()
+            self._thread = PlainThread(self._loop.run_forever)
         except RuntimeError as error:
             self._loop.close()
             raise QueueUnavailable(
                 f"no thread can be started for the queue's connections ({error}); allow the process more threads"
             ) from error
         self.producers: Producers = Producers(dsn, producers, STATEMENTS.enqueue, SQL["stored"], SQL["uniques_free"])
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may defer at any point
         self._closed = False
         try:
             self.marker, self.lease_seconds = self.wait_for(self._start())
@@ -145,8 +145,7 @@ class Connections:
         with contextlib.suppress(*BROKEN, RuntimeError):
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(CONNECT_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CONNECT_SECONDS)
-        if not self._thread.is_alive():
+        if self._thread.join(CONNECT_SECONDS):
             self._loop.close()
 
     async def _stop(self) -> None:
@@ -196,7 +195,7 @@ class PostgresStore:
         _stores.add(self)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # as above
         self._connections: Connections | None = None
         self._loops: dict[asyncio.AbstractEventLoop, _LoopPools] = {}
         self._failed: tuple[float, QueueUnavailable | None] = (0.0, None)
@@ -232,16 +231,25 @@ class PostgresStore:
         with self._lock:
             if self._closed:
                 raise closed(self.dsn)
-            if self._connections is None:
-                since, error = self._failed
-                if error is not None and since >= asked:  # an attempt failed while this thread waited for the lock
-                    raise QueueUnavailable(str(error)) from error
-                try:
-                    self._connections = Connections(self.dsn, *self._sizes, watch=self.watch)
-                except QueueUnavailable as again:
-                    self._failed = time.monotonic(), again
-                    raise
-            return self._connections
+            if self._connections is not None:
+                return self._connections
+            since, error = self._failed
+            if error is not None and since >= asked:  # an attempt failed while this thread waited for the lock
+                raise QueueUnavailable(str(error)) from error
+            try:
+                made = Connections(self.dsn, *self._sizes, watch=self.watch)
+            except QueueUnavailable as again:
+                self._failed = time.monotonic(), again
+                raise
+            kept = self._keep(made)
+            if kept is not made:  # a signal handler has connected meanwhile
+                made.close()
+            return kept
+
+    def _keep(self, made: Connections) -> Connections:
+        if self._connections is None:
+            self._connections = made
+        return self._connections
 
     def open_patiently(self, seconds: float) -> Connections:
         """Do what ``open`` does, and wait so many seconds for a server that restarts."""

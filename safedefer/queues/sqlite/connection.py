@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 import time
 from typing import TYPE_CHECKING, Final
@@ -93,11 +94,14 @@ def forked(path: str) -> QueueUnavailable:
 
 
 def _create_file(path: str) -> None:
-    # O_EXCL: opening and closing a file that a connection of this process has open would drop its
-    # locks (POSIX). Mode 0600, because signed tokens are worth stealing; SQLite gives its mode to
-    # the write-ahead log.
+    # Without opening it: to close a file that a connection of this process has open would drop its locks (POSIX). Mode 0600,
+    # because signed tokens are worth stealing; SQLite gives its mode to the write-ahead log.
     with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        try:
+            os.mknod(path, stat.S_IFREG | 0o600)
+        except PermissionError:  # macOS lets only root do this
+            with _creating:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
 
 def _migrate(connection: apsw.Connection, path: str) -> None:
@@ -161,14 +165,13 @@ def open_connection(path: str, *, busy_timeout: float) -> apsw.Connection:
 def _try_to_open(path: str, *, busy_timeout: float) -> apsw.Connection:
     connection: apsw.Connection | None = None
     try:
-        with _creating:
-            _create_file(path)
-            check_file(path)
-            connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE, statementcachesize=_STATEMENTS)
-            connection.set_busy_handler(_patience(busy_timeout))
-            _configure(connection, path)
-            _migrate(connection, path)
-            check_schema(connection, path, _make_tables)
+        _create_file(path)
+        check_file(path)
+        connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE, statementcachesize=_STATEMENTS)
+        connection.set_busy_handler(_patience(busy_timeout))
+        _configure(connection, path)
+        _migrate(connection, path)
+        check_schema(connection, path, _make_tables)
     except BaseException:
         _close_quietly(connection)
         raise
@@ -220,15 +223,17 @@ def _close_quietly(connection: apsw.Connection | None) -> None:
 class Handle:
     """A connection that is opened when first used, by one thread at a time.
 
-    Whoever makes one registers it, or something that passes the calls on, with ``register_fork``.
+    Whoever makes one registers it, or something that passes the calls on, with ``register_fork``. ``make_file`` is called before it
+    opens the file.
     """
 
-    def __init__(self, path: str, *, busy_timeout: float) -> None:
+    def __init__(self, path: str, *, busy_timeout: float, make_file: Callable[[], None] | None = None) -> None:
         self.path = path
         self._busy_timeout = busy_timeout
+        self._make_file = make_file
         self._lock = threading.Lock()
-        self._user = 0
-        """The thread that has the connection; 0 while none has, though a fork or a close may hold the lock."""
+        self._users: set[int] = set()
+        """The threads that have the connection or wait for it, or fork the process."""
         self._connection: apsw.Connection | None = None
         self._pid = 0
         self._closed = False
@@ -237,19 +242,32 @@ class Handle:
     @contextlib.contextmanager
     def use(self) -> Iterator[apsw.Connection]:
         """Give the connection to this thread alone; SQLite's errors become ``QueueUnavailable``."""
+        user = threading.get_ident()
+        if user in self._users:
+            raise QueueUnavailable(
+                "the queue was called from within one of its own operations, or a fork; call it later"
+            )
+        self._users.add(user)
         try:
+            if self._connection is None and self._make_file is not None:
+                self._make_file()
             with self._lock:
-                self._user = threading.get_ident()
                 try:
-                    connection = self._current()
-                    yield connection
+                    yield self._current()
                 except apsw.Error as error:
                     self._discard_after(error)
                     raise unavailable(self.path, error) from error
-                finally:
-                    self._user = 0
         finally:
+            self._users.discard(user)
             self._drop_if_closed()
+
+    @property
+    def is_unmade(self) -> bool:
+        """Whether there is no file, or an empty one."""
+        try:
+            return os.stat(self.path).st_size == 0  # noqa: PTH116 - as in ``_stat``
+        except OSError:
+            return True
 
     @property
     def in_use(self) -> bool:
@@ -258,8 +276,8 @@ class Handle:
 
     @property
     def in_use_here(self) -> bool:
-        """Whether this thread has it, further up its stack."""
-        return self._user == threading.get_ident()
+        """Whether this thread has it, or waits for it, further up its stack: a signal handler or a finalizer asks."""
+        return threading.get_ident() in self._users
 
     def wait(self) -> None:
         """Wait until no thread has the connection, once."""
@@ -321,15 +339,18 @@ class Handle:
 
     def before_fork(self) -> None:
         """Wait until nobody uses the connection, and close it."""
+        self._users.add(threading.get_ident())
         self._lock.acquire()
         self._drop()
 
     def after_fork_in_parent(self) -> None:
         """Let it be used again."""
         self._lock.release()
+        self._users.discard(threading.get_ident())
         self._drop_if_closed()
 
     def after_fork_in_child(self) -> None:
         """Let it be used again."""
         self._lock.release()
+        self._users.clear()
         self._drop_if_closed()

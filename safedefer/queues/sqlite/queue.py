@@ -111,9 +111,10 @@ class SQLiteQueue:
         self._dead_limit = dead_limit
         self._next_prune = float("-inf")
         self._writer = Writer(self._path, busy_timeout=busy_timeout)
-        self._reader = Handle(self._path, busy_timeout=busy_timeout)
+        make_file = self._writer.make_file
+        self._reader = Handle(self._path, busy_timeout=busy_timeout, make_file=make_file)
         register_fork(self._reader)
-        self._watch = FileWatch(self._path, busy_timeout=busy_timeout)
+        self._watch = FileWatch(self._path, busy_timeout=busy_timeout, make_file=make_file)
         self._sync_log = LogSync(self._path)
         self._ledger = SQLiteLedger(self._writer, self._reader, self._sync_log)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
@@ -378,6 +379,8 @@ class SQLiteQueue:
 
     def _read(self, look: Callable[[apsw.Connection], T]) -> T:
         """Read in one snapshot. Values that cannot be read are repaired first."""
+        if self._reader.in_use_here:  # a signal handler that reads while its thread does
+            return self._writer.run(look)
         try:
             return self._read_once(look)
         except (UnicodeDecodeError, BadValue):

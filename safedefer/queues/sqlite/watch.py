@@ -11,12 +11,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from safedefer.concurrency.forks import register_fork
 from safedefer.queues.sqlite import bell, operations
 from safedefer.queues.sqlite.connection import Handle
 from safedefer.queues.sqlite.repair import BadValue
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 INTERVAL: Final = 0.010
 """Seconds between two looks of who cannot hear the bell: what another process enqueues is noticed within about this time."""
@@ -42,11 +45,11 @@ _BACKSTOP: Final = 0.1
 class FileWatch:
     """Knows the newest task, and wakes whoever waits for a newer one."""
 
-    def __init__(self, path: str, *, busy_timeout: float) -> None:
+    def __init__(self, path: str, *, busy_timeout: float, make_file: Callable[[], None] | None = None) -> None:
         self._path = path
         self._log_path = f"{path}-wal"
         self._bell_path = bell.bell_path(path)
-        self._handle = Handle(path, busy_timeout=busy_timeout)
+        self._handle = Handle(path, busy_timeout=busy_timeout, make_file=make_file)
         self._forget()
         register_fork(self)
 

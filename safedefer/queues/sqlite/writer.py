@@ -7,7 +7,8 @@ has returned.
 
 A caller that nobody competes with runs its operation itself, which saves two changes of threads. Its thread must not
 come back here before that ends: only this thread could end it. Signal handlers run at any point of the main thread, and
-may defer. So where one is installed, the main thread leaves its operations to the writer's.
+may defer. So where one is installed, the main thread leaves its operations to the writer's, and hands them over without a lock:
+the writer would wait for one that the main thread holds further up its stack.
 
 What must survive a power cut is synced. What need not be (a lease, a run that begins: the task is due
 again, and the ledger of what ended is synced) waits for the next sync: the log is one, and keeps its order.
@@ -23,13 +24,16 @@ import threading
 from _signal import getsignal  # type: ignore[import-not-found]
 from collections import deque
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import apsw
 
 from safedefer.concurrency.forks import register_fork
 from safedefer.concurrency.per_loop import PerLoop
+from safedefer.concurrency.plain_threads import PlainThread
 from safedefer.concurrency.results import LoopResults
 from safedefer.errors import QueueUnavailable
 from safedefer.queues.sqlite.connection import Handle, forked, unavailable
@@ -45,6 +49,7 @@ T = TypeVar("T")
 _BATCH: Final = 256
 #: Somebody wrote a value that its column does not take, and now it would have been copied, or calculated with.
 _OF_VALUES: Final = (apsw.SQLITE_CONSTRAINT_DATATYPE, apsw.SQLITE_CONSTRAINT_NOTNULL)
+_CLOSED: Final = "the queue is closed; open a new one"
 
 #: What is to be done, who takes its result or its error, and whether it must be synced.
 _Operation = tuple["Callable[[apsw.Connection], Any]", "Callable[[Any, BaseException | None], None]", bool]
@@ -66,16 +71,25 @@ class Writer:
         register_fork(self)
 
     def _begin(self) -> None:
-        self._changed = threading.Condition()
-        self._pending: deque[_Operation] = deque()
+        self._pending: SimpleQueue[tuple[_Operation, bool] | None] = SimpleQueue()
+        """What is to be done, and whether it is urgent; None wakes the thread, which then sees that it is to end."""
         self._urgent: deque[_Operation] = deque()
-        """Those that others wait for."""
+        """Those that others wait for, which the thread has taken."""
+        self._others: deque[_Operation] = deque()
         self._was_urgent = False
-        """Whether the last transaction was of these."""
-        self._thread: threading.Thread | None = None
+        """Whether the last transaction was of urgent ones."""
+        self._serving = threading.Lock()
+        """Held by the thread that does it, and by one that forks: of several that were started, one goes on."""
+        self._server = 0
+        self._forks = 0
+        self._started = -1
+        """The number of forks when the thread was started: each of them ends it."""
         self._pid = 0
-        self._pausing = False
         self._closed = False
+        self._ended = False
+        """Whether nothing is done any more: who hands something over after that has to take it back."""
+        self._forker = 0
+        """The thread that forks the process; 0: none."""
 
     def run(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> T:
         """Run ``action`` in a transaction, and return its result once that is committed.
@@ -93,14 +107,20 @@ class Writer:
         result: T = answer.wait()
         return result
 
+    def make_file(self) -> None:
+        """Make the file in the writer's thread, where a signal handler could interrupt this one: it would wait for what is half made."""
+        if _is_interruptible() and self._handle.is_unmade:
+            self.run(lambda _connection: None)
+
     def _is_free(self) -> bool:
         """Whether this thread can run an operation itself. Two that ask at once take turns at the connection."""
-        if self._handle.in_use_here:
-            # A finalizer or a log handler, within an operation: it cannot be waited for.
-            raise QueueUnavailable("the queue was called from within one of its own operations; call it later")
-        with self._changed:
-            self._check()
-            free = not (self._pending or self._urgent or self._pausing or self._handle.in_use)
+        if self._handle.in_use_here or self._forker == threading.get_ident():
+            # A finalizer, a log handler or a signal handler, within an operation or a fork: it cannot be waited for.
+            raise QueueUnavailable(
+                "the queue was called from within one of its own operations, or a fork; call it later"
+            )
+        self._check()
+        free = self._is_idle and not (self._forker or self._handle.in_use)
         return free and not _is_interruptible()
 
     def submit(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> Future[T]:
@@ -122,17 +142,17 @@ class Writer:
         return future
 
     def _put(self, operation: _Operation, *, urgent: bool = False) -> None:
-        with self._changed:
-            self._check()
-            if self._thread is None:
-                self._start()
-            (self._urgent if urgent else self._pending).append(operation)
-            self._changed.notify()
+        self._check()
+        self._pending.put((operation, urgent))
+        if self._ended:
+            self._refuse(_CLOSED)
+        elif self._started != self._forks:
+            self._start()
 
     def _check(self) -> None:
         if self._closed:
-            raise QueueUnavailable("the queue is closed; open a new one")
-        if self._thread is not None and self._pid != os.getpid():
+            raise QueueUnavailable(_CLOSED)
+        if self._pid not in {0, os.getpid()}:
             raise forked(self._handle.path)
 
     def close(self, *, wait: bool = True) -> None:
@@ -140,86 +160,105 @@ class Writer:
 
         Without ``wait``, the writer's own thread does so after this returned; see ``Handle.close``.
         """
-        with self._changed:
-            self._closed = True
-            has_thread = self._thread is not None  # it closes the connection
-            if not wait:
-                self._thread = None
-                self._changed.notify()
-        if wait:
-            self._rest()
-        if not has_thread:
-            self._handle.close(wait=wait and not self._handle.in_use_here)
+        self._closed = True
+        self._pending.put(None)
+        is_within = self._handle.in_use_here or self._server == threading.get_ident()
+        if wait and not is_within and self._pid in {0, os.getpid()}:
+            self._work(wait=True)
+        elif not self._serving.locked():
+            self._handle.close(wait=False)
 
     def _start(self) -> None:
-        """Start the thread. Hold the lock."""
-        if self._pausing:
-            return
-        # A daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
-        thread = threading.Thread(target=self._work, name="safedefer-writer", daemon=True)
-        self._thread, self._pid = thread, os.getpid()  # first: Ctrl-C may come when it runs, and there must be one only
+        """Start the thread. One too many ends at once: a signal handler may start one in the middle of this."""
+        forks, self._pid = self._forks, os.getpid()
         try:
-            thread.start()
+            # As a daemon: a process that forgets close() ends all the same, and what was acknowledged is stored.
+            PlainThread(self._work)
         except RuntimeError as error:
-            self._thread = None
-            raise QueueUnavailable(
-                f"no thread can be started to write to the queue ({error}); allow the process more threads"
-            ) from error
+            self._refuse(f"no thread can be started to write to the queue ({error}); allow the process more threads")
+        else:
+            self._started = forks
 
-    def _work(self) -> None:
-        while batch := self._next_batch():
-            _Batch(self._handle, self._synced, batch).run()
-        if self._closed:
-            # Here and not in close(): the garbage collector may call that one within this thread.
-            self._handle.close()
+    def _work(self, *, wait: bool = False) -> None:
+        serving = self._serving
+        if not serving.acquire(blocking=wait):
+            return
+        self._server = threading.get_ident()
+        try:
+            while batch := self._next_batch():
+                _Batch(self._handle, self._synced, batch).run()
+            if self._closed and not self._forker:
+                self._ended = True
+                self._refuse(_CLOSED)
+                # Here and not in close(): the garbage collector may call that one within this thread.
+                self._handle.close()
+        finally:
+            self._server = 0
+            serving.release()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._pending.empty() and not (self._urgent or self._others)
 
     def _next_batch(self) -> list[_Operation]:
-        with self._changed:
-            while not self._pending and not self._urgent and not self._pausing and not self._closed:
-                self._changed.wait()
-        self._handle.wait()  # for a lone caller: operations gather meanwhile
-        with self._changed:
-            if self._pausing:
-                return []
+        """Return what is to be done next, after a wait if needed; nothing if the thread is to end."""
+        while not self._forker and not (self._closed and self._is_idle):
+            if not (self._urgent or self._others):
+                self._sort(self._pending.get())
+            self._handle.wait()  # for a lone caller: operations gather meanwhile
+            self._sort_all()
             # In turn, where both come all the time.
-            self._was_urgent = bool(self._urgent) and not (self._was_urgent and self._pending)
-            source = self._urgent if self._was_urgent else self._pending
-            return [source.popleft() for _ in range(min(_BATCH, len(source)))]
+            self._was_urgent = bool(self._urgent) and not (self._was_urgent and self._others)
+            source = self._urgent if self._was_urgent else self._others
+            if source:
+                return [source.popleft() for _ in range(min(_BATCH, len(source)))]
+        return []
 
-    def _rest(self) -> None:
-        with self._changed:
-            thread, self._thread = self._thread, None
-            self._changed.notify()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+    def _sort(self, taken: tuple[_Operation, bool] | None) -> None:
+        if taken is not None:
+            operation, urgent = taken
+            (self._urgent if urgent else self._others).append(operation)
+
+    def _sort_all(self) -> None:
+        with suppress(Empty):
+            for _ in range(self._pending.qsize()):
+                self._sort(self._pending.get_nowait())
+
+    def _refuse(self, why: str) -> None:
+        self._sort_all()
+        for operations in (self._urgent, self._others):
+            with suppress(IndexError):  # there are no more
+                while True:
+                    _, answer, _ = operations.popleft()
+                    answer(None, QueueUnavailable(why))  # one for each caller: a traceback belongs to one thread
 
     def before_fork(self) -> None:
         """End the thread after its batch: the child has no copy of it."""
-        with self._changed:
-            self._pausing = True
-        self._rest()
+        self._forker = threading.get_ident()
+        if self._server != self._forker:
+            if self._serving.locked():
+                self._pending.put(None)
+            self._serving.acquire()
         self._handle.before_fork()
 
     def after_fork_in_parent(self) -> None:
         """Go on with what is pending."""
         self._handle.after_fork_in_parent()
-        with self._changed:
-            self._pausing = False
-            if self._pending or self._urgent:
-                try:
-                    self._start()
-                except QueueUnavailable as error:
-                    for operations in (self._urgent, self._pending):
-                        while operations:
-                            _, answer, _ = operations.popleft()
-                            answer(None, QueueUnavailable(str(error)))  # a traceback belongs to one thread
+        if self._server != self._forker:
+            self._serving.release()
+        self._forker, self._forks = (
+            0,
+            self._forks + 1,
+        )  # in this order: who sees the new number starts a thread that stays
+        if not self._ended and (self._closed or not self._is_idle):
+            self._start()
 
     def after_fork_in_child(self) -> None:
         """Begin with nothing: what is pending is the parent's."""
-        self._handle.after_fork_in_child()
         closed = self._closed
         self._begin()
         self._closed = closed
+        self._handle.after_fork_in_child()
 
 
 class _Synced:

@@ -18,7 +18,7 @@ from safedefer.transactions.databases.base import AwaitedConnection, Opener, Sou
 
 __all__ = ["AwaitedConnection", "Opener", "Source", "opener_of", "run_now", "source_of", "split_schema"]
 
-_SCHEMA: Final = re.compile(r"(?<=[?&])schema=([^&#]*)&?")
+_SCHEMA: Final = r"(?<=[?&])schema=([^&#]*)&?"
 
 
 def _sqlite3(connection: object) -> Source | None:
@@ -104,7 +104,7 @@ def split_schema(url: str) -> tuple[str, str | None]:
 
     It is ours: ``postgresql://shop@db/shop?schema=sales`` is the outbox in the schema ``sales``. A SQLite file has none.
     """
-    found = _SCHEMA.search(url)
+    found = re.search(_SCHEMA, url)
     if found is None or url.startswith("sqlite"):
         return url, None
     return (url[: found.start()] + url[found.end() :]).rstrip("?&"), unquote(found[1]) or None
