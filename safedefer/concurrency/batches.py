@@ -14,6 +14,9 @@ _R = TypeVar("_R")
 
 #: The most items in one call. It bounds the time that the first item waits for the last.
 _MOST: Final = 256
+#: Patient items wait for others until this many are there, or until so many seconds after the last call began.
+_ENOUGH: Final = 32
+_PATIENCE: Final = 0.005
 
 
 class Batches(Generic[_T, _R]):
@@ -38,22 +41,36 @@ class Batches(Generic[_T, _R]):
         self._unclaimed = unclaimed
         self._gathered: PerLoop[_Gathered[_T, _R]] = PerLoop(_Gathered)
 
-    def __call__(self, item: _T) -> asyncio.Future[_R]:
-        """Return a future of the result for ``item``, or of its call's error. Cancelling it leaves the item in."""
+    def __call__(self, item: _T, *, patient: bool = False) -> asyncio.Future[_R]:
+        """Return a future of the result for ``item``, or of its call's error. Cancelling it leaves the item in.
+
+        ``patient``: nothing waits for the result, and where calls follow each other the item may wait some milliseconds
+        for others. One that comes alone does not wait.
+        """
         gathered = self._gathered.here()
         future: asyncio.Future[_R] = gathered.loop.create_future()
         gathered.pending.append((item, future))
+        gathered.patient = patient and gathered.patient
         if not gathered.under_way:
             gathered.under_way = True
             # At the end of this turn of the loop: the items that it adds go into the same call.
             gathered.loop.call_soon(self._start, gathered)
+        elif gathered.timer is not None and not gathered.may_wait:
+            gathered.timer.cancel()
+            gathered.timer = gathered.loop.call_soon(self._start, gathered)
         return future
 
     def _start(self, gathered: _Gathered[_T, _R]) -> None:
-        batch, gathered.pending = gathered.pending[:_MOST], gathered.pending[_MOST:]
-        if not batch:
+        gathered.timer = None
+        if not gathered.pending:
             gathered.under_way = False
             return
+        now = gathered.loop.time()
+        if gathered.may_wait and now < gathered.began + _PATIENCE:
+            gathered.timer = gathered.loop.call_at(gathered.began + _PATIENCE, self._start, gathered)
+            return
+        batch, gathered.pending = gathered.pending[:_MOST], gathered.pending[_MOST:]
+        gathered.patient, gathered.began = True, now
         try:
             running = self._call([item for item, _ in batch], any(future.done() for _, future in batch))
         except Exception as error:  # noqa: BLE001  # the threads are closed, for example; all callers get the error
@@ -92,11 +109,22 @@ class Batches(Generic[_T, _R]):
 class _Gathered(Generic[_T, _R]):
     """What one event loop has gathered."""
 
-    __slots__ = ("loop", "pending", "running", "under_way")
+    __slots__ = ("began", "loop", "patient", "pending", "running", "timer", "under_way")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.pending: list[tuple[_T, asyncio.Future[_R]]] = []
+        self.patient = True
+        """Whether all that is pending is."""
         self.under_way = False
+        self.began = float("-inf")
+        """When the last call began, in the loop's time."""
+        self.timer: asyncio.Handle | None = None
+        """What begins the next call, while its items wait for others."""
         self.running: asyncio.Future[Sequence[_R]] | None = None
         """The call under way, which else nothing may refer to."""
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the pending items may wait for others."""
+        return self.patient and len(self.pending) < _ENOUGH

@@ -53,9 +53,8 @@ class Beat:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Call from now on, while the running event loop turns."""
-        loop = asyncio.get_running_loop()
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Call from now on, while the event loop turns, which runs in this thread."""
         if loop in self._turns and self._thread is not None:
             return
         with self._lock:

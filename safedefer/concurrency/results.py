@@ -15,16 +15,27 @@ class LoopResults:
         self.loop = loop
         self._done: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
         self._told = False
+        self.watched = False
+        """Whether the loop looks by itself, within a millisecond, for what was added."""
 
     def put(self, future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
         """Hand over the result or error of a call, from any thread."""
+        self.add(future, result, error)
+        self.tell()
+
+    def add(self, future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+        """Hand it over without waking the loop: the caller does so soon, or the loop looks by itself."""
         self._done.append((future, result, error))
+
+    def tell(self) -> None:
+        """Have the loop deliver what was added, from any thread."""
         if not self._told:
             self._told = True
             with contextlib.suppress(RuntimeError):  # the loop is closed, and no caller waits
-                self.loop.call_soon_threadsafe(self._deliver)
+                self.loop.call_soon_threadsafe(self.deliver)
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
+        """Complete the futures of what was added, in their loop."""
         # First: a result appended from now on is either taken below, or its thread schedules another delivery.
         self._told = False
         while self._done:

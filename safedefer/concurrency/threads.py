@@ -3,6 +3,10 @@
 A call has a thread to itself while it runs, as with any executor. The costly part is waking threads and event
 loops. So a thread that is awake takes the next waiting call itself; it wakes a second thread when it begins a call
 while others wait; and all results that are ready go back to the event loop in one wake-up.
+
+While calls are brief, one thread makes those that wait one after the other, and wakes the loop after the last of them. The
+loop looks every millisecond whether a call has ended meanwhile. If none has, it takes what results there are, and other threads
+take the calls that wait, as they do while calls are longer.
 """
 
 from __future__ import annotations
@@ -25,6 +29,12 @@ _T = TypeVar("_T")
 
 #: Seconds that an idle thread waits for a call before it ends.
 _LINGER: Final = 0.1
+#: Calls that take so many seconds of late, on average, are brief: one thread makes as many as an event loop can handle.
+_BRIEF: Final = 0.00025
+#: Seconds between two looks at brief calls: so long the others wait for one that lasts.
+_LOOK: Final = 0.001
+#: One in so many: the weight of a call in the average.
+_OF_LATE: Final = 16
 #: Seconds after which a thread that could not be started is asked for again.
 _AGAIN: Final = 0.1
 
@@ -70,6 +80,10 @@ class Threads:
         self._again_at = 0.0
         """When a thread that could not be started is asked for again, by the monotonic clock."""
         self._results: PerLoop[LoopResults] = PerLoop(LoopResults)
+        self._takes = _LOOK
+        """Seconds that a call takes, of late."""
+        self._ended = 0
+        """How many calls have ended."""
 
     def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
         """Return a future of the result of ``call``. Cancelling it cancels a call that has not begun.
@@ -83,8 +97,12 @@ class Threads:
             if self._closed:
                 raise RuntimeError("the threads were let go of")
             self._calls.append((call, future, results))
+            if self._is_brief and not results.watched:
+                results.watched = True
+                results.loop.call_later(_LOOK, self._look, results, self._ended)
             try:
-                self._wake_one()
+                if not (self._is_brief and self._awake > self._idle):
+                    self._wake_one()
             except RuntimeError:
                 self._calls.pop()  # its caller gets the error: it must not run later
                 raise
@@ -155,6 +173,23 @@ class Threads:
             self._awake += 1
             self._waking = True
 
+    @property
+    def _is_brief(self) -> bool:
+        return self._takes < _BRIEF
+
+    def _look(self, results: LoopResults, ended: int) -> None:
+        """Look, in the event loop, whether any call has ended since ``ended`` was counted; else let none wait for another."""
+        with self._lock:
+            if self._ended == ended and self._awake > self._idle:
+                self._takes = max(self._takes, _LOOK)
+                if self._calls:
+                    self._wake_one()
+            results.watched = self._is_brief and self._awake > self._idle
+            ended = self._ended
+        results.deliver()  # last: what a thread adds from now on, it tells of
+        if results.watched:
+            results.loop.call_later(_LOOK, self._look, results, ended)
+
     def _ask_again(self) -> None:
         now = time.monotonic()
         if now >= self._again_at:
@@ -180,10 +215,15 @@ class Threads:
             arrived = False
             call, future, results = taken
             if not future.cancelled():
+                began = time.monotonic()
                 try:
-                    results.put(future, call(), None)
+                    results.add(future, call(), None)
                 except BaseException as error:  # noqa: BLE001  # the caller gets any error
-                    results.put(future, None, error)
+                    results.add(future, None, error)
+                self._takes += (time.monotonic() - began - self._takes) / _OF_LATE
+            self._ended += 1
+            if not (self._is_brief and results.watched and self._calls):
+                results.tell()
             del call, future, results, taken  # they may be large, and the thread may wait long for the next call
 
     def _take(self, executor: ThreadPoolExecutor, *, arrived: bool) -> _Call | None:
@@ -199,7 +239,7 @@ class Threads:
                     return None
                 if self._calls:
                     taken = self._calls.popleft()
-                    if self._calls:
+                    if self._calls and not (self._is_brief and taken[2].watched):
                         self._wake_one()
                     return taken
                 if self._closed:

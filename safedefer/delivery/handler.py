@@ -406,7 +406,9 @@ class Delivery:
         self, request: HandlerRequest, execution: Execution, outcome: Outcome, status: int | None
     ) -> Awaitable[None]:
         """Store the end of a run before the answer goes out, also if the sender closes the connection meanwhile."""
-        return self._ledger_client.finish(self._end_of(request, execution, outcome, status))
+        end = self._end_of(request, execution, outcome, status)
+        # A dispatcher in this process has given the slot away, too.
+        return self._ledger_client.finish(end, patient=request.is_storing and request.ran is not None)
 
     def _end_of(self, request: HandlerRequest, execution: Execution, outcome: Outcome, status: int | None) -> RunEnd:
         record = request.record(_STATUS[outcome.result][1], status, outcome.reason, outcome.error, ended=self._clock())

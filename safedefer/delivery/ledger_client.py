@@ -91,14 +91,16 @@ class LedgerClient:
         """Store the record of an attempt that ended before the run began."""
         await self._in_thread(partial(self._ledger().record_many, (record,)))
 
-    async def finish(self, end: RunEnd) -> None:
+    async def finish(self, end: RunEnd, *, patient: bool = False) -> None:
         """Store the end of a run, also if the caller is cancelled meanwhile; try again if the storage fails.
+
+        ``patient``: nothing waits for it, and it may be stored some milliseconds later together with others.
 
         Raises:
             QueueUnavailable: The storage failed until the run's lease expired.
         """
         try:
-            await self.end(end)  # cancelled here, the end is stored all the same
+            await self.end(end, patient=patient)  # cancelled here, the end is stored all the same
         except QueueUnavailable as error:
             await asyncio.shield(self._finish_late(end, error))
 
@@ -196,9 +198,10 @@ class RunRenewal:
 
     def add(self, execution: Execution) -> None:
         """Extend the lease of a run from now on. Call it in a running event loop."""
-        self.beat.start()
-        self.looks.start()
-        self._runs[execution.owner] = _Extended(execution, self._count, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()  # once: it asks the system for the process, before Python 3.12
+        self.beat.start(loop)
+        self.looks.start(loop)
+        self._runs[execution.owner] = _Extended(execution, self._count, loop)
 
     def detach(self, execution: Execution) -> None:
         """Go on extending the lease of a run in a thread whose event loop is being closed, until ``remove``."""

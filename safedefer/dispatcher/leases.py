@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final, Protocol, TypeAlias
 
@@ -18,6 +19,9 @@ _log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: Seconds between two tries to settle.
 _SETTLE_AGAIN: Final = 0.5
+#: Seconds from the begin of one settle call to the next: what ends meanwhile is settled together. Nothing waits for it, but
+#: for a queue with a cap.
+_GATHER_SECONDS: Final = 0.005
 #: The most seconds between two tries to extend after an error.
 _EXTEND_AGAIN: Final = 1.0
 
@@ -90,7 +94,11 @@ class Leases:
         while True:
             await self._settle_now.wait()
             self._settle_now.clear()
+            began = time.monotonic()
             await self.flush()
+            gather = _GATHER_SECONDS - (time.monotonic() - began)
+            if gather > 0 and not self._makes_room:
+                await asyncio.sleep(gather)
 
     async def flush(self) -> None:
         """Settle all ended deliveries. After an error of the storage, try again."""
@@ -134,9 +142,10 @@ class Leases:
     async def keep_extending(self) -> None:
         """Extend all leases, three times in the length of one and from a thread of their own, until cancelled."""
         beat = Beat(self._extend, first=self._seconds / 3, name="safedefer-leases", hang_seconds=self._hang_seconds)
-        beat.start()
+        loop = asyncio.get_running_loop()
+        beat.start(loop)
         try:
-            await asyncio.get_running_loop().create_future()
+            await loop.create_future()
         finally:
             beat.stop()
 

@@ -169,6 +169,7 @@ class Dispatcher:
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
         self._threads: Threads | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._calls: LeaseCalls = ThreadedLeasing(queue, self._in_thread)
 
     def _begin(self) -> _RunState:
@@ -213,6 +214,7 @@ class Dispatcher:
             ConfigurationError: The queue cannot be used as it is, such as a database without tables.
         """
         self._threads = Threads(_THREADS, "safedefer-dispatcher")
+        self._loop = asyncio.get_running_loop()
         async with lease_calls(self._queue, self._in_thread) as self._calls:
             await self._work()
 
@@ -358,7 +360,8 @@ class Dispatcher:
     def _start_one(self, lease: Lease, waiting: list[Lease]) -> None:
         if self._deliver.several and not self._has_room(lease, waiting):
             return
-        delivery = asyncio.get_running_loop().create_task(self._deliver_one(lease))
+        assert self._loop is not None  # run() notes it
+        delivery = self._loop.create_task(self._deliver_one(lease))
         self._state.deliveries[lease.owner] = delivery
 
     def _end_suspect(self) -> None:

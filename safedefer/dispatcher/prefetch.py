@@ -22,7 +22,7 @@ _AHEAD_LEASES: Final = 3.0
 #: long where tasks hold the interpreter, and the slots are full of work then.
 _MOST_AHEAD_SECONDS: Final = 0.1
 #: The most tasks to lease ahead, as a multiple of the slots.
-_AHEAD_SLOTS: Final = 2
+_AHEAD_SLOTS: Final = 4
 
 
 class Prefetch:

@@ -14,7 +14,7 @@ from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.push import PushQueue
-from safedefer.queues.sqlite.pushed import LogSync
+from safedefer.queues.sqlite.log_sync import LogSync
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.postgres.server import fresh_database, shared_server
 from tests.queues.pushing import PushEngineInMemory
@@ -186,13 +186,19 @@ def test_the_ends_of_an_engine_that_syncs_before_it_acknowledges_are_not_synced_
         return await queue.ledger.here.finish_many([end(run(number))])
 
     committed = []
-    call = store._writer.call
-    store._writer.call = lambda action, *, durable=True: committed.append(durable) or call(action, durable=durable)
+    call, sync = store._writer.call, store.ledger.here._sync_log
+    store.ledger.here._sync_log = lambda: committed.append("sync") or sync()
+
+    def note(action, *, durable=True, **more):
+        committed.append(durable)
+        return call(action, durable=durable, **more)
+
+    store._writer.call = note
     assert list(asyncio.run(end_one(1))) == [True]
-    assert (queue.synced, committed) == (True, [False, True])
+    assert (queue.synced, committed) == (True, [False, False, "sync"])
     engine.syncs_before_ack = True
     assert list(asyncio.run(end_one(2))) == [True]
-    assert (queue.synced, committed[2:]) == (False, [False, False])
+    assert (queue.synced, committed[3:]) == (False, [False, False])
     queue.close()
 
 

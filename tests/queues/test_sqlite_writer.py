@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from safedefer.errors import QueueUnavailable
-from safedefer.ledger import Admission
+from safedefer.ledger import Admission, AttemptRecord, EndState
 from safedefer.queues.sqlite import operations
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from safedefer.queues.sqlite.writer import _Batch
@@ -29,6 +29,15 @@ def queue(path):
     queue = SQLiteQueue(path)
     yield queue
     queue.close()
+
+
+def record_of(run) -> AttemptRecord:
+    return AttemptRecord(run.task_id, run.audience, 100.0, 101.0, "succeeded", 200)
+
+
+def state_of(queue, run) -> object:
+    with queue._reader.use() as connection:
+        return connection.execute("SELECT state FROM safedefer_ledger WHERE task_id = ?", (run.task_id,)).get
 
 
 def until(condition) -> None:
@@ -154,6 +163,56 @@ assert len(take(queue)) == 2
 
 def test_a_fork_waits_for_a_lone_caller_and_both_sides_go_on(path):
     subprocess.run([sys.executable, "-c", FORK, path], timeout=60, check=True)
+
+
+def test_ends_are_committed_at_once_and_told_when_the_log_is_synced(queue):
+    """A sync takes as long as many commits: the writer goes on meanwhile."""
+    here, synced, task = queue.ledger.here, threading.Event(), make_task()
+    sync, run = here._sync_log, execution_of(task)
+
+    def wait_and_sync() -> None:
+        assert synced.wait(60.0)
+        sync()
+
+    here._sync_log = wait_and_sync
+
+    async def work() -> None:
+        await here.begin_many([run], now=100.0, lease=60.0)
+        ending = asyncio.ensure_future(here.finish_many([(run, EndState.SUCCEEDED, record_of(run))]))
+        await asyncio.to_thread(until, lambda: state_of(queue, run) == "succeeded")
+        assert list(await here.begin_many([run], now=100.0, lease=60.0)) == [Admission.DUPLICATE]
+        assert not ending.done()
+        synced.set()
+        assert list(await ending) == [True]
+
+    asyncio.run(work())
+
+
+def test_an_end_whose_log_is_not_synced_is_not_stored(queue):
+    here, run = queue.ledger.here, execution_of(make_task())
+
+    def fail() -> None:
+        raise QueueUnavailable("the disk does not sync")
+
+    here._sync_log = fail
+    with pytest.raises(QueueUnavailable, match="does not sync"):
+        asyncio.run(here.finish_many([(run, EndState.SUCCEEDED, record_of(run))]))
+
+
+def test_what_others_wait_for_goes_first_and_in_turn_with_the_rest(queue):
+    order, gate = [], threading.Event()
+
+    async def work() -> None:
+        calls = [queue._writer.call(lambda _: gate.wait(60.0))]
+        await asyncio.to_thread(until, lambda: queue._writer._handle.in_use)
+        calls += [queue._writer.call(lambda _, number=number: order.append(number)) for number in range(2)]
+        calls += [queue._writer.call(lambda _: order.append("urgent"), urgent=True)]
+        gate.set()
+        await calls[0]
+        await asyncio.gather(*calls)
+
+    asyncio.run(work())
+    assert order == ["urgent", 0, 1]
 
 
 def test_a_loop_may_call_for_itself_while_its_other_calls_are_under_way(queue):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safedefer.concurrency import batches as batches_module
 from safedefer.concurrency.batches import Batches
 from safedefer.concurrency.threads import Threads
 from safedefer.delivery import ledger_client
@@ -299,6 +300,33 @@ async def test_what_comes_while_a_call_is_under_way_is_called_together():
         batches = Batches(threaded(in_thread, call))
         assert await asyncio.gather(*(batches(n) for n in range(600))) == [n * 2 for n in range(600)]
         assert calls == [256, 256, 88]
+
+
+async def test_what_nothing_waits_for_is_gathered_for_a_while_and_no_longer(monkeypatch):
+    calls = []
+
+    def call(items):
+        calls.append(list(items))
+        return items
+
+    with threads(1) as in_thread:
+        batches = Batches(threaded(in_thread, call))
+        monkeypatch.setattr(batches_module, "_PATIENCE", 1.0)
+        await batches(0, patient=True)  # alone: at once
+        later = []
+        for number in (1, 2):
+            later.append(batches(number, patient=True))
+            await asyncio.sleep(0.01)
+        assert calls == [[0]]
+        await asyncio.gather(*later)
+        monkeypatch.setattr(batches_module, "_PATIENCE", 3600.0)
+        waits = batches(3, patient=True)
+        await asyncio.sleep(0.01)
+        await asyncio.gather(batches(4), waits)  # one that is waited for takes the others along
+        many = [batches(number, patient=True) for number in range(31)]
+        await asyncio.sleep(0.01)
+        await asyncio.gather(*many, batches(31, patient=True))  # enough
+        assert calls[1:] == [[1, 2], [3, 4], list(range(32))]
 
 
 async def test_batches_whose_threads_are_gone_say_so():

@@ -864,7 +864,7 @@ async def test_a_stop_finishes_what_is_delivered_and_leases_nothing_more():
     assert queue.tasks(states=[TaskState.RUNNING]) == []
 
 
-@pytest.mark.parametrize(("rate", "ahead"), [(75.0, 7), (160.0, 16), (5_000.0, 32)])
+@pytest.mark.parametrize(("rate", "ahead"), [(75.0, 7), (160.0, 16), (405.0, 40), (5_000.0, 64)])
 def test_no_more_than_a_tenth_of_a_second_of_work_is_leased_ahead_however_long_a_lease_takes(monkeypatch, rate, ahead):
     """Where tasks hold the interpreter a lease takes long: one process held what the others had slots for."""
     now = [100.0]

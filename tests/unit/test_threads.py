@@ -65,6 +65,35 @@ async def test_a_call_that_blocks_keeps_no_other_waiting():
         assert await asyncio.gather(*blocked) == [True, True]
 
 
+async def after_brief_calls(threads):
+    """Make so many brief calls that the next ones wait for each other."""
+    while not threads._is_brief:
+        await asyncio.gather(*(threads(int) for _ in range(16)))
+
+
+async def test_brief_calls_wait_for_one_thread(monkeypatch):
+    monkeypatch.setattr(module, "_BRIEF", 10.0)
+    monkeypatch.setattr(module, "_LOOK", 10.0)
+    with open_threads(4) as threads:
+        await after_brief_calls(threads)
+        idents = await asyncio.gather(*(threads(lambda: time.sleep(0.001) or threading.get_ident()) for _ in range(50)))
+        assert len(set(idents)) == 1
+
+
+async def test_among_brief_calls_one_that_blocks_keeps_no_other_waiting_and_no_result_back():
+    gate = threading.Event()
+    with open_threads(3) as threads:
+        await after_brief_calls(threads)
+        before, blocked = threads(int), threads(gate.wait)
+        assert await asyncio.wait_for(before, 30) == 0
+        assert await asyncio.wait_for(asyncio.gather(*(threads(int) for _ in range(10))), 30) == [0] * 10
+        assert not blocked.done()
+        results = threads._results.here()
+        await until(lambda: not results.watched)  # while calls last, nothing looks
+        gate.set()
+        await blocked
+
+
 async def test_calls_come_in_their_order_where_there_is_one_thread():
     seen = []
     with open_threads(1) as threads:

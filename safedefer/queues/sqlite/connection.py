@@ -61,6 +61,8 @@ _REMEDIES: Final[tuple[tuple[type[Exception], str], ...]] = (
 )
 
 _EAGER_TRIES: Final = 200
+#: The most statements that are kept ready: those of several rows are others for each number of rows.
+_STATEMENTS: Final = 300
 
 _creating = threading.Lock()
 
@@ -165,7 +167,7 @@ def _try_to_open(path: str, *, busy_timeout: float) -> apsw.Connection:
     try:
         _create_file(path)
         check_file(path)
-        connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
+        connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE, statementcachesize=_STATEMENTS)
         connection.set_busy_handler(_patience(busy_timeout))
         _configure(connection, path)
         _migrate(connection, path)

@@ -4,43 +4,58 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from safedefer.concurrency.threads import Threads
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
 from safedefer.queues import rules
 from safedefer.queues.sqlite import operations
 from safedefer.queues.sqlite.connection import SQL, Handle
+from safedefer.queues.sqlite.many import execute_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import apsw
 
+    from safedefer.queues.sqlite.log_sync import LogSync
     from safedefer.queues.sqlite.writer import Writer
+
+#: The most syncs at once: event loops do not wait for each other.
+_SYNCS: Final = 4
 
 
 class SQLiteLedgerCalls:
-    """``LedgerCalls`` that the writer's thread answers: no other thread waits for it."""
+    """``LedgerCalls`` that the writer's thread answers: no other thread waits for it.
 
-    def __init__(self, writer: Writer) -> None:
+    A sync takes as long as many commits. So ends are committed without one, and the log is synced afterwards, in a thread:
+    until that is done nobody hears of them, and meanwhile the writer goes on.
+    """
+
+    def __init__(self, writer: Writer, sync_log: LogSync) -> None:
         self._writer = writer
+        self._sync_log = sync_log
+        self._threads = Threads(_SYNCS, "safedefer-sync")
 
     async def begin_many(self, executions: Sequence[Execution], *, now: float, lease: float) -> Sequence[Admission]:
         """Do what ``SQLiteLedger.begin_many`` does."""
-        return await self._writer.call(partial(begin_all, executions=executions, now=now, lease=lease), durable=False)
+        action = partial(begin_all, executions=executions, now=now, lease=lease)
+        return await self._writer.call(action, durable=False, urgent=True)
 
     async def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Do what ``SQLiteLedger.finish_many`` does."""
-        return await self._writer.call(partial(finish_all, ends=ends))
+        counted = await self._writer.call(partial(finish_all, ends=ends), durable=False)
+        await self._threads(self._sync_log)
+        return counted
 
 
 class SQLiteLedger:
     """A ``Ledger`` in the queue's file."""
 
-    def __init__(self, writer: Writer, reader: Handle) -> None:
+    def __init__(self, writer: Writer, reader: Handle, sync_log: LogSync) -> None:
         self._writer = writer
         self._reader = reader
-        self._here = SQLiteLedgerCalls(writer)
+        self._here = SQLiteLedgerCalls(writer, sync_log)
 
     @property
     def here(self) -> SQLiteLedgerCalls:
@@ -92,7 +107,7 @@ def begin_all(
     """Admit runs, within a transaction: those of tasks that the ledger does not know in one call."""
     until = now + lease
     before = connection.total_changes()
-    connection.executemany(SQL["ledger_begin_first"], [(*execution, until) for execution in executions])
+    execute_rows(connection, "ledger_begin_first", [(*execution, until) for execution in executions])
     if connection.total_changes() - before == len(executions):
         return [Admission.RUN] * len(executions)
     # An entry that is new has the owner of its run, and admits it.
@@ -112,14 +127,14 @@ def _begin(connection: apsw.Connection, execution: Execution, *, now: float, unt
 
 def finish_all(connection: apsw.Connection, ends: Sequence[RunEnd]) -> list[bool]:
     """Store the ends of runs, within a transaction. Every record is stored."""
-    connection.executemany(SQL["attempt_insert"], [record for _, _, record in ends])
+    execute_rows(connection, "attempt_insert", [record for _, _, record in ends])
     # Whoever posts a token again and again is settled by nobody: now and then the records are trimmed here.
     trimmed = [(run.task_id, rules.RECORDS_KEPT) for run, _, _ in ends if not random.getrandbits(4)]  # not a secret
     connection.executemany(SQL["attempts_trim"], trimmed)
     values = [_end_values(*end) for end in ends]
     connection.execute("SAVEPOINT ends")
     before = connection.total_changes()
-    connection.executemany(SQL["ledger_finish"], values)
+    execute_rows(connection, "ledger_finish", values)
     counted = connection.total_changes() - before == len(ends)
     if not counted:  # which of them did not is seen one by one
         connection.execute("ROLLBACK TO ends")

@@ -34,6 +34,7 @@ from safedefer.queues.sqlite.rows import (
     first_row,
     leased_task,
     task_values,
+    tasks_by_seq,
 )
 
 if TYPE_CHECKING:
@@ -131,9 +132,9 @@ def lease(
     leases, leased = [], []
     prefix, until = f"{owner}:{secrets.token_hex(8)}-", now + seconds
     due = _due(connection, limit=limit, now=now, queues=queues)
-    rows = {row[0]: row for row in connection.execute(SQL["tasks_by_seq"], {"seqs": json.dumps(due)})}
+    rows = tasks_by_seq(connection, due)
     for seq in due:
-        row, losses = TaskRow.read(rows[seq]), 0
+        row, losses = rows[seq], 0
         # A row that is leased for the first time has no entry but that of a stranger with its token.
         entry = known(connection, row.audience, row.id, now=now) if row.deliveries else None
         if row.owner is None and rules.waits_for_run(row.retry_reason, entry):
@@ -164,11 +165,13 @@ def _due(connection: apsw.Connection, *, limit: int, now: float, queues: Sequenc
     if controls:
         return due_under_control(connection, controls, limit=limit, now=now, queues=queues)
     if queues is None:
-        return [seq for _, seq in connection.execute(SQL["due_of_all"], {"now": now, "limit": limit})]
-    found: list[tuple[float, int]] = []
+        found = connection.execute(SQL["due_of_all"], {"now": now, "limit": limit}).get
+        due: list[int] = json.loads(str(found))
+        return due
+    of_queues: list[tuple[float, int]] = []
     for queue in dict.fromkeys(queues):
-        found += connection.execute(SQL["due_of_queue"], {"queue": queue, "now": now, "limit": limit})
-    return [seq for _, seq in sorted(found)[:limit]]
+        of_queues += connection.execute(SQL["due_of_queue"], {"queue": queue, "now": now, "limit": limit})
+    return [seq for _, seq in sorted(of_queues)[:limit]]
 
 
 def _after_lost_lease(connection: apsw.Connection, row: TaskRow, *, now: float) -> rules.LostDelivery:

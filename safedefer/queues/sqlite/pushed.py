@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safedefer.queues import rules
 from safedefer.queues.base import BLOB_KEY, BlobsFull, QueuedTask
-from safedefer.queues.sqlite.connection import SQL, Handle, unavailable
+from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import finish_all
 from safedefer.queues.sqlite.operations import standing
 from safedefer.queues.sqlite.repair import number
@@ -97,43 +94,6 @@ def begin_first(
         rows = connection.execute(SQL["kept_get"], {"keys": json.dumps(list(names))})
         found.append({str(key): value for key, value in rows if isinstance(value, bytes)})
     return found
-
-
-class LogSync:
-    """Syncs the log of a queue's file: what any process has committed to it without a sync is on the disk then.
-
-    A commit is in the log, or in the file: SQLite syncs the log before it copies it into the file, and the file before it
-    writes over the log. So no lock is needed, and no writer waits. SQLite takes its locks on the file and its ``-shm``:
-    closing this descriptor of the log ends none of them.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._log = Path(f"{path}-wal")
-        self._known: tuple[int, int] | None = None
-
-    def __call__(self) -> None:
-        """Sync the log. Raises ``QueueUnavailable``."""
-        try:
-            # Without a log: the last process that closed the file has copied all of it.
-            with suppress(FileNotFoundError):
-                self._sync()
-        except OSError as error:
-            raise unavailable(str(self._log), error) from error
-
-    def _sync(self) -> None:
-        log = os.open(self._log, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(log)
-            status = os.fstat(log)
-        finally:
-            os.close(log)
-        if self._known != (which := (status.st_dev, status.st_ino)):  # a new file: its name is to be on the disk too
-            folder = os.open(self._log.parent, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-            self._known = which
 
 
 def prune(connection: apsw.Connection, *, now: float, limit: int) -> int:

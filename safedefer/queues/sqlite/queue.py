@@ -35,6 +35,7 @@ from safedefer.queues.sqlite import controls, copies, operations, pushed, views
 from safedefer.queues.sqlite.connection import SQL, Handle
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
+from safedefer.queues.sqlite.log_sync import LogSync
 from safedefer.queues.sqlite.repair import BadValue, mend, number
 from safedefer.queues.sqlite.rows import attempt_record, first_row, task_view
 from safedefer.queues.sqlite.settling import settle_all
@@ -114,12 +115,12 @@ class SQLiteQueue:
         self._reader = Handle(self._path, busy_timeout=busy_timeout, make_file=make_file)
         register_fork(self._reader)
         self._watch = FileWatch(self._path, busy_timeout=busy_timeout, make_file=make_file)
-        self._ledger = SQLiteLedger(self._writer, self._reader)
+        self._sync_log = LogSync(self._path)
+        self._ledger = SQLiteLedger(self._writer, self._reader, self._sync_log)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
         self._keep = pushed.SQLiteKeep(self._writer, self._reader, blob_limit)
         self._copies = copies.SQLiteCopies(self._writer)
         self._pushed_calls = pushed.SQLitePushedCalls(self._writer)
-        self._sync_log = pushed.LogSync(self._path)
         self._finalizer = weakref.finalize(self, _close, self._writer, self._reader, self._watch, wait=False)
         self._finalizer.atexit = False
         _open.add(self)

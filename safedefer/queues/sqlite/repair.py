@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from safedefer.queues.sqlite.connection import SQL
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import apsw
 
 _TABLES: Final = (
@@ -28,7 +30,7 @@ _KINDS: Final = {
     "BLOB": ("'blob'", "CAST({0} AS BLOB)"),
 }
 
-_Row = TypeVar("_Row", bound=tuple[Any, ...])
+_Row = TypeVar("_Row", bound="Sequence[Any]")
 
 TEXT: Final = frozenset({str})
 WHOLE: Final = frozenset({int})

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import orjson
+
 from safedefer.ledger import AttemptRecord
 from safedefer.queues.base import Lease, QueuedTask, TaskState, TaskView, task_digest
 from safedefer.queues.rules import UNREADABLE, Counters, Known, stored_mapping
-from safedefer.queues.sqlite.repair import BYTES, NUMBER, OR_NONE, TEXT, WHOLE, Kinds
+from safedefer.queues.sqlite.connection import SQL
+from safedefer.queues.sqlite.repair import BYTES, NUMBER, OR_NONE, TEXT, WHOLE, BadValue, Kinds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +52,7 @@ class TaskRow(NamedTuple):
     unique_key: str | None
 
     @classmethod
-    def read(cls, row: tuple[Any, ...]) -> TaskRow:
+    def read(cls, row: Sequence[Any]) -> TaskRow:
         """Return a row, its types checked."""
         return cls._make(_TASK.check(row))
 
@@ -123,6 +126,25 @@ _LIVE: Final = _VIEW + Kinds(NUMBER, WHOLE)
 _RECORD: Final = Kinds(
     TEXT, TEXT, NUMBER, NUMBER, TEXT, WHOLE | OR_NONE, _TEXT_OR_NONE, _TEXT_OR_NONE, _TEXT_OR_NONE,
 )  # fmt: skip
+
+
+def tasks_by_seq(connection: apsw.Connection, seqs: Sequence[int]) -> dict[int, TaskRow]:
+    """Return the rows of tasks by number; in one step, unless one of them is unusual.
+
+    Raises:
+        BadValue, UnicodeDecodeError: A row has to be repaired.
+    """
+    numbers = {"seqs": json.dumps(seqs)}
+    try:
+        rows: list[list[Any]] = orjson.loads(str(connection.execute(SQL["tasks_by_seq_together"], numbers).get))
+        for row in rows:
+            row[_DIGEST], row[_TOKEN] = bytes.fromhex(row[_DIGEST]), bytes.fromhex(row[_TOKEN])
+        return {row[0]: TaskRow.read(row) for row in rows}
+    except (ValueError, TypeError, BadValue):  # or it is null
+        return {row[0]: TaskRow.read(row) for row in connection.execute(SQL["tasks_by_seq"], numbers)}
+
+
+_DIGEST, _TOKEN = TaskRow._fields.index("digest"), TaskRow._fields.index("token")
 
 
 def task_values(task: QueuedTask) -> dict[str, Any]:

@@ -53,9 +53,10 @@ def _move_succeeded(
     owners = {held.task.id: held.owner for held, settlement in settlements if _has_succeeded(settlement)}
     if not owners or len({held.task.id for held, _ in settlements}) < len(settlements):
         return set()
-    values: dict[str, str | float] = {"owners": json.dumps(owners), "now": now}
-    moved = {str(task_id) for (task_id,) in connection.execute(SQL["tasks_to_ended"], values)}
-    connection.execute(SQL["tasks_delete"], {"ids": json.dumps(list(moved))})
+    found = str(connection.execute(SQL["tasks_succeeded"], {"owners": json.dumps(owners)}).get)
+    if moved := set(json.loads(found)):
+        connection.execute(SQL["tasks_to_ended"], {"ids": found, "now": now})
+        connection.execute(SQL["tasks_delete"], {"ids": found})
     return moved
 
 

@@ -59,7 +59,8 @@ INSERT INTO safedefer_totals (blob_bytes) SELECT coalesce(sum(octet_length(data)
 INSERT INTO safedefer_blobs (id, task, data) VALUES (:blob_id, :seq, :data);
 
 -- name: due_of_all
-SELECT due, seq FROM safedefer_tasks WHERE due <= :now ORDER BY due, seq LIMIT :limit;
+-- In one row: each step to a row is one more change of threads.
+SELECT json_group_array(seq) FROM (SELECT seq FROM safedefer_tasks WHERE due <= :now ORDER BY due, seq LIMIT :limit);
 
 -- name: due_of_queue
 SELECT due, seq FROM safedefer_tasks WHERE queue = :queue AND due <= :now ORDER BY due, seq LIMIT :limit;
@@ -143,6 +144,22 @@ SELECT seq, iif(octet_length(id) > 5000, '', id), iif(octet_length(queue) > 5000
     iif(octet_length(unique_key) > 5000, '', unique_key)
 FROM safedefer_tasks WHERE seq IN (SELECT value FROM json_each(:seqs));
 
+-- name: tasks_by_seq_together
+-- The same rows in one, as JSON, and bytes in hexadecimal: each step to a row is one more change of threads. A row that is
+-- larger than most, or has values of other types than ours, is null, or does not read back: it is read by the statement above.
+SELECT json_group_array(iif(
+    octet_length(id) + octet_length(queue) + coalesce(octet_length(name), 0) + octet_length(callable_name) + octet_length(url)
+        + octet_length(target) + octet_length(audience) + octet_length(headers) + octet_length(retry_options)
+        + octet_length(digest) + coalesce(octet_length(blob_id), 0) + coalesce(octet_length(owner), 0)
+        + coalesce(octet_length(retry_reason), 0) + octet_length(token) + coalesce(octet_length(unique_key), 0) <= 65536
+        AND typeof(digest) = 'blob' AND typeof(token) = 'blob',
+    json_array(seq, id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created, expires,
+        hex(digest), blob_id, due, owner, leased_at, attempts, deliveries, executions, first_attempt, rejections,
+        first_rejection, previous_response, retry_reason, hex(token), unique_key),
+    NULL
+))
+FROM safedefer_tasks WHERE seq IN (SELECT value FROM json_each(:seqs));
+
 -- name: task_count
 UPDATE safedefer_tasks
 SET attempts = :attempts, first_attempt = :first_attempt, retry_reason = :retry_reason, previous_response = :previous_response
@@ -211,17 +228,20 @@ SELECT id, queue, name, callable_name, url, target, audience, eta, created, expi
     min(attempts, 2147483646) + :charged, :state, :reason, :now
 FROM safedefer_tasks WHERE seq = :seq;
 
+-- name: tasks_succeeded
+-- Those of the given ids and owners that succeeded, by the ledger too, without a name, whose last run is charged now.
+SELECT json_group_array(task.id)
+FROM json_each(:owners) AS held CROSS JOIN safedefer_tasks AS task ON task.id = held.key AND task.owner = held.value
+CROSS JOIN safedefer_ledger AS entry ON entry.audience = task.audience AND entry.task_id = task.id
+WHERE name IS NULL AND entry.state = 'succeeded' AND entry.uncharged;
+
 -- name: tasks_to_ended
--- Those that succeeded, by the ledger too, without a name, whose last run is charged now; by id and owner.
 INSERT OR REPLACE INTO safedefer_ended (
     id, queue, name, callable_name, url, target, audience, eta, created, expires, attempts, state, ended
 )
-SELECT task.id, queue, name, callable_name, url, target, task.audience, eta, created, task.expires,
-    min(task.attempts, 2147483646) + 1, 'succeeded', :now
-FROM json_each(:owners) AS held CROSS JOIN safedefer_tasks AS task ON task.id = held.key AND task.owner = held.value
-CROSS JOIN safedefer_ledger AS entry ON entry.audience = task.audience AND entry.task_id = task.id
-WHERE name IS NULL AND entry.state = 'succeeded' AND entry.uncharged
-RETURNING id;
+SELECT id, queue, name, callable_name, url, target, audience, eta, created, expires,
+    min(attempts, 2147483646) + 1, 'succeeded', :now
+FROM safedefer_tasks WHERE id IN (SELECT value FROM json_each(:ids));
 
 -- name: tasks_delete
 DELETE FROM safedefer_tasks WHERE id IN (SELECT value FROM json_each(:ids));
@@ -337,17 +357,19 @@ UPDATE safedefer_dead SET archived = :now WHERE seq IN (
 DELETE FROM safedefer_dead WHERE id = :id;
 
 -- name: attempt_insert
--- With the fields of an AttemptRecord.
+-- With the fields of an AttemptRecord; of one or of several.
+WITH record (task_id, audience, started, ended, outcome, status, reason, exception_type, traceback) AS (
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+)
 INSERT INTO safedefer_attempts (
     task_id, audience, started, ended, outcome, status, reason, exception_type, traceback, stray
-) VALUES (
-    ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9,
-    NOT (
-        EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = ?1)
-        OR EXISTS (SELECT 1 FROM safedefer_dead WHERE id = ?1)
-        OR EXISTS (SELECT 1 FROM safedefer_ended WHERE id = ?1)
+)
+SELECT *, NOT (
+        EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = task_id)
+        OR EXISTS (SELECT 1 FROM safedefer_dead WHERE id = task_id)
+        OR EXISTS (SELECT 1 FROM safedefer_ended WHERE id = task_id)
     )
-);
+FROM record;
 
 -- name: attempts_trim
 DELETE FROM safedefer_attempts WHERE task_id = ?1 AND seq <= (
@@ -374,9 +396,10 @@ FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id;
 SELECT 1 FROM safedefer_ledger WHERE audience = :audience AND task_id = :task_id AND state = 'cancelled';
 
 -- name: ledger_begin_first
--- With the fields of an Execution, and the end of its lease.
+-- With the fields of an Execution, and the end of its lease; of one or of several.
+WITH run (audience, task_id, digest, owner, expires, until) AS (VALUES (?, ?, ?, ?, ?, ?))
 INSERT INTO safedefer_ledger (audience, task_id, digest, state, owner, expires, until, uncharged)
-VALUES (?1, ?2, ?3, 'running', ?4, ?5, ?6, 1)
+SELECT audience, task_id, digest, 'running', owner, expires, until, 1 FROM run WHERE true
 ON CONFLICT (audience, task_id) DO NOTHING;
 
 -- name: ledger_begin
@@ -389,12 +412,14 @@ WHERE audience = :audience AND task_id = :task_id AND owner = :owner AND state =
 
 -- name: ledger_finish
 -- As rules.end_counts says. A retry of a task that has no row is settled by nobody: whoever posts it tries again.
--- Audience, task, digest, owner, the state that the run ends with, and whether the run is still to be charged.
-UPDATE safedefer_ledger
-SET state = ?5, owner = NULL, until = 0, losses = 0, first_loss = NULL,
-    uncharged = min(uncharged, ?6, ?5 <> 'retry' OR EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = ?2))
-WHERE audience = ?1 AND task_id = ?2 AND digest = ?3 AND (
-    (state = 'running' AND owner = ?4) OR (?5 <> 'retry' AND state IN ('running', 'retry'))
+-- The state is that which the run ends with, and `owed` whether it is still to be charged; of one run or of several.
+WITH run (audience, task_id, digest, owner, state, owed) AS (VALUES (?, ?, ?, ?, ?, ?))
+UPDATE safedefer_ledger AS entry
+SET state = run.state, owner = NULL, until = 0, losses = 0, first_loss = NULL,
+    uncharged = min(uncharged, owed, run.state <> 'retry' OR EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = run.task_id))
+FROM run
+WHERE entry.audience = run.audience AND entry.task_id = run.task_id AND entry.digest = run.digest AND (
+    (entry.state = 'running' AND entry.owner = run.owner) OR (run.state <> 'retry' AND entry.state IN ('running', 'retry'))
 );
 
 -- name: ledger_lives

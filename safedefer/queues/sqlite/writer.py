@@ -22,6 +22,7 @@ import threading
 
 # As `signal.getsignal`, which takes fifty times as long to make a member of an enum of each answer.
 from _signal import getsignal  # type: ignore[import-not-found]
+from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -64,13 +65,19 @@ class Writer:
 
     def __init__(self, path: str, *, busy_timeout: float) -> None:
         self._handle = Handle(path, busy_timeout=busy_timeout)
+        self._synced = _Synced()
         self._results: PerLoop[LoopResults] = PerLoop(LoopResults)
         self._begin()
         register_fork(self)
 
     def _begin(self) -> None:
-        self._pending: SimpleQueue[_Operation | None] = SimpleQueue()
-        """What is to be done; None wakes the thread, which then sees that it is to end."""
+        self._pending: SimpleQueue[tuple[_Operation, bool] | None] = SimpleQueue()
+        """What is to be done, and whether it is urgent; None wakes the thread, which then sees that it is to end."""
+        self._urgent: deque[_Operation] = deque()
+        """Those that others wait for, which the thread has taken."""
+        self._others: deque[_Operation] = deque()
+        self._was_urgent = False
+        """Whether the last transaction was of urgent ones."""
         self._serving = threading.Lock()
         """Held by the thread that does it, and by one that forks: of several that were started, one goes on."""
         self._server = 0
@@ -94,7 +101,7 @@ class Writer:
         answer = _Waiter()
         operation: _Operation = (action, answer.take, durable)
         if self._is_free():
-            _Batch(self._handle, [operation]).run_here()
+            _Batch(self._handle, self._synced, [operation]).run_here()
         else:
             self._put(operation)
         result: T = answer.wait()
@@ -113,7 +120,7 @@ class Writer:
                 "the queue was called from within one of its own operations, or a fork; call it later"
             )
         self._check()
-        free = self._pending.empty() and not (self._forker or self._handle.in_use)
+        free = self._is_idle and not (self._forker or self._handle.in_use)
         return free and not _is_interruptible()
 
     def submit(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> Future[T]:
@@ -122,16 +129,21 @@ class Writer:
         self._put((action, partial(_complete, future), durable))
         return future
 
-    def call(self, action: Callable[[apsw.Connection], T], *, durable: bool = True) -> asyncio.Future[T]:
-        """As ``submit``, with a future of the running event loop. Cancelling it does not stop the action."""
+    def call(
+        self, action: Callable[[apsw.Connection], T], *, durable: bool = True, urgent: bool = False
+    ) -> asyncio.Future[T]:
+        """As ``submit``, with a future of the running event loop. Cancelling it does not stop the action.
+
+        ``urgent``: it goes before what is not, in a transaction of its own.
+        """
         results = self._results.here()
         future: asyncio.Future[T] = results.loop.create_future()
-        self._put((action, partial(results.put, future), durable))
+        self._put((action, partial(results.put, future), durable), urgent=urgent)
         return future
 
-    def _put(self, operation: _Operation) -> None:
+    def _put(self, operation: _Operation, *, urgent: bool = False) -> None:
         self._check()
-        self._pending.put(operation)
+        self._pending.put((operation, urgent))
         if self._ended:
             self._refuse(_CLOSED)
         elif self._started != self._forks:
@@ -174,7 +186,7 @@ class Writer:
         self._server = threading.get_ident()
         try:
             while batch := self._next_batch():
-                _Batch(self._handle, batch).run()
+                _Batch(self._handle, self._synced, batch).run()
             if self._closed and not self._forker:
                 self._ended = True
                 self._refuse(_CLOSED)
@@ -184,28 +196,41 @@ class Writer:
             self._server = 0
             serving.release()
 
+    @property
+    def _is_idle(self) -> bool:
+        return self._pending.empty() and not (self._urgent or self._others)
+
     def _next_batch(self) -> list[_Operation]:
         """Return what is to be done next, after a wait if needed; nothing if the thread is to end."""
-        while not self._forker and not (self._closed and self._pending.empty()):
-            first = self._pending.get()
-            if first is not None:
-                self._handle.wait()  # for a lone caller: operations gather meanwhile
-                return [first, *self._take(_BATCH - 1)]
+        while not self._forker and not (self._closed and self._is_idle):
+            if not (self._urgent or self._others):
+                self._sort(self._pending.get())
+            self._handle.wait()  # for a lone caller: operations gather meanwhile
+            self._sort_all()
+            # In turn, where both come all the time.
+            self._was_urgent = bool(self._urgent) and not (self._was_urgent and self._others)
+            source = self._urgent if self._was_urgent else self._others
+            if source:
+                return [source.popleft() for _ in range(min(_BATCH, len(source)))]
         return []
 
-    def _take(self, most: int) -> list[_Operation]:
-        taken: list[_Operation] = []
+    def _sort(self, taken: tuple[_Operation, bool] | None) -> None:
+        if taken is not None:
+            operation, urgent = taken
+            (self._urgent if urgent else self._others).append(operation)
+
+    def _sort_all(self) -> None:
         with suppress(Empty):
-            while len(taken) < most:
-                operation = self._pending.get_nowait()
-                if operation is not None:
-                    taken.append(operation)
-        return taken
+            for _ in range(self._pending.qsize()):
+                self._sort(self._pending.get_nowait())
 
     def _refuse(self, why: str) -> None:
-        while refused := self._take(_BATCH):
-            for _, answer, _ in refused:
-                answer(None, QueueUnavailable(why))  # one for each caller: a traceback belongs to one thread
+        self._sort_all()
+        for operations in (self._urgent, self._others):
+            with suppress(IndexError):  # there are no more
+                while True:
+                    _, answer, _ = operations.popleft()
+                    answer(None, QueueUnavailable(why))  # one for each caller: a traceback belongs to one thread
 
     def before_fork(self) -> None:
         """End the thread after its batch: the child has no copy of it."""
@@ -225,7 +250,7 @@ class Writer:
             0,
             self._forks + 1,
         )  # in this order: who sees the new number starts a thread that stays
-        if not self._ended and (self._closed or not self._pending.empty()):
+        if not self._ended and (self._closed or not self._is_idle):
             self._start()
 
     def after_fork_in_child(self) -> None:
@@ -236,11 +261,26 @@ class Writer:
         self._handle.after_fork_in_child()
 
 
+class _Synced:
+    """Whether commits of the writer's connection are synced: said to SQLite only where that changes."""
+
+    def __init__(self) -> None:
+        self._said: tuple[apsw.Connection | None, bool] = (None, False)
+
+    def set(self, connection: apsw.Connection, *, durable: bool) -> None:
+        """Sync the following commits, or do not. The caller has the connection to itself."""
+        if self._said[0] is not connection or self._said[1] is not durable:
+            self._said = (None, False)  # until it is done
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._said = (connection, durable)
+
+
 class _Batch:
     """Operations that share one transaction."""
 
-    def __init__(self, handle: Handle, operations: list[_Operation]) -> None:
+    def __init__(self, handle: Handle, synced: _Synced, operations: list[_Operation]) -> None:
         self._handle = handle
+        self._synced = synced
         self._operations = operations
         self._outcomes: list[tuple[Callable[[Any, BaseException | None], None], Any, BaseException | None]] = []
 
@@ -275,13 +315,8 @@ class _Batch:
 
     def _transact(self, connection: apsw.Connection) -> None:
         durable = any(durable for _, _, durable in self._operations)
-        if not durable:
-            connection.execute("PRAGMA synchronous = NORMAL")
-        try:
-            self._commit(connection)
-        finally:
-            if not durable:
-                connection.execute("PRAGMA synchronous = FULL")
+        self._synced.set(connection, durable=durable)
+        self._commit(connection)
 
     def _commit(self, connection: apsw.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
