@@ -615,9 +615,11 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
         batch_size=100, entrypoints=["default"], concurrency_limits=[0], queue_manager_id=uuid4(),
         global_concurrency_limit=None, heartbeat_timeout=timedelta(seconds=60),
     )  # fmt: skip
+    values = f"100, '{{default}}', '{uuid4()}', '60 seconds'"
 
     async def explain(connection):
-        rows = await connection.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {dequeue.sql}", *dequeue.args)
+        await connection.execute(f"PREPARE dequeue AS {dequeue.sql}")
+        rows = await connection.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE dequeue ({values})")
         return json.loads(rows[0]["QUERY PLAN"])[0]["Plan"]
 
     def nodes(plan):
@@ -629,6 +631,20 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
         node["Actual Rows"] * node["Actual Loops"] for node in nodes(queue._store.run(explain, purpose="leases"))
     )
     assert most <= 400
+
+
+def test_a_lease_makes_no_plan_anew(queue):
+    """A plan for the values of each call took longer to make than to run."""
+    for _ in range(3):
+        queue.enqueue_many([task_now()])
+        assert len(lease_now(queue)) == 1
+
+    async def planned(connection):
+        return await connection.fetch(
+            "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement LIKE 'WITH%claimed%'"
+        )
+
+    assert [tuple(row.values()) for row in queue._store.run(planned, purpose="leases")] == [(3, 0)]
 
 
 @pytest.mark.parametrize("at", [0, 99, 100, 250, 349])

@@ -30,12 +30,13 @@ Purpose: TypeAlias = Literal["durable", "relaxed", "leases"]
 a run, and enqueued tasks, survive a crash of the server.
 ``relaxed`` commits are not: a settlement lost in a crash is repeated by the next delivery, which the ledger answers.
 ``leases`` are relaxed too, and may not sort: pgqueuer's dequeue must walk the index in the order of the jobs' ids,
-because sorting a million due jobs takes seconds.
+because sorting a million due jobs takes seconds. Each statement keeps one plan for all values: PostgreSQL made a new one for each
+dequeue, which took longer than to run it.
 """
 _SETTINGS: Final[Mapping[Purpose, Mapping[str, str]]] = {
     "durable": {},
     "relaxed": {"synchronous_commit": "off"},
-    "leases": {"synchronous_commit": "off", "enable_sort": "off"},
+    "leases": {"synchronous_commit": "off", "enable_sort": "off", "plan_cache_mode": "force_generic_plan"},
 }
 #: Forces look-ups by index: the planner's row counts are stale for tables that grow and shrink by thousands a second.
 _BY_INDEX: Final = {"jit": "off", "enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
