@@ -764,6 +764,39 @@ def test_within_on_loop_the_loop_has_connections_of_its_own_and_none_after(queue
     assert [task.state for task in queue.tasks(states=[TaskState.SUCCEEDED])] == [TaskState.SUCCEEDED]
 
 
+def test_a_call_after_another_acquires_no_connection_anew(queue, monkeypatch):
+    """Giving one back to its pool and acquiring it again costs more than a statement."""
+    acquired = []
+    acquire = asyncpg.Pool.acquire
+    monkeypatch.setattr(asyncpg.Pool, "acquire", lambda pool, **more: acquired.append(pool) or acquire(pool, **more))
+
+    async def work():
+        async with queue.on_loop() as calls:
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+            assert acquired
+            acquired.clear()
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+            assert not acquired
+
+    asyncio.run(work())
+
+
+def test_a_connection_that_ended_between_two_calls_is_replaced(queue, real_dsn):
+    end_the_others = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+
+    async def work():
+        async with queue.on_loop() as calls:
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+            await asyncio.to_thread(ask, real_dsn, end_the_others)
+            await asyncio.sleep(0.1)
+            assert await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time()) == []
+
+    asyncio.run(work())
+
+
 def test_of_two_that_share_a_loop_the_first_to_leave_takes_nothing_from_the_other(queue):
     async def work():
         async with queue.on_loop() as calls:
