@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from uuid import UUID
 
 from safedefer.ledger import EndState
@@ -61,8 +61,7 @@ def manager_of(owner: str) -> UUID:
     return UUID(bytes=sha256(owner.encode()).digest()[:16])
 
 
-async def _look(connection: Connection, *, seconds: float) -> _Look:
-    (row,) = await connection.fetch(SQL["look"], interval(seconds))
+def _look(row: Mapping[str, Any]) -> _Look:
     lost = dict(zip(row["stale"], row["leased"], strict=True))
     return _Look(row["queues"], row["fallen_due"], lost, row["controlled"], row["now"])
 
@@ -92,11 +91,15 @@ async def lease(
         queues: Only these; None: all.
         tombstone_seconds: How long the names of tasks that are buried stay taken.
     """
-    seen = await _look(connection, seconds=seconds)
-    names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
-    if limit < 1 or not names:
+    if limit < 1:
         return []
-    jobs = await _pick(connection, own_loop, seen, names, limit=limit, seconds=seconds, manager=manager)
+    looked, *picked = await STATEMENTS.pick_free(connection, queues, limit=limit, seconds=seconds, manager=manager)
+    seen, jobs = _look(looked), cast("Sequence[Mapping[str, Any]]", picked)
+    names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
+    if not names:
+        return []
+    if seen.controlled or seen.fallen_due:
+        jobs = await _pick(connection, own_loop, seen, names, limit=limit, seconds=seconds, manager=manager)
     tasks = {job["id"]: read_task(job) for job in jobs}
     if begun := [task for task in tasks.values() if is_free_when_leased(task.unique_key)]:
         await free_unique(connection, begun)
