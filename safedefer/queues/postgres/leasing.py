@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from safedefer.ledger import EndState
@@ -93,13 +93,7 @@ async def lease(
     """
     if limit < 1:
         return []
-    looked, *picked = await STATEMENTS.pick_free(connection, queues, limit=limit, seconds=seconds, manager=manager)
-    seen, jobs = _look(looked), cast("Sequence[Mapping[str, Any]]", picked)
-    names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
-    if not names:
-        return []
-    if seen.controlled or seen.fallen_due:
-        jobs = await _pick(connection, own_loop, seen, names, limit=limit, seconds=seconds, manager=manager)
+    seen, jobs = await _look_and_pick(connection, own_loop, queues, limit=limit, seconds=seconds, manager=manager)
     tasks = {job["id"]: read_task(job) for job in jobs}
     if begun := [task for task in tasks.values() if is_free_when_leased(task.unique_key)]:
         await free_unique(connection, begun)
@@ -134,6 +128,26 @@ async def lease(
 
 def _number(job: Mapping[str, Any]) -> int:
     return int(job["id"])
+
+
+async def _look_and_pick(
+    connection: Connection,
+    own_loop: RunOnOwnLoop | None,
+    queues: Sequence[str] | None,
+    *,
+    limit: int,
+    seconds: float,
+    manager: UUID,
+) -> tuple[_Look, Sequence[Mapping[str, Any]]]:
+    """Return the state of the queues, and the due jobs that were picked: at once if no more statements are needed."""
+    looked, *jobs = await STATEMENTS.pick_free(connection, queues, limit=limit, seconds=seconds, manager=manager)
+    seen = _look(looked)
+    if not (seen.controlled or seen.fallen_due):
+        return seen, jobs
+    names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
+    if not names:
+        return seen, []
+    return seen, await _pick(connection, own_loop, seen, names, limit=limit, seconds=seconds, manager=manager)
 
 
 async def _pick(
