@@ -75,6 +75,8 @@ _T = TypeVar("_T")
 
 #: For leasing, settling, extending, and occasional calls.
 _THREADS: Final = 4
+#: The longest wait for deliveries to begin before the queue is looked at again: both need the interpreter.
+_BEGIN_SECONDS: Final = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,6 +325,8 @@ class Dispatcher:
         elif state.prefetch.ready:  # their targets have no room
             await self._sleep(min(self._options.poll_seconds, ANSWERS_SECONDS))
         else:
+            if state.deliveries:
+                await self._sleep(_BEGIN_SECONDS)
             due = await self._next_due()
             poll = self._options.poll_seconds
             timeout = poll if due is None else min(max(due - now, 0.0), poll)

@@ -605,7 +605,8 @@ def test_a_retry_that_is_far_off_is_put_aside(queue, real_dsn):
     assert entrypoints(real_dsn) == {"default": 2}
 
 
-def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue, real_dsn):
+@pytest.mark.parametrize("how", ["at once", "under control"])
+def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue, real_dsn, how):
     """Ten thousand that were analysed as due much later, and as many that are due: no plan sorts or scans them all."""
     now = time.time()
     queue.enqueue_many(task_now(created=now, eta=now + 100_000) for _ in range(10_000))
@@ -615,9 +616,12 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
         batch_size=100, entrypoints=["default"], concurrency_limits=[0], queue_manager_id=uuid4(),
         global_concurrency_limit=None, heartbeat_timeout=timedelta(seconds=60),
     )  # fmt: skip
+    values = f"100, '{{default}}', '{uuid4()}', '60 seconds'"
+    statement = STATEMENTS._pick_free if how == "at once" else dequeue.sql
 
     async def explain(connection):
-        rows = await connection.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) {dequeue.sql}", *dequeue.args)
+        await connection.execute(f"PREPARE dequeue AS {statement}")
+        rows = await connection.fetch(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE dequeue ({values})")
         return json.loads(rows[0]["QUERY PLAN"])[0]["Plan"]
 
     def nodes(plan):
@@ -629,6 +633,20 @@ def test_a_lease_is_not_slowed_by_what_waits_whatever_the_planner_believes(queue
         node["Actual Rows"] * node["Actual Loops"] for node in nodes(queue._store.run(explain, purpose="leases"))
     )
     assert most <= 400
+
+
+def test_a_lease_is_one_statement_and_makes_no_plan_anew(queue):
+    """A plan for the values of each call took longer to make than to run."""
+    for _ in range(3):
+        queue.enqueue_many([task_now()])
+        assert len(lease_now(queue)) == 1
+
+    async def planned(connection):
+        return await connection.fetch(
+            "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE generic_plans + custom_plans = 3"
+        )
+
+    assert [tuple(row.values()) for row in queue._store.run(planned, purpose="leases")] == [(3, 0)]
 
 
 @pytest.mark.parametrize("at", [0, 99, 100, 250, 349])
@@ -746,6 +764,39 @@ def test_within_on_loop_the_loop_has_connections_of_its_own_and_none_after(queue
     queue.stats(now=0.0)
     asyncio.run(work())
     assert [task.state for task in queue.tasks(states=[TaskState.SUCCEEDED])] == [TaskState.SUCCEEDED]
+
+
+def test_a_call_after_another_acquires_no_connection_anew(queue, monkeypatch):
+    """Giving one back to its pool and acquiring it again costs more than a statement."""
+    acquired = []
+    acquire = asyncpg.Pool.acquire
+    monkeypatch.setattr(asyncpg.Pool, "acquire", lambda pool, **more: acquired.append(pool) or acquire(pool, **more))
+
+    async def work():
+        async with queue.on_loop() as calls:
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+            assert acquired
+            acquired.clear()
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+            assert not acquired
+
+    asyncio.run(work())
+
+
+def test_a_connection_that_ended_between_two_calls_is_replaced(queue, real_dsn):
+    end_the_others = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+
+    async def work():
+        async with queue.on_loop() as calls:
+            await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time())
+            await asyncio.to_thread(ask, real_dsn, end_the_others)
+            await asyncio.sleep(0.1)
+            assert await calls.lease(owner="o", limit=1, seconds=60.0, now=time.time()) == []
+
+    asyncio.run(work())
 
 
 def test_of_two_that_share_a_loop_the_first_to_leave_takes_nothing_from_the_other(queue):

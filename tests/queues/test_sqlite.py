@@ -85,6 +85,19 @@ def test_every_commit_reaches_the_disk(queue, path):
         assert connection.pragma("foreign_keys") == 1
 
 
+def test_a_lone_task_costs_three_statements_and_a_commit(queue):
+    """Each is a step of SQLite, in which this thread lets go of the interpreter."""
+    executed = []
+    queue._writer.run(
+        lambda connection: setattr(
+            connection, "exec_trace", lambda _cursor, sql, _values: bool(executed.append(sql)) or True
+        )
+    )
+    executed.clear()
+    queue.enqueue_many([make_task()])
+    assert executed == ["BEGIN IMMEDIATE", SQL["newest_seq"], SQL["id_taken"], SQL["task_insert"], "COMMIT"]
+
+
 def test_tasks_survive_closing(queue, path):
     task = oversize_task()
     queue.enqueue_many([task])

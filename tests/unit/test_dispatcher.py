@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from safedefer import Key, Keyring, KeyState, Policy, TaskRetryOptions
 from safedefer.delivery.handler import Response
+from safedefer.dispatcher import loop
 from safedefer.dispatcher.holds import TargetHolds
 from safedefer.dispatcher.loop import (
     REJECT_LIMIT,
@@ -595,6 +596,31 @@ async def test_there_is_work_while_the_next_is_leased():
     await dispatcher.run_until_empty()
     assert len(idle) == 600
     assert sum(1 for slots in idle if slots) > 20
+
+
+async def test_what_was_leased_begins_before_the_queue_is_looked_at_again(monkeypatch):
+    monkeypatch.setattr(loop, "_BEGIN_SECONDS", 60.0)
+    seen, looked, here = [], asyncio.Event(), asyncio.get_running_loop()
+
+    class Watched(MemoryQueue):
+        def next_due(self, **more):
+            seen.append("looked")
+            here.call_soon_threadsafe(looked.set)
+            return super().next_due(**more)
+
+    async def slow(task):
+        await asyncio.sleep(0.05)
+        seen.append("ran")
+        return answer(200, "succeeded")
+
+    queue = Watched()
+    queue.enqueue_many([task_of()])
+    dispatcher = dispatch(queue, Handler(slow))
+    running = asyncio.create_task(dispatcher.run())
+    await looked.wait()
+    dispatcher.stop()
+    await running
+    assert seen == ["ran", "looked"]
 
 
 async def test_a_target_that_is_down_stops_no_other():

@@ -61,8 +61,7 @@ def manager_of(owner: str) -> UUID:
     return UUID(bytes=sha256(owner.encode()).digest()[:16])
 
 
-async def _look(connection: Connection, *, seconds: float) -> _Look:
-    (row,) = await connection.fetch(SQL["look"], interval(seconds))
+def _look(row: Mapping[str, Any]) -> _Look:
     lost = dict(zip(row["stale"], row["leased"], strict=True))
     return _Look(row["queues"], row["fallen_due"], lost, row["controlled"], row["now"])
 
@@ -92,11 +91,9 @@ async def lease(
         queues: Only these; None: all.
         tombstone_seconds: How long the names of tasks that are buried stay taken.
     """
-    seen = await _look(connection, seconds=seconds)
-    names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
-    if limit < 1 or not names:
+    if limit < 1:
         return []
-    jobs = await _pick(connection, own_loop, seen, names, limit=limit, seconds=seconds, manager=manager)
+    seen, jobs = await _look_and_pick(connection, own_loop, queues, limit=limit, seconds=seconds, manager=manager)
     tasks = {job["id"]: read_task(job) for job in jobs}
     if begun := [task for task in tasks.values() if is_free_when_leased(task.unique_key)]:
         await free_unique(connection, begun)
@@ -131,6 +128,26 @@ async def lease(
 
 def _number(job: Mapping[str, Any]) -> int:
     return int(job["id"])
+
+
+async def _look_and_pick(
+    connection: Connection,
+    own_loop: RunOnOwnLoop | None,
+    queues: Sequence[str] | None,
+    *,
+    limit: int,
+    seconds: float,
+    manager: UUID,
+) -> tuple[_Look, Sequence[Mapping[str, Any]]]:
+    """Return the state of the queues, and the due jobs that were picked: at once if no more statements are needed."""
+    looked, *jobs = await STATEMENTS.pick_free(connection, queues, limit=limit, seconds=seconds, manager=manager)
+    seen = _look(looked)
+    if not (seen.controlled or seen.fallen_due):
+        return seen, jobs
+    names = seen.queues if queues is None else [queue for queue in dict.fromkeys(queues) if queue in set(seen.queues)]
+    if not names:
+        return seen, []
+    return seen, await _pick(connection, own_loop, seen, names, limit=limit, seconds=seconds, manager=manager)
 
 
 async def _pick(

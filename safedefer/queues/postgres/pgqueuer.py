@@ -7,6 +7,7 @@ whose statement does not contain that fragment exactly once.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 import asyncpg
 from pgqueuer._version import version as pgqueuer_version
@@ -19,7 +20,6 @@ from safedefer.queues.postgres.statements import SQL, interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from uuid import UUID
 
     from safedefer.queues.postgres.connection import Connection
 
@@ -54,6 +54,11 @@ _ENTRYPOINTS: Final = "$2::text[]"
 #: The last SELECT of pgqueuer's dequeue statement, and the columns of it that a lease needs.
 _PICKED: Final = "SELECT * FROM claimed"
 _NEEDED: Final = SQL["claimed"].rstrip(";")
+#: More of the same statement, for ``pick_free``: its begin, its end, and where it names the queues to pick from ($2).
+_BEGIN: Final = "WITH\n"
+_ORDERED: Final = f"{_PICKED} ORDER BY priority DESC, id ASC;"
+_QUEUES: Final = "SELECT UNNEST($2::text[]) AS entrypoint"
+_STALE_QUEUES: Final = "stale.entrypoint = ANY($2)"
 #: What the retry of a job adds to, in 32 bits.
 _COUNTED: Final = "attempts = attempts + 1"
 #: The last condition of the jobs that pgqueuer picks again because their heartbeat is old. It picks them whatever the cap.
@@ -76,6 +81,41 @@ class Statements:
         self.log: str = self._builder.build_log_job_query()
         # One statement for admission and insertion: one round trip, and atomic without BEGIN.
         self.enqueue: str = _with_ours(self._builder.build_enqueue_query(), {_ENTRYPOINTS: SQL["admit"]})
+        self._pick_free = self._build_pick_free()
+
+    async def pick_free(
+        self, connection: Connection, queues: Sequence[str] | None, *, limit: int, seconds: float, manager: UUID
+    ) -> Sequence[Mapping[str, Any]]:
+        """Return the row of ``look``, and pick due jobs at once unless something is to be done before: see ``available``.
+
+        Args:
+            connection: Where.
+            queues: Only these; None: all.
+            limit: Jobs at most.
+            seconds: A picked job without a heartbeat for so long is picked again.
+            manager: pgqueuer's ``queue_manager_id``.
+        """
+        return await connection.fetch(self._pick_free, limit, queues, manager, interval(seconds))
+
+    def _build_pick_free(self) -> str:
+        dequeue = self._dequeue({"default": 0}, limit=1, seconds=1.0, manager=UUID(int=0)).sql
+        parts = {
+            _BEGIN: f"WITH seen AS MATERIALIZED (\n{SQL['look'].rstrip(';')}\n),\n",
+            _QUEUES: SQL["available"].rstrip(";"),
+            _STALE_QUEUES: "stale.entrypoint = ANY (ARRAY (SELECT entrypoint FROM available))",
+            _ORDERED: SQL["look_and_claimed"].replace("FROM needed", f"FROM (\n{_NEEDED}\n) AS needed"),
+        }
+        return _with_ours(dequeue, parts)
+
+    def _dequeue(self, queues: Mapping[str, int], *, limit: int, seconds: float, manager: UUID) -> Any:
+        return self._builder.build_dequeue_query(
+            batch_size=limit,
+            entrypoints=[QueueEntrypoint(queue) for queue in queues],
+            concurrency_limits=list(queues.values()),
+            queue_manager_id=QueueManagerId(manager),
+            global_concurrency_limit=None,
+            heartbeat_timeout=interval(seconds),
+        )
 
     async def dequeue(
         self, connection: Connection, queues: Mapping[str, int], *, limit: int, seconds: float, manager: UUID
@@ -89,14 +129,7 @@ class Statements:
             seconds: A picked job without a heartbeat for so long is picked again.
             manager: pgqueuer's ``queue_manager_id``.
         """
-        query = self._builder.build_dequeue_query(
-            batch_size=limit,
-            entrypoints=[QueueEntrypoint(queue) for queue in queues],
-            concurrency_limits=list(queues.values()),
-            queue_manager_id=QueueManagerId(manager),
-            global_concurrency_limit=None,
-            heartbeat_timeout=interval(seconds),
-        )
+        query = self._dequeue(queues, limit=limit, seconds=seconds, manager=manager)
         statement = _with_ours(query.sql, {_PICKED: _NEEDED})
         if not any(queues.values()):
             return await connection.fetch(statement, *query.args)

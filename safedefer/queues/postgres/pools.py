@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar
 
 import asyncpg
@@ -30,12 +31,13 @@ Purpose: TypeAlias = Literal["durable", "relaxed", "leases"]
 a run, and enqueued tasks, survive a crash of the server.
 ``relaxed`` commits are not: a settlement lost in a crash is repeated by the next delivery, which the ledger answers.
 ``leases`` are relaxed too, and may not sort: pgqueuer's dequeue must walk the index in the order of the jobs' ids,
-because sorting a million due jobs takes seconds.
+because sorting a million due jobs takes seconds. Each statement keeps one plan for all values: PostgreSQL made a new one for each
+dequeue, which took longer than to run it.
 """
 _SETTINGS: Final[Mapping[Purpose, Mapping[str, str]]] = {
     "durable": {},
     "relaxed": {"synchronous_commit": "off"},
-    "leases": {"synchronous_commit": "off", "enable_sort": "off"},
+    "leases": {"synchronous_commit": "off", "enable_sort": "off", "plan_cache_mode": "force_generic_plan"},
 }
 #: Forces look-ups by index: the planner's row counts are stale for tables that grow and shrink by thousands a second.
 _BY_INDEX: Final = {"jit": "off", "enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
@@ -73,6 +75,11 @@ class Pools:
         self._dsn = dsn
         self._most = most
         self._pools: dict[Purpose, asyncpg.Pool] = {}
+        self._kept: dict[Purpose, Any] = {}
+        """Connections that nobody uses and that were not given back, one of each pool: to give it back and to acquire it again
+        costs more than a statement does."""
+        self._waiting: Counter[Purpose] = Counter()
+        """Calls that acquire a connection now."""
         self._closed = False
 
     async def _pool(self, purpose: Purpose) -> asyncpg.Pool:
@@ -127,7 +134,7 @@ class Pools:
         self, action: Callable[[Any], Awaitable[_T]], *, purpose: Purpose, transaction: bool, idempotent: bool
     ) -> _T:
         try:
-            async with self._connection(await self._pool(purpose)) as connection:
+            async with self._connection(purpose) as connection:
                 if not transaction:
                     return await action(connection)
                 async with connection.transaction():
@@ -138,20 +145,39 @@ class Pools:
         return await self._run(action, purpose=purpose, transaction=transaction, idempotent=False)
 
     @contextlib.asynccontextmanager
-    async def _connection(self, pool: asyncpg.Pool) -> AsyncIterator[Any]:
-        """Acquire a connection, and terminate it if it may be broken afterwards."""
-        connection = await pool.acquire(timeout=CONNECT_SECONDS)
+    async def _connection(self, purpose: Purpose) -> AsyncIterator[Any]:
+        """Give a connection, and terminate it if it may be broken afterwards."""
+        pool = await self._pool(purpose)
+        connection = await self._take(pool, purpose)
+        usable = True
         try:
             yield connection
         except BaseException as error:
             # An error that the server answers leaves the connection usable; after any other its state is unknown.
             if not isinstance(error, asyncpg.PostgresError) or is_gone(error):
+                usable = False
                 with contextlib.suppress(*BROKEN):  # the pool may have dropped it already
                     connection.terminate()
             raise
         finally:
-            with contextlib.suppress(*BROKEN):  # a connection that ends now changes nothing about the result
-                await pool.release(connection)
+            if usable and not (self._closed or purpose in self._kept or self._waiting[purpose]):
+                self._kept[purpose] = connection
+            else:
+                with contextlib.suppress(*BROKEN):  # a connection that ends now changes nothing about the result
+                    await pool.release(connection)
+
+    async def _take(self, pool: asyncpg.Pool, purpose: Purpose) -> Any:
+        kept = self._kept.pop(purpose, None)
+        if kept is not None:
+            with contextlib.suppress(*BROKEN):  # it has ended meanwhile, and the pool has dropped it
+                if not kept.is_closed():
+                    return kept
+                await pool.release(kept)
+        self._waiting[purpose] += 1
+        try:
+            return await pool.acquire(timeout=CONNECT_SECONDS)
+        finally:
+            self._waiting[purpose] -= 1
 
     async def close(self) -> None:
         """Wait up to half of ``CONNECT_SECONDS`` for running statements, and disconnect."""
@@ -159,6 +185,9 @@ class Pools:
         pools = list(self._pools.values())
         try:
             async with asyncio.timeout(CONNECT_SECONDS / 2):
+                for purpose, connection in self._kept.items():
+                    with contextlib.suppress(*BROKEN):
+                        await self._pools[purpose].release(connection)
                 await asyncio.gather(*(pool.close() for pool in pools))
         except BaseException as error:
             self.terminate()

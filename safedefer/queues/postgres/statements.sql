@@ -40,8 +40,9 @@ SELECT count(*) AS number FROM unnest($1::text[]) AS given (id) WHERE
     OR EXISTS (SELECT FROM safedefer.ended WHERE ended.id = given.id OFFSET 0);
 
 -- name: look
--- The state before a lease: queues that have jobs (a skip scan: one look-up per queue, whatever its length), and leases that
--- have run out or will within a second. A job of the latter that the lease then picks was lost by its dispatcher.
+-- The state before a lease, and the first part of `pick_free` (pgqueuer.py), whose parameters are those of pgqueuer's dequeue:
+-- $4 is the length of a lease. Queues that have jobs (a skip scan: one look-up per queue, whatever its length), and leases that have
+-- run out or will within a second. A job of the latter that the lease then picks was lost by its dispatcher.
 WITH RECURSIVE names (queue) AS (
     SELECT (SELECT min(entrypoint) FROM safedefer.pgqueuer WHERE status = 'queued')
     UNION ALL
@@ -53,7 +54,7 @@ WITH RECURSIVE names (queue) AS (
     SELECT id, entrypoint,
         round(extract(epoch FROM greatest(least(updated, now()), timestamptz 'epoch')), 3)::double precision AS leased
     FROM safedefer.pgqueuer
-    WHERE status = 'picked' AND heartbeat < now() - $1::interval + interval '1 second' AND execute_after < now()
+    WHERE status = 'picked' AND heartbeat < now() - $4::interval + interval '1 second' AND execute_after < now()
 )
 SELECT
     ARRAY (
@@ -75,6 +76,18 @@ SELECT id, dedupe_key, entrypoint,
     CASE WHEN pg_column_size(headers) <= 2097152 AND octet_length(headers::text) <= 2097152 THEN headers END AS headers,
     CASE WHEN octet_length(payload) <= 2097152 THEN payload END AS payload, attempts, updated
 FROM claimed;
+
+-- name: look_and_claimed
+-- Ends `pick_free` (pgqueuer.py): one row of `look`, then the jobs that it picked at once.
+SELECT seen.*, NULL::bigint AS id, NULL::text AS dedupe_key, NULL::text AS entrypoint, NULL::jsonb AS headers,
+    NULL::bytea AS payload, NULL::integer AS attempts, NULL::timestamptz AS updated FROM seen
+UNION ALL
+SELECT NULL, NULL, NULL, NULL, NULL, NULL, needed.* FROM needed;
+
+-- name: available
+-- The queues to pick from at once: none while any queue has a control, or parked jobs that are due and must be promoted before.
+SELECT queue AS entrypoint FROM seen CROSS JOIN unnest(seen.queues) AS queue
+WHERE NOT seen.controlled AND seen.fallen_due = '{}' AND ($2::text[] IS NULL OR queue = ANY ($2));
 
 -- name: promote
 -- Moves parked jobs that are due to their queue, the longest due first.

@@ -66,8 +66,8 @@ def take_write_lock(connection: apsw.Connection) -> None:
     connection.execute(SQL["write_lock"])
 
 
-def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -> None:
-    """Store a task, its name and its blob, as long as all blobs together have at most ``blob_limit`` bytes.
+def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -> int:
+    """Store a task, its name and its blob, as long as all blobs together have at most ``blob_limit`` bytes; return its number.
 
     After ``newest_seq``, which raises ``BadValue`` where somebody has used up the numbers of rows.
 
@@ -86,8 +86,8 @@ def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -
     if task.name is not None:
         _take_name(connection, task, task.name)
     connection.execute(SQL["task_insert"], values)
+    seq = connection.last_insert_rowid()
     if task.blob is not None:
-        seq = connection.last_insert_rowid()
         if connection.execute(SQL["blob_taken"], values).get is not None:
             raise BlobTaken(task.blob.id)
         small = {"small": blob_limit // 2}
@@ -98,6 +98,7 @@ def enqueue(connection: apsw.Connection, task: QueuedTask, *, blob_limit: int) -
         if stored + len(task.blob.data) > blob_limit:
             raise BlobsFull(blob_limit)
         connection.execute(SQL["blob_insert"], (task.blob.id, seq, task.blob.data))
+    return seq
 
 
 def _take_name(connection: apsw.Connection, task: QueuedTask, name: str) -> None:

@@ -548,10 +548,10 @@ def _records(connection: apsw.Connection, task_id: str) -> list[AttemptRecord]:
 
 
 def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask], blob_limit: int) -> int:
-    operations.newest_seq(connection)
+    newest = operations.newest_seq(connection)
     for task in tasks:
-        operations.enqueue(connection, task, blob_limit=blob_limit)
-    return operations.newest_seq(connection)
+        newest = operations.enqueue(connection, task, blob_limit=blob_limit)
+    return newest
 
 
 def _counts(rows: Iterable[tuple[Any, ...]]) -> dict[str, int]:
