@@ -21,6 +21,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote, urlencode
 
 import psycopg
 
@@ -193,7 +194,10 @@ class Given:
 
     def dsn(self, database: str = "postgres") -> str:
         """Return the URL of a database on the server."""
-        return psycopg.conninfo.make_conninfo(self._dsn, dbname=database)
+        given = psycopg.conninfo.conninfo_to_dict(self._dsn)
+        user, password = (quote(str(given.get(name, "")), safe="") for name in ("user", "password"))
+        rest = {name: value for name, value in given.items() if name not in {"user", "password", "dbname"}}
+        return f"postgresql://{user}{':' if password else ''}{password}@/{database}?{urlencode(rest)}"
 
     def close(self) -> None:
         """Leave it as it is."""

@@ -169,7 +169,7 @@ def test_the_clock_of_the_database_is_read(dsn):
 def test_a_run_that_an_older_version_knew_begins_again_as_before(real_dsn):
     for column in ("not_before", "attempts", "losses", "first_loss"):
         ask(real_dsn, f"ALTER TABLE safedefer.ledger DROP COLUMN {column}")
-    ask(real_dsn, "DROP TABLE safedefer.kept")
+    ask(real_dsn, "DROP TABLE safedefer.kept, safedefer.copies")
     ask(real_dsn, "UPDATE safedefer.settings SET version = 1")
     task = task_now()
     entry = (task.audience, task.id, task_digest(task), task.expires)
@@ -178,7 +178,7 @@ def test_a_run_that_an_older_version_knew_begins_again_as_before(real_dsn):
     with contextlib.closing(PostgresQueue(real_dsn)) as queue, pytest.raises(ConfigurationError, match="of an older"):
         queue.enqueue_many([task])
     ask(real_dsn, "DROP TABLE safedefer.notices; DROP INDEX safedefer.attempts_ended")
-    assert migrate(real_dsn) == [f"safedefer: migration_{step}" for step in (2, 3, 4)]
+    assert migrate(real_dsn) == [f"safedefer: migration_{step}" for step in (2, 3, 4, 5)]
     old = task_now()
     ask(real_dsn, insert, old.audience, old.id, task_digest(old), old.expires)  # a process that is connected goes on
     with contextlib.closing(PostgresQueue(real_dsn)) as queue:
