@@ -146,7 +146,7 @@ def test_no_message_and_no_page_names_an_option_that_its_command_does_not_have()
     named, unknown = 0, []
     for words, command in _named_commands():
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        follows = re.compile(rf"(?<![\w-]){words}((?: (?:[\w./:]+ )?--[a-z][a-z-]*(?:[ =][^\s`|)\"']+)?)+)")
+        follows = re.compile(rf"(?<![\w-])(?<!gcloud ){words}((?: (?:[\w./:]+ )?--[a-z][a-z-]*(?:[ =][^\s`|)\"']+)?)+)")
         for file, text in texts.items():
             options = [option for found in follows.finditer(text) for option in re.findall("(?<= )--[a-z-]+", found[1])]
             named += len(options)
