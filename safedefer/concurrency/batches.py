@@ -55,10 +55,23 @@ class Batches(Generic[_T, _R]):
             gathered.under_way = True
             # At the end of this turn of the loop: the items that it adds go into the same call.
             gathered.loop.call_soon(self._start, gathered)
-        elif gathered.timer is not None and not gathered.may_wait:
-            gathered.timer.cancel()
-            gathered.timer = gathered.loop.call_soon(self._start, gathered)
+        elif not gathered.may_wait:
+            self._hurry(gathered)
         return future
+
+    def hurry(self) -> None:
+        """Let no item wait for others any more in the running event loop: a caller was cancelled, and the loop may be closed."""
+        gathered = self._gathered.here()
+        gathered.patient = False
+        self._hurry(gathered)
+
+    def _hurry(self, gathered: _Gathered[_T, _R]) -> None:
+        timer, gathered.timer = gathered.timer, None
+        if (
+            timer is not None
+        ):  # else a call is under way, or begins in the next turn: whoever comes then puts it off no more
+            timer.cancel()
+            gathered.loop.call_soon(self._start, gathered)
 
     def _start(self, gathered: _Gathered[_T, _R]) -> None:
         gathered.timer = None
@@ -119,7 +132,7 @@ class _Gathered(Generic[_T, _R]):
         self.under_way = False
         self.began = float("-inf")
         """When the last call began, in the loop's time."""
-        self.timer: asyncio.Handle | None = None
+        self.timer: asyncio.TimerHandle | None = None
         """What begins the next call, while its items wait for others."""
         self.running: asyncio.Future[Sequence[_R]] | None = None
         """The call under way, which else nothing may refer to."""

@@ -6,7 +6,8 @@ while others wait; and all results that are ready go back to the event loop in o
 
 While calls are brief, one thread makes those that wait one after the other, and wakes the loop after the last of them. The
 loop looks every millisecond whether a call has ended meanwhile. If none has, it takes what results there are, and other threads
-take the calls that wait, as they do while calls are longer.
+take the calls that wait, as they do while calls are longer. A loop that is blocked, maybe by what waits for one of these calls, does
+not look: then a thread does so, some twenty times a second.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from safedefer.concurrency.forks import register_fork
 from safedefer.concurrency.per_loop import PerLoop
+from safedefer.concurrency.plain_threads import PlainThread
 from safedefer.concurrency.results import LoopResults
 
 _T = TypeVar("_T")
@@ -33,6 +35,9 @@ _LINGER: Final = 0.1
 _BRIEF: Final = 0.00025
 #: Seconds between two looks at brief calls: so long the others wait for one that lasts.
 _LOOK: Final = 0.001
+#: Seconds between two looks in place of a loop that is blocked, and how many of them without a call end the thread.
+_LOOK_ASIDE: Final = 0.05
+_LOOKS_ASIDE: Final = 20
 #: One in so many: the weight of a call in the average.
 _OF_LATE: Final = 16
 #: Seconds after which a thread that could not be started is asked for again.
@@ -84,6 +89,8 @@ class Threads:
         """Seconds that a call takes, of late."""
         self._ended = 0
         """How many calls have ended."""
+        self._looks_aside = False
+        """Whether a thread looks in place of loops that are blocked."""
 
     def __call__(self, call: Callable[[], _T], /) -> asyncio.Future[_T]:
         """Return a future of the result of ``call``. Cancelling it cancels a call that has not begun.
@@ -100,6 +107,7 @@ class Threads:
             if self._is_brief and not results.watched:
                 results.watched = True
                 results.loop.call_later(_LOOK, self._look, results, self._ended)
+                self._begin_to_look_aside()
             try:
                 if not (self._is_brief and self._awake > self._idle):
                     self._wake_one()
@@ -181,14 +189,39 @@ class Threads:
         """Look, in the event loop, whether any call has ended since ``ended`` was counted; else let none wait for another."""
         with self._lock:
             if self._ended == ended and self._awake > self._idle:
-                self._takes = max(self._takes, _LOOK)
-                if self._calls:
-                    self._wake_one()
+                self._let_none_wait()
             results.watched = self._is_brief and self._awake > self._idle
             ended = self._ended
         results.deliver()  # last: what a thread adds from now on, it tells of
         if results.watched:
             results.loop.call_later(_LOOK, self._look, results, ended)
+
+    def _let_none_wait(self) -> None:
+        """Have other threads take the calls that wait: the one under way lasts. Hold the lock."""
+        self._takes = max(self._takes, _LOOK)
+        if self._calls:
+            self._wake_one()
+
+    def _begin_to_look_aside(self) -> None:
+        """Have a thread look too, from now on. Hold the lock."""
+        if not self._looks_aside:
+            with contextlib.suppress(RuntimeError):  # no thread can be started: the loop looks
+                PlainThread(self._look_aside)
+                self._looks_aside = True
+
+    def _look_aside(self) -> None:
+        ended, idle = -1, 0
+        while idle < _LOOKS_ASIDE:
+            time.sleep(_LOOK_ASIDE)
+            with self._lock:
+                if self._ended != ended:
+                    ended, idle = self._ended, -1
+                elif self._calls:
+                    with contextlib.suppress(RuntimeError):  # at the interpreter's end no thread is started
+                        self._let_none_wait()
+                idle += 1
+                if idle == _LOOKS_ASIDE:
+                    self._looks_aside = False
 
     def _ask_again(self) -> None:
         now = time.monotonic()

@@ -103,6 +103,9 @@ class LedgerClient:
             await self.end(end, patient=patient)  # cancelled here, the end is stored all the same
         except QueueUnavailable as error:
             await asyncio.shield(self._finish_late(end, error))
+        except asyncio.CancelledError:
+            self.end.hurry()
+            raise
 
     async def _finish_late(self, end: RunEnd, error: BaseException) -> None:
         """Try again (a full disk gets room) until the lease expires: before that no other handler may run the task."""

@@ -14,8 +14,10 @@ from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.postgres.migrations import migrate
 from safedefer.queues.postgres.queue import PostgresQueue
 from safedefer.queues.push import PushQueue
+from safedefer.queues.sqlite.connection import Handle
 from safedefer.queues.sqlite.log_sync import LogSync
 from safedefer.queues.sqlite.queue import SQLiteQueue
+from safedefer.queues.sqlite.writer import Writer
 from tests.postgres.server import fresh_database, shared_server
 from tests.queues.pushing import PushEngineInMemory
 
@@ -169,7 +171,8 @@ def test_a_sync_of_the_log_ends_no_lock_of_this_process(tmp_path):
 
 def test_a_log_that_cannot_be_synced_is_an_error_and_one_that_is_gone_is_none(tmp_path):
     log = tmp_path / "store.db-wal"
-    sync = LogSync(str(tmp_path / "store.db"))
+    path = str(tmp_path / "store.db")
+    sync = LogSync(path, Writer(path, busy_timeout=1.0), Handle(path, busy_timeout=1.0))
     sync()
     log.symlink_to(log)  # as any file that cannot be opened
     with pytest.raises(QueueUnavailable):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import apsw
 import pytest
 
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, EndState
-from safedefer.queues.sqlite import operations
+from safedefer.queues.sqlite import log_sync, operations
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from safedefer.queues.sqlite.writer import _Batch
 from tests.queues.contract import execution_of, make_task, take
@@ -113,7 +116,7 @@ def test_an_interrupted_caller_gets_its_interrupt_and_undoes_what_it_did(queue):
 
 SIGNALS = """
 import signal, sys
-from safedefer.queues.sqlite import operations
+from safedefer.queues.sqlite import log_sync, operations
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests.queues.contract import make_task, take
 queue, stored = SQLiteQueue(sys.argv[1]), []
@@ -197,6 +200,62 @@ def test_an_end_whose_log_is_not_synced_is_not_stored(queue):
     here._sync_log = fail
     with pytest.raises(QueueUnavailable, match="does not sync"):
         asyncio.run(here.finish_many([(run, EndState.SUCCEEDED, record_of(run))]))
+
+
+def test_an_end_whose_sync_gets_no_thread_is_not_stored(queue, monkeypatch):
+    here, run = queue.ledger.here, execution_of(make_task())
+
+    def refuse(_call) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(here, "_threads", refuse)
+    with pytest.raises(QueueUnavailable, match="more threads"):
+        asyncio.run(here.finish_many([(run, EndState.SUCCEEDED, record_of(run))]))
+
+
+def states_without_the_log(queue, folder) -> list[object]:
+    """What the file alone has, as if the log had a hole before all that matters."""
+    folder.mkdir()
+    copied = folder / "tasks.db"
+    # By another process: to close the file here would drop the locks of this one.
+    subprocess.run(["cp", queue.path, copied], check=True)
+    with contextlib.closing(apsw.Connection(str(copied))) as connection:
+        return [state for (state,) in connection.execute("SELECT state FROM safedefer_ledger")]
+
+
+@pytest.mark.parametrize("whose", ["the sync", "the writer"])
+def test_after_an_error_of_the_disk_what_was_committed_before_is_not_left_to_the_log(
+    queue, tmp_path, monkeypatch, whose
+):
+    """The system drops what it could not write, and says so once: the next sync succeeds, with a hole in the log."""
+    here, runs = queue.ledger.here, [execution_of(make_task()) for _ in range(2)]
+
+    async def end(run) -> None:
+        await here.begin_many([run], now=100.0, lease=60.0)
+        await here.finish_many([(run, EndState.SUCCEEDED, record_of(run))])
+
+    asyncio.run(end(runs[0]))
+    if whose == "the sync":
+        sync = log_sync._sync
+
+        def fail(_log) -> None:
+            monkeypatch.setattr(log_sync, "_sync", sync)
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(log_sync, "_sync", fail)
+        with pytest.raises(QueueUnavailable):
+            asyncio.run(end(runs[1]))
+    else:
+        queue._read(lambda connection: connection.execute("SELECT 1").get)  # keeps the log
+
+        def break_off(connection) -> None:
+            connection.execute("ROLLBACK")  # as SQLite does
+            raise apsw.IOError("disk I/O error")
+
+        with pytest.raises(QueueUnavailable):
+            queue._writer.run(break_off)
+    asyncio.run(end(runs[1]))
+    assert "succeeded" in states_without_the_log(queue, tmp_path / "copy")
 
 
 def test_what_others_wait_for_goes_first_and_in_turn_with_the_rest(queue):

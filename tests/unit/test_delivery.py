@@ -329,6 +329,31 @@ async def test_what_nothing_waits_for_is_gathered_for_a_while_and_no_longer(monk
         assert calls[1:] == [[1, 2], [3, 4], list(range(32))]
 
 
+async def test_a_full_batch_is_not_put_off_by_what_comes_before_it_in_each_turn(monkeypatch):
+    monkeypatch.setattr(batches_module, "_PATIENCE", 3600.0)
+    calls, loop = [], asyncio.get_running_loop()
+
+    def call(items, _gone):
+        calls.append(len(items))
+        done = loop.create_future()
+        done.set_result(items)
+        return done
+
+    batches = Batches(call)
+    await batches(0, patient=True)
+    waiting, over = [], loop.create_future()
+
+    def each_turn(number):
+        loop.call_soon(each_turn, number + 1) if number < 300 else over.set_result(None)
+        waiting.append(batches(number, patient=True))
+
+    each_turn(1)
+    await over
+    assert sum(calls) > 250
+    waiting.append(batches(-1))
+    await asyncio.gather(*waiting)
+
+
 async def test_batches_whose_threads_are_gone_say_so():
     with threads(1) as in_thread:
         batches = Batches(threaded(in_thread, lambda items: items))
@@ -417,6 +442,35 @@ def test_what_has_run_is_written_down_although_its_loop_is_taken_down(kind, tmp_
         time.sleep(0.02)
     assert outcome == "duplicate"
     app.close()
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_ends_that_gather_are_stored_although_their_loop_is_taken_down(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches_module, "_PATIENCE", 3600.0)
+    queue = open_queue("memory://" if kind == "memory" else f"sqlite:///{tmp_path}/q.db")
+    runs = [Execution("a", f"{n:032x}", bytes(32), f"o{n}", 10**9) for n in range(4)]
+    queue.ledger.begin_many(runs, now=1.0, lease=3600.0)
+    with threads(1) as in_thread:
+        client = ledger_client.LedgerClient(
+            lambda: queue.ledger, in_thread, clock=lambda: 1.0, seconds=60.0, cancel=lambda _: None
+        )
+
+        async def leave():
+            ends = [
+                client.finish(
+                    (run, EndState.SUCCEEDED, AttemptRecord(run.task_id, "a", 1.0, 2.0, "x", 200)), patient=True
+                )
+                for run in runs
+            ]
+            await ends[0]
+            gathering = [asyncio.create_task(end) for end in ends[1:]]
+            await asyncio.sleep(0.01)
+            del gathering
+
+        asyncio.run(leave())
+    for run in runs:
+        assert begin(queue.ledger, run, now=3.0, lease=60.0) is Admission.DUPLICATE
+    queue.close()
 
 
 async def test_a_cancelled_call_is_an_unavailable_queue_to_those_who_were_not_cancelled():

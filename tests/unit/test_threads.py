@@ -94,6 +94,25 @@ async def test_among_brief_calls_one_that_blocks_keeps_no_other_waiting_and_no_r
         await blocked
 
 
+async def test_a_call_behind_one_that_blocks_begins_although_the_loop_is_blocked_too():
+    blocked, ran = threading.Event(), threading.Event()
+    with open_threads(2) as threads:
+        await asyncio.gather(*(threads(int) for _ in range(200)))  # they are brief
+        assert threads._is_brief
+        calls = [threads(lambda: blocked.wait(30.0)), threads(ran.set)]
+        assert ran.wait(20.0)  # as a coroutine that should not
+        blocked.set()
+        assert await asyncio.gather(*calls) == [True, None]
+
+
+async def test_the_thread_that_looks_for_blocked_loops_ends_and_comes_back(monkeypatch):
+    monkeypatch.setattr(module, "_LOOK_ASIDE", 0.001)
+    with open_threads(2) as threads:
+        for _ in range(2):
+            await asyncio.gather(*(threads(int) for _ in range(200)))
+            await until(lambda: not threads._looks_aside)
+
+
 async def test_calls_come_in_their_order_where_there_is_one_thread():
     seen = []
     with open_threads(1) as threads:

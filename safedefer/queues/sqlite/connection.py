@@ -238,6 +238,8 @@ class Handle:
         self._pid = 0
         self._closed = False
         self._inode = (0, 0)
+        self.connections: int = 0
+        """How many were opened so far."""
 
     @contextlib.contextmanager
     def use(self) -> Iterator[apsw.Connection]:
@@ -311,6 +313,7 @@ class Handle:
             self._connection = open_connection(self.path, busy_timeout=self._busy_timeout)
             self._pid = os.getpid()
             self._inode = self._stat()
+            self.connections += 1
         elif self._pid != os.getpid():
             raise forked(self.path)
         elif self._inode != self._stat():

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from safedefer.concurrency.threads import Threads
+from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, EndState, Execution, RunEnd
 from safedefer.queues import rules
 from safedefer.queues.sqlite import operations
@@ -45,7 +46,11 @@ class SQLiteLedgerCalls:
     async def finish_many(self, ends: Sequence[RunEnd]) -> Sequence[bool]:
         """Do what ``SQLiteLedger.finish_many`` does."""
         counted = await self._writer.call(partial(finish_all, ends=ends), durable=False)
-        await self._threads(self._sync_log)
+        try:
+            synced = self._threads(self._sync_log)
+        except RuntimeError as error:
+            raise QueueUnavailable(f"the log cannot be synced ({error}); allow the process more threads") from error
+        await synced
         return counted
 
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import apsw
 
 from safedefer.queues.sqlite.connection import unavailable
+
+if TYPE_CHECKING:
+    from safedefer.queues.sqlite.connection import Handle
+    from safedefer.queues.sqlite.writer import Writer
 
 #: Without the times of the file, where the system has such a call.
 _sync: Final = getattr(os, "fdatasync", os.fsync)
@@ -19,11 +25,22 @@ class LogSync:
     A commit is in the log, or in the file: SQLite syncs the log before it copies it into the file, and the file before it
     writes over the log. So no lock is needed, and no writer waits. SQLite takes its locks on the file and its ``-shm``:
     closing this descriptor of the log ends none of them.
+
+    What a sync could not write the system may drop, and it says so once. The next sync would succeed, with a hole in the log,
+    and nothing behind a hole survives a power cut. So after an error, ours or the writer's, the log is copied into the file.
+
+    Args:
+        path: The queue's file.
+        writer: Whoever commits.
+        reader: Copies the log.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, writer: Writer, reader: Handle) -> None:
         self._log = Path(f"{path}-wal")
-        self._known: tuple[int, int] | None = None
+        self._writer = writer
+        self._reader = reader
+        self._known: tuple[int, int, int] | None = None
+        self._has_hole = False
 
     def __call__(self) -> None:
         """Sync the log. Raises ``QueueUnavailable``."""
@@ -31,7 +48,10 @@ class LogSync:
             # Without a log: the last process that closed the file has copied all of it.
             with suppress(FileNotFoundError):
                 self._sync()
+            if self._has_hole:
+                self._copy()
         except OSError as error:
+            self._has_hole = True
             raise unavailable(str(self._log), error) from error
 
     def _sync(self) -> None:
@@ -41,10 +61,19 @@ class LogSync:
             status = os.fstat(log)
         finally:
             os.close(log)
-        if self._known != (which := (status.st_dev, status.st_ino)):  # a new file: its name is to be on the disk too
+        # A log of a new connection may be a new one, though it has the number of one that was deleted.
+        which = status.st_dev, status.st_ino, self._writer.connections
+        if self._known != which:  # its name is to be on the disk too
             folder = os.open(self._log.parent, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+            # After an error the writer's connection is opened anew, as after a fork.
+            self._has_hole = self._has_hole or self._known is not None
             self._known = which
+
+    def _copy(self) -> None:
+        with self._reader.use() as connection:
+            connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_FULL)
+        self._has_hole = False

@@ -115,7 +115,7 @@ class SQLiteQueue:
         self._reader = Handle(self._path, busy_timeout=busy_timeout, make_file=make_file)
         register_fork(self._reader)
         self._watch = FileWatch(self._path, busy_timeout=busy_timeout, make_file=make_file)
-        self._sync_log = LogSync(self._path)
+        self._sync_log = LogSync(self._path, self._writer, self._reader)
         self._ledger = SQLiteLedger(self._writer, self._reader, self._sync_log)
         self._blobs = SQLiteBlobs(self._writer, self._reader)
         self._keep = pushed.SQLiteKeep(self._writer, self._reader, blob_limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import apsw
 import orjson
 
 from safedefer.ledger import AttemptRecord
@@ -15,8 +16,6 @@ from safedefer.queues.sqlite.repair import BYTES, NUMBER, OR_NONE, TEXT, WHOLE, 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import apsw
 
 
 class TaskRow(NamedTuple):
@@ -140,7 +139,7 @@ def tasks_by_seq(connection: apsw.Connection, seqs: Sequence[int]) -> dict[int, 
         for row in rows:
             row[_DIGEST], row[_TOKEN] = bytes.fromhex(row[_DIGEST]), bytes.fromhex(row[_TOKEN])
         return {row[0]: TaskRow.read(row) for row in rows}
-    except (ValueError, TypeError, BadValue):  # or it is null
+    except (ValueError, TypeError, BadValue, apsw.SQLError, apsw.TooBigError):  # or it is null; JSON holds no bytes
         return {row[0]: TaskRow.read(row) for row in connection.execute(SQL["tasks_by_seq"], numbers)}
 
 

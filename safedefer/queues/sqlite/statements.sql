@@ -146,12 +146,14 @@ FROM safedefer_tasks WHERE seq IN (SELECT value FROM json_each(:seqs));
 
 -- name: tasks_by_seq_together
 -- The same rows in one, as JSON, and bytes in hexadecimal: each step to a row is one more change of threads. A row that is
--- larger than most, or has values of other types than ours, is null, or does not read back: it is read by the statement above.
+-- larger than most (so that nothing in it is left out above), or has values of other types than ours, is null, an error, or
+-- does not read back: it is read by the statement above.
 SELECT json_group_array(iif(
     octet_length(id) + octet_length(queue) + coalesce(octet_length(name), 0) + octet_length(callable_name) + octet_length(url)
-        + octet_length(target) + octet_length(audience) + octet_length(headers) + octet_length(retry_options)
-        + octet_length(digest) + coalesce(octet_length(blob_id), 0) + coalesce(octet_length(owner), 0)
-        + coalesce(octet_length(retry_reason), 0) + octet_length(token) + coalesce(octet_length(unique_key), 0) <= 65536
+        + octet_length(target) + octet_length(audience) + octet_length(digest) + coalesce(octet_length(blob_id), 0)
+        + coalesce(octet_length(owner), 0) + coalesce(octet_length(retry_reason), 0)
+        + coalesce(octet_length(unique_key), 0) <= 5000
+        AND octet_length(headers) + octet_length(retry_options) + octet_length(token) <= 65536
         AND typeof(digest) = 'blob' AND typeof(token) = 'blob',
     json_array(seq, id, queue, name, callable_name, url, target, audience, headers, retry_options, eta, created, expires,
         hex(digest), blob_id, due, owner, leased_at, attempts, deliveries, executions, first_attempt, rejections,

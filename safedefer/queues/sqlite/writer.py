@@ -107,6 +107,11 @@ class Writer:
         result: T = answer.wait()
         return result
 
+    @property
+    def connections(self) -> int:
+        """How many connections it has opened so far."""
+        return self._handle.connections
+
     def make_file(self) -> None:
         """Make the file in the writer's thread, where a signal handler could interrupt this one: it would wait for what is half made."""
         if _is_interruptible() and self._handle.is_unmade:
