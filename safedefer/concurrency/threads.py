@@ -107,9 +107,10 @@ class Threads:
             if self._is_brief and not results.watched:
                 results.watched = True
                 results.loop.call_later(_LOOK, self._look, results, self._ended)
-                self._begin_to_look_aside()
             try:
-                if not (self._is_brief and self._awake > self._idle):
+                if self._is_brief and self._awake > self._idle:
+                    self._begin_to_look_aside()
+                else:
                     self._wake_one()
             except RuntimeError:
                 self._calls.pop()  # its caller gets the error: it must not run later

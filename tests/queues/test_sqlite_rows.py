@@ -41,8 +41,9 @@ def test_rows_that_are_read_together_are_those_that_are_read_one_by_one(file, da
         drawn = {
             name: data.draw(_VALUES[kind] if needed else st.none() | _VALUES[kind])
             for _, name, kind, needed, *_ in columns
-            if name not in {"seq", "id"}
-        } | {"id": f"{number}{data.draw(_VALUES['TEXT'])}"}  # no two alike
+            if name != "seq"
+        }
+        drawn |= {name: f"{number}{drawn[name]}" for name in ("id", "queue")}  # no two rows take each other's place
         marks = ", ".join("?" * len(drawn))
         file.execute(f"INSERT INTO safedefer_tasks ({', '.join(drawn)}) VALUES ({marks})", tuple(drawn.values()))
     seqs = [seq for (seq,) in file.execute("SELECT seq FROM safedefer_tasks")]

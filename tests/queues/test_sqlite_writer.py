@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -256,6 +257,33 @@ def test_after_an_error_of_the_disk_what_was_committed_before_is_not_left_to_the
             queue._writer.run(break_off)
     asyncio.run(end(runs[1]))
     assert "succeeded" in states_without_the_log(queue, tmp_path / "copy")
+
+
+def test_the_name_of_a_log_that_a_fork_has_made_anew_is_synced_too(queue, monkeypatch):
+    """On many disks it gets the number of the log that was deleted."""
+    synced, run, status_of = [], queue._writer.run, os.fstat
+
+    def always_the_same(opened) -> os.stat_result:
+        mode, _, _, *others = status_of(opened)
+        return os.stat_result((mode, 1, 2, *others))
+
+    monkeypatch.setattr(log_sync.os, "fstat", always_the_same)
+    monkeypatch.setattr(log_sync.os, "fsync", synced.append)
+    for _ in range(2):
+        run(lambda _connection: None)
+        queue.sync()
+        queue.sync()
+    assert len(synced) == 1
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    with contextlib.closing(apsw.Connection(queue.path)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM safedefer_tasks").fetchall()  # as a backup, which nobody waits for
+        run(lambda connection: connection.execute("INSERT INTO safedefer_names VALUES ('q', 'n', 1.0)").close())
+        queue.sync()
+    assert len(synced) == 2
 
 
 def test_what_others_wait_for_goes_first_and_in_turn_with_the_rest(queue):

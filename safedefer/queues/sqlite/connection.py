@@ -240,6 +240,8 @@ class Handle:
         self._inode = (0, 0)
         self.connections: int = 0
         """How many were opened so far."""
+        self.failures: int = 0
+        """How many of them the disk made unusable."""
 
     @contextlib.contextmanager
     def use(self) -> Iterator[apsw.Connection]:
@@ -333,6 +335,7 @@ class Handle:
     def _discard_after(self, error: apsw.Error) -> None:
         # A connection may stay unusable after these, and opening again costs little.
         if isinstance(error, (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.CantOpenError)):
+            self.failures += 1
             self._drop()
 
     def _drop(self) -> None:

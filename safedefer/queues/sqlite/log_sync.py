@@ -40,7 +40,9 @@ class LogSync:
         self._writer = writer
         self._reader = reader
         self._known: tuple[int, int, int] | None = None
-        self._has_hole = False
+        self._failures = 0
+        """The failures of the writer, and ours, after which the log was copied."""
+        self._own_failures = 0
 
     def __call__(self) -> None:
         """Sync the log. Raises ``QueueUnavailable``."""
@@ -48,10 +50,12 @@ class LogSync:
             # Without a log: the last process that closed the file has copied all of it.
             with suppress(FileNotFoundError):
                 self._sync()
-            if self._has_hole:
+            failures = self._own_failures + self._writer.failures
+            if failures != self._failures:
                 self._copy()
+                self._failures = failures  # another may have come meanwhile
         except OSError as error:
-            self._has_hole = True
+            self._own_failures += 1
             raise unavailable(str(self._log), error) from error
 
     def _sync(self) -> None:
@@ -69,11 +73,8 @@ class LogSync:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-            # After an error the writer's connection is opened anew, as after a fork.
-            self._has_hole = self._has_hole or self._known is not None
             self._known = which
 
     def _copy(self) -> None:
         with self._reader.use() as connection:
             connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_FULL)
-        self._has_hole = False

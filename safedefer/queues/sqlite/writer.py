@@ -112,6 +112,11 @@ class Writer:
         """How many connections it has opened so far."""
         return self._handle.connections
 
+    @property
+    def failures(self) -> int:
+        """How many of them the disk made unusable."""
+        return self._handle.failures
+
     def make_file(self) -> None:
         """Make the file in the writer's thread, where a signal handler could interrupt this one: it would wait for what is half made."""
         if _is_interruptible() and self._handle.is_unmade:
