@@ -41,7 +41,7 @@ from safedefer.queues.base import NotAllStored
 from safedefer.queues.capabilities import Capabilities
 from safedefer.queues.celery.acknowledging import Acknowledgements
 from safedefer.queues.celery.broker import is_lossless, waiting, weaknesses
-from safedefer.queues.celery.task import HANDLED, DeliverTask
+from safedefer.queues.celery.task import register
 from safedefer.queues.push_engine import Attempt
 
 if TYPE_CHECKING:
@@ -134,11 +134,7 @@ class CeleryEngine:
         self._capabilities: Capabilities | None = None
         self._parent = 0
         self._left_to = 0
-        self._task: Any = celery.task(
-            _deliver,
-            name=TASK_NAME,
-            bind=True, base=DeliverTask, **HANDLED,
-        )  # fmt: skip
+        self._task: Any = register(celery, _deliver, TASK_NAME)
         steps: dict[str, set[str]] = celery.steps  # pyright: ignore[reportAssignmentType]
         steps["consumer"].add("safedefer.queues.celery.worker:_LastSync")
         worker_before_create_process.connect(self._before_child, weak=False)

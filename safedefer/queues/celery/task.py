@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from celery import Task  # type: ignore[import-untyped]
+from celery import Celery, Task  # type: ignore[import-untyped]
 
 #: How Celery handles the one task, whatever its own settings and annotations say of all tasks.
 HANDLED: Final[Mapping[str, Any]] = {
@@ -26,7 +26,7 @@ HANDLED: Final[Mapping[str, Any]] = {
 }
 
 
-class DeliverTask(Task):  # type: ignore[misc]
+class _DeliverTask(Task):  # type: ignore[misc]
     """The one task. A base class of the application's own tasks says nothing of it."""
 
     @classmethod
@@ -35,3 +35,8 @@ class DeliverTask(Task):  # type: ignore[misc]
         super().annotate()
         for name, value in HANDLED.items():
             setattr(cls, name, value)
+
+
+def register(celery: Celery, run: Callable[..., None], name: str) -> Any:
+    """Make the one task of an application, which is bound to what ``run`` gets first."""
+    return celery.task(run, name=name, bind=True, base=_DeliverTask, **HANDLED)
