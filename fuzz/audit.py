@@ -4,10 +4,12 @@ CPython raises audit events (PEP 578) from C, whatever Python code was reached: 
 loaded yet, compiling or running code, opening a file, a socket, a process.
 """
 
+import operator
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from zoneinfo import TZPATH, ZoneInfo, ZoneInfoNotFoundError
@@ -22,12 +24,11 @@ _WATCHED = (
 #: Where time zones are read from: files of the system, and those of tzdata.
 _ZONES = [Path(folder) for folder in TZPATH]
 
-_watching = False
 _seen: list[str] = []
 
 
 def _hook(event: str, args: tuple[object, ...]) -> None:
-    if not _watching or not event.startswith(_WATCHED):
+    if not event.startswith(_WATCHED):
         return
     if event == "open" and _is_harmless_file(args):
         return
@@ -61,7 +62,14 @@ with suppress(ModuleNotFoundError):
 with suppress(ZoneInfoNotFoundError):
     ZoneInfo("Europe/Nowhere")
 
-sys.addaudithook(_hook)
+#: An audit hook stays for good. One of Python code lets other threads run within ``sys.settrace``, which before Python 3.12 then
+#: refuses a thread that begins under coverage. So while nothing is watched, this calls a function in C that looks at nothing.
+_gate = partial(operator.is_)
+sys.addaudithook(_gate)
+
+
+def _let_through(to: Callable[[str, tuple[object, ...]], object]) -> None:
+    _gate.__setstate__((to, (), {}, {}))  # type: ignore[attr-defined]
 
 
 class Reached(AssertionError):
@@ -71,12 +79,11 @@ class Reached(AssertionError):
 @contextmanager
 def nothing_happens() -> Iterator[None]:
     """Raise ``Reached`` at the end if the body imported, ran, opened or started anything, in whichever thread."""
-    global _watching  # noqa: PLW0603  # audit hooks are global, and for ever
     _seen.clear()
-    _watching = True
+    _let_through(_hook)
     try:
         yield
     finally:
-        _watching = False
+        _let_through(operator.is_)
     if _seen:
         raise Reached("; ".join(_seen[:5]))

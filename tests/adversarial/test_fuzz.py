@@ -1,6 +1,9 @@
 """A bounded run of every fuzz target, by Hypothesis: seeds from the vectors and the corpus, changed at random."""
 
 import random
+import sys
+import time
+from _thread import start_new_thread
 from pathlib import Path
 from zoneinfo import TZPATH
 
@@ -77,3 +80,30 @@ def test_the_audit_hook_sees_what_it_is_there_to_see(act):
             act()
         except (ImportError, FileNotFoundError):
             pass
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="from 3.12 on, threads do not refuse each other")
+def test_the_audit_hook_keeps_no_thread_from_being_traced():
+    """One of Python code lets other threads run within ``sys.settrace``, which refuses the one that begins meanwhile."""
+    refused, ended, number = [], [], 8_000
+
+    def begin():
+        try:
+            sys.settrace(lambda *_: None)
+            sys.settrace(None)
+        except RuntimeError as error:
+            refused.append(error)
+        ended.append(1)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(number // 20):
+            for _ in range(20):
+                start_new_thread(begin, ())
+            time.sleep(0.001)
+        while len(ended) < number:
+            time.sleep(0.01)
+    finally:
+        sys.setswitchinterval(interval)
+    assert refused == []
