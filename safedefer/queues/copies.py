@@ -13,10 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from safedefer.queues.base import Copy, QueuedTask
-from safedefer.queues.rules import LEDGER_LEEWAY, MOST_ROW_BYTES, unfolds
-
-#: The largest copy that is read, in bytes: a token as large as any, and what stands beside it. The SQL of the engines has it too.
-MOST_BYTES: Final = 2 * MOST_ROW_BYTES
+from safedefer.queues.rules import LEDGER_LEEWAY, unfolds
 
 #: Seconds until the first look, each look doubling them; the SQL of the engines has these numbers too.
 FIRST_LOOK: Final = 5.0

@@ -74,8 +74,10 @@ async def after_brief_calls(threads):
 async def test_brief_calls_wait_for_one_thread(monkeypatch):
     monkeypatch.setattr(module, "_BRIEF", 10.0)
     monkeypatch.setattr(module, "_LOOK", 10.0)
+    monkeypatch.setattr(module, "_LOOK_ASIDE", 10.0)  # the machine may stand still for longer than that
     with open_threads(4) as threads:
         await after_brief_calls(threads)
+        await until(lambda: threads._awake == threads._idle)  # one that is not idle yet takes calls too
         idents = await asyncio.gather(*(threads(lambda: time.sleep(0.001) or threading.get_ident()) for _ in range(50)))
         assert len(set(idents)) == 1
 

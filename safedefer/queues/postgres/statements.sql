@@ -775,6 +775,7 @@ FROM json_to_recordset($1::json) AS given (audience text, task_id text, due doub
 ON CONFLICT (audience, task_id) DO UPDATE SET due = excluded.due, looks = 0, task = excluded.task;
 
 -- name: copies_look
+-- A copy above 4 MiB is none of ours: a token as large as any (MOST_ROW_BYTES), and what stands beside it.
 -- The next look at each is put off already; of those whose task has ended or runs no task is returned.
 WITH due AS (
     SELECT copy.audience, copy.task_id FROM safedefer.copies AS copy

@@ -555,6 +555,7 @@ INSERT INTO safedefer_copies (audience, task_id, due, looks, task) VALUES (:audi
 ON CONFLICT (audience, task_id) DO UPDATE SET due = excluded.due, looks = 0, task = excluded.task;
 
 -- name: copies_due
+-- A copy above 4 MiB is none of ours: a token as large as any (MOST_ROW_BYTES), and what stands beside it.
 -- With the place of each; and whether it is none of ours, by its size, or what the ledger says of its task.
 SELECT copy.rowid, iif(octet_length(copy.audience) > 5000, '', copy.audience), iif(octet_length(copy.task_id) > 5000, '', copy.task_id),
     copy.looks, CASE
