@@ -1,4 +1,4 @@
-"""One attempt: deliver a leased task to its handler, turn the answer into a settlement, and ask a busy handler again."""
+"""One attempt: deliver a leased task to its handler, and ask a busy handler again. ``retry_policy`` judges what came of it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from safedefer.concurrency.threads import InThread
 from safedefer.dispatcher.holds import TargetHolds
 from safedefer.dispatcher.reports import Reports, name_of
 from safedefer.dispatcher.request_headers import delivery_headers
-from safedefer.dispatcher.retry_policy import judge_answer, wait_asked_for
+from safedefer.dispatcher.retry_policy import UnreadableToken, judge_attempt, wait_asked_for
 from safedefer.dispatcher.shares import TargetShares
 from safedefer.dispatcher.signed_route import StorageMismatch
 from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import UnreachableTargets
 from safedefer.errors import QueueError, RejectedTask
-from safedefer.headers import OUTCOME_HEADER, Answer, read_answer
+from safedefer.headers import OUTCOME_HEADER, Answer, AttemptHeaders, read_answer
 from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
-from safedefer.queues.rules import UNREADABLE, judge_failure, judge_rejection, park, with_queues_options
+
+#: What came of an attempt: an answer, why there is none, or what becomes of a task that no handler was asked for.
+Found: TypeAlias = Answer | Settlement | Exception
 
 _log: Final = logging.getLogger("safedefer.dispatcher")
 
 #: Seconds of the first hold of a queue whose handler is at capacity; each such answer in a row doubles them.
 _BUSY_SECONDS: Final = 0.02
-#: Seconds until a task is tried again whose stored token could not be read.
-_STORAGE_SECONDS: Final = 1.0
 #: The statuses with which a handler may ask for a pause.
 _WAITING: Final = frozenset({429, 503})
 
@@ -79,56 +79,40 @@ class AttemptRunner:
             ran: Called when its code has ended and its end is still to be stored, by a handler in this process.
         """
         jitter = self._random.random()
-        if not lease.task.token:
-            _log.error("task %a is buried: its token is empty, or larger than any of ours", lease.task.id)
-            return park(lease, UNREADABLE, now=self._clock())
+        found, signed = await self._attempt(lease, ran, jitter)
+        if isinstance(found, Settlement):
+            return found
+        options = self._retry_options
+        settlement = judge_attempt(lease, found, signed, options, now=self._clock(), jitter=jitter)
+        if not isinstance(found, Answer):
+            self._log(lease.task, found)
+        elif found.outcome is None and settlement.verdict is Verdict.DONE:
+            self._warn(lease.task, found)
+        return settlement
+
+    async def _attempt(
+        self, lease: Lease, ran: Callable[[], None] | None, jitter: float
+    ) -> tuple[Found, Mapping[str, float] | None]:
+        """Return what came of one attempt, and the retry options that were signed with the task."""
+        task = lease.task
         try:
-            if self.targets:
-                settlement = self.targets.postpone(self._deliver.address(lease.task), now=self._clock())
-                if settlement is not None:
-                    return settlement
-            if self._holds and (settlement := self._postpone_held(lease.task)) is not None:
-                return settlement
-            return await self._attempt(lease, jitter, ran)
-        except StorageMismatch as error:
-            _log.error(
-                "task %a is parked: the %s that is stored is not what was signed; look who writes the storage, and run "
-                "the task as it was signed with `safedefer tasks retry`",
-                lease.task.id,
-                error,
-            )
-            return park(lease, "storage-mismatch", now=self._clock())
-        except RejectedTask as error:
-            # As the handler would answer it: another process may have the key, or read such claims.
-            outcome = "rejected" if error.authentic else "refused"
-            own = self._with_options(lease, None)
-            return judge_rejection(own, None, outcome, now=self._clock(), jitter=jitter, reason=error.slug)
-        except QueueError as error:
-            _log.error("the stored token of task %a cannot be read (%s); trying again", lease.task.id, error.slug)
-            at = self._clock() + _STORAGE_SECONDS * (1 + jitter)
-            return Settlement(verdict=Verdict.RETRY, at=at, charged=False, reason="busy")
-        except Exception as error:  # noqa: BLE001  # see below
-            # An attacker may have written the row into the storage. It counts as refused; other tasks go on.
-            _log.error("task %a cannot be delivered (%s); look at what is stored of it", lease.task.id, name_of(error))
-            return judge_rejection(self._with_options(lease, None), None, "refused", now=self._clock(), jitter=jitter)
+            if not task.token:
+                return UnreadableToken(), None
+            if (self.targets or self._holds) and (put_off := self._put_off(task)) is not None:
+                return put_off, None
+            headers = delivery_headers(lease)
+            headers.ran = ran
+            return await self._ask(task, headers, jitter), headers.retry
+        except Exception as error:  # noqa: BLE001  # an attacker may have written the row into the storage; other tasks go on
+            return error, None
 
-    def _with_options(self, lease: Lease, signed: Mapping[str, float] | None) -> Lease:
-        """Return a lease whose task has the retry options that count: those that were signed, else those that are stored.
+    def _put_off(self, task: QueuedTask) -> Settlement | None:
+        """Return the settlement of a task whose target is not to be asked now."""
+        address, now = self._deliver.address(task), self._clock()
+        return self.targets.postpone(address, now=now) or self._holds.postpone(task.queue, address, now=now)
 
-        What it has not is its queue's.
-        """
-        if signed is not None:
-            lease = lease._replace(task=lease.task._replace(retry_options=signed))
-        queues_own = self._retry_options.get(lease.task.queue)
-        return with_queues_options(lease, queues_own) if queues_own else lease
-
-    def _postpone_held(self, task: QueuedTask) -> Settlement | None:
-        return self._holds.postpone(task.queue, self._deliver.address(task), now=self._clock())
-
-    async def _attempt(self, lease: Lease, jitter: float, ran: Callable[[], None] | None) -> Settlement:
-        task, targets = lease.task, self.targets
-        headers = delivery_headers(lease)
-        headers.ran = ran
+    async def _ask(self, task: QueuedTask, headers: AttemptHeaders, jitter: float) -> Found:
+        targets = self.targets
         probed = targets.probe(self._deliver.address(task)) if targets else None
         try:
             response = await self._deliver(task, headers)
@@ -136,10 +120,9 @@ class AttemptRunner:
             if not targets.knows(error.address):
                 self._reports.down(error.address, error)
             return targets.failed(error, now=self._clock(), jitter=jitter)
-        except Interrupted:
+        except Interrupted as error:
             self._reached(task)
-            own = self._with_options(lease, headers.retry)
-            return judge_failure(own, None, now=self._clock(), jitter=jitter)
+            return error
         finally:
             if probed is not None:
                 probed.probing = False
@@ -147,13 +130,25 @@ class AttemptRunner:
         if self._deliver.several:
             self.shares.answered(self._deliver.address(task))
         answer = read_answer(response)
-        own = self._with_options(lease, headers.retry)
-        settlement = judge_answer(own, answer, now=self._clock(), jitter=jitter)
         if self._busy or answer.status in _WAITING:
             await self._slow(task, answer)
-        if answer.outcome is None and settlement.verdict is Verdict.DONE:
-            self._warn(task, answer)
-        return settlement
+        return answer
+
+    def _log(self, task: QueuedTask, why: Exception) -> None:
+        """Say why a task could not be delivered, where no handler said it."""
+        if isinstance(why, UnreadableToken):
+            _log.error("task %a is buried: its token is empty, or larger than any of ours", task.id)
+        elif isinstance(why, StorageMismatch):
+            _log.error(
+                "task %a is parked: the %s that is stored is not what was signed; look who writes the storage, and run "
+                "the task as it was signed with `safedefer tasks retry`",
+                task.id,
+                why,
+            )
+        elif isinstance(why, QueueError):
+            _log.error("the stored token of task %a cannot be read (%s); trying again", task.id, why.slug)
+        elif not isinstance(why, Interrupted | RejectedTask):
+            _log.error("task %a cannot be delivered (%s); look at what is stored of it", task.id, name_of(why))
 
     def _reached(self, task: QueuedTask) -> None:
         if self.targets:

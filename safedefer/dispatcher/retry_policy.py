@@ -1,4 +1,6 @@
-"""Reads the HTTP answer of a handler, its ``Retry-After`` too; ``queues.rules`` judges the task by it, and spaces retries.
+"""Judges a task by what came of an attempt to deliver it: the answer, with its ``Retry-After``, or why there is none.
+
+The decisions that the handler shares, and the spacing of retries, are in ``queues.rules``.
 
 Only a handler that took the request charges an attempt: one that is unreachable, busy, or running the task
 already charges none.
@@ -6,15 +8,28 @@ already charges none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Final
 
+from safedefer.dispatcher.signed_route import StorageMismatch
+from safedefer.dispatcher.transport import Interrupted
+from safedefer.errors import QueueError, RejectedTask
 from safedefer.headers import Answer, Response, read_answer
-from safedefer.queues.base import Lease, Settlement
+from safedefer.queues.base import Lease, Settlement, Verdict
 from safedefer.queues.rates import MAX_HOLD
-from safedefer.queues.rules import judge_outcome
+from safedefer.queues.rules import (
+    UNREADABLE,
+    judge_failure,
+    judge_outcome,
+    judge_rejection,
+    park,
+    with_queues_options,
+)
 
+#: Seconds until a task is tried again whose stored token could not be read.
+_STORAGE_SECONDS: Final = 1.0
 #: The longest HTTP date, with room to spare.
 _DATE_LENGTH: Final = 64
 
@@ -33,6 +48,58 @@ def wait_asked_for(answer: Answer, *, now: float) -> float | None:
     if answer.status not in {429, 503} or answer.retry_after is None or answer.outcome == "early":
         return None
     return _seconds(answer.retry_after, now)
+
+
+class UnreadableToken(Exception):
+    """The stored token is empty, or larger than any of ours."""
+
+
+def judge_attempt(
+    lease: Lease,
+    found: Answer | Exception,
+    signed: Mapping[str, float] | None,
+    queue_options: Mapping[str, Mapping[str, float]],
+    *,
+    now: float,
+    jitter: float,
+) -> Settlement:
+    """Return the settlement of a task by what came of an attempt.
+
+    Args:
+        lease: The delivery.
+        found: The answer of the handler; or why there is none.
+        signed: The retry options that were signed with the task; None if none were, or nobody has read them.
+        queue_options: Retry options by queue, for what a task has no option of its own.
+        now: The time.
+        jitter: From 0 to 1.
+    """
+    if isinstance(found, UnreadableToken):
+        return park(lease, UNREADABLE, now=now)
+    if isinstance(found, StorageMismatch):
+        return park(lease, "storage-mismatch", now=now)
+    if isinstance(found, QueueError):
+        at = now + _STORAGE_SECONDS * (1 + jitter)
+        return Settlement(verdict=Verdict.RETRY, at=at, charged=False, reason="busy")
+    lease = _with_options(lease, signed, queue_options.get(lease.task.queue))
+    if isinstance(found, Answer):
+        return judge_answer(lease, found, now=now, jitter=jitter)
+    if isinstance(found, Interrupted):
+        return judge_failure(lease, None, now=now, jitter=jitter)
+    # As the handler would answer it: another process may have the key, or read such claims. What else cannot be
+    # delivered counts as refused.
+    outcome = "rejected" if isinstance(found, RejectedTask) and found.authentic else "refused"
+    reason = found.slug if isinstance(found, RejectedTask) else None
+    return judge_rejection(lease, None, outcome, now=now, jitter=jitter, reason=reason)
+
+
+def _with_options(lease: Lease, signed: Mapping[str, float] | None, queues_own: Mapping[str, float] | None) -> Lease:
+    """Return a lease whose task has the retry options that count: those that were signed, else those that are stored.
+
+    What it has not is its queue's.
+    """
+    if signed is not None:
+        lease = lease._replace(task=lease.task._replace(retry_options=signed))
+    return with_queues_options(lease, queues_own) if queues_own else lease
 
 
 def judge(lease: Lease, response: Response, *, now: float, jitter: float) -> Settlement:
