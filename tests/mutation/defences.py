@@ -54,7 +54,7 @@ DEFENCES = [
     ("dispatcher/transport.py", "trust_env=False", "trust_env=True", "test_ssrf"),
     ("dispatcher/transport.py", "cookie_jar=aiohttp.DummyCookieJar()", "cookie_jar=aiohttp.CookieJar(unsafe=True)", "test_ssrf"),
     ("queues/rules.py", "if digest != execution.digest:", "if False:", "test_ledger_attacks"),
-    ("queues/sqlite/writer.py", "if isinstance(failure, UnicodeDecodeError | BadValue):", "if False:", STORAGE),
+    ("queues/sqlite/batch.py", "if isinstance(failure, UnicodeDecodeError | BadValue):", "if False:", STORAGE),
     ("queues/sqlite/queue.py", "except (UnicodeDecodeError, BadValue):", "except ZeroDivisionError:", STORAGE),
     ("queues/rules.py", "if entry.state == EndState.RETRY and entry.uncharged:", "if False:", "test_captured_retries"),
     ("queues/rules.py", "return Admission.EARLY if entry.early else Admission.RUN", "return Admission.RUN", "test_captured_retries"),

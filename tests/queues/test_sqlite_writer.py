@@ -18,8 +18,8 @@ import pytest
 from safedefer.errors import QueueUnavailable
 from safedefer.ledger import Admission, AttemptRecord, EndState
 from safedefer.queues.sqlite import log_sync, operations
+from safedefer.queues.sqlite.batch import Batch
 from safedefer.queues.sqlite.queue import SQLiteQueue
-from safedefer.queues.sqlite.writer import _Batch
 from tests.queues.contract import execution_of, make_task, take
 
 
@@ -63,7 +63,7 @@ def test_a_lone_caller_needs_no_other_thread_and_the_file_is_closed_all_the_same
 
 def test_callers_that_come_while_a_lone_caller_works_share_the_next_transaction(queue, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
-    batches, run_batch = [], _Batch.run
+    batches, run_batch = [], Batch.run
 
     def count(batch) -> None:
         batches.append(len(batch._operations))
@@ -78,7 +78,7 @@ def test_callers_that_come_while_a_lone_caller_works_share_the_next_transaction(
         assert begun.wait(60.0)
         others = [pool.submit(queue.enqueue_many, [make_task()]) for _ in range(8)]
         until(lambda: queue._writer._pending.qsize() == 7)  # its thread has one
-        monkeypatch.setattr(_Batch, "run", count)
+        monkeypatch.setattr(Batch, "run", count)
         go_on.set()
         for run in (first, *others):
             run.result(60.0)

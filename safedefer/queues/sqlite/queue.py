@@ -33,6 +33,7 @@ from safedefer.queues.base import (
 from safedefer.queues.capabilities import FULL, Capabilities
 from safedefer.queues.sqlite import controls, copies, operations, pushed, views
 from safedefer.queues.sqlite.connection import SQL, Handle
+from safedefer.queues.sqlite.enqueuing import Enqueue
 from safedefer.queues.sqlite.ledger import SQLiteBlobs, SQLiteLedger
 from safedefer.queues.sqlite.ledger import prune as prune_ledger
 from safedefer.queues.sqlite.log_sync import LogSync
@@ -187,8 +188,7 @@ class SQLiteQueue:
 
     def enqueue_many(self, tasks: Iterable[QueuedTask], /) -> None:
         """Store all tasks or none, with their blobs, in one transaction."""
-        limit, tasks = self._blob_limit, list(tasks)
-        self._watch.announce(self._writer.run(lambda connection: _enqueue_all(connection, tasks, limit)))
+        self._watch.announce(self._writer.run(Enqueue(list(tasks), self._blob_limit)))
 
     def enqueue_on(self, connection: apsw.Connection, tasks: Sequence[QueuedTask], /) -> None:
         """Store tasks in the transaction of an apsw connection to the queue's own file.
@@ -545,13 +545,6 @@ def _stats(connection: apsw.Connection, *, now: float) -> list[QueueStats]:
 
 def _records(connection: apsw.Connection, task_id: str) -> list[AttemptRecord]:
     return [attempt_record(row) for row in connection.execute(SQL["attempts_of"], (task_id,))]
-
-
-def _enqueue_all(connection: apsw.Connection, tasks: Sequence[QueuedTask], blob_limit: int) -> int:
-    newest = operations.newest_seq(connection)
-    for task in tasks:
-        newest = operations.enqueue(connection, task, blob_limit=blob_limit)
-    return newest
 
 
 def _counts(rows: Iterable[tuple[Any, ...]]) -> dict[str, int]:

@@ -168,6 +168,27 @@ def task_values(task: QueuedTask) -> dict[str, Any]:
     }
 
 
+def plain_task_values(task: QueuedTask) -> tuple[Any, ...]:
+    """Return the bindings of ``tasks_insert``, which stores tasks without a name and a unique key."""
+    return (
+        task.id,
+        task.queue,
+        task.callable_name,
+        task.url,
+        task.target,
+        task.audience,
+        json.dumps(dict(task.headers)) if task.headers else "{}",
+        json.dumps(dict(task.retry_options)) if task.retry_options else "{}",
+        task.eta,
+        task.created,
+        task.expires,
+        task_digest(task),
+        task.blob_id,
+        task.eta,
+        task.token,
+    )
+
+
 def queued_task(row: TaskRow) -> QueuedTask:
     """Return the task of a row, without its blob."""
     return QueuedTask(

@@ -18,6 +18,12 @@ UNION ALL SELECT 'dead' FROM safedefer_dead WHERE id = :id
 UNION ALL SELECT 'ended' FROM safedefer_ended WHERE id = :id
 LIMIT 1;
 
+-- name: ids_taken
+SELECT 1 FROM json_each(:ids)
+WHERE EXISTS (SELECT 1 FROM safedefer_tasks WHERE id = value) OR EXISTS (SELECT 1 FROM safedefer_dead WHERE id = value)
+    OR EXISTS (SELECT 1 FROM safedefer_ended WHERE id = value)
+LIMIT 1;
+
 -- name: blob_taken
 SELECT 1 FROM safedefer_blobs WHERE id = :blob_id;
 
@@ -39,6 +45,13 @@ INSERT INTO safedefer_tasks (
     :id, :queue, :name, :callable_name, :url, :target, :audience, :headers, :retry_options,
     :eta, :created, :expires, :digest, :blob_id, :eta, :token, :unique_key
 );
+
+-- name: tasks_insert
+-- As task_insert, without a name and a unique key.
+INSERT INTO safedefer_tasks (
+    id, queue, callable_name, url, target, audience, headers, retry_options,
+    eta, created, expires, digest, blob_id, due, token
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: unique_taken
 SELECT id FROM safedefer_tasks WHERE queue = :queue AND unique_key = :unique_key;

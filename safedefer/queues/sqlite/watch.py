@@ -57,7 +57,7 @@ class FileWatch:
         self._lock = threading.RLock()
         self._ears: set[bell.Ear] = set()
         self._wakes = self._wakes_seen = 0
-        self._newest = self._seen = 0
+        self._newest = self._seen = self._rung = 0
         self._log: tuple[int, int, int] | None = None
         self._version: int | None = None
         self._alert_until = 0.0
@@ -68,9 +68,12 @@ class FileWatch:
         """Whether the last wait was ended by a task, and no lease has said yet whether this process could take one."""
 
     def announce(self, newest: int) -> None:
-        """Take note of a task that this process enqueued, and let others know."""
-        self.advance(newest)
-        bell.ring(self._bell_path)
+        """Take note of a task that this process enqueued, and let others know: once for all of one transaction."""
+        with self._lock:
+            told, self._rung = newest == self._rung, newest
+            self.advance(newest)
+        if not told:
+            bell.ring(self._bell_path)
 
     def advance(self, newest: int) -> None:
         """Take note of a task that was enqueued, and end every wait of this process for it."""

@@ -1,10 +1,5 @@
 """The one writer: concurrent operations share a transaction, and so one fsync (group commit).
 
-If one operation of a transaction fails, all are undone and run again, each in a savepoint, so that it does not spoil
-the others: savepoints cost a copy of every page that changes. One that meets an unreadable value runs again, once the
-value is repaired. So an operation may run twice; what it did before is undone. Success is reported only after COMMIT
-has returned.
-
 A caller that nobody competes with runs its operation itself, which saves two changes of threads. Its thread must not
 come back here before that ends: only this thread could end it. Signal handlers run at any point of the main thread, and
 may defer. So where one is installed, the main thread leaves its operations to the writer's, and hands them over without a lock:
@@ -29,31 +24,25 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import apsw
-
 from safedefer.concurrency.forks import register_fork
 from safedefer.concurrency.per_loop import PerLoop
 from safedefer.concurrency.plain_threads import PlainThread
 from safedefer.concurrency.results import LoopResults
 from safedefer.errors import QueueUnavailable
-from safedefer.queues.sqlite.connection import Handle, forked, unavailable
-from safedefer.queues.sqlite.repair import BadValue, mend
+from safedefer.queues.sqlite.batch import Batch, Operation, Synced
+from safedefer.queues.sqlite.connection import Handle, forked
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
+    import apsw
+
 T = TypeVar("T")
 
 #: The most operations in one transaction: bounds how long another process waits for the lock.
 _BATCH: Final = 256
-#: Somebody wrote a value that its column does not take, and now it would have been copied, or calculated with.
-_OF_VALUES: Final = (apsw.SQLITE_CONSTRAINT_DATATYPE, apsw.SQLITE_CONSTRAINT_NOTNULL)
 _CLOSED: Final = "the queue is closed; open a new one"
-
-#: What is to be done, who takes its result or its error, and whether it must be synced.
-_Operation = tuple["Callable[[apsw.Connection], Any]", "Callable[[Any, BaseException | None], None]", bool]
-
 
 #: Handlers that run no code of the application.
 _HARMLESS: Final = frozenset({None, signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler})
@@ -65,17 +54,17 @@ class Writer:
 
     def __init__(self, path: str, *, busy_timeout: float) -> None:
         self._handle = Handle(path, busy_timeout=busy_timeout)
-        self._synced = _Synced()
+        self._synced = Synced()
         self._results: PerLoop[LoopResults] = PerLoop(LoopResults)
         self._begin()
         register_fork(self)
 
     def _begin(self) -> None:
-        self._pending: SimpleQueue[tuple[_Operation, bool] | None] = SimpleQueue()
+        self._pending: SimpleQueue[tuple[Operation, bool] | None] = SimpleQueue()
         """What is to be done, and whether it is urgent; None wakes the thread, which then sees that it is to end."""
-        self._urgent: deque[_Operation] = deque()
+        self._urgent: deque[Operation] = deque()
         """Those that others wait for, which the thread has taken."""
-        self._others: deque[_Operation] = deque()
+        self._others: deque[Operation] = deque()
         self._was_urgent = False
         """Whether the last transaction was of urgent ones."""
         self._serving = threading.Lock()
@@ -99,9 +88,9 @@ class Writer:
         Raises what ``action`` raised, its changes undone, or ``QueueUnavailable``.
         """
         answer = _Waiter()
-        operation: _Operation = (action, answer.take, durable)
+        operation: Operation = (action, answer.take, durable)
         if self._is_free():
-            _Batch(self._handle, self._synced, [operation]).run_here()
+            Batch(self._handle, self._synced, [operation]).run_here()
         else:
             self._put(operation)
         result: T = answer.wait()
@@ -151,7 +140,7 @@ class Writer:
         self._put((action, partial(results.put, future), durable), urgent=urgent)
         return future
 
-    def _put(self, operation: _Operation, *, urgent: bool = False) -> None:
+    def _put(self, operation: Operation, *, urgent: bool = False) -> None:
         self._check()
         self._pending.put((operation, urgent))
         if self._ended:
@@ -196,7 +185,7 @@ class Writer:
         self._server = threading.get_ident()
         try:
             while batch := self._next_batch():
-                _Batch(self._handle, self._synced, batch).run()
+                Batch(self._handle, self._synced, batch).run()
             if self._closed and not self._forker:
                 self._ended = True
                 self._refuse(_CLOSED)
@@ -210,7 +199,7 @@ class Writer:
     def _is_idle(self) -> bool:
         return self._pending.empty() and not (self._urgent or self._others)
 
-    def _next_batch(self) -> list[_Operation]:
+    def _next_batch(self) -> list[Operation]:
         """Return what is to be done next, after a wait if needed; nothing if the thread is to end."""
         while not self._forker and not (self._closed and self._is_idle):
             if not (self._urgent or self._others):
@@ -224,7 +213,7 @@ class Writer:
                 return [source.popleft() for _ in range(min(_BATCH, len(source)))]
         return []
 
-    def _sort(self, taken: tuple[_Operation, bool] | None) -> None:
+    def _sort(self, taken: tuple[Operation, bool] | None) -> None:
         if taken is not None:
             operation, urgent = taken
             (self._urgent if urgent else self._others).append(operation)
@@ -269,123 +258,6 @@ class Writer:
         self._begin()
         self._closed = closed
         self._handle.after_fork_in_child()
-
-
-class _Synced:
-    """Whether commits of the writer's connection are synced: said to SQLite only where that changes."""
-
-    def __init__(self) -> None:
-        self._said: tuple[apsw.Connection | None, bool] = (None, False)
-
-    def set(self, connection: apsw.Connection, *, durable: bool) -> None:
-        """Sync the following commits, or do not. The caller has the connection to itself."""
-        if self._said[0] is not connection or self._said[1] is not durable:
-            self._said = (None, False)  # until it is done
-            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self._said = (connection, durable)
-
-
-class _Batch:
-    """Operations that share one transaction."""
-
-    def __init__(self, handle: Handle, synced: _Synced, operations: list[_Operation]) -> None:
-        self._handle = handle
-        self._synced = synced
-        self._operations = operations
-        self._outcomes: list[tuple[Callable[[Any, BaseException | None], None], Any, BaseException | None]] = []
-
-    def run(self) -> None:
-        """Run, commit, and answer every caller. Never raises."""
-        try:
-            with self._handle.use() as connection:
-                self._transact(connection)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, callers wait for an answer
-            for _, answer, _ in self._operations:
-                answer(None, self._failure(error))
-            return
-        for answer, result, failure in self._outcomes:
-            answer(result, failure)
-
-    def run_here(self) -> None:
-        """Run, commit, and answer, in the thread of the only caller. ``KeyboardInterrupt`` and the like are raised."""
-        try:
-            with self._handle.use() as connection:
-                self._transact(connection)
-        except Exception as error:  # noqa: BLE001 - as `run`
-            trouble = self._failure(error)
-            raise trouble from trouble.__cause__
-        for answer, result, failure in self._outcomes:
-            answer(result, failure)
-
-    def _failure(self, error: BaseException) -> QueueUnavailable:
-        # One exception for each caller: a traceback belongs to one thread.
-        failure = QueueUnavailable(str(error) if isinstance(error, QueueUnavailable) else f"the write failed: {error}")
-        failure.__cause__ = error.__cause__ or error
-        return failure
-
-    def _transact(self, connection: apsw.Connection) -> None:
-        durable = any(durable for _, _, durable in self._operations)
-        self._synced.set(connection, durable=durable)
-        self._commit(connection)
-
-    def _commit(self, connection: apsw.Connection) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            if not self._run_together(connection):
-                connection.execute("ROLLBACK")
-                connection.execute("BEGIN IMMEDIATE")
-                for action, answer, _ in self._operations:
-                    self._outcomes.append((answer, *self._attempt(connection, action)))
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-
-    def _run_together(self, connection: apsw.Connection) -> bool:
-        """Run all operations; return False if one failed, and the transaction is to be undone."""
-        outcomes = []
-        try:
-            for action, answer, _ in self._operations:
-                outcomes.append((answer, action(connection), None))
-        except Exception:
-            if not connection.in_transaction:
-                raise  # Some errors (disk full, I/O) end the whole transaction.
-            return False
-        self._outcomes.extend(outcomes)
-        return True
-
-    def _attempt(
-        self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
-    ) -> tuple[Any, BaseException | None]:
-        result, failure = self._try(connection, action)
-        if isinstance(failure, UnicodeDecodeError | BadValue):
-            # One row that somebody wrote must not keep the others from being settled.
-            result, failure = self._try(connection, mend)
-            if failure is None:
-                result, failure = self._try(connection, action)
-            if isinstance(failure, BadValue):
-                failure = QueueUnavailable(
-                    "a row of the queue's file holds what its columns do not take; repair the file"
-                )
-        return result, failure
-
-    def _try(
-        self, connection: apsw.Connection, action: Callable[[apsw.Connection], Any]
-    ) -> tuple[Any, BaseException | None]:
-        connection.execute("SAVEPOINT operation")
-        try:
-            result = action(connection)
-        except Exception as error:
-            if not connection.in_transaction:
-                raise  # Some errors (disk full, I/O) end the whole transaction.
-            connection.execute("ROLLBACK TO operation")
-            connection.execute("RELEASE operation")
-            if getattr(error, "extendedresult", None) in _OF_VALUES:
-                return None, BadValue()
-            return None, unavailable(self._handle.path, error) if isinstance(error, apsw.Error) else error
-        connection.execute("RELEASE operation")
-        return result, None
 
 
 class _Waiter:
