@@ -1,4 +1,4 @@
-"""Connections to the queue's SQLite file: opened per process, migrated, and closed around a fork.
+"""Connections to the queue's SQLite file: opened per process, migrated, closed around a fork; how they wait for a locked file.
 
 SQLite keeps the locks of a file in memory shared by all connections of a process. A child that
 inherits that memory believes that it holds locks which only its parent has, also for connections

@@ -1,4 +1,4 @@
-"""The SQLite queue: one file, whose every acknowledged task survives a crash and a power cut; its wait for a locked file.
+"""The SQLite queue: one file, whose every acknowledged task survives a crash and a power cut.
 
 Over 450 lines, since it is the engine's whole side of the seam; what happens in a transaction is in ``operations``.
 """
