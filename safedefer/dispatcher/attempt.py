@@ -19,7 +19,7 @@ from safedefer.dispatcher.transport import Deliver, Interrupted, Unreachable
 from safedefer.dispatcher.unreachable import UnreachableTargets
 from safedefer.errors import QueueError, RejectedTask
 from safedefer.headers import OUTCOME_HEADER, Answer, AttemptHeaders, read_answer
-from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle, Verdict
+from safedefer.queues.base import Lease, QueuedTask, Settlement, Throttle
 
 #: What came of an attempt: an answer, why there is none, or what becomes of a task that no handler was asked for.
 Found: TypeAlias = Answer | Settlement | Exception
@@ -82,13 +82,9 @@ class AttemptRunner:
         found, signed = await self._attempt(lease, ran, jitter)
         if isinstance(found, Settlement):
             return found
-        options = self._retry_options
-        settlement = judge_attempt(lease, found, signed, options, now=self._clock(), jitter=jitter)
-        if not isinstance(found, Answer):
+        if not isinstance(found, Answer) or (found.outcome is None and 200 <= found.status <= 299):  # noqa: PLR2004
             self._log(lease.task, found)
-        elif found.outcome is None and settlement.verdict is Verdict.DONE:
-            self._warn(lease.task, found)
-        return settlement
+        return judge_attempt(lease, found, signed, self._retry_options, now=self._clock(), jitter=jitter)
 
     async def _attempt(
         self, lease: Lease, ran: Callable[[], None] | None, jitter: float
@@ -134,9 +130,16 @@ class AttemptRunner:
             await self._slow(task, answer)
         return answer
 
-    def _log(self, task: QueuedTask, why: Exception) -> None:
-        """Say why a task could not be delivered, where no handler said it."""
-        if isinstance(why, UnreadableToken):
+    def _log(self, task: QueuedTask, why: Answer | Exception) -> None:
+        """Say why a task could not be delivered, where no handler said it, or that something else answered."""
+        if isinstance(why, Answer):
+            _log.warning(
+                "%s answered %d without %s, which counts as done; if it is no handler, correct the address",
+                self._deliver.address(task),
+                why.status,
+                OUTCOME_HEADER,
+            )
+        elif isinstance(why, UnreadableToken):
             _log.error("task %a is buried: its token is empty, or larger than any of ours", task.id)
         elif isinstance(why, StorageMismatch):
             _log.error(
@@ -154,14 +157,6 @@ class AttemptRunner:
         if self.targets:
             address = self._deliver.address(task)
             self._reports.up(address, self.targets.reached(address), now=self._clock())
-
-    def _warn(self, task: QueuedTask, answer: Answer) -> None:
-        _log.warning(
-            "%s answered %d without %s, which counts as done; if it is no handler, correct the address",
-            self._deliver.address(task),
-            answer.status,
-            OUTCOME_HEADER,
-        )
 
     async def _slow(self, task: QueuedTask, answer: Answer) -> None:
         """Hold a queue if its handler asks for it, or of a queue of several handlers what goes to this one.

@@ -17,16 +17,10 @@ from safedefer.dispatcher.signed_route import StorageMismatch
 from safedefer.dispatcher.transport import Interrupted
 from safedefer.errors import QueueError, RejectedTask
 from safedefer.headers import Answer, Response, read_answer
-from safedefer.queues.base import Lease, Settlement, Verdict
+from safedefer.queues import rules
+from safedefer.queues.base import Lease, Settlement
 from safedefer.queues.rates import MAX_HOLD
-from safedefer.queues.rules import (
-    UNREADABLE,
-    judge_failure,
-    judge_outcome,
-    judge_rejection,
-    park,
-    with_queues_options,
-)
+from safedefer.queues.rules import UNREADABLE, DeliveryResult
 
 #: Seconds until a task is tried again whose stored token could not be read.
 _STORAGE_SECONDS: Final = 1.0
@@ -73,46 +67,36 @@ def judge_attempt(
         now: The time.
         jitter: From 0 to 1.
     """
-    if isinstance(found, UnreadableToken):
-        return park(lease, UNREADABLE, now=now)
-    if isinstance(found, StorageMismatch):
-        return park(lease, "storage-mismatch", now=now)
-    if isinstance(found, QueueError):
-        at = now + _STORAGE_SECONDS * (1 + jitter)
-        return Settlement(verdict=Verdict.RETRY, at=at, charged=False, reason="busy")
-    lease = _with_options(lease, signed, queue_options.get(lease.task.queue))
-    if isinstance(found, Answer):
-        return judge_answer(lease, found, now=now, jitter=jitter)
-    if isinstance(found, Interrupted):
-        return judge_failure(lease, None, now=now, jitter=jitter)
-    # As the handler would answer it: another process may have the key, or read such claims. What else cannot be
-    # delivered counts as refused.
-    outcome = "rejected" if isinstance(found, RejectedTask) and found.authentic else "refused"
-    reason = found.slug if isinstance(found, RejectedTask) else None
-    return judge_rejection(lease, None, outcome, now=now, jitter=jitter, reason=reason)
-
-
-def _with_options(lease: Lease, signed: Mapping[str, float] | None, queues_own: Mapping[str, float] | None) -> Lease:
-    """Return a lease whose task has the retry options that count: those that were signed, else those that are stored.
-
-    What it has not is its queue's.
-    """
-    if signed is not None:
-        lease = lease._replace(task=lease.task._replace(retry_options=signed))
-    return with_queues_options(lease, queues_own) if queues_own else lease
+    finding = _answered(found, now) if isinstance(found, Answer) else _unanswered(found)
+    queues_own = queue_options.get(lease.task.queue)
+    return rules.judge(lease, finding, signed=signed, queues_own=queues_own, now=now, jitter=jitter)
 
 
 def judge(lease: Lease, response: Response, *, now: float, jitter: float) -> Settlement:
-    """Return the settlement of a task by the answer of its handler."""
-    return judge_answer(lease, read_answer(response), now=now, jitter=jitter)
+    """Return the settlement of a task by the answer of its handler, and by the task's own retry options."""
+    return judge_attempt(lease, read_answer(response), None, {}, now=now, jitter=jitter)
 
 
-def judge_answer(lease: Lease, answer: Answer, *, now: float, jitter: float) -> Settlement:
-    """As ``judge``, for an answer whose headers are read."""
+def _answered(answer: Answer, now: float) -> DeliveryResult:
     wait = None
     if answer.retry_after is not None:
         wait = _seconds(answer.retry_after, now) if answer.outcome else wait_asked_for(answer, now=now)
-    return judge_outcome(lease, answer.status, answer.outcome, wait=wait, now=now, jitter=jitter)
+    return DeliveryResult(answer.status, answer.outcome, wait)
+
+
+def _unanswered(why: Exception) -> DeliveryResult:
+    if isinstance(why, Interrupted):
+        return DeliveryResult()
+    if isinstance(why, UnreadableToken):
+        return DeliveryResult(reason=UNREADABLE, parked=True)
+    if isinstance(why, StorageMismatch):
+        return DeliveryResult(reason="storage-mismatch", parked=True)
+    if isinstance(why, QueueError):
+        return DeliveryResult(outcome="busy", wait=_STORAGE_SECONDS)
+    if isinstance(why, RejectedTask):
+        # As the handler would answer it: another process may have the key, or read such claims.
+        return DeliveryResult(outcome="rejected" if why.authentic else "refused", reason=why.slug)
+    return DeliveryResult(outcome="refused")
 
 
 def _seconds(text: str, now: float) -> float:

@@ -477,31 +477,75 @@ def with_queues_options(lease: Lease, queues_own: Mapping[str, float]) -> Lease:
 # --- Judging an attempt ---------------------------------------------------------------------------
 
 
-def judge_outcome(
-    lease: Lease, status: int, outcome: str | None, *, wait: float | None, now: float, jitter: float
+class DeliveryResult(NamedTuple):
+    """What came of a delivery."""
+
+    status: int | None = None
+    """The HTTP status; None: there was no answer."""
+    outcome: str | None = None
+    """The ``Safedefer-Outcome``, or what the dispatcher found itself; None if something else answered, or nobody."""
+    wait: float | None = None
+    """Seconds that the answer asks to wait; None if it does not."""
+    reason: str | None = None
+    """The slug, where the dispatcher found it: no handler could record it."""
+    parked: bool = False
+    """Whether the dispatcher found that no later delivery could change it. No answer says so."""
+
+
+def judge(
+    lease: Lease,
+    found: DeliveryResult,
+    *,
+    signed: Mapping[str, float] | None,
+    queues_own: Mapping[str, float] | None,
+    now: float,
+    jitter: float,
 ) -> Settlement:
-    """Turn what a handler answered into what becomes of the task.
+    """Return the settlement of a delivery.
+
+    The retry options that count are those that were signed, else those that are stored; what these leave out is the queue's.
 
     Args:
         lease: The delivery.
-        status: The HTTP status.
-        outcome: The ``Safedefer-Outcome``; None if something else answered.
-        wait: Seconds that the answer asks to wait; None if it does not.
+        found: What came of it.
+        signed: The retry options that were signed with the task; None if none were, or nobody has read them.
+        queues_own: Those of its queue.
         now: The time.
         jitter: From 0 to 1.
     """
-    if 200 <= status <= 299:  # noqa: PLR2004  # the range of success
+    status, outcome, wait, reason, parked = found
+    if parked and reason is not None:
+        return park(lease, reason, now=now)
+    if signed is not None:
+        lease = lease._replace(task=lease.task._replace(retry_options=signed))
+    if queues_own:
+        lease = with_queues_options(lease, queues_own)
+    return judge_outcome(lease, status, outcome, wait=wait, now=now, jitter=jitter, reason=reason)
+
+
+def judge_outcome(
+    lease: Lease,
+    status: int | None,
+    outcome: str | None,
+    *,
+    wait: float | None,
+    now: float,
+    jitter: float,
+    reason: str | None = None,
+) -> Settlement:
+    """As ``judge``, by the retry options of the lease's task; the other arguments are those of a ``DeliveryResult``."""
+    if status is not None and 200 <= status <= 299:  # noqa: PLR2004  # the range of success
         # Any 2xx is success, as on App Engine: a handler of the user's own may call run() and say no more.
         return _done(status) if outcome != "failed" else _failed(status)
     if outcome in {"early", "busy", "running"}:
         seconds = min(PUT_OFF if wait is None else wait, MAX_PUT_OFF) * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=now + seconds, charged=False, status=status, reason=outcome)
     if outcome in {"rejected", "refused"}:
-        return judge_rejection(lease, status, outcome, now=now, jitter=jitter)
+        return judge_rejection(lease, status, outcome, now=now, jitter=jitter, reason=reason)
     if not outcome and wait is not None:  # whoever it is has not taken the request
         at = now + wait * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=at, charged=False, status=status, reason="busy")
-    if not outcome and status in _PROXY_REASONS:
+    if not outcome and status is not None and status in _PROXY_REASONS:
         return _not_taken(lease, status, now=now, jitter=jitter)
     return judge_failure(lease, status, now=now, jitter=jitter)
 
