@@ -39,7 +39,7 @@ from safedefer.queues.poison_log import log_burial
 from safedefer.queues.progress import NO_PROGRESS, Progress, engine_gives_up, lost_record
 from safedefer.queues.push import PushQueue
 from safedefer.queues.pushed import progress_key
-from safedefer.queues.rules import LEDGER_LEEWAY, OUTLASTED, judge_outcome, with_queues_options
+from safedefer.queues.rules import LEDGER_LEEWAY, OUTLASTED, DeliveryResult, judge
 from safedefer.task import VerifiedTask
 
 #: The reason of a request whose sender did not prove to be the engine.
@@ -160,9 +160,13 @@ class PushedDelivery(Delivery):
         """Store what becomes of a delivery that did not end the task well, and return the answer."""
         now = self._clock()
         lease = request.progress.lease(self._task(request))
-        if (options := self._retry_options.get(lease.task.queue)) is not None:
-            lease = with_queues_options(lease, options)
-        settlement = judge_outcome(lease, status, outcome, wait=None, now=now, jitter=self._rng.random())
+        settlement = judge(
+            lease,
+            DeliveryResult(status, outcome),
+            queues_own=self._retry_options.get(lease.task.queue),
+            now=now,
+            jitter=self._rng.random(),
+        )
         if settlement.verdict is not Verdict.RETRY or state is EndState.FAILED:
             reason = record.reason if settlement.reason in _VAGUE else settlement.reason
             attempts = lease.attempts + settlement.charged

@@ -386,14 +386,13 @@ class Dispatcher:
         return False
 
     async def _deliver_one(self, lease: Lease) -> None:
+        settlement: Settlement | None = None
         try:
-            self._state.leases.settle(lease, await self._state.attempts.run(lease, partial(self._ran, lease)))
-        except asyncio.CancelledError:
-            # The drain is over. The ledger knows whether the task ran, and whether it still runs.
-            self._state.leases.settle(lease, give_back(lease, now=self._clock()))
-            raise
+            settlement = await self._state.attempts.run(lease, partial(self._ran, lease))
         finally:
             self._free_slot(lease)
+            # Without one it was cancelled: the drain is over. The ledger knows whether the task ran, and still runs.
+            self._state.leases.settle(lease, give_back(lease, now=self._clock()) if settlement is None else settlement)
 
     def _ran(self, lease: Lease) -> None:
         """Free the slot of a task whose code has ended, before its end is stored."""

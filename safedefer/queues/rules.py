@@ -339,7 +339,8 @@ def by_ledger(lease: Lease, settlement: Settlement, entry: Known | None, *, now:
         return Settlement(verdict=Verdict.DONE, executed=True)
     if entry is not None and entry.uncharged:  # it began, and either its handler died or its end is a failure
         return settlement
-    rejection = judge_rejection(lease, None, NO_RESPONSE, now=now, jitter=0.0)
+    options = _options(lease.task.retry_options, None)
+    rejection = _judge_rejection(lease, options, None, NO_RESPONSE, now=now, jitter=0.0)
     return replace(rejection, record=settlement.record)
 
 
@@ -464,16 +465,6 @@ def gives_up(options: TaskRetryOptions, *, attempts: int, age: float) -> str | N
     return "retry-limit" if retries_over else "age-limit" if age_over else None
 
 
-def with_queues_options(lease: Lease, queues_own: Mapping[str, float]) -> Lease:
-    """Return a lease whose task has the retry options of its queue where it has none of its own."""
-    merged = {**queues_own, **lease.task.retry_options}
-    try:
-        TaskRetryOptions.from_given(merged)
-    except InvalidTaskRetryOptionsError:  # the file has changed since: the task's own count
-        return lease
-    return lease._replace(task=lease.task._replace(retry_options=merged))
-
-
 # --- Judging an attempt ---------------------------------------------------------------------------
 
 
@@ -496,8 +487,8 @@ def judge(
     lease: Lease,
     found: DeliveryResult,
     *,
-    signed: Mapping[str, float] | None,
-    queues_own: Mapping[str, float] | None,
+    signed: Mapping[str, float] | None = None,
+    queues_own: Mapping[str, float] | None = None,
     now: float,
     jitter: float,
 ) -> Settlement:
@@ -515,45 +506,28 @@ def judge(
     """
     status, outcome, wait, reason, parked = found
     if parked and reason is not None:
-        return park(lease, reason, now=now)
-    if signed is not None:
-        lease = lease._replace(task=lease.task._replace(retry_options=signed))
-    if queues_own:
-        lease = with_queues_options(lease, queues_own)
-    return judge_outcome(lease, status, outcome, wait=wait, now=now, jitter=jitter, reason=reason)
-
-
-def judge_outcome(
-    lease: Lease,
-    status: int | None,
-    outcome: str | None,
-    *,
-    wait: float | None,
-    now: float,
-    jitter: float,
-    reason: str | None = None,
-) -> Settlement:
-    """As ``judge``, by the retry options of the lease's task; the other arguments are those of a ``DeliveryResult``."""
+        return _park(lease.task, reason, now=now)
     if status is not None and 200 <= status <= 299:  # noqa: PLR2004  # the range of success
         # Any 2xx is success, as on App Engine: a handler of the user's own may call run() and say no more.
         return _done(status) if outcome != "failed" else _failed(status)
     if outcome in {"early", "busy", "running"}:
         seconds = min(PUT_OFF if wait is None else wait, MAX_PUT_OFF) * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=now + seconds, charged=False, status=status, reason=outcome)
-    if outcome in {"rejected", "refused"}:
-        return judge_rejection(lease, status, outcome, now=now, jitter=jitter, reason=reason)
     if not outcome and wait is not None:  # whoever it is has not taken the request
         at = now + wait * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=at, charged=False, status=status, reason="busy")
+    options = _options(lease.task.retry_options if signed is None else signed, queues_own)
+    if outcome in {"rejected", "refused"}:
+        return _judge_rejection(lease, options, status, outcome, now=now, jitter=jitter, reason=reason)
     if not outcome and status is not None and status in _PROXY_REASONS:
-        return _not_taken(lease, status, now=now, jitter=jitter)
-    return judge_failure(lease, status, now=now, jitter=jitter)
+        return _not_taken(lease, options, status, now=now, jitter=jitter)
+    return _judge_failure(lease, options, status, now=now, jitter=jitter)
 
 
-def _not_taken(lease: Lease, status: int, *, now: float, jitter: float) -> Settlement:
+def _not_taken(lease: Lease, options: TaskRetryOptions, status: int, *, now: float, jitter: float) -> Settlement:
     """Say when a task is tried again that a proxy answered for: the backoff of the deliveries that charged nothing."""
     n = max(lease.retries - lease.attempts, 0) + 1
-    wait = min(backoff(_options(lease), n), MAX_PUT_OFF) * (1 - jitter / 2)
+    wait = min(backoff(options, n), MAX_PUT_OFF) * (1 - jitter / 2)
     reason = _PROXY_REASONS[status]
     return Settlement(verdict=Verdict.RETRY, at=now + wait, charged=False, status=status, reason=reason)
 
@@ -568,8 +542,15 @@ def _failed(status: int) -> Settlement:
     return Settlement(verdict=Verdict.DEAD, status=status, executed=True)
 
 
-def judge_rejection(
-    lease: Lease, status: int | None, outcome: str, *, now: float, jitter: float, reason: str | None = None
+def _judge_rejection(
+    lease: Lease,
+    options: TaskRetryOptions,
+    status: int | None,
+    outcome: str,
+    *,
+    now: float,
+    jitter: float,
+    reason: str | None = None,
 ) -> Settlement:
     """Say what becomes of a task that no handler took for one of its own.
 
@@ -580,7 +561,7 @@ def judge_rejection(
     over = count >= REJECT_LIMIT and now - since >= REJECT_SECONDS
     return Settlement(
         verdict=Verdict.DEAD if over else Verdict.RETRY,
-        at=None if over else now + backoff(_options(lease), count, jitter=jitter / 2),
+        at=None if over else now + backoff(options, count, jitter=jitter / 2),
         charged=False,
         rejected=True,
         status=status,
@@ -589,19 +570,20 @@ def judge_rejection(
     )
 
 
-def park(lease: Lease, reason: str, *, now: float) -> Settlement:
+def _park(task: QueuedTask, reason: str, *, now: float) -> Settlement:
     """Make a dead letter at once of a task that no later delivery could change; it keeps its token."""
-    record = _record(lease.task, "refused", None, now, reason)
+    record = _record(task, "refused", None, now, reason)
     return Settlement(verdict=Verdict.DEAD, charged=False, rejected=True, reason=reason, record=record)
 
 
-def judge_failure(lease: Lease, status: int | None, *, now: float, jitter: float, reason: str = "retry") -> Settlement:
+def _judge_failure(
+    lease: Lease, options: TaskRetryOptions, status: int | None, *, now: float, jitter: float
+) -> Settlement:
     """Say what becomes of a task whose attempt failed; ``status`` is None if there was no answer."""
-    options = _options(lease)
     attempts = lease.attempts + 1
-    reason = NO_RESPONSE if status is None else reason
-    # The handler could not write these down itself.
-    record = None if reason == "retry" else _record(lease.task, reason, status, now)
+    reason = NO_RESPONSE if status is None else "retry"
+    # The handler could not write that there was none.
+    record = _record(lease.task, reason, status, now) if status is None else None
     executed = status is not None and status < 500  # noqa: PLR2004  # as App Engine counts
     given_up = gives_up(options, attempts=attempts, age=now - lease.task.eta)
     if given_up is not None:
@@ -632,11 +614,12 @@ def give_back(lease: Lease, *, now: float) -> Settlement:
     )
 
 
-def _options(lease: Lease) -> TaskRetryOptions:
+def _options(own: Mapping[str, float], queues_own: Mapping[str, float] | None) -> TaskRetryOptions:
+    """Return a task's retry options, and those of its queue where it has none of its own."""
     try:
-        return TaskRetryOptions.from_given(lease.task.retry_options)
-    except InvalidTaskRetryOptionsError:  # a hint in the storage, which nobody signed: defaults will do
-        return TaskRetryOptions()
+        return TaskRetryOptions.from_given({**queues_own, **own} if queues_own else own)
+    except InvalidTaskRetryOptionsError:  # queue.yaml has changed since, or the hint in the storage is none of ours
+        return _options(own, None) if queues_own else TaskRetryOptions()
 
 
 def _record(task: QueuedTask, outcome: str, status: int | None, now: float, reason: str | None = None) -> AttemptRecord:

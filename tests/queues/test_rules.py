@@ -12,6 +12,7 @@ from safedefer.queues.rules import (
     LOST_LEASE,
     MOST_COUNTED,
     Counters,
+    DeliveryResult,
     Ending,
     Known,
     admit,
@@ -19,14 +20,13 @@ from safedefer.queues.rules import (
     after_retry,
     by_ledger,
     end_of,
-    judge_outcome,
+    judge,
     leaves_charge,
     may_cancel,
     must_be_alone,
     plus,
     retry_charges,
     sets_time,
-    with_queues_options,
 )
 from tests.queues.contract import make_task
 
@@ -277,25 +277,30 @@ def test_counters_are_fields_of_a_lease():
     assert Counters.of(Lease(make_task(), "owner", 160.0, *BEFORE)) == BEFORE
 
 
+def failed(options, queues_own) -> Settlement:
+    lease = Lease(make_task(eta=100.0, retry_options=options), "owner", 160.0, 2)
+    return judge(lease, DeliveryResult(500, "retry"), queues_own=queues_own, now=100.0, jitter=0.0)
+
+
 def test_a_task_without_an_option_of_its_own_has_that_of_its_queue():
-    lease = Lease(make_task(retry_options={"task_retry_limit": 2}), "owner", 160.0)
-    both = with_queues_options(lease, {"task_retry_limit": 9, "min_backoff_seconds": 5})
-    assert both.task.retry_options == {"task_retry_limit": 2, "min_backoff_seconds": 5}
-    assert both == lease._replace(task=both.task)
+    queues_own = {"task_retry_limit": 2, "min_backoff_seconds": 5}
+    assert failed({"task_retry_limit": 3}, queues_own).at == 120.0
+    assert failed({}, queues_own).verdict is Verdict.DEAD
+    assert failed({}, None).at == pytest.approx(100.4)
 
 
 def test_options_that_contradict_each_other_are_the_tasks_own():
-    lease = Lease(make_task(retry_options={"max_backoff_seconds": 1}), "owner", 160.0)
-    assert with_queues_options(lease, {"min_backoff_seconds": 5}) == lease
+    assert failed({"max_backoff_seconds": 1}, {"min_backoff_seconds": 5}).at == pytest.approx(100.4)
+    assert failed({"task_retry_limit": "x"}, {"min_backoff_seconds": 5}).at == pytest.approx(100.4)
 
 
 def test_a_handler_judges_without_http():
     lease = Lease(make_task(eta=100.0), "owner", 160.0)
-    early = judge_outcome(lease, 503, "early", wait=None, now=100.0, jitter=0.0)
+    early = judge(lease, DeliveryResult(503, "early"), now=100.0, jitter=0.0)
     assert (early.verdict, early.at, early.charged) == (Verdict.RETRY, 101.0, False)
-    assert judge_outcome(lease, 503, "early", wait=500.0, now=100.0, jitter=0.0).at == 160.0
-    assert judge_outcome(lease, 503, None, wait=500.0, now=100.0, jitter=0.0).at == 600.0
-    assert judge_outcome(lease, 200, "failed", wait=None, now=100.0, jitter=0.0) == Settlement(
+    assert judge(lease, DeliveryResult(503, "early", 500.0), now=100.0, jitter=0.0).at == 160.0
+    assert judge(lease, DeliveryResult(503, None, 500.0), now=100.0, jitter=0.0).at == 600.0
+    assert judge(lease, DeliveryResult(200, "failed"), now=100.0, jitter=0.0) == Settlement(
         verdict=Verdict.DEAD, status=200, executed=True
     )
 
@@ -320,16 +325,14 @@ def test_an_answer_of_a_proxy_charges_nothing_and_waits_by_what_was_not_charged(
 ):
     limits = {"task_retry_limit": 0, "task_age_limit": 1}  # both are exceeded: only a charged attempt ends a task
     lease = Lease(make_task(eta=1.0, retry_options=limits), "owner", 160.0, attempts, retries)
-    settled = judge_outcome(lease, status, outcome, wait=None, now=100.0, jitter=0.0)
+    settled = judge(lease, DeliveryResult(status, outcome), now=100.0, jitter=0.0)
     assert settled == Settlement(
         verdict=Verdict.RETRY, at=pytest.approx(100.0 + seconds), charged=False, status=status, reason=reason
     )
-    assert (
-        100.0 + seconds / 2 <= judge_outcome(lease, status, outcome, wait=None, now=100.0, jitter=1.0).at < settled.at
-    )
+    assert 100.0 + seconds / 2 <= judge(lease, DeliveryResult(status, outcome), now=100.0, jitter=1.0).at < settled.at
 
 
 @pytest.mark.parametrize(("status", "outcome"), [(500, None), (404, None), (502, "retry"), (503, "other")])
 def test_what_is_not_a_proxys_answer_for_its_handler_is_charged(status, outcome):
     lease = Lease(make_task(eta=100.0), "owner", 160.0)
-    assert judge_outcome(lease, status, outcome, wait=None, now=100.0, jitter=0.0).charged
+    assert judge(lease, DeliveryResult(status, outcome), now=100.0, jitter=0.0).charged
