@@ -387,3 +387,14 @@ def test_who_can_take_no_task_that_it_hears_of_rests_until_the_next_look(queue, 
     monkeypatch.setattr(watch, "INTERVAL", 300.0)
     assert hear(None)[1] == 1
     other.close()
+
+
+def test_who_can_hear_the_bell_seldom_asks_sqlite_in_vain(queue, monkeypatch):
+    """An idle worker does it all day: each time takes locks."""
+    queue.enqueue_many([make_task()])
+    queue.wait(0.0)
+    asked, use = [], queue._watch._handle.use
+    monkeypatch.setattr(queue._watch._handle, "use", lambda: asked.append(1) or use())
+    queue._watch._alert_until = 0.0
+    assert not queue.wait(1.2)
+    assert len(asked) <= 4

@@ -41,6 +41,9 @@ is visible, by the time that an fsync takes."""
 _BACKSTOP: Final = 0.1
 """Seconds after which SQLite is asked although the log looks the same (clocks of file systems are coarse)."""
 
+_RELAXED_BACKSTOP: Final = 0.5
+"""The same, of who can hear the bell."""
+
 
 class FileWatch:
     """Knows the newest task, and wakes whoever waits for a newer one."""
@@ -120,7 +123,8 @@ class FileWatch:
         rung, first = True, True
         while True:
             now = time.monotonic()
-            found = self._look(now, rung=rung)
+            often = ear.is_deaf or now < self._often_until
+            found = self._look(now, rung=rung, backstop=_BACKSTOP if often else _RELAXED_BACKSTOP)
             with self._lock:
                 if found and not rung:
                     self._often_until = now + _UNRUNG
@@ -138,7 +142,7 @@ class FileWatch:
                 rung = False
                 self._rest(ear, left)
             else:
-                often = ear.is_deaf or now < self._often_until
+                often = ear.is_deaf or now < self._often_until  # a task that nobody rang for was found
                 rung = ear.wait(min(left, INTERVAL if often else RELAXED), others=True)
 
     def _rest(self, ear: bell.Ear, left: float) -> None:
@@ -160,15 +164,21 @@ class FileWatch:
         for ear in tuple(self._ears):
             ear.wake()
 
-    def _look(self, now: float, *, rung: bool) -> bool:
-        """Look for new tasks; return whether there are some. ``rung`` says that SQLite is asked in any case."""
+    def _look(self, now: float, *, rung: bool, backstop: float) -> bool:
+        """Look for new tasks; return whether there are some.
+
+        Args:
+            now: The time, of the monotonic clock.
+            rung: Whether SQLite is asked in any case.
+            backstop: Seconds after this look at which it is asked in any case.
+        """
         log = self._stat_log()
         if log != self._log:
             self._log = log
             self._alert_until = now + _ALERT
         elif not rung and now >= self._alert_until and now < self._next_look:
             return False
-        self._next_look = now + _BACKSTOP
+        self._next_look = now + backstop
         with self._handle.use() as connection:
             # None if this fails: another connection counts its changes anew.
             known, self._version = self._version, None
