@@ -82,8 +82,15 @@ class AttemptRunner:
         found, signed = await self._attempt(lease, ran, jitter)
         if isinstance(found, Settlement):
             return found
-        options = self._retry_options
-        settlement = judge_attempt(lease, found, signed, options, now=self._clock(), jitter=jitter)
+        try:
+            return self._judge(lease, found, signed, jitter)
+        except Exception as error:  # noqa: BLE001  # the answer is none of a handler, and says nothing of other tasks
+            return self._judge(lease, error, None, jitter)
+
+    def _judge(
+        self, lease: Lease, found: Answer | Exception, signed: Mapping[str, float] | None, jitter: float
+    ) -> Settlement:
+        settlement = judge_attempt(lease, found, signed, self._retry_options, now=self._clock(), jitter=jitter)
         if not isinstance(found, Answer):
             self._log(lease.task, found)
         elif found.outcome is None and settlement.verdict is Verdict.DONE:
