@@ -82,6 +82,14 @@ class AttemptRunner:
         found, signed = await self._attempt(lease, ran, jitter)
         if isinstance(found, Settlement):
             return found
+        try:
+            return self._judge(lease, found, signed, jitter)
+        except Exception as error:  # noqa: BLE001  # the answer is none of a handler, and says nothing of other tasks
+            return self._judge(lease, error, None, jitter)
+
+    def _judge(
+        self, lease: Lease, found: Answer | Exception, signed: Mapping[str, float] | None, jitter: float
+    ) -> Settlement:
         if not isinstance(found, Answer) or (found.outcome is None and 200 <= found.status <= 299):  # noqa: PLR2004
             self._log(lease.task, found)
         return judge_attempt(lease, found, signed, self._retry_options, now=self._clock(), jitter=jitter)

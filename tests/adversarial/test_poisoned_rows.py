@@ -580,6 +580,27 @@ def test_no_number_of_a_row_stops_tasks_from_coming_and_going(sqlite, change):
         queue.enqueue_many([make_task()])
 
 
+@pytest.mark.parametrize("number", [2**53, 2**53 - 1, 2**53 - 2**32, 2**53 - 2**33])
+def test_a_row_with_one_of_the_last_numbers_leaves_numbers_for_others(sqlite, number):
+    """A repair numbers from the largest number on that may stay: no task was stored or leased any more."""
+    sqlite.clear()
+    with (
+        contextlib.closing(sqlite.queue()) as queue,
+        contextlib.closing(apsw.Connection(str(sqlite.path))) as connection,
+    ):
+        connection.set_busy_timeout(5000)
+        bad = make_task(blob=Blob("b" * 32, b"stored"))
+        queue.enqueue_many([bad])
+        connection.execute(f"UPDATE safedefer_tasks SET seq = {number}; UPDATE safedefer_blobs SET task = {number}")
+        others = [make_task() for _ in range(8)]
+        for task in others:
+            queue.enqueue_many([task])
+            connection.execute("UPDATE sqlite_sequence SET seq = 'x'" if task is others[3] else "SELECT 1")
+        leases = queue.lease(owner="w", limit=10, seconds=60.0, now=1e9)
+        assert {held.task.id for held in leases} == {bad.id, *(task.id for task in others)}
+        assert queue.blobs.get("b" * 32) == b"stored"
+
+
 def test_a_transaction_of_the_user_s_that_meets_such_a_number_says_what_to_do(sqlite):
     sqlite.clear()
     with (

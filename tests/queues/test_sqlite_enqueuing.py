@@ -120,6 +120,31 @@ def test_a_task_twice_in_one_call_stores_none(queue):
     assert rows(queue) == {}
 
 
+def test_a_task_twice_in_one_call_of_many_stores_none(queue):
+    tasks = [make_task() for _ in range(300)]
+    with pytest.raises(TaskAlreadyExistsError, match=tasks[3].id):
+        queue.enqueue_many([*tasks, tasks[3]])
+    assert rows(queue) == {}
+
+
+def test_the_last_of_many_is_refused_and_none_of_its_call_is_stored(queue):
+    known = make_task()
+    queue.enqueue_many([known])
+    calls = [[make_task() for _ in range(70)] for _ in range(3)]
+    outcomes = enqueue_at_once(queue, calls[0], [*calls[1], known], calls[2])
+    assert [type(outcome) for outcome in outcomes] == [type(None), TaskAlreadyExistsError, type(None)]
+    assert known.id in str(outcomes[1])
+    assert list(rows(queue)) == [task.id for task in (known, *calls[0], *calls[2])]
+
+
+def test_statements_of_many_sizes_take_little_memory(queue):
+    """SQLite keeps each of them ready: those of 1 to 256 tasks took 24 MB."""
+    executed = trace(queue)
+    for count in (1, 63, 64, 65, 255, 256, 300):
+        queue.enqueue_many([make_task() for _ in range(count)])
+    assert max(sql.count("(?, ?, ") for sql in executed) == 64
+
+
 def test_names_unique_keys_and_blobs_are_looked_up_one_by_one(queue):
     named, unique, large = make_task(name="daily"), make_task(unique_key="k"), oversize_task()
     plain = [make_task() for _ in range(3)]

@@ -422,6 +422,18 @@ async def test_a_hostile_row_is_kept_and_its_neighbours_run(caplog):
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
+async def test_an_answer_that_no_handler_gives_counts_as_refused_and_the_next_task_runs(caplog):
+    queue = MemoryQueue()
+    queue.enqueue_many([task_of(1), task_of(2)])
+    handler = Handler(lambda task: answer("200" if task.id == task_of(1).id else 200, "succeeded"))
+    await asyncio.wait_for(dispatch(queue, handler).run_until_empty(), 30.0)
+    view = queue.find(task_of(1).id)
+    assert (view.state, view.attempts) == (TaskState.WAITING, 0)
+    assert queue.find(task_of(2).id).state is TaskState.SUCCEEDED
+    assert [record.outcome for record in view.records] == ["refused"]
+    assert "cannot be delivered (TypeError)" in caplog.text
+
+
 async def test_storage_that_fails_is_tried_again(caplog):
     class Failing(MemoryQueue):
         left = 3

@@ -43,6 +43,8 @@ MOST_SEQ: Final = 2**53
 """No task of ours has a larger number. After 2**63 - 1 SQLite would have none for a new row."""
 #: Rows are numbered anew so far above those before: whoever waits for a task knows the largest number there was.
 _STEP: Final = 2**32
+#: No row has a larger number after a repair, and room is left for the numbers that it gives.
+_MOST_REPAIRED: Final = MOST_SEQ - 2**40
 
 
 class BadValue(Exception):  # it is not raised to callers
@@ -120,7 +122,7 @@ def count_blobs(connection: apsw.Connection) -> None:
 
 def _number_anew(connection: apsw.Connection) -> None:
     """Number the tasks whose number is none of ours, and go on from there."""
-    values = {"most": MOST_SEQ, "step": _STEP}
+    values = {"most": _MOST_REPAIRED, "step": _STEP}
     if connection.execute(SQL["numbers_bad"], values).get is None:
         return
     connection.execute("PRAGMA defer_foreign_keys = ON")  # until the transaction ends
