@@ -153,6 +153,8 @@ class Notices:
             thread.join(_CLOSE_SECONDS)
 
     def _wake(self) -> None:
+        if self._woken.is_set() and self._thread is not None:
+            return  # the thread looks once more, after this; anybody can send refused requests, and each comes here
         with self._lock:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._work, name="safedefer-notices", daemon=True)

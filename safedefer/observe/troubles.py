@@ -247,7 +247,9 @@ class Troubles:
             return
         now = self._clock()
         with self._lock:
-            if not self._take_in(event, now):
+            if type(event) is RequestRefused:  # first: anybody can cause these
+                _tally(self._refused, event.reason, now)
+            elif not self._take_in(event, now):
                 return
         self._changed()
 
@@ -266,8 +268,6 @@ class Troubles:
                 self._late.clear()
             case QueueLate():
                 self._late = {event.queue: LateQueue(event.queue, now - event.seconds)}
-            case RequestRefused():
-                _tally(self._refused, event.reason, now)
             case TaskHandled():
                 _tally(self._rejected, (event.reason or "", event.callable), now)
             case _:
@@ -300,6 +300,9 @@ def _put(known: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _tally(known: dict[Any, _Tally], key: Any, now: float) -> None:
-    if key not in known and len(known) >= _KEPT:
-        return
-    known.setdefault(key, _Tally()).add(now)
+    tally = known.get(key)
+    if tally is None:
+        if len(known) >= _KEPT:
+            return
+        tally = known[key] = _Tally()
+    tally.add(now)

@@ -12,6 +12,7 @@ from typing import Any, Final
 from aiohttp import ClientError, web
 from aiohttp.http import HttpProcessingError
 
+from safedefer.delivery.handler import Delivery
 from safedefer.headers import Response
 from safedefer.web.body import OverBudgetError, read_body, warn_of_taken_body
 from safedefer.web.served import Handles
@@ -61,24 +62,26 @@ async def respond(app: Handles, request: web.Request) -> web.Response:
         except (OSError, ClientError, HttpProcessingError):
             answer = delivery.broken()
         else:
-            answer = delivery.too_large() if body is None else await _handle(app, request, body)
+            answer = delivery.too_large() if body is None else await _handle(app, delivery, request, body)
     response = web.Response(status=answer.status, headers=answer.headers, body=answer.body)
     if answer.status in _UNREAD or (answer.status == _BUSY and not at_hand):
         response.force_close()  # the rest of the body is not read
     return response
 
 
-async def _handle(app: Handles, request: web.Request, body: bytes) -> Response:
+async def _handle(app: Handles, delivery: Delivery, request: web.Request, body: bytes) -> Response:
     if len(body) < getattr(request.content, "total_bytes", 0):
         warn_of_taken_body()
-        return app.delivery.busy()
+        return delivery.busy()
     url = app.accepts(request.rel_url.raw_path, _mount(request))
-    return await app.delivery.handle(request.headers, body, url=url, method=request.method)
+    return await delivery.handle(request.headers, body, url=url, method=request.method)
 
 
 def _mount(request: web.Request) -> str:
     """Return the path that ``add_subapp`` mounts the innermost application at; empty where there is none."""
     apps = request.match_info.apps
+    if len(apps) == 1:
+        return ""
     for outer, inner in zip(apps[-2::-1], apps[:0:-1], strict=True):
         for resource in outer.router.resources():
             # Of a nested mount, aiohttp says the whole path. A domain has no path.
