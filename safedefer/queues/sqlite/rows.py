@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import apsw
@@ -168,25 +169,17 @@ def task_values(task: QueuedTask) -> dict[str, Any]:
     }
 
 
+#: The bindings of ``tasks_insert``, which stores tasks without a name and a unique key, in its order.
+_PLAIN: Final = itemgetter(
+    "id", "queue", "callable_name", "url", "target", "audience", "headers", "retry_options",
+    "eta", "created", "expires", "digest", "blob_id", "eta", "token",
+)  # fmt: skip
+
+
 def plain_task_values(task: QueuedTask) -> tuple[Any, ...]:
-    """Return the bindings of ``tasks_insert``, which stores tasks without a name and a unique key."""
-    return (
-        task.id,
-        task.queue,
-        task.callable_name,
-        task.url,
-        task.target,
-        task.audience,
-        json.dumps(dict(task.headers)) if task.headers else "{}",
-        json.dumps(dict(task.retry_options)) if task.retry_options else "{}",
-        task.eta,
-        task.created,
-        task.expires,
-        task_digest(task),
-        task.blob_id,
-        task.eta,
-        task.token,
-    )
+    """Return the bindings of ``tasks_insert``."""
+    values: tuple[Any, ...] = _PLAIN(task_values(task))
+    return values
 
 
 def queued_task(row: TaskRow) -> QueuedTask:
