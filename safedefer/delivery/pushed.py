@@ -111,7 +111,8 @@ class PushedDelivery(Delivery):
             record = request.record("rejected", None, RETRY_NOT_DUE, None, ended=now)
             await self._ledger_client.finish((execution, EndState.RETRY, record))
             return self._early(request, RETRY_NOT_DUE, 1)
-        reason = request.progress.given_up(self._task(request), now=now)
+        task = self._task(request)
+        reason = request.progress.given_up(task, self._retry_options.get(task.queue), now=now)
         if lost:
             request.progress, delivery = request.progress.after_loss(execution.audience, execution.task_id, now=now)
             await self._storage(partial(self._store_loss, execution, request.progress, lost_record(delivery)))

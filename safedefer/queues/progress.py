@@ -11,9 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from safedefer.errors import InvalidTaskRetryOptionsError
 from safedefer.ledger import AttemptRecord
-from safedefer.options import TaskRetryOptions
 from safedefer.queues.base import Lease, QueuedTask, Settlement
 from safedefer.queues.rules import (
     MOST_COUNTED,
@@ -27,6 +25,7 @@ from safedefer.queues.rules import (
     after_lost_lease,
     after_retry,
     gives_up,
+    options_that_count,
     sets_time,
 )
 
@@ -102,14 +101,14 @@ class Progress(NamedTuple):
         lost = after_lost_lease(self.counters, (audience, task_id), known, leased_at=None, now=now)
         return Progress(lost.counters, self.not_before, lost.losses, lost.first_loss), lost
 
-    def given_up(self, task: QueuedTask, *, now: float) -> str | None:
-        """Return why a task is tried no more whose last run outlasted its deadline, and has ended since."""
+    def given_up(self, task: QueuedTask, queues_own: Mapping[str, float] | None, *, now: float) -> str | None:
+        """Return why a task is tried no more whose last run outlasted its deadline, and has ended since.
+
+        ``queues_own`` are the retry options of its queue, for what the task has no option of its own.
+        """
         if self.counters.retry_reason != OUTLASTED:
             return None
-        try:
-            options = TaskRetryOptions.from_given(task.retry_options)
-        except InvalidTaskRetryOptionsError:  # pragma: no cover - the claims were verified
-            return None
+        options = options_that_count(task.retry_options, queues_own)
         return gives_up(options, attempts=self.counters.attempts, age=now - task.eta)
 
 

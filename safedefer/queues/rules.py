@@ -339,7 +339,7 @@ def by_ledger(lease: Lease, settlement: Settlement, entry: Known | None, *, now:
         return Settlement(verdict=Verdict.DONE, executed=True)
     if entry is not None and entry.uncharged:  # it began, and either its handler died or its end is a failure
         return settlement
-    options = _options(lease.task.retry_options, None)
+    options = options_that_count(lease.task.retry_options, None)
     rejection = _judge_rejection(lease, options, None, NO_RESPONSE, now=now, jitter=0.0)
     return replace(rejection, record=settlement.record)
 
@@ -434,6 +434,14 @@ def leaves_charge(end: EndState, record: AttemptRecord) -> bool:
 # --- Which limits count ---------------------------------------------------------------------------
 
 
+def options_that_count(own: Mapping[str, float], queues_own: Mapping[str, float] | None) -> TaskRetryOptions:
+    """Return a task's retry options, and those of its queue where it has none of its own."""
+    try:
+        return TaskRetryOptions.from_given({**queues_own, **own} if queues_own else own)
+    except InvalidTaskRetryOptionsError:  # queue.yaml has changed since, or the hint in the storage is none of ours
+        return options_that_count(own, None) if queues_own else TaskRetryOptions()
+
+
 def backoff(options: TaskRetryOptions, n: int, *, jitter: float = 0.0) -> float:
     """Seconds to wait before retry ``n``, counted from 1 (App Engine task queue backoff).
 
@@ -516,7 +524,7 @@ def judge(
     if not outcome and wait is not None:  # whoever it is has not taken the request
         at = now + wait * (1 + jitter)
         return Settlement(verdict=Verdict.RETRY, at=at, charged=False, status=status, reason="busy")
-    options = _options(lease.task.retry_options if signed is None else signed, queues_own)
+    options = options_that_count(lease.task.retry_options if signed is None else signed, queues_own)
     if outcome in {"rejected", "refused"}:
         return _judge_rejection(lease, options, status, outcome, now=now, jitter=jitter, reason=reason)
     if not outcome and status is not None and status in _PROXY_REASONS:
@@ -612,14 +620,6 @@ def give_back(lease: Lease, *, now: float) -> Settlement:
     return Settlement(
         verdict=Verdict.RETRY, at=now, charged=False, status=lease.previous_response, reason=lease.retry_reason
     )
-
-
-def _options(own: Mapping[str, float], queues_own: Mapping[str, float] | None) -> TaskRetryOptions:
-    """Return a task's retry options, and those of its queue where it has none of its own."""
-    try:
-        return TaskRetryOptions.from_given({**queues_own, **own} if queues_own else own)
-    except InvalidTaskRetryOptionsError:  # queue.yaml has changed since, or the hint in the storage is none of ours
-        return _options(own, None) if queues_own else TaskRetryOptions()
 
 
 def _record(task: QueuedTask, outcome: str, status: int | None, now: float, reason: str | None = None) -> AttemptRecord:

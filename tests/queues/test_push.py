@@ -30,7 +30,7 @@ from safedefer.queues.hand_over import HandingOver
 from safedefer.queues.memory.queue import MemoryQueue
 from safedefer.queues.progress import Progress
 from safedefer.queues.pushed import cancel_key, progress_key
-from safedefer.queues.rules import REJECT_LIMIT, Counters
+from safedefer.queues.rules import OUTLASTED, REJECT_LIMIT, Counters
 from safedefer.queues.sqlite.queue import SQLiteQueue
 from tests import sample_tasks as tasks
 from tests.queues.pushing import PROOF, PROVEN, RETRIES, SINCE, TASK, PushEngineInMemory
@@ -149,6 +149,26 @@ def test_the_limit_of_the_queue_counts_for_a_task_without_its_own(store, engine,
     task = app.defer(tasks.fail)
     assert post(app, task.payload) == (200, "failed")
     assert [letter.reason for letter in dead(app)] == ["retry-limit"]
+    app.close()
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_the_limit_of_the_queue_counts_for_a_task_whose_run_outlasted_its_deadline(
+    store, engine, clock, tmp_path, limit
+):
+    """Nobody judges such a run when it ends: the next delivery does."""
+    tasks.reset()
+    file = tmp_path / "queue.yaml"
+    file.write_text(f"queue:\n- name: default\n  retry_parameters:\n    task_retry_limit: {limit}\n")
+    app = make_app(queue=engine, store=store, clock=clock, queue_yaml=file)
+    task = app.defer(tasks.add, 1)
+    claims = app.authenticate(task.payload)
+    outlasted = Progress(Counters(attempts=1, retries=1, retry_reason=OUTLASTED))
+    app.queue.keep.put(progress_key(claims["aud"], task.id), outlasted.dump(), expires=int(NOW) + 86_400)
+    again = {**FROM_ENGINE, RETRIES: "1"}
+    assert post(app, task.payload, again) == (200, "failed" if limit == 0 else "succeeded")
+    assert [letter.reason for letter in dead(app)] == ["retry-limit"][limit:]
+    assert len(tasks.RAN) == limit
     app.close()
 
 
